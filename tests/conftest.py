@@ -1,0 +1,31 @@
+"""Fixtures for every test: seeds, one thread, no process group left behind, the real volumes."""
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("WANDB_MODE", "offline")
+os.environ.setdefault("WANDB_SILENT", "true")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+import torch
+
+REAL_VOLUMES = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+
+@pytest.fixture(autouse=True)
+def clean_torch():
+    """Same seed, float32 and one thread for each test; a process group must not outlive its test."""
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    yield
+    assert torch.get_default_dtype() == torch.float32
+    assert not torch.distributed.is_initialized()
+
+
+@pytest.fixture(scope="session")
+def real_volumes() -> Path:
+    """Folder with real scans (ixi_t1_2mm, mouse_ct, ct); they are not part of this repository."""
+    if not REAL_VOLUMES.is_dir():
+        pytest.skip(f"no real volumes at {REAL_VOLUMES}")
+    return REAL_VOLUMES
