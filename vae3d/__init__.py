@@ -1,0 +1,25 @@
+"""Train variational autoencoders on 3D and 2D volumes that do not fit."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from vae3d.inference.stitching import stitch
+    from vae3d.models.custom_vae import CustomVAE
+    from vae3d.training.checkpoint import load_model
+
+__all__ = ["CustomVAE", "load_model", "stitch"]
+__version__ = "0.1.0"
+
+_HOMES = {
+    "CustomVAE": "vae3d.models.custom_vae",
+    "load_model": "vae3d.training.checkpoint",
+    "stitch": "vae3d.inference.stitching",
+}
+
+
+def __getattr__(name: str):
+    """Import a public name from its room on first use, so that `import vae3d` costs nothing."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'vae3d' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)

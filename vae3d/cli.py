@@ -1,0 +1,42 @@
+"""The `vae3d` command: one sub-command per task, each the signature of one function."""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+
+COMMANDS = {
+    # command: (module, what it does)
+    "demo-data": ("vae3d.commands.demo_data", "write a small set of brain-like volumes to try with"),
+    "check-data": ("vae3d.commands.check_data", "list every broken file of a data set and why"),
+    "prepare": ("vae3d.commands.prepare", "build the volume cache ahead of training"),
+    "patches": ("vae3d.commands.patches", "write a contact sheet of random training patches"),
+    "plan": ("vae3d.commands.plan", "show parameters, latent shape and memory before training"),
+    "train": ("train_3d", "train a VAE"),
+    "evaluate": ("evaluate", "reconstruct volumes with a trained VAE and measure them"),
+    "report": ("vae3d.commands.report", "write one HTML page on one or several runs"),
+    "convert": ("vae3d.commands.convert", "bring weights in from other libraries, or out to them"),
+    "encode": ("vae3d.commands.encode", "write the latents of volumes"),
+    "decode": ("vae3d.commands.decode", "turn latents back into volumes"),
+    "train-ldm": ("vae3d.commands.train_ldm", "train a latent diffusion model on encoded latents"),
+    "sample": ("vae3d.commands.sample", "draw new volumes"),
+}
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run `vae3d COMMAND ...`; `vae3d COMMAND --help` tells a command's options."""
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0] in ("-h", "--help"):
+        print("usage: vae3d COMMAND [options]      (vae3d COMMAND --help tells the options)\n")
+        print("\n".join(f"  {name:<12}{what}" for name, (_, what) in COMMANDS.items()))
+        sys.exit(0)
+    name, rest = argv[0], argv[1:]
+    if name not in COMMANDS:
+        print(f"error: no command {name!r}; choose from {', '.join(COMMANDS)}", file=sys.stderr)
+        sys.exit(2)
+
+    from vae3d import config
+
+    module = COMMANDS[name][0]  # its function bears the module's own name
+    function = getattr(import_module(module), module.rpartition(".")[2])
+    config.main(function, rest, prog=f"vae3d {name}")

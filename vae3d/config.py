@@ -1,0 +1,182 @@
+"""A function's signature is its configuration: command line, YAML file and saved run in one.
+
+`main(fn)` at the end of a script is all it takes. Options of `fn` become `--options`, dataclass
+parameters become groups (`--data.root`), and sockets (`Callable[..., Base]`) take a class by name
+with its own arguments:
+
+    model:
+      class_path: CustomVAE
+      init_args: {channels: [16, 32, 64], latent_channels: 4}
+
+`fn` receives sockets as plain `functools.partial(Class, **init_args)`, the same thing a caller
+from Python passes. This is the only module that imports jsonargparse.
+"""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import os
+import re
+import sys
+import traceback
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jsonargparse
+import yaml
+
+from vae3d.models.spec import describe
+
+MISTAKE = 2  # exit code when the user's input is at fault
+MAX_ALIASES = 100  # a hand-written YAML has a few; thousands are an expansion bomb
+
+
+def main(fn: Callable[..., int | None], argv: list[str] | None = None, prog: str | None = None):
+    """Run `fn` from the command line and exit with its code.
+
+    A `ValueError` raised by this project, or an `OSError` that names a file, is the user's
+    mistake: one line on stderr, exit code 2. An error from inside a library is ours and keeps its
+    traceback, as does every error where `VAE3D_DEBUG` is set.
+
+    Args:
+        fn: What to run. Its parameters and their docstring are the options and their help.
+        argv: Arguments in place of `sys.argv[1:]`.
+        prog: Name of the program in the help.
+    """
+    try:
+        sys.exit(fn(**parse(fn, argv, prog)) or 0)
+    except (ValueError, OSError) as error:
+        if os.environ.get("VAE3D_DEBUG") or not _is_users_mistake(error):
+            raise
+        rank = f"[rank {os.environ['RANK']}] " if "RANK" in os.environ else ""
+        print(f"{rank}error: {_one_line(error)}", file=sys.stderr)
+        sys.exit(MISTAKE)
+
+
+def parse(fn: Callable, argv: list[str] | None = None, prog: str | None = None) -> dict[str, Any]:
+    """Return the keyword arguments for `fn` from a command line and the YAML files it names.
+
+    Raises:
+        ValueError: An unknown or missing key, or a value of the wrong type.
+    """
+    parser = _parser(fn, prog)
+    try:
+        kwargs = dict(vars(parser.instantiate_classes(parser.parse_args(argv))))
+    except jsonargparse.ArgumentError as error:
+        raise ValueError(_one_line(error)) from error
+    kwargs.pop("config", None)
+    return {name: _plain_sockets(value) for name, value in kwargs.items()}
+
+
+def config_dict(fn: Callable, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Return the complete configuration of a call `fn(**kwargs)` as plain data.
+
+    Defaults are filled in, also those of the classes in sockets, so that the result reads back
+    equal even after a default has changed.
+    """
+    parser = _parser(fn)
+    given = {name: describe(value) for name, value in kwargs.items()}
+    try:
+        complete = parser.parse_object(given)
+    except jsonargparse.ArgumentError as error:
+        raise ValueError(_one_line(error)) from error
+    config = yaml.safe_load(parser.dump(complete, skip_none=False))
+    config.pop("config", None)
+    return config
+
+
+def save_config(path: Path, fn: Callable, kwargs: dict[str, Any]) -> None:
+    """Write `config_dict(fn, kwargs)` as YAML; `--config path` then repeats the call."""
+    text = yaml.safe_dump(config_dict(fn, kwargs), sort_keys=False, allow_unicode=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """Safe YAML without its surprises: lost duplicates, `1e-3` as text, dates, alias bombs."""
+
+    yaml_implicit_resolvers = {  # noqa: RUF012 - PyYAML's own protocol
+        first: [(tag, regexp) for tag, regexp in pairs if not tag.endswith((":timestamp", ":float"))]
+        for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+    num_aliases = 0
+
+    def compose_node(self, parent, index):
+        if self.check_event(yaml.AliasEvent):
+            self.num_aliases += 1
+            if self.num_aliases > MAX_ALIASES:
+                raise yaml.YAMLError(f"more than {MAX_ALIASES} aliases in one file")
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node, deep=False):
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.YAMLError(f"key {key!r} is given twice, line {node.start_mark.line + 1}")
+        return super().construct_mapping(node, deep)
+
+
+# YAML 1.1 asks a float for a dot; people and NumPy write 1e-3.
+_StrictLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(
+        r"^[-+]?(?:(?:[0-9]+\.[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?|[0-9]+[eE][-+]?[0-9]+"
+        r"|\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"
+    ),
+    list("-+0123456789."),
+)
+jsonargparse.set_loader(
+    "strict_yaml", lambda text: yaml.load(text, _StrictLoader), exceptions=(yaml.YAMLError,)
+)
+
+
+def _parser(fn: Callable, prog: str | None = None) -> jsonargparse.ArgumentParser:
+    """Build the parser of `fn`: `--config` files first, then one option per parameter."""
+    parser = jsonargparse.ArgumentParser(
+        prog=prog,
+        description=inspect.cleandoc(fn.__doc__ or "").split("\n\nArgs:")[0],
+        formatter_class=_Help,
+        parser_mode="strict_yaml",
+        exit_on_error=False,
+    )
+    parser.add_argument("--config", action="config", help="YAML file with any of the options")
+    parser.add_function_arguments(fn, sub_configs=True)
+    return parser
+
+
+class _Help(jsonargparse.DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Keeps the paragraphs and examples of a script's docstring as they are written."""
+
+
+def _plain_sockets(value: Any) -> Any:
+    """Turn jsonargparse's wrapped class factories into `partial(Class, **init_args)`, all levels."""
+    if isinstance(value, partial):
+        cls = value.func if isinstance(value.func, type) else value.args[-1]
+        assert isinstance(cls, type), f"not a factory of a class: {value}"
+        return partial(cls, **{k: _plain_sockets(v) for k, v in value.keywords.items()})
+    if isinstance(value, (list, tuple)):
+        return type(value)(_plain_sockets(v) for v in value)
+    if isinstance(value, dict):
+        return {k: _plain_sockets(v) for k, v in value.items()}
+    return value
+
+
+def _is_users_mistake(error: Exception) -> bool:
+    """Tell an error that our own code raised, or a file it names, from a defect further down."""
+    if isinstance(error, OSError):
+        return error.filename is not None or error.errno is not None
+    raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename).resolve()
+    home = Path(__file__).resolve().parents[1]
+    ours = ("vae3d", "loaders", "train_3d.py", "evaluate.py")
+    return any(raised_in.is_relative_to(home / name) for name in ours)
+
+
+def _one_line(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return " ".join(str(error).split())
