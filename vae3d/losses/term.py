@@ -1,0 +1,55 @@
+"""What every term of the loss has in common."""
+
+from __future__ import annotations
+
+import re
+
+from torch import Tensor, nn
+
+
+class Term(nn.Module):
+    """One term of the loss: a scalar, its weight and its name.
+
+    Write a term of your own by deriving from this class; `forward` is all it needs, and a YAML
+    names it under `loss.extra` (see `vae_loss.py`).
+
+    A term is the *mean over the samples of the batch* of something that each sample has by itself.
+    Accumulated micro-batches and ranks then add up to the large batch to float rounding.
+
+    Attributes:
+        autocast: Whether the term runs under the caller's autocast. Formulas stay in float32
+            (False); terms that run a network set True and bring their own float32 islands.
+        scalars: What else the term measured in its last call, detached, for the log.
+    """
+
+    autocast = False
+
+    def __init__(self, weight: float = 1.0):
+        super().__init__()
+        if not weight >= 0:
+            raise ValueError(f"weight of {type(self).__name__} is {weight}; it must be 0 or more")
+        self.weight = weight
+        self.scalars: dict[str, Tensor] = {}
+
+    @property
+    def name(self) -> str:
+        """Name of the term in logs and dashboards: its class in snake case."""
+        return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", type(self).__name__).lower()
+
+    def forward(self, x: Tensor, recon: Tensor, posterior, step: int) -> Tensor:
+        """Return the unweighted term.
+
+        Args:
+            x: The input, float32, `(B, C, X, Y, Z)` or `(B, C, X, Y)`.
+            recon: Its reconstruction, same shape, float32, not clamped.
+            posterior: Posterior of the latents with `mean` and `logvar`, each `(B, c, x, y, z)`.
+            step: Number of optimizer updates done before this one.
+        """
+        raise NotImplementedError
+
+    def weight_at(self, step: int) -> float | Tensor:
+        """Return the weight of the term at a step; a tensor where only the device knows it."""
+        return self.weight
+
+    def after_step(self) -> None:
+        """Update what the term controls, once an optimizer update; every rank calls it."""
