@@ -1,0 +1,234 @@
+"""Checkpoints that survive kill -9, a full disk and flipped bits.
+
+A checkpoint is one file that `torch.load(weights_only=True)` reads: tensors, numbers, strings and
+plain containers. It is written under a temporary name in the same folder, flushed to the disk and
+renamed, so a name always stands for a whole file. The zip container's own checksums are verified
+before loading, because `torch.load` alone returns flipped bits without a word.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import secrets
+import shutil
+import zipfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+FORMAT = 1
+STEP_FILE = re.compile(r"step_(\d+)\.pt")
+
+
+class Checkpoints:
+    """The checkpoints of one run: `last.pt`, `best.pt` and the newest few `step_XXXXXXXX.pt`.
+
+    Args:
+        folder: Where they lie; made when it is missing.
+        keep: How many step files stay, at least 2: the newest can be lost with the disk's sector.
+    """
+
+    def __init__(self, folder: str | Path, keep: int = 2):
+        if keep < 2:
+            raise ValueError(f"--keep_checkpoints must be at least 2, not {keep}")
+        self.folder = Path(folder)
+        self.keep = keep
+        self.written: list[str] = []  # step files of this run, oldest first; survives a resume
+        self.resumed_from: str | None = None
+
+    def sweep(self) -> None:
+        """Remove temporaries that killed runs have left. Only for who holds the run's lock."""
+        for path in self.folder.glob(".*.pt.*.tmp"):
+            path.unlink()
+
+    def save(self, state: dict[str, Any], best: bool = False) -> Path:
+        """Write `state` as the step's file, name it `last.pt` (and `best.pt`), then rotate.
+
+        The names share one file on the disk where the file system has hard links.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / f"step_{state['step']:08d}.pt"
+        self.written = [name for name in self.written if name != path.name] + [path.name]
+        write_atomic(path, {"format": FORMAT, **state, "written": self.written})
+        for name in ["last.pt"] + ["best.pt"] * best:
+            _link_atomic(path, self.folder / name)
+        old = [name for name in self.written[: -self.keep] if name != self.resumed_from]
+        for name in old:
+            (self.folder / name).unlink(missing_ok=True)
+        self.written = [name for name in self.written if name not in old]
+        return path
+
+    def find_latest(self) -> tuple[Path | None, list[str]]:
+        """Return the valid file with the highest step, and why others were passed over.
+
+        Raises:
+            ValueError: There are files, and none of them is valid.
+        """
+        steps = {int(m[1]): p for p in self._files() if (m := STEP_FILE.fullmatch(p.name))}
+        candidates = [steps[n] for n in sorted(steps, reverse=True)]
+        last = self.folder / "last.pt"
+        if last.exists() and not any(last.samefile(path) for path in candidates):
+            candidates.append(last)
+        skipped, valid = [], []
+        for path in candidates:
+            if valid and path != last:
+                continue  # an older step
+            try:
+                valid.append((load_checkpoint(path)["step"], path))
+            except ValueError as error:
+                skipped.append(str(error))
+        if not valid and skipped:
+            raise ValueError(
+                f"{self.folder}: no checkpoint is readable ({'; '.join(skipped)}); "
+                "restore one, or begin anew with --fresh"
+            )
+        return (max(valid)[1] if valid else None), skipped
+
+    def resume(self, path: Path) -> dict[str, Any]:
+        """Load `path` to go on from; it is never rotated away by this process."""
+        state = load_checkpoint(path)
+        self.written = list(state["written"])
+        self.resumed_from = path.name
+        return state
+
+    def clear(self) -> None:
+        """Forget the run: remove its checkpoints. What --fresh asks for."""
+        for path in self._files():
+            path.unlink()
+
+    def _files(self) -> list[Path]:
+        names = ("last.pt", "best.pt")
+        found = self.folder.glob("*.pt") if self.folder.is_dir() else ()
+        return [p for p in found if p.name in names or STEP_FILE.fullmatch(p.name)]
+
+
+def write_atomic(path: Path, state: dict[str, Any]) -> None:
+    """Write `state` so that `path` is, at any moment, the old whole file or the new one."""
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        with open(temporary, "xb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException as error:
+        temporary.unlink(missing_ok=True)
+        # torch hides a full disk behind "unexpected pos"; the real reason is further down the chain
+        reason = _os_error(error)
+        if reason is None or reason is error:
+            raise
+        raise OSError(reason.errno, os.strerror(reason.errno), str(path)) from error
+    _fsync_folder(path.parent)
+
+
+def load_checkpoint(path: str | Path) -> dict[str, Any]:
+    """Read a checkpoint, or the best (else last) one of a run folder, onto the CPU.
+
+    Returns:
+        At least format, step, spec, model, ema, preprocess, config and split.
+
+    Raises:
+        ValueError: Missing, damaged, or not a checkpoint of this program.
+    """
+    path = find_checkpoint(path)
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+    except (zipfile.BadZipFile, EOFError, NotImplementedError) as error:
+        raise ValueError(f"{path}: not a checkpoint, or cut short ({error})") from error
+    if damaged:
+        raise ValueError(f"{path}: damaged, the checksum of its entry {damaged} is wrong")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises RuntimeError, UnpicklingError, KeyError ... as it falls
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{path}: not a checkpoint of vae3d ({reason})") from error
+    if not isinstance(state, dict) or not {"format", "step", "model"} <= set(state):
+        raise ValueError(f"{path}: not a checkpoint of vae3d; weights alone are read by vae3d convert")
+    return _upgrade(state, path)
+
+
+def find_checkpoint(path: str | Path) -> Path:
+    """Return `path` itself, or of a run folder its `best.pt`, else its `last.pt`."""
+    path = Path(path)
+    if path.is_file():
+        return path
+    for name in ("checkpoints/best.pt", "checkpoints/last.pt", "best.pt", "last.pt"):
+        if (path / name).is_file():
+            return path / name
+    if path.is_dir():
+        raise ValueError(f"{path}: holds no checkpoints/best.pt or last.pt; is it a run folder?")
+    raise ValueError(f"{path}: no such checkpoint or run folder")
+
+
+def load_model(path: str | Path, ema: bool = True, trust: Iterable[str] = ()) -> torch.nn.Module:
+    """Rebuild a trained network from its run folder or checkpoint, in eval mode on the CPU.
+
+    Args:
+        path: Run folder or checkpoint file.
+        ema: Take the averaged weights where the run kept some.
+        trust: Module prefixes besides `vae3d` whose classes may be imported.
+
+    Example:
+        >>> vae = load_model("runs/a")  # doctest: +SKIP
+    """
+    from vae3d.models.spec import build
+
+    state = load_checkpoint(path)
+    model = build(state["spec"], trust=tuple(trust))
+    model.load_state_dict(state["ema"] if ema and state.get("ema") else state["model"])
+    return model.eval()
+
+
+def versions() -> dict[str, str]:
+    """What a checkpoint was written with."""
+    from vae3d import __version__
+
+    return {
+        "vae3d": __version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def _upgrade(state: dict[str, Any], path: Path) -> dict[str, Any]:
+    """Bring a checkpoint of an older format up to date: add here what later formats add."""
+    if state["format"] > FORMAT:
+        raise ValueError(
+            f"{path}: format {state['format']} is newer than this program reads ({FORMAT}); "
+            "update vae3d"
+        )
+    return state
+
+
+def _link_atomic(source: Path, target: Path) -> None:
+    """Give `source` a second name, replacing what bore it; a copy where links are not known."""
+    temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        os.link(source, temporary)
+    except OSError:
+        shutil.copyfile(source, temporary)
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+    os.replace(temporary, target)
+    _fsync_folder(target.parent)
+
+
+def _fsync_folder(folder: Path) -> None:
+    """Make a rename durable; only POSIX knows how to."""
+    if os.name == "posix":
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def _os_error(error: BaseException | None) -> OSError | None:
+    while error is not None and not isinstance(error, OSError):
+        error = error.__cause__ or error.__context__
+    return error

@@ -1,0 +1,190 @@
+"""The ranks of a run and what they agree on.
+
+One process or many: the same calls. Tensors travel over the device's own backend (nccl or gloo);
+flags and Python objects over a second, gloo group on the CPU, so that agreeing on a signal never
+makes a GPU wait.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+@dataclass
+class World:
+    """All ranks of this run as one of them sees it. The default is a run of one process."""
+
+    rank: int = 0
+    size: int = 1
+    device: torch.device = torch.device("cpu")  # noqa: RUF009 - immutable
+    control: Any = None  # gloo process group for flags and objects
+    store: Any = None  # key-value store shared by all ranks, lives in torchrun's agent
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this rank writes the files."""
+        return self.rank == 0
+
+    def sum_(self, tensor: Tensor) -> Tensor:
+        """Add `tensor` up over all ranks, in place."""
+        if self.size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def max_(self, tensor: Tensor) -> Tensor:
+        """Elementwise maximum of `tensor` over all ranks, in place."""
+        if self.size > 1:
+            dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+        return tensor
+
+    def max_int(self, value: int) -> int:
+        """Largest `value` of all ranks. Costs no GPU synchronization."""
+        if self.size == 1:
+            return value
+        flag = torch.tensor(value)
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self.control)
+        return int(flag)
+
+    def broadcast(self, value: Any) -> Any:
+        """Rank 0's `value`, any picklable object, on all ranks."""
+        if self.size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0, group=self.control)
+        return box[0]
+
+    def gather(self, value: Any) -> list[Any]:
+        """The `value` of every rank, in the order of ranks, on all ranks."""
+        if self.size == 1:
+            return [value]
+        box: list[Any] = [None] * self.size
+        dist.all_gather_object(box, value, group=self.control)
+        return box
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        if self.size > 1:
+            dist.barrier(group=self.control)
+
+    @contextmanager
+    def main_first(self) -> Iterator[None]:
+        """Rank 0 does the body before the others: it builds a cache, they find it built."""
+        if not self.is_main:
+            self.barrier()
+        yield
+        if self.is_main:
+            self.barrier()
+
+    def missing(self, step: int, wait_s: float = 10.0) -> list[int]:
+        """Ranks that no longer answer, found out after a collective call has failed.
+
+        Every rank that is alive sees the failure and signs in here; who does not is named.
+        """
+        try:
+            self.store.set(f"failed/{step}/{self.rank}", "here")
+            until = time.monotonic() + wait_s
+            absent = set(range(self.size))
+            while absent and time.monotonic() < until:
+                absent = {r for r in absent if not self.store.check([f"failed/{step}/{r}"])}
+                time.sleep(0.1)
+            return sorted(absent)
+        except (RuntimeError, dist.DistError):  # the store's own host, rank 0, is gone
+            return [0]
+
+
+@contextmanager
+def open_world(device: str = "auto", timeout_minutes: float = 30.0) -> Iterator[World]:
+    """Join the other ranks that `torchrun` started, or be alone; leave on exit.
+
+    Args:
+        device: auto | cpu | cuda | mps. `auto` takes CUDA where there is some.
+        timeout_minutes: How long a rank waits for the others before it gives up [min].
+    """
+    size, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+    where = _device(device, int(os.environ.get("LOCAL_RANK", 0)))
+    if size == 1:
+        yield World(device=where)
+        return
+    timeout = timedelta(minutes=timeout_minutes)
+    store, rank, size = next(dist.rendezvous("env://", timeout=timeout))
+    # After a restart the agent's store still holds the keys of the attempt that died, and gloo
+    # would wait for its ranks.
+    store = dist.PrefixStore(f"attempt{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    store.set_timeout(timeout)
+    backend = "nccl" if where.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
+    try:
+        control = dist.group.WORLD
+        if backend != "gloo":
+            control = dist.new_group(backend="gloo", timeout=timeout)
+        yield World(rank, size, where, control, store)
+    finally:
+        dist.destroy_process_group()
+
+
+def _device(name: str, local_rank: int) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda":
+        if not torch.cuda.is_available():
+            raise ValueError("--device cuda: torch sees no CUDA device here; use --device cpu")
+        if local_rank >= torch.cuda.device_count():
+            raise ValueError(
+                f"local rank {local_rank} has no GPU of its own, there are "
+                f"{torch.cuda.device_count()}; lower --nproc_per_node"
+            )
+        torch.cuda.set_device(local_rank)
+        return torch.device("cuda", local_rank)
+    if name not in ("cpu", "mps"):
+        raise ValueError(f"--device must be auto, cpu, cuda or mps, not {name!r}")
+    return torch.device(name)
+
+
+EXIT_CODES = {
+    getattr(signal, name): 128 + getattr(signal, name)
+    for name in ("SIGTERM", "SIGINT", "SIGUSR1")
+    if hasattr(signal, name)
+}
+ECHO_S = 2.0  # torchrun repeats the terminal's Ctrl-C to its workers; that is one request, not two
+
+
+class Interrupt:
+    """Turns SIGTERM, SIGINT and SIGUSR1 into a flag that the loop reads between two steps.
+
+    `exit_code` is 0 until a signal has come, then 143, 130 or 138. A second signal ends the
+    process at once. Use as a context manager; outside the main thread signals stay as they are.
+    """
+
+    def __init__(self):
+        self.exit_code = 0
+        self._since = 0.0
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> Interrupt:
+        if threading.current_thread() is threading.main_thread():
+            self._before = {s: signal.signal(s, self._handle) for s in EXIT_CODES}
+        return self
+
+    def __exit__(self, *_exc) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, _frame) -> None:
+        if self.exit_code:
+            if "TORCHELASTIC_RUN_ID" in os.environ and time.monotonic() - self._since < ECHO_S:
+                return
+            os._exit(EXIT_CODES[number])
+        self.exit_code = EXIT_CODES[number]
+        self._since = time.monotonic()

@@ -1,0 +1,70 @@
+"""Exponential moving average of the weights: what validation measures and what users load."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+
+class EMA:
+    """Average of a module's parameters in float32, with a warm-up of the decay.
+
+    The decay of the n-th update is min(decay, (1 + n) / (10 + n)), as in TensorFlow's
+    ExponentialMovingAverage: early averages are not held back by the initial weights.
+
+    Args:
+        module: The network that is averaged. It is read, never written, except in `applied`.
+        decay: Decay once warm, 0 <= decay < 1. 0 keeps a copy of the last weights.
+    """
+
+    def __init__(self, module: nn.Module, decay: float = 0.999):
+        self.module = module
+        self.decay = decay
+        self.params = dict(module.named_parameters())
+        self.shadow = {name: p.detach().clone().float() for name, p in self.params.items()}
+
+    @torch.no_grad()
+    def update(self, step: int, skip: Tensor | None = None) -> None:
+        """Move the average towards the present weights.
+
+        Args:
+            step: Number of updates done before this one.
+            skip: Scalar on the parameters' device; 1 where the step was dropped, and then nothing
+                moves. A tensor, because reading it here would make the GPU wait.
+        """
+        weight: Tensor | float = 1.0 - min(self.decay, (1 + step) / (10 + step))
+        if skip is not None:
+            weight = weight * (1.0 - skip)
+        shadow = list(self.shadow.values())
+        change = torch._foreach_sub([p.float() for p in self.params.values()], shadow)
+        torch._foreach_mul_(change, weight)
+        torch._foreach_add_(shadow, change)
+
+    @contextmanager
+    def applied(self) -> Iterator[nn.Module]:
+        """Lend the averaged weights to the module: `with ema.applied() as model: ...`."""
+        self._swap()
+        try:
+            yield self.module
+        finally:
+            self._swap()
+
+    @torch.no_grad()
+    def _swap(self) -> None:
+        for name, p in self.params.items():
+            mine = self.shadow[name]
+            self.shadow[name] = p.detach().clone().float()
+            p.copy_(mine)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Weights that the module's own `load_state_dict` takes, buffers included."""
+        return {**self.module.state_dict(), **self.shadow}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Take over an average written by `state_dict`."""
+        for name, mine in self.shadow.items():
+            mine.copy_(state[name])
