@@ -1,0 +1,413 @@
+"""Run a function over overlapping tiles of a volume and blend the results without seams.
+
+    y = stitch(fn, volume, patch_size=(64, 64, 64), overlap=0.5, blend="hann")
+
+The tile grid is a product of one list of starts per axis and every blend window is separable, so
+the weights are normalized once per axis, in float64, to sum to one at each voxel. No count map and
+no division follow: an identity `fn` gives the volume back, faces and corners included.
+
+Axes: c channels, then 2 or 3 spatial axes. The volume is (C, X, Y, Z); tiles are (B, C, *patch).
+"""
+
+import itertools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from fractions import Fraction
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from loaders.patches import PatchGrid
+
+Tiles = torch.Tensor | tuple[torch.Tensor, ...]
+
+
+def _hann(n: int) -> np.ndarray:
+    return np.sin(np.pi * (np.arange(n) + 0.5) / n) ** 2  # half-sample: never zero at the ends
+
+
+def _gaussian(n: int) -> np.ndarray:
+    return np.exp(-0.5 * ((np.arange(n) - (n - 1) / 2) / (n / 8)) ** 2)
+
+
+BLENDS: dict[str, Callable[[int], np.ndarray] | None] = {
+    "hann": _hann,
+    "gaussian": _gaussian,
+    "average": np.ones,
+    "crop": None,  # each voxel belongs to the tile whose center is nearest: nothing is mixed
+}
+
+
+class Span(NamedTuple):
+    """What one tile contributes along one axis: output voxels lo..hi, from `offset` in the tile."""
+
+    lo: int
+    hi: int
+    offset: int
+    weight: torch.Tensor | None  # (hi - lo,) float32; None copies (crop)
+
+
+def axis_spans(size: int, tile: int, starts: Sequence[int], blend: str) -> list[Span]:
+    """Spans of the tiles along one axis; their weights sum to one at each of `size` voxels.
+
+    Args:
+        size: Length of the axis in voxels.
+        tile: Length of a tile in voxels; what reaches beyond the axis is cut off.
+        starts: First voxel of each tile, ascending.
+        blend: A key of `BLENDS`.
+    """
+    if blend not in BLENDS:
+        raise ValueError(f"blend {blend!r} is unknown; choose one of {', '.join(BLENDS)}")
+    if BLENDS[blend] is None:
+        inner = [(a + tile + b) // 2 for a, b in itertools.pairwise(starts)]
+        edges = [0, *inner, size]
+        return [
+            Span(lo, hi, lo - s, None)
+            for s, (lo, hi) in zip(starts, itertools.pairwise(edges), strict=True)
+        ]
+    window = BLENDS[blend](tile).astype(np.float64)
+    total = np.zeros(size)
+    for s in starts:
+        total[s : s + tile] += window[: size - s]
+    spans = []
+    for s in starts:
+        hi = min(s + tile, size)
+        weight = torch.from_numpy(window[: hi - s] / total[s:hi]).float()
+        spans.append(Span(s, hi, 0, weight))
+    return spans
+
+
+def _per_axis(value, dims: int, name: str) -> tuple:
+    values = tuple(value) if isinstance(value, Sequence) else (value,) * dims
+    if len(values) != dims:
+        raise ValueError(f"{name} {values} has {len(values)} entries, the volume has {dims} axes")
+    return values
+
+
+def overlap_voxels(patch_size: Sequence[int], overlap, unit: Sequence[int]) -> tuple[int, ...]:
+    """Overlap per axis in voxels, a multiple of `unit` and smaller than the patch.
+
+    Args:
+        patch_size: Patch in voxels.
+        overlap: Fraction of the patch (float) or voxels (int), one or one per axis.
+        unit: Starts are multiples of this many voxels.
+    """
+    result = []
+    for p, o, u in zip(
+        patch_size, _per_axis(overlap, len(patch_size), "overlap"), unit, strict=True
+    ):
+        voxels = round(o * p) if isinstance(o, float) else o
+        if not 0 <= voxels < p or (isinstance(o, float) and o >= 1):
+            raise ValueError(
+                f"overlap {o} must be at least 0 and smaller than the patch ({p} voxels): give a "
+                "fraction such as 0.5 or a number of voxels"
+            )
+        result.append(min(math.ceil(voxels / u) * u, p - u))
+    return tuple(result)
+
+
+def check_patch(patch_size: Sequence[int], factor: Sequence[int]) -> None:
+    """Raise ValueError unless the model's factor divides the patch."""
+    if len(patch_size) != len(factor):
+        raise ValueError(
+            f"patch_size {tuple(patch_size)} has {len(patch_size)} entries, the model has "
+            f"{len(factor)} axes"
+        )
+    if any(p < 1 or p % f for p, f in zip(patch_size, factor, strict=True)):
+        near = tuple(max(1, round(p / f)) * f for p, f in zip(patch_size, factor, strict=True))
+        raise ValueError(
+            f"patch_size {tuple(patch_size)} is no multiple of the model's factor "
+            f"{tuple(factor)}: choose {near}"
+        )
+
+
+class Stitcher:
+    """Blends tiles that arrive one by one; says when one is missing or comes twice.
+
+    `stitch` and `iter_slabs` drive it; use it directly when the tiles come from elsewhere:
+
+        stitcher = Stitcher((100, 90, 80), (64, 64, 64), overlap=0.5)
+        for corner in stitcher.corners():
+            stitcher.add(corner, my_tile(corner))
+        volume = stitcher.result()
+
+    The output is held in segments along the first axis, cut where tiles start. With `streaming`, a
+    finished segment leaves through `pop` and its memory with it.
+
+    Args:
+        shape: Spatial shape of the input volume in voxels.
+        patch_size: Tile in input voxels.
+        overlap: Fraction of the patch (float) or voxels (int), one or one per axis; < patch.
+        blend: hann | gaussian | average | crop.
+        scale: Output voxels per input voxel, one or one per axis: 4 decodes latents of a model of
+            factor 4, Fraction(1, 4) or 0.25 encodes. Tile starts keep to whole output voxels.
+        streaming: Allocate segments when their first tile comes, free them in `pop`.
+    """
+
+    def __init__(
+        self, shape, patch_size, overlap=0.5, blend="hann", scale=1, streaming: bool = False
+    ):
+        dims = len(shape)
+        self.patch_size = _per_axis(patch_size, dims, "patch_size")
+        self.scale = tuple(
+            Fraction(s).limit_denominator(4096) for s in _per_axis(scale, dims, "scale")
+        )
+        unit = [s.denominator for s in self.scale]
+        check_patch(self.patch_size, unit)
+        overlap = overlap_voxels(self.patch_size, overlap, unit)
+        # Counted in units of the coarser of the two grids, so that every start is whole in both.
+        grid = PatchGrid(
+            tuple(math.ceil(n / u) for n, u in zip(shape, unit, strict=True)),
+            tuple(p // u for p, u in zip(self.patch_size, unit, strict=True)),
+            tuple(o // u for o, u in zip(overlap, unit, strict=True)),
+        )
+        self.starts = [
+            [int(s) * u for s in axis] for axis, u in zip(grid.starts, unit, strict=True)
+        ]
+        self.shape = tuple(math.ceil(n * s) for n, s in zip(shape, self.scale, strict=True))
+        self.tile = tuple(int(p * s) for p, s in zip(self.patch_size, self.scale, strict=True))
+        self.spans = [
+            axis_spans(n, t, [int(s * k) for s in starts], blend)
+            for n, t, starts, k in zip(self.shape, self.tile, self.starts, self.scale, strict=True)
+        ]
+        edges = sorted({0, self.shape[0], *(span.lo for span in self.spans[0])})
+        self.segments = list(itertools.pairwise(edges))
+        self.streaming = streaming
+        # Hundreds of float32 additions per voxel (overlap 0.75 and more) would round to over 1e-6.
+        most = math.prod(
+            _most_overlapping(axis, n) for axis, n in zip(self.spans, self.shape, strict=True)
+        )
+        self._accumulator = torch.float64 if most > 27 and blend != "crop" else torch.float32
+        self.seen = np.zeros([len(s) for s in self.starts], dtype=bool)
+        self._index = {
+            c: i for i, c in zip(np.ndindex(*self.seen.shape), self.corners(), strict=True)
+        }
+        self._whole: list[torch.Tensor] | None = None
+        self._parts: dict[int, list[torch.Tensor]] = {}
+        self._popped = 0
+        self._single = True
+
+    def corners(self) -> Iterator[tuple[int, ...]]:
+        """First input voxel of each tile, first axis slowest."""
+        return itertools.product(*self.starts)
+
+    def add(self, corner: tuple[int, ...], tile: Tiles) -> None:
+        """Blend one tile in; it is only read.
+
+        Args:
+            corner: One of `corners()`.
+            tile: (C, *tile) in output voxels, or a tuple of such tensors.
+        """
+        index = self._index.get(tuple(int(c) for c in corner))
+        if index is None:
+            raise ValueError(f"no tile of this grid starts at {tuple(corner)}")
+        if self.seen[index]:
+            raise ValueError(f"the tile at {tuple(corner)} came twice")
+        self._single = isinstance(tile, torch.Tensor)
+        tiles = (tile,) if self._single else tuple(tile)
+        self._dtypes = [t.dtype for t in tiles]
+        for t in tiles:
+            if tuple(t.shape[1:]) != self.tile:
+                raise ValueError(f"a tile has shape {tuple(t.shape)}, expected (C, *{self.tile})")
+        spans = [axis[i] for axis, i in zip(self.spans, index, strict=True)]
+        for number, (lo, hi) in enumerate(self.segments):
+            lo, hi = max(lo, spans[0].lo), min(hi, spans[0].hi)
+            if lo < hi:
+                for part, t in zip(self._segment(number, tiles), tiles, strict=True):
+                    _blend(part, t, [_clip(spans[0], lo, hi), *spans[1:]], self.segments[number][0])
+        self.seen[index] = True
+
+    def _segment(self, number: int, like: tuple[torch.Tensor, ...]) -> list[torch.Tensor]:
+        """The accumulators of one segment, one per output, allocated at first use."""
+        if number not in self._parts:
+            lo, hi = self.segments[number]
+            if self.streaming:
+                self._parts[number] = [self._zeros(t, (hi - lo, *self.shape[1:])) for t in like]
+            else:
+                if self._whole is None:
+                    self._whole = [self._zeros(t, self.shape) for t in like]
+                self._parts[number] = [w[:, lo:hi] for w in self._whole]
+        return self._parts[number]
+
+    def _zeros(self, like: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
+        """Accumulator of at least float32: half-precision sums lose the blend."""
+        dtype = torch.promote_types(like.dtype, self._accumulator)
+        return torch.zeros((like.shape[0], *shape), dtype=dtype, device=like.device)
+
+    def _finish(self, parts: list[torch.Tensor]) -> Tiles:
+        parts = [
+            p.to(torch.promote_types(d, torch.float32))
+            for p, d in zip(parts, self._dtypes, strict=True)
+        ]
+        return parts[0] if self._single else tuple(parts)
+
+    def pop(self) -> Iterator[tuple[slice, Tiles]]:
+        """Finished segments since the last call: (rows of the first axis, (C, rows, ...))."""
+        rows = self.seen.reshape(len(self.seen), -1).all(axis=1)
+        unfinished = int(np.argmin(rows)) if not rows.all() else len(rows)
+        limit = self.spans[0][unfinished].lo if unfinished < len(rows) else self.shape[0]
+        while self._popped < len(self.segments) and self.segments[self._popped][1] <= limit:
+            part = self._parts.pop(self._popped)
+            where = slice(*self.segments[self._popped])
+            self._popped += 1
+            yield where, self._finish(part)
+
+    def check_complete(self) -> None:
+        """Raise ValueError unless every tile has come once."""
+        if not self.seen.all():
+            first = np.argwhere(~self.seen)[0]
+            corner = tuple(axis[i] for axis, i in zip(self.starts, first, strict=True))
+            raise ValueError(f"{int((~self.seen).sum())} tiles are missing, first at {corner}")
+
+    def result(self) -> Tiles:
+        """The blended volume(s), (C, *shape); ValueError when a tile is missing."""
+        assert not self.streaming
+        self.check_complete()
+        return self._finish(self._whole)
+
+
+def _most_overlapping(spans: list[Span], size: int) -> int:
+    """The largest number of tiles over one voxel of an axis."""
+    count = np.zeros(size, dtype=int)
+    for span in spans:
+        count[span.lo : span.hi] += 1
+    return int(count.max())
+
+
+def _clip(span: Span, lo: int, hi: int) -> Span:
+    cut = slice(lo - span.lo, hi - span.lo)
+    weight = None if span.weight is None else span.weight[cut]
+    return Span(lo, hi, span.offset + lo - span.lo, weight)
+
+
+def _blend(out: torch.Tensor, tile: torch.Tensor, spans: list[Span], base: int) -> None:
+    """Add the weighted tile (or copy it, for crop) to `out`, whose first row is voxel `base`."""
+    x = spans[0]
+    target = out[
+        (slice(None), slice(x.lo - base, x.hi - base), *(slice(s.lo, s.hi) for s in spans[1:]))
+    ]
+    source = tile[(slice(None), *(slice(s.offset, s.offset + s.hi - s.lo) for s in spans))]
+    source = source.detach().to(out.dtype)
+    if x.weight is None:
+        target.copy_(source)
+        return
+    weight = spans[-1].weight
+    for s in reversed(spans[:-1]):
+        weight = s.weight.reshape(-1, *[1] * weight.ndim) * weight
+    target.addcmul_(source, weight.to(out))
+
+
+def _read_tile(volume, corner: Sequence[int], patch_size: Sequence[int]) -> torch.Tensor:
+    """A copy of the tile (C, *patch), edge voxels repeated where it reaches beyond the volume."""
+    region = (slice(None), *(slice(c, c + p) for c, p in zip(corner, patch_size, strict=True)))
+    part = volume[region]
+    if not isinstance(part, torch.Tensor):
+        part = torch.from_numpy(np.array(part))
+    if not part.is_floating_point():
+        part = part.float()
+    short = [p - n for p, n in zip(patch_size, part.shape[1:], strict=True)]
+    if any(short):
+        pads = [side for s in reversed(short) for side in (0, s)]
+        part = F.pad(part[None], pads, mode="replicate")[0]
+    return part
+
+
+def _run(fn, volume, stitcher: Stitcher, batch_size: int) -> Iterator[tuple[int, ...]]:
+    """Feed every tile through `fn` in batches; yields the corners done, first axis slowest."""
+    corners = list(stitcher.corners())
+    for at in range(0, len(corners), batch_size):
+        batch = corners[at : at + batch_size]
+        tiles = torch.stack([_read_tile(volume, c, stitcher.patch_size) for c in batch])
+        out = fn(tiles)
+        outs = (out,) if isinstance(out, torch.Tensor) else tuple(out)
+        if any(o.shape[0] != len(batch) for o in outs):
+            raise ValueError(f"fn returned {len(outs[0])} tiles for a batch of {len(batch)}")
+        for i, corner in enumerate(batch):
+            tile = tuple(o[i] for o in outs)
+            stitcher.add(corner, tile[0] if isinstance(out, torch.Tensor) else tile)
+        yield batch[-1]
+
+
+@torch.no_grad()
+def stitch(
+    fn: Callable[[torch.Tensor], Tiles],
+    volume,
+    patch_size: Sequence[int],
+    overlap: float | int | Sequence = 0.5,
+    blend: str = "hann",
+    batch_size: int = 1,
+    *,
+    scale=1,
+    out=None,
+) -> Tiles:
+    """Apply `fn` tile by tile and blend; equals `fn(volume)` where `fn` is local.
+
+    Args:
+        fn: (B, C, *patch) -> (B, C', *patch * scale), or a tuple of such tensors. Where it returns
+            tensors of another device, the result lies there.
+        volume: (C, X, Y, Z) or (C, X, Y); a tensor, or anything that slices to an array, such as a
+            memory map. A leading batch axis is stitched one by one. Never written to.
+        patch_size: Tile in input voxels, one per spatial axis. Smaller volumes are padded by
+            repeating the edge, and the result is cropped.
+        overlap: Fraction of the patch (float) or voxels (int), one or one per axis; < patch.
+        blend: hann | gaussian | average | crop (each voxel from the tile nearest in the middle).
+        batch_size: Tiles per call of `fn`.
+        scale: Output voxels per input voxel: 4 decodes, 1/4 encodes, at factor 4.
+        out: Array, memory map or dataset (C', X, Y, Z) to write finished slabs into; then only a
+            few rows of tiles are held in memory.
+
+    Returns:
+        (C', X, Y, Z), at least float32; or a tuple of such. `out` when it is given.
+
+    Example:
+        >>> stitch(lambda x: x, torch.rand(1, 40, 30, 20), (16, 16, 16)).shape
+        torch.Size([1, 40, 30, 20])
+    """
+    dims = len(patch_size)
+    options = dict(overlap=overlap, blend=blend, batch_size=batch_size, scale=scale)
+    if len(volume.shape) == dims + 2:
+        parts = [
+            stitch(fn, v, patch_size, **options, out=None if out is None else out[i])
+            for i, v in enumerate(volume)
+        ]
+        if out is not None:
+            return out
+        if isinstance(parts[0], torch.Tensor):
+            return torch.stack(parts)
+        return tuple(torch.stack(p) for p in zip(*parts, strict=True))
+    if len(volume.shape) != dims + 1:
+        raise ValueError(
+            f"volume has shape {tuple(volume.shape)}; patch_size {tuple(patch_size)} asks for "
+            f"(C, {', '.join('XYZ'[:dims])})"
+        )
+    if out is not None:
+        for where, slab in iter_slabs(fn, volume, patch_size, **options):
+            out[:, where] = slab if isinstance(out, torch.Tensor) else slab.cpu().numpy()
+        return out
+    stitcher = Stitcher(volume.shape[1:], patch_size, overlap, blend, scale)
+    for _ in _run(fn, volume, stitcher, batch_size):
+        pass
+    return stitcher.result()
+
+
+@torch.no_grad()
+def iter_slabs(
+    fn: Callable[[torch.Tensor], Tiles],
+    volume,
+    patch_size: Sequence[int],
+    overlap: float | int | Sequence = 0.5,
+    blend: str = "hann",
+    batch_size: int = 1,
+    *,
+    scale=1,
+) -> Iterator[tuple[slice, Tiles]]:
+    """Like `stitch`, but hands out finished slabs in order: (rows of the first axis, slab).
+
+    Neither input nor output need fit in memory: `volume` may be a memory map, and at most the
+    slabs under one row of tiles are held.
+    """
+    stitcher = Stitcher(volume.shape[1:], patch_size, overlap, blend, scale, streaming=True)
+    for _ in _run(fn, volume, stitcher, batch_size):
+        yield from stitcher.pop()
+    stitcher.check_complete()
