@@ -1,0 +1,332 @@
+"""Pictures of volumes: three planes, scroll-throughs, PNG, GIF, MP4 (only importer of imageio).
+
+Volumes are `(C, X, Y, Z)` or `(C, X, Y)` arrays in RAS+ order. Every picture shows the columns
+input | recon | error; the error is `recon - input` on a fixed scale that is printed in the picture,
+so pictures of two steps or two runs can be compared. Panels keep true proportions: a voxel of
+1 x 1 x 5 mm is drawn five times as tall as wide.
+"""
+
+import os
+import re
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+COLUMNS = ("input", "recon", "error")
+PLANES = (("axial", 2), ("coronal", 1), ("sagittal", 0))  # name, axis that the plane cuts
+
+BACKGROUND = (11, 12, 16)
+TEXT = (235, 237, 242)
+FAINT = (139, 145, 158)
+GAP = 10  # pixels between panels
+# Error colors from -scale to +scale: ice, blue, background, orange, sand.
+ERROR_COLORS = np.array(
+    [(196, 236, 255), (52, 140, 226), BACKGROUND, (230, 96, 30), (255, 230, 150)], np.float32
+)
+
+
+def three_planes(
+    x,
+    recon,
+    spacing_mm: Sequence[float] | None = None,
+    data_range: tuple[float, float] = (0.0, 1.0),
+    *,
+    error_scale: float = 0.1,
+    window_hu: tuple[float, float] | None = None,
+    title: str = "",
+    panel_px: int = 240,
+) -> np.ndarray:
+    """Axial, coronal and sagittal slice of input, recon and error in one picture.
+
+    The slices go through the center of mass of the input, so they meet the anatomy and not air.
+
+    Args:
+        x: Input, `(C, X, Y, Z)` or `(C, X, Y)`; one row of panels per channel and plane.
+        recon: Reconstruction, same shape.
+        spacing_mm: Voxel size per axis in mm; None means cubic voxels.
+        data_range: Intensities drawn black and white.
+        error_scale: End of the error's color scale, as a part of `data_range`.
+        window_hu: HU of `data_range`'s ends (CT); the scale is then printed in HU.
+        title: Text above the panels, such as the case and its PSNR.
+        panel_px: Longest side of the largest panel in pixels.
+
+    Returns:
+        uint8 picture `(H, W, 3)`, even height and width.
+    """
+    scene = _Scene(x, recon, spacing_mm, data_range, error_scale, window_hu, panel_px)
+    rows = [
+        (channel, plane, axis, scene.center[axis])
+        for channel in range(len(scene.x))
+        for plane, axis in scene.planes
+    ]
+    return scene.draw(rows, COLUMNS, title)
+
+
+def scroll_frames(
+    x,
+    recon,
+    spacing_mm: Sequence[float] | None = None,
+    data_range: tuple[float, float] = (0.0, 1.0),
+    *,
+    columns: Sequence[str] = COLUMNS,
+    axis: int = 2,
+    max_frames: int = 60,
+    error_scale: float = 0.1,
+    window_hu: tuple[float, float] | None = None,
+    title: str = "",
+    panel_px: int = 200,
+) -> list[np.ndarray]:
+    """Frames that scroll through a volume slice by slice; a 2D image gives one frame.
+
+    Args:
+        x: Input, `(C, X, Y, Z)` or `(C, X, Y)`.
+        recon: Reconstruction, same shape.
+        spacing_mm: Voxel size per axis in mm; None means cubic voxels.
+        data_range: Intensities drawn black and white.
+        columns: Which of input, recon, error to show side by side.
+        axis: Spatial axis to scroll along; 2 gives axial slices.
+        max_frames: Longer volumes are shown in even steps.
+        error_scale: End of the error's color scale, as a part of `data_range`.
+        window_hu: HU of `data_range`'s ends (CT).
+        title: Text above the panels.
+        panel_px: Longest side of a panel in pixels.
+
+    Returns:
+        uint8 frames `(H, W, 3)`, all of one size, even height and width.
+    """
+    scene = _Scene(x, recon, spacing_mm, data_range, error_scale, window_hu, panel_px)
+    if len(scene.shape) == 2:
+        rows = [(channel, "image", 2, 0) for channel in range(len(scene.x))]
+        return [scene.draw(rows, columns, title)]
+    plane = next(name for name, cut in PLANES if cut == axis)
+    count = scene.shape[axis]
+    picks = np.unique(np.linspace(0, count - 1, min(count, max_frames)).round().astype(int))
+    return [
+        scene.draw([(c, plane, axis, int(i)) for c in range(len(scene.x))], columns, title)
+        for i in picks
+    ]
+
+
+class _Scene:
+    """A pair of volumes with everything needed to draw any of its planes."""
+
+    def __init__(self, x, recon, spacing_mm, data_range, error_scale, window_hu, panel_px):
+        self.x, self.recon = (np.asarray(v, dtype=np.float32) for v in (x, recon))
+        if self.x.shape != self.recon.shape or self.x.ndim not in (3, 4):
+            raise ValueError(
+                "x and recon must share one shape (C, X, Y, Z) or (C, X, Y); "
+                f"got {self.x.shape} and {self.recon.shape}"
+            )
+        self.shape = self.x.shape[1:]
+        self.spacing = tuple(spacing_mm or (1.0,) * len(self.shape))[: len(self.shape)]
+        self.lo, self.hi = map(float, data_range)
+        self.error = error_scale * (self.hi - self.lo)
+        self.window_hu = window_hu
+        self.planes = PLANES if len(self.shape) == 3 else (("image", 2),)
+        extents = [n * s for n, s in zip(self.shape, self.spacing, strict=True)]
+        self.px_per_mm = panel_px / max(extents)
+        self.center = (*_center_of_mass(self.x - self.lo), 0)[:3]
+
+    def panel(self, column: str, channel: int, axis: int, index: int) -> np.ndarray:
+        """One slice in color at true proportions, anterior and superior up: uint8 (h, w, 3)."""
+        cut = (
+            (lambda v: v[channel])
+            if len(self.shape) == 2
+            else (lambda v: np.take(v[channel], index, axis))
+        )
+        if column == "error":
+            values = (cut(self.recon) - cut(self.x)) / self.error
+        else:
+            values = (cut(self.x if column == "input" else self.recon) - self.lo) / (
+                self.hi - self.lo
+            )
+        size = self.panel_size(axis)
+        upright = np.ascontiguousarray(values.T[::-1])
+        image = Image.fromarray(upright).resize(size, Image.Resampling.BILINEAR)
+        return _error_colors(np.asarray(image)) if column == "error" else _gray(np.asarray(image))
+
+    def panel_size(self, axis: int) -> tuple[int, int]:
+        """Width and height in pixels of a plane that cuts `axis`."""
+        a, b = (i for i in range(3) if i != axis) if len(self.shape) == 3 else (0, 1)
+        return tuple(
+            max(2, round(self.shape[i] * self.spacing[i] * self.px_per_mm)) for i in (a, b)
+        )
+
+    def draw(self, rows, columns, title) -> np.ndarray:
+        """Rows (channel, plane, axis, index) under the column names, a color scale at the foot."""
+        sizes = [self.panel_size(axis) for _, _, axis, _ in rows]
+        width = max(w for w, _ in sizes)
+        top = GAP + (22 if title else 0) + 20
+        height = top + sum(h + GAP for _, h in sizes) + 22
+        canvas = Image.new("RGB", _even(GAP + len(columns) * (width + GAP), height), BACKGROUND)
+        pen = ImageDraw.Draw(canvas)
+        if title:
+            pen.text((GAP, GAP - 1), title, TEXT, _font(14))
+        y = top
+        for (channel, plane, axis, index), (w, h) in zip(rows, sizes, strict=True):
+            for k, column in enumerate(columns):
+                left = GAP + k * (width + GAP)
+                if y == top:
+                    pen.text((left, top - 18), column, TEXT, _font(13))
+                panel = Image.fromarray(self.panel(column, channel, axis, index))
+                canvas.paste(panel, (left + (width - w) // 2, y))
+            label = plane if plane == "image" else f"{plane} {'xyz'[axis]}={index}"
+            if len(self.x) > 1:
+                label += f" ch {channel}"
+            pen.text((GAP + 3, y + 2), label, FAINT, _font(11))
+            y += h + GAP
+        self._foot(canvas, pen, y - GAP + 6, columns, width)
+        return np.asarray(canvas)
+
+    def _foot(self, canvas, pen, y, columns, width):
+        """Color scales with their ends: gray window on the left, error under its column."""
+        unit = " HU" if self.window_hu else ""
+        lo, hi = self.window_hu or (self.lo, self.hi)
+        error = self.error * (hi - lo) / (self.hi - self.lo)
+        for k, column in enumerate(columns):
+            if column == "recon" and k:
+                continue
+            ends = (-error, error) if column == "error" else (lo, hi)
+            ramp = np.linspace(-1 if column == "error" else 0, 1, 64, dtype=np.float32)
+            ramp = np.repeat(ramp[None], 8, axis=0)
+            left = GAP + k * (width + GAP)
+            texts = [f"{v:+.3g}" if column == "error" else f"{v:.3g}" for v in ends]
+            texts[1] += unit
+            pen.text((left, y), texts[0], FAINT, _font(11))
+            left += int(pen.textlength(texts[0], _font(11))) + 6
+            colors = _error_colors(ramp) if column == "error" else _gray(ramp)
+            canvas.paste(Image.fromarray(colors), (left, y + 3))
+            pen.text((left + 64 + 6, y), texts[1], FAINT, _font(11))
+
+
+def save_views(
+    folder: Path | str,
+    case: str,
+    x,
+    recon,
+    spacing_mm: Sequence[float] | None = None,
+    data_range: tuple[float, float] = (0.0, 1.0),
+    *,
+    separate: bool = False,
+    **view,
+) -> dict[str, Path]:
+    """Write `<case>.png` (three planes), `<case>.gif` and `<case>.mp4` (scroll-throughs).
+
+    Args:
+        folder: Where to; made when missing.
+        case: The volume's id; characters that a file name cannot hold are percent-encoded, so two
+            volumes never share a file.
+        x: Input, `(C, X, Y, Z)` or `(C, X, Y)`.
+        recon: Reconstruction, same shape.
+        spacing_mm: Voxel size per axis in mm.
+        data_range: Intensities drawn black and white.
+        separate: Also write scroll-throughs of the input alone and of the recon alone.
+        **view: `error_scale`, `window_hu` and `title` of `three_planes`.
+
+    Returns:
+        Paths by kind: png, gif, mp4; with `separate` also input_gif, input_mp4 and so on.
+    """
+    folder, stem = Path(folder), case_stem(case)
+    folder.mkdir(parents=True, exist_ok=True)
+    pair = (x, recon, spacing_mm, data_range)
+    paths = {"png": write_png(folder / f"{stem}.png", three_planes(*pair, **view))}
+    clips = {"": COLUMNS, "input_": ("input",), "recon_": ("recon",)}
+    for prefix, columns in clips.items():
+        if prefix and not separate:
+            continue
+        frames = scroll_frames(*pair, columns=columns, **view)
+        name = f"{stem}.{prefix[:-1]}" if prefix else stem
+        paths[f"{prefix}gif"] = write_gif(folder / f"{name}.gif", frames)
+        paths[f"{prefix}mp4"] = write_mp4(folder / f"{name}.mp4", frames)
+    return paths
+
+
+def case_stem(case: str) -> str:
+    """File name of a volume's id: reversible, so that two ids never share a name."""
+    return re.sub(r"[^\w\-. ]", lambda m: "".join(f"%{b:02X}" for b in m[0].encode()), str(case))
+
+
+def write_png(path: Path | str, image: np.ndarray) -> Path:
+    """Write a uint8 picture `(H, W, 3)`."""
+    import imageio.v3 as iio
+
+    return _replace(path, lambda temporary: iio.imwrite(temporary, image, plugin="pillow"))
+
+
+def write_gif(path: Path | str, frames: Sequence[np.ndarray], fps: float = 12.0) -> Path:
+    """Write uint8 frames `(H, W, 3)` as a GIF that loops forever."""
+    import imageio.v3 as iio
+
+    def write(temporary):
+        iio.imwrite(temporary, np.stack(frames), plugin="pillow", duration=1000 / fps, loop=0)
+
+    return _replace(path, write)
+
+
+def write_mp4(path: Path | str, frames: Sequence[np.ndarray], fps: float = 12.0) -> Path:
+    """Write uint8 frames `(H, W, 3)` of even height and width as H.264 that browsers play."""
+    import imageio.v3 as iio
+
+    def write(temporary):
+        iio.imwrite(
+            temporary,
+            np.stack(frames),
+            plugin="FFMPEG",
+            fps=fps,
+            codec="libx264",
+            pixelformat="yuv420p",
+            macro_block_size=2,
+            output_params=["-crf", "18", "-movflags", "+faststart"],
+        )
+
+    return _replace(path, write)
+
+
+def _replace(path, write) -> Path:
+    """A reader, or a kill, never meets a half-written file."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path
+
+
+def _gray(values: np.ndarray) -> np.ndarray:
+    """Values in [0, 1] -> uint8 (h, w, 3); NaN is black."""
+    levels = np.clip(np.nan_to_num(values), 0, 1) * 255
+    return np.repeat(levels.round().astype(np.uint8)[..., None], 3, axis=-1)
+
+
+def _error_colors(values: np.ndarray) -> np.ndarray:
+    """Values in [-1, 1] -> uint8 (h, w, 3)."""
+    position = (np.clip(np.nan_to_num(values), -1, 1) + 1) / 2 * (len(ERROR_COLORS) - 1)
+    anchors = np.arange(len(ERROR_COLORS))
+    channels = [np.interp(position, anchors, ERROR_COLORS[:, c]) for c in range(3)]
+    return np.stack(channels, axis=-1).round().astype(np.uint8)
+
+
+def _center_of_mass(x: np.ndarray) -> tuple[int, ...]:
+    """Voxel at the intensity-weighted center of `(C, *spatial)`; the middle when x is flat."""
+    mass = np.clip(np.nan_to_num(x), 0, None).sum(axis=0)
+    center = []
+    for axis, n in enumerate(mass.shape):
+        profile = mass.sum(axis=tuple(i for i in range(mass.ndim) if i != axis), dtype=np.float64)
+        total = profile.sum()
+        center.append(round(float(profile @ np.arange(n) / total)) if total > 0 else n // 2)
+    return tuple(center)
+
+
+def _even(width: int, height: int) -> tuple[int, int]:
+    """H.264 with yuv420p stores color at half size: both sides must be even."""
+    return width + width % 2, height + height % 2
+
+
+@lru_cache
+def _font(size: int):
+    return ImageFont.load_default(size)
