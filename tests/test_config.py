@@ -102,9 +102,7 @@ def test_later_yaml_and_options_override_earlier_ones(tmp_path):
 
 
 def test_a_socket_may_be_given_as_a_file(tmp_path):
-    (tmp_path / "tool.yaml").write_text(
-        "class_path: Oil\ninit_args: {thickness: 2}\n"
-    )
+    (tmp_path / "tool.yaml").write_text("class_path: Oil\ninit_args: {thickness: 2}\n")
     argv = ["--canvas.root", "wall", "--tool", str(tmp_path / "tool.yaml")]
     assert config.parse(paint, argv)["tool"](1).thickness == 2
 

@@ -49,7 +49,7 @@ def imports(path: Path):
 def room(dotted: str) -> int:
     """Position of a module in ORDER; scripts, the command line and the configuration come last."""
     parts = dotted.split(".")
-    if parts[0] == "loaders":
+    if parts[0] == "loaders" or dotted == "vae3d":  # the front door: __version__
         return 0
     if parts[0] == "vae3d" and len(parts) > 1 and parts[1] in ORDER:
         return ORDER.index(parts[1])
@@ -100,7 +100,17 @@ def test_sources_keep_the_rules_of_safety(path):
 
 @pytest.mark.parametrize("command", [["train_3d.py", "--help"], ["evaluate.py", "--help"]])
 def test_help_loads_no_heavy_library(command):
-    heavy = "torchio wandb monai nibabel SimpleITK imageio lightning diffusers skimage".split()
+    heavy = [
+        "torchio",
+        "wandb",
+        "monai",
+        "nibabel",
+        "SimpleITK",
+        "imageio",
+        "lightning",
+        "diffusers",
+        "skimage",
+    ]
     spy = (
         "import sys, runpy; sys.argv = sys.argv[1:]\n"
         "try: runpy.run_path(sys.argv[0], run_name='__main__')\n"

@@ -7,7 +7,10 @@ from importlib import import_module
 
 COMMANDS = {
     # command: (module, what it does)
-    "demo-data": ("vae3d.commands.demo_data", "write a small set of brain-like volumes to try with"),
+    "demo-data": (
+        "vae3d.commands.demo_data",
+        "write a small set of brain-like volumes to try with",
+    ),
     "check-data": ("vae3d.commands.check_data", "list every broken file of a data set and why"),
     "prepare": ("vae3d.commands.prepare", "build the volume cache ahead of training"),
     "patches": ("vae3d.commands.patches", "write a contact sheet of random training patches"),

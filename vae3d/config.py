@@ -15,6 +15,7 @@ from Python passes. This is the only module that imports jsonargparse.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import inspect
 import os
 import re
@@ -78,7 +79,7 @@ def config_dict(fn: Callable, kwargs: dict[str, Any]) -> dict[str, Any]:
     equal even after a default has changed.
     """
     parser = _parser(fn)
-    given = {name: describe(value) for name, value in kwargs.items()}
+    given = {name: _plain(value) for name, value in kwargs.items()}
     try:
         complete = parser.parse_object(given)
     except jsonargparse.ArgumentError as error:
@@ -101,7 +102,9 @@ class _StrictLoader(yaml.SafeLoader):
     """Safe YAML without its surprises: lost duplicates, `1e-3` as text, dates, alias bombs."""
 
     yaml_implicit_resolvers = {  # noqa: RUF012 - PyYAML's own protocol
-        first: [(tag, regexp) for tag, regexp in pairs if not tag.endswith((":timestamp", ":float"))]
+        first: [
+            (tag, regexp) for tag, regexp in pairs if not tag.endswith((":timestamp", ":float"))
+        ]
         for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
     num_aliases = 0
@@ -164,6 +167,13 @@ def _plain_sockets(value: Any) -> Any:
     if isinstance(value, dict):
         return {k: _plain_sockets(v) for k, v in value.items()}
     return value
+
+
+def _plain(value: Any) -> Any:
+    """Turn options as a function takes them into plain data: dataclasses, paths, sockets."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    return str(value) if isinstance(value, Path) else describe(value)
 
 
 def _is_users_mistake(error: Exception) -> bool:
