@@ -2,6 +2,7 @@
 
 import ast
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 
@@ -11,7 +12,7 @@ from vae3d import cli
 @pytest.mark.parametrize("command", cli.COMMANDS)
 def test_each_command_has_a_function_named_like_its_module(command):
     module = cli.COMMANDS[command][0]
-    tree = ast.parse(open(find_spec(module).origin, encoding="utf-8").read())
+    tree = ast.parse(Path(find_spec(module).origin).read_text(encoding="utf-8"))
     functions = {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef)}
     function = functions[module.rpartition(".")[2]]
     documented = ast.get_docstring(function)

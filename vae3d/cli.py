@@ -9,7 +9,7 @@ COMMANDS = {
     # command: (module, what it does)
     "demo-data": (
         "vae3d.commands.demo_data",
-        "write a small set of brain-like volumes to try with",
+        "write a small set of brain-like volumes",
     ),
     "check-data": ("vae3d.commands.check_data", "list every broken file of a data set and why"),
     "prepare": ("vae3d.commands.prepare", "build the volume cache ahead of training"),
