@@ -157,7 +157,7 @@ class _Help(jsonargparse.DefaultHelpFormatter, argparse.RawDescriptionHelpFormat
 
 
 def _plain_sockets(value: Any) -> Any:
-    """Turn jsonargparse's wrapped class factories into `partial(Class, **init_args)`, all levels."""
+    """Unwrap class factories of jsonargparse into `partial(Class, **init_args)`, all levels."""
     if isinstance(value, partial):
         cls = value.func if isinstance(value.func, type) else value.args[-1]
         assert isinstance(cls, type), f"not a factory of a class: {value}"
