@@ -1,0 +1,84 @@
+"""Blocks that change channels and keep the grid: the socket `block` of `CustomVAE`.
+
+Axes: b batch, c channels, x y z space.
+"""
+
+from collections import OrderedDict
+from collections.abc import Callable
+
+from torch import Tensor, nn
+
+from vae3d.models.conv import conv
+from vae3d.models.norm import Norm, NormAct
+
+
+class Block(nn.Module):
+    """Contract of a block: `Block(in_channels, out_channels, spatial_dims, norm, act, **options)`.
+
+    A block maps `(B, in_channels, *spatial)` to `(B, out_channels, *spatial)` as
+    `shortcut(x) + body(x)`, or `body(x)` where `shortcut` is None. `body` is a chain of elementary
+    layers (convolution, norm, activation), so that the exact executor can walk it. A block that is
+    not of this form overrides `forward`, and is then run on the whole volume.
+
+    Args:
+        body: The chain of layers.
+        shortcut: What is added to it; None for nothing.
+    """
+
+    def __init__(self, body: nn.Sequential, shortcut: nn.Module | None):
+        super().__init__()
+        self.body = body
+        self.shortcut = shortcut
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map `(B, in_channels, *spatial)` to `(B, out_channels, *spatial)`."""
+        h = self.body(x)
+        return h if self.shortcut is None else self.shortcut(x) + h
+
+
+class ResBlock(Block):
+    """Pre-norm residual block of the Stable Diffusion family: twice norm, activation, convolution.
+
+    Args:
+        in_channels: Channels of the input.
+        out_channels: Channels of the output.
+        spatial_dims: 2 or 3.
+        norm: Makes a norm from a channel count.
+        act: Name of the activation.
+        dropout: Probability of a dropped value before the second convolution.
+        zero_init: Start the second convolution at zero, so that the block starts as its shortcut.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        spatial_dims: int,
+        norm: Callable[[int], Norm],
+        act: str,
+        dropout: float = 0.0,
+        zero_init: bool = False,
+    ):
+        layers = OrderedDict(
+            norm1=NormAct(norm(in_channels), act),
+            conv1=conv(spatial_dims, in_channels, out_channels, 3),
+            norm2=NormAct(norm(out_channels), act),
+            dropout=nn.Dropout(dropout),
+            conv2=conv(spatial_dims, out_channels, out_channels, 3),
+        )
+        if zero_init:
+            zero_(layers["conv2"])
+        super().__init__(nn.Sequential(layers), shortcut(in_channels, out_channels, spatial_dims))
+
+
+def shortcut(in_channels: int, out_channels: int, spatial_dims: int) -> nn.Module:
+    """Identity where the channels agree, else a 1x1 convolution."""
+    if in_channels == out_channels:
+        return nn.Identity()
+    return conv(spatial_dims, in_channels, out_channels, 1)
+
+
+def zero_(layer: nn.Module) -> None:
+    """Set every parameter of `layer` to zero, in place."""
+    for parameter in layer.parameters():
+        nn.init.zeros_(parameter)

@@ -1,0 +1,270 @@
+"""The variational autoencoder: two flat chains of layers round a Gaussian latent.
+
+Axes: b batch, c channels, x y z space in storage order; 2D is `(B, C, X, Y)`, 3D `(B, C, X, Y, Z)`.
+"""
+
+from collections.abc import Callable, Sequence
+from math import prod
+from typing import Literal
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from vae3d.models.attention import Attention
+from vae3d.models.blocks import Block, ResBlock
+from vae3d.models.conv import conv, per_axis
+from vae3d.models.downsample import ConvDown, Down
+from vae3d.models.norm import GroupNorm, Norm, NormAct
+from vae3d.models.posterior import DiagonalGaussian, LogVarianceHead, PosteriorHead
+from vae3d.models.spec import Described
+from vae3d.models.upsample import InterpUp, Up
+
+OUTPUTS = {"none": nn.Identity, "tanh": nn.Tanh, "sigmoid": nn.Sigmoid}
+Checkpointing = Literal["none", "block", "level"]
+
+
+class Chain(nn.Sequential):
+    """Layers in a row; runs them one by one, or recomputes them in the backward pass.
+
+    Args:
+        levels: The layers, grouped; the groups are the units of `level` checkpointing and leave no
+            trace in the names of the parameters.
+    """
+
+    def __init__(self, levels: Sequence[Sequence[nn.Module]]):
+        super().__init__(*[layer for level in levels for layer in level])
+        self.level_sizes = tuple(len(level) for level in levels)
+        self.checkpointing: Checkpointing = "none"
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Run every layer in order."""
+        if self.checkpointing == "none" or not self.training:
+            return super().forward(x)
+        layers = list(self)
+        sizes = self.level_sizes if self.checkpointing == "level" else (1,) * len(layers)
+        start = 0
+        for size in sizes:
+            x = checkpoint(run, layers[start : start + size], x, use_reentrant=False)
+            start += size
+        return x
+
+
+def run(layers: Sequence[nn.Module], x: Tensor) -> Tensor:
+    """Apply `layers` to `x` in order."""
+    for layer in layers:
+        x = layer(x)
+    return x
+
+
+class CustomVAE(Described, nn.Module):
+    """Variational autoencoder for 2D and 3D volumes, of which the published ones are presets.
+
+    The encoder is: convolution; per level a down layer where its factor is not 1, then blocks with
+    optional attention; a bottleneck; norm, activation, convolution. The decoder mirrors it. Any
+    spatial size goes in and the same size comes out.
+
+    Args:
+        spatial_dims: 2 or 3.
+        in_channels: Channels of the volume.
+        out_channels: Channels of the reconstruction; None for `in_channels`.
+        channels: Channels of each level, finest first.
+        factors: Shrink on entering each level, one number or one per axis; None halves every axis
+            on entering each level but the first.
+        num_res_blocks: Blocks of each level, one number or one per level.
+        decoder_res_blocks: The same for the decoder; None for `num_res_blocks`.
+        latent_channels: Channels of the latent.
+        block: Block class.
+        down: Down layer class.
+        up: Up layer class.
+        norm: Norm class.
+        act: Activation: silu, relu, leaky_relu, gelu, elu, mish or none.
+        act_before_out: Activation between the last norm and the last convolution of each half.
+        attention: Attention class of the levels that `attention_levels` marks.
+        attention_levels: One true or false per level; None for no level.
+        mid_attention: Attention class of the bottleneck; None for none.
+        encoder_mid: Build the encoder's bottleneck (two blocks with `mid_attention` in between).
+        decoder_mid: Build the decoder's bottleneck.
+        posterior: Class that turns the encoder's output into the posterior.
+        z_channels: Channels that the decoder starts from; None for `latent_channels`.
+        double_z: The encoder ends in as many times `z_channels` as the posterior has moments
+            (Stable Diffusion), not in `z_channels` (MONAI).
+        quant_conv: 1x1 convolutions on both sides of the latent.
+        output: Function on the reconstruction: none, tanh or sigmoid.
+        latent_scale: Factor of `encode_stage_2_inputs`, so that latents have unit variance.
+        latent_shift: Subtracted before scaling.
+    """
+
+    def __init__(
+        self,
+        spatial_dims: Literal[2, 3] = 3,
+        in_channels: int = 1,
+        out_channels: int | None = None,
+        channels: tuple[int, ...] = (32, 64, 128),
+        factors: tuple[tuple[int, ...], ...] | None = None,
+        num_res_blocks: int | tuple[int, ...] = 2,
+        decoder_res_blocks: int | tuple[int, ...] | None = None,
+        latent_channels: int = 4,
+        block: Callable[[int, int, int, Callable[[int], Norm], str], Block] = ResBlock,
+        down: Callable[[int, tuple[int, ...], int], Down] = ConvDown,
+        up: Callable[[int, tuple[int, ...], int], Up] = InterpUp,
+        norm: Callable[[int], Norm] = GroupNorm,
+        act: str = "silu",
+        act_before_out: bool = True,
+        attention: Callable[[int, int, Callable[[int], Norm]], Attention] | None = None,
+        attention_levels: tuple[bool, ...] | None = None,
+        mid_attention: Callable[[int, int, Callable[[int], Norm]], Attention] | None = None,
+        encoder_mid: bool = True,
+        decoder_mid: bool = True,
+        posterior: Callable[[], PosteriorHead] = LogVarianceHead,
+        z_channels: int | None = None,
+        double_z: bool = True,
+        quant_conv: bool = True,
+        output: Literal["none", "tanh", "sigmoid"] = "none",
+        latent_scale: float = 1.0,
+        latent_shift: float = 0.0,
+    ):
+        super().__init__()
+        levels = len(channels)
+        self.spatial_dims, self.in_channels = spatial_dims, in_channels
+        self.out_channels = out_channels or in_channels
+        self.latent_channels = latent_channels
+        self.latent_scale, self.latent_shift = latent_scale, latent_shift
+        z_channels = z_channels or latent_channels
+        factors = factors or (1,) + (2,) * (levels - 1)
+        factors = [
+            per_axis(f, spatial_dims, "factors") for f in per_level(factors, levels, "factors")
+        ]
+        self.factor = tuple(prod(axis) for axis in zip(*factors, strict=True))
+        attended = per_level(attention_levels or (False,) * levels, levels, "attention_levels")
+        if any(attended) and attention is None:
+            raise ValueError("attention_levels marks levels but attention names no class")
+        res_blocks = per_level(num_res_blocks, levels, "num_res_blocks")
+        decoder_res_blocks = per_level(
+            res_blocks if decoder_res_blocks is None else decoder_res_blocks,
+            levels,
+            "decoder_res_blocks",
+        )
+
+        def attend(wanted: bool, socket, width: int) -> list[nn.Module]:
+            return [socket(width, spatial_dims, norm)] if wanted and socket else []
+
+        def blocks_of(level: int, width_in: int, count: int) -> list[nn.Module]:
+            layers = []
+            for n in range(count):
+                width = channels[level]
+                layers.append(block(width if n else width_in, width, spatial_dims, norm, act))
+                layers += attend(attended[level], attention, width)
+            return layers
+
+        def mid(wanted: bool) -> list[nn.Module]:
+            if not wanted:
+                return []
+            width = channels[-1]
+            first, second = (block(width, width, spatial_dims, norm, act) for _ in range(2))
+            return [first, *attend(True, mid_attention, width), second]
+
+        def last(width: int, width_out: int) -> list[nn.Module]:
+            final_act = act if act_before_out else "none"
+            return [NormAct(norm(width), final_act), conv(spatial_dims, width, width_out, 3)]
+
+        self.head = posterior()
+        moments = self.head.num_moments
+        encoder_out = z_channels * (moments if double_z else 1)
+
+        encoder = [[conv(spatial_dims, in_channels, channels[0], 3)]]
+        width = channels[0]
+        for level in range(levels):
+            shrink = (
+                [] if prod(factors[level]) == 1 else [down(width, factors[level], spatial_dims)]
+            )
+            encoder.append(shrink + blocks_of(level, width, res_blocks[level]))
+            width = channels[level]
+        encoder += [mid(encoder_mid), last(width, encoder_out)]
+        self.encoder = Chain(encoder)
+
+        decoder = [[conv(spatial_dims, z_channels, channels[-1], 3)], mid(decoder_mid)]
+        for level in reversed(range(levels)):
+            factor = factors[level]
+            grow = [up(channels[level], factor, spatial_dims)] if prod(factor) > 1 else []
+            decoder.append(blocks_of(level, width, decoder_res_blocks[level]) + grow)
+            width = channels[level]
+        self.decoder = Chain([*decoder, last(width, self.out_channels)])
+
+        self.quant_conv = self.post_quant_conv = nn.Identity()
+        if quant_conv:
+            self.quant_conv = conv(spatial_dims, encoder_out, moments * latent_channels, 1)
+            self.post_quant_conv = conv(spatial_dims, latent_channels, z_channels, 1)
+        elif (encoder_out, z_channels) != (moments * latent_channels, latent_channels):
+            raise ValueError(
+                "quant_conv=False needs z_channels equal to latent_channels and double_z=True"
+            )
+        self.output = OUTPUTS[output]()
+
+    @property
+    def last_layer(self) -> nn.Parameter:
+        """Weight of the output convolution, at which adversarial losses balance their gradients."""
+        return self.decoder[-1].weight
+
+    def set_checkpointing(self, mode: Checkpointing) -> None:
+        """Trade time for memory in training: recompute activations in the backward pass.
+
+        Args:
+            mode: `none`, `block` (store the input of every layer) or `level` (of every level).
+        """
+        if mode not in ("none", "block", "level"):
+            raise ValueError(f"checkpointing={mode!r} is not one of none, block, level")
+        self.encoder.checkpointing = self.decoder.checkpointing = mode
+
+    def encode(self, x: Tensor) -> DiagonalGaussian:
+        """Posterior of `(B, C, *spatial)`, padded at the far end to a multiple of `factor`."""
+        return self.head(self.quant_conv(self.encoder(self.pad(x))))
+
+    def decode(self, z: Tensor) -> Tensor:
+        """Reconstruction `(B, out_channels, *spatial * factor)` of a latent `(B, C, *spatial)`."""
+        return self.output(self.decoder(self.post_quant_conv(z)))
+
+    def forward(
+        self, x: Tensor, sample_posterior: bool | None = None
+    ) -> tuple[Tensor, DiagonalGaussian]:
+        """Reconstruct `x` and return the posterior beside it.
+
+        Args:
+            x: `(B, in_channels, *spatial)`, any size.
+            sample_posterior: Decode a sample (True) or the mean (False); None samples in training
+                mode and takes the mean in evaluation mode.
+
+        Returns:
+            `(recon, posterior)`, `recon` of the size of `x`.
+        """
+        posterior = self.encode(x)
+        recon = self.decode(self.draw(posterior, sample_posterior))
+        return recon[(..., *(slice(n) for n in x.shape[2:]))], posterior
+
+    def encode_stage_2_inputs(self, x: Tensor) -> Tensor:
+        """Scaled latent of `x` for a second-stage model: the mean, or a sample in training mode."""
+        return (self.draw(self.encode(x)) - self.latent_shift) * self.latent_scale
+
+    def decode_stage_2_outputs(self, z: Tensor) -> Tensor:
+        """Reconstruction of a scaled latent."""
+        return self.decode(z / self.latent_scale + self.latent_shift)
+
+    def draw(self, posterior: DiagonalGaussian, sample: bool | None = None) -> Tensor:
+        """Sample or mean of `posterior`; None follows the training mode."""
+        sample = self.training if sample is None else sample
+        return posterior.sample() if sample else posterior.mode()
+
+    def pad(self, x: Tensor) -> Tensor:
+        """Repeat the last voxels of each axis up to a multiple of `factor`."""
+        missing = [-n % f for n, f in zip(x.shape[2:], self.factor, strict=True)]
+        if not any(missing):
+            return x
+        return F.pad(x, [n for m in reversed(missing) for n in (0, m)], mode="replicate")
+
+
+def per_level(value, levels: int, name: str) -> tuple:
+    """One entry per level from one value or a sequence of `levels` values."""
+    values = (value,) * levels if isinstance(value, int) else tuple(value)
+    if len(values) != levels:
+        raise ValueError(f"{name} has {len(values)} entries for {levels} levels of channels")
+    return values

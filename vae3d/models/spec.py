@@ -1,0 +1,112 @@
+"""A model's recipe as plain data: which classes, with which arguments. Needs no torch.
+
+`{"class_path": "vae3d.models.custom_vae.CustomVAE", "init_args": {...}}`, nested for sockets.
+"""
+
+import importlib
+import inspect
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+
+class Described:
+    """Base of objects that remember what they were built from; see `spec`."""
+
+    # Arguments that say where initial weights come from, not what the object is.
+    not_in_spec: tuple[str, ...] = ()
+
+    def __init_subclass__(cls, **kwargs: Any):
+        super().__init_subclass__(**kwargs)
+        own = inspect.signature(cls.__init__)
+        cls.__signature__ = own.replace(parameters=list(own.parameters.values())[1:])
+
+    def __new__(cls, *args: Any, **kwargs: Any):
+        """Remember the arguments of `__init__`."""
+        self = super().__new__(cls)
+        # copy and pickle call this without arguments and restore the dictionary afterwards.
+        self.__dict__["_arguments"] = cls.__signature__.bind_partial(*args, **kwargs).arguments
+        return self
+
+    @property
+    def spec(self) -> dict[str, Any]:
+        """What `build` needs to make this object again, as JSON-able data."""
+        given = {k: v for k, v in self._arguments.items() if k not in self.not_in_spec}
+        return describe(partial(type(self), **given))
+
+
+def describe(factory: Any) -> Any:
+    """Turn a class, or a partial of one, into JSON-able data with every default spelled out.
+
+    Args:
+        factory: A class, a `functools.partial` of a class, or a plain value.
+
+    Returns:
+        `{"class_path": ..., "init_args": {...}}`; plain values come back as they are.
+    """
+    if isinstance(factory, partial):
+        given = inspect.signature(factory.func).bind_partial(*factory.args, **factory.keywords)
+        return _describe_class(factory.func, given.arguments)
+    if inspect.isclass(factory):
+        return _describe_class(factory, {})
+    if isinstance(factory, dict):
+        return {key: describe(value) for key, value in factory.items()}
+    if isinstance(factory, (list, tuple)):
+        return [describe(value) for value in factory]
+    if factory is None or isinstance(factory, (str, int, float, bool)):
+        return factory
+    raise ValueError(
+        f"{factory!r} cannot be saved with the model; pass a class, a partial of a class or a"
+        " plain value"
+    )
+
+
+def _describe_class(cls: type, given: dict[str, Any]) -> dict[str, Any]:
+    """Name of the class and its arguments, defaults included so that later versions agree."""
+    parameters = inspect.signature(cls).parameters.values()
+    args = {p.name: p.default for p in parameters if p.default is not p.empty} | given
+    path = f"{cls.__module__}.{cls.__qualname__}"
+    return {"class_path": path, "init_args": {name: describe(v) for name, v in args.items()}}
+
+
+def build(spec: dict[str, Any], trust: Sequence[str] = ()) -> Any:
+    """Build the object that `spec` describes; sockets inside become factories.
+
+    Args:
+        spec: What `describe` returned.
+        trust: Prefixes of modules beside `vae3d` that may be imported, such as `my_lab`.
+    """
+    return factory(spec, trust)()
+
+
+def factory(spec: dict[str, Any], trust: Sequence[str] = ()) -> Callable[..., Any]:
+    """Turn a description back into a partial of its class.
+
+    Args:
+        spec: What `describe` returned.
+        trust: Prefixes of modules beside `vae3d` that may be imported.
+    """
+    args = {name: _revive(value, trust) for name, value in spec["init_args"].items()}
+    return partial(_import_class(spec["class_path"], trust), **args)
+
+
+def _revive(value: Any, trust: Sequence[str]) -> Any:
+    if isinstance(value, dict) and set(value) == {"class_path", "init_args"}:
+        return factory(value, trust)
+    return tuple(_revive(v, trust) for v in value) if isinstance(value, (list, tuple)) else value
+
+
+def _import_class(path: str, trust: Sequence[str]) -> type:
+    """Import `module.Class`, if its module is ours or trusted by name."""
+    module, _, name = path.rpartition(".")
+    if not any(module == p or module.startswith(f"{p}.") for p in ("vae3d", *trust)):
+        prefix = module.split(".")[0]
+        raise ValueError(
+            f"the model uses {path}, which is not part of vae3d; if you trust that code, allow it"
+            f" with --trust {prefix}"
+        )
+    try:
+        cls = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"the model uses {path}, which cannot be imported: {error}") from error
+    return cls
