@@ -19,10 +19,12 @@ class Term(nn.Module):
     Attributes:
         autocast: Whether the term runs under the caller's autocast. Formulas stay in float32
             (False); terms that run a network set True and bring their own float32 islands.
+        precision: Inverse variance of the likelihood, where the term is one (`LearnedVariance`).
         scalars: What else the term measured in its last call, detached, for the log.
     """
 
     autocast = False
+    precision: float | Tensor = 1.0
 
     def __init__(self, weight: float = 1.0):
         super().__init__()

@@ -6,18 +6,18 @@ What a trainer does with it, for each micro-batch of a step:
 
     recon, posterior = vae(x)
     terms = loss(x, recon, posterior, step, last_layer=vae.last_layer)
-    terms["loss"].backward()                       # the generator: vae and loss.generator_parameters()
+    terms["loss"].backward()                  # for vae and loss.generator_parameters()
     if loss.discriminator_active(step):
         terms |= loss.discriminator_loss(x, recon, step)
-        terms["discriminator_loss"].backward()     # loss.discriminator.parameters()
+        terms["discriminator_loss"].backward()  # for loss.discriminator.parameters()
 
 and once after the optimizer updates of a step, on every rank, also when the update was skipped:
 
     loss.after_step()
 
 `terms` is a dict of scalar tensors: the unweighted terms `recon`, `kl`, `perceptual`, `adversarial`
-and those of `extra`, the weighted total `loss`, and detached measurements for the log. All but the
-two totals may be logged as they are; none is a float, so nothing waits for the device.
+and those of `extra`, the weighted total `loss`, the discriminator's own `discriminator_loss`, and
+detached measurements such as `kl_std`. None is a float, so nothing waits for the device.
 
 Contracts that make accumulation and DDP exact:
 - Every term is a mean over samples, so gradients of micro-batches weighted by their share of the
@@ -27,9 +27,9 @@ Contracts that make accumulation and DDP exact:
 - `state_dict()` holds all of it: buffers of controllers, discriminator, learned log-variance; not
   the frozen feature networks, which come from their own files.
 
-DDP: wrap the module whose forward runs model and loss together after
-`loss.discriminator.requires_grad_(False)` (DDP leaves out frozen parameters), then
-`requires_grad_(True)` and wrap `loss.discriminator` by itself; pass the wrapper as
+DDP: the module whose forward runs model and loss together is wrapped while
+`loss.discriminator.requires_grad_(False)` (DDP leaves out frozen parameters); then
+`requires_grad_(True)`, and `loss.discriminator` is wrapped by itself and passed as
 `loss.discriminator_loss(x, recon, step, wrapped)`. Each wrapped module has one forward a micro-step
 and all its parameters used. The generator's pass reads detached copies of the discriminator's
 parameters, so it leaves no gradient there, frozen or not.
@@ -38,10 +38,12 @@ parameters, so it leaves no gradient there, frozen or not.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
 
+from vae3d.losses.adversarial import Adversarial, Critic
 from vae3d.losses.kl import KL
 from vae3d.losses.reconstruction import L1
 from vae3d.losses.term import Term
@@ -55,7 +57,7 @@ class VAELoss(nn.Module):
         kl: How far the posterior may go from N(0, 1).
         perceptual: Distance in the features of a frozen network.
         adversarial: A discriminator that learns to tell reconstructions from inputs.
-        extra: Further terms, logged under their own names.
+        extra: Further terms, each logged under its class's name in snake case.
     """
 
     def __init__(
@@ -63,7 +65,7 @@ class VAELoss(nn.Module):
         recon: Callable[[], Term] = L1,
         kl: Callable[[], Term] = KL,
         perceptual: Callable[[], Term] | None = None,
-        adversarial: Callable[[], Term] | None = None,
+        adversarial: Callable[[], Adversarial] | None = None,
         extra: list[Callable[[], Term]] | None = None,
     ):
         super().__init__()
@@ -72,9 +74,12 @@ class VAELoss(nn.Module):
             self.terms["perceptual"] = perceptual()
         for make in extra or []:
             term = make()
-            if term.name in self.terms:
-                raise ValueError(f"loss.extra: two terms are called {term.name!r}; keep one")
+            if term.name in (*self.terms, "perceptual", "adversarial", "loss"):
+                raise ValueError(
+                    f"loss.extra: {term.name!r} is taken; keep one or rename the class"
+                )
             self.terms[term.name] = term
+        self.adversarial = adversarial() if adversarial is not None else None
 
     def forward(
         self, x: Tensor, recon: Tensor, posterior, step: int, last_layer: Tensor | None = None
@@ -88,24 +93,52 @@ class VAELoss(nn.Module):
             step: Number of optimizer updates done before this one.
             last_layer: Weight of the model's last layer, for an adaptive adversarial weight.
         """
+        assert x.shape == recon.shape, f"{tuple(x.shape)} reconstructed as {tuple(recon.shape)}"
         x, recon = x.float(), recon.float()
-        values, total = {}, 0.0
+        values: dict[str, Tensor] = {}
+        weights: dict[str, float | Tensor] = {}
+        measured: dict[str, Tensor] = {}
         for name, term in self.terms.items():
-            with torch.autocast(
-                x.device.type, enabled=term.autocast and torch.is_autocast_enabled()
-            ):
+            with _float32(x.device.type, unless=term.autocast):
                 values[name] = term(x, recon, posterior, step)
-            total = total + term.weight_at(step) * values[name]
-        return values | {"loss": total}
+            weights[name] = term.weight_at(step)
+            measured |= {f"{name}_{key}": value for key, value in term.scalars.items()}
+        if "perceptual" in values:
+            # Under a learned variance both distances are of one likelihood, as in latent diffusion.
+            weights["perceptual"] = weights["perceptual"] * self.terms["recon"].precision
+        if self.adversarial is not None:
+            others = sum(weights[name] * values[name] for name in values if name != "kl")
+            game = self.adversarial(x, recon, step)
+            values |= game
+            weights |= self.adversarial.weights()
+            measured["adversarial_weight"] = recon.new_zeros(()) + weights["adversarial"]
+            if self._measures(step):
+                assert last_layer is not None, "an adaptive weight needs last_layer=vae.last_layer"
+                self.adversarial.measure(others, game["adversarial"], last_layer, len(x))
+        total = sum(weights[name] * values[name] for name in values)
+        return values | measured | {"loss": total}
 
     @property
-    def discriminator(self) -> nn.Module | None:
+    def discriminator(self) -> Critic | None:
         """The discriminator with its own loss, or None; it has its own optimizer."""
-        return None
+        return None if self.adversarial is None else self.adversarial.critic
 
     def discriminator_active(self, step: int) -> bool:
         """Tell whether the discriminator learns at this step; the same on every rank."""
-        return False
+        return self.adversarial is not None and self.adversarial.active(step)
+
+    def discriminator_loss(
+        self, x: Tensor, recon: Tensor, step: int, wrapped: nn.Module | None = None
+    ) -> dict[str, Tensor]:
+        """Return the discriminator's `discriminator_loss` and what it measured.
+
+        Args:
+            x: The input.
+            recon: Its reconstruction; it is detached here.
+            step: Number of optimizer updates done before this one.
+            wrapped: `self.discriminator` inside DDP; itself when None.
+        """
+        return (wrapped or self.discriminator)(x, recon.detach(), step)
 
     def generator_parameters(self) -> list[nn.Parameter]:
         """Return the loss's own parameters that the generator's optimizer updates."""
@@ -115,3 +148,15 @@ class VAELoss(nn.Module):
         """Update controllers, once per optimizer update and on every rank."""
         for term in self.terms.values():
             term.after_step()
+        if self.adversarial is not None:
+            self.adversarial.after_step()
+
+    def _measures(self, step: int) -> bool:
+        """Tell whether this pass counts for the adaptive weight: a training pass in the game."""
+        game = self.adversarial
+        return game.adaptive and game.active(step) and self.training and torch.is_grad_enabled()
+
+
+def _float32(device_type: str, unless: bool):
+    """Leave autocast for formulas; terms that run a network stay under the caller's."""
+    return nullcontext() if unless else torch.autocast(device_type, enabled=False)
