@@ -1,0 +1,389 @@
+"""Latent diffusion with MONAI's network, schedulers and inferer (only importer of MONAI here).
+
+`LatentDiffusion` holds everything of the second stage that trains or that sampling needs: UNet,
+condition projector, null token, class names, statistics of the latents. It is one module, so all
+of it is under DDP, averaged, saved and loaded together.
+
+Axes: b batch, c channels, x y z the latent grid, n tokens, d width of the cross-attention.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from vae3d.models.spec import Described
+from vae3d.stage2.latents import Statistics
+
+try:
+    from monai.inferers import DiffusionInferer
+    from monai.networks.nets import DiffusionModelUNet
+    from monai.networks.schedulers import DDIMScheduler, DDPMScheduler, RFlowScheduler
+except ModuleNotFoundError as error:
+    raise ValueError(
+        f"latent diffusion needs {error.name}; install it with: pip install 'vae3d[ldm]'"
+    ) from error
+
+PREDICTIONS = {"epsilon": "epsilon", "sample": "sample", "v": "v_prediction"}
+SOLVERS = {"ddpm": ("ddim", "ddpm"), "flow": ("euler", "heun")}  # the first is the default
+
+
+class DiffusionUNet(DiffusionModelUNet):
+    """MONAI's DiffusionModelUNet, from a dictionary, for latents of any size.
+
+    Parameters and their names are MONAI's, so checkpoints move both ways. A grid that the levels
+    do not halve evenly is padded with zeros at the far end and cropped back.
+    """
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> DiffusionUNet:
+        """Build from MONAI's own argument names.
+
+        Args:
+            config: `spatial_dims`, `in_channels`, `out_channels`, `channels`, `attention_levels`
+                and `num_head_channels` are required. `with_conditioning` (default true) adds
+                cross-attention of width `cross_attention_dim` (default 512).
+
+        Example:
+            >>> unet = DiffusionUNet.from_config({"spatial_dims": 2, "in_channels": 4,
+            ...     "out_channels": 4, "channels": [32, 64], "attention_levels": [False, True],
+            ...     "num_head_channels": [0, 32], "cross_attention_dim": 64})
+            >>> z, t = torch.randn(1, 4, 10, 9), torch.tensor([500])
+            >>> unet(z, timesteps=t, context=torch.randn(1, 7, 64)).shape
+            torch.Size([1, 4, 10, 9])
+        """
+        required = ("spatial_dims", "in_channels", "out_channels", "channels")
+        required += ("attention_levels", "num_head_channels")
+        if missing := [key for key in required if key not in config]:
+            raise ValueError(f"unet: {', '.join(missing)} missing from the configuration")
+        config = {"num_res_blocks": 2, "norm_num_groups": 32, "with_conditioning": True, **config}
+        if config["with_conditioning"]:
+            config.setdefault("cross_attention_dim", 512)
+        else:
+            config.pop("cross_attention_dim", None)
+        try:
+            return cls(**config)
+        except (TypeError, ValueError) as error:  # an unknown key, or sizes that do not fit
+            raise ValueError(f"unet: {error}") from error
+
+    def forward(self, x: Tensor, timesteps: Tensor, context=None, class_labels=None, **residuals):
+        """Predict from noisy latents.
+
+        Args:
+            x: `(B, C, X, Y, Z)` or `(B, C, X, Y)`, any size.
+            timesteps: `(B,)`, from 0 (data) to the number of training steps (noise).
+            context: `(B, N, D)` tokens for the cross-attention; none is one token of zeros.
+            class_labels: `(B,)` integers.
+            **residuals: ControlNet residuals, as in MONAI.
+        """
+        if self.with_conditioning and context is None:
+            context = x.new_zeros(len(x), 1, self.context_dim)
+        factor = 2 ** (len(self.block_out_channels) - 1)
+        pad = [n for size in reversed(x.shape[2:]) for n in (0, -size % factor)]
+        out = super().forward(F.pad(x, pad), timesteps, context, class_labels, **residuals)
+        return out[(..., *(slice(n) for n in x.shape[2:]))]
+
+    @property
+    def context_dim(self) -> int:
+        """Width that the cross-attention expects of its tokens."""
+        return next(
+            module.context_input_size
+            for name, module in self.named_modules()
+            if name.endswith("attn2")
+        )
+
+
+def create_condition_projector(condition_input_dim: int, cross_attention_dim: int) -> nn.Linear:
+    """Linear map of condition tokens `(B, N, condition_input_dim)` to the UNet's width.
+
+    Args:
+        condition_input_dim: Width of a token, such as the channels of the condition's latents.
+        cross_attention_dim: Width that the UNet's cross-attention expects.
+    """
+    return nn.Linear(condition_input_dim, cross_attention_dim)
+
+
+def tokens_of(latent: Tensor) -> Tensor:
+    """Sequence `(B, N, C)` of the voxels of `(B, C, *spatial)`, last axis fastest."""
+    return rearrange(latent, "b c ... -> b (...) c")
+
+
+def positions_of(spatial: Sequence[int], width: int) -> Tensor:
+    """Sinusoidal code `(N, width)` of where each token lies; attention alone does not know.
+
+    Each axis gets an equal part of the width: sines and cosines of the voxel index with periods
+    from 2 pi to about 2 pi 1000 voxels (Vaswani et al. 2017, section 3.5).
+
+    Args:
+        spatial: The latent grid.
+        width: Of a token.
+    """
+    half = width // (2 * len(spatial))
+    rates = 1000.0 ** (-torch.arange(half) / max(half, 1))
+    codes = []
+    for grid in torch.meshgrid(*(torch.arange(n) for n in spatial), indexing="ij"):
+        angles = grid.reshape(-1, 1) * rates
+        codes += [angles.sin(), angles.cos()]
+    code = torch.cat(codes, 1)
+    return F.pad(code, (0, width - code.shape[1]))
+
+
+class LatentDiffusion(Described, nn.Module):
+    """Everything of the second stage that is trained and saved.
+
+    Latents go in and come out as the VAE makes them; they are standardized per channel inside.
+
+    Args:
+        latent_channels: Channels of the latents.
+        spatial_dims: 2 or 3.
+        unet: Keys of `DiffusionUNet.from_config` beside the channels and conditioning.
+        process: `flow` (rectified flow: straight lines between data and noise) or `ddpm`.
+        prediction: What the UNet predicts: epsilon, v or sample; None for v with flow and epsilon
+            with ddpm. Rectified flow knows v alone.
+        schedule: Noise schedule of ddpm: linear_beta, scaled_linear_beta or cosine.
+        time_sampling: How training times are drawn: uniform or logit_normal (more in the middle).
+        num_train_timesteps: Steps of the noising process.
+        classes: Names of the classes; empty for none. One more is kept for "unknown".
+        condition_channels: Channels of the conditioning latents; None for none.
+        cross_attention_dim: Width of the condition tokens.
+        condition_dropout: Part of the samples that are trained without label and condition, as
+            classifier-free guidance needs.
+    """
+
+    def __init__(
+        self,
+        latent_channels: int,
+        spatial_dims: Literal[2, 3],
+        unet: dict[str, Any],
+        process: Literal["flow", "ddpm"] = "flow",
+        prediction: Literal["epsilon", "v", "sample"] | None = None,
+        schedule: Literal["linear_beta", "scaled_linear_beta", "cosine"] = "scaled_linear_beta",
+        time_sampling: Literal["uniform", "logit_normal"] = "uniform",
+        num_train_timesteps: int = 1000,
+        classes: tuple[str, ...] = (),
+        condition_channels: int | None = None,
+        cross_attention_dim: int = 64,
+        condition_dropout: float = 0.1,
+    ):
+        super().__init__()
+        if process not in SOLVERS:
+            raise ValueError(f"process {process!r} is unknown; choose one of {', '.join(SOLVERS)}")
+        prediction = prediction or ("v" if process == "flow" else "epsilon")
+        if prediction not in PREDICTIONS or (process == "flow" and prediction != "v"):
+            raise ValueError(
+                f"prediction {prediction!r} does not go with process {process}: "
+                "flow predicts v; ddpm predicts epsilon, v or sample"
+            )
+        self.latent_channels, self.spatial_dims = latent_channels, spatial_dims
+        self.process, self.prediction, self.time_sampling = process, prediction, time_sampling
+        self.schedule, self.num_train_timesteps = schedule, num_train_timesteps
+        self.classes, self.condition_dropout = tuple(classes), condition_dropout
+
+        config = {
+            **unet,
+            "spatial_dims": spatial_dims,
+            "in_channels": latent_channels,
+            "out_channels": latent_channels,
+            "num_class_embeds": len(classes) + 1 if classes else None,
+            "with_conditioning": condition_channels is not None,
+        }
+        if condition_channels is not None:
+            config["cross_attention_dim"] = cross_attention_dim
+            self.projector = create_condition_projector(condition_channels, cross_attention_dim)
+            self.null_token = nn.Parameter(torch.zeros(cross_attention_dim))
+        self.unet = DiffusionUNet.from_config(config)
+        self.condition_channels = condition_channels
+        self.scheduler = (self._scheduler("train"),)  # in a tuple: it is no part of the weights
+        for name, channels in (("latent", latent_channels), ("condition", condition_channels or 0)):
+            self.register_buffer(f"{name}_mean", torch.zeros(channels))
+            self.register_buffer(f"{name}_std", torch.ones(channels))
+
+    def set_statistics(self, latents: Statistics, conditions: Statistics | None = None) -> None:
+        """Take over the statistics with which latents and conditions are standardized."""
+        for name, statistics in (("latent", latents), ("condition", conditions)):
+            if statistics is not None:
+                getattr(self, f"{name}_mean").copy_(torch.tensor(statistics.mean))
+                getattr(self, f"{name}_std").copy_(torch.tensor(statistics.std))
+
+    def class_index(self, name: str | None) -> int:
+        """Number of a class; None is the "unknown" class."""
+        if name is None:
+            return len(self.classes)
+        if name not in self.classes:
+            known = ", ".join(self.classes) or "none: it was trained without labels"
+            raise ValueError(f"label {name!r} is unknown to the model; it knows {known}")
+        return self.classes.index(name)
+
+    def loss(
+        self,
+        z: Tensor,
+        noise: Tensor,
+        time: Tensor,
+        keep: Tensor | None = None,
+        label: Tensor | None = None,
+        condition: Tensor | None = None,
+    ) -> Tensor:
+        """Mean squared error of the prediction, over standardized latents.
+
+        Args:
+            z: Latents `(B, C, *spatial)`.
+            noise: Standard normal, same shape.
+            time: `(B,)` in [0, 1): how far towards noise.
+            keep: `(B,)` bool: which samples keep their label and condition; None for all.
+            label: `(B,)` class numbers.
+            condition: Latents `(B, C', *grid)` to attend to.
+        """
+        z = self._standardize(z, "latent")
+        (scheduler,) = self.scheduler
+        timesteps = time * self.num_train_timesteps
+        if self.process == "ddpm":
+            timesteps = timesteps.long()
+        prediction = DiffusionInferer(scheduler)(
+            inputs=z,
+            diffusion_model=partial(self.unet, class_labels=self._labels(label, keep, len(z))),
+            noise=noise,
+            timesteps=timesteps,
+            condition=self.context(condition, keep),
+        )
+        return F.mse_loss(prediction.float(), self._target(z, noise, timesteps))
+
+    def _target(self, z: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        if self.process == "flow":
+            return z - noise  # MONAI's direction: from noise to data
+        (scheduler,) = self.scheduler
+        return {
+            "epsilon": lambda: noise,
+            "sample": lambda: z,
+            "v": lambda: scheduler.get_velocity(z, noise, timesteps),
+        }[self.prediction]()
+
+    def context(self, condition: Tensor | None, keep: Tensor | None = None) -> Tensor | None:
+        """Tokens `(B, N, D)` for the cross-attention, each sample's own.
+
+        Args:
+            condition: Latents `(B, C', *grid)`; None stands for the null token.
+            keep: `(B,)` bool; where False the sample's tokens are null tokens.
+        """
+        if self.condition_channels is None:
+            return None
+        if condition is None:
+            return self.null_token[None, None]
+        tokens = self.projector(tokens_of(self._standardize(condition, "condition")))
+        tokens = tokens + positions_of(condition.shape[2:], tokens.shape[-1]).to(tokens)
+        # Multiplied, not chosen: every parameter has a gradient on every rank, whatever is dropped.
+        keep = tokens.new_ones(len(tokens)) if keep is None else keep.to(tokens.dtype)
+        keep = keep[:, None, None]
+        return tokens * keep + self.null_token * (1 - keep)
+
+    def _labels(self, label: Tensor | None, keep: Tensor | None, batch: int) -> Tensor | None:
+        if not self.classes:
+            return None
+        unknown = torch.full((batch,), len(self.classes), device=self.latent_mean.device)
+        label = unknown if label is None else label
+        return label if keep is None else torch.where(keep, label, unknown)
+
+    @torch.no_grad()
+    def sample(
+        self,
+        noise: Tensor,
+        steps: int = 50,
+        solver: Literal["ddim", "ddpm", "euler", "heun"] | None = None,
+        label: Tensor | None = None,
+        condition: Tensor | None = None,
+        guidance: float = 1.0,
+    ) -> Tensor:
+        """Turn noise into latents as the VAE decodes them.
+
+        Args:
+            noise: `(B, C, *spatial)`, standard normal.
+            steps: Evaluations of the UNet (twice as many with heun and with guidance). The solver
+                ddpm always takes all training steps, and draws from torch's global generator.
+            solver: ddim or ddpm for a ddpm model, euler or heun for a flow; None for the first.
+            label: `(B,)` class numbers.
+            condition: Latents `(B, C', *grid)` to attend to.
+            guidance: Classifier-free guidance: 1 for none, 0 ignores label and condition, above 1
+                follows them more closely.
+        """
+        solver = solver or SOLVERS[self.process][0]
+        if solver not in SOLVERS[self.process]:
+            raise ValueError(
+                f"solver {solver!r} does not solve {self.process}; choose one of "
+                + ", ".join(SOLVERS[self.process])
+            )
+        scheduler = self._scheduler(solver, steps)
+        model = partial(self._guided, label=label, condition=condition, guidance=guidance)
+        if solver == "heun":
+            model = partial(_heun, model, scheduler)
+        z = DiffusionInferer(scheduler).sample(noise, model, verbose=False)
+        return z * _as_channels(self.latent_std, z) + _as_channels(self.latent_mean, z)
+
+    def _guided(self, x: Tensor, timesteps: Tensor, context=None, *, label, condition, guidance):
+        """Prediction with classifier-free guidance (Ho & Salimans 2022, equation 6)."""
+
+        def predict(label, condition):
+            labels = self._labels(label, None, len(x))
+            context = self.context(condition)
+            if context is not None:
+                context = context.expand(len(x), -1, -1)
+            return self.unet(x, timesteps.expand(len(x)), context, labels).float()
+
+        if label is None and condition is None:
+            return predict(None, None)
+        if guidance == 1:
+            return predict(label, condition)
+        without = predict(None, None)
+        return without + guidance * (predict(label, condition) - without)
+
+    def _scheduler(self, solver: str, steps: int | None = None):
+        """MONAI's scheduler for training or for a solver. Latents are never clipped to [-1, 1]."""
+        total = self.num_train_timesteps
+        if self.process == "flow":
+            scheduler = RFlowScheduler(total, use_discrete_timesteps=False)
+            if steps is not None:
+                scheduler.set_timesteps(steps)
+            return scheduler
+        options: dict[str, Any] = dict(
+            num_train_timesteps=total,
+            schedule=self.schedule,
+            prediction_type=PREDICTIONS[self.prediction],
+            clip_sample=False,
+        )
+        if self.schedule == "scaled_linear_beta":
+            options |= dict(beta_start=0.0015, beta_end=0.0195)  # as in Rombach et al. 2022
+        if solver != "ddim":
+            return DDPMScheduler(**options)
+        if total % steps:
+            near = [n for n in range(1, total + 1) if total % n == 0]
+            below, above = max(n for n in near if n < steps), min(n for n in near if n > steps)
+            raise ValueError(f"steps {steps} must divide {total} for ddim: {below} or {above}")
+        scheduler = DDIMScheduler(**options)
+        scheduler.set_timesteps(steps)
+        # MONAI's steps are total // steps long, but its times lie (total - 1) / (steps - 1) apart:
+        # each step would start from another time than the one before has reached.
+        scheduler.timesteps = total - 1 - torch.arange(steps) * (total // steps)
+        return scheduler
+
+    def _standardize(self, z: Tensor, name: str) -> Tensor:
+        mean, std = getattr(self, f"{name}_mean"), getattr(self, f"{name}_std")
+        return (z - _as_channels(mean, z)) / _as_channels(std, z)
+
+
+def _heun(model: Callable, scheduler: RFlowScheduler, x: Tensor, timesteps: Tensor, context=None):
+    """Mean of the velocity here and where Euler's step would lead: second order."""
+    velocity = model(x, timesteps)
+    later = scheduler.timesteps[scheduler.timesteps < timesteps.item()]
+    if len(later) == 0:
+        return velocity  # the last step ends at the data, where there is no velocity to learn
+    dt = (timesteps - later[0]) / scheduler.num_train_timesteps
+    ahead = model(x + velocity * dt, later[:1].to(timesteps))
+    return (velocity + ahead) / 2
+
+
+def _as_channels(values: Tensor, like: Tensor) -> Tensor:
+    return values.reshape(-1, *(1,) * (like.ndim - 2))

@@ -1,0 +1,375 @@
+"""Latents of whole volumes on disk: what stage 1 hands to stage 2.
+
+    latents/
+      latents.json                statistics over all files, encoding, subjects
+      IXI013.safetensors          mean and logvar (C, X, Y, Z) float32, and what they belong to
+
+A file keeps the posterior, never a draw from it: sampling and scaling happen when it is read. Its
+header holds the affine and spacing of the latent grid, the subject and its labels, where it came
+from, and the moments of its own values, so the statistics of a folder are merged from headers
+alone, in the order of names: any number of ranks writes the same bytes as one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import zlib
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from vae3d.tracking.media import case_stem
+
+FORMAT = "vae3d latents 1"
+INDEX = "latents.json"
+
+
+@dataclass(frozen=True)
+class Latent:
+    """The latent of one volume.
+
+    Args:
+        mean: Posterior mean, `(C, X, Y, Z)` or `(C, X, Y)`, float32, as the encoder gives it.
+        logvar: Log of the posterior variance, same shape.
+        info: What the header says: subject, split, labels, affine, spacing_mm, source, ...
+    """
+
+    mean: Tensor
+    logvar: Tensor
+    info: dict[str, Any]
+
+    def draw(self, generator: torch.Generator | None = None) -> Tensor:
+        """Draw from the posterior, `mean + std * noise`."""
+        noise = torch.randn(self.mean.shape, generator=generator)
+        return self.mean + torch.exp(self.logvar / 2) * noise
+
+
+def latent_path(folder: str | Path, subject: str) -> Path:
+    """File of a subject; names that a file cannot bear are percent-encoded."""
+    return Path(folder) / f"{case_stem(subject)}.safetensors"
+
+
+def latent_affine(affine: Any, factor: Sequence[int]) -> np.ndarray:
+    """Affine (4, 4) of a latent grid: voxel 0 is centered on the first `factor` voxels.
+
+    Args:
+        affine: Of the encoded volume, voxel to mm.
+        factor: Voxels per latent voxel, two or three axes.
+    """
+    step = np.ones(3)
+    step[: len(factor)] = factor
+    to_voxel = np.diag([*step, 1.0])
+    to_voxel[:3, 3] = (step - 1) / 2
+    return np.asarray(affine, dtype=np.float64) @ to_voxel
+
+
+def volume_affine(affine: Any, factor: Sequence[int]) -> np.ndarray:
+    """Affine (4, 4) of the volume behind a latent grid, the inverse of `latent_affine`."""
+    return np.asarray(affine, dtype=np.float64) @ np.linalg.inv(latent_affine(np.eye(4), factor))
+
+
+def write_latent(path: Path, mean: Tensor, logvar: Tensor, info: dict[str, Any]) -> None:
+    """Write a latent so that `path` is whole or absent at any moment.
+
+    Args:
+        path: The file.
+        mean: Posterior mean `(C, *spatial)`.
+        logvar: Log of the posterior variance `(C, *spatial)`.
+        info: JSON-able; `shape`, `moments` and a checksum are added.
+
+    Raises:
+        ValueError: The latent holds values that are not finite.
+    """
+    from safetensors.torch import save
+
+    tensors = {"mean": _plain(mean), "logvar": _plain(logvar)}
+    if not all(torch.isfinite(t).all() for t in tensors.values()):
+        raise ValueError(f"{path}: the latent holds NaN or infinity; the checkpoint is broken")
+    header = {
+        "format": FORMAT,
+        **info,
+        "shape": list(mean.shape),
+        "moments": moments(**tensors),
+        "crc32": _checksum(**tensors),
+    }
+    # One key: safetensors keeps several in an order that changes from process to process.
+    data = save(tensors, metadata={"vae3d": json.dumps(header, sort_keys=True)})
+    _write(path, data)
+
+
+def read_info(path: str | Path) -> dict[str, Any]:
+    """Read the header of a latent file; the tensors stay on the disk."""
+    with _open(path) as file:
+        return _header(file, path)
+
+
+def read_latent(path: str | Path) -> Latent:
+    """Read a latent file and verify its checksum.
+
+    Raises:
+        ValueError: Missing, damaged, or not a latent file.
+    """
+    with _open(path) as file:
+        info = _header(file, path)
+        mean, logvar = file.get_tensor("mean"), file.get_tensor("logvar")
+    if _checksum(mean, logvar) != info["crc32"]:
+        raise ValueError(f"{path}: damaged, its checksum is wrong; delete it and encode again")
+    return Latent(mean, logvar, info)
+
+
+def find_latents(folder: str | Path, split: str | None = None) -> list[Path]:
+    """Latent files of a folder in the order of their names.
+
+    Args:
+        folder: What `vae3d encode` wrote.
+        split: Only subjects of this part of the split (train, val or test); None for all.
+    """
+    folder = Path(folder)
+    paths = sorted(folder.glob("*.safetensors"))
+    if not paths:
+        raise ValueError(f"{folder}: holds no latents; write some with vae3d encode")
+    if split is None:
+        return paths
+    chosen = [p for p in paths if read_info(p)["split"] == split]
+    if not chosen:
+        raise ValueError(f"{folder}: none of {len(paths)} latents is of split {split!r}")
+    return chosen
+
+
+def moments(mean: Tensor, logvar: Tensor) -> dict[str, Any]:
+    """Count, mean, sum of squared deviations and posterior variance per channel, in float64."""
+    mean, logvar = mean.double().flatten(1), logvar.double().flatten(1)
+    center = mean.mean(1)
+    return {
+        "count": mean.shape[1],
+        "mean": center.tolist(),
+        "squares": ((mean - center[:, None]) ** 2).sum(1).tolist(),
+        "noise": logvar.exp().sum(1).tolist(),
+    }
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Per-channel statistics of the latents of a set, over all voxels of all its files.
+
+    Args:
+        subjects: Number of files.
+        count: Latent voxels per channel.
+        mean: Mean per channel.
+        std: Standard deviation per channel of draws: spread of the means plus posterior variance.
+        std_of_means: Standard deviation per channel of the posterior means alone.
+        noise_share: Part of the variance per channel that is posterior noise; near 1 is a dead
+            channel.
+        total_noise_share: The same over all channels.
+        scaling_factor: One over the standard deviation of all values of all channels, the single
+            number of latent-diffusion codes.
+    """
+
+    subjects: int
+    count: int
+    mean: list[float]
+    std: list[float]
+    std_of_means: list[float]
+    noise_share: list[float]
+    total_noise_share: float
+    scaling_factor: float
+
+    @classmethod
+    def merge(cls, parts: Iterable[dict[str, Any]]) -> Statistics:
+        """Merge the `moments` of files, exactly and in one pass (Chan et al. 1979).
+
+        Args:
+            parts: One dictionary of `moments` per file.
+        """
+        files, count, mean, squares, noise = 0, 0, 0.0, 0.0, 0.0
+        for part in parts:
+            files += 1
+            added, total = part["count"], count + part["count"]
+            delta = np.asarray(part["mean"]) - mean
+            mean = mean + delta * (added / total)
+            squares = squares + part["squares"] + delta**2 * (count * added / total)
+            noise = noise + np.asarray(part["noise"])
+            count = total
+        of_means, of_noise = squares / count, noise / count
+        variance = of_means + of_noise
+        overall = variance.mean() + mean.var()  # the channels' means differ, too
+        return cls(
+            subjects=files,
+            count=count,
+            mean=mean.tolist(),
+            std=np.sqrt(variance).tolist(),
+            std_of_means=np.sqrt(of_means).tolist(),
+            noise_share=(of_noise / variance).tolist(),
+            total_noise_share=float(of_noise.sum() / variance.sum()),
+            scaling_factor=float(1 / np.sqrt(overall)),
+        )
+
+    def standardize(self, z: Tensor) -> Tensor:
+        """Bring a latent `(C, *spatial)` to mean 0 and standard deviation 1 per channel."""
+        return (z - _per_channel(self.mean, z)) / _per_channel(self.std, z)
+
+    def restore(self, z: Tensor) -> Tensor:
+        """Undo `standardize`."""
+        return z * _per_channel(self.std, z) + _per_channel(self.mean, z)
+
+
+def _per_channel(values: list[float], like: Tensor) -> Tensor:
+    return like.new_tensor(values).reshape(-1, *(1,) * (like.ndim - 1))
+
+
+def write_index(folder: str | Path, encoding: dict[str, Any]) -> dict[str, Any]:
+    """Write `latents.json` from the headers of all files and return it.
+
+    Statistics are kept over all files and over each part of the split; the second stage takes
+    those of the training subjects, where there are some, so that nothing of the others leaks.
+
+    Args:
+        folder: Where the latents are.
+        encoding: How they were made: checkpoint, mode, factor and the like.
+    """
+    infos = [read_info(path) for path in find_latents(folder)]
+    parts = {"all": infos}
+    for name in sorted({info["split"] for info in infos if info["split"]}):
+        parts[name] = [info for info in infos if info["split"] == name]
+    index = {
+        "format": FORMAT,
+        **encoding,
+        "statistics": {
+            name: asdict(Statistics.merge(info["moments"] for info in part))
+            for name, part in parts.items()
+        },
+        "subjects": {
+            info["subject"]: {k: info[k] for k in ("split", "labels", "shape", "crc32")}
+            for info in infos
+        },
+    }
+    _write(Path(folder) / INDEX, (json.dumps(index, indent=1) + "\n").encode())
+    return index
+
+
+def read_index(folder: str | Path) -> dict[str, Any]:
+    """Read the `latents.json` of a folder."""
+    path = Path(folder) / INDEX
+    if not path.is_file():
+        raise ValueError(f"{path}: missing; write or finish the folder with vae3d encode")
+    try:
+        index = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON ({error}); run vae3d encode again") from error
+    if not isinstance(index, dict) or index.get("format") != FORMAT:
+        raise ValueError(f"{path}: not an index of latents; run vae3d encode again")
+    return index
+
+
+def read_statistics(folder: str | Path) -> Statistics:
+    """Statistics that the second stage uses: of the training subjects, else of all."""
+    kept = read_index(folder)["statistics"]
+    return Statistics(**kept.get("train", kept["all"]))
+
+
+class LatentDataset(Dataset):
+    """Latents of a folder, drawn from their posteriors when they are read.
+
+    A draw is a function of (seed, epoch, index) alone: it depends neither on the order of reading
+    nor on workers or ranks, and each epoch brings new ones.
+
+    Args:
+        folder: What `vae3d encode` wrote.
+        split: Part of the split (train, val or test); None for all.
+        draw: Draw `mean + std * noise`; False gives the mean.
+        standardize: Bring each channel to mean 0 and standard deviation 1 with the statistics of
+            the folder (`statistics`); `statistics.restore` undoes it.
+        seed: Of the draws.
+
+    Example:
+        >>> dataset = LatentDataset("latents", split="train")  # doctest: +SKIP
+        >>> dataset[0].shape  # doctest: +SKIP
+        torch.Size([4, 30, 30, 23])
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        split: str | None = None,
+        *,
+        draw: bool = True,
+        standardize: bool = True,
+        seed: int = 0,
+    ):
+        self.paths = find_latents(folder, split)
+        self.infos = [read_info(path) for path in self.paths]
+        self.subjects = [info["subject"] for info in self.infos]
+        self.statistics = read_statistics(folder)
+        self.draw, self.standardize = draw, standardize
+        self.seed, self.epoch = seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch, and with it the noise."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> Tensor:
+        """Latent `(C, *spatial)` number `index`."""
+        latent = read_latent(self.paths[index])
+        z = latent.mean
+        if self.draw:
+            z = latent.draw(keyed_generator(self.seed, self.epoch, index))
+        return self.statistics.standardize(z) if self.standardize else z
+
+
+def keyed_generator(*key: int) -> torch.Generator:
+    """Random numbers that are a function of `key` alone."""
+    state = np.random.SeedSequence(key).generate_state(1, np.uint64)
+    return torch.Generator().manual_seed(int(state[0]) >> 1)
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu", torch.float32).contiguous()
+
+
+def _checksum(mean: Tensor, logvar: Tensor) -> int:
+    return zlib.crc32(logvar.numpy(), zlib.crc32(mean.numpy()))
+
+
+def _open(path: str | Path):
+    from safetensors import SafetensorError, safe_open
+
+    if not Path(path).is_file():
+        raise ValueError(f"{path}: no such latent file")
+    try:
+        return safe_open(path, framework="pt")
+    except SafetensorError as error:
+        raise ValueError(
+            f"{path}: not a latent file, or cut short ({error}); delete it and encode again"
+        ) from error
+
+
+def _header(file, path: str | Path) -> dict[str, Any]:
+    info = json.loads((file.metadata() or {}).get("vae3d", "{}"))
+    if info.get("format") != FORMAT:
+        raise ValueError(f"{path}: a safetensors file, but not one that vae3d encode wrote")
+    return info
+
+
+def _write(path: Path, data: bytes) -> None:
+    """Write a file so that its name stands for the whole of it at any moment."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        with open(temporary, "xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
