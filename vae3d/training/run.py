@@ -1,0 +1,169 @@
+"""The run folder: one run at a time, one configuration, resumed by the same command."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from vae3d.config import config_dict, save_config
+from vae3d.training.checkpoint import Checkpoints
+from vae3d.training.distributed import World
+
+# May differ between a run and its continuation: they say how long, how watched and where, not what.
+HARMLESS = {
+    "out_dir",
+    "max_steps",
+    "max_hours",
+    "early_stop",
+    "wandb",
+    "log_every",
+    "val_every",
+    "val_volumes",
+    "media_every",
+    "media_volumes",
+    "save_every",
+    "keep_checkpoints",
+    "device",
+    "threads",
+    "timeout_minutes",
+    "max_bad_steps",
+    "fresh",
+    "force",
+    "data.root",  # a moved folder; the subjects of the split must be there
+    "data.cache_dir",
+}
+
+
+class Run:
+    """A run folder in use. A context manager: the lock is held until it is left.
+
+    Args:
+        out_dir: The folder; made when missing.
+        world: Rank 0 reads and writes, the others are told.
+        keep: Step files that are kept.
+    """
+
+    def __init__(self, out_dir: str | Path, world: World, keep: int = 2):
+        self.folder = Path(out_dir)
+        self.world = world
+        self.checkpoints = Checkpoints(self.folder / "checkpoints", keep)
+
+    def __enter__(self) -> Run:
+        self._stack = ExitStack()
+        if self.world.is_main:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._stack.enter_context(_Lock(self.folder / ".lock"))
+            self.checkpoints.sweep()
+        return self
+
+    def __exit__(self, *exc) -> None:
+        self._stack.close()
+
+    def begin(
+        self,
+        fn: Callable,
+        kwargs: dict[str, Any],
+        fresh: bool = False,
+        force: bool = False,
+        say: Callable[[str], None] = print,
+    ) -> tuple[dict[str, Any], dict[str, Any] | None]:
+        """Find the newest checkpoint, hold the configuration against it and write `config.yaml`.
+
+        Args:
+            fn: The function whose call this run is.
+            kwargs: Its arguments.
+            fresh: Remove the checkpoints that are there and begin anew.
+            force: Continue although the configuration has changed.
+            say: Where notes go.
+
+        Returns:
+            The complete configuration, and the checkpoint to continue from or None.
+        """
+        config = config_dict(fn, kwargs)
+        path = None
+        if self.world.is_main:
+            if fresh:
+                self.checkpoints.clear()
+            path, skipped = self.checkpoints.find_latest()
+            for reason in skipped:
+                say(f"skipped {reason}")
+        path = self.world.broadcast(path)
+        state = self.checkpoints.resume(path) if path else None
+        if state is not None:
+            changes = differences(state["config"], config)
+            if changes and not force:
+                raise ValueError(
+                    f"{self.folder} was begun with other options ({'; '.join(changes)}); "
+                    "use those, or another --out_dir, or --force, or --fresh to begin anew"
+                )
+            if self.world.is_main:
+                say(f"continuing {path} from step {state['step']}")
+        if self.world.is_main:
+            save_config(self.folder / "config.yaml", fn, kwargs)
+        return config, state
+
+    def write_json(self, name: str, value: Any) -> None:
+        """Write a small file of the run folder, whole or not at all. Rank 0 only does it."""
+        if self.world.is_main:
+            temporary = self.folder / f".{name}.{os.getpid()}.tmp"
+            temporary.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+            temporary.replace(self.folder / name)
+
+
+def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """List what changed in a configuration, `key: old -> new`, harmless keys left out."""
+    before, after = _flat(old), _flat(new)
+    return [
+        f"{key}: {before.get(key, 'not set')} -> {after.get(key, 'not set')}"
+        for key in sorted(before.keys() | after.keys())
+        if before.get(key, "not set") != after.get(key, "not set") and not _harmless(key)
+    ]
+
+
+def _harmless(key: str) -> bool:
+    return any(key == name or key.startswith(name + ".") for name in HARMLESS)
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one with dotted keys; tuples and lists are the same thing in YAML."""
+    if isinstance(value, dict) and value:
+        return {
+            k: v for name, item in value.items() for k, v in _flat(item, f"{prefix}{name}.").items()
+        }
+    return {prefix[:-1]: json.loads(json.dumps(value))}
+
+
+class _Lock:
+    """Keeps two runs out of one folder. The kernel lets go of it however the process ends."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __enter__(self) -> _Lock:
+        self.file = open(self.path, "a+", encoding="utf-8")
+        try:
+            import fcntl
+        except ImportError:  # not POSIX
+            return self
+        try:
+            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            self.file.seek(0)
+            owner = self.file.read().strip() or "another process"
+            self.file.close()
+            raise ValueError(
+                f"{self.path.parent}: {owner} is training into this folder; wait for it, or "
+                "choose another --out_dir"
+            ) from error
+        self.file.truncate(0)
+        self.file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        self.file.flush()
+        return self
+
+    def __exit__(self, *exc) -> None:
+        self.file.close()

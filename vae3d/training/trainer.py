@@ -1,0 +1,517 @@
+"""The training loop, for any task, on one process or many.
+
+Numbers that hold whatever the options: gradients of a step are the mean over the samples of its
+global batch, however these are cut into micro-batches and ranks; a resumed run repeats an
+uninterrupted one bit by bit on the CPU. The host reads a device value only when it logs.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from vae3d.tracking.console import Console
+from vae3d.tracking.tracker import Tracker
+from vae3d.training.checkpoint import Checkpoints, versions
+from vae3d.training.distributed import Interrupt, World
+from vae3d.training.ema import EMA
+from vae3d.training.schedule import lr_scale
+from vae3d.training.task import Task
+
+AMP = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+TIME_IS_UP, NO_PROGRESS = 1, 2  # reasons to stop that are not signals; the run then exits 0
+
+
+class Trainer:
+    """Trains a task to `max_steps`, through kills and restarts.
+
+    Args:
+        task: What is trained; already on `world.device`.
+        loader: Yields batches and knows its place, see `loaders.PatchLoader`.
+        checkpoints: Where checkpoints go.
+        world: The ranks of this run.
+        tracker: Takes the numbers; None on ranks that do not write.
+        max_steps: Optimizer updates in all [steps].
+        lr: Peak learning rate of AdamW.
+        schedule: cosine | linear | constant.
+        warmup_steps: Linear rise of the learning rate [steps].
+        weight_decay: Decay of matrices and kernels; norms and biases have none.
+        betas: AdamW's decay of gradient and squared gradient.
+        discriminator_lr: Learning rate of the discriminator; None for `lr`.
+        grad_accum: Micro-batches of one update.
+        clip_norm: Gradients are scaled down to this norm; 0 for no clipping.
+        amp: off | bf16 | fp16, precision of the networks.
+        ema_decay: Decay of the averaged weights, 0 for none.
+        log_every: Steps between two lines of numbers.
+        val_every: Steps between two validations; 0 for none.
+        media_every: Steps between two sets of pictures; 0 for none.
+        save_every: Steps between two checkpoints.
+        max_hours: Save and stop after this time [h]; None for no limit.
+        early_stop: Stop after this many validations without a better one; None for never.
+        max_bad_steps: Stop after this many steps in a row with a loss or gradient that is not
+            finite.
+        validate: `validate(network) -> numbers`, the same on all ranks; called with EMA weights.
+        monitor: The number of `validate` that decides which checkpoint is best; lower is better.
+        show: `show(network, step)`, writes pictures.
+        sources: `sources(batch) -> names` of the volumes in a batch, to name a bad one.
+        record: Plain data kept in each checkpoint: spec, config, preprocess, split.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        loader: Any,
+        checkpoints: Checkpoints,
+        world: World | None = None,
+        tracker: Tracker | None = None,
+        *,
+        max_steps: int,
+        lr: float = 1e-4,
+        schedule: str = "cosine",
+        warmup_steps: int = 0,
+        weight_decay: float = 0.0,
+        betas: tuple[float, float] = (0.9, 0.99),
+        discriminator_lr: float | None = None,
+        grad_accum: int = 1,
+        clip_norm: float = 1.0,
+        amp: str = "off",
+        ema_decay: float = 0.999,
+        log_every: int = 10,
+        val_every: int = 0,
+        media_every: int = 0,
+        save_every: int = 500,
+        max_hours: float | None = None,
+        early_stop: int | None = None,
+        max_bad_steps: int = 10,
+        validate: Callable[[nn.Module], dict[str, float]] | None = None,
+        monitor: str = "val/mae",
+        show: Callable[[nn.Module, int], None] | None = None,
+        sources: Callable[[Any], list[str]] | None = None,
+        record: dict[str, Any] | None = None,
+    ):
+        self.task, self.loader, self.world, self.tracker = task, loader, world or World(), tracker
+        self.max_steps, self.grad_accum, self.clip_norm = max_steps, grad_accum, clip_norm
+        self.schedule, self.warmup_steps = schedule, warmup_steps
+        self.log_every, self.val_every = log_every, val_every
+        self.media_every, self.save_every = media_every, save_every
+        self.max_hours, self.early_stop = max_hours, early_stop
+        self.max_bad_steps = max_bad_steps
+        self.validate_network, self.monitor = validate, monitor
+        self.show, self.sources, self.record = show, sources, record or {}
+        self.amp, self.device = amp, self.world.device
+        self.checkpoints = checkpoints
+
+        rates = {"generator": lr, "discriminator": discriminator_lr or lr}
+        self.networks, self.optimizers = {}, {}
+        for name, (module, params) in _parts(task).items():
+            self.optimizers[name] = _adamw(params, rates[name], betas, weight_decay)
+            self.networks[name] = module
+        if self.world.size > 1:
+            self._distribute()
+        self.rates = {name: rates[name] for name in self.optimizers}
+        self.ema = EMA(task.network, ema_decay) if ema_decay else None
+        self.scaler = LossScaler(self.device, enabled=amp == "fp16")
+
+        self.step, self.samples = 0, 0
+        self.best, self.stale = float("inf"), 0
+        self.skipped = torch.zeros((), device=self.device)
+        self.bad_in_row = torch.zeros((), device=self.device)
+        self.meter: dict[str, Tensor] = {}
+        self.started = time.monotonic()
+        self.console = Console(max_steps, enabled=False)
+
+    # The loop
+
+    def fit(self) -> int:
+        """Train from the present step to `max_steps`; return the exit code, 0 when done."""
+        self.console = Console(self.max_steps, self.step, enabled=self.world.is_main)
+        self._clock()
+        with ExitStack() as stack:
+            interrupt = stack.enter_context(Interrupt())
+            stack.callback(self.console.close)
+            windows = self.windows()
+            while self.step < self.max_steps:
+                window, samples = next(windows)
+                terms = self.backward(window, samples)
+                self.update(terms, window)
+                self.step += 1
+                if self.due(self.log_every):
+                    self.log()
+                better = self.due(self.val_every) and self.validate()
+                if self.due(self.media_every):
+                    self.picture()
+                stop = self.world.max_int(interrupt.exit_code or self.wish_to_stop())
+                if stop or better or self.due(self.save_every):
+                    self.save(best=better)
+                if stop:
+                    return stop if stop > NO_PROGRESS else 0
+        return 0
+
+    def due(self, every: int) -> bool:
+        """Whether something that happens `every` so many steps happens now; the last step counts."""
+        return every > 0 and (self.step % every == 0 or self.step == self.max_steps)
+
+    def wish_to_stop(self) -> int:
+        """Why this rank would stop by itself, 0 when it would not."""
+        if self.max_hours is not None and time.monotonic() - self.started > 3600 * self.max_hours:
+            return TIME_IS_UP
+        return NO_PROGRESS if self.early_stop and self.stale >= self.early_stop else 0
+
+    # One step
+
+    def windows(self) -> Iterator[tuple[list[Any], int]]:
+        """Yield the micro-batches of each update and its number of samples on all ranks.
+
+        Goes on epoch after epoch; no update spans two. A rank that has run out of batches repeats
+        its last one, which then counts nothing, for as long as others have some.
+        """
+        batch = None
+        while True:
+            batches = iter(self.loader)
+            while True:
+                window = list(islice(batches, self.grad_accum))
+                counts = self.world.gather_ints(len(window), sum(len(b.index) for b in window))
+                micro_steps, samples = max(n for n, _ in counts), sum(n for _, n in counts)
+                if not micro_steps:
+                    break
+                batch = window[-1] if window else batch
+                yield (
+                    [(b, len(b.index)) for b in window]
+                    + [(batch, 0)] * (micro_steps - len(window)),
+                    samples,
+                )
+            self.loader.set_epoch(self.loader.epoch + 1)
+
+    def backward(self, window: list[tuple[Any, int]], samples: int) -> dict[str, Tensor]:
+        """Accumulate the gradients of the mean loss over the window's samples on all ranks.
+
+        Returns:
+            This rank's part of each named scalar; the sum over ranks is the mean over samples.
+        """
+        self.samples += samples
+        terms: dict[str, Tensor] = {}
+        for n, (batch, count) in enumerate(window):
+            last = n == len(window) - 1
+            self._accumulate("generator", last, batch, count / samples, terms)
+            if self.task.discriminator_active(self.step):
+                self._accumulate("discriminator", last, batch, count / samples, terms)
+        return terms
+
+    def _accumulate(self, name: str, last: bool, batch, share: float, terms: dict) -> None:
+        network = self.networks[name]
+        sync = last or not isinstance(network, DistributedDataParallel)
+        with nullcontext() if sync else network.no_sync():
+            with self._autocast():
+                if name == "generator":
+                    values = network(batch.to(self.device), self.step)
+                    loss = values["loss"]
+                else:
+                    values = self.task.discriminator_loss(self.step, network)
+                    loss = values["discriminator_loss"]
+            # DDP divides by the number of ranks; we want the sum of all samples over their count.
+            self.scaler.scale(loss * (share * self.world.size)).backward()
+        for key, value in values.items():
+            terms[key] = terms.get(key, 0.0) + value.detach().float() * share
+
+    def update(self, terms: dict[str, Tensor], window: list[tuple[Any, int]]) -> None:
+        """Clip, step the optimizers and the average; or, if a number is not finite, do nothing."""
+        active = [n for n in self.optimizers if n == "generator" or "discriminator_loss" in terms]
+        norms = {}
+        bad = ~torch.stack([v for v in terms.values()]).isfinite().all()
+        for name in active:
+            grads = _grads(self.optimizers[name])
+            norms[name] = torch.nn.utils.get_total_norm(grads) / self.scaler.factor
+            bad = bad | ~norms[name].isfinite()
+            clip = (self.clip_norm / (norms[name] + 1e-6)).clamp(max=1.0) if self.clip_norm else 1.0
+            torch._foreach_mul_(grads, clip / self.scaler.factor)
+        bad = self.world.max_(bad.float())
+        for name in active:
+            optimizer = self.optimizers[name]
+            for group in optimizer.param_groups:
+                group["lr"] = self.rates[name] * self.lr_scale()
+            optimizer.found_inf = bad  # the fused kernels drop the step where this is 1
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        if self.ema:
+            self.ema.update(self.step, skip=bad)
+        self.task.after_step()
+        self.scaler.update(bad)
+        self.skipped += bad
+        self.bad_in_row = (self.bad_in_row + 1) * bad
+        measured = terms | {f"norm/{name}": norm / self.world.size for name, norm in norms.items()}
+        self._measure(measured, bad)
+        if self.device.type == "cpu" or (self.step + 1) % self.log_every == 0:
+            self._stop_if_hopeless(window)
+
+    def lr_scale(self) -> float:
+        """Factor of the schedule on the learning rates at this step."""
+        return lr_scale(
+            self.step,
+            schedule=self.schedule,
+            warmup_steps=self.warmup_steps,
+            max_steps=self.max_steps,
+        )
+
+    # Numbers and pictures
+
+    def _measure(self, terms: dict[str, Tensor], bad: Tensor) -> None:
+        """Add a step to the running means; a dropped step does not count."""
+        values = torch.stack([v.float() for v in terms.values()])
+        pairs = torch.stack([values, torch.ones_like(values)], dim=1)
+        pairs = torch.where(bad > 0, torch.zeros_like(pairs), pairs)
+        for name, pair in zip(terms, pairs, strict=True):
+            self.meter[name] = self.meter[name] + pair if name in self.meter else pair
+
+    def log(self) -> None:
+        """Write the means since the last line. The one place where the host waits for the device."""
+        names = sorted(self.meter)
+        pairs = torch.stack([self.meter[name] for name in names])
+        sums = self.world.sum_(pairs[:, 0].clone())
+        means = (sums / pairs[:, 1]).tolist()
+        self.meter = {}
+        numbers = {f"train/{name}": mean for name, mean in zip(names, means, strict=True)}
+        numbers["train/lr"] = self.optimizers["generator"].param_groups[0]["lr"]
+        numbers["train/skipped_steps"] = float(self.skipped)
+        if self.scaler.enabled:
+            numbers["train/loss_scale"] = float(self.scaler.factor)
+        numbers |= self._clock()
+        if self.tracker:
+            self.tracker.log(numbers, self.step)
+        self.console.update(self.step, numbers)
+
+    def _clock(self) -> dict[str, float]:
+        """Speed since the last call, and memory."""
+        now = time.monotonic()
+        before, samples, step = getattr(self, "_last_clock", (now, self.samples, self.step))
+        self._last_clock = (now, self.samples, self.step)
+        seconds = max(now - before, 1e-9)
+        numbers = {
+            "perf/patches_per_s": (self.samples - samples) / seconds,
+            "perf/step_s": seconds / max(self.step - step, 1),
+        }
+        if self.device.type == "cuda":
+            numbers["perf/gpu_memory_gb"] = torch.cuda.max_memory_allocated(self.device) / 1e9
+        return numbers
+
+    def validate(self) -> bool:
+        """Measure the averaged network; tell whether it is the best so far."""
+        with self.averaged() as network:
+            numbers = self.validate_network(network)
+        if self.tracker:
+            self.tracker.log(numbers, self.step)
+        self.console.print(
+            f"step {self.step}  " + "  ".join(f"{k} {v:.4g}" for k, v in numbers.items())
+        )
+        better = numbers[self.monitor] < self.best
+        self.best = min(self.best, numbers[self.monitor])
+        self.stale = 0 if better else self.stale + 1
+        self._clock()
+        return better
+
+    def picture(self) -> None:
+        """Show what the averaged network makes of the fixed volumes."""
+        with self.averaged() as network:
+            self.show(network, self.step)
+        self._clock()
+
+    @contextmanager
+    def averaged(self) -> Iterator[nn.Module]:
+        """Lend the network in eval mode with its averaged weights."""
+        with self.ema.applied() if self.ema else nullcontext(), torch.inference_mode():
+            self.task.network.eval()
+            with self._autocast():
+                yield self.task.network
+            self.task.network.train()
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, AMP[self.amp], enabled=self.amp != "off")
+
+    # Checkpoints
+
+    def save(self, best: bool = False) -> None:
+        """Write a checkpoint. All ranks must call it."""
+        state = self.state_dict()
+        if self.world.is_main:
+            self.checkpoints.save(state, best)
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that a bit-exact continuation needs, in types that `weights_only` reads."""
+        return {
+            **self.record,
+            "step": self.step,
+            "samples": self.samples,
+            "best": self.best,
+            "stale": self.stale,
+            "model": self.task.network.state_dict(),
+            "ema": self.ema.state_dict() if self.ema else None,
+            "task": self.task.extra_state(),
+            "optimizers": {name: o.state_dict() for name, o in self.optimizers.items()},
+            "scaler": self.scaler.state_dict(),
+            "skipped": self.skipped,
+            "loader": self.loader.state_dict(),
+            "ranks": self.world.gather({"rng": _rng_state(self.device), "meter": self.meter}),
+            "wandb_id": self.tracker.run_id if self.tracker else None,
+            "versions": versions(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from a checkpoint, on as many ranks as before or on another number."""
+        self.step, self.samples = state["step"], state["samples"]
+        self.best, self.stale = state["best"], state["stale"]
+        self.task.network.load_state_dict(state["model"])
+        if self.ema:
+            self.ema.load_state_dict(state["ema"] or state["model"])
+        self.task.load_extra_state(state["task"])
+        for name, optimizer in self.optimizers.items():
+            optimizer.load_state_dict(state["optimizers"][name])
+        self.scaler.load_state_dict(state["scaler"])
+        self.skipped.copy_(state["skipped"])
+        self.loader.load_state_dict(state["loader"])
+        ranks = state["ranks"]
+        if len(ranks) == self.world.size:
+            _set_rng_state(ranks[self.world.rank]["rng"], self.device)
+            self.meter = {k: v.to(self.device) for k, v in ranks[self.world.rank]["meter"].items()}
+
+    # Ranks and failures
+
+    def _distribute(self) -> None:
+        """Wrap each part by itself. DDP leaves out what is frozen: each parameter has one owner."""
+        discriminator = self.task.discriminator
+        for name, module in self.networks.items():
+            if name == "generator" and discriminator is not None:
+                discriminator.requires_grad_(False)
+            self.networks[name] = DistributedDataParallel(
+                module, broadcast_buffers=False, gradient_as_bucket_view=True
+            )
+            if discriminator is not None:
+                discriminator.requires_grad_(True)
+
+    def _stop_if_hopeless(self, window: list[tuple[Any, int]]) -> None:
+        if int(self.bad_in_row) < self.max_bad_steps:
+            return
+        found = self.world.gather(self._first_bad(window))
+        where = "; ".join(f"rank {r}: {text}" for r, text in enumerate(found) if text)
+        raise ValueError(
+            f"{self.max_bad_steps} steps in a row, up to step {self.step + 1}, had a loss or "
+            f"gradient that is not finite ({where or 'it did not come back when run again'}); "
+            "lower --lr, use --amp bf16 or off, or mend the file. The checkpoints are untouched"
+        )
+
+    def _first_bad(self, window: list[tuple[Any, int]]) -> str:
+        """Run the window again and name the first tensor that is not finite, and its volumes."""
+        for batch, _ in window:
+            batch = batch.to(self.device)
+            names = f" for {', '.join(self.sources(batch))}" if self.sources else ""
+            if not batch.image.isfinite().all():
+                return f"the input is not finite{names}"
+            bad: list[str] = []
+            hooks = [
+                module.register_forward_hook(_watch(bad, name))
+                for name, module in self.task.named_modules()
+                if not list(module.children())
+            ]
+            with self._autocast():
+                values = self.task(batch, self.step)
+            for hook in hooks:
+                hook.remove()
+            bad += [name for name, value in values.items() if not value.isfinite().all()]
+            if bad:
+                return f"first {bad[0]}{names}"
+            values["loss"].backward()
+            for name, p in self.task.named_parameters():
+                if p.grad is not None and not p.grad.isfinite().all():
+                    return f"first the gradient of {name}{names}"
+        return ""
+
+
+class LossScaler:
+    """Keeps float16 gradients in range: doubles after 2000 good steps, halves after a bad one.
+
+    The rule of `torch.amp.GradScaler`, without reading the device: the trainer divides by `factor`
+    while it clips.
+
+    Args:
+        device: Where the factor lives.
+        enabled: Otherwise the factor is 1 and stays so.
+    """
+
+    def __init__(self, device: torch.device, enabled: bool):
+        self.enabled = enabled
+        self.factor = torch.tensor(65536.0 if enabled else 1.0, device=device)
+        self.good_steps = torch.zeros((), device=device)
+
+    def scale(self, loss: Tensor) -> Tensor:
+        """Return the loss to call backward on."""
+        return loss * self.factor if self.enabled else loss
+
+    def update(self, bad: Tensor) -> None:
+        """Move the factor after a step; `bad` is 1 where the step was dropped."""
+        if not self.enabled:
+            return
+        self.good_steps = (self.good_steps + 1) * (1 - bad)
+        grow = self.good_steps >= 2000
+        self.factor = torch.where(bad > 0, self.factor / 2, self.factor * (1 + grow.float()))
+        self.good_steps = torch.where(grow, 0.0, self.good_steps)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Factor and count, for a checkpoint."""
+        return {"factor": self.factor, "good_steps": self.good_steps}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Continue from a checkpoint, unless precision was changed meanwhile."""
+        if self.enabled:
+            self.factor = state["factor"].to(self.factor.device)
+            self.good_steps = state["good_steps"].to(self.factor.device)
+
+
+def _parts(task: Task) -> dict[str, tuple[nn.Module, list[nn.Parameter]]]:
+    """The modules that have an optimizer each, with the parameters it owns."""
+    discriminator = task.discriminator
+    theirs = list(discriminator.parameters()) if discriminator is not None else []
+    owned = {id(p) for p in theirs}
+    ours = [p for p in task.parameters() if p.requires_grad and id(p) not in owned]
+    parts = {"generator": (task, ours)}
+    return parts | {"discriminator": (discriminator, theirs)} if theirs else parts
+
+
+def _adamw(params, lr: float, betas: tuple[float, float], decay: float) -> torch.optim.AdamW:
+    """AdamW that decays kernels and matrices, not norms and biases."""
+    groups = [
+        {"params": [p for p in params if p.ndim > 1], "weight_decay": decay},
+        {"params": [p for p in params if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr, betas, fused=True)
+
+
+def _grads(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    return [p.grad for g in optimizer.param_groups for p in g["params"] if p.grad is not None]
+
+
+def _watch(bad: list[str], name: str) -> Callable:
+    def hook(_module, _inputs, output):
+        if isinstance(output, Tensor) and not bad and not output.isfinite().all():
+            bad.append(f"the output of {name}")
+
+    return hook
+
+
+def _rng_state(device: torch.device) -> dict[str, Any]:
+    state = {"python": random.getstate(), "torch": torch.get_rng_state()}
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+def _set_rng_state(state: dict[str, Any], device: torch.device) -> None:
+    random.setstate(state["python"])
+    torch.set_rng_state(state["torch"])
+    if device.type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"], device)
