@@ -144,11 +144,8 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         raise ValueError(f"{path}: damaged, the checksum of its entry {damaged} is wrong")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (
-        Exception
-    ) as error:  # torch raises RuntimeError, UnpicklingError, KeyError ... as it falls
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"{path}: not a checkpoint of vae3d ({reason})") from error
+    except Exception as error:  # RuntimeError, UnpicklingError, KeyError ...: torch has no one type
+        raise ValueError(f"{path}: not a checkpoint of vae3d, there is code in it") from error
     if not isinstance(state, dict) or not {"format", "step", "model"} <= set(state):
         raise ValueError(
             f"{path}: not a checkpoint of vae3d; weights alone are read by vae3d convert"
@@ -194,7 +191,7 @@ def versions() -> dict[str, str]:
 
     return {
         "vae3d": __version__,
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),
         "python": platform.python_version(),
     }
 

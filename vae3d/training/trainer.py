@@ -11,6 +11,7 @@ import random
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
+from inspect import signature
 from itertools import islice
 from typing import Any
 
@@ -156,7 +157,7 @@ class Trainer:
         return 0
 
     def due(self, every: int) -> bool:
-        """Whether something that happens `every` so many steps happens now; the last step counts."""
+        """Whether what happens `every` so many steps happens now; it does at the last one."""
         return every > 0 and (self.step % every == 0 or self.step == self.max_steps)
 
     def wish_to_stop(self) -> int:
@@ -271,7 +272,7 @@ class Trainer:
             self.meter[name] = self.meter[name] + pair if name in self.meter else pair
 
     def log(self) -> None:
-        """Write the means since the last line. The one place where the host waits for the device."""
+        """Write the means since the last line; only here does the host wait for the device."""
         names = sorted(self.meter)
         pairs = torch.stack([self.meter[name] for name in names])
         sums = self.world.sum_(pairs[:, 0].clone())
@@ -389,7 +390,7 @@ class Trainer:
             if name == "generator" and discriminator is not None:
                 discriminator.requires_grad_(False)
             self.networks[name] = DistributedDataParallel(
-                module, broadcast_buffers=False, gradient_as_bucket_view=True
+                module, gradient_as_bucket_view=True, **_KEEP_BUFFERS
             )
             if discriminator is not None:
                 discriminator.requires_grad_(True)
@@ -470,6 +471,14 @@ class LossScaler:
         if self.enabled:
             self.factor = state["factor"].to(self.factor.device)
             self.good_steps = state["good_steps"].to(self.factor.device)
+
+
+# Buffers change in `after_step` alone, the same on every rank; torch 2.13 renamed the switch.
+_KEEP_BUFFERS = (
+    {"forward_sync_buffers": False}
+    if "forward_sync_buffers" in signature(DistributedDataParallel.__init__).parameters
+    else {"broadcast_buffers": False}
+)
 
 
 def _parts(task: Task) -> dict[str, tuple[nn.Module, list[nn.Parameter]]]:
