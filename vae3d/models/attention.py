@@ -1,36 +1,32 @@
 """Attention over the voxels of a feature map: the sockets `attention` and `mid_attention`.
 
-Axes: b batch, c channels, x y z space, n tokens (one per voxel), h heads, d channels of a head.
+Axes: b batch, c channels, x y z space, n tokens (one per voxel, in storage order), h heads,
+d channels of a head.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
+import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from vae3d.models.norm import Norm
+from vae3d.models.conv import per_axis
+from vae3d.models.norm import NoNorm, Norm, wide
+from vae3d.models.upsample import LINEAR
+
+# A padded volume and its windows: n counts the windows, w the voxels of a window.
+VOLUME_AND_WINDOWS = {
+    2: ("b h (nx wx) (ny wy) d", "(b nx ny) h (wx wy) d"),
+    3: ("b h (nx wx) (ny wy) (nz wz) d", "(b nx ny nz) h (wx wy wz) d"),
+}
 
 
 class Attention(nn.Module):
     """Contract of an attention layer: `Attention(channels, spatial_dims, norm, **options)`.
 
-    It maps `(B, C, *spatial)` to the same shape and adds its own residual.
-
-    Args:
-        channels: Channels of input and output.
-        spatial_dims: 2 or 3.
-        norm: Makes a norm from a channel count.
-    """
-
-    def __init__(self, channels: int, spatial_dims: int, norm: Callable[[int], Norm]):
-        super().__init__()
-        self.channels, self.spatial_dims = channels, spatial_dims
-        self.norm = norm(channels)
-
-
-class GlobalAttention(Attention):
-    """Softmax attention of every voxel to every voxel.
+    It maps `(B, C, *spatial)` to the same shape as `x + proj(mix(qkv(norm(x))))`. A subclass
+    defines `mix`, or `forward` where it is not of that form.
 
     Args:
         channels: Channels of input and output, a multiple of `num_heads`.
@@ -48,19 +44,207 @@ class GlobalAttention(Attention):
         num_heads: int = 1,
         out_proj: bool = True,
     ):
-        super().__init__(channels, spatial_dims, norm)
+        super().__init__()
         if channels % num_heads:
             raise ValueError(f"num_heads={num_heads} does not divide {channels} channels")
-        self.num_heads = num_heads
+        self.channels, self.spatial_dims, self.num_heads = channels, spatial_dims, num_heads
+        self.norm = norm(channels)
         self.qkv = nn.Linear(channels, 3 * channels)
         self.proj = nn.Linear(channels, channels) if out_proj else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         """Map `(B, C, *spatial)` to the same shape."""
+        return x + self.update(x)
+
+    def update(self, x: Tensor) -> Tensor:
+        """What attention adds to `x`."""
         tokens = self.norm(x).flatten(2).transpose(1, 2)  # (B, N, C)
         q, k, v = rearrange(self.qkv(tokens), "b n (s h d) -> s b h n d", s=3, h=self.num_heads)
-        out = self.proj(rearrange(attend(q, k, v), "b h n d -> b n (h d)"))
-        return x + out.transpose(1, 2).reshape(x.shape)
+        mixed = rearrange(self.mix(q, k, v, x.shape[2:]), "b h n d -> b n (h d)")
+        return self.proj(mixed).transpose(1, 2).reshape(x.shape)
+
+    def mix(self, q: Tensor, k: Tensor, v: Tensor, grid: Sequence[int]) -> Tensor:
+        """Mix the values of the tokens, which lie on `grid`.
+
+        Args:
+            q: Queries `(B, H, N, D)`.
+            k: Keys `(B, H, N, D)`.
+            v: Values `(B, H, N, D)`.
+            grid: Voxels per axis; their product is N.
+
+        Returns:
+            `(B, H, N, D)`.
+        """
+        raise NotImplementedError
+
+
+class GlobalAttention(Attention):
+    """Softmax attention of every voxel to every voxel.
+
+    Args:
+        channels: Channels of input and output, a multiple of `num_heads`.
+        spatial_dims: 2 or 3.
+        norm: Makes a norm from a channel count.
+        num_heads: Heads.
+        out_proj: Project the heads' output linearly before it is added to the input.
+        relative_position_bias: Grid, in voxels per axis of this layer, for which a learned bias
+            per offset is made; other grids interpolate it. None for no bias.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        spatial_dims: int,
+        norm: Callable[[int], Norm],
+        num_heads: int = 1,
+        out_proj: bool = True,
+        relative_position_bias: tuple[int, ...] | None = None,
+    ):
+        super().__init__(channels, spatial_dims, norm, num_heads, out_proj)
+        self.bias = None
+        if relative_position_bias is not None:
+            grid = per_axis(relative_position_bias, spatial_dims, "relative_position_bias")
+            self.bias = RelativeBias(num_heads, grid)
+
+    def mix(self, q: Tensor, k: Tensor, v: Tensor, grid: Sequence[int]) -> Tensor:
+        """Softmax attention over all tokens."""
+        return attend(q, k, v, None if self.bias is None else self.bias(grid).to(q.dtype))
+
+
+class PatchAttention(Attention):
+    """Softmax attention inside windows; the last windows are padded, the padding is masked.
+
+    Args:
+        channels: Channels of input and output, a multiple of `num_heads`.
+        spatial_dims: 2 or 3.
+        norm: Makes a norm from a channel count.
+        num_heads: Heads.
+        out_proj: Project the heads' output linearly before it is added to the input.
+        window: Voxels of a window, one number or one per axis.
+        shift: Start the windows half a window before the volume, so that two layers, one shifted,
+            exchange across window faces.
+        relative_position_bias: Learn a bias per offset inside the window.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        spatial_dims: int,
+        norm: Callable[[int], Norm],
+        num_heads: int = 1,
+        out_proj: bool = True,
+        window: int | tuple[int, ...] = 8,
+        shift: bool = False,
+        relative_position_bias: bool = False,
+    ):
+        super().__init__(channels, spatial_dims, norm, num_heads, out_proj)
+        self.window = per_axis(window, spatial_dims, "window")
+        self.shift = tuple(w // 2 if shift else 0 for w in self.window)
+        self.bias = RelativeBias(num_heads, self.window) if relative_position_bias else None
+
+    def mix(self, q: Tensor, k: Tensor, v: Tensor, grid: Sequence[int]) -> Tensor:
+        """Softmax attention over the tokens of each window."""
+        real = self.to_windows(q.new_ones(q.shape[0], 1, q.shape[2], 1), grid)
+        # Every window holds a real token, so no row of the softmax is empty.
+        bias = torch.zeros_like(real).masked_fill(real == 0, float("-inf")).transpose(2, 3)
+        if self.bias is not None:
+            bias = bias + self.bias(self.window).to(q.dtype)
+        q, k, v = (self.to_windows(t, grid) for t in (q, k, v))
+        return self.to_grid(attend(q, k, v, bias), grid)
+
+    def padding(self, grid: Sequence[int]) -> list[tuple[int, int]]:
+        """Voxels missing before and after `grid` to fill the windows, per axis."""
+        return [(s, -(n + s) % w) for n, w, s in zip(grid, self.window, self.shift, strict=True)]
+
+    def sizes(self, grid: Sequence[int]) -> dict[str, int]:
+        """Values of the letters of `VOLUME_AND_WINDOWS`."""
+        axes = zip("xyz", grid, self.padding(grid), self.window, strict=False)
+        return {
+            name: size
+            for axis, n, pad, w in axes
+            for name, size in ((f"n{axis}", (n + sum(pad)) // w), (f"w{axis}", w))
+        }
+
+    def to_windows(self, t: Tensor, grid: Sequence[int]) -> Tensor:
+        """`(B, H, N, D)` on `grid` to `(B * windows, H, tokens of a window, D)`, zero-padded."""
+        volume, windows = VOLUME_AND_WINDOWS[self.spatial_dims]
+        far_axis_first = [n for pad in reversed(self.padding(grid)) for n in pad]
+        t = F.pad(t.unflatten(2, tuple(grid)), (0, 0, *far_axis_first))
+        return rearrange(t, f"{volume} -> {windows}", **self.sizes(grid))
+
+    def to_grid(self, t: Tensor, grid: Sequence[int]) -> Tensor:
+        """Inverse of `to_windows`, without the padding."""
+        volume, windows = VOLUME_AND_WINDOWS[self.spatial_dims]
+        t = rearrange(t, f"{windows} -> {volume}", **self.sizes(grid))
+        before = [pad[0] for pad in self.padding(grid)]
+        inside = [slice(s, s + n) for s, n in zip(before, grid, strict=True)]
+        return t[(slice(None), slice(None), *inside)].flatten(2, -2)
+
+
+class LinearAttention(Attention):
+    """Attention without a softmax over pairs: cost grows with the number of voxels, not its square.
+
+    Keys are softmax-normalized over the tokens, and `sum_n k_n v_n^T` is applied to every query
+    (the `linear` attention of CompVis).
+
+    Args:
+        channels: Channels of input and output, a multiple of `num_heads`.
+        spatial_dims: 2 or 3.
+        norm: Makes a norm from a channel count.
+        num_heads: Heads.
+        out_proj: Project the heads' output linearly before it is added to the input.
+    """
+
+    def mix(self, q: Tensor, k: Tensor, v: Tensor, grid: Sequence[int]) -> Tensor:
+        """Apply the `(D, D)` summary of keys and values to every query."""
+        context = torch.einsum("bhnd,bhne->bhde", wide(k).softmax(dim=2).to(v.dtype), v)
+        return torch.einsum("bhnd,bhde->bhne", q, context)
+
+
+class BareLinearAttention(LinearAttention):
+    """Linear attention as CompVis has it: one head, no norm, no residual, no bias in `qkv`.
+
+    Args:
+        channels: Channels of input and output.
+        spatial_dims: 2 or 3.
+        norm: Not used.
+    """
+
+    def __init__(self, channels: int, spatial_dims: int, norm: Callable[[int], Norm]):
+        super().__init__(channels, spatial_dims, NoNorm)
+        self.qkv = nn.Linear(channels, 3 * channels, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map `(B, C, *spatial)` to the same shape."""
+        return self.update(x)
+
+
+class RelativeBias(nn.Module):
+    """A learned number per head and offset between two tokens of a grid.
+
+    Args:
+        num_heads: Heads.
+        grid: Voxels per axis for which the table is made.
+    """
+
+    def __init__(self, num_heads: int, grid: Sequence[int]):
+        super().__init__()
+        self.grid = tuple(grid)
+        self.table = nn.Parameter(torch.empty(num_heads, *(2 * n - 1 for n in grid)))
+        nn.init.trunc_normal_(self.table, std=0.02)
+
+    def forward(self, grid: Sequence[int]) -> Tensor:
+        """Bias `(H, N, N)` of query (first) and key tokens on `grid`, resized to it."""
+        table = self.table
+        if tuple(grid) != self.grid:
+            size = [2 * n - 1 for n in grid]
+            mode = LINEAR[len(grid)]
+            table = F.interpolate(table[None], size, mode=mode, align_corners=True)[0]
+        # table[i - j + n - 1]: windows of length n start at i, the key index runs backwards.
+        for axis, n in enumerate(grid, start=1):
+            table = table.unfold(axis, n, 1).flip(-1)
+        dims = len(grid)
+        return table.flatten(1, dims).flatten(2)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:

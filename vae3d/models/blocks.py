@@ -9,7 +9,7 @@ from collections.abc import Callable
 from torch import Tensor, nn
 
 from vae3d.models.conv import conv
-from vae3d.models.norm import Norm, NormAct
+from vae3d.models.norm import Norm, NormAct, activation
 
 
 class Block(nn.Module):
@@ -59,15 +59,91 @@ class ResBlock(Block):
         dropout: float = 0.0,
         zero_init: bool = False,
     ):
-        layers = OrderedDict(
-            norm1=NormAct(norm(in_channels), act),
-            conv1=conv(spatial_dims, in_channels, out_channels, 3),
-            norm2=NormAct(norm(out_channels), act),
-            dropout=nn.Dropout(dropout),
-            conv2=conv(spatial_dims, out_channels, out_channels, 3),
-        )
+        layers = OrderedDict()
+        layers["norm1"] = NormAct(norm(in_channels), act)
+        layers["conv1"] = conv(spatial_dims, in_channels, out_channels, 3)
+        layers["norm2"] = NormAct(norm(out_channels), act)
+        if dropout:
+            layers["dropout"] = nn.Dropout(dropout)
+        layers["conv2"] = conv(spatial_dims, out_channels, out_channels, 3)
         if zero_init:
             zero_(layers["conv2"])
+        super().__init__(nn.Sequential(layers), shortcut(in_channels, out_channels, spatial_dims))
+
+
+class ConvBlock(Block):
+    """Convolution, norm, activation; no shortcut.
+
+    Args:
+        in_channels: Channels of the input.
+        out_channels: Channels of the output.
+        spatial_dims: 2 or 3.
+        norm: Makes a norm from a channel count.
+        act: Name of the activation.
+        dropout: Probability of a dropped value at the end.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        spatial_dims: int,
+        norm: Callable[[int], Norm],
+        act: str,
+        dropout: float = 0.0,
+    ):
+        layers = OrderedDict()
+        layers["conv1"] = conv(spatial_dims, in_channels, out_channels, 3)
+        layers["norm1"] = NormAct(norm(out_channels), act)
+        if dropout:
+            layers["dropout"] = nn.Dropout(dropout)
+        super().__init__(nn.Sequential(layers), None)
+
+
+class ConvNeXtBlock(Block):
+    """Depthwise convolution with a large kernel, then a two-layer perceptron per voxel.
+
+    After Liu et al., 2022, with the norm and activation of the network.
+
+    Args:
+        in_channels: Channels of the input.
+        out_channels: Channels of the output.
+        spatial_dims: 2 or 3.
+        norm: Makes a norm from a channel count.
+        act: Name of the activation.
+        kernel: Kernel size of the depthwise convolution, odd.
+        expansion: Hidden channels of the perceptron as a multiple of `out_channels`.
+        dropout: Probability of a dropped value before the last layer.
+        zero_init: Start the last layer at zero, so that the block starts as its shortcut.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        spatial_dims: int,
+        norm: Callable[[int], Norm],
+        act: str,
+        kernel: int = 7,
+        expansion: int = 4,
+        dropout: float = 0.0,
+        zero_init: bool = False,
+    ):
+        if kernel % 2 == 0:
+            raise ValueError(f"kernel={kernel} must be odd, so that the size stays")
+        hidden = expansion * out_channels
+        layers = OrderedDict()
+        layers["depthwise"] = conv(
+            spatial_dims, in_channels, in_channels, kernel, groups=in_channels
+        )
+        layers["norm1"] = norm(in_channels)
+        layers["expand"] = conv(spatial_dims, in_channels, hidden, 1)
+        layers["act"] = activation(act)
+        if dropout:
+            layers["dropout"] = nn.Dropout(dropout)
+        layers["project"] = conv(spatial_dims, hidden, out_channels, 1)
+        if zero_init:
+            zero_(layers["project"])
         super().__init__(nn.Sequential(layers), shortcut(in_channels, out_channels, spatial_dims))
 
 

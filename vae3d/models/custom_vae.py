@@ -3,10 +3,13 @@
 Axes: b batch, c channels, x y z space in storage order; 2D is `(B, C, X, Y)`, 3D `(B, C, X, Y, Z)`.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
 from math import prod
 from typing import Literal
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -15,7 +18,7 @@ from vae3d.models.attention import Attention
 from vae3d.models.blocks import Block, ResBlock
 from vae3d.models.conv import conv, per_axis
 from vae3d.models.downsample import ConvDown, Down
-from vae3d.models.norm import GroupNorm, Norm, NormAct
+from vae3d.models.norm import GroupNorm, Norm, NormAct, named, recomputing
 from vae3d.models.posterior import DiagonalGaussian, LogVarianceHead, PosteriorHead
 from vae3d.models.spec import Described
 from vae3d.models.upsample import InterpUp, Up
@@ -39,22 +42,24 @@ class Chain(nn.Sequential):
 
     def forward(self, x: Tensor) -> Tensor:
         """Run every layer in order."""
-        if self.checkpointing == "none" or not self.training:
+        if self.checkpointing == "none" or not torch.is_grad_enabled():
             return super().forward(x)
-        layers = list(self)
-        sizes = self.level_sizes if self.checkpointing == "level" else (1,) * len(layers)
+        sizes = self.level_sizes if self.checkpointing == "level" else (1,) * len(self)
         start = 0
         for size in sizes:
-            x = checkpoint(run, layers[start : start + size], x, use_reentrant=False)
+            layers = self[start : start + size]
+            x = checkpoint(layers, x, use_reentrant=False, context_fn=repetition)
             start += size
         return x
 
+    def __getitem__(self, index: int | slice) -> nn.Module:
+        """One layer, or a plain `nn.Sequential` of several."""
+        return nn.Sequential(*list(self)[index]) if isinstance(index, slice) else list(self)[index]
 
-def run(layers: Sequence[nn.Module], x: Tensor) -> Tensor:
-    """Apply `layers` to `x` in order."""
-    for layer in layers:
-        x = layer(x)
-    return x
+
+def repetition() -> tuple:
+    """Contexts of the forward pass and of its repetition in the backward pass."""
+    return nullcontext(), recomputing()
 
 
 class CustomVAE(Described, nn.Module):
@@ -89,6 +94,7 @@ class CustomVAE(Described, nn.Module):
         z_channels: Channels that the decoder starts from; None for `latent_channels`.
         double_z: The encoder ends in as many times `z_channels` as the posterior has moments
             (Stable Diffusion), not in `z_channels` (MONAI).
+        stem_channels: Channels after the first convolution; None for those of the first level.
         quant_conv: 1x1 convolutions on both sides of the latent.
         output: Function on the reconstruction: none, tanh or sigmoid.
         latent_scale: Factor of `encode_stage_2_inputs`, so that latents have unit variance.
@@ -119,6 +125,7 @@ class CustomVAE(Described, nn.Module):
         posterior: Callable[[], PosteriorHead] = LogVarianceHead,
         z_channels: int | None = None,
         double_z: bool = True,
+        stem_channels: int | None = None,
         quant_conv: bool = True,
         output: Literal["none", "tanh", "sigmoid"] = "none",
         latent_scale: float = 1.0,
@@ -131,66 +138,38 @@ class CustomVAE(Described, nn.Module):
         self.latent_channels = latent_channels
         self.latent_scale, self.latent_shift = latent_scale, latent_shift
         z_channels = z_channels or latent_channels
-        factors = factors or (1,) + (2,) * (levels - 1)
-        factors = [
-            per_axis(f, spatial_dims, "factors") for f in per_level(factors, levels, "factors")
-        ]
+        factors = per_level(factors or (1,) + (2,) * (levels - 1), levels, "factors")
+        factors = [per_axis(factor, spatial_dims, "factors") for factor in factors]
         self.factor = tuple(prod(axis) for axis in zip(*factors, strict=True))
+        blocks = per_level(num_res_blocks, levels, "num_res_blocks")
+        decoder_blocks = per_level(decoder_res_blocks or blocks, levels, "decoder_res_blocks")
         attended = per_level(attention_levels or (False,) * levels, levels, "attention_levels")
         if any(attended) and attention is None:
-            raise ValueError("attention_levels marks levels but attention names no class")
-        res_blocks = per_level(num_res_blocks, levels, "num_res_blocks")
-        decoder_res_blocks = per_level(
-            res_blocks if decoder_res_blocks is None else decoder_res_blocks,
-            levels,
-            "decoder_res_blocks",
-        )
-
-        def attend(wanted: bool, socket, width: int) -> list[nn.Module]:
-            return [socket(width, spatial_dims, norm)] if wanted and socket else []
-
-        def blocks_of(level: int, width_in: int, count: int) -> list[nn.Module]:
-            layers = []
-            for n in range(count):
-                width = channels[level]
-                layers.append(block(width if n else width_in, width, spatial_dims, norm, act))
-                layers += attend(attended[level], attention, width)
-            return layers
-
-        def mid(wanted: bool) -> list[nn.Module]:
-            if not wanted:
-                return []
-            width = channels[-1]
-            first, second = (block(width, width, spatial_dims, norm, act) for _ in range(2))
-            return [first, *attend(True, mid_attention, width), second]
-
-        def last(width: int, width_out: int) -> list[nn.Module]:
-            final_act = act if act_before_out else "none"
-            return [NormAct(norm(width), final_act), conv(spatial_dims, width, width_out, 3)]
+            raise ValueError("attention_levels marks a level, but attention names no class")
 
         self.head = posterior()
         moments = self.head.num_moments
         encoder_out = z_channels * (moments if double_z else 1)
-
-        encoder = [[conv(spatial_dims, in_channels, channels[0], 3)]]
-        width = channels[0]
-        for level in range(levels):
-            shrink = (
-                [] if prod(factors[level]) == 1 else [down(width, factors[level], spatial_dims)]
-            )
-            encoder.append(shrink + blocks_of(level, width, res_blocks[level]))
-            width = channels[level]
-        encoder += [mid(encoder_mid), last(width, encoder_out)]
-        self.encoder = Chain(encoder)
-
-        decoder = [[conv(spatial_dims, z_channels, channels[-1], 3)], mid(decoder_mid)]
-        for level in reversed(range(levels)):
-            factor = factors[level]
-            grow = [up(channels[level], factor, spatial_dims)] if prod(factor) > 1 else []
-            decoder.append(blocks_of(level, width, decoder_res_blocks[level]) + grow)
-            width = channels[level]
-        self.decoder = Chain([*decoder, last(width, self.out_channels)])
-
+        parts = _Parts(
+            spatial_dims, block, down, up, norm, act, act_before_out, attention, mid_attention
+        )
+        stem_channels = stem_channels or channels[0]
+        self.encoder = Chain(
+            [
+                [conv(spatial_dims, in_channels, stem_channels)],
+                *parts.shrinking_levels(stem_channels, channels, factors, blocks, attended),
+                parts.bottleneck(channels[-1]) if encoder_mid else [],
+                parts.ending(channels[-1], encoder_out),
+            ]
+        )
+        self.decoder = Chain(
+            [
+                [conv(spatial_dims, z_channels, channels[-1])],
+                parts.bottleneck(channels[-1]) if decoder_mid else [],
+                *parts.growing_levels(channels, factors, decoder_blocks, attended),
+                parts.ending(channels[0], self.out_channels),
+            ]
+        )
         self.quant_conv = self.post_quant_conv = nn.Identity()
         if quant_conv:
             self.quant_conv = conv(spatial_dims, encoder_out, moments * latent_channels, 1)
@@ -199,7 +178,7 @@ class CustomVAE(Described, nn.Module):
             raise ValueError(
                 "quant_conv=False needs z_channels equal to latent_channels and double_z=True"
             )
-        self.output = OUTPUTS[output]()
+        self.output = named(OUTPUTS, output, "output")()
 
     @property
     def last_layer(self) -> nn.Parameter:
@@ -260,6 +239,62 @@ class CustomVAE(Described, nn.Module):
         if not any(missing):
             return x
         return F.pad(x, [n for m in reversed(missing) for n in (0, m)], mode="replicate")
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """The sockets of one network, and how levels are made of them."""
+
+    spatial_dims: int
+    block: Callable[..., Block]
+    down: Callable[..., Down]
+    up: Callable[..., Up]
+    norm: Callable[[int], Norm]
+    act: str
+    act_before_out: bool
+    attention: Callable[..., Attention] | None
+    mid_attention: Callable[..., Attention] | None
+
+    def blocks(self, width_in: int, width: int, count: int, attended: bool) -> list[nn.Module]:
+        """`count` blocks, each followed by attention where the level is `attended`."""
+        layers = []
+        for n in range(count):
+            layers.append(self.make_block(width if n else width_in, width))
+            if attended:
+                layers.append(self.attention(width, self.spatial_dims, self.norm))
+        return layers
+
+    def make_block(self, width_in: int, width: int) -> Block:
+        """One block."""
+        return self.block(width_in, width, self.spatial_dims, self.norm, self.act)
+
+    def shrinking_levels(self, stem: int, channels, factors, counts, attended) -> Iterator:
+        """Levels of the encoder, finest first: down layer, blocks."""
+        widths_in = (stem, *channels)
+        levels = zip(widths_in, channels, factors, counts, attended, strict=False)
+        for width_in, width, factor, count, attend in levels:
+            down = [self.down(width_in, factor, self.spatial_dims)] if prod(factor) > 1 else []
+            yield down + self.blocks(width_in, width, count, attend)
+
+    def growing_levels(self, channels, factors, counts, attended) -> Iterator:
+        """Levels of the decoder, coarsest first: blocks, up layer."""
+        widths_in = (*channels[1:], channels[-1])
+        levels = list(zip(widths_in, channels, factors, counts, attended, strict=True))
+        for width_in, width, factor, count, attend in reversed(levels):
+            up = [self.up(width, factor, self.spatial_dims)] if prod(factor) > 1 else []
+            yield self.blocks(width_in, width, count, attend) + up
+
+    def bottleneck(self, width: int) -> list[nn.Module]:
+        """Block, attention where there is one, block."""
+        layers = [self.make_block(width, width), self.make_block(width, width)]
+        if self.mid_attention:
+            layers.insert(1, self.mid_attention(width, self.spatial_dims, self.norm))
+        return layers
+
+    def ending(self, width: int, width_out: int) -> list[nn.Module]:
+        """Norm, activation and the last convolution of a half."""
+        norm = NormAct(self.norm(width), self.act if self.act_before_out else "none")
+        return [norm, conv(self.spatial_dims, width, width_out)]
 
 
 def per_level(value, levels: int, name: str) -> tuple:

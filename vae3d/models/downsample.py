@@ -4,12 +4,21 @@ Axes: b batch, c channels, x y z space.
 """
 
 from collections.abc import Sequence
+from math import prod
 from typing import Literal
 
+import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 from vae3d.models.conv import conv, per_axis
+
+# space to channel: every voxel of a factor-sized cell becomes a channel, cell axes innermost.
+UNSHUFFLE = {
+    2: "b c (x fx) (y fy) -> b (c fx fy) x y",
+    3: "b c (x fx) (y fy) (z fz) -> b (c fx fy fz) x y z",
+}
 
 
 class Down(nn.Module):
@@ -48,17 +57,112 @@ class ConvDown(Down):
         padding: Literal["symmetric", "asymmetric"] = "symmetric",
     ):
         super().__init__(channels, factor, spatial_dims)
+        if padding not in ("symmetric", "asymmetric"):
+            raise ValueError(f"padding={padding!r} is not one of symmetric, asymmetric")
         kernel = tuple(max(3, f + 1 - f % 2) for f in self.factor)
         self.conv = conv(spatial_dims, channels, channels, kernel, self.factor)
         self.far_padding = None
         if padding == "asymmetric":
             # Near and far zeros per axis; an axis that keeps its size stays symmetric.
-            pairs = [
-                (0, k - f) if f > 1 else (1, 1) for k, f in zip(kernel, self.factor, strict=True)
-            ]
+            sizes = zip(kernel, self.factor, strict=True)
+            pairs = [(0, k - f) if f > 1 else (1, 1) for k, f in sizes]
             self.far_padding = tuple(n for pair in reversed(pairs) for n in pair)
             self.conv.padding = (0,) * spatial_dims
 
     def forward(self, x: Tensor) -> Tensor:
         """Map `(B, C, *spatial)` to `(B, C, *spatial / factor)`."""
         return self.conv(x if self.far_padding is None else F.pad(x, self.far_padding))
+
+
+class PoolDown(Down):
+    """Average pooling, without parameters.
+
+    Args:
+        channels: Channels of input and output.
+        factor: Shrink per axis.
+        spatial_dims: 2 or 3.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Average over cells of `factor` voxels."""
+        pool = {2: F.avg_pool2d, 3: F.avg_pool3d}[len(self.factor)]
+        return pool(x, self.factor, self.factor)
+
+
+class UnshuffleDown(Down):
+    """Convolution to fewer channels, space to channel, and a shortcut without parameters.
+
+    The shortcut averages groups of the unshuffled channels, as in DC-AE (Chen et al., 2024).
+
+    Args:
+        channels: Channels of input and output, a multiple of the voxels of a cell.
+        factor: Shrink per axis.
+        spatial_dims: 2 or 3.
+    """
+
+    def __init__(self, channels: int, factor: int | Sequence[int], spatial_dims: int):
+        super().__init__(channels, factor, spatial_dims)
+        self.cell = prod(self.factor)
+        if channels % self.cell:
+            raise ValueError(
+                f"UnshuffleDown needs channels that are multiples of {self.cell} (factor"
+                f" {self.factor}), not {channels}"
+            )
+        self.conv = conv(spatial_dims, channels, channels // self.cell, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map `(B, C, *spatial)` to `(B, C, *spatial / factor)`."""
+        shortcut = unshuffle(x, self.factor).unflatten(1, (self.channels, self.cell)).mean(2)
+        return unshuffle(self.conv(x), self.factor) + shortcut
+
+
+class HaarDown(Down):
+    """Haar wavelet transform, its bands mixed by a 1x1 convolution.
+
+    Args:
+        channels: Channels of input and output.
+        factor: Shrink per axis, 1 or 2 each.
+        spatial_dims: 2 or 3.
+    """
+
+    def __init__(self, channels: int, factor: int | Sequence[int], spatial_dims: int):
+        super().__init__(channels, factor, spatial_dims)
+        check_haar(self.factor)
+        self.conv = conv(spatial_dims, channels * prod(self.factor), channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map `(B, C, *spatial)` to `(B, C, *spatial / factor)`."""
+        return self.conv(haar(x, self.factor))
+
+
+def unshuffle(x: Tensor, factor: Sequence[int]) -> Tensor:
+    """Space to channel: `(B, C, *spatial)` to `(B, C * prod(factor), *spatial / factor)`."""
+    return rearrange(x, UNSHUFFLE[len(factor)], **cell_sizes(factor))
+
+
+def haar(x: Tensor, factor: Sequence[int]) -> Tensor:
+    """Orthonormal Haar transform of every axis with factor 2; the bands become channels.
+
+    Args:
+        x: `(B, C, *spatial)`.
+        factor: 1 or 2 per axis.
+
+    Returns:
+        `(B, prod(factor) * C, *spatial / factor)`; along each axis sums come before differences.
+    """
+    for axis, f in enumerate(factor, start=2):
+        if f == 2:
+            even, odd = x.unflatten(axis, (-1, 2)).unbind(axis + 1)
+            x = torch.cat([even + odd, even - odd], dim=1) * 0.5**0.5
+    return x
+
+
+def cell_sizes(factor: Sequence[int]) -> dict[str, int]:
+    """Sizes of the einops letters `fx fy fz`."""
+    return dict(zip(("fx", "fy", "fz"), factor, strict=False))
+
+
+def check_haar(factor: Sequence[int]) -> None:
+    """Refuse factors that the Haar transform does not have."""
+    if any(f > 2 for f in factor):
+        raise ValueError(f"the Haar transform has factors 1 and 2 only, not {tuple(factor)}")

@@ -5,9 +5,14 @@ input's dtype, so that autocast and half-precision models are safe.
 Axes: b batch, c channels, x y z space.
 """
 
+import threading
+from contextlib import contextmanager
+
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.nn.functional import all_reduce
 
 ACTIVATIONS = {
     "silu": nn.SiLU,
@@ -66,6 +71,101 @@ class GroupNorm(Norm):
         return F.group_norm(x, self.num_groups, weight, bias, self.eps)
 
 
+class InstanceNorm(GroupNorm):
+    """Instance normalization: every channel of every sample on its own.
+
+    Args:
+        channels: Channels of the input.
+        eps: Added to the variance.
+    """
+
+    def __init__(self, channels: int, eps: float = 1e-5):
+        super().__init__(channels, num_groups=channels, eps=eps)
+
+
+class BatchNorm(Norm):
+    """Batch normalization; under distributed training the batch is that of all ranks.
+
+    Args:
+        channels: Channels of the input.
+        eps: Added to the variance.
+        momentum: Weight of a new batch in the running statistics, which evaluation uses.
+    """
+
+    def __init__(self, channels: int, eps: float = 1e-5, momentum: float = 0.1):
+        super().__init__(channels)
+        self.eps, self.momentum = eps, momentum
+        self.weight = nn.Parameter(torch.ones(channels))
+        self.bias = nn.Parameter(torch.zeros(channels))
+        self.register_buffer("running_mean", torch.zeros(channels))
+        self.register_buffer("running_var", torch.ones(channels))
+
+    def normalize(self, x: Tensor) -> Tensor:
+        """Normalize over batch and voxels, or by the running statistics in evaluation."""
+        mean, var = self.batch_statistics(x) if self.training else self.running_statistics(x)
+        scale = self.weight.to(x.dtype) * torch.rsqrt(var + self.eps)
+        shift = self.bias.to(x.dtype) - mean * scale
+        per_channel = (1, -1, *(1,) * (x.dim() - 2))
+        return x * scale.view(per_channel) + shift.view(per_channel)
+
+    def running_statistics(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and variance per channel gathered in training."""
+        return self.running_mean.to(x.dtype), self.running_var.to(x.dtype)
+
+    def batch_statistics(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and variance per channel over batch, voxels and ranks; updates the running ones."""
+        axes = (0, *range(2, x.dim()))
+        count = x.new_tensor(x.numel() / self.channels)
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            # Variance round the common mean, in two exchanges, does not cancel as E[x^2] would.
+            totals = all_reduce(torch.cat([x.sum(axes), count[None]]))
+            count = totals[-1].detach()
+            mean = totals[:-1] / count
+            centered = x - mean.view(1, -1, *(1,) * (x.dim() - 2))
+            var = all_reduce(centered.square().sum(axes)) / count
+        else:
+            var, mean = torch.var_mean(x, axes, correction=0)
+        if not _state.recomputing:
+            with torch.no_grad():
+                unbiased = var * (count / (count - 1).clamp(min=1))
+                self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
+                self.running_var.lerp_(unbiased.to(self.running_var.dtype), self.momentum)
+        return mean, var
+
+
+class RMSNorm(Norm):
+    """Root-mean-square norm over the channels of each voxel (Zhang and Sennrich, 2019).
+
+    No voxel sees another, so tiles with a halo give exactly the full volume's result.
+
+    Args:
+        channels: Channels of the input.
+        eps: Added to the mean square.
+    """
+
+    def __init__(self, channels: int, eps: float = 1e-6):
+        super().__init__(channels)
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(channels))
+
+    def normalize(self, x: Tensor) -> Tensor:
+        """Divide each voxel by the root mean square of its channels."""
+        weight = self.weight.to(x.dtype).view(1, -1, *(1,) * (x.dim() - 2))
+        return x * torch.rsqrt(x.square().mean(1, keepdim=True) + self.eps) * weight
+
+
+class NoNorm(Norm):
+    """No normalization.
+
+    Args:
+        channels: Channels of the input.
+    """
+
+    def normalize(self, x: Tensor) -> Tensor:
+        """Return the input."""
+        return x
+
+
 class NormAct(nn.Module):
     """A norm followed by an activation, both in float32; the unit that fast kernels replace.
 
@@ -86,11 +186,39 @@ class NormAct(nn.Module):
 
 def activation(name: str) -> nn.Module:
     """Build an activation from its name in `ACTIVATIONS`."""
-    if name not in ACTIVATIONS:
-        raise ValueError(f"act={name!r} is not one of {', '.join(ACTIVATIONS)}")
-    return ACTIVATIONS[name]()
+    return named(ACTIVATIONS, name, "act")()
+
+
+def named(choices: dict, name: str, option: str):
+    """Look `name` up, or say which names there are.
+
+    Args:
+        choices: The values by name.
+        name: The name that the user gave.
+        option: The option it was given for.
+    """
+    if name not in choices:
+        raise ValueError(f"{option}={name!r} is not one of {', '.join(choices)}")
+    return choices[name]
 
 
 def wide(x: Tensor) -> Tensor:
     """Cast half precision up to float32; float32 and float64 pass through."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+class _State(threading.local):
+    recomputing = False  # of this thread; the backward pass has its own
+
+
+_state = _State()
+
+
+@contextmanager
+def recomputing():
+    """Mark a forward pass as a repetition, so that running statistics are not updated twice."""
+    _state.recomputing = True
+    try:
+        yield
+    finally:
+        _state.recomputing = False

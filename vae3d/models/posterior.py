@@ -3,10 +3,12 @@
 Names: `mean`, `logvar` (log of the variance) and `std` never stand for one another.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vae3d.models.norm import wide
@@ -91,3 +93,45 @@ class LogVarianceHead(PosteriorHead):
         """Make the posterior from `(B, 2 C, *spatial)`, in float32."""
         mean, logvar = wide(moments).chunk(2, dim=1)
         return DiagonalGaussian(mean, logvar.clamp(self.min_logvar, self.max_logvar))
+
+
+class SoftplusHead(PosteriorHead):
+    """Second half of the channels is the standard deviation, through a softplus.
+
+    Args:
+        min_std: Added to it, so that its log stays finite.
+    """
+
+    num_moments = 2
+
+    def __init__(self, min_std: float = 1e-4):
+        super().__init__()
+        if min_std <= 0:
+            raise ValueError(f"min_std={min_std} must be positive, else the log-variance is -inf")
+        self.min_std = min_std
+
+    def forward(self, moments: Tensor) -> DiagonalGaussian:
+        """Make the posterior from `(B, 2 C, *spatial)`, in float32."""
+        mean, raw = wide(moments).chunk(2, dim=1)
+        return DiagonalGaussian(mean, 2 * torch.log(F.softplus(raw) + self.min_std))
+
+
+class FixedStdHead(PosteriorHead):
+    """All channels are the mean; the standard deviation is a constant.
+
+    Args:
+        std: Standard deviation of every latent element.
+    """
+
+    num_moments = 1
+
+    def __init__(self, std: float = 0.5):
+        super().__init__()
+        if std <= 0:
+            raise ValueError(f"std={std} must be positive")
+        self.logvar = 2 * math.log(std)
+
+    def forward(self, moments: Tensor) -> DiagonalGaussian:
+        """Make the posterior from `(B, C, *spatial)`, in float32."""
+        mean = wide(moments)
+        return DiagonalGaussian(mean, torch.full_like(mean, self.logvar))

@@ -4,14 +4,23 @@ Axes: b batch, c channels, x y z space.
 """
 
 from collections.abc import Sequence
+from math import prod
 from typing import Literal
 
+import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
-from vae3d.models.conv import conv, per_axis
+from vae3d.models.conv import CONV_TRANSPOSE, conv, per_axis
+from vae3d.models.downsample import cell_sizes, check_haar
 
 LINEAR = {2: "bilinear", 3: "trilinear"}
+# channel to space, the inverse of `downsample.UNSHUFFLE`.
+SHUFFLE = {
+    2: "b (c fx fy) x y -> b c (x fx) (y fy)",
+    3: "b (c fx fy fz) x y z -> b c (x fx) (y fy) (z fz)",
+}
 
 
 class Up(nn.Module):
@@ -32,13 +41,14 @@ class Up(nn.Module):
 
 
 class InterpUp(Up):
-    """Interpolation followed by a 3x3 convolution.
+    """Interpolation, then a 3x3 convolution.
 
     Args:
         channels: Channels of input and output.
         factor: Growth per axis.
         spatial_dims: 2 or 3.
         mode: `nearest` (Stable Diffusion, MONAI) or `linear` (MAISI; corners not aligned).
+        conv_after: False leaves the convolution out.
     """
 
     def __init__(
@@ -47,14 +57,93 @@ class InterpUp(Up):
         factor: int | Sequence[int],
         spatial_dims: int,
         mode: Literal["nearest", "linear"] = "nearest",
+        conv_after: bool = True,
     ):
         super().__init__(channels, factor, spatial_dims)
+        if mode not in ("nearest", "linear"):
+            raise ValueError(f"mode={mode!r} is not one of nearest, linear")
         self.mode = mode
-        self.conv = conv(spatial_dims, channels, channels, 3)
+        self.conv = conv(spatial_dims, channels, channels, 3) if conv_after else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         """Map `(B, C, *spatial)` to `(B, C, *spatial * factor)`."""
         return self.conv(interpolate(x, self.factor, self.mode))
+
+
+class TransposeUp(Up):
+    """Transposed convolution.
+
+    Args:
+        channels: Channels of input and output.
+        factor: Growth per axis.
+        spatial_dims: 2 or 3.
+        kernel: Kernel size per axis; None for the factor, so that no two kernels overlap (MONAI).
+            MAISI has 3.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        factor: int | Sequence[int],
+        spatial_dims: int,
+        kernel: int | None = None,
+    ):
+        super().__init__(channels, factor, spatial_dims)
+        kernels = self.factor if kernel is None else per_axis(kernel, spatial_dims, "kernel")
+        if any(k < f for k, f in zip(kernels, self.factor, strict=True)):
+            raise ValueError(
+                f"kernel={kernel} leaves holes at factor {self.factor}; make it larger"
+            )
+        padding = tuple(
+            (k - 1) // 2 if k != f else 0 for k, f in zip(kernels, self.factor, strict=True)
+        )
+        missing = tuple(
+            f - k + 2 * p for f, k, p in zip(self.factor, kernels, padding, strict=True)
+        )
+        self.conv = CONV_TRANSPOSE[spatial_dims](
+            channels, channels, kernels, self.factor, padding, missing
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map `(B, C, *spatial)` to `(B, C, *spatial * factor)`."""
+        return self.conv(x)
+
+
+class ShuffleUp(Up):
+    """Convolution to more channels, channel to space, and a nearest-neighbor shortcut (DC-AE).
+
+    Args:
+        channels: Channels of input and output.
+        factor: Growth per axis.
+        spatial_dims: 2 or 3.
+    """
+
+    def __init__(self, channels: int, factor: int | Sequence[int], spatial_dims: int):
+        super().__init__(channels, factor, spatial_dims)
+        self.conv = conv(spatial_dims, channels, channels * prod(self.factor), 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map `(B, C, *spatial)` to `(B, C, *spatial * factor)`."""
+        return shuffle(self.conv(x), self.factor) + interpolate(x, self.factor, "nearest")
+
+
+class HaarUp(Up):
+    """1x1 convolution to wavelet bands, inverse Haar transform.
+
+    Args:
+        channels: Channels of input and output.
+        factor: Growth per axis, 1 or 2 each.
+        spatial_dims: 2 or 3.
+    """
+
+    def __init__(self, channels: int, factor: int | Sequence[int], spatial_dims: int):
+        super().__init__(channels, factor, spatial_dims)
+        check_haar(self.factor)
+        self.conv = conv(spatial_dims, channels, channels * prod(self.factor), 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map `(B, C, *spatial)` to `(B, C, *spatial * factor)`."""
+        return inverse_haar(self.conv(x), self.factor)
 
 
 def interpolate(x: Tensor, factor: Sequence[int], mode: str) -> Tensor:
@@ -67,3 +156,26 @@ def interpolate(x: Tensor, factor: Sequence[int], mode: str) -> Tensor:
     """
     mode = LINEAR[len(factor)] if mode == "linear" else mode
     return F.interpolate(x, scale_factor=tuple(float(f) for f in factor), mode=mode)
+
+
+def shuffle(x: Tensor, factor: Sequence[int]) -> Tensor:
+    """Channel to space: `(B, C * prod(factor), *spatial)` to `(B, C, *spatial * factor)`."""
+    return rearrange(x, SHUFFLE[len(factor)], **cell_sizes(factor))
+
+
+def inverse_haar(x: Tensor, factor: Sequence[int]) -> Tensor:
+    """Inverse of `downsample.haar`.
+
+    Args:
+        x: `(B, prod(factor) * C, *spatial)`.
+        factor: 1 or 2 per axis.
+
+    Returns:
+        `(B, C, *spatial * factor)`.
+    """
+    for axis, f in reversed(list(enumerate(factor, start=2))):
+        if f == 2:
+            total, difference = x.chunk(2, dim=1)
+            pair = torch.stack([total + difference, total - difference], dim=axis + 1)
+            x = pair.flatten(axis, axis + 1) * 0.5**0.5
+    return x
