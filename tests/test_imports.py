@@ -31,7 +31,7 @@ ONE_PLACE = {
     "tifffile": {"loaders/readers.py"},
     "blosc2": {"loaders/store.py"},
     "nilearn": {"loaders/demo.py"},
-    "monai": {"vae3d/stage2/diffusion.py", "vae3d/losses/perceptual.py"},
+    "monai": {"vae3d/stage2/diffusion.py", "vae3d/losses/features.py"},
     "lightning": {"vae3d/training/lit.py"},
 }
 

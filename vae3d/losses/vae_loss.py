@@ -17,7 +17,8 @@ and once after the optimizer updates of a step, on every rank, also when the upd
 
 `terms` is a dict of scalar tensors: the unweighted terms `recon`, `kl`, `perceptual`, `adversarial`
 and those of `extra`, the weighted total `loss`, the discriminator's own `discriminator_loss`, and
-detached measurements such as `kl_std`. None is a float, so nothing waits for the device.
+measurements such as `kl_std`. All but the two losses are detached, and none is a float, so nothing
+waits for the device.
 
 Contracts that make accumulation and DDP exact:
 - Every term is a mean over samples, so gradients of micro-batches weighted by their share of the
@@ -116,7 +117,8 @@ class VAELoss(nn.Module):
                 assert last_layer is not None, "an adaptive weight needs last_layer=vae.last_layer"
                 self.adversarial.measure(others, game["adversarial"], last_layer, len(x))
         total = sum(weights[name] * values[name] for name in values)
-        return values | measured | {"loss": total}
+        # Detached: a trainer that adds them up over an epoch keeps no graph alive.
+        return {name: value.detach() for name, value in values.items()} | measured | {"loss": total}
 
     @property
     def discriminator(self) -> Critic | None:
