@@ -158,6 +158,47 @@ def test_yaml_never_builds_python_objects(tmp_path):
     assert "python" in mistake(argv=["--config", str(tmp_path / "a.yaml")])
 
 
+def hang(pictures: list[str], /, wall: str = "north", nails: int = 1):
+    """Hang pictures.
+
+    Args:
+        pictures: Which ones.
+        wall: Where.
+        nails: How many each.
+    """
+    assert (pictures, wall, nails) == (["a", "b"], "south", 2)
+
+
+def test_parameters_before_the_slash_are_positional(capsys):
+    with pytest.raises(SystemExit) as stop:
+        config.main(hang, ["a", "b", "--wall", "south", "--nails", "2"])
+    assert not stop.value.code
+    with pytest.raises(SystemExit):
+        config.main(hang, ["--help"])
+    assert "Which ones." in capsys.readouterr().out
+    with pytest.raises(SystemExit) as stop:
+        config.main(hang, ["--wall", "south"])
+    assert stop.value.code == 2 and "pictures" in capsys.readouterr().err
+
+
+def clean(brushes: int = 1, soap: bool = False):
+    """Clean up.
+
+    Args:
+        brushes: How many.
+        soap: With soap.
+    """
+
+
+@pytest.mark.parametrize(
+    ("argv", "soap"),
+    [([], False), (["--soap"], True), (["--soap", "--brushes", "2"], True)]
+    + [(["--soap", "false"], False), (["--soap", "true"], True)],
+)
+def test_a_flag_needs_no_value(argv, soap):
+    assert config.parse(clean, argv)["soap"] is soap
+
+
 def raises(error):
     def fn():
         """Raise.""" ""

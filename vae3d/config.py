@@ -8,6 +8,7 @@ with its own arguments:
       class_path: CustomVAE
       init_args: {channels: [16, 32, 64], latent_channels: 4}
 
+Parameters before a `/` are positional on the command line too: `vae3d convert IN OUT`.
 `fn` receives sockets as plain `functools.partial(Class, **init_args)`, the same thing a caller
 from Python passes. This is the only module that imports jsonargparse.
 """
@@ -21,11 +22,13 @@ import os
 import re
 import sys
 import traceback
+import typing
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import docstring_parser
 import jsonargparse
 import yaml
 
@@ -48,7 +51,9 @@ def main(fn: Callable[..., int | None], argv: list[str] | None = None, prog: str
         prog: Name of the program in the help.
     """
     try:
-        sys.exit(fn(**parse(fn, argv, prog)) or 0)
+        kwargs = parse(fn, argv, prog)
+        args = [kwargs.pop(name) for name in _positional(fn)]
+        sys.exit(fn(*args, **kwargs) or 0)
     except (ValueError, OSError) as error:
         if os.environ.get("VAE3D_DEBUG") or not _is_users_mistake(error):
             raise
@@ -65,7 +70,8 @@ def parse(fn: Callable, argv: list[str] | None = None, prog: str | None = None) 
     """
     parser = _parser(fn, prog)
     try:
-        kwargs = dict(vars(parser.instantiate_classes(parser.parse_args(argv))))
+        given = parser.parse_args(_flags_as_options(fn, sys.argv[1:] if argv is None else argv))
+        kwargs = dict(vars(parser.instantiate_classes(given)))
     except jsonargparse.ArgumentError as error:
         raise ValueError(_one_line(error)) from error
     kwargs.pop("config", None)
@@ -140,16 +146,41 @@ jsonargparse.set_loader(
 
 def _parser(fn: Callable, prog: str | None = None) -> jsonargparse.ArgumentParser:
     """Build the parser of `fn`: `--config` files first, then one option per parameter."""
+    positional = _positional(fn)
     parser = jsonargparse.ArgumentParser(
         prog=prog,
+        usage=" ".join(["%(prog)s", *(name.upper() for name in positional), "[options]"]),
         description=inspect.cleandoc(fn.__doc__ or "").split("\n\nArgs:")[0],
         formatter_class=_Help,
         parser_mode="strict_yaml",
         exit_on_error=False,
     )
     parser.add_argument("--config", action="config", help="YAML file with any of the options")
-    parser.add_function_arguments(fn, sub_configs=True)
+    helps = {p.arg_name: p.description for p in docstring_parser.parse(fn.__doc__ or "").params}
+    hints = typing.get_type_hints(fn) if positional else {}
+    for name in positional:
+        many = {"nargs": "+"} if typing.get_origin(hints[name]) is list else {}
+        one = typing.get_args(hints[name])[0] if many else hints[name]
+        parser.add_argument(name, type=one, help=helps[name], **many)
+    parser.add_function_arguments(fn, skip=set(positional), sub_configs=True)
     return parser
+
+
+def _flags_as_options(fn: Callable, argv: list[str]) -> list[str]:
+    """Let `--fresh` stand for `--fresh=true`."""
+    hints = typing.get_type_hints(fn)
+    flags = {f"--{name}" for name, hint in hints.items() if hint is bool}
+    following = [*argv[1:], ""]
+    return [
+        f"{arg}=true" if arg in flags and after.lower() not in ("true", "false") else arg
+        for arg, after in zip(argv, following, strict=True)
+    ]
+
+
+def _positional(fn: Callable) -> list[str]:
+    """Names of the parameters before `/`: positional in Python and on the command line."""
+    parameters = inspect.signature(fn).parameters.values()
+    return [p.name for p in parameters if p.kind is p.POSITIONAL_ONLY]
 
 
 class _Help(jsonargparse.DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
