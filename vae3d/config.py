@@ -170,7 +170,7 @@ def _flags_as_options(fn: Callable, argv: list[str]) -> list[str]:
     """Let `--fresh` stand for `--fresh=true`."""
     hints = typing.get_type_hints(fn)
     flags = {f"--{name}" for name, hint in hints.items() if hint is bool}
-    following = [*argv[1:], ""]
+    following = [*argv, ""][1:]
     return [
         f"{arg}=true" if arg in flags and after.lower() not in ("true", "false") else arg
         for arg, after in zip(argv, following, strict=True)
