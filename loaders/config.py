@@ -1,0 +1,85 @@
+"""The `--data.*` options and the one call that turns them into a store and a split."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from loaders.preprocess import Preprocess
+
+
+@dataclass
+class DataConfig:
+    """Which volumes, and how they are read.
+
+    Args:
+        root: Folder (searched below), glob, or CSV/JSON manifest with the column `path`.
+        cache_dir: Where prepared volumes are kept; null for ~/.cache/vae3d (or $VAE3D_CACHE).
+        fractions: Parts of the subjects for train, val and test.
+        preprocess: What is done to each volume.
+        on_error: Broken file: raise ends the run, skip lists it in skipped.csv.
+        nan: NaN or infinite voxels: error, or fill with the volume's lowest intensity.
+        volumes_4d: 4D files: error, channels (each volume a channel) or first.
+        slice_axis: For 2D training: the axis that slices are cut across (0, 1 or 2).
+        num_slices: For 2D training: neighboring slices that become channels (odd).
+        balance_by: Manifest column whose groups come equally often in an epoch.
+        augment: TorchIO transforms for training, e.g. {RandomNoise: {std: [0, 0.05]}}.
+        threads: Volumes that are read at once while caching; null for one per core.
+    """
+
+    root: str = ""
+    cache_dir: str | None = None
+    fractions: tuple[float, float, float] = (0.8, 0.1, 0.1)
+    preprocess: Preprocess = field(default_factory=Preprocess)
+    on_error: Literal["raise", "skip"] = "raise"
+    nan: Literal["error", "fill"] = "error"
+    volumes_4d: Literal["error", "channels", "first"] = "error"
+    slice_axis: int = 2
+    num_slices: int = 1
+    balance_by: str | None = None
+    augment: dict[str, dict[str, Any]] | None = None
+    threads: int | None = None
+
+
+def open_data(config: DataConfig, spatial_dims: int = 3, split: dict[str, list[str]] | None = None):
+    """Find the volumes, split them by subject, and bring them into the cache.
+
+    Args:
+        config: The `--data.*` options.
+        spatial_dims: 3 for volumes, 2 for their slices.
+        split: Ids of train, val and test, as saved by an earlier run; None to split anew.
+
+    Returns:
+        (store, split): the store of all volumes, and {"train": [ids], "val": [...], "test": [...]}.
+
+    Example:
+        >>> store, split = open_data(DataConfig(root="data/demo"))
+        >>> train = store.subset(split["train"])
+    """
+    from loaders.splits import find_subjects, split_subjects
+    from loaders.store import VolumeStore
+
+    if not config.root:
+        raise ValueError("data.root is not set: give a folder, a glob or a manifest")
+    subjects = find_subjects(config.root)
+    if split is None:
+        split = split_subjects(subjects, config.fractions)
+    store = VolumeStore.build(
+        subjects,
+        cache_folder(config.cache_dir),
+        config.preprocess,
+        on_error=config.on_error,
+        nan=config.nan,
+        volumes_4d=config.volumes_4d,
+        threads=config.threads,
+    )
+    skipped = {row[0] for row in store.skipped}
+    split = {name: [id for id in ids if id not in skipped] for name, ids in split.items()}
+    return store, split
+
+
+def cache_folder(cache_dir: str | None) -> Path:
+    """Return the cache's folder, the user's own where none is given."""
+    return Path(cache_dir or os.environ.get("VAE3D_CACHE") or "~/.cache/vae3d").expanduser()

@@ -1,0 +1,319 @@
+"""Patches in memory: threads copy the rows of the plan out of the store's memory maps.
+
+Images are (B, C, X, Y, Z) float32 in 3D and (B, C, X, Y) in 2D.
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from loaders.patches import Sampler, UniformCorners, plan_epoch
+
+Patching = Literal["full", "random_parts"] | None
+
+
+@dataclass
+class Batch:
+    """Patches and where they come from.
+
+    Args:
+        image: (B, C, *patch) float32, normalized.
+        volume: Index of each patch's volume in the store, (B,).
+        corner: Lowest corner of each patch in voxels, (B, dims).
+        index: Row of each patch in the plan of its epoch, (B,).
+    """
+
+    image: torch.Tensor
+    volume: torch.Tensor
+    corner: torch.Tensor
+    index: torch.Tensor
+
+    def to(self, device: torch.device | str) -> Batch:
+        """Return the batch with its image on a device; copied in the background where pinned."""
+        return replace(self, image=self.image.to(device, non_blocking=True))
+
+
+class PatchPlan:
+    """The endless, seeded sequence of patches of a store, and how to read one.
+
+    Shared by `PatchLoader` and `PatchDataset`; see `PatchLoader` for the arguments.
+    """
+
+    def __init__(
+        self,
+        store,
+        patch_size: Sequence[int] | None = None,
+        patching: Patching = "random_parts",
+        patches_per_volume: int = 8,
+        seed: int = 0,
+        sampler: Callable[[], Sampler] = UniformCorners,
+        balance_by: str | None = None,
+        augment: Callable[[torch.Tensor, Sequence[int]], torch.Tensor] | None = None,
+    ):
+        dims = len(store.shape(0)) - 1
+        if patching not in ("full", "random_parts", None):
+            raise ValueError(f"patching is {patching!r}: use full, random_parts or null")
+        if patching is not None:
+            if patch_size is None or len(patch_size) != dims or min(patch_size) < 1:
+                raise ValueError(f"patch_size is {patch_size}: give {dims} sizes of at least 1")
+            if patches_per_volume < 1:
+                raise ValueError(f"patches_per_volume is {patches_per_volume}: use 1 or more")
+        if seed < 0:
+            raise ValueError(f"seed is {seed}: use 0 or more")
+        self.store, self.patching, self.seed = store, patching, seed
+        self.patch_size = None if patching is None else tuple(int(p) for p in patch_size)
+        self.patches_per_volume = patches_per_volume
+        self.sampler, self.augment = sampler(), augment
+        self.groups = None
+        if balance_by is not None:
+            lacking = [store.ids[i] for i in range(len(store)) if balance_by not in store.labels(i)]
+            if lacking:
+                raise ValueError(f"balance_by: the manifest has no {balance_by!r} for {lacking[0]}")
+            self.groups = [store.labels(i)[balance_by] for i in range(len(store))]
+        self._tables: dict[int, np.ndarray] = {}
+        self._lock = threading.Lock()
+        self.rows_per_epoch = len(self.table(0))
+
+    def __getstate__(self):
+        return {k: v for k, v in self.__dict__.items() if k != "_lock"} | {"_tables": {}}
+
+    def __setstate__(self, state):
+        self.__dict__.update(state)
+        self._lock = threading.Lock()
+
+    def table(self, epoch: int) -> np.ndarray:
+        """Return the plan of an epoch, rows (volume, corner...); the last two are kept."""
+        with self._lock:
+            if epoch not in self._tables:
+                while len(self._tables) > 1:
+                    del self._tables[min(self._tables)]
+                self._tables[epoch] = plan_epoch(
+                    self.store,
+                    self.patch_size,
+                    self.patching,
+                    self.patches_per_volume,
+                    np.random.default_rng([self.seed, epoch]),
+                    self.sampler,
+                    self.groups,
+                )
+            return self._tables[epoch]
+
+    def batch(self, samples: Sequence[int], pin: bool = False) -> Batch:
+        """Read patches by their place in the endless sequence."""
+        places = [divmod(sample, self.rows_per_epoch) for sample in samples]
+        rows = np.stack([self.table(epoch)[row] for epoch, row in places])
+        patch = self.patch_size
+        if patch is None:  # whole volumes, padded to the largest of the batch
+            shapes = [self.store.shape(int(row[0]))[1:] for row in rows]
+            patch = tuple(max(sizes) for sizes in zip(*shapes, strict=True))
+        channels = self.store.shape(0)[0]
+        image = torch.empty((len(rows), channels, *patch), pin_memory=pin)
+        for place, row, out in zip(places, rows, image, strict=True):
+            read_patch(self.store, int(row[0]), row[1:].tolist(), out.numpy())
+            if self.augment is not None:
+                out.copy_(self.augment(out, (self.seed, *place)))
+        return Batch(
+            image,
+            torch.from_numpy(rows[:, 0].astype(np.int64)),
+            torch.from_numpy(rows[:, 1:].astype(np.int64)),
+            torch.tensor([row for _, row in places]),
+        )
+
+
+def read_patch(store, volume: int, corner: Sequence[int], out: np.ndarray) -> None:
+    """Fill `out` (C, *patch); what lies beyond the volume's high end is reflected into it."""
+    shape, patch = store.shape(volume)[1:], out.shape[1:]
+    ends = [min(c + p, n) for c, p, n in zip(corner, patch, shape, strict=True)]
+    slices = tuple(slice(c, end) for c, end in zip(corner, ends, strict=True))
+    pads = [p - (end - c) for c, p, end in zip(corner, patch, ends, strict=True)]
+    if any(pads):
+        inside = store.read(volume, slices)
+        out[...] = np.pad(inside, [(0, 0)] + [(0, pad) for pad in pads], "reflect")
+    else:
+        store.read_into(volume, slices, out)
+
+
+class PatchLoader:
+    """Batches of patches, in an order that depends on (seed, epoch) alone.
+
+    `for batch in loader` is one epoch of this rank: over all ranks each row of the plan comes
+    exactly once, so ranks may differ by a batch. `loader.stream()` has no end and no seam: every
+    batch is full and all ranks stay in step, as gradient all-reduce needs it. Both begin where
+    `set_epoch` or `load_state_dict` says.
+
+    Args:
+        store: The volumes, a `VolumeStore` or `SliceStore`.
+        patch_size: Spatial shape of a patch in voxels; None with patching=None.
+        patching: full (every patch of every volume), random_parts, or None for whole volumes.
+        patches_per_volume: Patches of each volume and epoch with random_parts.
+        batch_size: Patches in a batch of one rank.
+        seed: Decides the plan of every epoch.
+        rank: Which process this is.
+        world_size: Number of processes.
+        threads: Threads that read ahead; 0 reads in the caller.
+        pin: Pinned memory, for copies to CUDA in the background.
+        augment: Called with a patch (C, *patch) and the key (seed, epoch, row); see `Augment`.
+        balance_by: Manifest column whose groups are equally frequent in an epoch.
+        sampler: Chooses the corners with random_parts.
+        prefetch: Batches that are read ahead; None for two a thread.
+
+    Example:
+        >>> loader = PatchLoader(store, (64, 64, 64), patches_per_volume=8, batch_size=4)
+        >>> for batch in loader:
+        ...     batch.image                                    # (4, C, 64, 64, 64)
+    """
+
+    def __init__(
+        self,
+        store,
+        patch_size: Sequence[int] | None = None,
+        patching: Patching = "random_parts",
+        patches_per_volume: int = 8,
+        batch_size: int = 1,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        threads: int = 2,
+        pin: bool = False,
+        augment: Callable[[torch.Tensor, Sequence[int]], torch.Tensor] | None = None,
+        balance_by: str | None = None,
+        sampler: Callable[[], Sampler] = UniformCorners,
+        prefetch: int | None = None,
+    ):
+        if len(store) < world_size:
+            raise ValueError(
+                f"{world_size} ranks but only {len(store)} volumes: start at most {len(store)}"
+            )
+        if batch_size < 1:
+            raise ValueError(f"batch_size is {batch_size}: use 1 or more")
+        assert 0 <= rank < world_size, (rank, world_size)
+        self.plan = PatchPlan(
+            store, patch_size, patching, patches_per_volume, seed, sampler, balance_by, augment
+        )
+        self.store, self.batch_size = store, batch_size
+        self.rank, self.world_size = rank, world_size
+        self.threads, self.pin = threads, pin and torch.cuda.is_available()
+        self.prefetch = prefetch if prefetch is not None else 2 * threads
+        self.samples = 0  # of all ranks together, since the start of epoch 0
+        self._begin = 0  # where the next iteration starts
+
+    def __len__(self) -> int:
+        """Batches of this rank in one epoch."""
+        rows = len(range(self.rank, self.plan.rows_per_epoch, self.world_size))
+        return -(-rows // self.batch_size)
+
+    @property
+    def epoch(self) -> int:
+        """Epoch of the next iteration."""
+        return self._begin // self.plan.rows_per_epoch
+
+    def set_epoch(self, epoch: int) -> None:
+        """Let the next iteration begin with this epoch."""
+        self._begin = self.samples = epoch * self.plan.rows_per_epoch
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return where the consumer is; what was read ahead does not count."""
+        plan = self.plan
+        return {
+            "samples": self.samples,
+            "seed": plan.seed,
+            "rows_per_epoch": plan.rows_per_epoch,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Let the next iteration go on where `state_dict` was taken, on any number of ranks."""
+        mine = self.state_dict()
+        for name in ("seed", "rows_per_epoch"):
+            if state[name] != mine[name]:
+                raise ValueError(
+                    f"the checkpoint's data order has {name} {state[name]}, this run {mine[name]}: "
+                    f"resume with the same data, patching and seed"
+                )
+        self._begin = self.samples = int(state["samples"])
+
+    def __iter__(self) -> Iterator[Batch]:
+        first = self._begin
+        rows = self.plan.rows_per_epoch
+        last = (first // rows + 1) * rows
+        # After a break the epoch starts again; after its end the next one does.
+        self._begin = first - first % rows
+        yield from self._run(first, last)
+        self._begin = self.samples = last
+
+    def stream(self) -> Iterator[Batch]:
+        """Iterate without end: full batches, epoch after epoch, all ranks in step."""
+        yield from self._run(self._begin, None)
+
+    def _run(self, first: int, last: int | None) -> Iterator[Batch]:
+        """Yield the batches of this rank among the samples [first, last), read ahead by threads."""
+        step = self.batch_size * self.world_size
+        starts = itertools.count(first, step) if last is None else range(first, last, step)
+        jobs = (
+            (min(start + step, last or start + step), samples)
+            for start in starts
+            if (samples := range(start, min(start + step, last or start + step))[
+                self.rank :: self.world_size])
+        )  # fmt: skip
+        self.samples = first
+        if self.threads == 0:
+            for after, samples in jobs:
+                batch = self.plan.batch(samples, self.pin)
+                self.samples = after
+                yield batch
+            return
+        pool = ThreadPoolExecutor(self.threads, "patches")
+        try:
+            ahead = deque(
+                (after, pool.submit(self.plan.batch, samples, self.pin))
+                for after, samples in itertools.islice(jobs, max(1, self.prefetch))
+            )
+            while ahead:
+                after, future = ahead.popleft()
+                batch = future.result()  # an exception of the thread is raised here
+                for later, samples in itertools.islice(jobs, 1):
+                    ahead.append((later, pool.submit(self.plan.batch, samples, self.pin)))
+                self.samples = after
+                yield batch
+                del batch
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+class PatchDataset(torch.utils.data.Dataset):
+    """The same plan as a map-style dataset, for `torch.utils.data.DataLoader`.
+
+    Item i is row i of the epoch's plan, already shuffled: leave the DataLoader's shuffle off. Call
+    `set_epoch` before each epoch, and leave persistent_workers off so that workers learn of it.
+
+    Args:
+        store: The volumes.
+        patch_size: Spatial shape of a patch in voxels.
+        **options: As `PatchPlan`: patching, patches_per_volume, seed, sampler, balance_by, augment.
+    """
+
+    def __init__(self, store, patch_size: Sequence[int] | None = None, **options):
+        self.plan = PatchPlan(store, patch_size, **options)
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the plan of another epoch."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.plan.rows_per_epoch
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        """Return image (C, *patch), volume, corner and index of a row."""
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        batch = self.plan.batch([self.epoch * len(self) + index])
+        return {name: getattr(batch, name)[0] for name in ("image", "volume", "corner", "index")}

@@ -1,0 +1,226 @@
+"""Where patches lie: the regular grid, the random samplers, and the plan of an epoch.
+
+Corners are voxel indices of a patch's lowest corner. A plan is one integer table per epoch, rows
+(volume, corner...), keyed by (seed, epoch) alone: ranks are slices of it, threads do not change
+it, and resuming needs one integer.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+
+class PatchGrid:
+    """Evenly spread patches that cover a volume.
+
+    Steps are even and the last patch ends at the border, so patches overlap by at least what is
+    asked for. An axis shorter than the patch has one patch, at 0, that reaches over its end.
+
+    Args:
+        shape: Spatial shape of the volume in voxels.
+        patch_size: Spatial shape of a patch in voxels.
+        overlap: Fraction of the patch below 1, or a number of voxels (int); one for all axes or one
+            an axis.
+        multiple_of: Patches start at multiples of this (the model's factor), the last one apart.
+
+    Example:
+        >>> PatchGrid((100, 64), (64, 64), 0.5).starts
+        (array([ 0, 18, 36]), array([0]))
+    """
+
+    def __init__(
+        self,
+        shape: Sequence[int],
+        patch_size: Sequence[int],
+        overlap: float | int | Sequence[float | int] = 0,
+        multiple_of: int | Sequence[int] = 1,
+    ):
+        dims = len(shape)
+        if len(patch_size) != dims:
+            raise ValueError(
+                f"patch_size {tuple(patch_size)} has {len(patch_size)} axes, the volume has {dims}"
+            )
+        overlaps = overlap if isinstance(overlap, (list, tuple)) else (overlap,) * dims
+        multiples = multiple_of if isinstance(multiple_of, (list, tuple)) else (multiple_of,) * dims
+        self.shape = tuple(int(n) for n in shape)
+        self.patch_size = tuple(int(p) for p in patch_size)
+        axes = zip(self.shape, self.patch_size, overlaps, multiples, strict=True)
+        self.starts = tuple(axis_starts(*axis) for axis in axes)
+
+    def __len__(self) -> int:
+        return int(np.prod([len(starts) for starts in self.starts]))
+
+    def __iter__(self) -> Iterator[tuple[int, ...]]:
+        """Yield the corners in C order."""
+        return itertools.product(*(starts.tolist() for starts in self.starts))
+
+    def corners(self) -> np.ndarray:
+        """Return all corners, (N, dims) int32, in C order."""
+        axes = np.meshgrid(*self.starts, indexing="ij")
+        return np.stack([axis.ravel() for axis in axes], 1).astype(np.int32)
+
+
+def axis_starts(size: int, patch: int, overlap: float | int, multiple: int) -> np.ndarray:
+    """Starts along one axis: even steps of at most patch - overlap, first 0, last at the end."""
+    if patch < 1:
+        raise ValueError(f"patch_size {patch} must be at least 1")
+    voxels = round(overlap * patch) if isinstance(overlap, float) else int(overlap)
+    if (isinstance(overlap, float) and overlap >= 1) or overlap < 0 or voxels >= patch:
+        raise ValueError(
+            f"overlap {overlap} must be at least 0 and smaller than the patch: a fraction below 1, "
+            f"or a number of voxels below {patch}"
+        )
+    last = size - patch
+    if last <= 0:
+        return np.zeros(1, int)
+    count = 1 + -(-last // (patch - voxels))
+    starts = np.rint(np.arange(count) * (last / (count - 1))).astype(int)
+    if multiple > 1:
+        step = max((patch - voxels) // multiple, 1) * multiple
+        starts = np.append(np.arange(0, last, step), last)
+    return starts
+
+
+# --------------------------------------------------------------------------------------------------
+# Samplers for patching="random_parts".
+
+
+class Sampler:
+    """Draws patch corners; subclass it for another way to choose them.
+
+    `corners` must draw from `rng` alone, so that a plan depends on (seed, epoch) only, and must
+    keep to 0 <= corner <= max(shape - patch, 0) on each axis.
+    """
+
+    def corners(
+        self, store, volumes: np.ndarray, patch_size: Sequence[int], rng: np.random.Generator
+    ) -> np.ndarray:
+        """Draw one corner for each entry of `volumes`.
+
+        Args:
+            store: The volumes; `store.shape(i)` is (C, *spatial).
+            volumes: Index of the volume of each patch, (N,).
+            patch_size: Spatial shape of a patch.
+            rng: The only source of randomness.
+
+        Returns:
+            Corners (N, dims).
+        """
+        raise NotImplementedError
+
+
+class UniformCorners(Sampler):
+    """Every voxel is seen, faces too: the patch's center is uniform over the volume.
+
+    Corners are drawn from [-p/2, n - p/2] and moved inside; drawn from [0, n - p] alone, the
+    voxels at the border would hardly ever be seen.
+    """
+
+    def corners(self, store, volumes, patch_size, rng):
+        """See `Sampler`."""
+        shapes, patch = spatial_shapes(store)[volumes], np.array(patch_size)
+        corners = rng.integers(-(patch // 2), shapes - patch // 2 + 1)
+        return np.clip(corners, 0, np.maximum(shapes - patch, 0))
+
+
+class ForegroundCorners(Sampler):
+    """A share of the patches is centered on foreground voxels (above Otsu's threshold).
+
+    Args:
+        probability: Share of the patches on foreground; the others are uniform.
+    """
+
+    def __init__(self, probability: float = 0.5):
+        if not 0 <= probability <= 1:
+            raise ValueError(f"probability is {probability}: use 0 to 1")
+        self.probability = probability
+
+    def points(self, store, volume: int, rng: np.random.Generator) -> np.ndarray:
+        """Return the voxels (N, dims) that may become a center."""
+        return store.foreground_points(volume)
+
+    def corners(self, store, volumes, patch_size, rng):
+        """See `Sampler`."""
+        corners = UniformCorners().corners(store, volumes, patch_size, rng)
+        patch, shapes = np.array(patch_size), spatial_shapes(store)
+        chosen = np.flatnonzero(rng.random(len(volumes)) < self.probability)
+        # Sorted by volume, so that each volume's points are fetched once.
+        chosen = chosen[np.argsort(volumes[chosen], kind="stable")]
+        for volume, group in itertools.groupby(chosen, key=lambda row: int(volumes[row])):
+            rows = list(group)
+            points = self.points(store, volume, rng)
+            if len(points):
+                centers = points[rng.integers(0, len(points), len(rows))]
+                last = np.maximum(shapes[volume] - patch, 0)
+                corners[rows] = np.clip(centers - patch // 2, 0, last)
+        return corners
+
+
+def spatial_shapes(store) -> np.ndarray:
+    """Return the spatial shape of every volume, (N, dims)."""
+    return np.array([store.shape(index)[1:] for index in range(len(store))])
+
+
+# --------------------------------------------------------------------------------------------------
+
+
+def plan_epoch(
+    store,
+    patch_size: Sequence[int] | None,
+    patching: str | None,
+    patches_per_volume: int,
+    rng: np.random.Generator,
+    sampler: Sampler,
+    groups: Sequence[str] | None = None,
+) -> np.ndarray:
+    """Return the table of an epoch, rows (volume, corner...), in the order of training.
+
+    Args:
+        store: The volumes.
+        patch_size: Spatial shape of a patch; None for whole volumes.
+        patching: full, random_parts, or None for whole volumes.
+        patches_per_volume: Patches of each volume with random_parts.
+        rng: Keyed by seed and epoch.
+        sampler: Draws the corners with random_parts.
+        groups: Group of each volume, to make the groups equally frequent.
+    """
+    volumes = np.arange(len(store))
+    if patching == "random_parts":
+        volumes = np.repeat(volumes, patches_per_volume)
+        volumes = volumes[arranged(volumes, groups, rng)]
+        corners = sampler.corners(store, volumes, patch_size, rng)
+        return np.concatenate([volumes[:, None], corners], 1).astype(np.int32)
+    if patching == "full":
+        shapes = [tuple(store.shape(index)[1:]) for index in volumes]
+        grids = {shape: PatchGrid(shape, patch_size).corners() for shape in set(shapes)}
+        volumes = np.repeat(volumes, [len(grids[shape]) for shape in shapes])
+        corners = np.concatenate([grids[shape] for shape in shapes])
+    else:
+        corners = np.zeros((len(volumes), len(store.shape(0)) - 1))
+    table = np.concatenate([volumes[:, None], corners], 1).astype(np.int32)
+    return table[arranged(volumes, groups, rng)]
+
+
+def arranged(
+    volumes: np.ndarray, groups: Sequence[str] | None, rng: np.random.Generator
+) -> np.ndarray:
+    """Return a random order of the rows; with groups, one in which each is equally frequent.
+
+    The largest group comes once; rows of smaller ones repeat, each as often as any other of its
+    group, give or take one. Any run of as many rows as there are groups, counted from the start,
+    holds each group once.
+    """
+    if groups is None:
+        return rng.permutation(len(volumes))
+    labels = np.array(groups)[volumes]
+    names, counts = np.unique(labels, return_counts=True)
+    size = int(counts.max())
+    columns = []
+    for name in names:
+        rows = np.flatnonzero(labels == name)
+        rounds = [rng.permutation(rows) for _ in range(-(-size // len(rows)))]
+        columns.append(np.concatenate(rounds)[:size])
+    return rng.permuted(np.stack(columns, 1), axis=1).ravel()
