@@ -316,6 +316,8 @@ class LatentDiffusion(Described, nn.Module):
                 f"solver {solver!r} does not solve {self.process}; choose one of "
                 + ", ".join(SOLVERS[self.process])
             )
+        if not 1 <= steps <= self.num_train_timesteps:
+            raise ValueError(f"steps {steps} must lie between 1 and {self.num_train_timesteps}")
         scheduler = self._scheduler(solver, steps)
         model = partial(self._guided, label=label, condition=condition, guidance=guidance)
         if solver == "heun":
@@ -359,9 +361,11 @@ class LatentDiffusion(Described, nn.Module):
         if solver != "ddim":
             return DDPMScheduler(**options)
         if total % steps:
-            near = [n for n in range(1, total + 1) if total % n == 0]
-            below, above = max(n for n in near if n < steps), min(n for n in near if n > steps)
-            raise ValueError(f"steps {steps} must divide {total} for ddim: {below} or {above}")
+            divisors = [n for n in range(1, total + 1) if total % n == 0]
+            nearest = min(divisors, key=lambda n: abs(n - steps))
+            raise ValueError(
+                f"steps must divide {total} for ddim; {steps} does not, {nearest} does"
+            )
         scheduler = DDIMScheduler(**options)
         scheduler.set_timesteps(steps)
         # MONAI's steps are total // steps long, but its times lie (total - 1) / (steps - 1) apart:

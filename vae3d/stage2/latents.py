@@ -195,7 +195,7 @@ class Statistics:
             added, total = part["count"], count + part["count"]
             delta = np.asarray(part["mean"]) - mean
             mean = mean + delta * (added / total)
-            squares = squares + part["squares"] + delta**2 * (count * added / total)
+            squares = squares + np.asarray(part["squares"]) + delta**2 * (count * added / total)
             noise = noise + np.asarray(part["noise"])
             count = total
         of_means, of_noise = squares / count, noise / count
