@@ -193,19 +193,25 @@ class VolumeStore:
         Returns:
             Float32 intensities on the grid of the source file.
         """
-        entry, meta = self.entries[index], self.meta(index)
-        x = np.asarray(x, np.float32)
-        if x.shape[1:] != tuple(entry.shape[1:]):
+        entry = self.entries[index]
+        if tuple(x.shape[1:]) != tuple(entry.shape[1:]):
             raise ValueError(
                 f"{entry.subject.id}: got {x.shape[1:]}, its store grid is {entry.shape[1:]}"
             )
-        data = np.empty_like(x)
-        for channel in range(len(x)):
-            which = min(channel, len(entry.gain) - 1)
-            stored = (x[channel] - np.float64(entry.bias[which])) / entry.gain[which]
-            data[channel] = stored * meta["scale"][which] + meta["offset"][which]
-        background = meta["statistics"][0]["min"]
-        return from_store_grid(Volume(data, np.array(meta["affine"])), meta["undo"], background)
+        return undo(x, self.undo_record(index))
+
+    def undo_record(self, index: int) -> dict[str, Any]:
+        """Return all that the function `undo` needs for a volume, JSON-able, without the cache."""
+        entry, meta = self.entries[index], self.meta(index)
+        return {
+            "gain": [float(v) for v in entry.gain],
+            "bias": [float(v) for v in entry.bias],
+            "scale": meta["scale"],
+            "offset": meta["offset"],
+            "affine": meta["affine"],
+            "geometry": meta["undo"],
+            "background": meta["statistics"][0]["min"],
+        }
 
     def foreground_points(self, index: int) -> np.ndarray:
         """Return up to 1024 random foreground voxels (N, 3) of a volume."""
@@ -283,6 +289,23 @@ class VolumeStore:
                 f"{entries[0].subject.paths[0]} has {entries[0].shape[0]}"
             )
         return cls(entries, cache_dir, preprocess, skipped)
+
+
+def undo(x: np.ndarray, record: dict[str, Any]) -> Volume:
+    """Invert the preprocessing of a volume whose cache may be gone.
+
+    Args:
+        x: Normalized (C, X, Y, Z) on the store's grid; channels may differ in number.
+        record: What `VolumeStore.undo_record` returned.
+    """
+    x = np.asarray(x, np.float32)
+    data = np.empty_like(x)
+    for channel in range(len(x)):
+        which = min(channel, len(record["gain"]) - 1)
+        stored = (x[channel] - np.float64(record["bias"][which])) / record["gain"][which]
+        data[channel] = stored * record["scale"][which] + record["offset"][which]
+    volume = Volume(data, np.array(record["affine"]))
+    return from_store_grid(volume, record["geometry"], record["background"])
 
 
 def as_subjects(subjects_or_paths: Sequence[Subject | str | Path]) -> list[Subject]:
