@@ -119,7 +119,7 @@ def write_atomic(path: Path, state: dict[str, Any]) -> None:
         temporary.unlink(missing_ok=True)
         # torch hides a full disk behind "unexpected pos"; the real reason is further down the chain
         reason = _os_error(error)
-        if reason is None or reason is error:
+        if reason is None or reason.filename:
             raise
         raise OSError(reason.errno, os.strerror(reason.errno), str(path)) from error
     _fsync_folder(path.parent)

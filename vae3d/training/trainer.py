@@ -10,7 +10,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, closing, contextmanager, nullcontext
 from inspect import signature
 from itertools import islice
 from typing import Any
@@ -36,7 +36,8 @@ class Trainer:
 
     Args:
         task: What is trained; already on `world.device`.
-        loader: Yields batches and knows its place, see `loaders.PatchLoader`.
+        loader: Its `stream()` yields batches without end, in step on all ranks, and it knows its
+            place (`state_dict`), see `loaders.PatchLoader`.
         checkpoints: Where checkpoints go.
         world: The ranks of this run.
         tracker: Takes the numbers; None on ranks that do not write.
@@ -138,10 +139,10 @@ class Trainer:
         with ExitStack() as stack:
             interrupt = stack.enter_context(Interrupt())
             stack.callback(self.console.close)
-            windows = self.windows()
+            batches = stack.enter_context(closing(self.loader.stream()))
             while self.step < self.max_steps:
-                window, samples = next(windows)
-                terms = self.backward(window, samples)
+                window = list(islice(batches, self.grad_accum))
+                terms = self.backward(window)
                 self.update(terms, window)
                 self.step += 1
                 if self.due(self.log_every):
@@ -168,42 +169,21 @@ class Trainer:
 
     # One step
 
-    def windows(self) -> Iterator[tuple[list[Any], int]]:
-        """Yield the micro-batches of each update and its number of samples on all ranks.
-
-        Goes on epoch after epoch; no update spans two. A rank that has run out of batches repeats
-        its last one, which then counts nothing, for as long as others have some.
-        """
-        batch = None
-        while True:
-            batches = iter(self.loader)
-            while True:
-                window = list(islice(batches, self.grad_accum))
-                counts = self.world.gather_ints(len(window), sum(len(b.index) for b in window))
-                micro_steps, samples = max(n for n, _ in counts), sum(n for _, n in counts)
-                if not micro_steps:
-                    break
-                batch = window[-1] if window else batch
-                yield (
-                    [(b, len(b.index)) for b in window]
-                    + [(batch, 0)] * (micro_steps - len(window)),
-                    samples,
-                )
-            self.loader.set_epoch(self.loader.epoch + 1)
-
-    def backward(self, window: list[tuple[Any, int]], samples: int) -> dict[str, Tensor]:
+    def backward(self, window: list[Any]) -> dict[str, Tensor]:
         """Accumulate the gradients of the mean loss over the window's samples on all ranks.
 
         Returns:
             This rank's part of each named scalar; the sum over ranks is the mean over samples.
         """
-        self.samples += samples
+        counts = [len(batch.index) for batch in window]
+        total = sum(n for (n,) in self.world.gather_ints(sum(counts)))
+        self.samples += total
         terms: dict[str, Tensor] = {}
-        for n, (batch, count) in enumerate(window):
+        for n, (batch, count) in enumerate(zip(window, counts, strict=True)):
             last = n == len(window) - 1
-            self._accumulate("generator", last, batch, count / samples, terms)
+            self._accumulate("generator", last, batch, count / total, terms)
             if self.task.discriminator_active(self.step):
-                self._accumulate("discriminator", last, batch, count / samples, terms)
+                self._accumulate("discriminator", last, batch, count / total, terms)
         return terms
 
     def _accumulate(self, name: str, last: bool, batch, share: float, terms: dict) -> None:
@@ -222,7 +202,7 @@ class Trainer:
         for key, value in values.items():
             terms[key] = terms.get(key, 0.0) + value.detach().float() * share
 
-    def update(self, terms: dict[str, Tensor], window: list[tuple[Any, int]]) -> None:
+    def update(self, terms: dict[str, Tensor], window: list[Any]) -> None:
         """Clip, step the optimizers and the average; or, if a number is not finite, do nothing."""
         active = [n for n in self.optimizers if n == "generator" or "discriminator_loss" in terms]
         norms = {}
@@ -395,7 +375,7 @@ class Trainer:
             if discriminator is not None:
                 discriminator.requires_grad_(True)
 
-    def _stop_if_hopeless(self, window: list[tuple[Any, int]]) -> None:
+    def _stop_if_hopeless(self, window: list[Any]) -> None:
         if int(self.bad_in_row) < self.max_bad_steps:
             return
         found = self.world.gather(self._first_bad(window))
@@ -406,9 +386,9 @@ class Trainer:
             "lower --lr, use --amp bf16 or off, or mend the file. The checkpoints are untouched"
         )
 
-    def _first_bad(self, window: list[tuple[Any, int]]) -> str:
+    def _first_bad(self, window: list[Any]) -> str:
         """Run the window again and name the first tensor that is not finite, and its volumes."""
-        for batch, _ in window:
+        for batch in window:
             batch = batch.to(self.device)
             names = f" for {', '.join(self.sources(batch))}" if self.sources else ""
             if not batch.image.isfinite().all():

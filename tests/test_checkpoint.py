@@ -1,0 +1,269 @@
+import errno
+import json
+import os
+import random
+import re
+import shutil
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from toys import tiny_vae, toy_trainer
+
+import vae3d
+from vae3d.models.custom_vae import CustomVAE
+from vae3d.models.norm import GroupNorm
+from vae3d.training import checkpoint
+from vae3d.training.checkpoint import Checkpoints, load_checkpoint, load_model, write_atomic
+
+
+def state(step):
+    return {"step": step, "model": {"weight": torch.full((64, 64), float(step))}}
+
+
+def steps(folder):
+    return sorted(int(p.stem[5:]) for p in folder.glob("step_*.pt"))
+
+
+@pytest.fixture
+def run(tmp_path):
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    for step in (10, 20, 30):
+        checkpoints.save(state(step), best=step == 20)
+    return tmp_path
+
+
+def test_newest_two_step_files_stay_beside_last_and_best(run):
+    assert steps(run) == [20, 30]
+    assert load_checkpoint(run / "last.pt")["step"] == 30
+    assert load_checkpoint(run / "best.pt")["step"] == 20
+    assert not list(run.glob(".*"))
+
+
+def test_best_survives_the_rotation_of_its_step_file(run):
+    checkpoints = Checkpoints(run)
+    checkpoints.resume(run / "last.pt")
+    for step in (40, 50, 60):
+        checkpoints.save(state(step))
+    assert load_checkpoint(run / "best.pt")["step"] == 20
+
+
+def test_rotation_spares_the_file_resumed_from_and_files_of_others(run):
+    shutil.copy(run / "step_00000020.pt", run / "step_00000005.pt")  # somebody's backup
+    checkpoints = Checkpoints(run)
+    path, skipped = checkpoints.find_latest()
+    assert path.name == "step_00000030.pt" and not skipped
+    checkpoints.resume(path)
+    for step in (40, 50, 60):
+        checkpoints.save(state(step))
+    assert steps(run) == [5, 30, 50, 60]
+
+
+def test_keeping_fewer_than_two_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="keep_checkpoints must be at least 2"):
+        Checkpoints(tmp_path, keep=1)
+
+
+def test_steps_are_ordered_by_number_not_by_name(tmp_path):
+    checkpoints = Checkpoints(tmp_path, keep=3)
+    for step in (99999999, 100000000):
+        checkpoints.save(state(step))
+    (tmp_path / "last.pt").unlink()
+    assert checkpoints.find_latest()[0].name == "step_100000000.pt"
+
+
+def test_damaged_newest_is_skipped_with_its_reason(run):
+    (run / "step_00000030.pt").write_bytes(b"no zip")  # last.pt is the same file
+    path, skipped = Checkpoints(run).find_latest()
+    assert path.name == "step_00000020.pt"
+    assert len(skipped) == 1 and "step_00000030.pt" in skipped[0] and "cut short" in skipped[0]
+
+
+def test_no_valid_file_is_an_error_and_never_a_fresh_start(run):
+    for path in run.glob("*.pt"):
+        path.write_bytes(path.read_bytes()[:500])
+    with pytest.raises(ValueError, match=r"no checkpoint is readable.*--fresh"):
+        Checkpoints(run).find_latest()
+
+
+def test_an_empty_folder_is_a_fresh_start(tmp_path):
+    assert Checkpoints(tmp_path / "new").find_latest() == (None, [])
+
+
+def test_every_flipped_bit_of_the_tensors_is_found(tmp_path):
+    path = tmp_path / "step_00000001.pt"
+    write_atomic(path, {"format": 1, **state(1)})
+    whole = path.read_bytes()
+    data = whole.find(torch.full((4,), 1.0).numpy().tobytes())
+    assert data > 0
+    for _ in range(50):
+        position = random.randrange(data, data + 64 * 64 * 4)
+        damaged = bytearray(whole)
+        damaged[position] ^= 1 << random.randrange(8)
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"damaged|cut short"):
+            load_checkpoint(path)
+    path.write_bytes(whole)
+    assert load_checkpoint(path)["step"] == 1
+
+
+def test_no_flipped_bit_anywhere_changes_what_is_loaded(tmp_path):
+    path = tmp_path / "step_00000001.pt"
+    write_atomic(path, {"format": 1, **state(1)})
+    whole = path.read_bytes()
+    for _ in range(100):
+        damaged = bytearray(whole)
+        damaged[random.randrange(len(whole))] ^= 1 << random.randrange(8)
+        path.write_bytes(damaged)
+        try:
+            loaded = load_checkpoint(path)
+        except ValueError:
+            continue
+        assert loaded["step"] == 1 and (loaded["model"]["weight"] == 1).all()  # padding was hit
+
+
+@pytest.mark.parametrize("length", [0, 10, 0.5, 0.99])
+def test_a_file_cut_short_is_refused(run, length):
+    path = run / "last.pt"
+    whole = path.read_bytes()
+    path.write_bytes(whole[: int(length * len(whole)) if isinstance(length, float) else length])
+    with pytest.raises(ValueError, match=re.escape(str(path))):
+        load_checkpoint(path)
+
+
+def test_pickled_code_is_refused(tmp_path):
+    path = tmp_path / "last.pt"
+    torch.save({"format": 1, "step": 1, "model": {}, "hook": partial(print, "boo")}, path)
+    with pytest.raises(ValueError, match="not a checkpoint of vae3d"):
+        load_checkpoint(path)
+
+
+def test_other_files_and_missing_ones_are_named(tmp_path):
+    torch.save({"weight": torch.ones(2)}, tmp_path / "weights.pt")
+    with pytest.raises(ValueError, match=r"weights.pt: not a checkpoint of vae3d.*convert"):
+        load_checkpoint(tmp_path / "weights.pt")
+    with pytest.raises(ValueError, match="nowhere: no such checkpoint"):
+        load_checkpoint(tmp_path / "nowhere")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="is it a run folder"):
+        load_checkpoint(tmp_path / "empty")
+
+
+def test_a_newer_format_asks_for_an_update(tmp_path):
+    write_atomic(tmp_path / "last.pt", {"format": checkpoint.FORMAT + 1, **state(1)})
+    with pytest.raises(ValueError, match="newer than this program reads"):
+        load_checkpoint(tmp_path)
+
+
+class DiskFull:
+    """A file that takes so many bytes and then reports a full disk."""
+
+    def __init__(self, file, room):
+        self.file, self.room = file, room
+
+    def write(self, data):
+        self.room -= memoryview(data).nbytes
+        if self.room < 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return self.file.write(data)
+
+    def __getattr__(self, name):
+        return getattr(self.file, name)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc):
+        self.file.close()
+
+
+@pytest.mark.parametrize("room", [0, 100, 3000, 17000])
+def test_a_full_disk_is_said_and_nothing_is_lost(run, monkeypatch, room):
+    before = {p.name: p.read_bytes() for p in run.glob("*.pt")}
+    opened = open
+    monkeypatch.setattr(checkpoint, "open", lambda *a: DiskFull(opened(*a), room), raising=False)
+    with pytest.raises(OSError, match="No space left on device") as caught:
+        Checkpoints(run).save(state(40))
+    assert caught.value.filename.endswith("step_00000040.pt")
+    assert {p.name: p.read_bytes() for p in run.iterdir()} == before
+
+
+def test_stale_temporaries_are_swept(run):
+    (run / ".step_00000040.pt.0a1b2c3d.tmp").write_bytes(b"half")
+    (run / "notes.tmp").write_text("mine")
+    Checkpoints(run).sweep()
+    assert not list(run.glob(".*"))
+    assert (run / "notes.tmp").exists()
+
+
+def test_file_systems_without_hard_links_get_a_copy(run, monkeypatch):
+    def no_links(*_):
+        raise OSError(errno.EPERM, "no links here")
+
+    monkeypatch.setattr(os, "link", no_links)
+    Checkpoints(run).save(state(40), best=True)
+    assert load_checkpoint(run / "last.pt")["step"] == 40
+    assert load_checkpoint(run / "best.pt")["step"] == 40
+    assert not list(run.glob(".*"))
+
+
+def test_checkpoint_is_fsynced_before_it_is_renamed(tmp_path, monkeypatch):
+    calls = []
+    for name in ("fsync", "replace"):
+        real = getattr(os, name)
+        monkeypatch.setattr(os, name, lambda *a, _n=name, _r=real: (calls.append(_n), _r(*a))[1])
+    write_atomic(tmp_path / "last.pt", state(1))
+    assert calls == ["fsync", "replace", "fsync"]  # the file, its name, the folder
+
+
+@pytest.fixture
+def trained(tmp_path):
+    trainer = toy_trainer(tmp_path / "checkpoints", max_steps=3, record={"spec": tiny_vae().spec})
+    trainer.fit()
+    trainer.save(best=True)
+    return tmp_path, trainer
+
+
+def test_load_model_rebuilds_the_averaged_network_in_eval_mode(trained):
+    folder, trainer = trained
+    vae = load_model(folder)
+    assert isinstance(vae, CustomVAE) and not vae.training
+    for name, p in vae.named_parameters():
+        assert torch.equal(p, trainer.ema.shadow[name])
+    raw = vae3d.load_model(folder / "checkpoints" / "last.pt", ema=False)
+    for p, q in zip(raw.parameters(), trainer.task.network.parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
+def test_checkpoint_holds_what_a_resume_needs_and_plain_data_only(trained):
+    state = load_checkpoint(trained[0])
+    needed = "format step samples best model ema task optimizers scaler loader ranks versions"
+    assert set(needed.split()) <= set(state)
+    json.dumps(state["spec"]), json.dumps(state["versions"])
+
+
+def test_foreign_classes_need_trust(tmp_path):
+    spec = tiny_vae().spec | {"class_path": "my_lab.MyVAE"}
+    write_atomic(tmp_path / "last.pt", {"format": 1, "spec": spec, **state(1)})
+    with pytest.raises(ValueError, match="--trust my_lab"):
+        load_model(tmp_path)
+
+
+def test_a_model_with_missing_weights_is_refused(trained, tmp_path):
+    state = load_checkpoint(trained[0])
+    state["ema"].pop(next(iter(state["ema"])))
+    write_atomic(tmp_path / "broken.pt", state)
+    with pytest.raises(RuntimeError, match="Missing key"):
+        load_model(tmp_path / "broken.pt")
+
+
+def test_group_norm_of_the_toy_is_rebuilt_with_its_options(trained):
+    norms = [m for m in load_model(trained[0]).modules() if isinstance(m, GroupNorm)]
+    assert norms and all(n.num_groups == 4 for n in norms)
+
+
+def test_write_atomic_removes_its_temporary_after_any_error(tmp_path):
+    with pytest.raises(AttributeError):  # a lambda cannot be pickled
+        write_atomic(tmp_path / "last.pt", {"bad": lambda: 0})
+    assert list(Path(tmp_path).iterdir()) == []

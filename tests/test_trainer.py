@@ -1,0 +1,356 @@
+import copy
+import math
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+from toys import ToyBatch, ToyLoader, on_ranks, tiny_vae, toy_trainer
+
+from vae3d.losses.kl import KL
+from vae3d.losses.vae_loss import VAELoss
+from vae3d.training.task import Task, VAETask, noise_of_sample
+from vae3d.training.trainer import LossScaler
+
+
+def weights(trainer):
+    return [p.detach().clone() for p in trainer.task.network.parameters()]
+
+
+def test_overfitting_one_sample_drives_the_loss_down_ten_times(tmp_path):
+    loader = ToyLoader(samples=1, batch_size=1)
+    x = torch.linspace(-1, 1, 12).expand(8, 4, 12).sin()
+    loader.images = x[None, None].contiguous()
+    trainer = toy_trainer(
+        tmp_path, loader=loader, loss=partial(VAELoss, kl=partial(KL, weight=1e-6)), max_steps=150
+    )
+    assert trainer.fit() == 0
+    losses = trainer.tracker.losses("train/recon")
+    assert losses[-1] < losses[0] / 10
+
+
+def test_every_encoder_parameter_gets_a_gradient_from_the_reconstruction_alone():
+    task = VAETask(tiny_vae(), VAELoss(kl=partial(KL, weight=0.0)))
+    batch = next(ToyLoader().stream())
+    task(batch, step=0)["loss"].backward()
+    for name, p in task.network.encoder.named_parameters():
+        assert p.grad is not None and p.grad.abs().sum() > 0, name
+
+
+@pytest.mark.parametrize("amp", ["off", "bf16", "fp16"])
+def test_every_precision_trains_and_stays_near_float32(tmp_path, amp):
+    trainer = toy_trainer(tmp_path, amp=amp, max_steps=20)
+    trainer.fit()
+    losses = trainer.tracker.losses()
+    assert len(losses) == 20 and all(map(math.isfinite, losses))
+    assert losses[-1] < losses[0]
+    reference = toy_trainer(tmp_path / "reference", max_steps=20)
+    reference.fit()
+    assert losses[0] == pytest.approx(reference.tracker.losses()[0], rel=0.02)
+    assert all(p.dtype == torch.float32 for p in trainer.task.network.parameters())
+
+
+def test_accumulated_micro_batches_equal_the_large_batch_also_uneven_ones(tmp_path):
+    big = toy_trainer(tmp_path / "a", batch_size=4, max_steps=6)
+    small = toy_trainer(tmp_path / "b", batch_size=1, grad_accum=4, max_steps=6)
+    uneven = toy_trainer(tmp_path / "c", grad_accum=2, max_steps=6, loader=UnevenLoader(10, 4))
+    for trainer in (big, small, uneven):
+        trainer.fit()
+    for trainer in (small, uneven):
+        assert trainer.samples == big.samples == 24
+        assert trainer.tracker.losses() == pytest.approx(big.tracker.losses(), rel=1e-5)
+        for p, q in zip(weights(trainer), weights(big), strict=True):
+            torch.testing.assert_close(p, q, rtol=1e-3, atol=1e-5)
+
+
+class UnevenLoader(ToyLoader):
+    """Batches of 4, each cut as 3 + 1."""
+
+    def stream(self):
+        for batch in super().stream():
+            for part in (slice(0, 3), slice(3, 4)):
+                yield ToyBatch(batch.image[part], batch.index[part])
+
+
+def first_steps(world, batch_size, grad_accum, steps):
+    trainer = toy_trainer(
+        "/nowhere", world, batch_size=batch_size, grad_accum=grad_accum, max_steps=steps,
+        save_every=0,
+    )  # fmt: skip
+    trainer.fit()
+    return trainer.tracker.losses(), weights(trainer), trainer.samples
+
+
+def test_two_ranks_equal_one_process_with_the_same_global_batch():
+    from vae3d.training.distributed import World
+
+    alone, alone_weights, samples = first_steps(World(), 4, 1, 6)
+    for per_rank, accum in ((2, 1), (1, 2)):
+        for losses, ranks_weights, ranks_samples in on_ranks(2, first_steps, per_rank, accum, 6):
+            assert ranks_samples == samples
+            assert losses == pytest.approx(alone, rel=1e-5)
+            for p, q in zip(ranks_weights, alone_weights, strict=True):
+                torch.testing.assert_close(p, q, rtol=1e-3, atol=1e-5)
+
+
+def count_all_reduces(world):
+    trainer = toy_trainer(
+        "/nowhere", world, batch_size=1, grad_accum=4, max_steps=1, save_every=0
+    )  # fmt: skip
+    calls = []
+
+    def hook(state, bucket):
+        calls.append(1)
+        future = torch.distributed.all_reduce(bucket.buffer(), async_op=True).get_future()
+        return future.then(lambda f: f.value()[0] / world.size)
+
+    trainer.networks["generator"].register_comm_hook(None, hook)
+    trainer.fit()
+    return len(calls)
+
+
+def test_gradients_travel_once_a_step_and_not_once_a_micro_batch():
+    assert on_ranks(2, count_all_reduces) == [1, 1]
+
+
+def test_learning_rate_follows_the_schedule_and_counts_updates_not_micro_batches(tmp_path):
+    trainer = toy_trainer(tmp_path, batch_size=1, grad_accum=2, warmup_steps=3, max_steps=6, lr=1.0)
+    trainer.optimizers["generator"].step = lambda: None
+    trainer.fit()
+    assert trainer.tracker.losses("train/lr")[:4] == pytest.approx([0.25, 0.5, 0.75, 1.0])
+
+
+def test_updates_equal_plain_adamw_with_clipping(tmp_path):
+    trainer = toy_trainer(tmp_path, max_steps=3, schedule="constant", clip_norm=0.5)
+    task = VAETask(tiny_vae(), VAELoss())
+    optimizer = torch.optim.AdamW(task.parameters(), 1e-2, (0.9, 0.99), 1e-3, weight_decay=0.0)
+    loader = ToyLoader().stream()
+    for step in range(3):
+        optimizer.zero_grad()
+        task(next(loader), step)["loss"].backward()
+        torch.nn.utils.clip_grad_norm_(task.parameters(), 0.5)
+        optimizer.step()
+    trainer.fit()
+    for p, q in zip(weights(trainer), task.network.parameters(), strict=True):
+        torch.testing.assert_close(p, q.detach(), rtol=1e-4, atol=1e-6)
+
+
+def test_weight_decay_spares_norms_and_biases(tmp_path):
+    trainer = toy_trainer(tmp_path, weight_decay=0.1)
+    decays = {
+        id(p): group["weight_decay"]
+        for group in trainer.optimizers["generator"].param_groups
+        for p in group["params"]
+    }
+    for p in trainer.task.network.parameters():
+        assert decays[id(p)] == (0.1 if p.ndim > 1 else 0.0)
+
+
+def test_noise_depends_on_sample_step_and_seed_alone():
+    def draw(*key):
+        return noise_of_sample(torch.Size((2, 3)), *key, torch.device("cpu"))
+
+    assert torch.equal(draw(0, 1, 2), draw(0, 1, 2))
+    for other in ((1, 1, 2), (0, 2, 2), (0, 1, 3)):
+        assert not torch.equal(draw(0, 1, 2), draw(*other))
+
+
+# Numbers that are not finite
+
+
+class Poison(ToyLoader):
+    """Puts a NaN into the batches of some steps, counted from 0."""
+
+    def __init__(self, steps, **options):
+        super().__init__(**options)
+        self.steps, self.step = steps, -1
+
+    def stream(self):
+        for batch in super().stream():
+            self.step += 1
+            if self.step in self.steps:
+                batch.image[0, 0, 0, 0, 0] = math.nan
+            yield batch
+
+
+def test_a_bad_step_changes_neither_weights_nor_moments_nor_average(tmp_path):
+    trainer = toy_trainer(tmp_path, loader=Poison({2}), max_steps=2)
+    trainer.fit()
+    before = copy.deepcopy(
+        (weights(trainer), trainer.ema.shadow, trainer.optimizers["generator"].state_dict())
+    )
+    trainer.max_steps = 3
+    trainer.fit()
+    assert float(trainer.skipped) == 1
+    for p, q in zip(before[0], weights(trainer), strict=True):
+        assert torch.equal(p, q)
+    assert all(torch.equal(v, trainer.ema.shadow[k]) for k, v in before[1].items())
+    after = trainer.optimizers["generator"].state_dict()["state"]
+    for i, entry in before[2]["state"].items():
+        assert all(torch.equal(entry[k], after[i][k]) for k in entry)
+
+
+def test_training_goes_on_after_a_bad_step_and_its_numbers_do_not_count(tmp_path):
+    trainer = toy_trainer(tmp_path, loader=Poison({2}), max_steps=8, log_every=4)
+    trainer.fit()
+    assert all(map(math.isfinite, trainer.tracker.losses()))
+    assert trainer.tracker.losses("train/skipped_steps") == [1, 1]
+
+
+def test_bad_steps_in_a_row_stop_the_run_and_name_tensor_and_file(tmp_path):
+    trainer = toy_trainer(
+        tmp_path,
+        loader=Poison(range(3, 100)),
+        max_steps=8,
+        save_every=2,
+        max_bad_steps=3,
+        sources=lambda batch: [f"head_{int(i)}.nii.gz" for i in batch.index],
+    )
+    with pytest.raises(ValueError, match=r"3 steps in a row.*input is not finite for head_\d"):
+        trainer.fit()
+    state = trainer.checkpoints.resume(tmp_path / "last.pt")
+    assert all(v.isfinite().all() for v in state["model"].values())
+
+
+def test_the_first_layer_that_overflows_is_named(tmp_path):
+    trainer = toy_trainer(tmp_path, max_steps=8, max_bad_steps=1)
+    layer = trainer.task.network.decoder[0]
+    layer.register_forward_hook(lambda module, args, output: output * math.inf)
+    with pytest.raises(ValueError, match=r"the output of network\.decoder\.0"):
+        trainer.fit()
+
+
+def bad_on_one_rank(world):
+    loader = Poison({1} if world.rank else set(), rank=world.rank, world_size=world.size)
+    trainer = toy_trainer("/nowhere", world, loader=loader, max_steps=2, save_every=0)
+    trainer.fit()
+    return float(trainer.skipped), weights(trainer)
+
+
+def test_a_bad_number_on_one_rank_drops_the_step_on_all():
+    (skipped0, weights0), (skipped1, weights1) = on_ranks(2, bad_on_one_rank)
+    assert skipped0 == skipped1 == 1
+    assert all(torch.equal(p, q) for p, q in zip(weights0, weights1, strict=True))
+
+
+def test_the_loss_scale_of_float16_follows_the_rule_of_grad_scaler():
+    ours = LossScaler(torch.device("cpu"), enabled=True)
+    theirs = torch.amp.GradScaler("cpu")
+    p = nn.Parameter(torch.zeros(()))
+    optimizer = torch.optim.SGD([p], 0.0)
+    for step in range(4100):
+        bad = step in (5, 6, 50)
+        p.grad = None
+        theirs.scale(p * 1.0).backward()
+        p.grad = torch.full_like(p.grad, math.inf) if bad else p.grad
+        theirs.step(optimizer)
+        theirs.update()
+        ours.update(torch.tensor(float(bad)))
+    assert float(ours.factor) == theirs.get_scale() == 65536 / 8 * 4
+
+
+# When to stop, and the pieces round the loop
+
+
+def test_time_limit_saves_and_ends_with_zero(tmp_path):
+    trainer = toy_trainer(tmp_path, max_hours=0.0)
+    assert trainer.fit() == 0
+    assert trainer.step == 1
+    assert trainer.checkpoints.resume(tmp_path / "last.pt")["step"] == 1
+
+
+def scripted(*scores):
+    scores = iter(scores)
+    return lambda network: {"val/mae": next(scores)}
+
+
+def test_early_stop_counts_validations_without_a_better_one(tmp_path):
+    trainer = toy_trainer(
+        tmp_path, validate=scripted(3, 2, 2.5, 2.1, 1), val_every=1, early_stop=2, max_steps=9
+    )
+    assert trainer.fit() == 0
+    assert trainer.step == 4
+    assert trainer.checkpoints.resume(tmp_path / "best.pt")["step"] == 2
+
+
+def test_best_is_remembered_by_a_resumed_run(tmp_path):
+    first = toy_trainer(tmp_path, validate=scripted(1.0, 2.0), val_every=2, max_steps=4)
+    first.fit()
+    second = toy_trainer(tmp_path, validate=scripted(1.5), val_every=2, max_steps=6)
+    second.load_state_dict(second.checkpoints.resume(tmp_path / "last.pt"))
+    second.fit()
+    assert second.checkpoints.resume(tmp_path / "best.pt")["step"] == 2
+
+
+def test_validation_sees_averaged_weights_in_eval_mode_without_gradients(tmp_path):
+    seen = {}
+
+    def validate(network):
+        seen["weights"] = [p.detach().clone() for p in network.parameters()]
+        seen["modes"] = (network.training, torch.is_grad_enabled())
+        return {"val/mae": 1.0}
+
+    trainer = toy_trainer(tmp_path, validate=validate, val_every=4, max_steps=4)
+    trainer.fit()
+    assert seen["modes"] == (False, False)
+    for p, q in zip(seen["weights"], trainer.ema.shadow.values(), strict=True):
+        assert torch.equal(p, q)
+    assert trainer.task.network.training
+    assert any(
+        not torch.equal(p, q) for p, q in zip(seen["weights"], weights(trainer), strict=True)
+    )
+
+
+def test_a_finished_run_ends_at_once(tmp_path):
+    first = toy_trainer(tmp_path, max_steps=2)
+    first.fit()
+    again = toy_trainer(tmp_path, max_steps=2)
+    again.load_state_dict(again.checkpoints.resume(tmp_path / "last.pt"))
+    assert again.fit() == 0 and again.tracker.rows == {}
+
+
+def test_numbers_have_slashes_and_carry_speed(tmp_path):
+    trainer = toy_trainer(tmp_path, max_steps=2)
+    trainer.fit()
+    row = trainer.tracker.rows[2]
+    assert all("/" in name for name in row)
+    wanted = {"train/loss", "train/recon", "train/kl", "train/lr", "perf/patches_per_s"}
+    assert wanted <= set(row)
+    assert row["perf/patches_per_s"] > 0
+
+
+def test_host_reads_no_tensor_between_two_lines_of_numbers(tmp_path, monkeypatch):
+    trainer = toy_trainer(tmp_path, max_steps=8, log_every=4, save_every=0)
+    trainer.waits = False  # as on a GPU; on the CPU every read is free
+    reads = []
+    for name in ("item", "tolist", "__bool__", "__float__", "__int__"):
+        real = getattr(torch.Tensor, name)
+        monkeypatch.setattr(
+            torch.Tensor, name, lambda self, _r=real: (reads.append(trainer.step), _r(self))[1]
+        )
+    trainer.fit()
+    monkeypatch.undo()
+    labels = reads.count(1)  # sample numbers, which live on the CPU
+    assert reads.count(1) == reads.count(2) == reads.count(5) == labels
+    assert labels <= 2 * (trainer.loader.batch_size + trainer.loader.batch_size)
+
+
+class Regression(Task):
+    """A task that is no VAE: the loop is shared with stage 2."""
+
+    def __init__(self):
+        super().__init__()
+        self.network = nn.Linear(4, 1)
+
+    def forward(self, batch, step):
+        error = (self.network(batch.image[:, 0, :4, 0, 0]) - 1).square().mean()
+        return {"loss": error}
+
+
+def test_the_loop_trains_any_task(tmp_path):
+    trainer = toy_trainer(tmp_path, task=Regression(), max_steps=30, lr=0.1)
+    trainer.fit()
+    assert trainer.tracker.losses()[-1] < 0.2 * trainer.tracker.losses()[0]
+    again = toy_trainer(tmp_path, task=Regression(), max_steps=30)
+    again.load_state_dict(trainer.checkpoints.resume(tmp_path / "last.pt"))
+    assert torch.equal(again.task.network.weight, trainer.task.network.weight)
