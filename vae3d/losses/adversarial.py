@@ -31,8 +31,6 @@ CRITERIA: dict[str, tuple[Callable[[Tensor], Tensor], ...]] = {
     "non_saturating": (lambda real: F.softplus(-real), F.softplus, lambda fake: F.softplus(-fake)),
 }
 
-SCALE = 2.0**16  # brings gradients of voxel means near 1, away from fp16's smallest numbers
-
 
 class PatchDiscriminator(nn.Module):
     """PatchGAN (Isola et al. 2017) in 2D or 3D: one logit for each overlapping patch of the input.
@@ -229,17 +227,19 @@ class Adversarial(nn.Module):
             out["feature_matching"] = self.feature_matching_weight
         return out
 
-    def measure(self, others: Tensor, adversarial: Tensor, last_layer: Tensor, samples: int):
+    def measure(self, others: Tensor, adversarial: Tensor, last_layer: Tensor, recon: Tensor):
         """Add up the last layer's gradients from the other terms and from the adversarial one.
 
         The micro-batches' gradients are weighted by their number of samples, so that their sum is
-        the gradient of the whole batch. They are scaled up first: fp16 would round them to zero.
+        the gradient of the whole batch. Meanwhile they are scaled by the root of the number of
+        voxels: half precision would round a voxel's share of a mean to 0, or overflow on a sum.
         """
+        scale = recon.numel() ** 0.5
         slopes = [
-            torch.autograd.grad(loss * SCALE, last_layer, retain_graph=True)[0].float().flatten()
+            torch.autograd.grad(loss * scale, last_layer, retain_graph=True)[0].float().flatten()
             for loss in (others, adversarial)
         ]
-        slopes = samples * torch.stack(slopes).detach()
+        slopes = torch.stack(slopes).detach() * (len(recon) / scale)
         self._slopes = slopes if self._slopes is None else self._slopes + slopes
 
     def after_step(self) -> None:
@@ -250,7 +250,7 @@ class Adversarial(nn.Module):
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(slopes)
         others, adversarial = slopes.norm(dim=1)
-        ratio = (others / (adversarial + 1e-6 * SCALE)).clamp(0, self.max_adaptive)
+        ratio = (others / (adversarial + 1e-6)).clamp(0, self.max_adaptive)
         self.adaptive_weight.copy_(torch.where(ratio.isfinite(), ratio, self.adaptive_weight))
 
     def _frozen(self, batch: Tensor) -> tuple[Tensor, list[Tensor]]:

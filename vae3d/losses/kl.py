@@ -79,7 +79,8 @@ class KL(Term):
         if self.target_std is not None:
             if dist.is_available() and dist.is_initialized():
                 dist.all_reduce(moments)
-            self.factor.copy_(self._steer(*_spread(moments)))
+            steered = self._steer(*_spread(moments))
+            self.factor.copy_(torch.where(moments.isfinite().all(), steered, self.factor))
         self._last_moments = moments
 
     def dead_channels(self) -> list[int]:
@@ -112,7 +113,7 @@ class KL(Term):
         gap = torch.where(alive.any(), gap, -1.0)
         log_factor = self.factor.log() + self.target_rate * gap
         limit = math.log(MAX_FACTOR)
-        return torch.where(gap.isfinite(), log_factor.clamp(-limit, limit).exp(), self.factor)
+        return log_factor.clamp(-limit, limit).exp()
 
 
 def _spread(moments: Tensor) -> tuple[Tensor, Tensor]:

@@ -115,7 +115,7 @@ class VAELoss(nn.Module):
             measured["adversarial_weight"] = recon.new_zeros(()) + weights["adversarial"]
             if self._measures(step):
                 assert last_layer is not None, "an adaptive weight needs last_layer=vae.last_layer"
-                self.adversarial.measure(others, game["adversarial"], last_layer, len(x))
+                self.adversarial.measure(others, game["adversarial"], last_layer, recon)
         total = sum(weights[name] * values[name] for name in values)
         # Detached: a trainer that adds them up over an epoch keeps no graph alive.
         return {name: value.detach() for name, value in values.items()} | measured | {"loss": total}
