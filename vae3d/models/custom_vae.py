@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from math import prod
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -218,7 +219,37 @@ class CustomVAE(Described, nn.Module):
         """
         posterior = self.encode(x)
         recon = self.decode(self.draw(posterior, sample_posterior))
-        return recon[(..., *(slice(n) for n in x.shape[2:]))], posterior
+        return self.crop(recon, x), posterior
+
+    def save_pretrained(self, folder: str | Path, **options: Any) -> None:
+        """Write `model.safetensors` and `config.json`.
+
+        Args:
+            folder: Where to; made when missing.
+            **options: Those of `huggingface_hub.ModelHubMixin.save_pretrained`, such as
+                `push_to_hub=True, repo_id="me/my-vae"`.
+        """
+        from vae3d.models.hub import HubFolder
+
+        HubFolder(self).save_pretrained(folder, **options)
+
+    @classmethod
+    def from_pretrained(
+        cls, name: str | Path, trust: Sequence[str] = (), **options: Any
+    ) -> "CustomVAE":
+        """Rebuild a network from a folder, or from the Hugging Face Hub, in evaluation mode.
+
+        Args:
+            name: Folder that `save_pretrained` wrote, or a repository such as `me/my-vae`.
+            trust: Prefixes of modules beside `vae3d` that may be imported.
+            **options: Those of `huggingface_hub.ModelHubMixin.from_pretrained`.
+        """
+        from vae3d.models.hub import HubFolder
+
+        vae = HubFolder.from_pretrained(name, trust=trust, **options)
+        if not isinstance(vae, cls):
+            raise ValueError(f"{name} holds a {type(vae).__name__}, not a {cls.__name__}")
+        return vae
 
     def encode_stage_2_inputs(self, x: Tensor) -> Tensor:
         """Scaled latent of `x` for a second-stage model: the mean, or a sample in training mode."""
@@ -227,6 +258,10 @@ class CustomVAE(Described, nn.Module):
     def decode_stage_2_outputs(self, z: Tensor) -> Tensor:
         """Reconstruction of a scaled latent."""
         return self.decode(z / self.latent_scale + self.latent_shift)
+
+    def crop(self, recon: Tensor, x: Tensor) -> Tensor:
+        """Cut `recon` to the spatial size of `x`, the inverse of `pad`."""
+        return recon[(..., *(slice(n) for n in x.shape[2:]))]
 
     def draw(self, posterior: DiagonalGaussian, sample: bool | None = None) -> Tensor:
         """Sample or mean of `posterior`; None follows the training mode."""

@@ -14,6 +14,9 @@ from torch import Tensor, nn
 from vae3d.models.norm import wide
 
 
+MIN_LOGVAR, MAX_LOGVAR = -30.0, 20.0  # clamp of the log-variance in Stable Diffusion and MONAI
+
+
 @dataclass(frozen=True)
 class DiagonalGaussian:
     """Normal distribution with a mean and a variance per latent element.
@@ -85,7 +88,7 @@ class LogVarianceHead(PosteriorHead):
 
     num_moments = 2
 
-    def __init__(self, min_logvar: float = -30.0, max_logvar: float = 20.0):
+    def __init__(self, min_logvar: float = MIN_LOGVAR, max_logvar: float = MAX_LOGVAR):
         super().__init__()
         self.min_logvar, self.max_logvar = min_logvar, max_logvar
 

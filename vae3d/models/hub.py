@@ -1,0 +1,98 @@
+"""Weights as files: safetensors, plain PyTorch state dicts, and folders as Hugging Face keeps them.
+
+The only importer of huggingface_hub and safetensors.
+"""
+
+import json
+import pickle
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+from huggingface_hub import PyTorchModelHubMixin, hf_hub_download
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from vae3d.models.spec import build
+
+WEIGHTS, RECIPE = "model.safetensors", "config.json"
+
+
+class HubFolder(PyTorchModelHubMixin):
+    """`model.safetensors` and `config.json` of a VAE, in a folder or on the Hugging Face Hub.
+
+    Args:
+        vae: The network; its `spec` becomes `config.json`.
+    """
+
+    def __init__(self, vae: nn.Module):
+        self.vae = vae
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        write_state(save_directory / WEIGHTS, self.vae.state_dict())
+        recipe = json.dumps(self.vae.spec, indent=2)
+        (save_directory / RECIPE).write_text(recipe + "\n", encoding="utf-8")
+
+    @classmethod
+    def _from_pretrained(
+        cls, *, model_id: str, config: dict | None, trust: Sequence[str] = (), **download: Any
+    ) -> nn.Module:
+        if not config or "class_path" not in config:
+            raise ValueError(
+                f"{model_id}: no {RECIPE} of vae3d there; weights of other libraries are read by"
+                " vae3d convert"
+            )
+        vae = build(config, trust)
+        folder = Path(model_id)
+        if folder.is_dir():
+            path = folder / WEIGHTS
+        else:
+            path = Path(hf_hub_download(model_id, WEIGHTS, **download))
+        vae.load_state_dict(read_state(path))
+        return vae.eval()
+
+
+def read_state(path: str | Path) -> dict[str, Any]:
+    """Read a file of weights: `.safetensors`, or anything `torch.load(weights_only=True)` reads.
+
+    Args:
+        path: The file.
+
+    Raises:
+        ValueError: Damaged, or holds code besides weights.
+    """
+    path = Path(path)
+    if path.suffix == ".safetensors":
+        try:
+            return load_file(path)
+        except safetensors.SafetensorError as error:
+            raise ValueError(f"{path}: not a safetensors file, or cut short ({error})") from error
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"{path}: refused, it holds more than plain weights; save its state_dict() alone,"
+            " best as .safetensors"
+        ) from error
+    except (RuntimeError, EOFError, KeyError, IndexError, ValueError) as error:
+        raise ValueError(f"{path}: not a file of weights, or damaged ({error})") from error
+    if not isinstance(state, dict):
+        raise ValueError(f"{path}: holds a {type(state).__name__}, not a dictionary of weights")
+    return state
+
+
+def write_state(path: str | Path, state: dict[str, Tensor]) -> None:
+    """Write weights as `.safetensors`, or by `torch.save` under any other suffix.
+
+    Args:
+        path: The file.
+        state: Tensors by name.
+    """
+    path = Path(path)
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+    if path.suffix == ".safetensors":
+        save_file(state, path, metadata={"format": "pt"})
+    else:
+        torch.save(state, path)
