@@ -6,9 +6,10 @@ so pictures of two steps or two runs can be compared. Panels keep true proportio
 1 x 1 x 5 mm is drawn five times as tall as wide.
 """
 
+import math
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from pathlib import Path
 
@@ -21,7 +22,14 @@ PLANES = (("axial", 2), ("coronal", 1), ("sagittal", 0))  # name, axis that the 
 BACKGROUND = (11, 12, 16)
 TEXT = (235, 237, 242)
 FAINT = (139, 145, 158)
+SIDES = {
+    "axial": "LR",
+    "coronal": "LR",
+    "sagittal": "PA",
+    "image": "  ",
+}  # left and right of the picture
 GAP = 10  # pixels between panels
+FOOT = 24
 # Error colors from -scale to +scale: ice, blue, background, orange, sand.
 ERROR_COLORS = np.array(
     [(196, 236, 255), (52, 140, 226), BACKGROUND, (230, 96, 30), (255, 230, 150)], np.float32
@@ -34,7 +42,7 @@ def three_planes(
     spacing_mm: Sequence[float] | None = None,
     data_range: tuple[float, float] = (0.0, 1.0),
     *,
-    error_scale: float = 0.1,
+    error_scale: float = 0.2,
     window_hu: tuple[float, float] | None = None,
     title: str = "",
     panel_px: int = 240,
@@ -74,7 +82,7 @@ def scroll_frames(
     columns: Sequence[str] = COLUMNS,
     axis: int = 2,
     max_frames: int = 60,
-    error_scale: float = 0.1,
+    error_scale: float = 0.2,
     window_hu: tuple[float, float] | None = None,
     title: str = "",
     panel_px: int = 200,
@@ -121,32 +129,27 @@ class _Scene:
                 f"got {self.x.shape} and {self.recon.shape}"
             )
         self.shape = self.x.shape[1:]
-        self.spacing = tuple(spacing_mm or (1.0,) * len(self.shape))[: len(self.shape)]
+        spacing = (1.0,) * len(self.shape) if spacing_mm is None else spacing_mm
+        self.spacing = tuple(map(float, spacing))[: len(self.shape)]
         self.lo, self.hi = map(float, data_range)
         self.error = error_scale * (self.hi - self.lo)
         self.window_hu = window_hu
         self.planes = PLANES if len(self.shape) == 3 else (("image", 2),)
         extents = [n * s for n, s in zip(self.shape, self.spacing, strict=True)]
         self.px_per_mm = panel_px / max(extents)
-        self.center = (*_center_of_mass(self.x - self.lo), 0)[:3]
+        self.center = (*center_of_mass(self.x - self.lo), 0)[:3]
 
     def panel(self, column: str, channel: int, axis: int, index: int) -> np.ndarray:
         """One slice in color at true proportions, anterior and superior up: uint8 (h, w, 3)."""
-        cut = (
-            (lambda v: v[channel])
-            if len(self.shape) == 2
-            else (lambda v: np.take(v[channel], index, axis))
-        )
-        if column == "error":
-            values = (cut(self.recon) - cut(self.x)) / self.error
-        else:
-            values = (cut(self.x if column == "input" else self.recon) - self.lo) / (
-                self.hi - self.lo
-            )
+        x, recon = (self._cut(v[channel], axis, index) for v in (self.x, self.recon))
         size = self.panel_size(axis)
-        upright = np.ascontiguousarray(values.T[::-1])
-        image = Image.fromarray(upright).resize(size, Image.Resampling.BILINEAR)
-        return _error_colors(np.asarray(image)) if column == "error" else _gray(np.asarray(image))
+        if column == "error":
+            return error_colors(resize(upright((recon - x) / self.error), size))
+        gray = ((x if column == "input" else recon) - self.lo) / (self.hi - self.lo)
+        return gray_colors(resize(upright(gray), size))
+
+    def _cut(self, volume: np.ndarray, axis: int, index: int) -> np.ndarray:
+        return volume if volume.ndim == 2 else np.take(volume, index, axis)
 
     def panel_size(self, axis: int) -> tuple[int, int]:
         """Width and height in pixels of a plane that cuts `axis`."""
@@ -156,50 +159,56 @@ class _Scene:
         )
 
     def draw(self, rows, columns, title) -> np.ndarray:
-        """Rows (channel, plane, axis, index) under the column names, a color scale at the foot."""
+        """Rows (channel, plane, axis, index) under the column names, the scales at the foot."""
         sizes = [self.panel_size(axis) for _, _, axis, _ in rows]
         width = max(w for w, _ in sizes)
-        top = GAP + (22 if title else 0) + 20
-        height = top + sum(h + GAP for _, h in sizes) + 22
-        canvas = Image.new("RGB", _even(GAP + len(columns) * (width + GAP), height), BACKGROUND)
+        top = GAP + (24 if title else 0) + 20
+        height = top + sum(h + GAP for _, h in sizes) + FOOT
+        canvas = Image.new("RGB", even(GAP + len(columns) * (width + GAP), height), BACKGROUND)
         pen = ImageDraw.Draw(canvas)
         if title:
-            pen.text((GAP, GAP - 1), title, TEXT, _font(14))
+            pen.text((GAP, GAP - 2), title, TEXT, font(15))
+        lefts = [GAP + k * (width + GAP) for k in range(len(columns))]
+        for left, column in zip(lefts, columns, strict=True):
+            pen.text((left, top - 19), column, TEXT, font(13))
         y = top
         for (channel, plane, axis, index), (w, h) in zip(rows, sizes, strict=True):
-            for k, column in enumerate(columns):
-                left = GAP + k * (width + GAP)
-                if y == top:
-                    pen.text((left, top - 18), column, TEXT, _font(13))
+            for left, column in zip(lefts, columns, strict=True):
                 panel = Image.fromarray(self.panel(column, channel, axis, index))
                 canvas.paste(panel, (left + (width - w) // 2, y))
-            label = plane if plane == "image" else f"{plane} {'xyz'[axis]}={index}"
-            if len(self.x) > 1:
-                label += f" ch {channel}"
-            pen.text((GAP + 3, y + 2), label, FAINT, _font(11))
+            self._label(pen, (GAP + (width - w) // 2, y, w, h), plane, axis, index, channel)
             y += h + GAP
-        self._foot(canvas, pen, y - GAP + 6, columns, width)
+        self._foot(canvas, pen, y - GAP + 5, dict(zip(columns, lefts, strict=True)), width)
         return np.asarray(canvas)
 
-    def _foot(self, canvas, pen, y, columns, width):
-        """Color scales with their ends: gray window on the left, error under its column."""
+    def _label(self, pen, box, plane, axis, index, channel):
+        """Plane, slice and patient sides on the first panel of a row."""
+        x, y, w, h = box
+        parts = [] if plane == "image" else [f"{plane}  {'xyz'[axis]} {index}"]
+        parts += [f"channel {channel}"] if len(self.x) > 1 else []
+        pen.text((x + 4, y + 3), "  ".join(parts), TEXT, font(11), stroke_width=1, stroke_fill=0)
+        for side, at in zip(SIDES[plane], (x + 4, x + w - 12), strict=True):
+            pen.text((at, y + h // 2 - 7), side, FAINT, font(11), stroke_width=1, stroke_fill=0)
+
+    def _foot(self, canvas, pen, y, lefts, width):
+        """Gray window and ruler under the first column, error scale under its own."""
         unit = " HU" if self.window_hu else ""
         lo, hi = self.window_hu or (self.lo, self.hi)
         error = self.error * (hi - lo) / (self.hi - self.lo)
-        for k, column in enumerate(columns):
-            if column == "recon" and k:
-                continue
-            ends = (-error, error) if column == "error" else (lo, hi)
-            ramp = np.linspace(-1 if column == "error" else 0, 1, 64, dtype=np.float32)
-            ramp = np.repeat(ramp[None], 8, axis=0)
-            left = GAP + k * (width + GAP)
-            texts = [f"{v:+.3g}" if column == "error" else f"{v:.3g}" for v in ends]
-            texts[1] += unit
-            pen.text((left, y), texts[0], FAINT, _font(11))
-            left += int(pen.textlength(texts[0], _font(11))) + 6
-            colors = _error_colors(ramp) if column == "error" else _gray(ramp)
-            canvas.paste(Image.fromarray(colors), (left, y + 3))
-            pen.text((left + 64 + 6, y), texts[1], FAINT, _font(11))
+        ramp = np.repeat(np.linspace(0, 1, 56, dtype=np.float32)[None], 8, axis=0)
+        gray = next(left for name, left in lefts.items() if name != "error")
+        end = color_scale(canvas, (gray, y), gray_colors(ramp), f"{lo:.4g}", f"{hi:.4g}{unit}")
+        mm = round_length(width / self.px_per_mm / 4)
+        x1 = gray + width
+        x0 = x1 - mm * self.px_per_mm
+        text = f"{mm:g} mm" if mm >= 0.1 else f"{mm * 1000:g} um"
+        text_x = x0 - 6 - pen.textlength(text, font(11))
+        if text_x > end + 8:  # a narrow panel has no room for both
+            pen.text((text_x, y), text, FAINT, font(11))
+            pen.line([(x0, y + 7), (x1, y + 7)], FAINT, 2)
+        if "error" in lefts:
+            ends = (f"{-error:.3g}", f"+{error:.3g}{unit}")
+            color_scale(canvas, (lefts["error"], y), error_colors(2 * ramp - 1), *ends)
 
 
 def save_views(
@@ -256,31 +265,36 @@ def write_png(path: Path | str, image: np.ndarray) -> Path:
     return _replace(path, lambda temporary: iio.imwrite(temporary, image, plugin="pillow"))
 
 
-def write_gif(path: Path | str, frames: Sequence[np.ndarray], fps: float = 12.0) -> Path:
-    """Write uint8 frames `(H, W, 3)` as a GIF that loops forever."""
-    import imageio.v3 as iio
+def write_gif(path: Path | str, frames: Iterable[np.ndarray], fps: float = 12.0) -> Path:
+    """Write uint8 frames `(H, W, 3)` as a GIF that loops forever, one palette for all frames."""
+    from imageio import v2 as imageio
 
     def write(temporary):
-        iio.imwrite(temporary, np.stack(frames), plugin="pillow", duration=1000 / fps, loop=0)
+        with imageio.get_writer(temporary, format="GIF-PIL", duration=1000 / fps, loop=0) as gif:
+            for frame in frames:
+                few = Image.fromarray(frame).quantize(palette=gif_palette(), dither=0)
+                gif.append_data(np.asarray(few.convert("RGB")))
 
     return _replace(path, write)
 
 
-def write_mp4(path: Path | str, frames: Sequence[np.ndarray], fps: float = 12.0) -> Path:
+def write_mp4(path: Path | str, frames: Iterable[np.ndarray], fps: float = 12.0) -> Path:
     """Write uint8 frames `(H, W, 3)` of even height and width as H.264 that browsers play."""
-    import imageio.v3 as iio
+    from imageio import v2 as imageio
 
     def write(temporary):
-        iio.imwrite(
+        with imageio.get_writer(
             temporary,
-            np.stack(frames),
-            plugin="FFMPEG",
+            format="FFMPEG",
             fps=fps,
             codec="libx264",
             pixelformat="yuv420p",
-            macro_block_size=2,
-            output_params=["-crf", "18", "-movflags", "+faststart"],
-        )
+            macro_block_size=2,  # never rescale
+            # One thread: the cores belong to the training.
+            output_params=["-crf", "20", "-movflags", "+faststart", "-threads", "1"],
+        ) as mp4:
+            for frame in frames:
+                mp4.append_data(frame)
 
     return _replace(path, write)
 
@@ -297,21 +311,65 @@ def _replace(path, write) -> Path:
     return path
 
 
-def _gray(values: np.ndarray) -> np.ndarray:
+def gray_colors(values: np.ndarray) -> np.ndarray:
     """Values in [0, 1] -> uint8 (h, w, 3); NaN is black."""
     levels = np.clip(np.nan_to_num(values), 0, 1) * 255
     return np.repeat(levels.round().astype(np.uint8)[..., None], 3, axis=-1)
 
 
-def _error_colors(values: np.ndarray) -> np.ndarray:
-    """Values in [-1, 1] -> uint8 (h, w, 3)."""
-    position = (np.clip(np.nan_to_num(values), -1, 1) + 1) / 2 * (len(ERROR_COLORS) - 1)
+def error_colors(values: np.ndarray) -> np.ndarray:
+    """Values in [-1, 1] -> uint8 (h, w, 3): blue too low, orange too high, NaN as zero."""
+    levels = (np.clip(np.nan_to_num(values), -1, 1) + 1) / 2 * 255
+    return _error_table()[levels.round().astype(np.uint8)]
+
+
+@lru_cache
+def _error_table() -> np.ndarray:
+    position = np.linspace(0, len(ERROR_COLORS) - 1, 256)
     anchors = np.arange(len(ERROR_COLORS))
     channels = [np.interp(position, anchors, ERROR_COLORS[:, c]) for c in range(3)]
     return np.stack(channels, axis=-1).round().astype(np.uint8)
 
 
-def _center_of_mass(x: np.ndarray) -> tuple[int, ...]:
+@lru_cache
+def gif_palette() -> Image.Image:
+    """176 grays and 80 error colors: an adaptive palette per frame would flicker."""
+    grays = gray_colors(np.linspace(0, 1, 176))
+    errors = _error_table()[np.linspace(0, 255, 80).round().astype(int)]
+    holder = Image.new("P", (1, 1))
+    holder.putpalette(np.concatenate([grays, errors]).tobytes())
+    return holder
+
+
+def upright(plane: np.ndarray) -> np.ndarray:
+    """A plane (first axis, second axis) as a picture: first axis to the right, second axis up."""
+    return np.ascontiguousarray(plane.T[::-1])
+
+
+def resize(picture: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Resample float32 (h, w) to `size` = (width, height)."""
+    return np.asarray(Image.fromarray(picture).resize(size, Image.Resampling.BICUBIC))
+
+
+def color_scale(canvas, corner, colors, low: str, high: str) -> int:
+    """Draw `low [colors] high` from `corner`; returns where it ends."""
+    pen = ImageDraw.Draw(canvas)
+    x, y = corner
+    pen.text((x, y), low, FAINT, font(11))
+    x += int(pen.textlength(low, font(11))) + 6
+    canvas.paste(Image.fromarray(colors), (x, y + 3))
+    x += colors.shape[1] + 6
+    pen.text((x, y), high, FAINT, font(11))
+    return x + int(pen.textlength(high, font(11)))
+
+
+def round_length(mm: float) -> float:
+    """The largest of 1, 2, 5 x 10^k that is not above `mm`."""
+    power = 10.0 ** math.floor(math.log10(mm))
+    return max(step * power for step in (1, 2, 5) if step * power <= mm * (1 + 1e-9))
+
+
+def center_of_mass(x: np.ndarray) -> tuple[int, ...]:
     """Voxel at the intensity-weighted center of `(C, *spatial)`; the middle when x is flat."""
     mass = np.clip(np.nan_to_num(x), 0, None).sum(axis=0)
     center = []
@@ -322,11 +380,12 @@ def _center_of_mass(x: np.ndarray) -> tuple[int, ...]:
     return tuple(center)
 
 
-def _even(width: int, height: int) -> tuple[int, int]:
+def even(width: int, height: int) -> tuple[int, int]:
     """H.264 with yuv420p stores color at half size: both sides must be even."""
     return width + width % 2, height + height % 2
 
 
 @lru_cache
-def _font(size: int):
+def font(size: int):
+    """Pillow's own font, so that pictures look the same on every machine."""
     return ImageFont.load_default(size)

@@ -1,23 +1,37 @@
 """Where a run's numbers and pictures go: `metrics.jsonl` always, Weights & Biases as well.
 
-The only importer of wandb. W&B is a guest here: it is called on its own thread behind a bounded
-queue, it never asks for a key, and when it fails the run goes on. What could not be sent stays in
-`wandb/` of the run folder, for `wandb sync`.
+The only importer of wandb. W&B is a guest here: it is called on a thread of its own behind a
+bounded queue, it never asks for a key, and when it is slow or down the run goes on. What could not
+be sent stays in `wandb/` of the run folder; `wandb sync --include-online runs/a/wandb` sends it.
+
+    tracker = Tracker("runs/a", mode=None, config=config)
+    tracker.log({"train/loss": 0.1}, step)                       # one line of numbers
+    tracker.log_table("val/volumes", [{"case": "a", "psnr": 27.1}], step)
+    tracker.in_background(make, x, recon, step=step)              # make(...) -> {panel: path}
+    tracker.close()
+
+Make one on rank 0 only. Names have a slash: train/recon, val/psnr, perf/patches_per_s, latent/kl.
 """
 
 import json
 import math
 import os
 import queue
+import re
 import secrets
+import subprocess
 import threading
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
-SECRET_WORDS = ("api_key", "apikey", "token", "secret", "password", "passwd", "credential")
-STOP = object()
+SECRET = re.compile(r"api_?key|token|secret|passw|credential|private_?key", re.IGNORECASE)
+URL_LOGIN = re.compile(r"(?<=://)[^/@\s]+@")
+REDACTED = "[redacted]"
+MODES = ("online", "offline", "disabled")
+MAX_FAILURES = 3  # W&B calls that fail in a row before it is left alone
 
 
 class Tracker:
@@ -29,13 +43,17 @@ class Tracker:
         >>> tracker.close()
 
     Args:
-        out_dir: Run folder; `metrics.jsonl` and `wandb/` lie in it.
-        mode: online | offline | disabled. None: what WANDB_MODE says, else online when a W&B key
-            is found in the environment or in ~/.netrc, else offline.
-        config: The run's configuration for the dashboard; secrets in it are redacted.
-        run_id: W&B id; None continues the run whose id lies in `out_dir/wandb/run_id`, else new.
+        out_dir: Run folder; `metrics.jsonl`, `tables.jsonl` and `wandb/` lie in it.
+        mode: online | offline | disabled. None: what WANDB_MODE says, else online where a W&B key
+            is set (WANDB_API_KEY or a login in ~/.netrc), else offline.
+        config: The run's configuration, for the dashboard; secrets in it are redacted.
+        run_id: W&B id to continue; None takes the one kept in `out_dir/wandb/run_id`, else a new
+            one.
         name: Name in the dashboard; default the folder's name.
         project: W&B project.
+        timeout_s: How long W&B may take to start, and again to finish [s].
+        max_pending_bytes: Volumes that may wait to be drawn [bytes]; beyond it, pictures are left
+            out.
     """
 
     def __init__(
@@ -46,26 +64,35 @@ class Tracker:
         run_id: str | None = None,
         name: str | None = None,
         project: str = "vae3d",
+        *,
+        timeout_s: float = 30.0,
+        max_pending_bytes: int = 2**31,
     ):
-        if mode not in (None, "online", "offline", "disabled"):
-            raise ValueError(f"wandb: {mode!r} is not one of online, offline, disabled")
+        self.mode = choose_mode(mode)
         self.out_dir = Path(out_dir)
         self.out_dir.mkdir(parents=True, exist_ok=True)
-        self._lines = _open_lines(self.out_dir / "metrics.jsonl")
-        self.mode = _choose_mode(mode)
+        self.timeout_s, self.max_pending_bytes = timeout_s, max_pending_bytes
         self.run_id = run_id or _kept_run_id(self.out_dir) or secrets.token_hex(4)
-        self._wandb = None
-        self._media = _Worker("vae3d-media", size=4)
-        self._sender = _Worker("vae3d-wandb", size=1000)
+        self._lines = {"metrics.jsonl": _LineFile(self.out_dir / "metrics.jsonl")}
+        self._media = _Worker("media", size=64, background=True)
+        self._pending_bytes, self._lock = 0, threading.Lock()
+        self._wandb: _Wandb | None = None
         if self.mode != "disabled":
-            path = self.out_dir / "wandb" / "run_id"
-            path.parent.mkdir(exist_ok=True)
-            path.write_text(self.run_id + "\n")
-            settings = dict(name=name or self.out_dir.resolve().name, project=project)
-            self._sender.put(self._start, redact(dict(config or {})), settings)
+            _keep_run_id(self.out_dir, self.run_id)
+            self._wandb = _Wandb(self.mode, timeout_s)
+            self._wandb.worker.put(
+                self._wandb.start,
+                {"config": redact(dict(config or {}))},
+                {
+                    "dir": str(self.out_dir),
+                    "id": self.run_id,
+                    "name": name or self.out_dir.resolve().name,
+                    "project": project,
+                },
+            )
 
     def log(self, values: Mapping[str, float], step: int) -> None:
-        """Write one line of numbers; a number that is not finite is written as null.
+        """Write one line of numbers; one that is not finite is written as null.
 
         Args:
             values: Numbers by name, such as `{"train/loss": 0.1}`; a tensor syncs its device.
@@ -73,118 +100,243 @@ class Tracker:
         """
         numbers = {key: float(value) for key, value in values.items()}
         finite = {key: v if math.isfinite(v) else None for key, v in numbers.items()}
-        line = json.dumps({"step": int(step), "time": round(time.time(), 3), **finite})
-        os.write(self._lines, (line + "\n").encode())
-        self._send(lambda run: run.log({**numbers, "step": int(step)}))
+        self._write("metrics.jsonl", {"step": int(step), "time": round(time.time(), 3), **finite})
+        self._send(lambda run, _: run.log({**numbers, "step": int(step)}))
 
-    def log_media(self, media: Mapping[str, Path | str], step: int) -> None:
-        """Show files of the run folder in the dashboard.
+    def log_table(self, name: str, rows: Iterable[Mapping[str, Any]], step: int) -> None:
+        """Write a table, such as a row per validation volume, to `tables.jsonl` and W&B.
 
         Args:
-            media: Paths by panel name, such as `{"views/IXI002": "media/IXI002.png"}`.
+            name: Panel name, such as `val/volumes`.
+            rows: Rows with the same columns.
             step: Optimizer updates done.
         """
-        media = {key: Path(path) for key, path in media.items()}
+        rows = [_plain(row) for row in rows]
+        self._write("tables.jsonl", {"step": int(step), "table": name, "rows": rows})
+        columns = list(rows[0]) if rows else []
+        data = [[row[column] for column in columns] for row in rows]
+        self._send(
+            lambda run, wandb: run.log(
+                {name: wandb.Table(columns=columns, data=data), "step": int(step)}
+            )
+        )
 
-        def send(run):
-            import wandb
+    def log_media(self, media: Mapping[str, Path | str], step: int) -> None:
+        """Show files in the dashboard; locally they are where they are.
 
-            kinds = {".png": wandb.Image, ".gif": wandb.Video, ".mp4": wandb.Video}
-            panels = {}
-            for key, path in media.items():
-                extra = {} if path.suffix == ".png" else {"format": path.suffix[1:]}
-                panels[key] = kinds[path.suffix](str(path), **extra)
-            run.log({**panels, "step": int(step)})
-
-        self._send(send)
-
-    def in_background(self, make: Callable[..., Mapping[str, Path]], *args, step: int, **kwargs):
-        """Make pictures off the training thread, then show them: `make(...)` returns paths by name.
-
-        Never blocks: with four jobs waiting the new one is dropped and counted in a warning.
+        Args:
+            media: Files (.png, .gif, .mp4) by panel name, such as `{"views/a": "media/a.png"}`.
+            step: Optimizer updates done.
         """
-        self._media.put(lambda: self.log_media(make(*args, **kwargs), step))
+        files = {key: Path(path) for key, path in media.items()}
+        self._send(
+            lambda run, wandb: run.log(
+                {**{k: _panel(wandb, p) for k, p in files.items()}, "step": int(step)}
+            )
+        )
+
+    def in_background(
+        self, make: Callable[..., Mapping[str, Path]], *args: Any, step: int, **kwargs: Any
+    ) -> bool:
+        """Make pictures off the training thread, then show them.
+
+        Never waits. When more than `max_pending_bytes` of arrays are waiting already, the job is
+        left out and a warning says so.
+
+        Args:
+            make: Called as `make(*args, **kwargs)` on the media thread; returns files by panel.
+            *args: CPU arrays and whatever else; they must not be changed afterwards.
+            step: Optimizer updates done.
+            **kwargs: As `args`.
+
+        Returns:
+            Whether the job was taken.
+        """
+        size = sum(getattr(value, "nbytes", 0) for value in (*args, *kwargs.values()))
+        with self._lock:
+            if self._pending_bytes and self._pending_bytes + size > self.max_pending_bytes:
+                warnings.warn(
+                    "pictures are made more slowly than they are asked for: left some out; "
+                    "raise media_every or lower media_volumes"
+                )
+                return False
+            self._pending_bytes += size
+
+        def job():
+            try:
+                self.log_media(make(*args, **kwargs), step)
+            finally:
+                with self._lock:
+                    self._pending_bytes -= size
+
+        return self._media.put(job)
 
     def close(self, timeout_s: float = 60.0) -> None:
-        """Finish what is under way, at most `timeout_s` seconds; the rest stays in `wandb/`."""
+        """Finish pictures and uploads, for at most `timeout_s` [s]; the rest stays in `wandb/`."""
         deadline = time.monotonic() + timeout_s
-        self._media.stop(deadline)
-        if self._wandb is not None or self.mode != "disabled":
-            self._sender.put(self._finish)
-        self._sender.stop(deadline)
-        os.close(self._lines)
+        if not self._media.stop(deadline):
+            warnings.warn("pictures were still being made at the end; the last ones are missing")
+        if self._wandb is not None:
+            self._wandb.close(deadline, self.out_dir)
+        for file in self._lines.values():
+            file.close()
+
+    def __enter__(self) -> "Tracker":
+        return self
+
+    def __exit__(self, *exc) -> None:
+        self.close()
+
+    def _write(self, name: str, row: Mapping) -> None:
+        if name not in self._lines:
+            self._lines[name] = _LineFile(self.out_dir / name)
+        self._lines[name].write(row)
 
     def _send(self, call: Callable) -> None:
-        if self.mode != "disabled":
-            self._sender.put(lambda: self._wandb is not None and call(self._wandb))
+        if self._wandb is not None:
+            self._wandb.worker.put(self._wandb.call, call)
 
-    def _start(self, config, settings):
+
+class _Wandb:
+    """The W&B run. Everything but `close` happens on the worker's thread."""
+
+    def __init__(self, mode: str, timeout_s: float):
+        self.mode, self.timeout_s = mode, timeout_s
+        self.run, self.failures = None, 0
+        self.worker = _Worker("wandb", size=4096)
+
+    def start(self, content: dict, where: dict) -> None:
+        os.environ.setdefault("WANDB_SILENT", "true")  # its login line ignores the settings
         import wandb
 
-        quiet = wandb.Settings(
-            console="off", silent=True, save_code=False, disable_git=True, x_disable_meta=True
-        )
-        self._wandb = wandb.init(
-            dir=str(self.out_dir),
-            id=self.run_id,
-            resume="allow",
-            mode=self.mode,
-            config=config,
-            settings=quiet,
-            **settings,
-        )
-        self._wandb.define_metric("step")
-        self._wandb.define_metric("*", step_metric="step")
+        content["config"] = {**content["config"], "code": code_version()}
+        try:
+            self._init(wandb, self.mode, content, where)
+        except Exception as error:
+            if self.mode == "offline" or wandb.run is not None:
+                raise
+            wandb.teardown()  # the service would hold on to the run's id
+            warnings.warn(f"W&B cannot be reached ({_reason(error)}); this run is offline")
+            self._init(wandb, "offline", content, where)
 
-    def _finish(self):
-        if self._wandb is not None:
-            self._wandb.finish()
+    def _init(self, wandb, mode: str, content: dict, where: dict) -> None:
+        settings = wandb.Settings(
+            init_timeout=self.timeout_s,
+            finish_timeout=self.timeout_s,
+            console="off",  # the progress line is no log
+            silent=True,
+            save_code=False,
+            disable_git=True,  # a remote's URL may hold a password
+            x_disable_meta=True,  # it would store the command line, host and user
+        )
+        self.run = wandb.init(
+            mode=mode, resume="allow", reinit="create_new", settings=settings, **content, **where
+        )
+        self.run.define_metric("step")
+        self.run.define_metric("*", step_metric="step")
+
+    def call(self, call: Callable) -> None:
+        if self.run is None:
+            return
+        import wandb
+
+        try:
+            call(self.run, wandb)
+            self.failures = 0
+        except Exception:
+            self.failures += 1
+            if self.failures == MAX_FAILURES:
+                self.run = None
+            raise
+
+    def close(self, deadline: float, out_dir: Path) -> None:
+        self.worker.put(lambda: self.run is not None and self.run.finish())
+        if self.worker.stop(deadline):
+            return
+        warnings.warn(
+            "W&B did not finish in time; what was not sent lies on the disk: "
+            f"wandb sync --include-online {out_dir}/wandb"
+        )
+        # Without this, W&B's hook at the end of the process would go on waiting.
+        import wandb
+
+        threading.Thread(target=wandb.teardown, daemon=True).start()
 
 
 class _Worker:
-    """One thread that runs calls in order behind a bounded queue; a failing call warns."""
+    """One thread that runs calls in order behind a bounded queue; a failing call warns.
 
-    def __init__(self, name: str, size: int):
-        self.name, self.dropped = name, 0
-        self.calls = queue.Queue(maxsize=size)
-        self.thread = threading.Thread(target=self._run, name=name, daemon=True)
+    Args:
+        name: What the calls do, for warnings.
+        size: Calls that may wait; further ones are dropped.
+        background: Give way to other threads, where the system can (Linux).
+    """
+
+    def __init__(self, name: str, size: int, background: bool = False):
+        self.name = name
+        self.calls: queue.Queue = queue.Queue(maxsize=size)
+        self.thread = threading.Thread(
+            target=self._run, args=(background,), name=f"vae3d-{name}", daemon=True
+        )
         self.thread.start()
 
-    def put(self, call: Callable, *args) -> None:
+    def put(self, call: Callable, *args) -> bool:
         try:
             self.calls.put_nowait((call, args))
         except queue.Full:
-            self.dropped += 1
-            warnings.warn(f"{self.name} is too slow: dropped a job; the run goes on", stacklevel=3)
+            warnings.warn(f"{self.name}: too slow, some calls were dropped; the run goes on")
+            return False
+        return True
 
-    def stop(self, deadline: float) -> None:
+    def stop(self, deadline: float) -> bool:
+        """Let the waiting calls run, until `deadline` [monotonic s]; tell whether all did."""
         try:
-            self.calls.put(STOP, timeout=max(0.0, deadline - time.monotonic()))
+            self.calls.put(None, timeout=max(0.0, deadline - time.monotonic()))
         except queue.Full:
-            return
+            return False
         self.thread.join(max(0.0, deadline - time.monotonic()))
+        return not self.thread.is_alive()
 
-    def _run(self):
-        while (job := self.calls.get()) is not STOP:
+    def _run(self, background: bool) -> None:
+        if background and hasattr(os, "setpriority"):
+            # On Linux a thread has a priority of its own; encoders that it starts inherit it.
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
+        while (job := self.calls.get()) is not None:
             call, args = job
             try:
                 call(*args)
             except Exception as error:  # a dashboard must never stop a run
-                warnings.warn(f"{self.name}: {type(error).__name__}: {error}; the run goes on")
+                warnings.warn(f"{self.name}: {_reason(error)}; the run goes on")
+
+
+class _LineFile:
+    """JSON lines, each written whole: a kill can cut the last one, never mix two."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+        size = os.fstat(self.handle).st_size
+        if size and os.pread(self.handle, 1, size - 1) != b"\n":  # cut by a kill
+            os.write(self.handle, b"\n")
+
+    def write(self, row: Mapping) -> None:
+        try:
+            os.write(self.handle, (json.dumps(row, ensure_ascii=False) + "\n").encode())
+        except OSError as error:  # a full disk; checkpoints will say so louder
+            warnings.warn(f"{self.path}: {error.strerror}; numbers are missing, the run goes on")
+
+    def close(self) -> None:
+        os.close(self.handle)
 
 
 def read_metrics(path: Path | str) -> list[dict]:
     """Rows of a `metrics.jsonl`, one per step, as the run that counts saw them.
 
-    Lines of one step are merged. A step lower than the one before is a resume: what an earlier
-    life wrote after it is dropped. A last line cut by a kill is ignored.
+    Lines of one step are merged. A step below the one before is a resume: what the earlier life
+    wrote beyond it is dropped. A line that a kill cut short is skipped.
     """
     rows: dict[int, dict] = {}
-    for line in Path(path).read_text().splitlines():
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
-            continue
+    for row in _read_lines(path):
         step = row["step"]
         while rows and next(reversed(rows)) > step:
             rows.popitem()
@@ -192,28 +344,89 @@ def read_metrics(path: Path | str) -> list[dict]:
     return list(rows.values())
 
 
-def redact(value, name: str = ""):
-    """The same configuration with everything that looks like a secret blanked."""
-    if any(word in name.lower() for word in SECRET_WORDS) and isinstance(value, str):
-        return "[redacted]"
+def read_tables(path: Path | str) -> dict[str, dict]:
+    """The newest of each table in a `tables.jsonl`, by name: `{"step": ..., "rows": [...]}`."""
+    return {row["table"]: row for row in _read_lines(path)}
+
+
+def choose_mode(mode: str | None) -> str:
+    """Return online, offline or disabled; online only where W&B has a key, so it never asks."""
+    if mode not in (None, *MODES):
+        raise ValueError(f"--wandb {mode!r} is not one of {', '.join(MODES)}")
+    wanted = mode or {"dryrun": "offline"}.get(
+        os.environ.get("WANDB_MODE", ""), os.environ.get("WANDB_MODE")
+    )
+    if wanted in ("offline", "disabled"):
+        return wanted
+    if _has_key():
+        return "online"
+    if mode == "online":
+        warnings.warn("--wandb online: no key in WANDB_API_KEY or ~/.netrc; this run is offline")
+    return "offline"
+
+
+def redact(value: Any, name: str = "") -> Any:
+    """The same configuration as plain data, with everything that looks like a secret blanked.
+
+    Blanked are texts under a name like `api_key` or `token`, values of such variables of the
+    environment wherever they occur, and logins inside URLs.
+    """
     if isinstance(value, Mapping):
         return {str(key): redact(item, str(key)) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [redact(item) for item in value]
-    return value if isinstance(value, (str, int, float, bool, type(None))) else str(value)
+        return [redact(item, name) for item in value]
+    if isinstance(value, (int, float, bool, type(None))):
+        return value
+    text = str(value)
+    if SECRET.search(name):
+        return REDACTED
+    for key, secret in os.environ.items():
+        if SECRET.search(key) and len(secret) >= 8:
+            text = text.replace(secret, REDACTED)
+    return URL_LOGIN.sub(f"{REDACTED}@", text)
 
 
-def _choose_mode(mode: str | None) -> str:
-    if mode is None:
-        mode = {"dryrun": "offline", "run": "online"}.get(
-            os.environ.get("WANDB_MODE", ""), os.environ.get("WANDB_MODE")
-        )
-    if mode == "disabled":
-        return mode
-    has_key = bool(os.environ.get("WANDB_API_KEY"))
-    if mode == "online" and not has_key:
-        warnings.warn("wandb: no WANDB_API_KEY in the environment, so this run is offline")
-    return "online" if has_key and mode != "offline" else "offline"
+def code_version() -> dict[str, str]:
+    """Versions of this package, of torch, and the commit where it runs from a git checkout."""
+    import torch
+
+    from vae3d import __version__
+
+    version = {"vae3d": __version__, "torch": torch.__version__}
+    home = Path(__file__).resolve().parents[2]
+    if (home / ".git").exists():
+        git = ["git", "-C", str(home), "describe", "--always", "--dirty", "--abbrev=12"]
+        try:
+            found = subprocess.run(git, capture_output=True, text=True, timeout=10, check=True)
+            version["commit"] = found.stdout.strip()
+        except (OSError, subprocess.SubprocessError):
+            version["commit"] = "unknown"  # no git on this machine
+    return version
+
+
+def _panel(wandb, path: Path):
+    if path.suffix == ".png":
+        return wandb.Image(str(path))
+    return wandb.Video(str(path), format=path.suffix[1:])
+
+
+def _plain(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row for JSON: numbers that are not finite become null."""
+    row = {k: v.item() if hasattr(v, "item") else v for k, v in row.items()}
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+
+
+def _has_key() -> bool:
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    import netrc
+    from urllib.parse import urlparse
+
+    host = urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname
+    try:
+        return host in netrc.netrc(os.environ.get("NETRC")).hosts
+    except (OSError, netrc.NetrcParseError):
+        return False
 
 
 def _kept_run_id(out_dir: Path) -> str | None:
@@ -221,10 +434,21 @@ def _kept_run_id(out_dir: Path) -> str | None:
     return path.read_text().strip() or None if path.is_file() else None
 
 
-def _open_lines(path: Path) -> int:
-    """Append to metrics.jsonl; a line that a kill cut short is closed first."""
-    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
-    size = os.fstat(handle).st_size
-    if size and os.pread(handle, 1, size - 1) != b"\n":
-        os.write(handle, b"\n")
-    return handle
+def _keep_run_id(out_dir: Path, run_id: str) -> None:
+    path = out_dir / "wandb" / "run_id"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(run_id + "\n")
+
+
+def _read_lines(path: Path | str) -> Iterable[dict]:
+    for line in Path(path).read_text(encoding="utf-8").splitlines():
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            continue  # cut by a kill
+        if isinstance(row, dict) and "step" in row:
+            yield row
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
