@@ -1,0 +1,42 @@
+"""Look for broken files before a run does."""
+
+from __future__ import annotations
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+
+from loaders.readers import BrokenVolume, Volumes4D
+from loaders.splits import Subject, find_subjects
+from loaders.store import progress_bar, read_subject, storable
+
+
+def broken_files(
+    root: str, nan: str = "error", volumes_4d: Volumes4D = "error", threads: int | None = None
+) -> tuple[int, list[BrokenVolume]]:
+    """Read every volume to its end, in parallel.
+
+    Args:
+        root: Folder, glob or manifest.
+        nan: error or fill.
+        volumes_4d: error, channels or first.
+        threads: Files read at once; None for one per core, 8 at most.
+
+    Returns:
+        Number of volumes, and an error for each broken one, in order.
+    """
+    subjects = find_subjects(root)
+
+    def check(subject: Subject) -> BrokenVolume | None:
+        try:
+            volume = storable(read_subject(subject, volumes_4d), subject.paths[0], nan)
+            for channel in volume.data:
+                if channel.min() == channel.max():
+                    raise BrokenVolume(subject.paths[0], f"all voxels are {channel.flat[0]}")
+        except BrokenVolume as error:
+            return error
+        return None
+
+    with ThreadPoolExecutor(threads or min(8, os.cpu_count() or 1)) as pool:
+        tasks = [pool.submit(check, subject) for subject in subjects]
+        found = [task.result() for task in progress_bar(tasks, "checking", show=True)]
+    return len(subjects), [error for error in found if error is not None]
