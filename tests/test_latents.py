@@ -28,6 +28,7 @@ from vae3d.stage2.latents import (
 )
 
 CENTERS = torch.tensor([3.0, -40.0]).reshape(2, 1, 1, 1)  # far from 0: naive sums would cancel
+MADE_BY = {"checkpoint": "abc", "mode": "full"}
 SPREADS = torch.tensor([0.01, 5.0]).reshape(2, 1, 1, 1)
 
 
@@ -43,8 +44,9 @@ def write_folder(folder, count=6, grid=(5, 4, 3)):
         split = "train" if n < count - 1 else "val"
         mean, logvar = posterior(n, (*grid[:2], grid[2] + n))
         details = {"subject": f"s{n}", "split": split, "labels": {"sex": "FM"[n % 2]}}
+        details["made_by"] = MADE_BY
         write_latent(latent_path(folder, f"s{n}"), mean, logvar, details)
-    return write_index(folder, {"checkpoint": "abc"})
+    return write_index(folder, MADE_BY)
 
 
 def test_a_latent_file_gives_back_what_was_written(tmp_path):
@@ -221,7 +223,7 @@ def test_draws_depend_on_seed_epoch_and_index_alone(tmp_path):
 def test_a_standard_data_loader_reads_the_dataset(tmp_path):
     for n in range(4):
         write_latent(latent_path(tmp_path, f"s{n}"), *posterior(n), {
-            "subject": f"s{n}", "split": "train", "labels": {}})  # fmt: skip
+            "subject": f"s{n}", "split": "train", "labels": {}, "made_by": {}})  # fmt: skip
     write_index(tmp_path, {})
     dataset = LatentDataset(tmp_path)
     loader = torch.utils.data.DataLoader(dataset, batch_size=2, num_workers=2)

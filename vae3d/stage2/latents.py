@@ -225,7 +225,13 @@ def _per_channel(values: list[float], like: Tensor) -> Tensor:
     return like.new_tensor(values).reshape(-1, *(1,) * (like.ndim - 1))
 
 
-def write_index(folder: str | Path, encoding: dict[str, Any]) -> dict[str, Any]:
+def sweep(folder: str | Path) -> None:
+    """Remove temporaries that killed writers have left."""
+    for path in Path(folder).glob(".*.tmp"):
+        path.unlink(missing_ok=True)
+
+
+def write_index(folder: str | Path, made_by: dict[str, Any]) -> dict[str, Any]:
     """Write `latents.json` from the headers of all files and return it.
 
     Statistics are kept over all files and over each part of the split; the second stage takes
@@ -233,15 +239,22 @@ def write_index(folder: str | Path, encoding: dict[str, Any]) -> dict[str, Any]:
 
     Args:
         folder: Where the latents are.
-        encoding: How they were made: checkpoint, mode, factor and the like.
+        made_by: Checkpoint, mode and the like; every file must agree.
     """
-    infos = [read_info(path) for path in find_latents(folder)]
+    paths = find_latents(folder)
+    infos = [read_info(path) for path in paths]
+    for path, info in zip(paths, infos, strict=True):
+        if info["made_by"] != made_by:
+            raise ValueError(
+                f"{path}: written by another model or mode than the rest; delete it or encode into "
+                "another folder"
+            )
     parts = {"all": infos}
     for name in sorted({info["split"] for info in infos if info["split"]}):
         parts[name] = [info for info in infos if info["split"] == name]
     index = {
         "format": FORMAT,
-        **encoding,
+        "made_by": made_by,
         "statistics": {
             name: asdict(Statistics.merge(info["moments"] for info in part))
             for name, part in parts.items()

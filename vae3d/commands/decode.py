@@ -1,0 +1,104 @@
+"""`vae3d decode latents --checkpoint runs/a --out_dir out`: latents to volumes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+
+def decode(
+    latents: str,
+    /,
+    checkpoint: str,
+    out_dir: str,
+    split: Literal["train", "val", "test", "all"] = "all",
+    mode: Literal["full", "patch", "exact"] | None = None,
+    patch_size: tuple[int, ...] | None = None,
+    overlap: float | None = None,
+    blend: Literal["hann", "gaussian", "average", "crop"] | None = None,
+    memory_gb: float | None = None,
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto",
+    trust: tuple[str, ...] = (),
+) -> None:
+    """Turn latents back into NIfTI in the original intensities, grid and affine.
+
+        vae3d decode latents --checkpoint runs/a --out_dir decoded
+
+    Decodes posterior means, in the way they were encoded unless told otherwise. The files need
+    neither the volumes nor their cache. Under torchrun ranks share the latents out.
+
+    Args:
+        latents: Folder that `vae3d encode` wrote, or one of its files.
+        checkpoint: Run folder or checkpoint file of the VAE that encoded them.
+        out_dir: Where `<subject>.nii.gz` go.
+        split: Only subjects of this part of the split.
+        mode: full | patch | exact; null for the mode of encoding.
+        patch_size: Patch in voxels for mode patch; null for that of encoding.
+        overlap: Overlap of neighboring patches as a fraction of the patch; null as encoded.
+        blend: How overlapping patches are mixed; null as encoded.
+        memory_gb: Memory budget of mode exact [GiB]; null for half of what is free.
+        device: auto | cpu | cuda | mps.
+        trust: Module prefixes besides vae3d whose classes the checkpoint may import.
+    """
+    from vae3d.stage2.coding import Coding
+    from vae3d.stage2.latents import find_latents, read_info, read_latent
+    from vae3d.training.distributed import open_world
+
+    path = Path(latents)
+    paths = [path] if path.is_file() else find_latents(path, None if split == "all" else split)
+    made_by = read_info(paths[0])["made_by"]
+    coding = Coding(
+        mode or made_by["mode"],
+        patch_size or made_by.get("patch"),
+        made_by.get("overlap", 0.5) if overlap is None else overlap,
+        blend or made_by.get("blend", "hann"),
+        memory_gb,
+    )
+    vae = load_encoder(checkpoint, made_by, trust)
+    with open_world(device) as world:
+        vae.to(world.device)
+        for path in paths[world.rank :: world.size]:
+            latent = read_latent(path)
+            if latent.info["made_by"]["checkpoint"] != made_by["checkpoint"]:
+                raise ValueError(f"{path}: from another model than {paths[0]}; encode them anew")
+            size = latent.info["volume_shape"][1:]
+            x = coding.decode(vae, latent.mean, size)
+            print(write_nifti(Path(out_dir), path.stem, x, latent.info["source"]["undo"]))
+
+
+def load_encoder(checkpoint: str, made_by: dict, trust: tuple[str, ...] = ()):
+    """Load the VAE that wrote some latents; refuse another one.
+
+    Args:
+        checkpoint: Run folder or checkpoint file.
+        made_by: What the latents say of their origin.
+        trust: Module prefixes whose classes may be imported.
+    """
+    from vae3d.commands.encode import weights_hash
+    from vae3d.training.checkpoint import load_model
+
+    vae = load_model(checkpoint, ema=made_by["ema"], trust=trust)
+    if weights_hash(vae) != made_by["checkpoint"]:
+        raise ValueError(
+            f"{checkpoint}: not the weights that wrote the latents (theirs are of step "
+            f"{made_by['step']}); name that checkpoint, or encode again"
+        )
+    return vae
+
+
+def write_nifti(folder: Path, name: str, x, record: dict) -> Path:
+    """Write `(C, X, Y, Z)` normalized intensities as NIfTI in the source's grid and intensities.
+
+    Args:
+        folder: Where to; made when missing.
+        name: File name without suffix.
+        x: Tensor on the grid of the store.
+        record: How the source was preprocessed, see `VolumeStore.undo_record`.
+    """
+    from loaders import write_volume
+    from loaders.store import undo
+
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}.nii.gz"
+    write_volume(path, undo(x.numpy(), record))
+    return path

@@ -1,0 +1,193 @@
+"""`vae3d encode --checkpoint runs/a --data.root DIR --out_dir latents`: volumes to latents."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+
+@dataclass
+class VolumeSource:
+    """Which volumes; how they are preprocessed is read from the checkpoint.
+
+    Args:
+        root: Folder, glob or manifest; null for the one that the model was trained on.
+        cache_dir: Where prepared volumes are kept; null for ~/.cache/vae3d (or $VAE3D_CACHE).
+    """
+
+    root: str | None = None
+    cache_dir: str | None = None
+
+
+def encode(
+    checkpoint: str,
+    out_dir: str,
+    data: VolumeSource | None = None,
+    split: Literal["train", "val", "test", "all"] = "all",
+    mode: Literal["full", "patch", "exact"] = "full",
+    patch_size: tuple[int, ...] | None = None,
+    overlap: float = 0.5,
+    blend: Literal["hann", "gaussian", "average", "crop"] = "hann",
+    memory_gb: float | None = None,
+    ema: bool = True,
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto",
+    overwrite: bool = False,
+    trust: tuple[str, ...] = (),
+) -> None:
+    """Write the latents of volumes: one safetensors file each, and latents.json over all.
+
+        vae3d encode --checkpoint runs/a --data.root DIR --out_dir latents
+        torchrun --nproc_per_node=4 --no_python vae3d encode --checkpoint runs/a --out_dir latents
+
+    A file holds mean and log-variance, never a draw. The same command again goes on where it was
+    stopped; ranks share the volumes out and write what one process writes.
+
+    Args:
+        checkpoint: Run folder or checkpoint file of the VAE.
+        out_dir: Folder of the latents.
+        data: Volumes to encode.
+        split: Subjects of this part of the run's split; all for every volume in the data.
+        mode: full (one pass) | patch (overlapped patches, blended) | exact (as full, in bounded
+            memory).
+        patch_size: Patch in voxels for mode patch; null for that of training.
+        overlap: Overlap of neighboring patches as a fraction of the patch.
+        blend: How overlapping patches are mixed.
+        memory_gb: Memory budget of mode exact [GiB]; null for half of what is free.
+        ema: Use the averaged weights where the run kept some.
+        device: auto | cpu | cuda | mps.
+        overwrite: Replace latents in out_dir that another model, or another mode, has written.
+        trust: Module prefixes besides vae3d whose classes the checkpoint may import.
+    """
+    import torch
+
+    from vae3d.stage2.coding import Coding
+    from vae3d.stage2.latents import latent_path, sweep, write_index, write_latent
+    from vae3d.training.checkpoint import load_checkpoint, load_model
+    from vae3d.training.distributed import open_world
+
+    state = load_checkpoint(checkpoint)
+    vae = load_model(checkpoint, ema=ema, trust=trust)
+    patch_size = patch_size or state["config"].get("patch_size")
+    coding = Coding(mode, patch_size, overlap, blend, memory_gb)
+    made_by = {"checkpoint": weights_hash(vae), "step": state["step"], "ema": ema}
+    made_by |= coding.facts()
+    folder = Path(out_dir)
+    with open_world(device) as world:
+        vae.to(world.device)
+        with world.main_first():
+            store, parts = open_volumes(state, data or VolumeSource(), split)
+        if world.is_main:
+            folder.mkdir(parents=True, exist_ok=True)
+            sweep(folder)
+        world.barrier()
+        mine = range(world.rank, len(store), world.size)
+        todo = [i for i in mine if not _finished(folder, store, i, made_by, overwrite)]
+        if len(todo) < len(mine):
+            print(f"{len(mine) - len(todo)} of {len(mine)} volumes are done already", flush=True)
+        begun = time.monotonic()
+        for number, index in enumerate(todo, start=1):
+            mean, logvar = coding.encode(vae, torch.from_numpy(store.read(index)))
+            path = latent_path(folder, store.ids[index])
+            write_latent(path, mean, logvar, header(store, index, vae, made_by, parts, mean.ndim))
+            left = (time.monotonic() - begun) / number * (len(todo) - number)
+            print(f"{store.ids[index]}: {tuple(mean.shape)}  {left:.0f} s left", flush=True)
+        world.barrier()
+        if world.is_main:
+            report(folder, write_index(folder, made_by))
+
+
+def open_volumes(state: dict[str, Any], source: VolumeSource, split: str = "all"):
+    """Open volumes as the run read them.
+
+    Args:
+        state: The checkpoint.
+        source: Which volumes.
+        split: train, val, test or all.
+
+    Returns:
+        The store, and the part of the split of each subject that has one.
+    """
+    from loaders import DataConfig, Preprocess, open_data
+
+    of_run = dict(state["config"]["data"])
+    of_run |= {"preprocess": Preprocess.from_dict(state["preprocess"])}
+    of_run |= {
+        "root": source.root or of_run["root"],
+        "cache_dir": source.cache_dir or of_run["cache_dir"],
+    }
+    store, _ = open_data(DataConfig(**of_run))
+    parts = {id: part for part, ids in (state["split"] or {}).items() for id in ids}
+    if split == "all":
+        return store, parts
+    chosen = [id for id in store.ids if parts.get(id) == split]
+    if not chosen:
+        raise ValueError(
+            f"{of_run['root']}: none of {len(store)} volumes is in the run's {split} split; "
+            "take another --split, or --split all"
+        )
+    return store.subset(chosen), parts
+
+
+def header(store, index: int, vae, made_by: dict, parts: dict, latent_dims: int) -> dict[str, Any]:
+    """What a latent file says beside its tensors."""
+    from vae3d.stage2.coding import factor_of
+    from vae3d.stage2.latents import latent_affine
+
+    subject, record = store.ids[index], store.undo_record(index)
+    factor = factor_of(vae, latent_dims - 1)
+    spacing = zip(store.spacing_mm(index), (*factor, 1), strict=False)
+    return {
+        "subject": subject,
+        "split": parts.get(subject),
+        "labels": dict(store.labels(index)),
+        "affine": latent_affine(record["affine"], factor).tolist(),
+        "spacing_mm": [mm * f for mm, f in spacing],
+        "factor": list(factor),
+        "volume_shape": list(store.shape(index)),
+        "source": {"fingerprint": store.meta(index)["key"], "undo": record},
+        "made_by": made_by,
+    }
+
+
+def _finished(folder: Path, store, index: int, made_by: dict, overwrite: bool) -> bool:
+    """Whether the latent of a volume lies there, whole and up to date."""
+    from vae3d.stage2.latents import latent_path, read_info
+
+    path = latent_path(folder, store.ids[index])
+    if not path.is_file():
+        return False
+    info = read_info(path)
+    if info["made_by"] != made_by:
+        if overwrite:
+            return False
+        raise ValueError(
+            f"{path}: written by another model or mode ({info['made_by']}); "
+            "choose another --out_dir, or replace it with --overwrite"
+        )
+    return info["source"]["fingerprint"] == store.meta(index)["key"]
+
+
+def weights_hash(model) -> str:
+    """Hash of a model's recipe and weights: the same weights give it in every file."""
+    import json
+
+    digest = hashlib.sha256(json.dumps(model.spec, sort_keys=True).encode())
+    for name, value in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def report(folder: Path, index: dict[str, Any]) -> None:
+    """Print what lies in a folder of latents and whether it is fit for a second stage."""
+    kept = index["statistics"].get("train", index["statistics"]["all"])
+    print(f"{len(index['subjects'])} latents in {folder}")
+    print("channel       mean        std  noise share")
+    rows = zip(kept["mean"], kept["std"], kept["noise_share"], strict=True)
+    for channel, (mean, std, share) in enumerate(rows):
+        dead = "  dead: it carries next to nothing" if share > 0.9 else ""
+        print(f"{channel:7d} {mean:10.4f} {std:10.4f} {share:12.3f}{dead}")
+    print(f"scaling factor {kept['scaling_factor']:.5g}")
