@@ -18,7 +18,7 @@ _HOME = {
     "split_subjects": "splits",
     "Preprocess": "preprocess",
     "VolumeStore": "store",
-    "SliceStore": "store",
+    "SliceStore": "slices",
     "DataConfig": "config",
     "open_data": "config",
     "PatchGrid": "patches",
@@ -29,6 +29,8 @@ _HOME = {
     "PatchLoader": "loader",
     "PatchDataset": "loader",
     "Batch": "loader",
+    "broken_files": "check",
+    "Augment": "preprocess",
     "write_demo": "demo",
 }
 __all__ = list(_HOME)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 from concurrent.futures import ThreadPoolExecutor
 
+from loaders.build import progress_bar, read_subject, storable
 from loaders.readers import BrokenVolume, Volumes4D
 from loaders.splits import Subject, find_subjects
-from loaders.store import progress_bar, read_subject, storable
 
 
 def broken_files(

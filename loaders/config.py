@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
+from loaders.patches import Sampler, UniformCorners
 from loaders.preprocess import Preprocess
 
 
@@ -25,6 +25,7 @@ class DataConfig:
         slice_axis: For 2D training: the axis that slices are cut across (0, 1 or 2).
         num_slices: For 2D training: neighboring slices that become channels (odd).
         balance_by: Manifest column whose groups come equally often in an epoch.
+        sampler: Where random patches lie: UniformCorners, ForegroundCorners or LabelCorners.
         augment: TorchIO transforms for training, e.g. {RandomNoise: {std: [0, 0.05]}}.
         threads: Volumes that are read at once while caching; null for one per core.
     """
@@ -39,8 +40,19 @@ class DataConfig:
     slice_axis: int = 2
     num_slices: int = 1
     balance_by: str | None = None
+    sampler: Callable[[], Sampler] = UniformCorners
     augment: dict[str, dict[str, Any]] | None = None
     threads: int | None = None
+
+    def loader_options(self) -> dict[str, Any]:
+        """Return what the training loader takes from here: sampler, balance, augmentation."""
+        from loaders.preprocess import Augment
+
+        return {
+            "sampler": self.sampler,
+            "balance_by": self.balance_by,
+            "augment": Augment(self.augment) if self.augment else None,
+        }
 
 
 def open_data(config: DataConfig, spatial_dims: int = 3, split: dict[str, list[str]] | None = None):
@@ -52,12 +64,14 @@ def open_data(config: DataConfig, spatial_dims: int = 3, split: dict[str, list[s
         split: Ids of train, val and test, as saved by an earlier run; None to split anew.
 
     Returns:
-        (store, split): the store of all volumes, and {"train": [ids], "val": [...], "test": [...]}.
+        (store, split): a `VolumeStore` of all volumes (a `SliceStore` in 2D), and the ids of the
+        volumes as {"train": [...], "val": [...], "test": [...]}.
 
     Example:
         >>> store, split = open_data(DataConfig(root="data/demo"))
         >>> train = store.subset(split["train"])
     """
+    from loaders.slices import SliceStore
     from loaders.splits import find_subjects, split_subjects
     from loaders.store import VolumeStore
 
@@ -68,7 +82,7 @@ def open_data(config: DataConfig, spatial_dims: int = 3, split: dict[str, list[s
         split = split_subjects(subjects, config.fractions)
     store = VolumeStore.build(
         subjects,
-        cache_folder(config.cache_dir),
+        config.cache_dir,
         config.preprocess,
         on_error=config.on_error,
         nan=config.nan,
@@ -77,9 +91,6 @@ def open_data(config: DataConfig, spatial_dims: int = 3, split: dict[str, list[s
     )
     skipped = {row[0] for row in store.skipped}
     split = {name: [id for id in ids if id not in skipped] for name, ids in split.items()}
+    if spatial_dims == 2:
+        store = SliceStore(store, config.slice_axis, config.num_slices)
     return store, split
-
-
-def cache_folder(cache_dir: str | None) -> Path:
-    """Return the cache's folder, the user's own where none is given."""
-    return Path(cache_dir or os.environ.get("VAE3D_CACHE") or "~/.cache/vae3d").expanduser()

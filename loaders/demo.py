@@ -124,6 +124,7 @@ def rotation(angles: np.ndarray) -> np.ndarray:
     for axis, angle in enumerate(angles):
         turn = np.eye(3)
         i, j = [other for other in range(3) if other != axis]
-        turn[[i, i, j, j], [i, j, i, j]] = np.cos(angle), -np.sin(angle), np.sin(angle), np.cos(angle)  # fmt: skip
+        turn[i, i] = turn[j, j] = np.cos(angle)
+        turn[i, j], turn[j, i] = -np.sin(angle), np.sin(angle)
         matrix = turn @ matrix
     return matrix

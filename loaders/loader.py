@@ -10,6 +10,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -57,9 +58,9 @@ class PatchPlan:
         seed: int = 0,
         sampler: Callable[[], Sampler] = UniformCorners,
         balance_by: str | None = None,
-        augment: Callable[[torch.Tensor, Sequence[int]], torch.Tensor] | None = None,
+        augment: Callable[..., torch.Tensor] | None = None,
     ):
-        dims = len(store.shape(0)) - 1
+        dims = store.spatial_shapes.shape[1]
         if patching not in ("full", "random_parts", None):
             raise ValueError(f"patching is {patching!r}: use full, random_parts or null")
         if patching is not None:
@@ -120,7 +121,8 @@ class PatchPlan:
         for place, row, out in zip(places, rows, image, strict=True):
             read_patch(self.store, int(row[0]), row[1:].tolist(), out.numpy())
             if self.augment is not None:
-                out.copy_(self.augment(out, (self.seed, *place)))
+                key, spacing_mm = (self.seed, *place), self.store.spacing_mm(int(row[0]))
+                out.copy_(self.augment(out, key, spacing_mm))
         return Batch(
             image,
             torch.from_numpy(rows[:, 0].astype(np.int64)),
@@ -161,7 +163,8 @@ class PatchLoader:
         world_size: Number of processes.
         threads: Threads that read ahead; 0 reads in the caller.
         pin: Pinned memory, for copies to CUDA in the background.
-        augment: Called with a patch (C, *patch) and the key (seed, epoch, row); see `Augment`.
+        augment: Called with a patch (C, *patch), the key (seed, epoch, row) and the voxel size; see
+            `Augment`. Then `threads` are processes.
         balance_by: Manifest column whose groups are equally frequent in an epoch.
         sampler: Chooses the corners with random_parts.
         prefetch: Batches that are read ahead; None for two a thread.
@@ -184,7 +187,7 @@ class PatchLoader:
         world_size: int = 1,
         threads: int = 2,
         pin: bool = False,
-        augment: Callable[[torch.Tensor, Sequence[int]], torch.Tensor] | None = None,
+        augment: Callable[..., torch.Tensor] | None = None,
         balance_by: str | None = None,
         sampler: Callable[[], Sampler] = UniformCorners,
         prefetch: int | None = None,
@@ -265,11 +268,18 @@ class PatchLoader:
         )  # fmt: skip
         self.samples = first
         if self.threads == 0:
-            for after, samples in jobs:
-                batch = self.plan.batch(samples, self.pin)
+            batches = ((after, self.plan.batch(samples, self.pin)) for after, samples in jobs)
+        elif self.plan.augment is not None:
+            batches = self._from_processes(jobs)
+        else:
+            batches = self._from_threads(jobs)
+        with closing(batches):
+            for after, batch in batches:
                 self.samples = after
                 yield batch
-            return
+
+    def _from_threads(self, jobs: Iterator) -> Iterator[tuple[int, Batch]]:
+        """Read batches ahead in threads; none is left when the iterator is closed."""
         pool = ThreadPoolExecutor(self.threads, "patches")
         try:
             ahead = deque(
@@ -281,11 +291,36 @@ class PatchLoader:
                 batch = future.result()  # an exception of the thread is raised here
                 for later, samples in itertools.islice(jobs, 1):
                     ahead.append((later, pool.submit(self.plan.batch, samples, self.pin)))
-                self.samples = after
-                yield batch
-                del batch
+                yield after, batch
+                del batch, future  # the consumer's to keep or free
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
+
+    def _from_processes(self, jobs: Iterator) -> Iterator[tuple[int, Batch]]:
+        """Read and augment batches ahead in processes, where global random state is their own."""
+        jobs, order = itertools.tee(jobs)
+        loader = torch.utils.data.DataLoader(
+            _Batches(self.plan),
+            batch_size=None,
+            sampler=(samples for _, samples in jobs),
+            num_workers=self.threads,
+            prefetch_factor=max(1, self.prefetch // self.threads),
+            generator=torch.Generator().manual_seed(self.plan.seed),  # leaves the global one alone
+        )
+        for (after, _), batch in zip(order, loader, strict=False):
+            if self.pin:
+                batch.image = batch.image.pin_memory()
+            yield after, batch
+
+
+class _Batches(torch.utils.data.Dataset):
+    """Whole batches by their samples, for worker processes."""
+
+    def __init__(self, plan: PatchPlan):
+        self.plan = plan
+
+    def __getitem__(self, samples: range) -> Batch:
+        return self.plan.batch(samples)
 
 
 class PatchDataset(torch.utils.data.Dataset):

@@ -101,7 +101,7 @@ class Sampler:
         """Draw one corner for each entry of `volumes`.
 
         Args:
-            store: The volumes; `store.shape(i)` is (C, *spatial).
+            store: The volumes; `store.spatial_shapes` is (number of volumes, dims).
             volumes: Index of the volume of each patch, (N,).
             patch_size: Spatial shape of a patch.
             rng: The only source of randomness.
@@ -121,7 +121,7 @@ class UniformCorners(Sampler):
 
     def corners(self, store, volumes, patch_size, rng):
         """See `Sampler`."""
-        shapes, patch = spatial_shapes(store)[volumes], np.array(patch_size)
+        shapes, patch = store.spatial_shapes[volumes], np.array(patch_size)
         corners = rng.integers(-(patch // 2), shapes - patch // 2 + 1)
         return np.clip(corners, 0, np.maximum(shapes - patch, 0))
 
@@ -138,30 +138,56 @@ class ForegroundCorners(Sampler):
             raise ValueError(f"probability is {probability}: use 0 to 1")
         self.probability = probability
 
-    def points(self, store, volume: int, rng: np.random.Generator) -> np.ndarray:
-        """Return the voxels (N, dims) that may become a center."""
-        return store.foreground_points(volume)
+    def centers(self, store, volume: int, count: int, rng: np.random.Generator) -> np.ndarray:
+        """Draw patch centers (count, dims) in a volume; none where it has nothing to offer."""
+        points = store.foreground_points(volume)
+        return points[rng.integers(0, len(points), count)] if len(points) else points
 
     def corners(self, store, volumes, patch_size, rng):
         """See `Sampler`."""
         corners = UniformCorners().corners(store, volumes, patch_size, rng)
-        patch, shapes = np.array(patch_size), spatial_shapes(store)
+        patch, shapes = np.array(patch_size), store.spatial_shapes
         chosen = np.flatnonzero(rng.random(len(volumes)) < self.probability)
         # Sorted by volume, so that each volume's points are fetched once.
         chosen = chosen[np.argsort(volumes[chosen], kind="stable")]
         for volume, group in itertools.groupby(chosen, key=lambda row: int(volumes[row])):
             rows = list(group)
-            points = self.points(store, volume, rng)
-            if len(points):
-                centers = points[rng.integers(0, len(points), len(rows))]
+            centers = self.centers(store, volume, len(rows), rng)
+            if len(centers):
                 last = np.maximum(shapes[volume] - patch, 0)
                 corners[rows] = np.clip(centers - patch // 2, 0, last)
         return corners
 
 
-def spatial_shapes(store) -> np.ndarray:
-    """Return the spatial shape of every volume, (N, dims)."""
-    return np.array([store.shape(index)[1:] for index in range(len(store))])
+class LabelCorners(ForegroundCorners):
+    """A share of the patches is centered on a voxel of a label drawn by weight.
+
+    Label maps are files in the manifest's column `label`, on the grid of their volume.
+
+    Args:
+        weights: Label -> weight, for example {0: 1, 2: 3}; None for all labels but 0 alike.
+        probability: Share of the patches on a label; the others are uniform.
+    """
+
+    def __init__(self, weights: dict[int, float] | None = None, probability: float = 1.0):
+        super().__init__(probability)
+        if weights is not None and (not weights or min(weights.values()) < 0):
+            raise ValueError(f"weights are {weights}: give weights of at least 0")
+        self.weights = weights
+
+    def centers(self, store, volume: int, count: int, rng: np.random.Generator) -> np.ndarray:
+        """See `ForegroundCorners`."""
+        points = store.label_points(volume)
+        weights = {
+            label: (float(label != 0) if self.weights is None else self.weights.get(label, 0.0))
+            for label in points
+            if len(points[label])
+        }
+        total = sum(weights.values())
+        if total == 0:  # none of the labels is in this volume
+            return np.empty((0, 3), int)
+        drawn = rng.choice(list(weights), count, p=[w / total for w in weights.values()])
+        return np.stack([points[n][rng.integers(len(points[n]))] for n in drawn])
 
 
 # --------------------------------------------------------------------------------------------------
@@ -194,12 +220,12 @@ def plan_epoch(
         corners = sampler.corners(store, volumes, patch_size, rng)
         return np.concatenate([volumes[:, None], corners], 1).astype(np.int32)
     if patching == "full":
-        shapes = [tuple(store.shape(index)[1:]) for index in volumes]
-        grids = {shape: PatchGrid(shape, patch_size).corners() for shape in set(shapes)}
-        volumes = np.repeat(volumes, [len(grids[shape]) for shape in shapes])
-        corners = np.concatenate([grids[shape] for shape in shapes])
+        shapes, kind = np.unique(store.spatial_shapes, axis=0, return_inverse=True)
+        grids = [PatchGrid(shape, patch_size).corners() for shape in shapes.tolist()]
+        volumes = np.repeat(volumes, [len(grids[k]) for k in kind.ravel()])
+        corners = np.concatenate([grids[k] for k in kind.ravel()])
     else:
-        corners = np.zeros((len(volumes), len(store.shape(0)) - 1))
+        corners = np.zeros_like(store.spatial_shapes)
     table = np.concatenate([volumes[:, None], corners], 1).astype(np.int32)
     return table[arranged(volumes, groups, rng)]
 

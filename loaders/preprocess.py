@@ -10,6 +10,9 @@ Axes: (C, X, Y, Z), RAS+ after `to_store_grid`.
 from __future__ import annotations
 
 import math
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
@@ -202,7 +205,7 @@ def otsu(values: np.ndarray, counts: np.ndarray) -> float:
 
 
 def to_store_grid(
-    volume: Volume, preprocess: Preprocess, threshold: float | None = None, label: bool = False
+    volume: Volume, preprocess: Preprocess, threshold: float | None = None
 ) -> tuple[Volume, dict[str, Any]]:
     """Orient, resample, crop and pad a volume; return it and the record that undoes it.
 
@@ -210,7 +213,6 @@ def to_store_grid(
         volume: As read.
         preprocess: What to do.
         threshold: Foreground threshold in stored numbers of channel 0; needed for the crop.
-        label: Nearest neighbors instead of interpolation.
     """
     record: dict[str, Any] = {
         "source_shape": list(volume.data.shape[1:]),
@@ -223,7 +225,8 @@ def to_store_grid(
     if preprocess.spacing_mm is not None:
         shape, affine = resampled_grid(volume, preprocess.spacing_mm)
         record["oriented_grid"] = [list(volume.data.shape[1:]), volume.affine.tolist()]
-        volume = resample(volume, shape, affine, label)
+        record["resampled_grid"] = [list(shape), affine.tolist()]
+        volume = resample(volume, shape, affine)
     if preprocess.crop_foreground:
         assert threshold is not None, "the crop needs a threshold"
         low, high = foreground_box(volume, threshold, preprocess.crop_margin_mm)
@@ -236,6 +239,20 @@ def to_store_grid(
         record["pad_from"] = list(shape)
         volume = moved(volume, pad_high(volume.data, pads), [0, 0, 0])
     return volume, record
+
+
+def label_to_store_grid(label: Volume, record: dict[str, Any]) -> Volume:
+    """Repeat on a label map what `to_store_grid` did to its volume, with nearest neighbors."""
+    if "axes" in record:
+        label = orient(label, record["axes"], record["flips"])
+    if "resampled_grid" in record:
+        shape, affine = record["resampled_grid"]
+        label = resample(label, tuple(shape), np.array(affine), label=True)
+    if "crop" in record:
+        low, high = record["crop"]
+        inside = tuple(slice(a, b) for a, b in zip(low, high, strict=True))
+        label = moved(label, label.data[(slice(None), *inside)], low)
+    return label
 
 
 def from_store_grid(volume: Volume, record: dict[str, Any], background: float) -> Volume:
@@ -349,3 +366,73 @@ def moved(volume: Volume, data: np.ndarray, origin: list[int]) -> Volume:
     affine = volume.affine.copy()
     affine[:3, 3] += volume.affine[:3, :3] @ np.array(origin, float)
     return Volume(data, affine, volume.scale, volume.offset)
+
+
+# --------------------------------------------------------------------------------------------------
+
+
+class Augment:
+    """Random TorchIO transforms of training patches; the same key gives the same numbers.
+
+    Global random state is as before after each call. TorchIO draws from it, so a loader with
+    threads calls this in worker processes instead.
+
+    Args:
+        transforms: Name of a TorchIO transform -> its arguments, applied in this order.
+
+    Example:
+        >>> augment = Augment({"RandomNoise": {"std": [0, 0.05]}, "RandomGamma": {"p": 0.5}})
+        >>> augment(patch, key=(0, 3, 17), spacing_mm=(2.0, 2.0, 2.0))
+    """
+
+    def __init__(self, transforms: dict[str, dict[str, Any]]):
+        import torchio
+
+        made = []
+        for name, options in transforms.items():
+            cls = getattr(torchio, name, None)
+            if not (isinstance(cls, type) and issubclass(cls, torchio.Transform)):
+                raise ValueError(f"data.augment: TorchIO has no transform {name!r}")
+            try:
+                made.append(cls(**(options or {})))
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"data.augment: {name}: {error}") from error
+        self.transform = torchio.Compose(made)
+
+    def __call__(self, patch, key: tuple[int, ...], spacing_mm: tuple[float, ...]):
+        """Return the transformed patch (C, *patch), of the same shape."""
+        import torch
+        import torchio
+
+        flat = patch.ndim == 3
+        image = patch[..., None] if flat else patch
+        affine = np.diag([*spacing_mm, *(1.0,) * (4 - len(spacing_mm))])
+        subject = torchio.Subject(image=torchio.ScalarImage(tensor=image.clone(), affine=affine))
+        with isolated_random_state(key):
+            out = self.transform(subject)["image"].data
+        out = out[..., 0] if flat else out
+        if out.shape != patch.shape:
+            names = ", ".join(type(t).__name__ for t in self.transform.transforms)
+            raise ValueError(
+                f"data.augment ({names}) turns {tuple(patch.shape)} into {tuple(out.shape)}: "
+                f"transforms must keep the shape"
+            )
+        return out.to(torch.float32)
+
+
+@contextmanager
+def isolated_random_state(key: tuple[int, ...]) -> Iterator[None]:
+    """Seed Python, numpy and torch (CPU) with a key, and put their state back afterwards."""
+    import torch
+
+    seed = int(np.random.SeedSequence(key).generate_state(1)[0])
+    before = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    try:
+        random.seed(seed)
+        np.random.seed(seed)
+        torch.default_generator.manual_seed(seed)
+        yield
+    finally:
+        random.setstate(before[0])
+        np.random.set_state(before[1])
+        torch.set_rng_state(before[2])

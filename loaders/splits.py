@@ -47,7 +47,8 @@ def find_subjects(root: str | Path) -> list[Subject]:
     """List the volumes under a folder (recursive), of a glob, or of a CSV or JSON manifest.
 
     A manifest has the column `path` (relative to the manifest; several files separated by `;`
-    become channels) and, where wanted, `id`, `subject`, `split` and any further labels.
+    become channels) and, where wanted, `id`, `subject` (whose volume it is), `split`, `label` (a
+    label map for the sampler) and any further columns, for example a group to balance by.
 
     Args:
         root: The folder, glob or manifest.
@@ -157,6 +158,8 @@ def manifest_subjects(manifest: Path) -> list[Subject]:
         parts = entry if isinstance(entry, list) else str(entry).split(";")
         all_paths.append(tuple(manifest.parent / part.strip() for part in parts))
         labels.append({k: str(v).strip() for k, v in row.items() if v not in (None, "")})
+        if "label" in labels[-1]:
+            labels[-1]["label"] = str(manifest.parent / labels[-1]["label"])
     # Ids come from the paths, relative to the folder that holds them all.
     firsts = [paths[0] for paths in all_paths]
     common = Path(os.path.commonpath([os.path.abspath(path.parent) for path in firsts]))

@@ -8,16 +8,13 @@ Reading casts and normalizes in one go; changing the intensity mapping rebuilds 
 
 from __future__ import annotations
 
-import errno
 import hashlib
+import io
 import json
 import mmap
 import os
 import sys
-import time
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -25,20 +22,12 @@ from typing import Any, Literal
 
 import numpy as np
 
-from loaders.preprocess import (
-    PERCENTILES,
-    Preprocess,
-    from_store_grid,
-    statistics,
-    to_store_grid,
-)
+from loaders.build import Builder, draw_labels, exclusive, stamp, write_whole
+from loaders.preprocess import PERCENTILES, Preprocess, from_store_grid
 from loaders.readers import BrokenVolume, Volume, Volumes4D, num_items, read_volume
 from loaders.splits import Subject, names_of
 
-FORMAT = 1  # part of every key: raise it when what lies in the cache changes its meaning
-NUM_POINTS = 1024  # foreground voxels remembered for the samplers
 OPEN_VOLUMES = 128  # maps held open: 10,000 volumes must not need 10,000 file descriptors
-QUICK = (0.0, 0.5, 1.0, 2.0, 5.0, 50.0, 95.0, 98.0, 99.0, 99.5, 99.9, 100.0)
 
 
 @dataclass(frozen=True)
@@ -74,6 +63,7 @@ class VolumeStore:
         self.cache_dir = Path(cache_dir)
         self.preprocess = preprocess
         self.skipped = list(skipped)  # (id, path, reason) of broken volumes
+        self.spatial_shapes = np.array([entry.shape[1:] for entry in self.entries]).reshape(-1, 3)
         self.array = lru_cache(OPEN_VOLUMES)(self._open)
 
     def __len__(self) -> int:
@@ -93,7 +83,7 @@ class VolumeStore:
 
     @property
     def num_channels(self) -> int:
-        """Channels of every volume."""
+        """Channels of each volume."""
         return self.entries[0].shape[0]
 
     @property
@@ -217,6 +207,27 @@ class VolumeStore:
         """Return up to 1024 random foreground voxels (N, 3) of a volume."""
         return np.load(self.cache_dir / f"{self.entries[index].key}.points.npy")
 
+    def label_points(self, index: int) -> dict[int, np.ndarray]:
+        """Return up to 1024 random voxels (N, 3) of each label of a volume's label map.
+
+        The map is the file in the manifest's column `label`, on the grid of the volume's source;
+        it is read once and what was drawn is kept in the cache.
+        """
+        entry = self.entries[index]
+        if "label" not in entry.subject.labels:
+            raise ValueError(f"the manifest has no label map (column label) for {entry.subject.id}")
+        path = Path(entry.subject.labels["label"])
+        version = hashlib.blake2b(f"{path} {stamp(path)}".encode(), digest_size=6).hexdigest()
+        name = f"{entry.key}.label-{version}.npz"
+        if not (self.cache_dir / name).is_file():
+            meta = self.meta(index)
+            found = draw_labels(read_volume(path), meta["undo"], path, int(entry.key[:8], 16))
+            buffer = io.BytesIO()
+            np.savez(buffer, **{str(label): points for label, points in found.items()})
+            write_whole(self.cache_dir / name, buffer.getvalue())
+        with np.load(self.cache_dir / name) as archive:
+            return {int(label): archive[label] for label in archive.files}
+
     def write_skipped(self, folder: str | Path) -> None:
         """Write skipped.csv (id, path, reason) into a folder, if anything was skipped."""
         if self.skipped:
@@ -229,7 +240,7 @@ class VolumeStore:
     def build(
         cls,
         subjects_or_paths: Sequence[Subject | str | Path],
-        cache_dir: str | Path,
+        cache_dir: str | Path | None = None,
         preprocess: Preprocess | None = None,
         *,
         on_error: Literal["raise", "skip"] = "raise",
@@ -245,7 +256,8 @@ class VolumeStore:
 
         Args:
             subjects_or_paths: Subjects of `find_subjects`, or paths.
-            cache_dir: Folder of the cache; shared by runs and data sets.
+            cache_dir: Folder of the cache, shared by runs and data sets; None for $VAE3D_CACHE or
+                else ~/.cache/vae3d.
             preprocess: What is done to each volume; None for the defaults.
             on_error: raise at the first broken file, or skip: list it and go on.
             nan: error refuses volumes with NaN or infinity; fill puts their lowest intensity.
@@ -255,7 +267,8 @@ class VolumeStore:
         """
         subjects = as_subjects(subjects_or_paths)
         preprocess = preprocess or Preprocess()
-        cache_dir = Path(cache_dir).expanduser()
+        cache_dir = Path(cache_dir or os.environ.get("VAE3D_CACHE") or "~/.cache/vae3d")
+        cache_dir = cache_dir.expanduser()
         builder = Builder(cache_dir, preprocess, nan, volumes_4d)
         known = builder.recall(subjects)
         missing = [subject for subject in subjects if subject.id not in known]
@@ -351,293 +364,3 @@ def open_entry(
         tuple(meta["spacing_mm"]),
         *(np.array(column, np.float32) for column in zip(*mappings, strict=True)),
     )
-
-
-# --------------------------------------------------------------------------------------------------
-# Building.
-
-
-class Builder:
-    """Brings volumes into a cache.
-
-    Args:
-        cache_dir: The cache.
-        preprocess: Its geometry decides what is stored.
-        nan: error or fill.
-        volumes_4d: error, channels or first.
-    """
-
-    def __init__(self, cache_dir: Path, preprocess: Preprocess, nan: str, volumes_4d: Volumes4D):
-        self.cache_dir, self.preprocess = cache_dir, preprocess
-        self.nan, self.volumes_4d = nan, volumes_4d
-        self.recipe = json.dumps([FORMAT, preprocess.geometry(), nan, volumes_4d], sort_keys=True)
-        self.digests: dict[str, list] = {}
-
-    def recall(self, subjects: Sequence[Subject]) -> dict[str, dict[str, Any]]:
-        """Return the sidecars of the volumes that lie in the cache whole and up to date."""
-        if not self.cache_dir.is_dir():
-            return {}
-        try:
-            self.digests |= json.loads((self.cache_dir / "sources.json").read_text())
-        except FileNotFoundError:
-            return {}
-        found = {}
-        for subject in subjects:
-            if all(self.remembered(path) for path in subject.paths):
-                meta = self.sidecar(self.key(subject))
-                if meta is not None:
-                    found[subject.id] = meta
-        return found
-
-    def remembered(self, path: Path) -> bool:
-        """Whether the digest of a file is known and its size and time are still the same."""
-        known = self.digests.get(os.path.abspath(path))
-        return known is not None and known[:-1] == stamp(path)
-
-    def key(self, subject: Subject) -> str:
-        """Name of a volume in the cache: a hash of its bytes and of the geometry."""
-        parts = []
-        for path in subject.paths:
-            if not self.remembered(path):
-                before = stamp(path)
-                self.digests[os.path.abspath(path)] = [*before, digest(path)]
-            parts.append(self.digests[os.path.abspath(path)][-1])
-        text = "\n".join([self.recipe, *parts])
-        return hashlib.blake2b(text.encode(), digest_size=12).hexdigest()
-
-    def sidecar(self, key: str) -> dict[str, Any] | None:
-        """Read a sidecar; None where the volume is missing or torn."""
-        try:
-            meta = json.loads((self.cache_dir / f"{key}.json").read_text())
-            if os.path.getsize(self.cache_dir / f"{key}.npy") == meta["num_bytes"]:
-                return meta
-        except (FileNotFoundError, ValueError, KeyError):
-            pass  # not built, or torn by a crash of the machine: it is built again
-        return None
-
-    def build_all(
-        self, subjects: Sequence[Subject], on_error: str, threads: int | None, progress: bool
-    ) -> tuple[dict[str, dict[str, Any]], list[tuple[str, str, str]]]:
-        """Build volumes in parallel; return their sidecars and the (id, path, reason) skipped."""
-        made, skipped = {}, []
-        threads = threads or min(8, len(os.sched_getaffinity(0)))
-        for leftover in self.cache_dir.glob(".*.part"):  # we hold the lock: their maker is dead
-            leftover.unlink(missing_ok=True)
-        pool = ThreadPoolExecutor(threads, "store")
-        try:
-            tasks = [(subject, pool.submit(self.build_one, subject)) for subject in subjects]
-            for subject, task in progress_bar(tasks, "caching volumes", progress):
-                try:
-                    made[subject.id] = task.result()
-                except BrokenVolume as error:
-                    if on_error == "raise":
-                        raise
-                    skipped.append((subject.id, error.path, error.reason))
-        finally:
-            pool.shutdown(cancel_futures=True)
-            self.write("sources.json", json.dumps(self.digests).encode())
-        return made, skipped
-
-    def build_one(self, subject: Subject) -> dict[str, Any]:
-        """Read, check, preprocess and store one volume."""
-        volume = read_subject(subject, self.volumes_4d)
-        volume = storable(volume, subject.paths[0], self.nan)
-        key = self.key(subject)
-        if (meta := self.sidecar(key)) is not None:  # the same bytes under another name
-            return meta
-        channels = len(volume.data)
-        scale = np.full(channels, volume.scale)
-        offset = np.full(channels, volume.offset)
-        stats, tables = [], []
-        for channel in range(channels):
-            found, table = statistics(
-                volume.data[channel], float(scale[channel]), float(offset[channel])
-            )
-            if found["min"] == found["max"]:
-                raise BrokenVolume(subject.paths[0], f"all voxels are {found['min']:g}")
-            quick = np.searchsorted(PERCENTILES, np.array(QUICK) - 1e-6)
-            found["percentiles"] = {
-                str(p): float(table[i]) for p, i in zip(QUICK, quick, strict=True)
-            }
-            stats.append(found)
-            tables.append(table)
-        threshold = (stats[0]["foreground_threshold"] - offset[0]) / scale[0]
-        stored, undo = to_store_grid(volume, self.preprocess, threshold)
-        data = stored.data
-        header = npy_header(data)
-        meta = {
-            "key": key,
-            "shape": list(data.shape),
-            "dtype": data.dtype.str,
-            "start": len(header),
-            "num_bytes": len(header) + data.nbytes,
-            "affine": stored.affine.tolist(),
-            "spacing_mm": list(stored.spacing_mm),
-            "scale": [float(s) for s in scale],
-            "offset": [float(o) for o in offset],
-            "statistics": stats,
-            "undo": undo,
-        }
-        points = foreground_points(data[0], threshold, scale[0] > 0, int(key[:8], 16))
-        self.write(f"{key}.points.npy", npy_header(points), points)
-        table = np.array(tables)
-        self.write(f"{key}.quantiles.npy", npy_header(table), table)
-        self.write(f"{key}.npy", header, data)
-        self.write(f"{key}.json", json.dumps(meta).encode())
-        return meta
-
-    def write(self, name: str, header: bytes, data: np.ndarray | None = None) -> None:
-        """Write a file so that it appears whole or not at all."""
-        temporary = self.cache_dir / f".{name}.{os.getpid()}.part"
-        try:
-            with open(temporary, "wb") as file:
-                file.write(header)
-                for part in () if data is None else data.reshape(-1, *data.shape[-2:]):
-                    file.write(np.ascontiguousarray(part).data)
-            os.replace(temporary, self.cache_dir / name)
-        except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise ValueError(
-                    f"{self.cache_dir}: disk full while writing the cache: make room or set "
-                    f"data.cache_dir to another disk; what is whole stays and is used again"
-                ) from error
-            raise ValueError(f"{self.cache_dir}: {error.strerror} (data.cache_dir)") from error
-        finally:
-            temporary.unlink(missing_ok=True)
-
-
-def read_subject(subject: Subject, volumes_4d: Volumes4D) -> Volume:
-    """Read the files of a subject; several become channels and must share one grid."""
-    volumes = [read_volume(path, volumes_4d) for path in subject.paths]
-    first = volumes[0]
-    if len(volumes) == 1:
-        return first
-    for path, volume in zip(subject.paths[1:], volumes[1:], strict=True):
-        same = volume.data.shape[1:] == first.data.shape[1:]
-        if not same or not np.allclose(volume.affine, first.affine, atol=1e-3):
-            raise BrokenVolume(path, f"does not share the grid of {subject.paths[0]}")
-    kinds = {(volume.data.dtype, volume.scale, volume.offset) for volume in volumes}
-    if len(kinds) > 1:  # one array needs one dtype and scale
-        return Volume(np.concatenate([v.intensities() for v in volumes]), first.affine)
-    data = np.concatenate([volume.data for volume in volumes])
-    return Volume(data, first.affine, first.scale, first.offset)
-
-
-def storable(volume: Volume, path: Path, nan: str) -> Volume:
-    """Return native byte order and at most 4 bytes a voxel; NaN and infinity as the policy says."""
-    data = volume.data
-    kind, size = data.dtype.kind, data.dtype.itemsize
-    if kind == "f":
-        with np.errstate(over="ignore"):  # what overflows float32 is told below
-            data = data.astype(np.float32, copy=False)
-        finite = np.isfinite(data)
-        if not finite.all():
-            bad = data.size - int(finite.sum())
-            if nan == "error" or not finite.any():
-                raise BrokenVolume(
-                    path, f"{bad} voxels are NaN or infinite: set data.nan to fill to allow it"
-                )
-            data = np.where(finite, data, data[finite].min())
-    elif kind == "b":
-        data = data.view(np.uint8)
-    elif size == 8 or (kind == "u" and size == 4):
-        low, high = int(data.min()), int(data.max())
-        fits = low >= -(2**31) and high < 2**31
-        data = data.astype(np.int32 if fits else np.float32)
-    data = data.astype(data.dtype.newbyteorder("="), copy=False)
-    return Volume(data, volume.affine, volume.scale, volume.offset)
-
-
-def foreground_points(
-    data: np.ndarray, threshold: float, above: bool, seed: int
-) -> np.ndarray:  # fmt: skip
-    """Draw up to NUM_POINTS voxels beyond the threshold, (N, 3) int32; at random, reproducibly."""
-    rng = np.random.default_rng(seed)
-    tries = rng.integers(0, data.shape, (NUM_POINTS * 16, 3))
-    values = data[tuple(tries.T)]
-    hits = tries[values > threshold if above else values < threshold][:NUM_POINTS]
-    if len(hits) < NUM_POINTS // 16:  # a small object: look at every voxel
-        hits = np.argwhere(data > threshold if above else data < threshold)
-        hits = hits[rng.permutation(len(hits))[:NUM_POINTS]]
-    return hits.astype(np.int32)
-
-
-def npy_header(data: np.ndarray) -> bytes:
-    """Return the header of a C-order .npy file for an array in any layout."""
-    import io
-
-    from numpy.lib import format as npy
-
-    buffer = io.BytesIO()
-    fields = {"descr": data.dtype.str, "fortran_order": False, "shape": tuple(data.shape)}
-    npy.write_array_header_1_0(buffer, fields)
-    return buffer.getvalue()
-
-
-def stamp(path: Path) -> list:
-    """Size and time of a file, or of all files of a DICOM folder: changed files are seen by it."""
-    try:
-        if path.is_dir():
-            found = [[e.name, e.stat().st_size, e.stat().st_mtime_ns] for e in os.scandir(path)]
-            return sorted(found)
-        status = os.stat(path)
-        return [status.st_size, status.st_mtime_ns]
-    except OSError as error:
-        raise BrokenVolume(path, error.strerror) from error
-
-
-def digest(path: Path) -> str:
-    """Hash of a file's bytes, with those of a detached header's voxels or of a whole folder."""
-    hasher = hashlib.blake2b(digest_size=16)
-    files = [path]
-    if path.is_dir():
-        files = sorted(child for child in path.iterdir() if child.is_file())
-    elif path.suffix.lower() in (".hdr", ".mhd", ".nhdr"):
-        files = sorted(p for p in path.parent.iterdir() if p.stem == path.stem and p.is_file())
-    for file in files:
-        with open(file, "rb") as stream:
-            while chunk := stream.read(2**20):
-                hasher.update(chunk)
-    return hasher.hexdigest()
-
-
-@contextmanager
-def exclusive(cache_dir: Path) -> Iterator[None]:
-    """Hold the cache's lock; it ends with its process, so a killed build blocks nobody."""
-    try:
-        import fcntl
-    except ImportError:  # Windows: files still appear whole; two builds may do the same work
-        yield
-        return
-    try:
-        file = open(cache_dir / ".lock", "a")  # noqa: SIM115
-    except OSError as error:
-        raise ValueError(
-            f"{cache_dir}: volumes are missing and the cache is not writable ({error.strerror}): "
-            f"run `vae3d prepare` with write access or set data.cache_dir"
-        ) from error
-    with file:
-        told = False
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if not told:
-                    print(f"waiting for another process that fills {cache_dir}", file=sys.stderr)
-                    told = True
-                time.sleep(0.1)
-            except OSError:  # a file system without locks: same as on Windows
-                break
-        yield
-
-
-def progress_bar(tasks: list, title: str, show: bool) -> Iterator:
-    """Iterate with a bar on a terminal, silently elsewhere."""
-    if not (show and sys.stderr.isatty()):
-        yield from tasks
-        return
-    from rich.console import Console
-    from rich.progress import track
-
-    yield from track(tasks, title, console=Console(stderr=True), transient=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from loaders import DataConfig
 
 
-def prepare(data: DataConfig | None = None, spatial_dims: int = 3) -> None:
+def prepare(data: DataConfig, spatial_dims: int = 3) -> None:
     """Read, check and cache every volume, so that training starts at once.
 
     Args:
@@ -14,6 +14,6 @@ def prepare(data: DataConfig | None = None, spatial_dims: int = 3) -> None:
     """
     from loaders import open_data
 
-    store, split = open_data(data or DataConfig(), spatial_dims)
+    store, split = open_data(data, spatial_dims)
     counts = ", ".join(f"{len(ids)} {name}" for name, ids in split.items())
     print(f"{len(store)} volumes in {store.cache_dir} ({counts})")

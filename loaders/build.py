@@ -1,0 +1,345 @@
+"""Filling the cache: read, check, preprocess and store each volume once, whatever else runs.
+
+A volume's key is a hash of its source's bytes and of the recipe. Files appear by rename, the
+sidecar last, so a volume with a sidecar is whole; one process builds and the others wait.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import io
+import json
+import os
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from loaders.preprocess import (
+    PERCENTILES,
+    Preprocess,
+    label_to_store_grid,
+    statistics,
+    to_store_grid,
+)
+from loaders.readers import BrokenVolume, Volume, Volumes4D, read_volume
+from loaders.splits import Subject
+
+FORMAT = 1  # part of every key: raise it when what lies in the cache changes its meaning
+NUM_POINTS = 1024  # voxels remembered for the samplers
+QUICK = (0.0, 0.5, 1.0, 2.0, 5.0, 50.0, 95.0, 98.0, 99.0, 99.5, 99.9, 100.0)
+
+
+class Builder:
+    """Brings volumes into a cache.
+
+    Args:
+        cache_dir: The cache.
+        preprocess: Its geometry decides what is stored.
+        nan: error or fill.
+        volumes_4d: error, channels or first.
+    """
+
+    def __init__(self, cache_dir: Path, preprocess: Preprocess, nan: str, volumes_4d: Volumes4D):
+        self.cache_dir, self.preprocess = cache_dir, preprocess
+        self.nan, self.volumes_4d = nan, volumes_4d
+        self.recipe = json.dumps([FORMAT, preprocess.geometry(), nan, volumes_4d], sort_keys=True)
+        self.digests: dict[str, list] = {}
+
+    def recall(self, subjects: Sequence[Subject]) -> dict[str, dict[str, Any]]:
+        """Return the sidecars of the volumes that lie in the cache whole and up to date."""
+        if not self.cache_dir.is_dir():
+            return {}
+        try:
+            self.digests |= json.loads((self.cache_dir / "sources.json").read_text())
+        except FileNotFoundError:
+            return {}
+        found = {}
+        for subject in subjects:
+            if all(self.remembered(path) for path in subject.paths):
+                meta = self.sidecar(self.key(subject))
+                if meta is not None:
+                    found[subject.id] = meta
+        return found
+
+    def remembered(self, path: Path) -> bool:
+        """Whether the digest of a file is known and its size and time are still the same."""
+        known = self.digests.get(os.path.abspath(path))
+        return known is not None and known[:-1] == stamp(path)
+
+    def key(self, subject: Subject) -> str:
+        """Name of a volume in the cache: a hash of its bytes and of the geometry."""
+        parts = []
+        for path in subject.paths:
+            if not self.remembered(path):
+                before = stamp(path)
+                self.digests[os.path.abspath(path)] = [*before, digest(path)]
+            parts.append(self.digests[os.path.abspath(path)][-1])
+        text = "\n".join([self.recipe, *parts])
+        return hashlib.blake2b(text.encode(), digest_size=12).hexdigest()
+
+    def sidecar(self, key: str) -> dict[str, Any] | None:
+        """Read a sidecar; None where the volume is missing or torn."""
+        try:
+            meta = json.loads((self.cache_dir / f"{key}.json").read_text())
+            if os.path.getsize(self.cache_dir / f"{key}.npy") == meta["num_bytes"]:
+                return meta
+        except (FileNotFoundError, ValueError, KeyError):
+            pass  # not built, or torn by a crash of the machine: it is built again
+        return None
+
+    def build_all(
+        self, subjects: Sequence[Subject], on_error: str, threads: int | None, progress: bool
+    ) -> tuple[dict[str, dict[str, Any]], list[tuple[str, str, str]]]:
+        """Build volumes in parallel; return their sidecars and the (id, path, reason) skipped."""
+        made, skipped = {}, []
+        threads = threads or min(8, len(os.sched_getaffinity(0)))
+        for leftover in self.cache_dir.glob(".*.part"):  # we hold the lock: their maker is dead
+            leftover.unlink(missing_ok=True)
+        pool = ThreadPoolExecutor(threads, "store")
+        try:
+            tasks = [(subject, pool.submit(self.build_one, subject)) for subject in subjects]
+            for subject, task in progress_bar(tasks, "caching volumes", progress):
+                try:
+                    made[subject.id] = task.result()
+                except BrokenVolume as error:
+                    if on_error == "raise":
+                        raise
+                    skipped.append((subject.id, error.path, error.reason))
+        finally:
+            pool.shutdown(cancel_futures=True)
+            write_whole(self.cache_dir / "sources.json", json.dumps(self.digests).encode())
+        return made, skipped
+
+    def build_one(self, subject: Subject) -> dict[str, Any]:
+        """Read, check, preprocess and store one volume."""
+        volume = read_subject(subject, self.volumes_4d)
+        volume = storable(volume, subject.paths[0], self.nan)
+        key = self.key(subject)
+        if (meta := self.sidecar(key)) is not None:  # the same bytes under another name
+            return meta
+        channels = len(volume.data)
+        scale = np.full(channels, volume.scale)
+        offset = np.full(channels, volume.offset)
+        stats, tables = [], []
+        for channel in range(channels):
+            found, table = statistics(
+                volume.data[channel], float(scale[channel]), float(offset[channel])
+            )
+            if found["min"] == found["max"]:
+                raise BrokenVolume(subject.paths[0], f"all voxels are {found['min']:g}")
+            quick = np.searchsorted(PERCENTILES, np.array(QUICK) - 1e-6)
+            found["percentiles"] = {
+                str(p): float(table[i]) for p, i in zip(QUICK, quick, strict=True)
+            }
+            stats.append(found)
+            tables.append(table)
+        threshold = (stats[0]["foreground_threshold"] - offset[0]) / scale[0]
+        stored, undo = to_store_grid(volume, self.preprocess, threshold)
+        data = stored.data
+        header = npy_header(data)
+        meta = {
+            "key": key,
+            "shape": list(data.shape),
+            "dtype": data.dtype.str,
+            "start": len(header),
+            "num_bytes": len(header) + data.nbytes,
+            "affine": stored.affine.tolist(),
+            "spacing_mm": list(stored.spacing_mm),
+            "scale": [float(s) for s in scale],
+            "offset": [float(o) for o in offset],
+            "statistics": stats,
+            "undo": undo,
+        }
+        points = foreground_points(data[0], threshold, scale[0] > 0, int(key[:8], 16))
+        write_whole(self.cache_dir / f"{key}.points.npy", npy_header(points), points)
+        table = np.array(tables)
+        write_whole(self.cache_dir / f"{key}.quantiles.npy", npy_header(table), table)
+        write_whole(self.cache_dir / f"{key}.npy", header, data)
+        write_whole(self.cache_dir / f"{key}.json", json.dumps(meta).encode())
+        return meta
+
+
+def write_whole(path: Path, header: bytes, data: np.ndarray | None = None) -> None:
+    """Write a file of the cache so that it appears whole or not at all.
+
+    Args:
+        path: Target.
+        header: First bytes.
+        data: Array (C, X, Y, Z) in any layout, written in C order slab by slab.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.part")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(header)
+            for part in () if data is None else data.reshape(-1, *data.shape[-2:]):
+                file.write(np.ascontiguousarray(part).data)
+        os.replace(temporary, path)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise ValueError(
+                f"{path.parent}: disk full while writing the cache: make room or set "
+                f"data.cache_dir to another disk; what is whole stays and is used again"
+            ) from error
+        raise ValueError(f"{path.parent}: {error.strerror} (data.cache_dir)") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_subject(subject: Subject, volumes_4d: Volumes4D) -> Volume:
+    """Read the files of a subject; several become channels and must share one grid."""
+    volumes = [read_volume(path, volumes_4d) for path in subject.paths]
+    first = volumes[0]
+    if len(volumes) == 1:
+        return first
+    for path, volume in zip(subject.paths[1:], volumes[1:], strict=True):
+        same = volume.data.shape[1:] == first.data.shape[1:]
+        if not same or not np.allclose(volume.affine, first.affine, atol=1e-3):
+            raise BrokenVolume(path, f"does not share the grid of {subject.paths[0]}")
+    kinds = {(volume.data.dtype, volume.scale, volume.offset) for volume in volumes}
+    if len(kinds) > 1:  # one array needs one dtype and scale
+        return Volume(np.concatenate([v.intensities() for v in volumes]), first.affine)
+    data = np.concatenate([volume.data for volume in volumes])
+    return Volume(data, first.affine, first.scale, first.offset)
+
+
+def storable(volume: Volume, path: Path, nan: str) -> Volume:
+    """Return native byte order and at most 4 bytes a voxel; NaN and infinity as the policy says."""
+    data = volume.data
+    kind, size = data.dtype.kind, data.dtype.itemsize
+    if kind == "f":
+        with np.errstate(over="ignore"):  # what overflows float32 is told below
+            data = data.astype(np.float32, copy=False)
+        finite = np.isfinite(data)
+        if not finite.all():
+            bad = data.size - int(finite.sum())
+            if nan == "error" or not finite.any():
+                raise BrokenVolume(
+                    path, f"{bad} voxels are NaN or infinite: set data.nan to fill to allow it"
+                )
+            data = np.where(finite, data, data[finite].min())
+    elif kind == "b":
+        data = data.view(np.uint8)
+    elif size == 8 or (kind == "u" and size == 4):
+        low, high = int(data.min()), int(data.max())
+        fits = low >= -(2**31) and high < 2**31
+        data = data.astype(np.int32 if fits else np.float32)
+    data = data.astype(data.dtype.newbyteorder("="), copy=False)
+    return Volume(data, volume.affine, volume.scale, volume.offset)
+
+
+def foreground_points(
+    data: np.ndarray, threshold: float, above: bool, seed: int
+) -> np.ndarray:  # fmt: skip
+    """Draw up to NUM_POINTS voxels beyond the threshold, (N, 3) int32; at random, reproducibly."""
+    rng = np.random.default_rng(seed)
+    tries = rng.integers(0, data.shape, (NUM_POINTS * 16, 3))
+    values = data[tuple(tries.T)]
+    hits = tries[values > threshold if above else values < threshold][:NUM_POINTS]
+    if len(hits) < NUM_POINTS // 16:  # a small object: look at every voxel
+        hits = np.argwhere(data > threshold if above else data < threshold)
+        hits = hits[rng.permutation(len(hits))[:NUM_POINTS]]
+    return hits.astype(np.int32)
+
+
+def draw_labels(
+    label: Volume, record: dict[str, Any], path: Path, seed: int
+) -> dict[int, np.ndarray]:
+    """Draw up to NUM_POINTS voxels (N, 3) of each label, on the grid of the store."""
+    if list(label.data.shape[1:]) != record["source_shape"]:
+        raise BrokenVolume(path, f"label map is not on its volume's grid {record['source_shape']}")
+    values = label_to_store_grid(label, record).data[0]
+    rng = np.random.default_rng(seed)
+    found = {}
+    for name in np.unique(values):
+        points = np.argwhere(values == name)
+        found[int(name)] = points[rng.permutation(len(points))[:NUM_POINTS]].astype(np.int32)
+    return found
+
+
+def npy_header(data: np.ndarray) -> bytes:
+    """Return the header of a C-order .npy file for an array in any layout."""
+    from numpy.lib import format as npy
+
+    buffer = io.BytesIO()
+    fields = {"descr": data.dtype.str, "fortran_order": False, "shape": tuple(data.shape)}
+    npy.write_array_header_1_0(buffer, fields)
+    return buffer.getvalue()
+
+
+def files_of(path: Path) -> list[Path]:
+    """Return the files a volume is read from: a DICOM folder's, or a header's and its voxels'."""
+    if path.is_dir():
+        return sorted(child for child in path.iterdir() if child.is_file())
+    if path.suffix.lower() in (".hdr", ".mhd", ".nhdr"):
+        stem = path.name[: -len(path.suffix)] + "."
+        return sorted(child for child in path.parent.iterdir() if child.name.startswith(stem))
+    return [path]
+
+
+def stamp(path: Path) -> list:
+    """Size and time of the files of a volume: a changed file is noticed by it."""
+    try:
+        statuses = [os.stat(file) for file in files_of(path)]
+    except OSError as error:
+        raise BrokenVolume(path, error.strerror) from error
+    return [[status.st_size, status.st_mtime_ns] for status in statuses]
+
+
+def digest(path: Path) -> str:
+    """Hash of the bytes of all files of a volume."""
+    hasher = hashlib.blake2b(digest_size=16)
+    for file in files_of(path):
+        with open(file, "rb") as stream:
+            while chunk := stream.read(2**20):
+                hasher.update(chunk)
+    return hasher.hexdigest()
+
+
+@contextmanager
+def exclusive(cache_dir: Path) -> Iterator[None]:
+    """Hold the cache's lock; it ends with its process, so a killed build blocks nobody."""
+    try:
+        import fcntl
+    except ImportError:  # Windows: files still appear whole; two builds may do the same work
+        yield
+        return
+    try:
+        file = open(cache_dir / ".lock", "a")  # noqa: SIM115
+    except OSError as error:
+        raise ValueError(
+            f"{cache_dir}: volumes are missing and the cache is not writable ({error.strerror}): "
+            f"run `vae3d prepare` with write access or set data.cache_dir"
+        ) from error
+    with file:
+        told = False
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if not told:
+                    print(f"waiting for another process that fills {cache_dir}", file=sys.stderr)
+                    told = True
+                time.sleep(0.1)
+            except OSError:  # a file system without locks: same as on Windows
+                break
+        yield
+
+
+def progress_bar(tasks: list, title: str, show: bool) -> Iterator:
+    """Iterate with a bar on a terminal, silently elsewhere."""
+    if not (show and sys.stderr.isatty()):
+        yield from tasks
+        return
+    from rich.console import Console
+    from rich.progress import track
+
+    yield from track(tasks, title, console=Console(stderr=True), transient=True)

@@ -1,0 +1,152 @@
+"""Volumes as stacks of slices, for 2D networks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from loaders.readers import Volume
+from loaders.store import VolumeStore, undo
+
+
+class SliceStore:
+    """A `VolumeStore` seen slice by slice: item i is one slice, (C, X, Y).
+
+    With several neighboring slices their channels are stacked, lowest slice first; beyond the
+    volume's ends the last slice is repeated.
+
+    Args:
+        volumes: The volumes.
+        axis: Spatial axis (0, 1, 2) that the slices are cut across.
+        num_slices: Neighboring slices that become channels; odd, the middle one names the item.
+
+    Example:
+        >>> slices = SliceStore(store, axis=2)
+        >>> slices.read(100).shape                              # (C, X, Y)
+        >>> slices.locate(100)                                  # (volume, slice)
+    """
+
+    def __init__(self, volumes: VolumeStore, axis: int = 2, num_slices: int = 1):
+        if axis not in (0, 1, 2):
+            raise ValueError(f"data.slice_axis is {axis}: use 0, 1 or 2")
+        if num_slices < 1 or num_slices % 2 == 0:
+            raise ValueError(f"data.num_slices is {num_slices}: use an odd number")
+        self.volumes, self.axis, self.num_slices = volumes, axis, num_slices
+        depths = volumes.spatial_shapes[:, axis]
+        self.ends = np.cumsum(depths)
+        self.kept = [other for other in range(3) if other != axis]
+        self.spatial_shapes = np.repeat(volumes.spatial_shapes[:, self.kept], depths, axis=0)
+
+    def __len__(self) -> int:
+        return int(self.ends[-1]) if len(self.ends) else 0
+
+    def locate(self, index: int) -> tuple[int, int]:
+        """Return the volume of an item, and which of its slices it is."""
+        volume = int(np.searchsorted(self.ends, index, "right"))
+        return volume, index - (int(self.ends[volume - 1]) if volume else 0)
+
+    @property
+    def ids(self) -> list[str]:
+        """Names of the slices, for example `sub-01_T1w__042`."""
+        depths = self.volumes.spatial_shapes[:, self.axis]
+        pairs = zip(self.volumes.ids, depths, strict=True)
+        return [f"{id}__{number:03d}" for id, depth in pairs for number in range(depth)]
+
+    @property
+    def num_channels(self) -> int:
+        """Channels of every slice."""
+        return self.volumes.num_channels * self.num_slices
+
+    @property
+    def data_range(self) -> tuple[float, float]:
+        """Lowest and highest value that `read` can return."""
+        return self.volumes.data_range
+
+    @property
+    def preprocess(self):
+        """What was done to the volumes."""
+        return self.volumes.preprocess
+
+    @property
+    def skipped(self) -> list[tuple[str, str, str]]:
+        """(id, path, reason) of broken volumes."""
+        return self.volumes.skipped
+
+    def shape(self, index: int) -> tuple[int, int, int]:
+        """(C, X, Y) of a slice."""
+        return self.num_channels, *(int(n) for n in self.spatial_shapes[index])
+
+    def spacing_mm(self, index: int) -> tuple[float, float]:
+        """Pixel size in millimeters."""
+        spacing = self.volumes.spacing_mm(self.locate(index)[0])
+        return tuple(spacing[axis] for axis in self.kept)
+
+    def labels(self, index: int) -> dict[str, str]:
+        """Return the manifest's further columns of the slice's volume."""
+        return self.volumes.labels(self.locate(index)[0])
+
+    def meta(self, index: int) -> dict[str, Any]:
+        """Return what is known about the slice's volume, and which slice it is."""
+        volume, number = self.locate(index)
+        return self.volumes.meta(volume) | {"slice": number, "slice_axis": self.axis}
+
+    def subset(self, ids: Sequence[str]) -> SliceStore:
+        """Return the slices of these volumes; `ids` are those of the volumes."""
+        return SliceStore(self.volumes.subset(ids), self.axis, self.num_slices)
+
+    def write_skipped(self, folder) -> None:
+        """See `VolumeStore.write_skipped`."""
+        self.volumes.write_skipped(folder)
+
+    def read(self, index: int, slices: Sequence[slice] | None = None) -> np.ndarray:
+        """Return normalized float32 pixels (C, *shape of the two slices)."""
+        slices = (slice(None), slice(None)) if slices is None else slices
+        sizes = [len(range(*s.indices(n)))
+                 for s, n in zip(slices, self.spatial_shapes[index], strict=True)]  # fmt: skip
+        out = np.empty((self.num_channels, *sizes), np.float32)
+        self.read_into(index, slices, out)
+        return out
+
+    def read_into(self, index: int, slices: Sequence[slice], out: np.ndarray) -> None:
+        """Read as `read` into a float32 buffer."""
+        volume, number = self.locate(index)
+        last = int(self.volumes.spatial_shapes[volume, self.axis]) - 1
+        half, channels = self.num_slices // 2, self.volumes.num_channels
+        for place, wanted in enumerate(range(number - half, number + half + 1)):
+            at = min(max(wanted, 0), last)
+            where = list(slices)
+            where.insert(self.axis, slice(at, at + 1))
+            part = out[place * channels : (place + 1) * channels]
+            self.volumes.read_into(volume, where, np.expand_dims(part, 1 + self.axis))
+
+    def undo(self, index: int, x: np.ndarray) -> Volume:
+        """Return a slice's intensities in its place in the store's grid, (C, X, Y, Z) with one 1.
+
+        The grid of the source is only defined for whole volumes: stack the slices and call
+        `volumes.undo`.
+        """
+        volume, number = self.locate(index)
+        record = self.volumes.undo_record(volume)
+        if tuple(x.shape[1:]) != self.shape(index)[1:]:
+            raise ValueError(f"got {tuple(x.shape[1:])}, the slice is {self.shape(index)[1:]}")
+        record["geometry"] = {"source_affine": np.array(record["affine"])}
+        record["geometry"]["source_affine"][:3, 3] += (
+            record["geometry"]["source_affine"][:3, self.axis] * number
+        )
+        return undo(np.expand_dims(np.asarray(x, np.float32), 1 + self.axis), record)
+
+    def foreground_points(self, index: int) -> np.ndarray:
+        """Return the remembered foreground voxels of a slice, (N, 2); may be none."""
+        volume, number = self.locate(index)
+        return self._in_slice(self.volumes.foreground_points(volume), number)
+
+    def label_points(self, index: int) -> dict[int, np.ndarray]:
+        """Return the remembered voxels of each label in a slice, (N, 2)."""
+        volume, number = self.locate(index)
+        found = self.volumes.label_points(volume)
+        return {label: self._in_slice(points, number) for label, points in found.items()}
+
+    def _in_slice(self, points: np.ndarray, number: int) -> np.ndarray:
+        return points[points[:, self.axis] == number][:, self.kept]
