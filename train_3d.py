@@ -157,7 +157,10 @@ def train_3d(
             world_size=world.size,
             threads=threads,
             pin=world.device.type == "cuda",
+            **data.loader_options(),
         )
+        if world.is_main:
+            store.write_skipped(out_dir)
         held_out = store.subset(split["val"])
         whole = patching is None
         validation = Validation(held_out, world, None if whole else patch_size, val_volumes)
