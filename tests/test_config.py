@@ -56,9 +56,27 @@ class Studio:
 
     Args:
         canvas: What hangs there.
+        tool: What lies there.
     """
 
     canvas: Canvas = field(default_factory=lambda: Canvas("wall"))
+    tool: Callable[[int], Paint] = Oil
+
+
+def work(studio: Studio):
+    """Work in a studio.
+
+    Args:
+        studio: Where.
+    """
+
+
+def test_sockets_inside_dataclasses_arrive_as_plain_partials(tmp_path):
+    kwargs = config.parse(work, ["--studio.tool", "Chalk", "--studio.canvas.root", "easel"])
+    assert kwargs["studio"].tool.func is Chalk and kwargs["studio"].canvas.root == "easel"
+    config.save_config(tmp_path / "config.yaml", work, kwargs)
+    again = config.parse(work, ["--config", str(tmp_path / "config.yaml")])
+    assert again["studio"].tool.func is Chalk
 
 
 def paint(canvas: Canvas, tool: Callable[[int], Paint] = Oil, lr: float = 1e-3, note: str = ""):

@@ -193,6 +193,9 @@ def _plain_sockets(value: Any) -> Any:
         cls = value.func if isinstance(value.func, type) else value.args[-1]
         assert isinstance(cls, type), f"not a factory of a class: {value}"
         return partial(cls, **{k: _plain_sockets(v) for k, v in value.keywords.items()})
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        options = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
+        return dataclasses.replace(value, **{k: _plain_sockets(v) for k, v in options.items()})
     if isinstance(value, (list, tuple)):
         return type(value)(_plain_sockets(v) for v in value)
     if isinstance(value, dict):
