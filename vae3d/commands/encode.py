@@ -65,7 +65,7 @@ def encode(
 
     from vae3d.stage2.coding import Coding
     from vae3d.stage2.latents import latent_path, sweep, write_index, write_latent
-    from vae3d.training.checkpoint import load_checkpoint, load_model
+    from vae3d.training.checkpoint import find_checkpoint, load_checkpoint, load_model
     from vae3d.training.distributed import open_world
 
     state = load_checkpoint(checkpoint)
@@ -96,7 +96,7 @@ def encode(
             print(f"{store.ids[index]}: {tuple(mean.shape)}  {left:.0f} s left", flush=True)
         world.barrier()
         if world.is_main:
-            report(folder, write_index(folder, made_by))
+            report(folder, write_index(folder, made_by, str(find_checkpoint(checkpoint).resolve())))
 
 
 def open_volumes(state: dict[str, Any], source: VolumeSource, split: str = "all"):

@@ -220,6 +220,12 @@ class LatentDiffusion(Described, nn.Module):
             raise ValueError(f"label {name!r} is unknown to the model; it knows {known}")
         return self.classes.index(name)
 
+    def time_of(self, normal: Tensor) -> Tensor:
+        """Training times in [0, 1] from standard normal numbers."""
+        if self.time_sampling == "logit_normal":
+            return normal.sigmoid()  # Esser et al. 2024, section 3.1
+        return torch.special.ndtr(normal)
+
     def loss(
         self,
         z: Tensor,

@@ -18,6 +18,7 @@ import secrets
 import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from vae3d.tracking.media import case_stem
 
 FORMAT = "vae3d latents 1"
 INDEX = "latents.json"
+OPEN_LATENTS = 512  # kept in memory; a latent of 4 x 32^3 with its log-variance takes 1 MB
 
 
 @dataclass(frozen=True)
@@ -231,7 +233,7 @@ def sweep(folder: str | Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def write_index(folder: str | Path, made_by: dict[str, Any]) -> dict[str, Any]:
+def write_index(folder: str | Path, made_by: dict[str, Any], vae: str = "") -> dict[str, Any]:
     """Write `latents.json` from the headers of all files and return it.
 
     Statistics are kept over all files and over each part of the split; the second stage takes
@@ -240,6 +242,7 @@ def write_index(folder: str | Path, made_by: dict[str, Any]) -> dict[str, Any]:
     Args:
         folder: Where the latents are.
         made_by: Checkpoint, mode and the like; every file must agree.
+        vae: Where the checkpoint lies, for who decodes.
     """
     paths = find_latents(folder)
     infos = [read_info(path) for path in paths]
@@ -254,6 +257,7 @@ def write_index(folder: str | Path, made_by: dict[str, Any]) -> dict[str, Any]:
         parts[name] = [info for info in infos if info["split"] == name]
     index = {
         "format": FORMAT,
+        "vae": vae,
         "made_by": made_by,
         "statistics": {
             name: asdict(Statistics.merge(info["moments"] for info in part))
@@ -338,6 +342,62 @@ class LatentDataset(Dataset):
         if self.draw:
             z = latent.draw(keyed_generator(self.seed, self.epoch, index))
         return self.statistics.standardize(z) if self.standardize else z
+
+
+class LatentStore:
+    """Latents as a store of volumes, for `loaders.PatchLoader`: channels are mean, then logvar.
+
+    Args:
+        folder: What `vae3d encode` wrote.
+        subjects: Their names, in this order; None for all of `split`.
+        split: Part of the split (train, val or test); None for all.
+    """
+
+    def __init__(
+        self, folder: str | Path, subjects: Sequence[str] | None = None, split: str | None = None
+    ):
+        by_name = {info["subject"]: (p, info) for p in find_latents(folder, split)
+                   for info in [read_info(p)]}  # fmt: skip
+        if missing := [name for name in subjects or [] if name not in by_name]:
+            raise ValueError(f"{folder}: has no latent of {missing[0]!r}; encode it, too")
+        chosen = [by_name[name] for name in subjects or by_name]
+        self.paths, self.infos = [p for p, _ in chosen], [info for _, info in chosen]
+        self.statistics = read_statistics(folder)
+        self.spatial_shapes = np.array([info["shape"][1:] for info in self.infos])
+        self.array = lru_cache(OPEN_LATENTS)(self._open)
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    @property
+    def ids(self) -> list[str]:
+        """Names of the subjects."""
+        return [info["subject"] for info in self.infos]
+
+    def shape(self, index: int) -> tuple[int, ...]:
+        """(2 C, *spatial) of a latent with its log-variance."""
+        channels, *spatial = self.infos[index]["shape"]
+        return (2 * channels, *spatial)
+
+    def spacing_mm(self, index: int) -> tuple[float, ...]:
+        """Size of a latent voxel in millimeters."""
+        return tuple(self.infos[index]["spacing_mm"])
+
+    def labels(self, index: int) -> dict[str, str]:
+        """Manifest columns of a subject."""
+        return self.infos[index]["labels"]
+
+    def read(self, index: int, slices: Sequence[slice] = ()) -> np.ndarray:
+        """Mean and logvar `(2 C, *spatial)`, or a part of them."""
+        return self.array(index)[(slice(None), *slices)]
+
+    def read_into(self, index: int, slices: Sequence[slice], out: np.ndarray) -> None:
+        """Read as `read` into a float32 buffer."""
+        out[...] = self.read(index, slices)
+
+    def _open(self, index: int) -> np.ndarray:
+        latent = read_latent(self.paths[index])
+        return torch.cat([latent.mean, latent.logvar]).numpy()
 
 
 def keyed_generator(*key: int) -> torch.Generator:

@@ -1,0 +1,329 @@
+"""`vae3d train-ldm latents --out_dir runs/ldm`: diffusion over latents.
+
+The loop, checkpoints, resuming, averaging and tracking are those of the first stage.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+
+@dataclass
+class UNet:
+    """MONAI's DiffusionModelUNet.
+
+    Args:
+        channels: Channels per level; each level halves the latent grid.
+        num_res_blocks: Residual blocks of each level.
+        attention_levels: Which levels attend, to themselves and to a condition.
+        num_head_channels: Channels of an attention head, per level.
+        norm_num_groups: Groups of the group norms; divides all channels.
+        resblock_updown: Change size by residual blocks.
+        transformer_num_layers: Transformer blocks of an attending level.
+        upcast_attention: Attend in float32 under amp.
+        use_flash_attention: Use torch's fused attention.
+    """
+
+    channels: tuple[int, ...] = (64, 128, 192)
+    num_res_blocks: int = 2
+    attention_levels: tuple[bool, ...] = (False, False, True)
+    num_head_channels: tuple[int, ...] = (0, 0, 32)
+    norm_num_groups: int = 32
+    resblock_updown: bool = False
+    transformer_num_layers: int = 1
+    upcast_attention: bool = False
+    use_flash_attention: bool = True
+
+
+def train_ldm(
+    latents: str,
+    /,
+    out_dir: str,
+    unet: UNet | None = None,
+    *,
+    process: Literal["flow", "ddpm"] = "flow",
+    prediction: Literal["epsilon", "v", "sample"] | None = None,
+    schedule: Literal["linear_beta", "scaled_linear_beta", "cosine"] = "scaled_linear_beta",
+    time_sampling: Literal["uniform", "logit_normal"] = "uniform",
+    label: str | None = None,
+    condition: str | None = None,
+    cross_attention_dim: int = 64,
+    condition_dropout: float = 0.1,
+    crop: tuple[int, ...] | None = None,
+    batch_size: int = 4,
+    grad_accum: int = 1,
+    max_steps: int = 20000,
+    lr: float = 1e-4,
+    warmup_steps: int = 200,
+    lr_schedule: Literal["cosine", "linear", "constant"] = "cosine",
+    weight_decay: float = 0.0,
+    betas: tuple[float, float] = (0.9, 0.99),
+    clip_norm: float = 1.0,
+    ema_decay: float = 0.999,
+    amp: Literal["off", "bf16", "fp16"] = "off",
+    seed: int = 0,
+    log_every: int = 10,
+    val_every: int = 500,
+    val_volumes: int = 16,
+    media_every: int = 2000,
+    media_volumes: int = 4,
+    vae: str | None = None,
+    save_every: int = 500,
+    keep_checkpoints: int = 2,
+    max_hours: float | None = None,
+    early_stop: int | None = None,
+    max_bad_steps: int = 10,
+    wandb: Literal["online", "offline", "disabled"] | None = None,
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto",
+    threads: int = 2,
+    timeout_minutes: float = 30.0,
+    fresh: bool = False,
+    force: bool = False,
+) -> int:
+    """Train a diffusion model on latents that `vae3d encode` wrote.
+
+        vae3d train-ldm latents --out_dir runs/ldm
+        torchrun --nproc_per_node=2 --no_python vae3d train-ldm latents --out_dir runs/ldm
+
+    Trains on the run's training subjects, or on all where there was no split. The same command
+    again resumes from the newest checkpoint.
+
+    Args:
+        latents: Folder of latents.
+        out_dir: Run folder: config.yaml, metrics.jsonl, checkpoints/, media/, wandb/.
+        unet: The network.
+        process: flow (rectified flow) | ddpm.
+        prediction: epsilon | v | sample; null for v with flow and epsilon with ddpm.
+        schedule: Noise schedule of ddpm.
+        time_sampling: uniform | logit_normal (more often in the middle), for training times.
+        label: Manifest column whose values become classes.
+        condition: Folder of further latents of the same subjects, attended to by cross-attention.
+        cross_attention_dim: Width of the condition's tokens.
+        condition_dropout: Part of the samples trained without label and condition, for guidance.
+        crop: Train on random crops of this size [latent voxels]; null for whole latents.
+        batch_size: Latents in a micro-batch on each rank [latents].
+        grad_accum: Micro-batches of one update.
+        max_steps: Updates in all [steps].
+        lr: Peak learning rate of AdamW.
+        warmup_steps: Linear rise of the learning rate [steps].
+        lr_schedule: cosine | linear | constant, the way down after the rise.
+        weight_decay: Decay of kernels and matrices; norms and biases have none.
+        betas: Decay of AdamW's mean gradient and mean squared gradient.
+        clip_norm: Longer gradients are shortened to this norm; 0 for never.
+        ema_decay: Decay of the averaged weights, which validation and sampling use; 0 for none.
+        amp: off | bf16 | fp16, precision of convolutions and matrix products.
+        seed: Seed of weights, order, posterior draws, noise and times.
+        log_every: Interval of numbers in metrics.jsonl and W&B [steps].
+        val_every: Interval of validation [steps]; 0 for none.
+        val_volumes: Validate on at most this many latents, always the same.
+        media_every: Interval of sample pictures [steps]; 0 for none.
+        media_volumes: Samples in a picture.
+        vae: Run folder or checkpoint of the VAE, for the pictures; null for the one that encoded.
+        save_every: Interval of checkpoints [steps].
+        keep_checkpoints: Step files that are kept beside best and last, at least 2.
+        max_hours: Save and end with exit code 0 after this time [h]; null for no limit.
+        early_stop: End after so many validations without a better one; null for never.
+        max_bad_steps: End after so many steps in a row that are not finite [steps].
+        wandb: online | offline | disabled; null for online with a WANDB_API_KEY, else offline.
+        device: auto | cpu | cuda | mps.
+        threads: Threads that read latents ahead on each rank.
+        timeout_minutes: How long a rank waits for one that does not answer [min].
+        fresh: Remove the checkpoints in out_dir and begin anew.
+        force: Continue although options that change the training have changed.
+
+    Returns:
+        Exit code: 0 done or out of time, 143 after SIGTERM, 130 after SIGINT.
+    """
+    options = dict(locals())
+
+    import torch
+
+    from loaders import PatchLoader
+    from vae3d.stage2.diffusion import LatentDiffusion
+    from vae3d.stage2.latents import read_index
+    from vae3d.stage2.task import Guide, LatentTask, LatentValidation
+    from vae3d.tracking.tracker import Tracker
+    from vae3d.training.distributed import open_world
+    from vae3d.training.run import Run
+    from vae3d.training.trainer import Trainer
+
+    with open_world(device, timeout_minutes) as world, Run(out_dir, world, keep_checkpoints) as run:
+        config, state = run.begin(train_ldm, options, fresh, force)
+        train, held_out, guides = open_latents(latents, condition)
+        check_crop(crop, train, condition)
+
+        torch.manual_seed(seed)
+        model = LatentDiffusion(
+            latent_channels=train.shape(0)[0] // 2,
+            spatial_dims=len(train.shape(0)) - 1,
+            unet=asdict(unet or UNet()),
+            process=process,
+            prediction=prediction,
+            schedule=schedule,
+            time_sampling=time_sampling,
+            classes=classes_of(train, label),
+            condition_channels=guides[0].shape(0)[0] // 2 if condition else None,
+            cross_attention_dim=cross_attention_dim,
+            condition_dropout=condition_dropout,
+        )
+        model.set_statistics(train.statistics, guides[0].statistics if condition else None)
+        model.to(world.device)
+        task = LatentTask(model, train, label, guides[0], seed)
+        loader = PatchLoader(
+            train,
+            patch_size=crop,
+            patching="random_parts" if crop else None,
+            patches_per_volume=1,
+            batch_size=batch_size,
+            seed=seed,
+            rank=world.rank,
+            world_size=world.size,
+            threads=threads,
+            pin=world.device.type == "cuda",
+        )
+        validation = show = None
+        if held_out:
+            guide = Guide(model, held_out, label, guides[1])
+            validation = LatentValidation(held_out, guide, world, val_volumes)
+        tracker = None
+        if world.is_main:
+            tracker = Tracker(out_dir, wandb, config=config, run_id=state and state["wandb_id"])
+        index = read_index(latents)
+        vae = vae or index["vae"]
+        if media_every and Path(vae).exists():
+            show = Pictures(vae, train, task.guide, tracker, Path(out_dir) / "media", media_volumes)
+
+        trainer = Trainer(
+            task,
+            loader,
+            run.checkpoints,
+            world,
+            tracker,
+            max_steps=max_steps,
+            lr=lr,
+            schedule=lr_schedule,
+            warmup_steps=warmup_steps,
+            weight_decay=weight_decay,
+            betas=betas,
+            grad_accum=grad_accum,
+            clip_norm=clip_norm,
+            amp=amp,
+            ema_decay=ema_decay,
+            log_every=log_every,
+            val_every=val_every if validation else 0,
+            media_every=media_every if show else 0,
+            save_every=save_every,
+            max_hours=max_hours,
+            early_stop=early_stop,
+            max_bad_steps=max_bad_steps,
+            validate=validation,
+            monitor="val/loss",
+            show=show,
+            sources=lambda batch: sorted({train.ids[i] for i in batch.volume.tolist()}),
+            record={
+                "spec": model.spec,
+                "config": config,
+                "split": {"train": train.ids, "val": held_out.ids if held_out else []},
+                "preprocess": None,
+                "latents": {"vae": vae, "made_by": index["made_by"], "template": train.infos[0]},
+            },
+        )
+        if state is not None:
+            trainer.load_state_dict(state)
+        try:
+            return trainer.fit()
+        finally:
+            if tracker:
+                tracker.close()
+
+
+def open_latents(latents: str, condition: str | None):
+    """Open training and validation latents, and the conditions of both.
+
+    Args:
+        latents: Folder of latents.
+        condition: Folder of conditions, or None.
+
+    Returns:
+        Training store, validation store or None, and their conditions (or Nones).
+    """
+    from vae3d.stage2.latents import LatentStore, read_index
+
+    parts = {info["split"] for info in read_index(latents)["subjects"].values()}
+    train = LatentStore(latents, split="train" if "train" in parts else None)
+    held_out = LatentStore(latents, split="val") if {"train", "val"} <= parts else None
+    if condition is None:
+        return train, held_out, (None, None)
+    conditions = [store and LatentStore(condition, store.ids) for store in (train, held_out)]
+    return train, held_out, tuple(conditions)
+
+
+def check_crop(crop: tuple[int, ...] | None, store, condition: str | None) -> None:
+    """Refuse crops that cannot be trained on."""
+    if crop is None:
+        return
+    if condition is not None:
+        raise ValueError("--crop does not go with --condition: positions must match; drop --crop")
+    if len(crop) != len(store.shape(0)) - 1:
+        raise ValueError(f"--crop {list(crop)}: latents have {len(store.shape(0)) - 1} axes")
+
+
+def classes_of(store, label: str | None) -> tuple[str, ...]:
+    """The values of a manifest column among the training subjects."""
+    if label is None:
+        return ()
+    names = {store.labels(i).get(label) for i in range(len(store))} - {None}
+    if not names:
+        known = {key for i in range(len(store)) for key in store.labels(i)}
+        known = ", ".join(sorted(known)) or "no labels"
+        raise ValueError(f"--label {label}: no subject has it; the latents know {known}")
+    if len(names) > 100:
+        raise ValueError(f"--label {label} has {len(names)} values; classes must be few")
+    return tuple(sorted(names))
+
+
+class Pictures:
+    """Draws the same few samples each time and decodes them.
+
+    Args:
+        vae: Run folder or checkpoint of the VAE.
+        store: Training latents: the first gives the grid.
+        guide: Labels and conditions of the training subjects; each sample takes those of one.
+        tracker: Shows the picture; None on ranks that do not write.
+        folder: Where pictures go.
+        count: Samples in a picture.
+    """
+
+    def __init__(self, vae: str, store, guide, tracker, folder: Path, count: int):
+        self.vae, self.store, self.guide = vae, store, guide
+        self.tracker, self.folder, self.count = tracker, folder, min(count, len(store))
+
+    def __call__(self, network, step: int) -> None:
+        """Write `samples_<step>.png`. Only the main rank does it."""
+        if self.tracker is None:
+            return
+        import torch
+
+        from vae3d.commands.decode import load_encoder
+        from vae3d.stage2.coding import Coding
+        from vae3d.stage2.latents import keyed_generator
+        from vae3d.stage2.sheet import contact_sheet
+        from vae3d.tracking.media import write_png
+
+        device = network.latent_mean.device
+        template: dict[str, Any] = self.store.infos[0]
+        vae = load_encoder(self.vae, template["made_by"]).to(device)
+        volumes = []
+        for number in range(self.count):
+            noise = torch.randn(template["shape"], generator=keyed_generator(0, number))
+            label, condition = self.guide(torch.tensor([number]), device)
+            z = network.sample(noise[None].to(device), 25, None, label, condition)
+            x = Coding("full").decode(vae, z[0], template["volume_shape"][1:])
+            volumes.append(x.numpy())
+        spacing = [m / f for m, f in zip(template["spacing_mm"], template["factor"], strict=False)]
+        sheet = contact_sheet({f"samples at step {step}": volumes}, spacing)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = write_png(self.folder / f"samples_{step:08d}.png", sheet)
+        self.tracker.log_media({"samples": path}, step)

@@ -1,0 +1,120 @@
+"""Contact sheets of drawn volumes: one row per source, one column per sample, three planes each."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from vae3d.tracking.media import (
+    BACKGROUND,
+    FAINT,
+    GAP,
+    TEXT,
+    even,
+    font,
+    gray_colors,
+    resize,
+    upright,
+)
+
+TITLE = 20  # pixels above a row
+
+
+def contact_sheet(
+    rows: Mapping[str, Sequence[np.ndarray]],
+    spacing_mm: Sequence[float],
+    data_range: tuple[float, float] = (0.0, 1.0),
+    panel_px: int = 110,
+) -> np.ndarray:
+    """Axial, coronal and sagittal middle slices of volumes, row by row.
+
+    Args:
+        rows: Volumes `(C, X, Y, Z)` or `(C, X, Y)` by the title of their row; the first channel
+            is shown.
+        spacing_mm: Voxel size per axis in mm.
+        data_range: Intensities drawn black and white.
+        panel_px: Longest side of the largest panel in pixels.
+
+    Returns:
+        uint8 picture `(H, W, 3)`.
+    """
+    columns = [
+        _column(v[0], spacing_mm, data_range, panel_px) for row in rows.values() for v in row
+    ]
+    width = max(c.shape[1] for c in columns) + GAP
+    height = max(c.shape[0] for c in columns) + TITLE + GAP
+    most = max(len(row) for row in rows.values())
+    canvas = Image.new("RGB", even(GAP + most * width, len(rows) * height), BACKGROUND)
+    pen, columns = ImageDraw.Draw(canvas), iter(columns)
+    for number, (title, row) in enumerate(rows.items()):
+        top = number * height
+        pen.text((GAP, top + 3), title, TEXT, font(13))
+        for place in range(len(row)):
+            canvas.paste(Image.fromarray(next(columns)), (GAP + place * width, top + TITLE))
+    return np.asarray(canvas)
+
+
+def scroll(
+    volume: np.ndarray,
+    spacing_mm: Sequence[float],
+    data_range: tuple[float, float] = (0.0, 1.0),
+    title: str = "",
+    panel_px: int = 200,
+    max_frames: int = 60,
+) -> list[np.ndarray]:
+    """Axial slices of one volume from low to high as frames; a 2D image is one frame.
+
+    Args:
+        volume: `(C, X, Y, Z)` or `(C, X, Y)`; the first channel is shown.
+        spacing_mm: Voxel size per axis in mm.
+        data_range: Intensities drawn black and white.
+        title: Text above the slice.
+        panel_px: Longest side of a slice in pixels.
+        max_frames: Longer volumes are shown in even steps.
+    """
+    planes = volume[0][..., None] if volume.ndim == 3 else volume[0]
+    count = planes.shape[-1]
+    picks = np.unique(np.linspace(0, count - 1, min(count, max_frames)).round().astype(int))
+    px_per_mm = panel_px / max(n * mm for n, mm in zip(planes.shape[:2], spacing_mm, strict=False))
+    frames = []
+    for index in picks:
+        panel = _panel(planes[..., index], spacing_mm[:2], data_range, px_per_mm)
+        frame = Image.new("RGB", even(panel.shape[1], panel.shape[0] + TITLE), BACKGROUND)
+        frame.paste(Image.fromarray(panel), (0, TITLE))
+        ImageDraw.Draw(frame).text((4, 3), f"{title}  z={index}", FAINT, font(11))
+        frames.append(np.asarray(frame))
+    return frames
+
+
+def _column(volume: np.ndarray, spacing_mm, data_range, panel_px: int) -> np.ndarray:
+    """The middle slice of each plane of `(X, Y, Z)` or `(X, Y)`, one above the other."""
+    sides = [n * mm for n, mm in zip(volume.shape, spacing_mm, strict=False)]
+    px_per_mm = panel_px / max(sides)
+    if volume.ndim == 2:
+        return _panel(volume, spacing_mm[:2], data_range, px_per_mm)
+    panels = []
+    for axis in (2, 1, 0):
+        plane = np.take(volume, volume.shape[axis] // 2, axis)
+        others = [spacing_mm[i] for i in range(3) if i != axis]
+        panels.append(_panel(plane, others, data_range, px_per_mm))
+    width = max(p.shape[1] for p in panels)
+    column = np.empty((sum(p.shape[0] + 4 for p in panels), width, 3), np.uint8)
+    column[:] = BACKGROUND
+    top = 0
+    for panel in panels:
+        left = (width - panel.shape[1]) // 2
+        column[top : top + panel.shape[0], left : left + panel.shape[1]] = panel
+        top += panel.shape[0] + 4
+    return column
+
+
+def _panel(plane: np.ndarray, spacing_mm, data_range, px_per_mm: float) -> np.ndarray:
+    """A plane in true proportions, uint8 `(h, w, 3)`."""
+    low, high = data_range
+    size = tuple(
+        max(2, round(n * mm * px_per_mm)) for n, mm in zip(plane.shape, spacing_mm, strict=True)
+    )
+    values = (upright(plane.astype(np.float32)) - low) / (high - low)
+    return gray_colors(resize(values, size))
