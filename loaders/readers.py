@@ -205,6 +205,7 @@ def read_nifti(path: Path, volumes_4d: Volumes4D = "error") -> Volume:
     import nibabel
     from nibabel.spatialimages import HeaderDataError
 
+    codec_of(path)
     block = head(path, 540)
     size = int.from_bytes(block[:4], "little"), int.from_bytes(block[:4], "big")
     if 348 in size and block[344:348] in (b"n+1\0", b"ni1\0"):

@@ -1,0 +1,467 @@
+"""Readers: every format gives voxels and affine; a damaged file is named with its reason."""
+
+import gzip
+import os
+import struct
+import time
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+import SimpleITK as sitk
+
+from loaders.readers import (
+    LPS_TO_RAS,
+    READERS,
+    BrokenVolume,
+    Volume,
+    read_volume,
+    volume_suffix,
+    write_volume,
+)
+
+SHAPE = (5, 6, 7)
+AFFINE = np.array([[0, -1.5, 0, 10], [2, 0, 0, -20], [0, 0, 3, 5], [0, 0, 0, 1.0]])
+
+
+def numbers(dtype="<i2", shape=SHAPE) -> np.ndarray:
+    """Values that encode their position."""
+    return np.arange(np.prod(shape)).reshape(shape).astype(dtype)
+
+
+def nifti(path: Path, data: np.ndarray, affine=AFFINE, cls=nib.Nifti1Image) -> Path:
+    image = cls(data, affine, dtype=data.dtype)
+    nib.save(image, path)
+    return path
+
+
+def broken(path: Path, *words: str, **options) -> BrokenVolume:
+    """Read a file that must be refused, in one line with its name and these words."""
+    with pytest.raises(BrokenVolume) as caught:
+        read_volume(path, **options)
+    message = str(caught.value)
+    assert str(path) in message and "\n" not in message
+    for word in words:
+        assert word in message, message
+    return caught.value
+
+
+# Formats ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("suffix", [".nii", ".nii.gz", ".NII.GZ"])
+@pytest.mark.parametrize("cls", [nib.Nifti1Image, nib.Nifti2Image])
+def test_nifti_gives_voxels_and_affine(tmp_path, suffix, cls):
+    path = nifti(tmp_path / "plain.nii.gz", numbers(), cls=cls)
+    if suffix == ".nii":
+        path = tmp_path / "plain.nii"
+        path.write_bytes(gzip.decompress((tmp_path / "plain.nii.gz").read_bytes()))
+    path = path.rename(tmp_path / f"two.dots and \u00fcml\u00e4ut{suffix}")
+    volume = read_volume(path)
+    assert volume.data.dtype == np.int16 and volume.data.shape == (1, *SHAPE)
+    assert np.array_equal(volume.data[0], numbers())
+    assert np.allclose(volume.affine, AFFINE)
+    assert np.allclose(volume.spacing_mm, (2, 1.5, 3))
+
+
+@pytest.mark.parametrize("order", "<>")
+@pytest.mark.parametrize("code", ["u1", "i1", "i2", "u2", "i4", "u4", "i8", "u8", "f4", "f8"])
+def test_nifti_of_every_dtype_and_byte_order(tmp_path, code, order):
+    data = numbers(order + code)
+    header = nib.Nifti1Header(endianness=order)
+    header.set_data_dtype(data.dtype)
+    image = nib.Nifti1Image(data, AFFINE, header, dtype=data.dtype)
+    nib.save(image, tmp_path / "a.nii.gz")
+    volume = read_volume(tmp_path / "a.nii.gz")
+    assert volume.data.dtype == data.dtype
+    assert np.array_equal(volume.data[0], data)
+
+
+def test_slope_and_intercept_stay_beside_the_stored_numbers(tmp_path):
+    image = nib.Nifti1Image(numbers(), AFFINE)
+    image.header.set_slope_inter(-2.5, 7)
+    image = nib.Nifti1Image(image.dataobj, AFFINE, image.header)
+    write_volume(tmp_path / "a.nii.gz", Volume(numbers()[None], AFFINE, -2.5, 7.0))
+    volume = read_volume(tmp_path / "a.nii.gz")
+    assert volume.data.dtype == np.int16 and (volume.scale, volume.offset) == (-2.5, 7.0)
+    assert np.allclose(volume.intensities()[0], numbers() * -2.5 + 7)
+    assert np.allclose(
+        nib.load(tmp_path / "a.nii.gz").get_fdata(), volume.intensities()[0], atol=1e-3
+    )
+
+
+@pytest.mark.parametrize(("unit", "factor"), [("mm", 1), ("micron", 1e-3), ("meter", 1e3)])
+def test_nifti_in_micrometers_or_meters_becomes_millimeters(tmp_path, unit, factor):
+    image = nib.Nifti1Image(numbers(), np.diag([2.0, 2, 2, 1]))
+    image.header.set_xyzt_units(unit)
+    nib.save(image, tmp_path / "a.nii")
+    assert np.allclose(read_volume(tmp_path / "a.nii").spacing_mm, 2 * factor)
+
+
+def test_nifti_pair_reads_the_img_beside_it(tmp_path):
+    nib.save(nib.Nifti1Pair(numbers(), AFFINE), tmp_path / "a.hdr")
+    assert np.array_equal(read_volume(tmp_path / "a.hdr").data[0], numbers())
+    (tmp_path / "a.img").unlink()
+    broken(tmp_path / "a.hdr", "lacks a.img")
+
+
+def test_mgz_equals_what_nibabel_reads(tmp_path):
+    nib.save(nib.MGHImage(numbers("f4"), AFFINE), tmp_path / "a.mgz")
+    volume = read_volume(tmp_path / "a.mgz")
+    assert np.array_equal(volume.data[0], numbers("f4"))
+    assert np.allclose(volume.affine, AFFINE, atol=1e-5)
+
+
+def tilted_image(dtype=np.int16) -> sitk.Image:
+    """An oblique image with its own spacing and origin."""
+    image = sitk.GetImageFromArray(numbers(dtype).T.copy())
+    angle = 0.3
+    c, s = np.cos(angle), np.sin(angle)
+    image.SetDirection((c, -s, 0, s, c, 0, 0, 0, 1))
+    image.SetSpacing((0.5, 1.5, 3))
+    image.SetOrigin((10, -20, 30))
+    return image
+
+
+@pytest.mark.parametrize("compressed", [False, True])
+@pytest.mark.parametrize("dtype", [np.uint8, np.int16, np.uint16, np.float32])
+@pytest.mark.parametrize("name", ["a.nrrd", "a.nhdr", "a.mha", "a.mhd", "a.nii.gz"])
+def test_formats_of_itk_agree_with_simpleitk(tmp_path, name, dtype, compressed):
+    image = tilted_image(dtype)
+    sitk.WriteImage(image, str(tmp_path / name), useCompression=compressed)
+    volume = read_volume(tmp_path / name)
+    assert volume.data.dtype == dtype
+    assert np.array_equal(volume.data[0], numbers(dtype))
+    for index in [(0, 0, 0), (4, 0, 0), (1, 2, 3)]:
+        point = LPS_TO_RAS[:3, :3] @ image.TransformIndexToPhysicalPoint(index)
+        assert np.allclose((volume.affine @ [*index, 1])[:3], point, atol=1e-4)
+
+
+def test_big_endian_nrrd_with_channels_and_no_directions(tmp_path):
+    data = numbers(">i2", (2, 3, 4, 5))
+    header = (
+        "NRRD0004\n# comment\ntype: short\ndimension: 4\nsizes: 2 3 4 5\nencoding: gzip\n"
+        "endian: big\nkinds: vector domain domain domain\nspacings: nan 1 2 3\nkey:=value\n\n"
+    )
+    path = tmp_path / "a.nrrd"
+    path.write_bytes(header.encode() + gzip.compress(data.tobytes("F")))
+    broken(path, "is 4D", "volumes_4d")
+    volume = read_volume(path, volumes_4d="channels")
+    assert np.array_equal(volume.data, data) and volume.spacing_mm == (1, 2, 3)
+
+
+def test_npy_and_npz_in_c_and_fortran_order(tmp_path):
+    for data in (numbers(), np.asfortranarray(numbers(">f8"))):
+        np.save(tmp_path / "a.npy", data)
+        assert np.array_equal(read_volume(tmp_path / "a.npy").data[0], data)
+        np.savez_compressed(tmp_path / "a.npz", data=data, affine=AFFINE)
+        volume = read_volume(tmp_path / "a.npz")
+        assert np.array_equal(volume.data[0], data) and np.allclose(volume.affine, AFFINE)
+        np.savez(tmp_path / "b.npz", data, spacing_mm=[1, 2, 3])
+        assert read_volume(tmp_path / "b.npz").spacing_mm == (1, 2, 3)
+
+
+def test_tiff_stack_with_imagej_and_ome_voxel_size(tmp_path):
+    tifffile = pytest.importorskip("tifffile")
+    stack = numbers("u2").T.copy()  # (Z, Y, X)
+    metadata = {"axes": "ZYX", "spacing": 3.0, "unit": "um"}
+    tifffile.imwrite(
+        tmp_path / "a.tif", stack, imagej=True, resolution=(2.0, 4.0), metadata=metadata
+    )
+    volume = read_volume(tmp_path / "a.tif")
+    assert np.array_equal(volume.data[0], numbers("u2"))
+    assert np.allclose(volume.spacing_mm, (0.0005, 0.00025, 0.003))
+    sizes = {"PhysicalSizeX": 0.5, "PhysicalSizeY": 1, "PhysicalSizeZ": 2}
+    tifffile.imwrite(
+        tmp_path / "b.ome.tif", stack, metadata={"axes": "ZYX", **sizes}, compression="zlib"
+    )
+    volume = read_volume(tmp_path / "b.ome.tif")
+    assert np.array_equal(volume.data[0], numbers("u2"))
+    assert np.allclose(volume.spacing_mm, (0.0005, 0.001, 0.002))
+
+
+def test_pictures_have_x_to_the_right_and_colors_as_channels(tmp_path):
+    from PIL import Image
+
+    gray = np.arange(12, dtype=np.uint8).reshape(3, 4)
+    Image.fromarray(gray).save(tmp_path / "a.png")
+    assert np.array_equal(read_volume(tmp_path / "a.png").data[0, :, :, 0], gray.T)
+    color = np.arange(36, dtype=np.uint8).reshape(3, 4, 3)
+    Image.fromarray(color).save(tmp_path / "b.png")
+    volume = read_volume(tmp_path / "b.png")
+    assert volume.data.shape == (3, 4, 3, 1)
+    assert np.array_equal(volume.data[1, :, :, 0], color[..., 1].T)
+    Image.fromarray(gray).save(tmp_path / "c.JPEG")
+    assert read_volume(tmp_path / "c.JPEG").data.shape == (1, 4, 3, 1)
+
+
+def write_dicom(folder: Path, slices=range(4), series="1.2.3", slope=2, intercept=-1000) -> Path:
+    """Write an axial CT series, file names not in the order of positions."""
+    pydicom = pytest.importorskip("pydicom")
+    from pydicom.dataset import Dataset, FileMetaDataset
+
+    folder.mkdir(exist_ok=True)
+    for number in slices:
+        meta = FileMetaDataset()
+        meta.MediaStorageSOPClassUID = "1.2.840.10008.5.1.4.1.1.2"
+        meta.MediaStorageSOPInstanceUID = f"{series}.{number + 1}"
+        meta.TransferSyntaxUID = "1.2.840.10008.1.2.1"
+        meta.ImplementationClassUID = "1.2.3.4"
+        data = Dataset()
+        data.file_meta = meta
+        data.SOPClassUID, data.SOPInstanceUID = (
+            meta.MediaStorageSOPClassUID,
+            meta.MediaStorageSOPInstanceUID,
+        )
+        data.SeriesInstanceUID, data.StudyInstanceUID, data.Modality = series, "1.2", "CT"
+        data.Rows, data.Columns = 6, 5
+        data.PixelSpacing, data.SliceThickness = [1.5, 0.5], 3
+        data.ImageOrientationPatient = [1, 0, 0, 0, 1, 0]
+        data.ImagePositionPatient = [10, -20, 30 + 3 * number]
+        data.InstanceNumber = number + 1
+        data.RescaleSlope, data.RescaleIntercept = slope, intercept
+        data.SamplesPerPixel, data.PhotometricInterpretation = 1, "MONOCHROME2"
+        data.BitsAllocated, data.BitsStored, data.HighBit, data.PixelRepresentation = 16, 16, 15, 1
+        data.PixelData = (number * 100 + np.arange(30, dtype="<i2")).tobytes()
+        pydicom.dcmwrite(folder / f"{9 - number}", data, enforce_file_format=True)
+    return folder
+
+
+def test_dicom_series_is_sorted_by_position_and_rescaled(tmp_path):
+    volume = read_volume(write_dicom(tmp_path / "series"))
+    assert volume.data.shape == (1, 5, 6, 4)
+    expected = (
+        np.stack([(n * 100 + np.arange(30)).reshape(6, 5).T for n in range(4)], -1) * 2 - 1000
+    )
+    assert np.array_equal(volume.intensities()[0], expected)
+    assert np.allclose(volume.spacing_mm, (0.5, 1.5, 3))
+    assert np.allclose(volume.affine[:3, 3], (-10, 20, 30))
+
+
+def test_mixed_gappy_repeated_and_damaged_dicom_series_are_told(tmp_path):
+    folder = write_dicom(tmp_path / "gap", slices=(0, 1, 3, 4))
+    broken(folder, "gap of 6 mm", "slices are missing")
+    folder = write_dicom(tmp_path / "mixed")
+    write_dicom(tmp_path / "other", slices=(7,), series="1.2.9")
+    (tmp_path / "other" / "2").rename(folder / "other")
+    broken(folder, "mixes 2 series")
+    folder = write_dicom(tmp_path / "twice")
+    (folder / "again").write_bytes((folder / "9").read_bytes())
+    broken(folder, "same position")
+    folder = write_dicom(tmp_path / "cut")
+    (folder / "8").write_bytes((folder / "8").read_bytes()[:-20])
+    with pytest.raises(BrokenVolume, match="cut"):
+        read_volume(folder)
+    (tmp_path / "none").mkdir()
+    broken(tmp_path / "none", "no DICOM files")
+
+
+def test_four_dimensions_need_leave(tmp_path):
+    data = numbers(shape=(3, 4, 5, 2))
+    path = nifti(tmp_path / "a.nii.gz", data)
+    broken(path, "is 4D (3x4x5x2)", "volumes_4d")
+    assert np.array_equal(read_volume(path, "channels").data, np.moveaxis(data, 3, 0))
+    assert np.array_equal(read_volume(path, "first").data[0], data[..., 0])
+    path = nifti(tmp_path / "b.nii.gz", data[..., :1])  # a trailing 1 is no fourth dimension
+    assert read_volume(path).data.shape == (1, 3, 4, 5)
+
+
+def test_first_suffix_that_fits_decides_the_reader():
+    assert volume_suffix("A B.c.NII.gz") == ".nii.gz"
+    assert volume_suffix("a.gz") is None
+    assert all(suffix == suffix.lower() for suffix in READERS)
+
+
+# Damaged files ------------------------------------------------------------------------------------
+
+
+def test_truncated_and_bit_flipped_gzip_are_told(tmp_path):
+    path = nifti(
+        tmp_path / "a.nii.gz", np.random.default_rng(0).integers(0, 99, (20, 20, 20)).astype("i2")
+    )
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1])
+    broken(path, "truncated gzip")
+    path.write_bytes(whole[: len(whole) // 2])
+    broken(path)
+    for place in (len(whole) // 2, len(whole) - 6, len(whole) - 2):  # data, CRC, length
+        flipped = bytearray(whole)
+        flipped[place] ^= 0x10
+        path.write_bytes(flipped)
+        broken(path, "damaged gzip stream")
+    path.write_bytes(whole + b"\0" * 100)  # tape padding is harmless
+    assert read_volume(path).data.shape == (1, 20, 20, 20)
+    path.write_bytes(whole + b"garbage")
+    broken(path)
+
+
+def test_gzip_of_several_members_is_one_stream(tmp_path):
+    raw = gzip.decompress(nifti(tmp_path / "a.nii.gz", numbers()).read_bytes())
+    (tmp_path / "b.nii.gz").write_bytes(gzip.compress(raw[:500]) + gzip.compress(raw[500:]))
+    assert np.array_equal(read_volume(tmp_path / "b.nii.gz").data[0], numbers())
+
+
+def lying(path: Path, dim: tuple[int, int, int], compress: bool, payload: bytes) -> Path:
+    header = nib.Nifti1Header()
+    header.set_data_dtype(np.int16)
+    header.set_data_shape(dim)
+    header.set_sform(np.eye(4), 1)
+    header["vox_offset"], header["magic"] = 352, b"n+1"
+    raw = header.binaryblock + b"\0" * 4 + payload
+    path.write_bytes(gzip.compress(raw) if compress else raw)
+    return path
+
+
+@pytest.mark.parametrize("compress", [False, True])
+@pytest.mark.parametrize("dim", [(500, 500, 500), (30000, 30000, 3000)])
+def test_lying_header_is_refused_before_memory_is_taken(tmp_path, dim, compress):
+    payload = np.random.default_rng(0).bytes(10**6)
+    path = lying(tmp_path / ("a.nii.gz" if compress else "a.nii"), dim, compress, payload)
+    before, start = peak_memory(), time.process_time()
+    broken(path, "header claims")
+    assert time.process_time() - start < 2
+    assert peak_memory() - before < 200 * 2**20
+
+
+def test_gzip_bomb_is_refused_before_memory_is_taken(tmp_path):
+    zeros = gzip.compress(b"\0" * 2**22, 9) * 128  # half a gigabyte in half a megabyte
+    small = lying(tmp_path / "small.nii.gz", (10, 10, 10), True, b"\0" * 2000)
+    small.write_bytes(small.read_bytes() + zeros)
+    honest = lying(tmp_path / "honest.nii.gz", (1024, 1024, 256), True, b"")
+    honest.write_bytes(honest.read_bytes() + zeros)
+    before, start = peak_memory(), time.process_time()
+    broken(small, "stream holds more")
+    broken(honest, "cannot hold an image")
+    assert time.process_time() - start < 2
+    assert peak_memory() - before < 200 * 2**20
+
+
+def peak_memory() -> int:
+    """Peak resident memory of this process in bytes."""
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def patched(path: Path, at: int, value: bytes) -> Path:
+    raw = bytearray(path.read_bytes())
+    raw[at : at + len(value)] = value
+    path.write_bytes(raw)
+    return path
+
+
+def test_bad_nifti_headers_are_told(tmp_path):
+    def fresh(name: str) -> Path:
+        return nifti(tmp_path / name, numbers())
+
+    broken(patched(fresh("a.nii"), 0, b"\1\2\3\4"), "no NIfTI header")
+    broken(patched(fresh("b.nii"), 70, struct.pack("<h", 32)), "complex64")
+    broken(patched(fresh("c.nii"), 70, struct.pack("<h", 128)), "RGB")
+    broken(patched(fresh("d.nii"), 70, struct.pack("<h", 999)))
+    broken(patched(fresh("e.nii"), 42, struct.pack("<h", -5)), "shape")
+    broken(patched(fresh("f.nii"), 108, struct.pack("<f", 100.0)), "inside itself")
+    broken(patched(fresh("g.nii"), 280, struct.pack("<12f", *([0.0] * 12))), "singular")
+    broken(patched(fresh("h.nii"), 280, struct.pack("<f", np.nan)), "not finite")
+    path = fresh("i.nii")
+    path.write_bytes(path.read_bytes()[:300])
+    broken(path)
+    path = fresh("j.nii")
+    path.write_bytes(path.read_bytes() + b"\1" * 10**5)
+    broken(path, "more than its header claims")
+
+
+def test_things_that_are_no_volume_are_told(tmp_path):
+    def file(name: str, content: bytes) -> Path:
+        (tmp_path / name).write_bytes(content)
+        return tmp_path / name
+
+    broken(file("a.nii.gz", b""), "0 bytes")
+    broken(file("b.nii.gz", b"<!DOCTYPE html><html>404</html>"), "web page")
+    broken(file("c.nii.gz", b"version https://git-lfs.github.com/spec/v1\noid"), "git lfs pull")
+    broken(file("d.nii.gz", b"just some text"), "not a gzip stream")
+    broken(file("e.xyz", b"1"), "unknown format", ".nrrd")
+    broken(tmp_path / "missing.nii", "No such file")
+    (tmp_path / "dangling.nii").symlink_to(tmp_path / "nowhere")
+    broken(tmp_path / "dangling.nii", "dangling link")
+    (tmp_path / "loop.nii").symlink_to(tmp_path / "loop.nii")
+    broken(tmp_path / "loop.nii")
+    os.mkfifo(tmp_path / "pipe.nii")
+    broken(tmp_path / "pipe.nii", "not a regular file")
+
+
+def test_damaged_npy_and_npz_are_told_and_nothing_is_unpickled(tmp_path):
+    class Bomb:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "pwned"),)
+
+    np.save(tmp_path / "a.npy", np.array([Bomb()], dtype=object), allow_pickle=True)
+    broken(tmp_path / "a.npy", "object")
+    np.savez(tmp_path / "a.npz", data=np.array([Bomb()], dtype=object))
+    broken(tmp_path / "a.npz", "object")
+    assert not (tmp_path / "pwned").exists()
+    np.save(tmp_path / "b.npy", numbers())
+    (tmp_path / "b.npy").write_bytes((tmp_path / "b.npy").read_bytes()[:-3])
+    broken(tmp_path / "b.npy", "claims")
+    np.save(tmp_path / "c.npy", np.zeros((3, 3, 3), [("a", "i2"), ("b", "f4")]))
+    broken(tmp_path / "c.npy", "structured")
+    np.savez_compressed(tmp_path / "d.npz", data=np.random.default_rng(0).random((9, 9, 9)))
+    raw = bytearray((tmp_path / "d.npz").read_bytes())
+    raw[2000] ^= 1
+    (tmp_path / "d.npz").write_bytes(raw)
+    broken(tmp_path / "d.npz", "damaged")
+    np.savez(tmp_path / "e.npz", one=numbers(), two=numbers())
+    broken(tmp_path / "e.npz", "name the volume")
+
+
+@pytest.mark.parametrize("name", ["a.nrrd", "a.mha"])
+def test_truncated_itk_files_are_told_where_simpleitk_may_be_silent(tmp_path, name):
+    for compressed in (False, True):
+        path = tmp_path / name
+        sitk.WriteImage(tilted_image(), str(path), useCompression=compressed)
+        path.write_bytes(path.read_bytes()[:-30])
+        broken(path)
+
+
+def test_broken_volume_survives_pickling():
+    import pickle
+
+    error = pickle.loads(pickle.dumps(BrokenVolume("a.nii", "is\nempty")))
+    assert str(error) == "a.nii: is empty" and isinstance(error, ValueError)
+
+
+# Writing ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["a.nii", "sub/a.nii.gz"])
+def test_written_volumes_read_back_equal_here_and_in_nibabel(tmp_path, name):
+    data = numbers("f4", (2, *SHAPE))
+    write_volume(tmp_path / name, Volume(data, AFFINE))
+    volume = read_volume(tmp_path / name, "channels")
+    assert np.array_equal(volume.data, data) and np.allclose(volume.affine, AFFINE, atol=1e-5)
+    image = nib.load(tmp_path / name)
+    assert np.array_equal(np.moveaxis(np.asarray(image.dataobj), 3, 0), data)
+    assert np.allclose(image.affine, AFFINE) and image.header.get_xyzt_units()[0] == "mm"
+    first = sitk.ReadImage(str(tmp_path / name))
+    assert np.allclose(first.GetSpacing()[:3], (2, 1.5, 3))
+
+
+def test_the_same_volume_gives_the_same_bytes_and_leaves_nothing_else(tmp_path):
+    for name in ("a.nii.gz", "b.nii.gz"):
+        write_volume(tmp_path / name, Volume(numbers()[None], AFFINE))
+        time.sleep(0.01)
+    assert (tmp_path / "a.nii.gz").read_bytes() == (tmp_path / "b.nii.gz").read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.nii.gz", "b.nii.gz"]
+    with pytest.raises(ValueError, match=r"\.nii"):
+        write_volume(tmp_path / "a.mha", Volume(numbers()[None]))
+
+
+def test_real_scans_agree_with_simpleitk(real_volumes):
+    for path in (
+        real_volumes / "ixi_t1_2mm" / "IXI013-HH-1212_T1.nii.gz",
+        real_volumes / "ct" / "LIDC-IDRI-0314_chest_2mm.nii.gz",
+    ):
+        volume = read_volume(path)
+        expected = sitk.GetArrayFromImage(sitk.ReadImage(str(path))).T
+        assert volume.data.dtype.itemsize <= 2  # native, not scaled to float
+        assert np.allclose(volume.intensities()[0], expected, atol=1e-2)
