@@ -6,7 +6,6 @@ Axes: b batch, c channels, x y z space.
 """
 
 import threading
-from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
@@ -214,11 +213,15 @@ class _State(threading.local):
 _state = _State()
 
 
-@contextmanager
-def recomputing():
-    """Mark a forward pass as a repetition, so that running statistics are not updated twice."""
-    _state.recomputing = True
-    try:
-        yield
-    finally:
+class recomputing:
+    """Mark a forward pass as a repetition, so that running statistics are not updated twice.
+
+    A class, since `contextmanager` can be entered once only: a graph that is walked more than once
+    (for the adaptive weight of an adversarial loss) is repeated as often.
+    """
+
+    def __enter__(self):
+        _state.recomputing = True
+
+    def __exit__(self, *_):
         _state.recomputing = False
