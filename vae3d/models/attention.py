@@ -54,7 +54,8 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map `(B, C, *spatial)` to the same shape."""
-        return x + self.update(x)
+        # In this order the sum has channels innermost, as in MONAI: noise drawn like it is the same.
+        return self.update(x) + x
 
     def update(self, x: Tensor) -> Tensor:
         """What attention adds to `x`."""

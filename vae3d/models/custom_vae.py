@@ -45,13 +45,16 @@ class Chain(nn.Sequential):
         """Run every layer in order."""
         if self.checkpointing == "none" or not torch.is_grad_enabled():
             return super().forward(x)
-        sizes = self.level_sizes if self.checkpointing == "level" else (1,) * len(self)
-        start = 0
-        for size in sizes:
-            layers = self[start : start + size]
-            x = checkpoint(layers, x, use_reentrant=False, context_fn=repetition)
-            start += size
+        for part in self.levels() if self.checkpointing == "level" else self:
+            x = checkpoint(part, x, use_reentrant=False, context_fn=repetition)
         return x
+
+    def levels(self) -> Iterator[nn.Sequential]:
+        """The groups of layers that the chain was made of, empty ones too."""
+        start = 0
+        for size in self.level_sizes:
+            yield self[start : start + size]
+            start += size
 
     def __getitem__(self, index: int | slice) -> nn.Module:
         """One layer, or a plain `nn.Sequential` of several."""

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from vae3d.models.norm import wide
 
-
 MIN_LOGVAR, MAX_LOGVAR = -30.0, 20.0  # clamp of the log-variance in Stable Diffusion and MONAI
 
 
@@ -46,7 +45,9 @@ class DiagonalGaussian:
         """
         std = self.std
         if generator is None:
-            return self.mean + torch.randn_like(std) * std
+            # Laid out contiguously, so that a seed gives one volume whatever the strides of `std`.
+            noise = torch.randn_like(std, memory_format=torch.contiguous_format)
+            return self.mean + noise * std
         noise = torch.randn(std.shape, generator=generator, dtype=std.dtype, device=std.device)
         return self.mean + noise * std
 

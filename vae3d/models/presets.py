@@ -304,7 +304,7 @@ class MonaiVAE(CustomVAE):
 
 def _accept_monai_names(module: nn.Module, state: dict, prefix: str, *_: Any) -> None:
     """Rename a state dict of MONAI, on its way into `load_state_dict`, to our names."""
-    if f"{prefix}encoder.blocks.0.conv.weight" in state:
+    if any(key.startswith(f"{prefix}encoder.blocks.") for key in state):
         from vae3d.models.convert import from_monai_state
 
         theirs = {k[len(prefix) :]: state.pop(k) for k in list(state) if k.startswith(prefix)}

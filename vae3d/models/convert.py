@@ -1,0 +1,603 @@
+"""Weights in and out: recognize a layout, rebuild the network from shapes, rename, check.
+
+`read_model` is what `vae3d convert` calls; `load_weights` fills a network that exists;
+`export_state` writes ours in another library's names. No key is ever left out in silence: what is
+missing, left over or of another shape is an error, and what is dropped or reshaped is reported.
+"""
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import groupby
+from math import gcd
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from vae3d.models.custom_vae import CustomVAE
+from vae3d.models.layouts import (
+    COMPVIS,
+    DIFFUSERS,
+    GENERATIVE_01,
+    GENERATIVE_02,
+    LAYOUTS,
+    MAISI,
+    MONAI,
+    Layout,
+    Row,
+)
+from vae3d.models.presets import LATENT_SCALE, AutoencoderKL, MaisiVAE, MonaiVAE
+
+State = dict[str, Tensor]
+# Prefixes that wrappers put before the names, and parts of a checkpoint that are no autoencoder.
+WRAPPERS = ("module.", "_orig_mod.", "first_stage_model.", "autoencoder.", "vae.")
+NOT_THE_MODEL = ("loss.", "discriminator.", "model_ema.")
+
+
+@dataclass(frozen=True)
+class Hints:
+    """What weights do not say about their network.
+
+    Args:
+        norm_num_groups: Groups of the norms.
+        norm_eps: Added to the variance in the norms.
+        use_convtranspose: Up layers are transposed convolutions, where the names do not tell.
+        proj_attn: What to do with `proj_attn` of GenerativeModels 0.2, whose forward pass never
+            applies it: `drop` it, `apply` it, or drop it if it was never trained (`auto`).
+        latent_scale: Scale of the latents for a second stage.
+        latent_shift: Subtracted before scaling.
+    """
+
+    norm_num_groups: int | None = None
+    norm_eps: float = 1e-6
+    use_convtranspose: bool = False
+    proj_attn: Literal["auto", "drop", "apply"] = "auto"
+    latent_scale: float | None = None
+    latent_shift: float | None = None
+
+
+@dataclass
+class Report:
+    """What a conversion did, in lines to print.
+
+    Args:
+        layout: Name of the layout.
+        lines: What the user should know.
+    """
+
+    layout: str
+    lines: list[str] = field(default_factory=list)
+
+    def add(self, what: str, keys: Iterable[str]) -> None:
+        """Note what happened to some keys, if there are any."""
+        keys = sorted(keys)
+        if keys:
+            self.lines.append(f"{what} ({len(keys)}): {', '.join(keys)}")
+
+
+# ---------------------------------------------------------------------------------- reading
+
+
+def read_model(
+    state: dict[str, Any],
+    hints: Hints = Hints(),
+    layout: str | None = None,
+    ignore_keys: Sequence[str] = (),
+) -> tuple[CustomVAE, Report]:
+    """Rebuild a network from another library's weights.
+
+    Args:
+        state: The weights, as read from a file.
+        hints: What the weights do not say.
+        layout: Name of the layout; None to recognize it.
+        ignore_keys: Prefixes of keys to leave out.
+
+    Returns:
+        The network in evaluation mode, and what was done.
+    """
+    state, report = clean(state, ignore_keys, layout)
+    source = LAYOUTS[report.layout]
+    state, hints = settle_proj_attn(state, source, hints, report)
+    state = modern_names(state, source)
+    vae = BUILDERS[source.name](state, source, hints)
+    fill(vae, state, source, report)
+    return vae.eval(), report
+
+
+def load_weights(
+    vae: CustomVAE, path: str, ignore_keys: Sequence[str] = (), layout: str | None = None
+) -> Report:
+    """Fill a network from a file in any layout; every key must find its place.
+
+    Args:
+        vae: The network.
+        path: File of weights.
+        ignore_keys: Prefixes of keys to leave out.
+        layout: Name of the layout; None to recognize it.
+    """
+    from vae3d.models.hub import read_state
+
+    state = read_state(path)
+    if "spec" in state:  # a checkpoint of ours: the averaged weights where there are some
+        state = state.get("ema") or state["model"]
+    if set(state) == set(vae.state_dict()):
+        vae.load_state_dict(state)
+        return Report("vae3d")
+    state, report = clean(state, ignore_keys, layout)
+    source = LAYOUTS[report.layout]
+    keep = Hints(proj_attn="auto")
+    state, _ = settle_proj_attn(state, source, keep, report)
+    fill(vae, modern_names(state, source), source, report)
+    return report
+
+
+def clean(
+    state: dict[str, Any], ignore_keys: Sequence[str], layout: str | None
+) -> tuple[State, Report]:
+    """Take the autoencoder's tensors out of a checkpoint and recognize their layout.
+
+    Args:
+        state: What a file held: weights, or a dictionary with weights inside.
+        ignore_keys: Prefixes of keys to leave out.
+        layout: Name of the layout; None to recognize it.
+    """
+    tensors = {k: v for k, v in state.items() if isinstance(v, Tensor)}
+    if not tensors:
+        inside = {k: v for k, v in state.items() if isinstance(v, dict) and _recognize(_unwrap(v))}
+        if len(inside) != 1:
+            raise ValueError(
+                f"no weights of an autoencoder among {', '.join(map(str, state)) or 'nothing'};"
+                " known layouts are vae3d, " + ", ".join(LAYOUTS)
+            )
+        return clean(next(iter(inside.values())), ignore_keys, layout)
+    unwrapped = _unwrap(tensors)
+    outside = (
+        set()
+        if len(unwrapped) == len(tensors)
+        else {k for k in tensors if not any(k.endswith(name) for name in unwrapped)}
+    )
+    ignored = {k for k in unwrapped if k.startswith((*NOT_THE_MODEL, *ignore_keys))}
+    model = {k: v for k, v in unwrapped.items() if k not in ignored}
+    name = layout or _recognize(model)
+    if name not in LAYOUTS:
+        first = ", ".join(list(model)[:3])
+        raise ValueError(
+            f"the names of the weights ({first}, ...) are of no known layout; known are vae3d, "
+            + ", ".join(LAYOUTS)
+        )
+    report = Report(name)
+    report.add("left out, not of the autoencoder", (ignored | outside))
+    return model, report
+
+
+def _unwrap(state: dict[str, Any]) -> dict[str, Any]:
+    """Take wrappers' prefixes off; where a prefix marks the autoencoder, keep only its weights."""
+    for prefix in WRAPPERS:
+        inside = {k[len(prefix) :]: v for k, v in state.items() if k.startswith(prefix)}
+        if inside:
+            return _unwrap(inside)
+    return state
+
+
+def _recognize(names: Iterable[str]) -> str | None:
+    """Name of the layout that `names` are of, None if of none."""
+    names = set(names)
+
+    def has(pattern: str) -> bool:
+        return any(re.search(pattern, name) for name in names)
+
+    if "encoder.down.0.block.0.conv1.weight" in names:
+        return COMPVIS.name
+    if "encoder.down_blocks.0.resnets.0.conv1.weight" in names:
+        return DIFFUSERS.name
+    if "encoder.blocks.0.conv.conv.weight" in names:
+        return MAISI.name
+    if "encoder.blocks.0.conv.weight" not in names:
+        return None
+    if has(r"blocks\.\d+\.q\.conv\."):
+        return GENERATIVE_01.name
+    old_up = has(r"decoder\.blocks\.\d+\.conv\.conv\.weight")
+    return GENERATIVE_02.name if old_up or has(r"blocks\.\d+\.to_q\.") else MONAI.name
+
+
+def settle_proj_attn(
+    state: State, layout: Layout, hints: Hints, report: Report
+) -> tuple[State, Hints]:
+    """Decide on `proj_attn` of GenerativeModels 0.2 and say so.
+
+    Its AutoencoderKL holds this linear layer and never applies it, so it stays at its random
+    start. MONAI's own loader applies it, which changes the output by far more than rounding.
+
+    Args:
+        state: The weights.
+        layout: Their layout.
+        hints: `proj_attn` says what the user wants.
+        report: Gets a line on what was done.
+    """
+    weights = [k for k in state if k.endswith(".proj_attn.weight")]
+    if layout is not GENERATIVE_02 or not weights:
+        return state, hints
+    trained = [k for k in weights if not never_trained(state[k])]
+    if hints.proj_attn == "apply":
+        report.lines.append("proj_attn is applied, as MONAI's loader does and its source did not")
+        return state, hints
+    if hints.proj_attn == "auto" and trained:
+        raise ValueError(
+            f"{', '.join(trained)} looks trained, though GenerativeModels 0.2 never applies it;"
+            " say --proj_attn drop (as GenerativeModels computes) or --proj_attn apply"
+        )
+    gone = {k for k in state if ".proj_attn." in k}
+    report.add("left out, never applied by GenerativeModels and never trained", gone)
+    return {k: v for k, v in state.items() if k not in gone}, replace(hints, proj_attn="drop")
+
+
+def never_trained(weight: Tensor) -> bool:
+    """Tell whether a linear layer's weight is as `nn.Linear` draws it: uniform within 1/sqrt(C).
+
+    Args:
+        weight: `(C_out, C)`.
+    """
+    bound = weight.shape[1] ** -0.5
+    spread = weight.float().std().item() * 3**0.5 / bound
+    return weight.abs().max().item() <= bound * (1 + 1e-5) and abs(spread - 1) < 0.2
+
+
+def modern_names(state: State, layout: Layout) -> State:
+    """Rename the attention of diffusers before version 0.17 (`query`, `key`, ...)."""
+    if layout is not DIFFUSERS:
+        return state
+    old = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+    pattern = re.compile(r"(attentions\.\d+)\.(query|key|value|proj_attn)\.")
+    return {pattern.sub(lambda m: f"{m[1]}.{old[m[2]]}.", k): v for k, v in state.items()}
+
+
+def fill(vae: CustomVAE, state: State, layout: Layout, report: Report) -> None:
+    """Load renamed weights; every weight must be there, be used and have its shape.
+
+    Args:
+        vae: The network.
+        state: Weights in `layout`.
+        layout: Their layout.
+        report: Gets a line on reshaped weights.
+    """
+    rows = layout.rows(vae)
+    expected = {name for row in rows for name in row.theirs}
+    wrong = {"missing": expected - set(state), "unexpected": set(state) - expected}
+    ours = vae.state_dict()
+    renamed = {row.ours: read_row(row, state) for row in rows if set(row.theirs) <= set(state)}
+    wrong["misshaped"] = {
+        f"{row.theirs[0]} {tuple(renamed[row.ours].shape)}, not {tuple(ours[row.ours].shape)}"
+        for row in rows
+        if row.ours in renamed and renamed[row.ours].shape != ours[row.ours].shape
+    }
+    problems = "; ".join(f"{what}: {', '.join(sorted(k))}" for what, k in wrong.items() if k)
+    if problems:
+        raise ValueError(f"the {layout.name} weights do not fit this network: {problems}")
+    vae.load_state_dict(renamed)
+    reshaped = {row for row in rows if row.ones or len(row.theirs) > 1}
+    report.add("reshaped or joined", {row.theirs[0] for row in reshaped})
+
+
+def read_row(row: Row, state: State) -> Tensor:
+    """Make one of our weights from theirs."""
+    value = torch.cat([state[name] for name in row.theirs])
+    ones = value.dim() - row.ones
+    return value.reshape(value.shape[:ones]) if set(value.shape[ones:]) == {1} else value
+
+
+def from_monai_state(vae: CustomVAE, state: State) -> State:
+    """Rename what is MONAI's in a state dict; other names stay, for `load_state_dict` to report.
+
+    Args:
+        vae: The network.
+        state: MONAI's state dict, or MAISI's for a `MaisiVAE`.
+    """
+    rows = [row for row in monai_layout(vae).rows(vae) if set(row.theirs) <= set(state)]
+    used = {name for row in rows for name in row.theirs}
+    return {row.ours: read_row(row, state) for row in rows} | {
+        name: value for name, value in state.items() if name not in used
+    }
+
+
+def monai_layout(vae: CustomVAE) -> Layout:
+    """MONAI's layout for this preset."""
+    return MAISI if isinstance(vae, MaisiVAE) else MONAI
+
+
+# ---------------------------------------------------------------------------------- writing
+
+
+def export_state(vae: CustomVAE, layout: Layout) -> State:
+    """Write the weights of `vae` under another library's names.
+
+    Args:
+        vae: The network.
+        layout: One of `layouts.LAYOUTS`.
+    """
+    ours, state = vae.state_dict(), {}
+    for row in layout.rows(vae):
+        value = ours[row.ours].detach()
+        value = value.reshape(*value.shape, *(1,) * row.ones)
+        pieces = value.chunk(len(row.theirs))
+        state.update({n: p.clone() for n, p in zip(row.theirs, pieces, strict=True)})
+    return state
+
+
+def export_monai_state(vae: MonaiVAE) -> State:
+    """State dict that MONAI's AutoencoderKL (MAISI's for a `MaisiVAE`) loads with strict=True.
+
+    Args:
+        vae: A MONAI preset.
+    """
+    if not isinstance(vae, MonaiVAE):
+        raise ValueError(
+            f"{type(vae).__name__} is not MONAI's network; only MonaiVAE, VAEModel, MaisiVAE and"
+            " T1LightVAE can be written for MONAI"
+        )
+    return export_state(vae, monai_layout(vae))
+
+
+def export_diffusers(vae: AutoencoderKL) -> tuple[State, dict[str, Any]]:
+    """State dict and configuration of diffusers' AutoencoderKL.
+
+    Args:
+        vae: A 2D `AutoencoderKL` with softmax attention.
+    """
+    if not isinstance(vae, AutoencoderKL) or vae.spatial_dims != 2:
+        raise ValueError("diffusers has the 2D AutoencoderKL of Stable Diffusion only")
+    args = vae.spec["init_args"]
+    if not args["resamp_with_conv"] or args["attn_type"] == "linear" or args["tanh_out"]:
+        raise ValueError("diffusers has no linear attention, pooling resampling or tanh output")
+    sizes = [args["resolution"] // 2**n for n in range(len(args["ch_mult"]))]
+    attended = [size in args["attn_resolutions"] for size in sizes]
+    if args["base_ch"] != args["base_ch"] * args["ch_mult"][0]:
+        raise ValueError("diffusers has no first convolution narrower than the first level")
+    config = {
+        "_class_name": "AutoencoderKL",
+        "in_channels": vae.in_channels,
+        "out_channels": vae.out_channels,
+        "down_block_types": [f"{'Attn' * a}DownEncoderBlock2D" for a in attended],
+        "up_block_types": [f"{'Attn' * a}UpDecoderBlock2D" for a in reversed(attended)],
+        "block_out_channels": [args["base_ch"] * m for m in args["ch_mult"]],
+        "layers_per_block": args["num_res_blocks"],
+        "act_fn": "silu",
+        "latent_channels": vae.latent_channels,
+        "norm_num_groups": args["num_groups"],
+        "sample_size": args["resolution"],
+        "scaling_factor": args["latent_scale"],
+        "shift_factor": args["latent_shift"] or None,
+        "use_quant_conv": args["use_quant_conv"],
+        "use_post_quant_conv": args["use_quant_conv"],
+        "mid_block_add_attention": args["mid_attention"] and args["attn_type"] != "none",
+    }
+    return export_state(vae, DIFFUSERS), config
+
+
+# ------------------------------------------------------------- networks rebuilt from shapes
+
+
+def build_monai(state: State, layout: Layout, hints: Hints) -> MonaiVAE:
+    """Rebuild a network of MONAI's family from its weights.
+
+    Args:
+        state: The weights.
+        layout: MONAI, MAISI or GenerativeModels.
+        hints: What the weights do not say.
+    """
+    encoder, decoder = (_Half(state, half, layout) for half in ("encoder", "decoder"))
+    shrinking, encoder_mid = encoder.levels()
+    growing, decoder_mid = decoder.levels()
+    if [level[:2] for level in growing[::-1]] != [level[:2] for level in shrinking]:
+        raise ValueError(
+            "encoder and decoder have different blocks or attention per level"
+            f" ({shrinking} and {growing[::-1]}); MONAI's network cannot"
+        )
+    stem = state[f"encoder.blocks.0.{layout.parts['conv']['']}.weight"]
+    if stem.shape[0] != shrinking[0][2]:
+        raise ValueError("the first convolution is narrower than the first level; MONAI's is not")
+    end = f"decoder.blocks.{len(decoder.letters) - 1}.{layout.parts['conv']['']}.weight"
+    channels = tuple(level[2] for level in shrinking)
+    transpose = any(".deconv." in name for name in state) or hints.use_convtranspose
+    # GenerativeModels' transposed convolutions have MAISI's kernel, 3.
+    three = layout is MAISI or (layout in (GENERATIVE_01, GENERATIVE_02) and transpose)
+    options = {("num_channels" if three else "channels"): channels}
+    return (MaisiVAE if three else MonaiVAE)(
+        spatial_dims=stem.dim() - 2,
+        in_channels=stem.shape[1],
+        out_channels=state[end].shape[0],
+        latent_channels=state["quant_conv_mu.conv.weight"].shape[0],
+        num_res_blocks=tuple(level[0] for level in shrinking),
+        attention_levels=tuple(level[1] for level in shrinking),
+        norm_num_groups=asked(hints, "norm_num_groups", channels),
+        norm_eps=hints.norm_eps,
+        with_encoder_nonlocal_attn=encoder_mid,
+        with_decoder_nonlocal_attn=decoder_mid,
+        use_convtranspose=transpose,
+        include_fc=any(re.search(r"\.(out_proj|proj_attn|proj_out)\.", name) for name in state),
+        use_combined_linear=any(".attn.qkv." in name for name in state),
+        **options,
+    )
+
+
+class _Half:
+    """One half of a MONAI network as a word: C conv, B block, A attention, R resample, N norm."""
+
+    def __init__(self, state: State, half: str, layout: Layout):
+        names = [name.split(".", 3) for name in state if name.startswith(f"{half}.blocks.")]
+        leaves: dict[int, set[str]] = {}
+        for *_, index, leaf in names:
+            leaves.setdefault(int(index), set()).add(leaf)
+        self.half = half
+        self.state = state
+        conv = f"{layout.parts['conv']['']}.weight"
+        self.letters = "".join(_letter(leaves[i], conv) for i in sorted(leaves))
+
+    def levels(self) -> tuple[list[tuple[int, bool, int]], bool]:
+        """Blocks, attention and channels of each level in order, and whether there is a bottleneck.
+
+        A level with attention ends in A, so B, A, B at the inner end is the bottleneck.
+        """
+        if not re.fullmatch(r"C[BAR]+NC", self.letters):
+            raise ValueError(f"the {self.half} is no chain of blocks: {self.letters}")
+        word = self.letters[1:-2]
+        if self.half == "encoder":
+            bottleneck = word.endswith("BAB")
+            start, word = 1, word[: -3 if bottleneck else None]
+        else:
+            bottleneck = word.startswith("BAB") and not word.startswith("BABA")
+            start, word = (4, word[3:]) if bottleneck else (1, word)
+        levels, place = [], start
+        for level in word.split("R"):
+            last = place + level.rindex("B")
+            width = self.state[f"{self.half}.blocks.{last}.norm2.weight"].shape[0]
+            levels.append((level.count("B"), "A" in level, width))
+            place += len(level) + 1
+        return levels, bottleneck
+
+
+def _letter(leaves: set[str], conv: str) -> str:
+    """Kind of a layer from the names of its weights."""
+    if "norm1.weight" in leaves:
+        return "B"
+    if "norm.weight" in leaves:
+        return "A"
+    if conv in leaves:
+        return "C"
+    return "N" if leaves == {"weight", "bias"} else "R"
+
+
+def build_compvis(state: State, layout: Layout, hints: Hints) -> AutoencoderKL:
+    """Rebuild an autoencoder of Stable Diffusion from its weights, CompVis or diffusers.
+
+    Args:
+        state: The weights.
+        layout: CompVis or diffusers.
+        hints: What the weights do not say.
+    """
+    diffusers = layout is DIFFUSERS
+    level = r"encoder\.down_blocks\.(\d+)\." if diffusers else r"encoder\.down\.(\d+)\."
+    block = level + (r"resnets" if diffusers else r"block") + r"\.(\d+)\.conv1\.weight"
+    found = sorted((int(m[1]), int(m[2]), m[0]) for name in state if (m := re.match(block, name)))
+    levels = [[name for *_, name in group] for _, group in groupby(found, lambda f: f[0])]
+    if len({len(names) for names in levels}) != 1:
+        raise ValueError("the levels have different numbers of blocks; Stable Diffusion's do not")
+    channels = [state[names[-1]].shape[0] for names in levels]
+    stem = state["encoder.conv_in.weight"]
+    base = stem.shape[0]
+    if gcd(base, *channels) != base:
+        raise ValueError(f"channels {channels} are no multiples of the first convolution's {base}")
+    attention = level + ("attentions" if diffusers else "attn") + r"\."
+    attended = {int(m[1]) for name in state if (m := re.match(attention, name))}
+    sizes = [256 // 2**n for n in range(len(levels))]
+    has = partial(_has, state)
+    mid = has(r"encoder\.mid(_block\.attentions|\.attn_1)")
+    z_channels = state["decoder.conv_in.weight"].shape[1]
+    quant = "quant_conv.weight" in state
+    return AutoencoderKL(
+        in_channels=stem.shape[1],
+        out_channels=state["decoder.conv_out.weight"].shape[0],
+        resolution=sizes[0],
+        base_ch=base,
+        ch_mult=tuple(c // base for c in channels),
+        num_res_blocks=len(levels[0]),
+        attn_resolutions=tuple(sizes[n] for n in sorted(attended)),
+        z_channels=z_channels,
+        embed_dim=state["post_quant_conv.weight"].shape[1] if quant else z_channels,
+        double_z=state["encoder.conv_out.weight"].shape[0] == 2 * z_channels,
+        spatial_dims=stem.dim() - 2,
+        attn_type="linear" if has(r"to_qkv") else "vanilla" if mid or attended else "none",
+        mid_attention=mid,
+        resamp_with_conv=len(levels) == 1 or has(r"(downsample|downsamplers\.0)\.conv\."),
+        use_quant_conv=quant,
+        # CompVis knows no other number than 32.
+        num_groups=asked(hints, "norm_num_groups", channels)
+        if diffusers
+        else hints.norm_num_groups or 32,
+        latent_scale=LATENT_SCALE if hints.latent_scale is None else hints.latent_scale,
+        latent_shift=hints.latent_shift or 0.0,
+    )
+
+
+def _has(state: State, pattern: str) -> bool:
+    return any(re.search(pattern, name) for name in state)
+
+
+def asked(hints: Hints, name: str, channels: Sequence[int]) -> Any:
+    """A hint that the weights cannot replace, or an error that asks for it.
+
+    Args:
+        hints: What the user said.
+        name: The hint.
+        channels: Channels of the levels, for the message.
+    """
+    value = getattr(hints, name)
+    if value is None:
+        raise ValueError(
+            f"the weights do not say {name}; add --{name} N (a divisor of the channels"
+            f" {', '.join(map(str, channels))}; the libraries' default is 32)"
+        )
+    return value
+
+
+BUILDERS = {
+    MONAI.name: build_monai,
+    MAISI.name: build_monai,
+    GENERATIVE_01.name: build_monai,
+    GENERATIVE_02.name: build_monai,
+    COMPVIS.name: build_compvis,
+    DIFFUSERS.name: build_compvis,
+}
+
+
+# ------------------------------------------------------------------------------- 2D to 3D
+
+
+def inflate(vae: CustomVAE, how: Literal["center", "mean"] = "center") -> CustomVAE:
+    """Make a 3D network of a 2D one.
+
+    A volume that is constant along the new axis gives the 2D result in every slice. `center` puts
+    each kernel into the middle slice, where padding cannot reach it (a strided kernel averages the
+    voxels of its cell), and is exact in every slice. `mean` spreads it evenly over the slices of
+    the kernel; near the two new faces the zero padding then dims the result.
+
+    Args:
+        vae: A 2D network.
+        how: `center` or `mean`.
+    """
+    from vae3d.models.spec import build
+
+    if vae.spatial_dims != 2:
+        raise ValueError("only a 2D network can be inflated; this one is 3D")
+    spec = vae.spec
+    spec["init_args"]["spatial_dims"] = 3
+    volume = build(spec)
+    target = volume.state_dict()
+    modules = dict(volume.named_modules())
+    state = {}
+    for name, value in vae.state_dict().items():
+        if target[name].dim() == value.dim() + 1:
+            layer = modules[name.rpartition(".")[0]]
+            value = value[..., None] * kernel_profile(layer, how).to(value)
+        state[name] = value
+    volume.load_state_dict(state)
+    return volume.train(vae.training)
+
+
+def kernel_profile(layer: torch.nn.Module, how: str) -> Tensor:
+    """Weights along the new axis that sum to one, for a convolution of the 3D network.
+
+    Args:
+        layer: The convolution.
+        how: `center` or `mean`.
+    """
+    size, stride = layer.kernel_size[-1], layer.stride[-1]
+    if isinstance(layer, torch.nn.ConvTranspose3d):
+        raise ValueError("transposed convolutions cannot be inflated")
+    if how == "mean":
+        return torch.full((size,), 1 / size)
+    first = layer.padding[-1]  # the tap on the first voxel of the cell
+    profile = torch.zeros(size)
+    profile[first : first + stride] = 1 / stride
+    return profile
