@@ -24,6 +24,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -202,7 +203,7 @@ class _Wandb:
 
     def __init__(self, mode: str, timeout_s: float):
         self.mode, self.timeout_s = mode, timeout_s
-        self.run, self.failures = None, 0
+        self.run, self.failures, self.finished = None, 0, False
         self.worker = _Worker("wandb", size=4096)
 
     def start(self, content: dict, where: dict) -> None:
@@ -223,6 +224,8 @@ class _Wandb:
         settings = wandb.Settings(
             init_timeout=self.timeout_s,
             finish_timeout=self.timeout_s,
+            finish_timeout_raises=True,
+            x_transaction_log_flush_interval=1.0,  # what a kill can take [s]
             console="off",  # the progress line is no log
             silent=True,
             save_code=False,
@@ -249,18 +252,29 @@ class _Wandb:
                 self.run = None
             raise
 
+    def finish(self) -> None:
+        if self.run is not None:
+            self.run.finish()
+            self.finished = True
+
     def close(self, deadline: float, out_dir: Path) -> None:
-        self.worker.put(lambda: self.run is not None and self.run.finish())
-        if self.worker.stop(deadline):
+        self.worker.put(self.finish)
+        self.worker.stop(deadline)
+        if self.finished:
             return
         warnings.warn(
-            "W&B did not finish in time; what was not sent lies on the disk: "
+            "W&B did not finish; what was not sent lies on the disk: "
             f"wandb sync --include-online {out_dir}/wandb"
         )
-        # Without this, W&B's hook at the end of the process would go on waiting.
-        import wandb
+        # Without this, W&B's own hook would keep the process waiting at its end.
+        threading.Thread(target=_tear_down, daemon=True).start()
 
-        threading.Thread(target=wandb.teardown, daemon=True).start()
+
+def _tear_down() -> None:
+    import wandb
+
+    with suppress(Exception):  # its service is dead or stuck, which has been said
+        wandb.teardown()
 
 
 class _Worker:
