@@ -1,0 +1,364 @@
+"""The store: whole or absent, built once, read exactly, undone exactly."""
+
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import loaders.build
+from loaders import DataConfig, Preprocess, VolumeStore, open_data, read_volume
+from loaders.readers import BrokenVolume, Volume, write_volume
+
+PSR = np.array([[0, 0, 2.0, -90], [-2, 0, 0, 100], [0, 2, 0, -60], [0, 0, 0, 1]])
+
+
+def scan(path: Path, seed=0, shape=(12, 14, 10), dtype=np.int16, scale=1.0, offset=0.0) -> Path:
+    rng = np.random.default_rng(seed)
+    data = (rng.gamma(2, 20, (1, *shape)) + 3).clip(0, 250).astype(dtype)
+    write_volume(path, Volume(data, PSR, scale, offset))
+    return path
+
+
+@pytest.fixture
+def paths(tmp_path) -> list[Path]:
+    return [scan(tmp_path / "data" / f"s{n}.nii.gz", n, (12 + n, 14, 10)) for n in range(4)]
+
+
+def files(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_reading_normalizes_to_the_percentiles_of_the_whole_source(paths, tmp_path):
+    store = VolumeStore.build(paths, tmp_path / "cache")
+    for index, path in enumerate(paths):
+        source = read_volume(path).intensities()
+        low, high = np.percentile(source, (0, 99.5))
+        expected = np.clip((source - low) / (high - low), 0, 1)
+        x = store.read(index)
+        assert x.dtype == np.float32 and x.shape == store.shape(index)
+        # PSR -> RAS: source axes are (-Y, Z, X).
+        turned = np.flip(expected, 1).transpose(0, 3, 1, 2)
+        assert np.allclose(x, turned, atol=1e-6)
+        part = (slice(2, 9), slice(0, 5), slice(3, 4))
+        assert np.array_equal(store.read(index, part), x[(slice(None), *part)])
+    assert store.data_range == (0.0, 1.0) and store.ids == ["s0", "s1", "s2", "s3"]
+    assert np.allclose(store.spacing_mm(0), 2)
+
+
+@pytest.mark.parametrize("dtype", ["u1", "i1", "i2", "u2", "i4", "u4", "i8", "u8", "f4", "f8"])
+@pytest.mark.parametrize("order", "<>")
+def test_every_dtype_and_byte_order_reads_the_same(tmp_path, dtype, order):
+    data = np.random.default_rng(0).integers(0, 100, (6, 7, 8)).astype(order + dtype)
+    np.save(tmp_path / "a.npy", data)
+    store = VolumeStore.build(
+        [tmp_path / "a.npy"], tmp_path / "cache", Preprocess(percentiles=(0, 100))
+    )
+    assert np.allclose(store.read(0)[0], data / 99.0, atol=1e-6)
+    kept = store.entries[0].dtype
+    assert kept.isnative and kept.itemsize <= 4
+    if dtype in ("u1", "i1", "i2", "u2"):
+        assert kept == np.dtype(dtype)
+
+
+@pytest.mark.parametrize(
+    "preprocess",
+    [
+        Preprocess(percentiles=(0, 100)),
+        Preprocess(window_hu=(-500, 900), intensity="symmetric"),
+        Preprocess(percentiles=(0, 100), intensity="zscore"),
+        Preprocess(percentiles=(0, 100), crop_foreground=True, pad_to_multiple=8),
+    ],
+)
+@pytest.mark.parametrize("scale", [1.0, 2.5, -1.5])
+def test_undo_gives_back_grid_affine_and_intensities(tmp_path, preprocess, scale):
+    path = scan(tmp_path / "a.nii.gz", scale=scale, offset=-20.0)
+    store = VolumeStore.build([path], tmp_path / "cache", preprocess)
+    source, volume = read_volume(path), store.undo(0, store.read(0))
+    assert volume.data.dtype == np.float32 and volume.data.shape == source.data.shape
+    assert np.allclose(volume.affine, source.affine)
+    threshold = store.meta(0)["statistics"][0]["foreground_threshold"]
+    inside = source.intensities() > threshold
+    assert np.allclose(volume.data[inside], source.intensities()[inside], atol=1e-2)
+    if not preprocess.crop_foreground:
+        assert np.allclose(volume.data, source.intensities(), atol=1e-2)
+
+
+def test_undo_refuses_another_shape(paths, tmp_path):
+    store = VolumeStore.build(paths, tmp_path / "cache")
+    with pytest.raises(ValueError, match="store grid"):
+        store.undo(0, np.zeros((1, 3, 3, 3), np.float32))
+
+
+def test_changing_the_intensity_mapping_rebuilds_nothing(paths, tmp_path, monkeypatch):
+    VolumeStore.build(paths, tmp_path / "cache")
+    before = files(tmp_path / "cache")
+    monkeypatch.setattr(loaders.build, "read_volume", None)
+    for preprocess in [
+        Preprocess(window_hu=(0, 100)),
+        Preprocess(percentiles=(0.5, 99.97), intensity="symmetric"),
+        Preprocess(intensity="zscore"),
+    ]:
+        store = VolumeStore.build(paths, tmp_path / "cache", preprocess)
+    assert files(tmp_path / "cache") == before
+    low, high = store.data_range
+    assert low < 0 < high
+    store = VolumeStore.build(paths, tmp_path / "cache", Preprocess(percentiles=(0, 99.97)))
+    source = read_volume(paths[0]).intensities()
+    top = store.undo(0, store.read(0)).data.max()
+    assert top == pytest.approx(np.percentile(source, 99.97), rel=1e-5)
+
+
+def test_changing_geometry_or_policy_builds_anew(paths, tmp_path):
+    VolumeStore.build(paths, tmp_path / "cache")
+    count = len(files(tmp_path / "cache"))
+    VolumeStore.build(paths, tmp_path / "cache", Preprocess(pad_to_multiple=4))
+    assert len(files(tmp_path / "cache")) > count
+
+
+def test_changed_source_is_noticed_and_moved_source_is_reused(paths, tmp_path):
+    cache = tmp_path / "cache"
+    old = VolumeStore.build(paths, cache)
+    scan(paths[1], seed=99, shape=(13, 14, 10))
+    new = VolumeStore.build(paths, cache)
+    assert new.entries[0].key == old.entries[0].key and new.entries[1].key != old.entries[1].key
+    count = len(files(cache))
+    copied = shutil.copytree(tmp_path / "data", tmp_path / "elsewhere")
+    VolumeStore.build(sorted(copied.iterdir()), cache)
+    assert len(files(cache)) == count
+
+
+def test_a_torn_volume_is_built_again(paths, tmp_path):
+    store = VolumeStore.build(paths, tmp_path / "cache")
+    x, key = store.read(0), store.entries[0].key
+    os.truncate(tmp_path / "cache" / f"{key}.npy", 100)
+    (tmp_path / "cache" / f"{store.entries[1].key}.json").write_text('{"half')
+    again = VolumeStore.build(paths, tmp_path / "cache")
+    assert np.array_equal(again.read(0), x)
+
+
+def test_read_only_cache_works_and_an_incomplete_one_says_so(paths, tmp_path, monkeypatch):
+    cache = tmp_path / "cache"
+    VolumeStore.build(paths[:3], cache)
+
+    def refuse(*args, **kwargs):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(loaders.build, "open", refuse, raising=False)  # root may write anywhere
+    assert len(VolumeStore.build(paths[:3], cache)) == 3
+    with pytest.raises(ValueError, match="vae3d prepare"):
+        VolumeStore.build(paths, cache)
+
+
+def test_full_disk_is_one_line_and_leaves_nothing_torn(paths, tmp_path):
+    """Files may not grow beyond 2 KB: the same path as a full disk, without filling one."""
+    code = f"""
+import resource, signal, errno, builtins, loaders.build as build
+from loaders import VolumeStore
+real = open
+class Full:
+    def __init__(self, file): self.file, self.room = file, 2000
+    def __enter__(self): return self
+    def __exit__(self, *args): self.file.close()
+    def write(self, data):
+        self.room -= memoryview(data).nbytes
+        if self.room < 0: raise OSError(errno.ENOSPC, "No space left on device")
+        return self.file.write(data)
+build.open = lambda path, mode="r": Full(real(path, mode)) if mode == "wb" else real(path, mode)
+try:
+    VolumeStore.build({[str(p) for p in paths]!r}, {str(tmp_path / "cache")!r})
+except ValueError as error:
+    print(error)
+"""
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "disk full" in out.stdout and "data.cache_dir" in out.stdout
+    assert len(out.stdout.strip().splitlines()) == 1
+    left = files(tmp_path / "cache")
+    assert not [
+        name for name in left if name.endswith((".part", ".json")) and "sources" not in name
+    ]
+    assert len(VolumeStore.build(paths, tmp_path / "cache")) == 4
+
+
+def test_broken_file_raises_or_is_skipped_and_listed(paths, tmp_path, capsys):
+    paths[1].write_bytes(paths[1].read_bytes()[:-9])
+    with pytest.raises(BrokenVolume, match="s1"):
+        VolumeStore.build(paths, tmp_path / "cache")
+    store = VolumeStore.build(paths, tmp_path / "cache", on_error="skip")
+    assert store.ids == ["s0", "s2", "s3"] and "1 of 4 volumes skipped" in capsys.readouterr().err
+    store.write_skipped(tmp_path)
+    header, row = (tmp_path / "skipped.csv").read_text().splitlines()
+    assert header == "id,path,reason" and row.startswith("s1,") and "gzip" in row
+    assert store.subset(["s1", "s2"]).ids == ["s2"]
+    with pytest.raises(ValueError, match="'nobody'"):
+        store.subset(["nobody"])
+    for path in paths:
+        path.write_bytes(b"")
+    with pytest.raises(ValueError, match="none of the 4"):
+        VolumeStore.build(paths, tmp_path / "other", on_error="skip")
+
+
+def test_constant_and_nan_volumes_follow_the_policy(tmp_path):
+    np.save(tmp_path / "flat.npy", np.full((5, 5, 5), 7, np.int16))
+    with pytest.raises(BrokenVolume, match="all voxels are 7"):
+        VolumeStore.build([tmp_path / "flat.npy"], tmp_path / "cache")
+    data = np.random.default_rng(0).random((6, 6, 6)) + 1
+    data[0, 0, 0], data[1, 1, 1] = np.nan, np.inf
+    np.save(tmp_path / "nan.npy", data)
+    with pytest.raises(BrokenVolume, match="2 voxels are NaN or infinite"):
+        VolumeStore.build([tmp_path / "nan.npy"], tmp_path / "cache")
+    store = VolumeStore.build([tmp_path / "nan.npy"], tmp_path / "cache", nan="fill")
+    x = store.read(0)
+    assert np.isfinite(x).all() and x[0, 0, 0, 0] == 0 and x[0, 1, 1, 1] == 0
+    np.save(tmp_path / "all.npy", np.full((5, 5, 5), np.nan))
+    with pytest.raises(BrokenVolume, match="125 voxels"):
+        VolumeStore.build([tmp_path / "all.npy"], tmp_path / "cache", nan="fill")
+
+
+def test_data_of_another_intensity_contract_is_told(paths, tmp_path):
+    with pytest.raises(BrokenVolume, match="Hounsfield"):
+        VolumeStore.build(paths, tmp_path / "cache", Preprocess(window_hu=(1000, 2000)))
+
+
+def test_files_of_a_subject_become_channels_with_their_own_scale(tmp_path):
+    from loaders import Subject
+
+    t1 = scan(tmp_path / "t1.nii.gz", 0)
+    t2 = scan(tmp_path / "t2.nii.gz", 1, scale=3.0)
+    store = VolumeStore.build([Subject("p", (t1, t2))], tmp_path / "cache")
+    assert store.shape(0)[0] == 2 and store.num_channels == 2
+    assert store.read(0).max(axis=(1, 2, 3)).tolist() == [1, 1]
+    other = scan(tmp_path / "other.nii.gz", 2, (9, 9, 9))
+    with pytest.raises(BrokenVolume, match="does not share the grid"):
+        VolumeStore.build([Subject("p", (t1, other))], tmp_path / "cache")
+    with pytest.raises(ValueError, match="channels"):
+        VolumeStore.build([Subject("p", (t1, t2)), Subject("q", (t1,))], tmp_path / "cache")
+
+
+def build_in_process(paths, cache, queue):
+    store = VolumeStore.build(paths, cache, progress=False)
+    queue.put([float(store.read(i).sum()) for i in range(len(store))])
+
+
+def test_processes_that_build_at_once_share_one_cache(paths, tmp_path):
+    context = multiprocessing.get_context("fork")
+    queue = context.Queue()
+    workers = [
+        context.Process(target=build_in_process, args=(paths, tmp_path / "cache", queue))
+        for _ in range(3)
+    ]
+    for worker in workers:
+        worker.start()
+    sums = [queue.get(timeout=60) for _ in workers]
+    for worker in workers:
+        worker.join()
+    assert sums[0] == sums[1] == sums[2]
+    assert len([name for name in files(tmp_path / "cache") if name.endswith(".json")]) == 5
+    assert not [name for name in files(tmp_path / "cache") if name.endswith(".part")]
+
+
+def test_a_killed_build_blocks_nobody_and_is_taken_up(paths, tmp_path):
+    cache = tmp_path / "cache"
+    code = (
+        "import time, loaders.build as build; from loaders import VolumeStore\n"
+        "real = build.write_whole\n"
+        "def slow(path, *rest):\n"
+        "    real(path, *rest)\n"
+        "    if path.suffix == '.json': print('one', flush=True); time.sleep(60)\n"
+        "build.write_whole = slow\n"
+        f"VolumeStore.build({[str(p) for p in paths]!r}, {str(cache)!r}, threads=1)\n"
+    )
+    victim = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
+    assert victim.stdout.readline() == b"one\n"
+    (cache / ".torn.npy.1.2.part").write_bytes(b"half")
+    victim.send_signal(signal.SIGKILL)
+    victim.wait()
+    victim.stdout.close()
+    start = time.monotonic()
+    assert len(VolumeStore.build(paths, cache)) == 4 and time.monotonic() - start < 20
+    assert not [name for name in files(cache) if name.endswith(".part")]
+
+
+def test_many_volumes_need_few_file_descriptors_and_little_memory(tmp_path):
+    """10,000 entries over a few real files: the store must not hold a descriptor for each."""
+    import dataclasses
+
+    path = scan(tmp_path / "a.nii.gz")
+    store = VolumeStore.build([path], tmp_path / "cache")
+    (entry,) = store.entries
+    entries = [
+        dataclasses.replace(entry, subject=dataclasses.replace(entry.subject, id=f"s{n}"))
+        for n in range(10_000)
+    ]
+    many = VolumeStore(entries, store.cache_dir, store.preprocess)
+    before = len(os.listdir("/proc/self/fd"))
+    for index in range(0, 10_000, 7):
+        many.read(index, (slice(0, 2),) * 3)
+    assert len(os.listdir("/proc/self/fd")) - before <= loaders.store.OPEN_VOLUMES
+
+
+def test_store_beyond_four_gigabytes_reads_its_far_end(tmp_path):
+    """A sparse file: the sidecar of a small volume, told that the array is huge."""
+    import dataclasses
+
+    path = scan(tmp_path / "a.nii.gz")
+    store = VolumeStore.build([path], tmp_path / "cache", Preprocess(window_hu=(0, 100)))
+    (entry,) = store.entries
+    shape = (1, 1100, 2048, 1024)
+    entry = dataclasses.replace(entry, shape=shape)
+    with open(tmp_path / "cache" / f"{entry.key}.npy", "r+b") as file:
+        file.truncate(entry.start + 2 * int(np.prod(shape)))
+        file.seek(entry.start + 2 * (int(np.prod(shape)) - 1))
+        file.write(np.int16(50).tobytes())
+    big = VolumeStore([entry], store.cache_dir, store.preprocess)
+    end = tuple(slice(n - 2, n) for n in shape[1:])
+    x = big.read(0, end)
+    assert x[0, 1, 1, 1] == 0.5 and x.sum() == 0.5
+
+
+def test_store_survives_pickling_for_worker_processes(paths, tmp_path):
+    import pickle
+
+    store = VolumeStore.build(paths, tmp_path / "cache")
+    store.read(0)
+    assert np.array_equal(pickle.loads(pickle.dumps(store)).read(2), store.read(2))
+
+
+def test_open_data_finds_splits_and_builds(paths, tmp_path):
+    config = DataConfig(root=str(tmp_path / "data"), cache_dir=str(tmp_path / "cache"))
+    store, split = open_data(config)
+    assert sorted(id for part in split.values() for id in part) == store.ids
+    assert all(split.values())
+    given = {"train": ["s0"], "val": ["s1"], "test": ["s2"]}
+    assert open_data(config, split=given)[1] == given
+    with pytest.raises(ValueError, match=r"data\.root"):
+        open_data(DataConfig())
+    meta = store.meta(0)
+    assert json.loads(json.dumps(meta)) == meta and meta["id"] == "s0"
+
+
+def test_importing_the_configuration_is_quick_and_light():
+    code = (
+        "import sys; from loaders import DataConfig; DataConfig()\n"
+        "heavy = {'torch', 'torchio', 'nibabel', 'SimpleITK', 'scipy', 'rich'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_real_heads_are_normalized_by_their_own_slope(real_volumes, tmp_path):
+    path = real_volumes / "ixi_t1_2mm" / "IXI013-HH-1212_T1.nii.gz"
+    store = VolumeStore.build([path], tmp_path / "cache")
+    source = read_volume(path)
+    assert store.entries[0].dtype == np.uint8 and store.shape(0) == (1, 90, 120, 120)
+    top = np.percentile(source.intensities(), 99.5)
+    volume = store.undo(0, store.read(0))
+    assert np.allclose(volume.affine, source.affine)
+    assert np.abs(volume.data - np.minimum(source.intensities(), top)).max() < 0.01
