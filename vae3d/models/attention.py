@@ -54,7 +54,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map `(B, C, *spatial)` to the same shape."""
-        # In this order the sum has channels innermost, as in MONAI: noise drawn like it is the same.
+        # In this order channels stay innermost, as in MONAI, so noise drawn like it is the same.
         return self.update(x) + x
 
     def update(self, x: Tensor) -> Tensor:

@@ -63,14 +63,15 @@ class Layout:
         """
         state, rows = vae.state_dict(), []
         for ours, layer, theirs, kind in self._all_places(vae):
-            ones = vae.spatial_dims if self.convolved and isinstance(layer, Attention) else 0
+            convolved = self.convolved and isinstance(layer, Attention)
             for part, names in self.parts[kind].items():
                 names = (names,) if isinstance(names, str) else names
                 for leaf in ("weight", "bias"):
                     key = dotted(ours, part, leaf)
                     if key in state:
                         there = tuple(dotted(theirs, name, leaf) for name in names)
-                        rows.append(Row(key, there, ones if leaf == "weight" else 0))
+                        linear = state[key].dim() == 2
+                        rows.append(Row(key, there, vae.spatial_dims * (convolved and linear)))
         homeless = set(state) - {row.ours for row in rows}
         if homeless:
             raise ValueError(

@@ -1,0 +1,474 @@
+"""Weights move in and out: layouts, refusals, reports, 2D to 3D, folders and files."""
+
+import re
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from vae3d.commands.convert import convert
+from vae3d.models.convert import (
+    Hints,
+    export_monai_state,
+    export_state,
+    inflate,
+    load_weights,
+    never_trained,
+    read_model,
+)
+from vae3d.models.custom_vae import CustomVAE
+from vae3d.models.layouts import COMPVIS
+from vae3d.models.norm import NoNorm
+from vae3d.models.presets import AutoencoderKL, MaisiVAE, MonaiVAE, T1LightVAE, VAEModel
+
+GROUPS = Hints(norm_num_groups=4)
+MONAI = {
+    "channels": (4, 8),
+    "num_res_blocks": 1,
+    "norm_num_groups": 4,
+    "attention_levels": (False, True),
+}
+SD = {"base_ch": 4, "ch_mult": (1, 2), "num_res_blocks": 1, "num_groups": 4}
+
+
+def shaken(net):
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return net.eval()
+
+
+def same(a, b, x):
+    with torch.no_grad():
+        torch.testing.assert_close(a(x)[0], b(x)[0], rtol=0, atol=1e-5)
+
+
+# ------------------------------------------------------------------------ CompVis reference
+
+
+class CompVisBlock(nn.Module):
+    def __init__(self, cin, cout):
+        super().__init__()
+        self.norm1, self.conv1 = nn.GroupNorm(4, cin, 1e-6), nn.Conv2d(cin, cout, 3, padding=1)
+        self.norm2, self.conv2 = nn.GroupNorm(4, cout, 1e-6), nn.Conv2d(cout, cout, 3, padding=1)
+        if cin != cout:
+            self.nin_shortcut = nn.Conv2d(cin, cout, 1)
+
+    def forward(self, x):
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv2(F.silu(self.norm2(h)))
+        return (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x) + h
+
+
+class CompVisAttention(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.norm = nn.GroupNorm(4, c, 1e-6)
+        self.q, self.k, self.v, self.proj_out = (nn.Conv2d(c, c, 1) for _ in range(4))
+
+    def forward(self, x):
+        h = self.norm(x)
+        q, k, v = (f(h).flatten(2) for f in (self.q, self.k, self.v))
+        weights = torch.softmax(q.transpose(1, 2) @ k * q.shape[1] ** -0.5, dim=2)
+        return x + self.proj_out((v @ weights.transpose(1, 2)).view_as(x))
+
+
+class CompVisLinearAttention(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.to_qkv, self.to_out = nn.Conv2d(c, 3 * c, 1, bias=False), nn.Conv2d(c, c, 1)
+
+    def forward(self, x):
+        q, k, v = self.to_qkv(x).flatten(2).chunk(3, dim=1)
+        context = k.softmax(dim=-1) @ v.transpose(1, 2)
+        return self.to_out((context.transpose(1, 2) @ q).view_as(x))
+
+
+ATTENTION = {"vanilla": CompVisAttention, "linear": CompVisLinearAttention, "none": None}
+
+
+class Resample(nn.Module):
+    def __init__(self, c, up, with_conv):
+        super().__init__()
+        self.up = up
+        if with_conv:
+            self.conv = nn.Conv2d(c, c, 3, stride=1 if up else 2, padding=1 if up else 0)
+
+    def forward(self, x):
+        if self.up:
+            x = F.interpolate(x, scale_factor=2.0, mode="nearest")
+            return self.conv(x) if hasattr(self, "conv") else x
+        return self.conv(F.pad(x, (0, 1, 0, 1))) if hasattr(self, "conv") else F.avg_pool2d(x, 2)
+
+
+class CompVisHalf(nn.Module):
+    """Encoder or decoder with CompVis's names, written from the paper's description."""
+
+    def __init__(self, cin, cout, widths, stem, blocks, attended, attn, decoder, with_conv):
+        super().__init__()
+        self.decoder, self.blocks = decoder, blocks
+        levels = list(range(len(widths)))
+        width = widths[-1] if decoder else stem
+        self.conv_in = nn.Conv2d(cin, width, 3, padding=1)
+        side = nn.ModuleList([nn.Module() for _ in levels])
+        for level in reversed(levels) if decoder else levels:
+            part = side[level]
+            part.block, part.attn = nn.ModuleList(), nn.ModuleList()
+            for _ in range(blocks):
+                part.block.append(CompVisBlock(width, widths[level]))
+                width = widths[level]
+                if level in attended and attn:
+                    part.attn.append(attn(width))
+            if decoder and level > 0:
+                part.upsample = Resample(width, True, with_conv)
+            if not decoder and level < levels[-1]:
+                part.downsample = Resample(width, False, with_conv)
+        self.mid = nn.Module()
+        c = widths[-1]
+        self.mid.block_1, self.mid.block_2 = CompVisBlock(c, c), CompVisBlock(c, c)
+        self.mid.attn_1 = attn(c) if attn else nn.Identity()
+        setattr(self, "up" if decoder else "down", side)
+        self.norm_out = nn.GroupNorm(4, width, 1e-6)
+        self.conv_out = nn.Conv2d(width, cout, 3, padding=1)
+
+    def middle(self, h):
+        return self.mid.block_2(self.mid.attn_1(self.mid.block_1(h)))
+
+    def forward(self, x):
+        h = self.conv_in(x)
+        h = self.middle(h) if self.decoder else h
+        for part in reversed(self.up) if self.decoder else self.down:
+            for n, block in enumerate(part.block):
+                h = block(h)
+                h = part.attn[n](h) if len(part.attn) else h
+            for name in ("downsample", "upsample"):
+                h = getattr(part, name)(h) if hasattr(part, name) else h
+        h = h if self.decoder else self.middle(h)
+        return self.conv_out(F.silu(self.norm_out(h)))
+
+
+class CompVisVAE(nn.Module):
+    def __init__(
+        self, widths=(4, 8), stem=4, attended=(), attn="vanilla", with_conv=True, z=3, e=2
+    ):
+        super().__init__()
+        shared = (widths, stem)
+        kind = ATTENTION[attn]
+        self.encoder = CompVisHalf(1, 2 * z, *shared, 1, attended, kind, False, with_conv)
+        self.decoder = CompVisHalf(z, 1, *shared, 2, attended, kind, True, with_conv)
+        self.quant_conv, self.post_quant_conv = nn.Conv2d(2 * z, 2 * e, 1), nn.Conv2d(e, z, 1)
+
+    def forward(self, x):
+        mean, logvar = self.quant_conv(self.encoder(x)).chunk(2, dim=1)
+        return self.decoder(self.post_quant_conv(mean)), mean, logvar
+
+
+COMPVIS_CONFIGS = {
+    "plain": {},
+    "attention at a level": {"attended": (1,)},
+    "linear attention": {"attn": "linear", "attended": (1,)},
+    "no attention": {"attn": "none"},
+    "pooling": {"with_conv": False},
+    "first level wider than the stem": {"widths": (8, 16)},
+    "three levels": {"widths": (4, 8, 8), "attended": (2,)},
+}
+
+
+@pytest.mark.parametrize("options", COMPVIS_CONFIGS.values(), ids=COMPVIS_CONFIGS.keys())
+def test_compvis_weights_give_compvis_numbers_and_go_back(options):
+    theirs = shaken(CompVisVAE(**options))
+    ours, report = read_model(theirs.state_dict(), GROUPS)
+    assert report.layout == "CompVis"
+    assert sum(p.numel() for p in ours.parameters()) == sum(p.numel() for p in theirs.parameters())
+    x = torch.randn(2, 1, 16, 8)
+    recon, posterior = ours(x)
+    recon_theirs, mean, logvar = theirs(x)
+    torch.testing.assert_close(recon, recon_theirs, rtol=0, atol=1e-5)
+    torch.testing.assert_close(posterior.mean, mean, rtol=0, atol=1e-5)
+    torch.testing.assert_close(posterior.logvar, logvar, rtol=0, atol=1e-5)
+    back = export_state(ours, COMPVIS)
+    assert back.keys() == theirs.state_dict().keys()
+    assert all(torch.equal(back[k], v) for k, v in theirs.state_dict().items())
+
+
+def test_from_ddconfig_equals_compvis(tmp_path):
+    theirs = shaken(CompVisVAE(attended=(1,)))
+    state = {f"first_stage_model.{k}": v for k, v in theirs.state_dict().items()}
+    state["model.diffusion_model.w"] = torch.zeros(3)
+    torch.save({"state_dict": state}, tmp_path / "sd.ckpt")
+    ddconfig = {
+        "ch": 4,
+        "ch_mult": (1, 2),
+        "num_res_blocks": 1,
+        "attn_resolutions": [16],
+        "resolution": 32,
+        "z_channels": 3,
+        "double_z": True,
+        "in_channels": 1,
+        "out_ch": 1,
+        "dropout": 0.0,
+        "attn_type": "vanilla",
+        "resamp_with_conv": True,
+    }
+    ours = AutoencoderKL.from_ddconfig(
+        ddconfig, embed_dim=2, ckpt_path=str(tmp_path / "sd.ckpt"), num_groups=4
+    ).eval()
+    same(ours, theirs, torch.randn(1, 1, 8, 12))
+    assert ours.spec["init_args"].get("ckpt_path") is None
+    with pytest.raises(ValueError, match="unknown keys chh"):
+        AutoencoderKL.from_ddconfig(ddconfig | {"chh": 3}, embed_dim=2)
+
+
+# ------------------------------------------------------------------- GenerativeModels, MONAI
+
+
+def as_generative_02(state, trained=False):
+    """Names of GenerativeModels 0.2, with its `proj_attn` that no forward pass applies."""
+    old = {}
+    for name, value in state.items():
+        name = name.replace(".attn.to_", ".to_").replace("postconv.", "conv.")
+        old[name] = value
+        if name.endswith(".to_v.weight"):
+            layer = nn.Linear(*value.shape[::-1])
+            old[name.replace("to_v", "proj_attn")] = layer.weight.detach() * (3 if trained else 1)
+            old[name.replace("to_v.weight", "proj_attn.bias")] = layer.bias.detach()
+    return old
+
+
+def as_generative_01(state):
+    """Names of GenerativeModels 0.1: attention made of 1x1 convolutions."""
+    new = {"attn.to_q": "q.conv", "attn.to_k": "k.conv", "attn.to_v": "v.conv"}
+    new |= {"attn.out_proj": "proj_out.conv", "postconv.conv": "conv.conv"}
+    old = {}
+    for name, value in state.items():
+        pattern = "|".join(re.escape(key) for key in new)
+        renamed = re.sub(pattern, lambda m: new[m[0]], name)
+        attention = ".attn." in name and name.endswith("weight")
+        old[renamed] = value[..., None, None, None] if attention else value
+    return old
+
+
+def monai_reference(**options):
+    """MONAI's own network, and its state dict."""
+    nets = pytest.importorskip("monai.networks.nets")
+    config = {"spatial_dims": 3, "in_channels": 1, "out_channels": 1, "latent_channels": 3}
+    return shaken(nets.AutoencoderKL(**config, **MONAI, **options))
+
+
+def test_generative_02_weights_compute_without_proj_attn():
+    theirs = monai_reference(include_fc=False)
+    ours, report = read_model(as_generative_02(theirs.state_dict()), GROUPS)
+    assert report.layout == "GenerativeModels 0.2"
+    assert any("proj_attn" in line and "never" in line for line in report.lines)
+    x = torch.randn(1, 1, 8, 12, 16)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(x)[0], theirs.reconstruct(x), rtol=0, atol=1e-5)
+
+
+def test_proj_attn_that_looks_trained_is_asked_about():
+    state = as_generative_02(monai_reference(include_fc=False).state_dict(), trained=True)
+    with pytest.raises(ValueError, match="--proj_attn drop"):
+        read_model(state, GROUPS)
+    dropped, _ = read_model(state, Hints(norm_num_groups=4, proj_attn="drop"))
+    applied, _ = read_model(state, Hints(norm_num_groups=4, proj_attn="apply"))
+    x = torch.randn(1, 1, 8, 8, 8)
+    assert (dropped(x)[0] - applied(x)[0]).abs().max() > 0.01
+
+
+def test_a_fresh_linear_layer_is_told_from_a_trained_one():
+    for channels in (8, 64, 256):
+        layer = nn.Linear(channels, channels)
+        assert never_trained(layer.weight)
+        assert not never_trained(layer.weight * 1.5)
+        assert not never_trained(layer.weight * 0.5)
+
+
+def test_generative_01_weights_compute_with_their_projection():
+    theirs = monai_reference()
+    ours, report = read_model(as_generative_01(theirs.state_dict()), GROUPS)
+    assert report.layout == "GenerativeModels 0.1"
+    x = torch.randn(1, 1, 8, 12, 16)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(x)[0], theirs.reconstruct(x), rtol=0, atol=1e-5)
+
+
+def test_maisi_and_monai_weights_are_told_apart():
+    maisi = MaisiVAE(num_channels=(4, 8), norm_num_groups=4, num_res_blocks=1)
+    ours, report = read_model(export_monai_state(maisi), GROUPS)
+    assert (report.layout, type(ours)) == ("MAISI", MaisiVAE)
+    with pytest.raises(RuntimeError, match="Missing key"):
+        MonaiVAE(
+            channels=(4, 8),
+            norm_num_groups=4,
+            num_res_blocks=1,
+            latent_channels=4,
+            with_encoder_nonlocal_attn=False,
+            with_decoder_nonlocal_attn=False,
+        ).load_state_dict(export_monai_state(maisi))
+
+
+# ------------------------------------------------------------------------------- refusals
+
+
+def test_loading_is_strict_about_missing_unexpected_and_misshaped_keys():
+    vae = VAEModel(**MONAI)
+    state = export_monai_state(vae)
+    first = next(iter(state))
+    missing = {k: v for k, v in state.items() if k != first}
+    with pytest.raises(RuntimeError, match="Missing key"):
+        vae.load_state_dict(missing)
+    with pytest.raises(RuntimeError, match="Missing key"):
+        vae.load_state_dict({k: v for k, v in state.items() if not k.startswith("encoder")})
+    with pytest.raises(RuntimeError, match="Unexpected key"):
+        vae.load_state_dict(state | {"decoder.blocks.99.conv.weight": torch.zeros(1)})
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        vae.load_state_dict(state | {first: torch.zeros(3, 3)})
+    result = vae.load_state_dict(missing, strict=False)
+    assert result.missing_keys == ["encoder.0.weight"]
+
+
+def test_converting_names_every_key_that_does_not_fit(tmp_path):
+    vae = AutoencoderKL(**SD)
+    state = export_state(vae, COMPVIS)
+    state["decoder.up.0.block.7.conv1.weight"] = state.pop("decoder.conv_out.bias")
+    torch.save(state, tmp_path / "w.pt")
+    pattern = "missing: decoder.conv_out.bias; unexpected: decoder.up.0.block.7.conv1.weight"
+    with pytest.raises(ValueError, match=pattern):
+        load_weights(vae, str(tmp_path / "w.pt"))
+    with pytest.raises(
+        ValueError,
+        match=r"misshaped: .*encoder\.conv_in\.weight \(4, 2, 3, 3\), not \(4, 1, 3, 3\)",
+    ):
+        torch.save(export_state(AutoencoderKL(in_channels=2, **SD), COMPVIS), tmp_path / "v.pt")
+        load_weights(vae, str(tmp_path / "v.pt"))
+
+
+def test_discriminators_are_left_out_with_a_line(tmp_path):
+    vae = shaken(AutoencoderKL(**SD))
+    state = {f"module.{k}": v for k, v in export_state(vae, COMPVIS).items()}
+    state["module.loss.discriminator.w"] = torch.zeros(2)
+    ours, report = read_model({"state_dict": state, "epoch": 3}, GROUPS)
+    assert "loss.discriminator.w" in "".join(report.lines)
+    same(ours, vae, torch.randn(1, 1, 8, 8))
+
+
+def test_the_number_of_groups_is_asked_for():
+    state = export_monai_state(MonaiVAE(**MONAI))
+    with pytest.raises(ValueError, match="--norm_num_groups"):
+        read_model(state)
+
+
+def test_unknown_names_are_refused():
+    with pytest.raises(ValueError, match="no known layout"):
+        read_model({"layer1.weight": torch.zeros(3)})
+    with pytest.raises(ValueError, match="no weights of an autoencoder"):
+        read_model({"epoch": 3})
+
+
+class Code:
+    def __reduce__(self):
+        return (print, ("this must never run",))
+
+
+def test_a_pickle_with_code_is_refused_in_one_line(tmp_path, capsys):
+    torch.save({"w": Code()}, tmp_path / "evil.pt")
+    with pytest.raises(ValueError, match="refused") as error:
+        convert(tmp_path / "evil.pt", tmp_path / "out")
+    assert "\n" not in str(error.value)
+    assert "must never run" not in capsys.readouterr().out
+    assert not (tmp_path / "out").exists()
+
+
+def test_damaged_files_are_the_users_mistake(tmp_path):
+    for name in ("w.pt", "w.safetensors"):
+        (tmp_path / name).write_bytes(b"not weights at all")
+        with pytest.raises(ValueError, match=name):
+            convert(tmp_path / name, tmp_path / "out")
+
+
+# -------------------------------------------------------------------------------- command
+
+
+def test_monai_to_ours_and_back_through_files(tmp_path, capsys):
+    vae = shaken(MonaiVAE(**MONAI))
+    torch.save(export_monai_state(vae), tmp_path / "monai.pt")
+    convert(tmp_path / "monai.pt", tmp_path / "ours", norm_num_groups=4)
+    assert "MONAI weights" in capsys.readouterr().out
+    x = torch.randn(1, 1, 8, 12, 8)
+    same(CustomVAE.from_pretrained(tmp_path / "ours"), vae, x)
+    convert(tmp_path / "ours", tmp_path / "back.safetensors", to="monai")
+    convert(tmp_path / "back.safetensors", tmp_path / "again", norm_num_groups=4)
+    same(CustomVAE.from_pretrained(tmp_path / "again"), vae, x)
+    with pytest.raises(ValueError, match="exists"):
+        convert(tmp_path / "monai.pt", tmp_path / "ours", norm_num_groups=4)
+
+
+def test_diffusers_folders_carry_their_configuration(tmp_path):
+    diffusers = pytest.importorskip("diffusers")
+    theirs = shaken(
+        diffusers.AutoencoderKL(
+            block_out_channels=(4, 8),
+            down_block_types=("DownEncoderBlock2D",) * 2,
+            up_block_types=("UpDecoderBlock2D",) * 2,
+            norm_num_groups=2,
+            scaling_factor=0.3,
+            shift_factor=0.1,
+        )
+    )
+    theirs.save_pretrained(tmp_path / "theirs")
+    convert(tmp_path / "theirs", tmp_path / "ours")
+    ours = CustomVAE.from_pretrained(tmp_path / "ours")
+    assert (ours.latent_scale, ours.latent_shift) == (0.3, 0.1)
+    x = torch.randn(1, 3, 8, 12)
+    latent = theirs.encode(x).latent_dist.mean
+    torch.testing.assert_close(ours.encode(x, normalize=True), (latent - 0.1) * 0.3)
+    convert(tmp_path / "ours", tmp_path / "back", to="diffusers")
+    back = diffusers.AutoencoderKL.from_pretrained(tmp_path / "back")
+    with torch.no_grad():
+        torch.testing.assert_close(back.decode(latent).sample, ours.decode(latent))
+
+
+def test_what_the_target_library_has_not_is_refused_and_nothing_is_written(tmp_path):
+    CustomVAE(channels=(32,), num_res_blocks=1).save_pretrained(tmp_path / "ours")
+    with pytest.raises(ValueError, match="not MONAI's network"):
+        convert(tmp_path / "ours", tmp_path / "monai.pt", to="monai")
+    with pytest.raises(ValueError, match="2D AutoencoderKL"):
+        convert(tmp_path / "ours", tmp_path / "diffusers", to="diffusers")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["ours"]
+
+
+# ------------------------------------------------------------------------------- 2D to 3D
+
+
+@pytest.mark.parametrize("options", [{}, {"attn_resolutions": (128,)}, {"resamp_with_conv": False}])
+def test_a_volume_constant_along_the_new_axis_reproduces_the_2d_result(options):
+    flat = shaken(AutoencoderKL(**SD, **options))
+    volume = inflate(flat)
+    x = torch.randn(1, 1, 12, 8)
+    with torch.no_grad():
+        recon, posterior = flat(x)
+        recon_3d, posterior_3d = volume(x[..., None].expand(-1, -1, -1, -1, 6))
+    for a, b in ((recon, recon_3d), (posterior.mean, posterior_3d.mean)):
+        torch.testing.assert_close(b, a[..., None].expand_as(b), rtol=0, atol=1e-4)
+
+
+def test_mean_inflation_reproduces_the_2d_result_away_from_the_new_faces():
+    flat = shaken(CustomVAE(spatial_dims=2, channels=(4, 4), norm=NoNorm))
+    volume = inflate(flat, "mean")
+    x = torch.randn(1, 1, 8, 8)
+    with torch.no_grad():
+        a, b = flat(x)[0], volume(x[..., None].expand(-1, -1, -1, -1, 120))[0]
+    torch.testing.assert_close(b[..., 60], a, rtol=0, atol=1e-4)
+    assert (b[..., 0] - a).abs().max() > 1e-3
+
+
+def test_from_pretrained_builds_what_was_saved_and_checks_its_class(tmp_path):
+    vae = shaken(T1LightVAE(num_channels=(4, 8), norm_num_groups=4))
+    vae.save_pretrained(tmp_path / "t1")
+    again = CustomVAE.from_pretrained(tmp_path / "t1")
+    assert type(again) is T1LightVAE
+    assert not again.training
+    same(again, vae, torch.randn(1, 1, 8, 8, 8))
+    with pytest.raises(ValueError, match="not a AutoencoderKL"):
+        AutoencoderKL.from_pretrained(tmp_path / "t1")

@@ -1,0 +1,172 @@
+"""`vae3d convert`: bring weights in from other libraries, or out to them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from vae3d.models.convert import Hints, Report
+    from vae3d.models.custom_vae import CustomVAE
+
+DIFFUSERS_WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
+
+
+def convert(
+    source: Path,
+    target: Path,
+    /,
+    to: Literal["vae3d", "monai", "diffusers"] = "vae3d",
+    layout: str | None = None,
+    norm_num_groups: int | None = None,
+    norm_eps: float = 1e-6,
+    use_convtranspose: bool = False,
+    proj_attn: Literal["auto", "drop", "apply"] = "auto",
+    latent_scale: float | None = None,
+    inflate: Literal["none", "center", "mean"] = "none",
+    ignore_keys: tuple[str, ...] = (),
+    trust: tuple[str, ...] = (),
+) -> None:
+    """Convert the weights of an autoencoder between libraries.
+
+    The layout of SOURCE is recognized by the names of its weights: vae3d (a run folder, checkpoint
+    or `save_pretrained` folder), MONAI, MAISI, GenerativeModels 0.1 and 0.2, CompVis, diffusers.
+    Every weight must find its place; what is left out or reshaped is printed.
+
+    Examples:
+        vae3d convert autoencoder.pt vae --norm_num_groups 32
+        vae3d convert sd-vae-ft-mse vae3d-from-sd --inflate center
+        vae3d convert runs/a autoencoder_for_monai.pt --to monai
+
+    Args:
+        source: File of weights (.safetensors, .pt, .ckpt), or folder.
+        target: What to write; must not exist. A folder for vae3d and diffusers, a .pt or
+            .safetensors file for monai.
+        to: Library to write for.
+        layout: Layout of SOURCE, such as "MONAI", where its names are ambiguous.
+        norm_num_groups: Groups of the norms; the weights do not say it.
+        norm_eps: Added to the variance in the norms.
+        use_convtranspose: The up layers are transposed convolutions (MAISI and GenerativeModels
+            name them like the others).
+        proj_attn: What to do with `proj_attn` of GenerativeModels 0.2, which its forward pass
+            never applies: drop, apply, or auto (drop what was never trained, else ask).
+        latent_scale: Scale of the latents for a second stage.
+        inflate: Make a 3D network of 2D weights: center (exact for volumes that are constant
+            along the new axis) or mean.
+        ignore_keys: Prefixes of names to leave out.
+        trust: Prefixes of modules besides vae3d whose classes may be imported.
+    """
+    from vae3d.models import convert as weights
+
+    if target.exists():
+        raise ValueError(f"{target} exists; remove it or choose another name")
+    hints = weights.Hints(
+        norm_num_groups=norm_num_groups,
+        norm_eps=norm_eps,
+        use_convtranspose=use_convtranspose,
+        proj_attn=proj_attn,
+        latent_scale=latent_scale,
+    )
+    vae, report = read(source, hints, layout, ignore_keys, trust)
+    if inflate != "none":
+        vae = weights.inflate(vae, inflate)
+        report.lines.append(f"inflated to 3D ({inflate})")
+    write(vae, target, to)
+    parameters = sum(p.numel() for p in vae.parameters())
+    print(f"{source}: {report.layout} weights, {parameters / 1e6:.2f} M parameters")
+    print(*(f"  {line}" for line in report.lines), sep="\n", end="\n" if report.lines else "")
+    print(f"{target}: written for {to}, as {type(vae).__name__} with factor {vae.factor}")
+
+
+def read(
+    source: Path,
+    hints: Hints,
+    layout: str | None,
+    ignore_keys: tuple[str, ...],
+    trust: tuple[str, ...],
+) -> tuple[CustomVAE, Report]:
+    """Rebuild the network that SOURCE holds.
+
+    Args:
+        source: File or folder.
+        hints: What the weights do not say.
+        layout: Name of the layout; None to recognize it.
+        ignore_keys: Prefixes of names to leave out.
+        trust: Prefixes of modules whose classes may be imported.
+    """
+    from vae3d.models.convert import Report, read_model
+    from vae3d.models.custom_vae import CustomVAE
+    from vae3d.models.hub import RECIPE, read_state
+    from vae3d.training.checkpoint import load_model
+
+    if not source.exists():
+        raise ValueError(f"{source}: no such file or folder")
+    if source.is_dir() and not (source / RECIPE).is_file():
+        return load_model(source, trust=trust), Report("vae3d")
+    if source.is_dir():
+        recipe = json.loads((source / RECIPE).read_text(encoding="utf-8"))
+        if "class_path" in recipe:
+            return CustomVAE.from_pretrained(source, trust=trust), Report("vae3d")
+        hints = diffusers_hints(hints, recipe)
+        present = [source / name for name in DIFFUSERS_WEIGHTS if (source / name).is_file()]
+        if not present:
+            raise ValueError(f"{source}: none of {', '.join(DIFFUSERS_WEIGHTS)} in it")
+        source = present[0]
+    state = read_state(source)
+    if "spec" in state:
+        return load_model(source, trust=trust), Report("vae3d")
+    return read_model(state, hints, layout, ignore_keys)
+
+
+def diffusers_hints(hints: Hints, config: dict) -> Hints:
+    """Complete the user's hints from diffusers' config.json.
+
+    Args:
+        hints: What the user said; it wins.
+        config: The file's content.
+    """
+    found = {
+        "norm_num_groups": config.get("norm_num_groups"),
+        "latent_scale": config.get("scaling_factor"),
+        "latent_shift": config.get("shift_factor"),
+    }
+    return replace(hints, **{k: v for k, v in found.items() if getattr(hints, k) is None})
+
+
+def write(vae: CustomVAE, target: Path, to: str) -> None:
+    """Write the network for a library; TARGET appears whole or not at all.
+
+    Args:
+        vae: The network.
+        target: File or folder.
+        to: `vae3d`, `monai` or `diffusers`.
+    """
+    from vae3d.models.convert import export_diffusers, export_monai_state
+    from vae3d.models.hub import RECIPE, write_state
+
+    is_file = target.suffix in (".pt", ".pth", ".safetensors")
+    if is_file != (to == "monai"):
+        kind = "file ending in .pt or .safetensors" if to == "monai" else "folder"
+        raise ValueError(f"{target}: for {to} name a {kind}")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".unfinished-{target.name}")
+    try:
+        if to == "vae3d":
+            vae.save_pretrained(temporary)
+        elif to == "monai":
+            write_state(temporary, export_monai_state(vae))
+        else:
+            state, config = export_diffusers(vae)
+            temporary.mkdir(exist_ok=True)
+            write_state(temporary / DIFFUSERS_WEIGHTS[0], state)
+            (temporary / RECIPE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        temporary.rename(target)
+    except BaseException:
+        if temporary.is_dir():
+            shutil.rmtree(temporary)
+        else:
+            temporary.unlink(missing_ok=True)
+        raise
