@@ -147,6 +147,7 @@ def header(store, index: int, vae, made_by: dict, parts: dict, latent_dims: int)
         "spacing_mm": [mm * f for mm, f in spacing],
         "factor": list(factor),
         "volume_shape": list(store.shape(index)),
+        "intensity": store.preprocess.intensity,
         "source": {"fingerprint": store.meta(index)["key"], "undo": record},
         "made_by": made_by,
     }

@@ -309,21 +309,21 @@ class Pictures:
         from vae3d.commands.decode import load_encoder
         from vae3d.stage2.coding import Coding
         from vae3d.stage2.latents import keyed_generator
-        from vae3d.stage2.sheet import contact_sheet
+        from vae3d.stage2.sheet import contact_sheet, three_slices
         from vae3d.tracking.media import write_png
 
         device = network.latent_mean.device
         template: dict[str, Any] = self.store.infos[0]
         vae = load_encoder(self.vae, template["made_by"]).to(device)
-        volumes = []
+        spacing = [m / f for m, f in zip(template["spacing_mm"], template["factor"], strict=False)]
+        pictures = []
         for number in range(self.count):
             noise = torch.randn(template["shape"], generator=keyed_generator(0, number))
             label, condition = self.guide(torch.tensor([number]), device)
             z = network.sample(noise[None].to(device), 25, None, label, condition)
             x = Coding("full").decode(vae, z[0], template["volume_shape"][1:])
-            volumes.append(x.numpy())
-        spacing = [m / f for m, f in zip(template["spacing_mm"], template["factor"], strict=False)]
-        sheet = contact_sheet({f"samples at step {step}": volumes}, spacing)
+            pictures.append(three_slices(x.numpy(), spacing))
+        sheet = contact_sheet({f"samples at step {step}": pictures})
         self.folder.mkdir(parents=True, exist_ok=True)
         path = write_png(self.folder / f"samples_{step:08d}.png", sheet)
         self.tracker.log_media({"samples": path}, step)

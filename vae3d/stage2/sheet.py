@@ -22,38 +22,61 @@ from vae3d.tracking.media import (
 TITLE = 20  # pixels above a row
 
 
-def contact_sheet(
-    rows: Mapping[str, Sequence[np.ndarray]],
-    spacing_mm: Sequence[float],
-    data_range: tuple[float, float] = (0.0, 1.0),
-    panel_px: int = 110,
-) -> np.ndarray:
-    """Axial, coronal and sagittal middle slices of volumes, row by row.
+def contact_sheet(rows: Mapping[str, Sequence[np.ndarray]]) -> np.ndarray:
+    """Lay pictures out, one row each title.
 
     Args:
-        rows: Volumes `(C, X, Y, Z)` or `(C, X, Y)` by the title of their row; the first channel
-            is shown.
-        spacing_mm: Voxel size per axis in mm.
-        data_range: Intensities drawn black and white.
-        panel_px: Longest side of the largest panel in pixels.
+        rows: Pictures of `three_slices`, uint8 `(h, w, 3)`, by the title of their row.
 
     Returns:
         uint8 picture `(H, W, 3)`.
     """
-    columns = [
-        _column(v[0], spacing_mm, data_range, panel_px) for row in rows.values() for v in row
-    ]
-    width = max(c.shape[1] for c in columns) + GAP
-    height = max(c.shape[0] for c in columns) + TITLE + GAP
+    pictures = [picture for row in rows.values() for picture in row]
+    width = max(p.shape[1] for p in pictures) + GAP
+    height = max(p.shape[0] for p in pictures) + TITLE + GAP
     most = max(len(row) for row in rows.values())
     canvas = Image.new("RGB", even(GAP + most * width, len(rows) * height), BACKGROUND)
-    pen, columns = ImageDraw.Draw(canvas), iter(columns)
+    pen = ImageDraw.Draw(canvas)
     for number, (title, row) in enumerate(rows.items()):
         top = number * height
         pen.text((GAP, top + 3), title, TEXT, font(13))
-        for place in range(len(row)):
-            canvas.paste(Image.fromarray(next(columns)), (GAP + place * width, top + TITLE))
+        for place, picture in enumerate(row):
+            canvas.paste(Image.fromarray(picture), (GAP + place * width, top + TITLE))
     return np.asarray(canvas)
+
+
+def three_slices(
+    volume: np.ndarray,
+    spacing_mm: Sequence[float],
+    data_range: tuple[float, float] = (0.0, 1.0),
+    panel_px: int = 110,
+) -> np.ndarray:
+    """Axial, coronal and sagittal middle slice, one above the other, uint8 `(h, w, 3)`.
+
+    Args:
+        volume: `(C, X, Y, Z)`, or `(C, X, Y)` for its one plane; the first channel is shown.
+        spacing_mm: Voxel size per axis in mm.
+        data_range: Intensities drawn black and white.
+        panel_px: Longest side of the largest panel in pixels.
+    """
+    volume = volume[0]
+    px_per_mm = panel_px / max(n * mm for n, mm in zip(volume.shape, spacing_mm, strict=False))
+    if volume.ndim == 2:
+        return _panel(volume, spacing_mm[:2], data_range, px_per_mm)
+    panels = []
+    for axis in (2, 1, 0):
+        plane = np.take(volume, volume.shape[axis] // 2, axis)
+        others = [spacing_mm[i] for i in range(3) if i != axis]
+        panels.append(_panel(plane, others, data_range, px_per_mm))
+    width = max(p.shape[1] for p in panels)
+    column = np.empty((sum(p.shape[0] + 4 for p in panels), width, 3), np.uint8)
+    column[:] = BACKGROUND
+    top = 0
+    for panel in panels:
+        left = (width - panel.shape[1]) // 2
+        column[top : top + panel.shape[0], left : left + panel.shape[1]] = panel
+        top += panel.shape[0] + 4
+    return column
 
 
 def scroll(
@@ -86,28 +109,6 @@ def scroll(
         ImageDraw.Draw(frame).text((4, 3), f"{title}  z={index}", FAINT, font(11))
         frames.append(np.asarray(frame))
     return frames
-
-
-def _column(volume: np.ndarray, spacing_mm, data_range, panel_px: int) -> np.ndarray:
-    """The middle slice of each plane of `(X, Y, Z)` or `(X, Y)`, one above the other."""
-    sides = [n * mm for n, mm in zip(volume.shape, spacing_mm, strict=False)]
-    px_per_mm = panel_px / max(sides)
-    if volume.ndim == 2:
-        return _panel(volume, spacing_mm[:2], data_range, px_per_mm)
-    panels = []
-    for axis in (2, 1, 0):
-        plane = np.take(volume, volume.shape[axis] // 2, axis)
-        others = [spacing_mm[i] for i in range(3) if i != axis]
-        panels.append(_panel(plane, others, data_range, px_per_mm))
-    width = max(p.shape[1] for p in panels)
-    column = np.empty((sum(p.shape[0] + 4 for p in panels), width, 3), np.uint8)
-    column[:] = BACKGROUND
-    top = 0
-    for panel in panels:
-        left = (width - panel.shape[1]) // 2
-        column[top : top + panel.shape[0], left : left + panel.shape[1]] = panel
-        top += panel.shape[0] + 4
-    return column
 
 
 def _panel(plane: np.ndarray, spacing_mm, data_range, px_per_mm: float) -> np.ndarray:

@@ -1,0 +1,278 @@
+"""`vae3d sample --checkpoint runs/a` or `vae3d sample --ldm runs/ldm`: new volumes."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any, Literal
+
+
+def sample(
+    checkpoint: str | None = None,
+    ldm: str | None = None,
+    out_dir: str = "samples",
+    n: int = 8,
+    latents: str | None = None,
+    prior: Literal["gaussian", "joint", "standard", "all"] = "all",
+    label: str | None = None,
+    condition: str | None = None,
+    guidance: float = 1.0,
+    solver: Literal["ddim", "ddpm", "euler", "heun"] | None = None,
+    steps: int = 50,
+    grid: tuple[int, ...] | None = None,
+    mode: Literal["full", "patch", "exact"] = "full",
+    patch_size: tuple[int, ...] | None = None,
+    overlap: float = 0.5,
+    blend: Literal["hann", "gaussian", "average", "crop"] = "hann",
+    memory_gb: float | None = None,
+    seed: int = 0,
+    ema: bool = True,
+    media: bool = True,
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto",
+    trust: tuple[str, ...] = (),
+) -> None:
+    """Draw new volumes, from Gaussians over latent space or from a diffusion model.
+
+        vae3d sample --checkpoint runs/a --n 8
+        vae3d sample --ldm runs/ldm --n 8 --label F --guidance 2
+
+    Writes to `out_dir`, for each source of latents, `<source>/sample_000.nii.gz` and `.gif`; over
+    all of them sheet.png and samples.json (seeds, settings, seconds). Intensities and voxel grid
+    are those of one training volume, named in samples.json. Sample i depends on seed and i alone,
+    not on n; under torchrun ranks share the samples out.
+
+    Args:
+        checkpoint: Run folder or checkpoint of the VAE; null for the one that the ldm was trained
+            with.
+        ldm: Run folder or checkpoint of `vae3d train-ldm`; null for Gaussians.
+        out_dir: Where the samples go.
+        n: Samples of each source.
+        latents: Folder of latents that the Gaussians are fitted to; null for `latents` in the run
+            folder, which is written when it is missing.
+        prior: gaussian (per channel) | joint (with the covariance of all latent values) | standard
+            (N(0, 1), for comparison) | all. Without an ldm.
+        label: Class to draw; null for no class in particular.
+        condition: Folder of latents that the ldm attends to; sample i takes subject i, and round
+            again.
+        guidance: Classifier-free guidance; 1 for none, above 1 follows label and condition more.
+        solver: ddim | ddpm for a ddpm model, euler | heun for a flow; null for the first.
+        steps: Steps of the solver.
+        grid: Latent voxels per axis; null for the grid of a training latent.
+        mode: How latents are decoded: full | patch (tiles, blended) | exact (bounded memory).
+        patch_size: Tile in voxels for mode patch.
+        overlap: Overlap of neighboring tiles as a fraction of the tile.
+        blend: How overlapping tiles are mixed.
+        memory_gb: Memory budget of mode exact [GiB]; null for half of what is free.
+        seed: Seed of the samples.
+        ema: Use the averaged weights of the ldm where the run kept some.
+        media: Write GIFs and the contact sheet.
+        device: auto | cpu | cuda | mps.
+        trust: Module prefixes besides vae3d whose classes the checkpoints may import.
+    """
+    from vae3d.commands.decode import load_encoder
+    from vae3d.stage2.coding import Coding
+    from vae3d.training.distributed import open_world
+
+    coding = Coding(mode, patch_size, overlap, blend, memory_gb)
+    if ldm is None:
+        if checkpoint is None:
+            raise ValueError("give --checkpoint (a VAE) or --ldm (a diffusion model)")
+        if label or condition:
+            raise ValueError("--label and --condition need --ldm: Gaussians know neither")
+        latents = latents or fitted_latents(checkpoint, device)
+    with open_world(device) as world:
+        if ldm is not None:
+            chosen = dict(label=label, condition=condition, guidance=guidance)
+            source = FromDiffusion(ldm, ema, trust, solver=solver, steps=steps, **chosen)
+            sources = {"ldm": source}
+            checkpoint = checkpoint or source.vae
+        else:
+            kinds = ("joint", "gaussian", "standard") if prior == "all" else (prior,)
+            sources = from_gaussians(latents, kinds)
+        template = next(iter(sources.values())).template
+        vae = load_encoder(checkpoint, template["made_by"], trust).to(world.device)
+        writer = Writer(Path(out_dir), template, vae, coding, media)
+        shape = (template["shape"][0], *(grid or template["shape"][1:]))
+        done = {}
+        for name, source in sources.items():
+            for number in range(world.rank, n, world.size):
+                begun = time.monotonic()
+                z, facts = source.draw(shape, seed, number, world.device)
+                facts |= {"seed": seed, "seconds_latent": time.monotonic() - begun}
+                done[name, number] = writer.write(name, number, z, facts)
+        done = {key: value for part in world.gather(done) for key, value in part.items()}
+        if world.is_main:
+            writer.finish({key: done[key] for key in sorted(done)})
+
+
+def fitted_latents(checkpoint: str, device: str) -> str:
+    """Folder of the latents of a run's training subjects, encoded now when it is missing."""
+    from vae3d.training.checkpoint import find_checkpoint
+
+    path = find_checkpoint(checkpoint)
+    run = path.parent.parent if path.parent.name == "checkpoints" else path.parent
+    folder = run / "latents"
+    if not (folder / "latents.json").is_file():
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            raise ValueError(
+                f"{folder}: no latents yet; write them with vae3d encode, or --latents"
+            )
+        from vae3d.commands.encode import encode
+
+        print(f"encoding the training volumes into {folder}", flush=True)
+        encode(str(path), str(folder), split="train", device=device)
+    return str(folder)
+
+
+def from_gaussians(latents: str, kinds: tuple[str, ...]) -> dict[str, FromGaussian]:
+    """One source for each kind of Gaussian; where all are asked for, without one that cannot be."""
+    from vae3d.stage2.latents import LatentStore, read_index
+
+    parts = {info["split"] for info in read_index(latents)["subjects"].values()}
+    store = LatentStore(latents, split="train" if "train" in parts else None)
+    sources = {}
+    for kind in kinds:
+        try:
+            sources[kind] = FromGaussian(store, kind)
+        except ValueError as error:
+            if len(kinds) == 1:
+                raise
+            print(f"left out: {error}")
+    return sources
+
+
+class FromGaussian:
+    """Latents from a Gaussian.
+
+    Args:
+        store: Training latents.
+        kind: gaussian | joint | standard.
+    """
+
+    def __init__(self, store, kind: str):
+        from vae3d.stage2.prior import GaussianPrior
+
+        self.prior, self.template = GaussianPrior(store, kind), store.infos[0]
+
+    def draw(self, shape, seed: int, number: int, _device) -> tuple[Any, dict]:
+        """Latent number `number` and what to note down about it."""
+        from vae3d.stage2.latents import keyed_generator
+
+        return self.prior.draw(shape, keyed_generator(seed, number)), {}
+
+
+class FromDiffusion:
+    """Latents from a diffusion model.
+
+    Args:
+        path: Run folder or checkpoint of train-ldm.
+        ema: Use averaged weights.
+        trust: Module prefixes whose classes may be imported.
+        label: Class, or None.
+        condition: Folder of latents to attend to, or None.
+        **solving: solver, steps and guidance of `LatentDiffusion.sample`.
+    """
+
+    def __init__(self, path: str, ema: bool, trust, label, condition, **solving):
+        import torch
+
+        from vae3d.stage2.latents import LatentStore
+        from vae3d.training.checkpoint import load_checkpoint, load_model
+
+        state = load_checkpoint(path)
+        if "latents" not in state:
+            raise ValueError(f"{path}: not a run of vae3d train-ldm; a VAE goes to --checkpoint")
+        self.model = load_model(path, ema=ema, trust=trust)
+        self.vae, self.template = state["latents"]["vae"], state["latents"]["template"]
+        self.solving, self.condition = solving, None
+        self.label = None
+        if label is not None:
+            self.label = torch.tensor([self.model.class_index(label)])
+        if condition is not None:
+            if self.model.condition_channels is None:
+                raise ValueError(f"{path}: trained without --condition, so it cannot take one")
+            self.condition = LatentStore(condition)
+
+    def draw(self, shape, seed: int, number: int, device) -> tuple[Any, dict]:
+        """Latent number `number` and what to note down about it."""
+        import torch
+
+        from vae3d.stage2.latents import keyed_generator
+
+        facts = {k: v for k, v in self.solving.items() if v is not None}
+        condition = None
+        if self.condition is not None:
+            subject = number % len(self.condition)
+            facts["condition"] = self.condition.ids[subject]
+            means = torch.from_numpy(self.condition.read(subject)).chunk(2)[0]
+            condition = means[None].to(device)
+        generator = keyed_generator(seed, number)
+        noise = torch.randn(tuple(shape), generator=generator)[None].to(device)
+        torch.manual_seed(generator.seed())  # the solver ddpm draws from the global generator
+        label = None if self.label is None else self.label.to(device)
+        z = self.model.to(device).sample(noise, label=label, condition=condition, **self.solving)
+        return z[0].cpu(), facts
+
+
+class Writer:
+    """Decodes latents and writes volumes and pictures.
+
+    Args:
+        out_dir: Where to.
+        template: Header of the training latent that gives grid and intensities.
+        vae: The model, in eval mode on its device.
+        coding: How to decode.
+        media: Whether to write pictures.
+    """
+
+    def __init__(self, out_dir: Path, template: dict, vae, coding, media: bool):
+        self.out_dir, self.template, self.vae = out_dir, template, vae
+        self.coding, self.media = coding, media
+        factor = template["factor"]
+        self.spacing_mm = [m / f for m, f in zip(template["spacing_mm"], factor, strict=False)]
+        intensity = template.get("intensity", "unit")
+        self.data_range = {"unit": (0.0, 1.0), "symmetric": (-1.0, 1.0)}.get(intensity)
+
+    def write(self, name: str, number: int, z, facts: dict) -> tuple[Any, dict]:
+        """Decode a latent, write the volume and its GIF; return its picture and the facts."""
+        from loaders import write_volume
+        from loaders.store import undo
+        from vae3d.stage2.sheet import scroll, three_slices
+        from vae3d.tracking.media import write_gif
+
+        same_grid = list(z.shape) == list(self.template["shape"])
+        size = self.template["volume_shape"][1:] if same_grid else None
+        begun = time.monotonic()
+        x = self.coding.decode(self.vae, z, size).numpy()
+        facts |= {"seconds_decode": time.monotonic() - begun}
+        facts |= {"intensities_of": self.template["subject"], "shape": list(x.shape)}
+        folder, stem = self.out_dir / name, f"sample_{number:03d}"
+        folder.mkdir(parents=True, exist_ok=True)
+        record = self.template["source"]["undo"]
+        on_store_grid = record | {"geometry": {"source_affine": record["affine"]}}
+        write_volume(folder / f"{stem}.nii.gz", undo(x, on_store_grid))
+        view = (x, self.spacing_mm, self.range_of(x))
+        if self.media:
+            write_gif(folder / f"{stem}.gif", scroll(*view, title=f"{name} {number}"))
+        seconds = facts["seconds_latent"] + facts["seconds_decode"]
+        print(f"{folder / stem}.nii.gz  {seconds:.1f} s", flush=True)
+        return three_slices(*view), facts
+
+    def finish(self, done: dict[tuple[str, int], tuple[Any, dict]]) -> None:
+        """Write samples.json and the contact sheet over the samples of all ranks."""
+        from vae3d.stage2.sheet import contact_sheet
+        from vae3d.tracking.media import write_png
+
+        facts = {f"{name}/sample_{n:03d}": facts for (name, n), (_, facts) in done.items()}
+        (self.out_dir / "samples.json").write_text(json.dumps(facts, indent=1) + "\n")
+        rows: dict[str, list] = {}
+        for (name, _), (picture, _) in done.items():
+            rows.setdefault(name, []).append(picture)
+        if self.media:
+            print(write_png(self.out_dir / "sheet.png", contact_sheet(rows)))
+
+    def range_of(self, x) -> tuple[float, float]:
+        """Intensities drawn black and white: the model's range, or with z-scores the sample's."""
+        return self.data_range or (float(x.min()), float(x.max()))
