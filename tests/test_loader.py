@@ -1,0 +1,334 @@
+"""The loader: what it yields is decided by (seed, epoch) alone, and it cleans up after itself."""
+
+import random
+import threading
+import time
+from collections import Counter
+from itertools import islice
+
+import numpy as np
+import pytest
+import torch
+
+from loaders import Augment, Batch, PatchDataset, PatchLoader, Preprocess, Subject, VolumeStore
+from loaders.patches import PatchGrid, UniformCorners
+
+SHAPES = [(20, 17, 9), (8, 8, 8), (12, 30, 16), (5, 9, 40), (16, 16, 17)]
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory) -> VolumeStore:
+    """Volumes whose values encode volume and position."""
+    root = tmp_path_factory.mktemp("volumes")
+    subjects = []
+    for n, shape in enumerate(SHAPES):
+        np.save(root / f"v{n}.npy", np.arange(np.prod(shape), dtype=np.int16).reshape(shape) + n)
+        labels = {"site": "x" if n < 4 else "y"}
+        subjects.append(Subject(f"v{n}", (root / f"v{n}.npy",), None, labels))
+    return VolumeStore.build(subjects, root / "cache", Preprocess(window_hu=(0, 6000)))
+
+
+def loader(store, **options) -> PatchLoader:
+    return PatchLoader(store, (8, 8, 8), **{"batch_size": 3, "threads": 0} | options)
+
+
+def rows(batches) -> list[tuple[int, ...]]:
+    """(index, volume, corner...) of every patch."""
+    return [
+        (i, v, *c)
+        for batch in batches
+        for i, v, c in zip(
+            batch.index.tolist(), batch.volume.tolist(), batch.corner.tolist(), strict=True
+        )
+    ]
+
+
+def test_patches_are_what_the_store_holds_at_their_corner(store):
+    for batch in loader(store, patching="full"):
+        assert batch.image.dtype == torch.float32 and batch.image.shape[1:] == (1, 8, 8, 8)
+        for image, volume, corner in zip(batch.image, batch.volume, batch.corner, strict=True):
+            x = store.read(int(volume))
+            part = x[(slice(None), *(slice(c, c + 8) for c in corner.tolist()))]
+            pads = [(0, 8 - n) for n in part.shape[1:]]
+            assert np.array_equal(image.numpy(), np.pad(part, [(0, 0), *pads], "reflect"))
+
+
+@pytest.mark.parametrize("threads", [0, 1, 2, 8])
+@pytest.mark.parametrize("patching", ["full", "random_parts"])
+def test_threads_do_not_change_the_plan_or_the_pictures(store, patching, threads):
+    reference = list(loader(store, patching=patching))
+    found = list(loader(store, patching=patching, threads=threads))
+    assert rows(found) == rows(reference)
+    assert all(torch.equal(a.image, b.image) for a, b in zip(found, reference, strict=True))
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 5])
+@pytest.mark.parametrize("patching", ["full", "random_parts"])
+def test_ranks_share_an_epoch_without_gap_or_repeat(store, patching, world_size):
+    reference = rows(loader(store, patching=patching, batch_size=1))
+    found = []
+    for rank in range(world_size):
+        one = loader(store, patching=patching, rank=rank, world_size=world_size)
+        batches = list(one)
+        assert len(batches) == len(one)
+        found += rows(batches)
+    assert Counter(found) == Counter(reference) and max(Counter(found).values()) == 1
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_stream_has_full_batches_in_step_and_each_row_once_an_epoch(store, world_size):
+    per_epoch = loader(store).plan.rows_per_epoch
+    ranks = [
+        list(islice(loader(store, rank=rank, world_size=world_size, threads=2).stream(), 40))
+        for rank in range(world_size)
+    ]
+    assert all(len(batch.image) == 3 for batches in ranks for batch in batches)
+    # Interleaved, the ranks give the sequence of one process.
+    one = rows(islice(loader(store, batch_size=1).stream(), 40 * 3 * world_size))
+    found = [row for step in zip(*map(rows, ranks), strict=True) for row in step]
+    assert found == one
+    assert Counter(row[0] for row in found[:per_epoch]) == {i: 1 for i in range(per_epoch)}
+
+
+def test_accumulated_and_global_batches_hold_the_same_samples(store):
+    big = rows(islice(loader(store, batch_size=4).stream(), 10))
+    small = rows(islice(loader(store, batch_size=2).stream(), 20))
+    assert big == small
+
+
+def test_epochs_differ_and_come_back(store):
+    one = loader(store)
+    first, second = rows(one), rows(one)  # the next epoch without a call
+    assert first != second
+    one.set_epoch(0)
+    assert rows(one) == first
+    one.set_epoch(1)
+    assert rows(one) == second and rows(loader(store, seed=1)) != first
+
+
+def test_early_break_starts_the_same_epoch_again(store):
+    one = loader(store, threads=2)
+    reference = rows(loader(store))
+    for _ in range(3):
+        next(iter(one))
+    assert rows(one) == reference
+
+
+@pytest.mark.parametrize("threads", [0, 2])
+@pytest.mark.parametrize("steps", [1, 7, 20, 33])
+def test_resuming_gives_what_would_have_come(store, threads, steps):
+    reference = rows(islice(loader(store).stream(), 60))
+    one = loader(store, threads=threads)
+    stream = one.stream()
+    before = rows(islice(stream, steps))
+    state = one.state_dict()
+    stream.close()
+    two = loader(store, threads=threads)
+    two.load_state_dict(state)
+    assert before + rows(islice(two.stream(), 60 - steps)) == reference
+
+
+def test_resuming_on_another_number_of_ranks_goes_on_with_the_same_samples(store):
+    one = loader(store, batch_size=6)
+    before = rows(islice(one.stream(), 4))
+    pair = [loader(store, rank=rank, world_size=2) for rank in range(2)]
+    after = []
+    for half in pair:
+        half.load_state_dict(one.state_dict())
+        after.append(rows(islice(half.stream(), 4)))
+    after = [row for step in zip(*after, strict=True) for row in step]
+    assert before + after == rows(islice(loader(store, batch_size=6).stream(), 8))
+
+
+def test_resuming_inside_an_epoch_finishes_it(store):
+    one = loader(store)
+    whole = rows(one)
+    two = loader(store)
+    taken = rows(islice(iter(two), 5))
+    three = loader(store)
+    three.load_state_dict(two.state_dict())
+    assert taken + rows(three) == whole
+
+
+def test_state_of_other_data_is_told(store):
+    state = loader(store).state_dict()
+    with pytest.raises(ValueError, match="seed 0, this run 1"):
+        loader(store, seed=1).load_state_dict(state)
+    with pytest.raises(ValueError, match="rows_per_epoch"):
+        loader(store, patches_per_volume=3).load_state_dict(state)
+
+
+def test_global_random_state_is_left_alone(store):
+    before = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()
+    augment = Augment({"RandomNoise": {}})
+    for threads in (0, 2):
+        one = loader(store, threads=threads, augment=augment)
+        len(one), next(iter(one)), one.state_dict()
+    assert torch.equal(before[0], torch.get_rng_state())
+    assert np.array_equal(before[1], np.random.get_state()[1]) and before[2] == random.getstate()
+
+
+def test_augmentation_is_the_same_whatever_the_threads_and_fresh_each_epoch(store):
+    options = {"augment": Augment({"RandomNoise": {"std": 0.1}})}
+    plain = next(iter(loader(store)))
+    batches = [list(loader(store, threads=threads, **options)) for threads in (0, 1, 2)]
+    for other in batches[1:]:
+        assert rows(other) == rows(batches[0])
+        assert all(torch.equal(a.image, b.image) for a, b in zip(other, batches[0], strict=True))
+    assert not torch.equal(batches[0][0].image, plain.image)
+    # The same patch is altered in another way in the next epoch: nothing is frozen by a cache.
+    whole = PatchLoader(store, patching=None, threads=0, **options)
+    images = {}
+    for epoch in range(2):
+        whole.set_epoch(epoch)
+        images[epoch] = {int(batch.volume[0]): batch.image for batch in whole}
+    assert not torch.equal(images[0][0], images[1][0])
+
+
+def test_whole_volumes_come_padded_to_the_largest_of_the_batch(store):
+    batches = list(PatchLoader(store, patching=None, batch_size=1, threads=0))
+    assert sorted(tuple(batch.image.shape[2:]) for batch in batches) == sorted(SHAPES)
+    (batch,) = PatchLoader(store, patching=None, batch_size=5, threads=0)
+    assert batch.image.shape == (5, 1, 20, 30, 40)
+    for image, volume in zip(batch.image, batch.volume, strict=True):
+        shape = SHAPES[volume]
+        inner = image[(slice(None), *(slice(0, n) for n in shape))]
+        assert np.array_equal(inner.numpy(), store.read(int(volume)))
+
+
+@pytest.mark.parametrize("size", [(64, 64, 4), (1, 1, 1), (9, 8, 7), (40, 40, 40)])
+def test_patches_of_any_shape(store, size):
+    batch = next(iter(PatchLoader(store, size, batch_size=2, threads=0)))
+    assert batch.image.shape == (2, 1, *size) and torch.isfinite(batch.image).all()
+
+
+def test_volumes_one_below_equal_to_and_one_above_the_patch(tmp_path):
+    for n in (7, 8, 9):
+        np.save(tmp_path / f"v{n}.npy", np.arange(n**3, dtype=np.int16).reshape(n, n, n))
+    paths = [tmp_path / f"v{n}.npy" for n in (7, 8, 9)]
+    small = VolumeStore.build(paths, tmp_path / "cache", Preprocess(window_hu=(0, 1000)))
+    counts = Counter(row[1] for row in rows(loader(small, patching="full")))
+    assert counts == {0: 1, 1: 1, 2: 8}
+
+
+def test_balanced_groups_hold_over_all_ranks(store):
+    found = []
+    for rank in range(2):
+        one = loader(store, balance_by="site", rank=rank, world_size=2, batch_size=2)
+        for batch in islice(one, len(one) - 1):
+            found += batch.volume.tolist()
+    sites = Counter(store.labels(v)["site"] for v in found)
+    assert abs(sites["x"] - sites["y"]) <= 2
+    with pytest.raises(ValueError, match="'age' for v0"):
+        loader(store, balance_by="age")
+
+
+@pytest.mark.parametrize(
+    ("options", "word"),
+    [
+        ({"world_size": 6}, "6 ranks but only 5 volumes"),
+        ({"batch_size": 0}, "batch_size"),
+        ({"patching": "half"}, "patching"),
+        ({"patches_per_volume": 0}, "patches_per_volume"),
+        ({"seed": -1}, "seed"),
+    ],
+)
+def test_wrong_options_are_told(store, options, word):
+    with pytest.raises(ValueError, match=word):
+        loader(store, **options)
+    for size in [(8, 8), None, (8, 8, 0)]:
+        with pytest.raises(ValueError, match="patch_size"):
+            PatchLoader(store, size)
+
+
+class Failing(VolumeStore):
+    """Cannot read its last volume."""
+
+    def __init__(self, store):
+        super().__init__(store.entries, store.cache_dir, store.preprocess)
+
+    def read_into(self, index, slices, out):
+        if index == 4:
+            raise OSError("the disk is gone")
+        super().read_into(index, slices, out)
+
+
+@pytest.mark.parametrize("threads", [0, 1, 4])
+def test_exceptions_in_threads_surface_at_the_consumer(store, threads):
+    before = threading.active_count()
+    with pytest.raises(OSError, match="the disk is gone"):
+        list(loader(Failing(store), threads=threads))
+    assert threading.active_count() == before
+
+
+def test_no_thread_is_left_after_break_error_or_interrupt(store):
+    before = threading.active_count()
+    one = loader(store, threads=4)
+    for _ in one:
+        assert threading.active_count() > before
+        break
+    assert threading.active_count() == before
+    for error in (KeyboardInterrupt, RuntimeError):
+        try:
+            for _ in one.stream():
+                raise error
+        except (KeyboardInterrupt, RuntimeError):
+            pass
+        assert threading.active_count() == before
+
+
+def test_read_ahead_is_bounded(store):
+    class Slow(VolumeStore):
+        reads = 0
+
+        def read_into(self, index, slices, out):
+            Slow.reads += 1
+            super().read_into(index, slices, out)
+
+    slow = Slow(store.entries, store.cache_dir, store.preprocess)
+    one = PatchLoader(slow, (5, 8, 8), patches_per_volume=100, batch_size=1, threads=2, prefetch=3)
+    batches = iter(one)
+    next(batches)
+    time.sleep(0.3)
+    assert Slow.reads <= 1 + 3 + 1  # yielded, read ahead, handed out
+    batches.close()
+
+
+def test_first_batch_is_quick(store):
+    one = loader(store, threads=2)
+    list(one)
+    start = time.perf_counter()
+    next(iter(one))
+    assert (
+        time.perf_counter() - start < 0.5
+    )  # 0.05 s on a machine of our own: benchmarks/loaders.py
+
+
+def test_map_style_dataset_follows_the_same_plan(store):
+    dataset = PatchDataset(store, (8, 8, 8), patches_per_volume=4)
+    reference = list(loader(store, patches_per_volume=4))
+    for workers in (0, 2):
+        data = torch.utils.data.DataLoader(dataset, batch_size=3, num_workers=workers)
+        batches = [Batch(**batch) for batch in data]
+        assert rows(batches) == rows(reference)
+        assert all(torch.equal(a.image, b.image) for a, b in zip(batches, reference, strict=True))
+    dataset.set_epoch(1)
+    assert dataset[3]["corner"].tolist() != reference[1].corner[0].tolist()
+    with pytest.raises(IndexError):
+        dataset[len(dataset)]
+
+
+def test_iterating_a_dataset_ends(store):
+    """A dataset that ignores its index runs for ever or past its end."""
+    assert sum(1 for _ in PatchDataset(store, (8, 8, 8), patching="full")) == sum(
+        len(PatchGrid(shape, (8, 8, 8))) for shape in SHAPES
+    )
+
+
+def test_custom_sampler_by_socket(store):
+    class Origin(UniformCorners):
+        def corners(self, store, volumes, patch_size, rng):
+            return np.zeros((len(volumes), 3), int)
+
+    for batch in loader(store, sampler=Origin):
+        assert (batch.corner == 0).all()
