@@ -1,84 +1,192 @@
-"""Self-contained HTML pages: one for an evaluation folder, one for training runs.
+"""The page of an evaluation: headline metrics, every volume, and what it looks like, worst first.
 
-No network, no library: pictures and clips are embedded, curves are inline SVG.
+write_report("out")        # reads metrics.csv, summary.json and media/, writes report.html
 """
 
-import base64
 import csv
-import html
 import json
+import math
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
+from vae3d.inference import page
 from vae3d.tracking.media import case_stem
 
-MIME = {".png": "image/png", ".gif": "image/gif", ".mp4": "video/mp4"}
+HIGHER_IS_BETTER = ("psnr", "ssim", "ms_ssim", "dice", "ncc")
+LOWER_IS_BETTER = ("mae", "mse", "rmse", "lpips", "hfen")
+MAX_EMBEDDED_BYTES = 60_000_000  # pictures first, then clips, the worst volumes first
 
 
 def write_report(out_dir: Path | str) -> Path:
-    """Write `report.html` for an evaluation folder.
+    """Write `report.html`, one file that needs no network, for an evaluation folder.
 
     Args:
-        out_dir: Folder with metrics.csv (a row a volume), summary.json, media/<case>.{png,mp4}.
+        out_dir: Folder with metrics.csv (a row a volume, the first column names it), summary.json
+            and media/<case>.png and .mp4.
 
     Returns:
         Path of the page.
     """
     out_dir = Path(out_dir)
-    with open(out_dir / "metrics.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
+    for name in ("metrics.csv", "summary.json"):
+        if not (out_dir / name).is_file():
+            raise ValueError(f"{out_dir}: holds no {name}; is it an evaluation folder?")
     summary = json.loads((out_dir / "summary.json").read_text())
-    table = _table(rows)
-    cases = "".join(_case(out_dir / "media", next(iter(row.values()))) for row in rows)
-    body = f"<h1>Evaluation</h1>{_facts(summary)}<h2>Volumes</h2>{table}<h2>Views</h2>{cases}"
-    return _write(out_dir / "report.html", _page("Evaluation", body))
-
-
-def _case(media: Path, case: str) -> str:
-    stem = case_stem(case)
-    parts = [f"<h3>{html.escape(case)}</h3>"]
-    if (media / f"{stem}.png").is_file():
-        parts.append(f'<img alt="{html.escape(case)}" src="{_data_uri(media / f"{stem}.png")}">')
-    if (media / f"{stem}.mp4").is_file():
-        uri = _data_uri(media / f"{stem}.mp4")
-        parts.append(f'<video src="{uri}" autoplay loop muted playsinline controls></video>')
-    return f"<section>{''.join(parts)}</section>"
-
-
-def _table(rows: list[dict]) -> str:
+    rows, metrics = read_rows(out_dir / "metrics.csv")
     if not rows:
-        return ""
-    head = "".join(f"<th>{html.escape(name)}</th>" for name in rows[0])
-    lines = (
-        "<tr>" + "".join(f"<td>{html.escape(str(v))}</td>" for v in row.values()) + "</tr>"
-        for row in rows
+        raise ValueError(f"{out_dir / 'metrics.csv'}: no volumes")
+    case_column = next(iter(rows[0]))
+    leading = next((m for m in ("psnr", *metrics) if m in metrics), None)
+    sections = [
+        page.tiles(_headline(rows, metrics)),
+        page.section("Look at first", page.findings(find(rows, metrics, leading))),
+        page.section("Spread over the volumes", _spread(rows, metrics, case_column)),
+        page.section(
+            "Views",
+            *_views(out_dir / "media", _worst_first(rows, leading), case_column),
+            note=f"Worst {leading} first. Columns are input, recon and error = recon - input; "
+            "the scale under the error is the same for every volume.",
+        ),
+        page.section("All volumes", page.table(rows, first=case_column)),
+        page.section("How it was measured", f'<div class="card">{page.facts(_how(summary))}</div>'),
+    ]
+    subtitle = page.escape(
+        f"{len(rows)} volumes, mode {summary.get('mode', 'unknown')}, "
+        f"checkpoint {summary.get('checkpoint', 'unknown')}"
     )
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table>"
+    return write_page(out_dir / "report.html", page.page("Evaluation", subtitle, sections))
 
 
-def _facts(facts: dict) -> str:
-    items = (
-        f"<dt>{html.escape(str(k))}</dt><dd>{html.escape(json.dumps(v))}</dd>"
-        for k, v in facts.items()
+def read_rows(path: Path) -> tuple[list[dict], list[str]]:
+    """Rows of a CSV with numbers as numbers, and the names of the columns that hold numbers."""
+    with open(path, newline="", encoding="utf-8") as file:
+        rows = [{k: _parsed(v) for k, v in row.items()} for row in csv.DictReader(file)]
+    first = next(iter(rows[0])) if rows else ""
+    for row in rows:
+        row[first] = str(row[first])  # a case called 001 or 7 is a name, not a number
+    columns = list(rows[0])[1:] if rows else []
+    return rows, [c for c in columns if any(isinstance(r[c], float) for r in rows)]
+
+
+def find(rows: Sequence[dict], metrics: Sequence[str], leading: str | None) -> list:
+    """What to look at first: values that are not finite, volumes far from the others."""
+    case = next(iter(rows[0]))
+    found = []
+    for metric in metrics:
+        bad = [r[case] for r in rows if not _finite(r[metric])]
+        if bad:
+            named = ", ".join(map(page.escape, bad[:5]))
+            found.append(("bad", f"<b>{page.escape(metric)}</b> is not finite for {named}."))
+    if leading:
+        values = sorted(r[leading] for r in rows if _finite(r[leading]))
+        if len(values) >= 5:
+            found += _outliers(rows, leading, values, case)
+        if values:
+            worst = _worst_first(rows, leading)[0]
+            found.append(
+                ("good", f"The worst {leading} is {page.number(worst[leading])}, of "
+                 f"<b>{page.escape(worst[case])}</b>, shown first below.")
+            )  # fmt: skip
+    return found
+
+
+def _outliers(rows, metric, values, case) -> list:
+    """Volumes beyond the quartiles by more than 1.5 of their distance, on the bad side."""
+    low, high = values[len(values) // 4], values[-1 - len(values) // 4]
+    reach = 1.5 * (high - low)
+    if metric in LOWER_IS_BETTER:
+        far = [r for r in rows if _finite(r[metric]) and r[metric] > high + reach]
+    else:
+        far = [r for r in rows if _finite(r[metric]) and r[metric] < low - reach]
+    if not far:
+        return []
+    names = ", ".join(f"<b>{page.escape(r[case])}</b> ({page.number(r[metric])})" for r in far[:5])
+    plural = "volumes are" if len(far) > 1 else "volume is"
+    return [("warn", f"{len(far)} {plural} far from the others in {metric}: {names}.")]
+
+
+def _headline(rows, metrics) -> list[tuple[str, str, str]]:
+    facts = [("volumes", str(len(rows)), "")]
+    for metric in metrics[:6]:
+        values = [r[metric] for r in rows if _finite(r[metric])]
+        if values:
+            mean = sum(values) / len(values)
+            sd = math.sqrt(sum((v - mean) ** 2 for v in values) / max(len(values) - 1, 1))
+            facts.append((metric, page.number(mean), f"sd {page.number(sd)}"))
+    return facts
+
+
+def _spread(rows, metrics, case) -> str:
+    better = dict.fromkeys(HIGHER_IS_BETTER, "higher") | dict.fromkeys(LOWER_IS_BETTER, "lower")
+    charts = (
+        page.dots(m, {r[case]: r[m] for r in rows if _finite(r[m])}, better.get(m, ""))
+        for m in metrics
     )
-    return f"<dl>{''.join(items)}</dl>"
+    return f'<div class="charts">{"".join(charts)}</div>'
 
 
-def _data_uri(path: Path) -> str:
-    return f"data:{MIME[path.suffix]};base64,{base64.b64encode(path.read_bytes()).decode()}"
+def _worst_first(rows, metric):
+    if metric is None:
+        return list(rows)
+    sign = -1 if metric in LOWER_IS_BETTER else 1
+    return sorted(rows, key=lambda r: sign * r[metric] if _finite(r[metric]) else -math.inf)
 
 
-def _page(title: str, body: str) -> str:
-    return (
-        '<!doctype html><html lang="en"><meta charset="utf-8">'
-        f"<title>{html.escape(title)}</title><style>:root{{color-scheme:light dark}}"
-        "body{font:16px system-ui;max-width:1100px;margin:auto;padding:2rem}"
-        f"img,video{{max-width:100%}}</style><body>{body}</body></html>"
-    )
+def _views(media: Path, rows, case) -> list[str]:
+    """Picture and clip of each volume; what does not fit the size of a page is linked instead."""
+    stems = {row[case]: case_stem(row[case]) for row in rows}
+    wanted = [media / f"{stem}{suffix}" for suffix in (".png", ".mp4") for stem in stems.values()]
+    room, embedded = MAX_EMBEDDED_BYTES, set()
+    for path in wanted:
+        if path.is_file() and path.stat().st_size <= room:
+            room -= path.stat().st_size
+            embedded.add(path)
+    cards = []
+    for row in rows:
+        picture, clip = (media / f"{stems[row[case]]}{suffix}" for suffix in (".png", ".mp4"))
+        parts = [page.image(picture, f"planes of {row[case]}")] if picture in embedded else []
+        parts += [page.video(clip)] if clip in embedded else []
+        links = [p for p in (picture, clip) if p.is_file() and p not in embedded]
+        if parts or links:
+            numbers = "  ".join(
+                f"{k} {page.number(v)}" for k, v in row.items() if isinstance(v, float)
+            )
+            linked = " ".join(
+                f'<a href="media/{page.escape(p.name.replace("%", "%25"))}">{p.suffix[1:]}</a>'
+                for p in links
+            )
+            cards.append(
+                f'<article class="card"><h3>{page.escape(row[case])} <small class="note">'
+                f"{page.escape(numbers)} {linked}</small></h3>"
+                f'<div class="pair">{"".join(parts)}</div></article>'
+            )
+    return cards
 
 
-def _write(path: Path, text: str) -> Path:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+def _how(summary: dict) -> dict[str, str]:
+    """Settings of the evaluation; the metrics themselves are shown elsewhere."""
+    return {
+        key: " x ".join(map(str, value)) if isinstance(value, list) else value
+        for key, value in summary.items()
+        if not isinstance(value, dict) and value is not None
+    }
+
+
+def write_page(path: Path, text: str) -> Path:
+    """Write a page whole or not at all."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    temporary.replace(path)
     return path
+
+
+def _parsed(text: str):
+    try:
+        return float(text)
+    except (TypeError, ValueError):
+        return text
+
+
+def _finite(value) -> bool:
+    return isinstance(value, float) and math.isfinite(value)

@@ -1,0 +1,288 @@
+"""What the latent space of a VAE holds, as pictures and numbers, measured on fixed volumes.
+
+Pictures: how a reconstruction changes with the posterior's noise, the way between two volumes,
+decoded draws from N(0, 1) and from a Gaussian fitted to the latents, the latents themselves, and
+their distribution per channel.
+
+    probes = LatentProbes([x_a, x_b], patch_size=(64, 64, 64), data_range=(0, 1))
+    measured = probes.measure(vae)                     # a few forward passes on the model's device
+    tracker.log(measured.numbers, step)
+    tracker.in_background(probes.draw, measured, folder, step=step)
+
+Measuring leaves the global random state alone, so a run with probes trains as one without.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+
+from vae3d.tracking.media import (
+    BACKGROUND,
+    FAINT,
+    GAP,
+    TEXT,
+    center_of_mass,
+    error_colors,
+    even,
+    font,
+    gray_colors,
+    resize,
+    upright,
+    write_png,
+)
+
+NOISE = (0.0, 0.25, 0.5, 1.0, 2.0)  # multiples of the posterior's std
+BETWEEN = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)  # share of the second volume
+DRAWS = 6
+ACTIVE_NATS = 0.01  # a channel with less KL per latent element says nothing about its input
+
+
+@dataclass
+class Measured:
+    """What `LatentProbes.measure` found; slices are float32 `(W, H)` through the middle of z.
+
+    Args:
+        numbers: Scalars for the log.
+        noise: Decodings of mean + s x std, for s in `NOISE`.
+        between: Decodings between two volumes; empty with one volume.
+        prior: Decodings of draws from N(0, 1).
+        fitted: Decodings of draws from the Gaussian fitted to the latents.
+        latents: Posterior mean per channel, of the first volume.
+        values: Posterior means, `(C, n)`, of all volumes.
+        std: Mean posterior std per channel.
+        kl: KL per channel [nats per latent element].
+    """
+
+    numbers: dict[str, float]
+    noise: list[np.ndarray]
+    between: list[np.ndarray]
+    prior: list[np.ndarray]
+    fitted: list[np.ndarray]
+    latents: list[np.ndarray]
+    values: np.ndarray
+    std: np.ndarray
+    kl: np.ndarray
+
+    @property
+    def nbytes(self) -> int:
+        """Memory that a waiting drawing job holds."""
+        slices = (*self.noise, *self.between, *self.prior, *self.fitted, *self.latents)
+        return self.values.nbytes + sum(array.nbytes for array in slices)
+
+
+class LatentProbes:
+    """Looks into the latent space of a VAE with a few fixed volumes.
+
+    Args:
+        volumes: One or more inputs `(C, X, Y, Z)` or `(C, X, Y)`, normalized as in training.
+        patch_size: Each volume is cut to this size round its center of mass [voxels]; None keeps it
+            whole, which has to fit into memory.
+        spacing_mm: Voxel size, for the proportions of the pictures.
+        data_range: Intensities drawn black and white.
+        seed: Of the draws, the same at every call.
+    """
+
+    def __init__(
+        self,
+        volumes: Sequence[torch.Tensor],
+        patch_size: Sequence[int] | None = None,
+        spacing_mm: Sequence[float] | None = None,
+        data_range: tuple[float, float] = (0.0, 1.0),
+        seed: int = 0,
+    ):
+        if not len(volumes):
+            raise ValueError("latent probes need at least one volume")
+        self.patches = [cut_patch(torch.as_tensor(x), patch_size) for x in volumes]
+        if len({x.shape for x in self.patches}) > 1:  # whole volumes of different sizes
+            smallest = [
+                min(sizes) for sizes in zip(*[x.shape[1:] for x in self.patches], strict=True)
+            ]
+            self.patches = [cut_patch(x, smallest) for x in self.patches]
+        dims = self.patches[0].ndim - 1
+        self.spacing = tuple(spacing_mm)[:dims] if spacing_mm is not None else (1.0,) * dims
+        self.data_range, self.seed = data_range, seed
+
+    @torch.no_grad()
+    def measure(self, vae: torch.nn.Module) -> Measured:
+        """Encode the volumes and decode all probes, one at a time; slices go to the CPU.
+
+        Args:
+            vae: The model, in eval mode on its device.
+        """
+        like = next(vae.parameters())
+        posteriors = [vae.encode(x[None].to(like.device, like.dtype)) for x in self.patches]
+        means = torch.cat([p.mean.float() for p in posteriors])
+        stds = torch.cat([p.std.float() for p in posteriors])
+        kl = torch.cat([p.kl("none").float() for p in posteriors])
+        noise = torch.Generator().manual_seed(self.seed)
+
+        def decode(z: torch.Tensor) -> np.ndarray:
+            return _middle(vae.decode(z.to(like.dtype))[0, 0].float())
+
+        def draw(shape) -> torch.Tensor:
+            return torch.randn(shape, generator=noise).to(like.device)
+
+        first, last = means[:1], means[-1:]
+        eps = draw(first.shape)
+        values = means.transpose(0, 1).flatten(1)  # (C, n)
+        center, root = _fit(values)
+        z_prior = [draw(first.shape) for _ in range(DRAWS)]
+        z_fitted = [
+            torch.einsum("ij,bj...->bi...", root, z)
+            + center.reshape(1, -1, *(1,) * (first.ndim - 2))
+            for z in z_prior
+        ]
+        per_channel = (0, *range(2, kl.ndim))
+        kl_channels = kl.mean(per_channel)
+        return Measured(
+            numbers={
+                "latent/kl": float(kl.mean()),
+                "latent/active_channels": float((kl_channels > ACTIVE_NATS).sum()),
+                "latent/mean_std": float(values.std(dim=1).mean()),
+                "latent/posterior_std": float(stds.mean()),
+            },
+            noise=[decode(first + s * stds[:1] * eps) for s in NOISE],
+            between=[decode(first + t * (last - first)) for t in BETWEEN * (len(means) > 1)],
+            prior=[decode(z) for z in z_prior],
+            fitted=[decode(z) for z in z_fitted],
+            latents=[_middle(channel) for channel in first[0]],
+            values=values.cpu().numpy(),
+            std=stds.mean(per_channel).cpu().numpy(),
+            kl=kl_channels.cpu().numpy(),
+        )
+
+    def draw(self, measured: Measured, folder: Path | str) -> dict[str, Path]:
+        """Draw everything as PNG into `folder`; return the files by panel name."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        between = zip((f"{t:.0%}" for t in BETWEEN), measured.between, strict=False)
+        noise = zip((f"s {s:g}" for s in NOISE), measured.noise, strict=True)
+        rows = {
+            "noise": {"mean + s x std": dict(noise)},
+            "between": {"between two volumes": dict(between)},
+            "draws": {
+                "draws from N(0, 1)": dict(enumerate(measured.prior)),
+                "draws from the fitted Gaussian": dict(enumerate(measured.fitted)),
+            },
+        }
+        pictures = {name: self._strip(row) for name, row in rows.items() if all(row.values())} | {
+            "slices": self._latents(measured),
+            "channels": draw_channels(measured),
+        }
+        return {
+            f"latent/{name}": write_png(folder / f"latent_{name}.png", picture)
+            for name, picture in pictures.items()
+        }
+
+    def _strip(self, rows: dict[str, dict], width: int = 150) -> np.ndarray:
+        """Rows of gray slices, a title above each row and a label in each slice."""
+        lo, hi = self.data_range
+        size = self._size(next(iter(next(iter(rows.values())).values())).shape, width)
+        count = max(map(len, rows.values()))
+        height = GAP + len(rows) * (size[1] + 22 + GAP)
+        canvas = Image.new("RGB", even(GAP + count * (size[0] + GAP), height), BACKGROUND)
+        pen = ImageDraw.Draw(canvas)
+        for r, (title, slices) in enumerate(rows.items()):
+            y = GAP + r * (size[1] + 22 + GAP)
+            pen.text((GAP, y - 2), title, TEXT, font(13))
+            for k, (label, values) in enumerate(slices.items()):
+                x = GAP + k * (size[0] + GAP)
+                gray = gray_colors(resize(upright((values - lo) / (hi - lo)), size))
+                canvas.paste(Image.fromarray(gray), (x, y + 20))
+                if isinstance(label, str):
+                    pen.text((x + 4, y + 22), label, TEXT, font(11), stroke_width=1, stroke_fill=0)
+        return np.asarray(canvas)
+
+    def _latents(self, measured: Measured, width: int = 150, columns: int = 8) -> np.ndarray:
+        """The posterior mean of every channel, in colors from -3 std to +3 std."""
+        end = 3 * float(measured.values.std(axis=1).max()) or 1.0
+        size = self._size(measured.latents[0].shape, width)
+        rows = -(-len(measured.latents) // columns)
+        wide = min(len(measured.latents), columns)
+        canvas = Image.new(
+            "RGB",
+            even(max(GAP + wide * (size[0] + GAP), 330), 34 + rows * (size[1] + GAP)),
+            BACKGROUND,
+        )
+        pen = ImageDraw.Draw(canvas)
+        pen.text(
+            (GAP, GAP - 2), f"posterior mean per channel, -{end:.3g} to +{end:.3g}", TEXT, font(13)
+        )
+        for c, values in enumerate(measured.latents):
+            x = GAP + c % columns * (size[0] + GAP)
+            y = 30 + c // columns * (size[1] + GAP)
+            picture = Image.fromarray(error_colors(upright(values / end)))
+            canvas.paste(picture.resize(size, Image.Resampling.NEAREST), (x, y))
+            pen.text((x + 4, y + 2), str(c), TEXT, font(11), stroke_width=1, stroke_fill=0)
+        return np.asarray(canvas)
+
+    def _size(self, shape: tuple[int, int], width: int) -> tuple[int, int]:
+        return width, max(2, round(width * shape[1] * self.spacing[1] / shape[0] / self.spacing[0]))
+
+
+def draw_channels(measured: Measured, columns: int = 4, scale: int = 2) -> np.ndarray:
+    """Per channel: histogram of the posterior means over N(0, 1), with mean, std and KL."""
+    w, h, pad = 230, 96, 40
+    count = len(measured.kl)
+    columns = min(columns, count)
+    rows = -(-count // columns)
+    size = even(GAP + columns * (w + GAP), 34 + rows * (h + pad))
+    canvas = Image.new("RGB", (size[0] * scale, size[1] * scale), BACKGROUND)  # drawn at twice
+    pen = ImageDraw.Draw(canvas)
+    end = 4 * max(1.0, float(measured.values.std(axis=1).max()))
+    edges = np.linspace(-end, end, 65)
+    middles = (edges[1:] + edges[:-1]) / 2
+    normal = np.exp(-(middles**2) / 2) / np.sqrt(2 * np.pi)
+    title = f"posterior means (bars) and N(0, 1) (line), from -{end:.3g} to {end:.3g}"
+    pen.text((GAP * scale, 8 * scale), title, TEXT, font(13 * scale))
+    for c in range(count):
+        left = GAP + c % columns * (w + GAP)
+        bottom = 34 + c // columns * (h + pad) + h
+        density, _ = np.histogram(np.clip(measured.values[c], -end, end), edges, density=True)
+        top = max(density.max(), normal.max())
+        active = measured.kl[c] > ACTIVE_NATS
+        x = left + (middles + end) / (2 * end) * w
+        for xi, d in zip(x, density, strict=True):
+            bar = [(xi - w / 130, bottom - d / top * h), (xi + w / 130, bottom)]
+            pen.rectangle([(a * scale, b * scale) for a, b in bar], BARS if active else DEAD)
+        line = [(a * scale, (bottom - d / top * h) * scale) for a, d in zip(x, normal, strict=True)]
+        pen.line(line, TEXT, scale)
+        pen.line([(left * scale, bottom * scale), ((left + w) * scale, bottom * scale)], FAINT)
+        mean, std = measured.values[c].mean(), measured.values[c].std()
+        text = f"{c}   mean {mean:+.2f}   std {std:.2f}   KL {measured.kl[c]:.3g} nats"
+        text += "" if active else "   inactive"
+        pen.text((left * scale, (bottom + 5) * scale), text, FAINT, font(11 * scale))
+    return np.asarray(canvas.resize(size, Image.Resampling.LANCZOS))
+
+
+BARS, DEAD = (52, 140, 226), (90, 94, 104)
+
+
+def cut_patch(x: torch.Tensor, size: Sequence[int] | None) -> torch.Tensor:
+    """Cut `(C, *spatial)` to `size` round its center of mass; axes that are smaller stay."""
+    if size is None:
+        return x
+    if len(size) != x.ndim - 1:
+        raise ValueError(f"patch_size {tuple(size)} has another number of axes than {x.shape[1:]}")
+    center = center_of_mass((x - x.min()).numpy())
+    for axis, (c, n, p) in enumerate(zip(center, x.shape[1:], size, strict=True), start=1):
+        p = min(n, p)
+        x = x.narrow(axis, min(max(c - p // 2, 0), n - p), p)
+    return x.contiguous()
+
+
+def _fit(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean `(C,)` and a root `(C, C)` of the covariance of `(C, n)`."""
+    covariance = torch.atleast_2d(torch.cov(values.double()))
+    power, axes = torch.linalg.eigh(covariance.cpu())
+    root = axes * power.clamp(min=0).sqrt()  # the covariance is root @ root.T
+    return values.mean(dim=1), root.to(values)
+
+
+def _middle(volume: torch.Tensor) -> np.ndarray:
+    """`(X, Y, Z)` or `(X, Y)` -> the slice in the middle of z, as float32 on the CPU."""
+    return (volume if volume.ndim == 2 else volume[..., volume.shape[-1] // 2]).cpu().numpy()
