@@ -59,8 +59,10 @@ class ConvDown(Down):
         super().__init__(channels, factor, spatial_dims)
         if padding not in ("symmetric", "asymmetric"):
             raise ValueError(f"padding={padding!r} is not one of symmetric, asymmetric")
-        kernel = tuple(max(3, f + 1 - f % 2) for f in self.factor)
+        # Kernel 3 up to factor 2; above, one kernel per cell, so that no voxel goes unseen.
+        kernel = tuple(max(3, f) for f in self.factor)
         self.conv = conv(spatial_dims, channels, channels, kernel, self.factor)
+        self.conv.padding = tuple(1 if f < 3 else 0 for f in self.factor)
         self.far_padding = None
         if padding == "asymmetric":
             # Near and far zeros per axis; an axis that keeps its size stays symmetric.
@@ -85,8 +87,8 @@ class PoolDown(Down):
 
     def forward(self, x: Tensor) -> Tensor:
         """Average over cells of `factor` voxels."""
-        pool = {2: F.avg_pool2d, 3: F.avg_pool3d}[len(self.factor)]
-        return pool(x, self.factor, self.factor)
+        # Not torch's pooling, which knows no half precision in 3D on the CPU.
+        return cell_mean(x, self.factor)
 
 
 class UnshuffleDown(Down):
@@ -112,8 +114,7 @@ class UnshuffleDown(Down):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map `(B, C, *spatial)` to `(B, C, *spatial / factor)`."""
-        shortcut = unshuffle(x, self.factor).unflatten(1, (self.channels, self.cell)).mean(2)
-        return unshuffle(self.conv(x), self.factor) + shortcut
+        return unshuffle(self.conv(x), self.factor) + cell_mean(x, self.factor)
 
 
 class HaarDown(Down):
@@ -138,6 +139,11 @@ class HaarDown(Down):
 def unshuffle(x: Tensor, factor: Sequence[int]) -> Tensor:
     """Space to channel: `(B, C, *spatial)` to `(B, C * prod(factor), *spatial / factor)`."""
     return rearrange(x, UNSHUFFLE[len(factor)], **cell_sizes(factor))
+
+
+def cell_mean(x: Tensor, factor: Sequence[int]) -> Tensor:
+    """Mean over cells of `factor` voxels: `(B, C, *spatial)` to `(B, C, *spatial / factor)`."""
+    return unshuffle(x, factor).unflatten(1, (x.shape[1], prod(factor))).mean(2)
 
 
 def haar(x: Tensor, factor: Sequence[int]) -> Tensor:
