@@ -34,7 +34,8 @@ class Preprocess:
         spacing_mm: Voxel size after resampling in millimeters; null keeps each volume's own.
         window_hu: Clip intensities to (low, high), for CT in Hounsfield units; else percentiles.
         percentiles: Clip to these percentiles of all intensities of the whole source volume.
-        intensity: unit -> [0, 1], symmetric -> [-1, 1], zscore -> mean 0 and SD 1 on foreground.
+        intensity: unit -> [0, 1], symmetric -> [-1, 1], zscore -> mean 0 and SD 1 on foreground,
+            raw -> as they are, not even clipped.
         orient_ras: Turn and flip the axes so that X, Y, Z run right, anterior, superior.
         crop_foreground: Cut to the box of voxels above the foreground threshold (Otsu's).
         crop_margin_mm: Border kept around the foreground box in millimeters.
@@ -44,7 +45,7 @@ class Preprocess:
     spacing_mm: tuple[float, float, float] | None = None
     window_hu: tuple[float, float] | None = None
     percentiles: tuple[float, float] = (0.0, 99.5)
-    intensity: Literal["unit", "symmetric", "zscore"] = "unit"
+    intensity: Literal["unit", "symmetric", "zscore", "raw"] = "unit"
     orient_ras: bool = True
     crop_foreground: bool = False
     crop_margin_mm: float = 0.0
@@ -66,8 +67,8 @@ class Preprocess:
             raise ValueError(
                 f"percentiles are {self.percentiles}: use steps of 0.1, of 0.01 beyond 1 and 99"
             )
-        if self.intensity not in ("unit", "symmetric", "zscore"):
-            raise ValueError(f"intensity is {self.intensity!r}: use unit, symmetric or zscore")
+        if self.intensity not in ("unit", "symmetric", "zscore", "raw"):
+            raise ValueError(f"intensity is {self.intensity!r}: use unit, symmetric, zscore or raw")
         if self.pad_to_multiple < 1:
             raise ValueError(f"pad_to_multiple is {self.pad_to_multiple}: use 1 or more")
 
@@ -109,6 +110,8 @@ class Preprocess:
             stats: Statistics of one channel, see `statistics`.
             quantile: Function percentile -> intensity of this channel.
         """
+        if self.intensity == "raw":
+            return 1.0, 0.0, -math.inf, math.inf
         if self.window_hu is not None:
             low, high = self.window_hu
         else:

@@ -45,6 +45,9 @@ class Entry:
     bias: np.ndarray
     low: np.ndarray
     high: np.ndarray
+    raw: bool  # the mapping changes nothing
+    lowest: float  # of the normalized volume
+    highest: float
 
 
 class VolumeStore:
@@ -88,14 +91,14 @@ class VolumeStore:
 
     @property
     def data_range(self) -> tuple[float, float]:
-        """Lowest and highest value that `read` can return."""
+        """Range of what `read` returns: (0, 1), (-1, 1), or measured for zscore and raw."""
         if self.preprocess.intensity == "unit":
             return 0.0, 1.0
         if self.preprocess.intensity == "symmetric":
             return -1.0, 1.0
         return (
-            float(min(entry.low.min() for entry in self.entries)),
-            float(max(entry.high.max() for entry in self.entries)),
+            float(min(entry.lowest for entry in self.entries)),
+            float(max(entry.highest for entry in self.entries)),
         )
 
     def shape(self, index: int) -> tuple[int, int, int, int]:
@@ -154,10 +157,14 @@ class VolumeStore:
         """Read as `read` into a float32 buffer (C, *shape of the slices)."""
         entry = self.entries[index]
         source = self.array(index)[(slice(None), *slices)]
-        for channel in range(len(source)):
-            target = out[channel]
-            np.multiply(source[channel], entry.gain[channel], out=target, casting="unsafe")
-            target += entry.bias[channel]
+        np.copyto(out, source, casting="unsafe")
+        if entry.raw:
+            return
+        # In place on one channel at a time, which is still in the processor's cache.
+        for channel, target in enumerate(out):
+            target *= entry.gain[channel]
+            if entry.bias[channel]:
+                target += entry.bias[channel]
             np.clip(target, entry.low[channel], entry.high[channel], out=target)
 
     def _open(self, index: int) -> np.ndarray:
@@ -337,7 +344,7 @@ def open_entry(
     subject: Subject, meta: dict[str, Any], cache_dir: Path, preprocess: Preprocess
 ) -> Entry:
     """Derive from a sidecar what a read needs."""
-    mappings = []
+    mappings, ranges = [], []
     for channel, stats in enumerate(meta["statistics"]):
 
         def quantile(percent: float, channel=channel, stats=stats) -> float:
@@ -349,7 +356,9 @@ def open_entry(
         gain, bias, low, high = preprocess.mapping(stats, quantile)
         scale, offset = meta["scale"][channel], meta["offset"][channel]
         mappings.append((gain * scale, gain * offset + bias, low, high))
-        if stats["max"] * gain + bias <= low or stats["min"] * gain + bias >= high:
+        ends = np.array([stats["min"], stats["max"]]) * gain + bias
+        ranges.append(np.clip(ends, low, high))
+        if ends[1] <= low or ends[0] >= high:
             raise BrokenVolume(
                 subject.paths[0],
                 f"intensities {stats['min']:g} to {stats['max']:g} lie outside window_hu "
@@ -363,4 +372,7 @@ def open_entry(
         meta["start"],
         tuple(meta["spacing_mm"]),
         *(np.array(column, np.float32) for column in zip(*mappings, strict=True)),
+        raw=all(mapping == (1.0, 0.0, -np.inf, np.inf) for mapping in mappings),
+        lowest=float(np.min(ranges)),
+        highest=float(np.max(ranges)),
     )

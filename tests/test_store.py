@@ -74,6 +74,7 @@ def test_every_dtype_and_byte_order_reads_the_same(tmp_path, dtype, order):
         Preprocess(percentiles=(0, 100)),
         Preprocess(window_hu=(-500, 900), intensity="symmetric"),
         Preprocess(percentiles=(0, 100), intensity="zscore"),
+        Preprocess(intensity="raw"),
         Preprocess(percentiles=(0, 100), crop_foreground=True, pad_to_multiple=8),
     ],
 )
@@ -89,6 +90,15 @@ def test_undo_gives_back_grid_affine_and_intensities(tmp_path, preprocess, scale
     assert np.allclose(volume.data[inside], source.intensities()[inside], atol=1e-2)
     if not preprocess.crop_foreground:
         assert np.allclose(volume.data, source.intensities(), atol=1e-2)
+
+
+def test_raw_intensities_are_those_of_the_file(tmp_path):
+    paths = [scan(tmp_path / "a.nii.gz", 0), scan(tmp_path / "b.nii.gz", 1, scale=2.0, offset=5.0)]
+    store = VolumeStore.build(paths, tmp_path / "cache", Preprocess(intensity="raw"))
+    sources = [read_volume(path).intensities() for path in paths]
+    for index, source in enumerate(sources):
+        assert np.array_equal(np.sort(store.read(index).ravel()), np.sort(source.ravel()))
+    assert store.data_range == (min(s.min() for s in sources), max(s.max() for s in sources))
 
 
 def test_undo_refuses_another_shape(paths, tmp_path):

@@ -1,0 +1,355 @@
+"""Patches per CPU-second of every way to read patches from disk, as ratios, in one run.
+
+    python benchmarks/loaders.py                     # 64^3 and 96^3 patches, all peers
+    python benchmarks/loaders.py --quick             # fewer volumes and patches
+    python benchmarks/loaders.py --only ours copy    # some rows
+
+Peers come with `pip install -e '.[bench]'`; what is not installed is left out of the table. Volumes
+are 256x256x192 int16 in a warm page cache; every reader returns float32 patches. "copy" is the
+limit: numpy's strided int16 -> float32 copy out of memory into one buffer that stays in cache.
+CPU-seconds are of this process and its children, kernel included.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import itertools
+import os
+import platform
+import resource
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+
+# Python puts a script's folder first, where this very file would hide the package of its name.
+sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from loaders import PatchLoader, Preprocess, VolumeStore
+from loaders.readers import Volume, write_volume
+
+SHAPE = (256, 256, 192)
+# Lowest acceptable ratio of ours to each peer, for 64^3 and 96^3 patches.
+TARGETS = {
+    "copy": (0.85, 0.85),
+    "torchio queue": (30, 18),
+    "monai persistent": (9, 9),
+    "monai cache": (5, 8),
+    "nnunet blosc2": (5, 7),
+    "tensorstore": (8, None),
+    "zarr": (20, None),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="4 volumes instead of 8")
+    parser.add_argument("--only", nargs="*", default=None, help="names of the rows to run")
+    parser.add_argument("--folder", help="where to keep the volumes; default a temporary folder")
+    options = parser.parse_args()
+    warnings.filterwarnings("ignore")
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(options.folder or temporary)
+        paths = make_volumes(folder, 4 if options.quick else 8)
+        print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, "
+              f"{len(paths)} volumes of {'x'.join(map(str, SHAPE))} int16")  # fmt: skip
+        build_report(paths, folder)
+        for column, size in enumerate((64, 96)):
+            patch_report(paths, folder, size, column, options)
+
+
+def make_volumes(folder: Path, count: int) -> list[Path]:
+    """Write smooth noisy volumes with an empty border, as compressible as a scan."""
+    from scipy import ndimage
+
+    paths = [folder / f"v{n}.nii.gz" for n in range(count)]
+    for n, path in enumerate(paths):
+        if path.exists():
+            continue
+        rng = np.random.default_rng(n)
+        field = ndimage.gaussian_filter(rng.normal(size=SHAPE).astype(np.float32), 2)
+        data = field / field.std() * 300 + rng.normal(size=SHAPE).astype(np.float32) * 10 + 1000
+        data[:50], data[:, :30] = 0, 0
+        write_volume(path, Volume(data.clip(0, 4000).astype(np.int16)[None]))
+    return paths
+
+
+def cpu_seconds() -> float:
+    """CPU time of this process and its finished children, user and kernel."""
+    own, children = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))  # fmt: skip
+    return own.ru_utime + own.ru_stime + children.ru_utime + children.ru_stime
+
+
+def rate(patches: Iterator, count: int, rounds: int = 3) -> float:
+    """Patches per CPU-second, best of some rounds after one that warms up."""
+    best = 0.0
+    for number in range(rounds + 1):
+        start, done = cpu_seconds(), 0
+        while done < count:
+            done += next(patches)
+        used = cpu_seconds() - start
+        if number:
+            best = max(best, done / used)
+    return best
+
+
+def build_report(paths: list[Path], folder: Path) -> None:
+    """Time to build the store against the time in which SimpleITK reads the same files."""
+    import SimpleITK as sitk
+
+    sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(1)
+    start = cpu_seconds()
+    for path in paths:
+        sitk.GetArrayViewFromImage(sitk.ReadImage(str(path)))
+    read = cpu_seconds() - start
+    with tempfile.TemporaryDirectory(dir=folder) as cache:
+        start, clock = cpu_seconds(), time.perf_counter()
+        VolumeStore.build(paths, cache, progress=False)
+        built, wall = cpu_seconds() - start, time.perf_counter() - clock
+        start = time.perf_counter()
+        store = VolumeStore.build(paths, cache, progress=False)
+        loader = PatchLoader(store, (64, 64, 64), batch_size=4, threads=2)
+        opened = time.perf_counter() - start
+        next(iter(loader))
+        loader.set_epoch(1)
+        start = time.perf_counter()
+        next(iter(loader))
+        first = time.perf_counter() - start
+    print(f"store build {built / read:.2f}x the CPU time and {wall / read:.2f}x the time in which "
+          f"SimpleITK reads the files (target 1.5x); opened in {opened * 1e3:.0f} ms; first batch of "
+          f"an epoch after {first * 1e3:.0f} ms (target 50 ms)\n")  # fmt: skip
+
+
+def patch_report(paths: list[Path], folder: Path, size: int, column: int, options) -> None:
+    """Print the table of one patch size."""
+    count = 2000 if size == 64 else 600
+    rates, notes = {}, {}
+    for name, reader in READERS.items():
+        if options.only and name not in options.only and name not in ("ours", "copy"):
+            continue
+        slow = name in ("torchio queue", "monai persistent", "zarr", "tensorstore")
+        try:
+            patches = reader(paths, folder, size)
+            rates[name] = rate(patches, count // (20 if slow else 1), 2 if slow else 4)
+            notes[name] = getattr(reader, "note", "")
+        except ImportError as error:
+            print(f"{name:<24} not installed ({error.name})")
+        gc.collect()
+    print(f"{f'{size}^3 patches':<24}{'per CPU-s':>10}{'ours is':>10}   target")
+    for name, found in rates.items():
+        ratio = rates["ours"] / found
+        target = TARGETS.get(name, (None, None))[column]
+        verdict = "" if target is None else f"{target:g}x {'ok' if ratio >= target else 'MISSED'}"
+        print(f"{name:<24}{found:>10.0f}{ratio:>9.2f}x   {verdict}")
+    print()
+
+
+def corners(size: int, count: int, seed: int = 0) -> Iterator[tuple[int, int, int, int]]:
+    """Random (volume, x, y, z), the same for every reader."""
+    rng = np.random.default_rng(seed)
+    while True:
+        yield (int(rng.integers(count)), *(int(rng.integers(n - size + 1)) for n in SHAPE))
+
+
+# Readers: each an endless iterator over the number of patches it has just produced. ---------------
+
+
+def ours(paths, folder, size, **options):
+    """The whole loader: plan, threads, batches; intensities as they are, as the peers give them."""
+    preprocess = options.pop("preprocess", Preprocess(intensity="raw", orient_ras=False))
+    store = VolumeStore.build(paths, folder / "cache", preprocess, progress=False)
+    loader = PatchLoader(
+        store, (size,) * 3, patches_per_volume=16, batch_size=4, **{"threads": 1} | options
+    )
+    for batch in loader.stream():
+        yield len(batch.image)
+
+
+def ours_normalized(paths, folder, size):
+    """Ours with percentile clip and scaling to [0, 1], which no peer does here."""
+    yield from ours(paths, folder, size, preprocess=Preprocess(orient_ras=False))
+
+
+def ours_two_threads(paths, folder, size):
+    """Ours with two threads."""
+    yield from ours(paths, folder, size, threads=2)
+
+
+def copy(paths, folder, size):
+    """The limit: a strided copy out of arrays in memory."""
+    preprocess = Preprocess(intensity="raw", orient_ras=False)
+    store = VolumeStore.build(paths, folder / "cache", preprocess, progress=False)
+    arrays = [store.array(index)[0] for index in range(len(store))]
+    out = np.empty((size,) * 3, np.float32)
+    # The corners are made ahead: only copying is timed.
+    for v, x, y, z in itertools.cycle(list(itertools.islice(corners(size, len(arrays)), 4096))):
+        np.copyto(out, arrays[v][x : x + size, y : y + size, z : z + size])
+        yield 1
+
+
+def torchio_queue(paths, folder, size):
+    """TorchIO's Queue, 16 patches a volume, in this process."""
+    import torchio as tio
+
+    dataset = tio.SubjectsDataset([tio.Subject(image=tio.ScalarImage(path)) for path in paths])
+    queue = tio.Queue(dataset, 64, 16, tio.UniformSampler(size), num_workers=0)
+    loader = tio.SubjectsLoader(queue, batch_size=4, num_workers=0)
+    while True:
+        for batch in loader:
+            yield len(batch["image"][tio.DATA].float())
+
+
+def monai_transforms(size):
+    """Load, and 16 random crops a volume."""
+    from monai import transforms as mt
+
+    return mt.Compose(
+        [
+            mt.LoadImage(image_only=True, ensure_channel_first=True, dtype=np.float32),
+            mt.RandSpatialCropSamples((size,) * 3, 16, random_size=False),
+        ]
+    )
+
+
+def monai_persistent(paths, folder, size):
+    """MONAI's PersistentDataset: the volume is unpickled for its 16 patches."""
+    from monai.data import DataLoader, PersistentDataset
+
+    dataset = PersistentDataset(
+        [str(path) for path in paths], monai_transforms(size), folder / "monai"
+    )
+    while True:
+        for batch in DataLoader(dataset, batch_size=1, shuffle=True):
+            yield len(batch)
+
+
+def monai_cache(paths, folder, size):
+    """MONAI's CacheDataset: every volume in memory."""
+    from monai.data import CacheDataset, DataLoader
+
+    dataset = CacheDataset([str(path) for path in paths], monai_transforms(size), progress=False)
+    while True:
+        for batch in DataLoader(dataset, batch_size=1, shuffle=True):
+            yield len(batch)
+
+
+def nnunet_blosc2(paths, folder, size):
+    """Float32 cases in blosc2 as nnU-Net v2 keeps them, read patch by patch."""
+    import blosc2
+
+    arrays = [blosc2.open(str(path), mmap_mode="r") for path in nnunet_files(paths, folder, size)]
+    for v, x, y, z in corners(size, len(arrays)):
+        np.asarray(arrays[v][:, x : x + size, y : y + size, z : z + size])
+        yield 1
+
+
+def nnunet_files(paths, folder, size) -> list[Path]:
+    """Store float32 volumes with zstd 8, blocks of a L1 cache and chunks of a L3 cache."""
+    import blosc2
+
+    files = []
+    for index, path in enumerate(paths):
+        files.append(folder / f"nnunet{size}_{index}.b2nd")
+        if not files[-1].exists():
+            from loaders import read_volume
+
+            data = read_volume(path).intensities()
+            data = (data - data.mean()) / data.std()
+            blocks, chunks = nnunet_blocks(data.shape[1:], size)
+            blosc2.asarray(
+                np.ascontiguousarray(data), chunks=(1, *chunks), blocks=(1, *blocks),
+                urlpath=str(files[-1]),
+                cparams={"codec": blosc2.Codec.ZSTD, "clevel": 8},
+            )  # fmt: skip
+    return files
+
+
+def nnunet_blocks(shape, size, l1=32768, l3=1441792):
+    """Blocks shrink from the patch to 80 % of the L1 cache; chunks grow to 80 % of the L3 cache."""
+    block = np.array([2 ** int(np.ceil(np.log2(size)))] * 3)
+    while block.prod() * 4 > l1 * 0.8:
+        block[int(np.argmax(block))] //= 2
+    block = np.minimum(block, shape)
+    chunk = block.copy()
+    while chunk.prod() * 4 < l3 * 0.8:
+        axis = int(np.argmin(chunk / size))
+        if chunk[axis] >= shape[axis] or (chunk / size).min() > 1.5:
+            break
+        chunk[axis] = min(chunk[axis] + block[axis], shape[axis])
+    return tuple(int(n) for n in block), tuple(int(n) for n in chunk)
+
+
+def ours_blosc2(paths, folder, size):
+    """Ours with the compressed backend."""
+    import blosc2  # noqa: F401 - not installed: the row is left out
+
+    preprocess = Preprocess(intensity="raw", orient_ras=False)
+    store = VolumeStore.build(paths, folder / "cache", preprocess, backend="blosc2", progress=False)
+    loader = PatchLoader(store, (size,) * 3, patches_per_volume=16, batch_size=4, threads=1)
+    for batch in loader.stream():
+        yield len(batch.image)
+
+
+def tensorstore_zarr(paths, folder, size):
+    """Tensorstore on a zarr with 64^3 chunks, compressed with blosc."""
+    import tensorstore as ts
+
+    arrays = [
+        ts.open({"driver": "zarr", "kvstore": {"driver": "file", "path": str(path)}}).result()
+        for path in zarr_files(paths, folder)
+    ]
+    for v, x, y, z in corners(size, len(arrays)):
+        arrays[v][x : x + size, y : y + size, z : z + size].read().result().astype(np.float32)
+        yield 1
+
+
+def zarr_python(paths, folder, size):
+    """Zarr-python on the same files."""
+    import zarr
+
+    arrays = [zarr.open(str(path), mode="r") for path in zarr_files(paths, folder)]
+    for v, x, y, z in corners(size, len(arrays)):
+        arrays[v][x : x + size, y : y + size, z : z + size].astype(np.float32)
+        yield 1
+
+
+def zarr_files(paths, folder) -> list[Path]:
+    """Store int16 volumes as zarr v2 with 64^3 chunks."""
+    import zarr
+
+    files = [folder / f"v{index}.zarr" for index in range(len(paths))]
+    for path, file in zip(paths, files, strict=True):
+        if not file.exists():
+            from loaders import read_volume
+
+            data = np.ascontiguousarray(read_volume(path).data[0])
+            target = zarr.create_array(
+                str(file), shape=data.shape, chunks=(64, 64, 64), dtype=data.dtype, zarr_format=2
+            )
+            target[...] = data
+    return files
+
+
+READERS = {
+    "ours": ours,
+    "copy": copy,
+    "ours, 2 threads": ours_two_threads,
+    "ours, normalized": ours_normalized,
+    "ours, blosc2": ours_blosc2,
+    "nnunet blosc2": nnunet_blosc2,
+    "monai cache": monai_cache,
+    "monai persistent": monai_persistent,
+    "tensorstore": tensorstore_zarr,
+    "zarr": zarr_python,
+    "torchio queue": torchio_queue,
+}
+
+if __name__ == "__main__":
+    main()
