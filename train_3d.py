@@ -31,7 +31,7 @@ def train_3d(
     patching: Literal["full", "random_parts"] | None = "random_parts",
     patch_size: tuple[int, ...] = (64, 64, 64),
     patches_per_volume: int = 8,
-    batch_size: int = 2,
+    batch_size: int | Literal["auto"] = 2,
     grad_accum: int = 1,
     max_steps: int = 10000,
     lr: float = 2e-4,
@@ -79,7 +79,7 @@ def train_3d(
         patching: null (whole volumes) | full (every patch of a grid) | random_parts.
         patch_size: Patch per axis [voxels], a multiple of the model's factor.
         patches_per_volume: Random patches of a volume in one epoch [patches].
-        batch_size: Patches in a micro-batch on each rank [patches].
+        batch_size: Patches in a micro-batch on each rank [patches]; auto for the most that fit.
         grad_accum: Micro-batches of one update; update size is batch_size x grad_accum x ranks.
         max_steps: Updates in all [steps].
         lr: Peak learning rate of AdamW.
@@ -129,13 +129,15 @@ def train_3d(
     from vae3d.training.trainer import Trainer
     from vae3d.training.validate import Validation
 
-    with open_world(device, timeout_minutes) as world, Run(out_dir, world) as run:
+    torch.manual_seed(seed)
+    vae = model()
+    check_sizes(vae, patching, patch_size)
+    vae.set_checkpointing(checkpointing)
+    with (
+        open_world(device, timeout_minutes) as world,
+        Run(out_dir, world, keep_checkpoints) as run,
+    ):
         config, state = run.begin(train_3d, options, fresh, force)
-
-        torch.manual_seed(seed)
-        vae = model()
-        check_sizes(vae, patching, patch_size)
-        vae.set_checkpointing(checkpointing)
         innermost = torch.channels_last_3d if vae.spatial_dims == 3 else torch.channels_last
         vae.to(world.device, memory_format=innermost if channels_last else torch.preserve_format)
         if compile:
@@ -145,9 +147,17 @@ def train_3d(
 
         with world.main_first():
             store, split = open_data(data, vae.spatial_dims, split=state and state["split"])
+        split = world.broadcast(split)
         run.write_json("split.json", split)
+        training, held_out = store.subset(split["train"]), store.subset(split["val"])
+        if batch_size == "auto":
+            batch_size = (
+                state["batch_size"]
+                if state
+                else largest_batch(task, training, patch_size, amp, world)
+            )
         loader = PatchLoader(
-            store.subset(split["train"]),
+            training,
             patch_size=patch_size,
             patching=patching,
             patches_per_volume=patches_per_volume,
@@ -161,7 +171,6 @@ def train_3d(
         )
         if world.is_main:
             store.write_skipped(out_dir)
-        held_out = store.subset(split["val"])
         whole = patching is None
         validation = Validation(held_out, world, None if whole else patch_size, val_volumes)
 
@@ -206,6 +215,7 @@ def train_3d(
                 "config": config,
                 "split": split,
                 "preprocess": data.preprocess.to_dict(),
+                "batch_size": batch_size,
             },
         )
         if state is not None:
@@ -218,7 +228,13 @@ def train_3d(
 
 
 def check_sizes(vae, patching, patch_size) -> None:
-    """Refuse a patch that the model cannot halve as often as it must."""
+    """Refuse a patch that the model cannot shrink by its factor.
+
+    Args:
+        vae: The model.
+        patching: null | full | random_parts.
+        patch_size: Patch per axis [voxels].
+    """
     if patching is None:
         return
     if len(patch_size) != vae.spatial_dims:
@@ -232,6 +248,30 @@ def check_sizes(vae, patching, patch_size) -> None:
                 f"--patch_size {list(patch_size)} is no multiple of the model's factor "
                 f"{list(vae.factor)}; {size} could be {max(size // factor, 1) * factor}"
             )
+
+
+def whole_shape(store) -> tuple[int, ...]:
+    """Return the largest extent of the volumes along each axis."""
+    shapes = [store.shape(i)[1:] for i in range(len(store))]
+    return tuple(max(sizes) for sizes in zip(*shapes, strict=True))
+
+
+def largest_batch(task, sample: tuple[int, ...], amp: str, world) -> int:
+    """Find the largest batch that fits on every rank, by trying.
+
+    Args:
+        task: What is trained.
+        sample: Spatial shape of a sample [voxels].
+        amp: off | bf16 | fp16.
+        world: The ranks.
+    """
+    from vae3d.training.memory import Trial
+
+    trial = Trial(task, (task.network.in_channels, *sample), amp)
+    size = min(n for (n,) in world.gather_ints(trial.largest_batch()))
+    if world.is_main:
+        print(f"batch_size auto: {size} on each rank", flush=True)
+    return size
 
 
 if __name__ == "__main__":

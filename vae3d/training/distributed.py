@@ -11,7 +11,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -95,6 +95,25 @@ class World:
         yield
         if self.is_main:
             self.barrier()
+
+    @contextmanager
+    def naming_the_missing(self, step: Callable[[], int]) -> Iterator[None]:
+        """Turn a lost connection into an error that says which rank was lost, and when.
+
+        Args:
+            step: Tells the last step this rank has done.
+        """
+        try:
+            yield
+        except RuntimeError as error:
+            lost = isinstance(error, dist.DistError) or "gloo" in str(error)
+            if self.size == 1 or not lost:
+                raise
+            names = ", ".join(map(str, self.missing(step())))
+            raise RuntimeError(
+                f"rank {names or 'unknown'} no longer answers; rank {self.rank} had done step "
+                f"{step()}. The same command continues from the last checkpoint"
+            ) from error
 
     def missing(self, step: int, wait_s: float = 10.0) -> list[int]:
         """Ranks that no longer answer, found out after a collective call has failed.

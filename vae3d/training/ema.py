@@ -21,6 +21,8 @@ class EMA:
     """
 
     def __init__(self, module: nn.Module, decay: float = 0.999):
+        if not 0 <= decay < 1:
+            raise ValueError(f"--ema_decay must be at least 0 and below 1, not {decay}")
         self.module = module
         self.decay = decay
         self.params = dict(module.named_parameters())

@@ -99,6 +99,19 @@ class Trainer:
         sources: Callable[[Any], list[str]] | None = None,
         record: dict[str, Any] | None = None,
     ):
+        for name, value, low in [
+            ("max_steps", max_steps, 1),
+            ("grad_accum", grad_accum, 1),
+            ("log_every", log_every, 1),
+            ("val_every", val_every, 0),
+            ("media_every", media_every, 0),
+            ("save_every", save_every, 0),
+            ("warmup_steps", warmup_steps, 0),
+            ("clip_norm", clip_norm, 0),
+            ("lr", lr, 0),
+        ]:
+            if not value >= low:
+                raise ValueError(f"--{name} must be at least {low}, not {value}")
         self.task, self.loader, self.world, self.tracker = task, loader, world or World(), tracker
         self.max_steps, self.grad_accum, self.clip_norm = max_steps, grad_accum, clip_norm
         self.schedule, self.warmup_steps = schedule, warmup_steps
@@ -139,6 +152,7 @@ class Trainer:
         with ExitStack() as stack:
             interrupt = stack.enter_context(Interrupt())
             stack.callback(self.console.close)
+            stack.enter_context(self.world.naming_the_missing(lambda: self.step))
             batches = stack.enter_context(closing(self.loader.stream()))
             while self.step < self.max_steps:
                 window = list(islice(batches, self.grad_accum))

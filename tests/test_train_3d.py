@@ -1,0 +1,406 @@
+"""`train_3d.py` as users run it: the real command line, in forked processes, which start fast."""
+
+import json
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import socket
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from train_3d import train_3d
+from vae3d.config import main, parse
+from vae3d.tracking.tracker import read_metrics
+from vae3d.training.checkpoint import load_checkpoint
+
+ROOT = Path(__file__).resolve().parents[1]
+TINY = """
+model:
+  class_path: CustomVAE
+  init_args:
+    channels: [4, 8]
+    num_res_blocks: 1
+    encoder_mid: false
+    decoder_mid: false
+    norm: {class_path: GroupNorm, init_args: {num_groups: 4}}
+patch_size: [8, 8, 8]
+patches_per_volume: 2
+batch_size: 2
+max_steps: 8
+lr: 1e-3
+warmup_steps: 2
+log_every: 1
+val_every: 4
+media_every: 0
+save_every: 2
+threads: 0
+wandb: disabled
+device: cpu
+"""
+GAN = """
+loss:
+  class_path: VAELoss
+  init_args:
+    recon: {class_path: Charbonnier}
+    kl: {class_path: KL, init_args: {weight: 1e-3, warmup_steps: 4, target_std: 1.0}}
+    adversarial:
+      class_path: VolumeAdversarial
+      init_args: {start_step: 3, weight: 0.1, channels: 4, num_layers: 2, norm_groups: 4}
+    extra: [{class_path: GradientDifference, init_args: {weight: 0.1}}]
+data:
+  augment: {RandomNoise: {std: [0.0, 0.05]}}
+"""
+
+
+@pytest.fixture(scope="module")
+def volumes(tmp_path_factory):
+    """Ten small volumes of unequal size, each with a pattern of its own."""
+    folder = tmp_path_factory.mktemp("volumes")
+    generator = np.random.default_rng(0)
+    for i in range(10):
+        shape = (12 + i % 3, 16, 10)
+        grid = np.stack(np.meshgrid(*[np.linspace(0, 3, n) for n in shape], indexing="ij"))
+        image = np.sin(grid * (1 + i / 3)).sum(0) + 0.1 * generator.standard_normal(shape)
+        np.save(folder / f"subject_{i:02d}.npy", image.astype(np.float32))
+    return folder
+
+
+@pytest.fixture
+def options(tmp_path, volumes):
+    """Command line of a tiny run into `tmp_path/run`."""
+    config = tmp_path / "tiny.yaml"
+    config.write_text(TINY)
+    cache = volumes.parent / "cache"
+    return ["--config", str(config), "--data.root", str(volumes), "--data.cache_dir", str(cache),
+            "--out_dir", str(tmp_path / "run")]  # fmt: skip
+
+
+class Process:
+    """One or more ranks of the command line, forked; output goes to files."""
+
+    def __init__(self, argv, folder, ranks=1, environ=None):
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = str(probe.getsockname()[1])
+        self.output = Path(folder) / f"output_{time.monotonic_ns()}"
+        context = multiprocessing.get_context("fork")
+        self.ranks = []
+        for rank in range(ranks):
+            variables = dict(environ or {}, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+            if ranks > 1:
+                variables |= dict(RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_RANK=str(rank))
+            self.ranks.append(context.Process(target=self._main, args=(argv, variables, rank)))
+            self.ranks[-1].start()
+
+    def _main(self, argv, environ, rank):
+        with open(f"{self.output}_{rank}", "w", buffering=1) as file:
+            os.dup2(file.fileno(), 1)
+            os.dup2(file.fileno(), 2)
+        sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
+        os.environ.update(environ)
+        torch.set_num_threads(1)
+        code = 1
+        try:
+            main(train_3d, argv)
+        except SystemExit as stop:
+            code = stop.code or 0
+        except BaseException:
+            sys.excepthook(*sys.exc_info())
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+
+    def wait(self, timeout_s=120):
+        """Exit codes of all ranks."""
+        for process in self.ranks:
+            process.join(timeout_s)
+            assert process.exitcode is not None, self.text()
+        return [process.exitcode for process in self.ranks]
+
+    def text(self, rank=0):
+        path = Path(f"{self.output}_{rank}")
+        return path.read_text() if path.exists() else ""
+
+
+def run(argv, folder, ranks=1, expect=0):
+    process = Process(argv, folder, ranks)
+    codes = process.wait()
+    assert codes == [expect] * ranks, process.text()
+    return process.text()
+
+
+def losses(folder, name="train/loss"):
+    rows = read_metrics(Path(folder) / "metrics.jsonl")
+    return {row["step"]: row[name] for row in rows if name in row}
+
+
+def assert_same_run(a, b):
+    """Losses, validation and every tensor of the last checkpoint, bit by bit."""
+    for name in ("train/loss", "train/recon", "train/kl", "val/mae"):
+        assert losses(a, name) == losses(b, name)
+    one, two = (load_checkpoint(Path(f) / "checkpoints" / "last.pt") for f in (a, b))
+    for part in ("model", "ema", "task", "optimizers", "scaler", "loader", "samples", "best"):
+        assert_equal(one[part], two[part], part)
+
+
+def assert_equal(a, b, where):
+    if isinstance(a, dict):
+        assert a.keys() == b.keys(), where
+        for key in a:
+            assert_equal(a[key], b[key], f"{where}.{key}")
+    elif isinstance(a, (list, tuple)):
+        for i, (p, q) in enumerate(zip(a, b, strict=True)):
+            assert_equal(p, q, f"{where}[{i}]")
+    else:
+        assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b, where
+
+
+def test_run_folder_holds_what_the_design_promises(options, tmp_path):
+    text = run([*options, "--media_every", "8"], tmp_path)
+    folder = tmp_path / "run"
+    names = {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()}
+    files = ("last", "best", "step_00000006", "step_00000008")
+    checkpoints = {f"checkpoints/{name}.pt" for name in files}
+    assert {"config.yaml", "split.json", "metrics.jsonl"} | checkpoints <= names
+    assert any(name.startswith("media/step_00000008/") and name.endswith(".mp4") for name in names)
+    assert not any(name.endswith(".tmp") for name in names)
+    split = json.loads((folder / "split.json").read_text())
+    assert sum(map(len, split.values())) == 10 and all(split[k] for k in ("train", "val", "test"))
+    assert "patches/s" in text and "step 8/8" in text
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    reloaded = parse(train_3d, ["--config", str(folder / "config.yaml")])
+    assert reloaded["patch_size"] == (8, 8, 8) and config["model"]["init_args"]["channels"] == [
+        4,
+        8,
+    ]
+    assert load_checkpoint(folder)["preprocess"]["percentiles"]
+
+
+def test_the_same_command_again_ends_in_no_time_and_changes_nothing(options, tmp_path):
+    run(options, tmp_path)
+    before = (tmp_path / "run" / "checkpoints" / "last.pt").read_bytes()
+    text = run(options, tmp_path)
+    assert "continuing" in text and "from step 8" in text
+    assert (tmp_path / "run" / "checkpoints" / "last.pt").read_bytes() == before
+    assert len(losses(tmp_path / "run")) == 8
+
+
+def test_whole_volumes_train_from_python(tmp_path, volumes):
+    model, loss = (parse(train_3d, ["--config", str(write(tmp_path, TINY)), "--data.root", ".",
+        "--out_dir", "."])[k] for k in ("model", "loss"))  # fmt: skip
+    code = train_3d(
+        str(volumes), str(tmp_path / "run"), model, loss, patching=None, batch_size=1, max_steps=2,
+        val_every=2, media_every=0, wandb="disabled", threads=0, device="cpu",
+    )  # fmt: skip
+    assert code == 0
+    assert load_checkpoint(tmp_path / "run")["step"] == 2
+
+
+def write(folder, text):
+    path = Path(folder) / "config.yaml"
+    path.write_text(text)
+    return path
+
+
+@pytest.mark.parametrize("extra", ["", GAN], ids=["plain", "gan"])
+def test_killed_at_random_moments_a_run_ends_as_one_never_killed(options, tmp_path, volumes, extra):
+    (tmp_path / "tiny.yaml").write_text(TINY + extra)
+    start = time.monotonic()
+    run(options, tmp_path)
+    seconds = time.monotonic() - start
+    (tmp_path / "run").rename(tmp_path / "never_killed")
+    kill_until_done([*options, "--threads", "2"], tmp_path, kills=3, longest_s=seconds)
+    assert_same_run(tmp_path / "run", tmp_path / "never_killed")
+
+
+def kill_until_done(argv, folder, kills, longest_s, ranks=1):
+    generator = random.Random(0)
+    for _ in range(kills):
+        process = Process(argv, folder, ranks)
+        time.sleep(generator.uniform(0.1, longest_s))
+        for rank in process.ranks:
+            rank.kill()
+        assert set(process.wait()) <= {-signal.SIGKILL, 0}, process.text()
+    run(argv, folder, ranks)
+
+
+@pytest.mark.slow
+def test_fifty_kills_lose_nothing(options, tmp_path):
+    (tmp_path / "tiny.yaml").write_text(TINY + GAN)
+    argv = [*options, "--max_steps", "120", "--save_every", "3", "--val_every", "30"]
+    run(argv, tmp_path)
+    (tmp_path / "run").rename(tmp_path / "never_killed")
+    kill_until_done(argv, tmp_path, kills=50, longest_s=3.0)
+    assert_same_run(tmp_path / "run", tmp_path / "never_killed")
+
+
+@pytest.mark.slow
+def test_two_ranks_killed_together_continue_bit_by_bit(options, tmp_path):
+    (tmp_path / "tiny.yaml").write_text(TINY + GAN)
+    run(options, tmp_path, ranks=2)
+    (tmp_path / "run").rename(tmp_path / "never_killed")
+    kill_until_done(options, tmp_path, kills=4, longest_s=6.0, ranks=2)
+    assert_same_run(tmp_path / "run", tmp_path / "never_killed")
+
+
+def test_two_ranks_equal_one_process_with_every_loss_switched_on(options, tmp_path):
+    (tmp_path / "tiny.yaml").write_text(TINY + GAN)
+    run([*options, "--batch_size", "4"], tmp_path)
+    (tmp_path / "run").rename(tmp_path / "one")
+    run([*options, "--batch_size", "1", "--grad_accum", "2"], tmp_path, ranks=2)
+    for name in ("train/loss", "train/recon", "val/mae"):
+        one, two = losses(tmp_path / "one", name), losses(tmp_path / "run", name)
+        assert two == pytest.approx(one, rel=1e-3), name
+    assert losses(tmp_path / "run")[1] == pytest.approx(losses(tmp_path / "one")[1], rel=1e-5)
+
+
+def wait_for_step(process, folder, step, timeout_s=60):
+    until = time.monotonic() + timeout_s
+    path = Path(folder) / "metrics.jsonl"
+    while not (path.exists() and max(losses(folder), default=0) >= step):
+        assert time.monotonic() < until, process.text()
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize(
+    "number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGUSR1, 138)]
+)
+def test_a_signal_saves_and_exits_with_its_code(options, tmp_path, number, code):
+    argv = [*options, "--max_steps", "5000", "--save_every", "5000", "--val_every", "0"]
+    process = Process(argv, tmp_path)
+    wait_for_step(process, tmp_path / "run", 3)
+    os.kill(process.ranks[0].pid, number)
+    assert process.wait() == [code]
+    state = load_checkpoint(tmp_path / "run" / "checkpoints" / "last.pt")
+    assert state["step"] == max(losses(tmp_path / "run"))
+    assert "Traceback" not in process.text()
+
+
+def test_a_signal_to_one_rank_stops_both_at_the_same_step(options, tmp_path):
+    argv = [*options, "--max_steps", "5000", "--save_every", "5000", "--val_every", "0"]
+    process = Process(argv, tmp_path, ranks=2)
+    wait_for_step(process, tmp_path / "run", 3)
+    os.kill(process.ranks[1].pid, signal.SIGTERM)
+    assert process.wait() == [143, 143]
+    assert load_checkpoint(tmp_path / "run" / "checkpoints" / "last.pt")["step"] >= 3
+
+
+def test_a_rank_that_dies_ends_the_other_and_is_named(options, tmp_path):
+    argv = [*options, "--max_steps", "5000", "--save_every", "2", "--val_every", "0",
+            "--timeout_minutes", "0.2"]  # fmt: skip
+    process = Process(argv, tmp_path, ranks=2)
+    wait_for_step(process, tmp_path / "run", 3)
+    process.ranks[1].kill()
+    assert process.wait(60) == [1, -signal.SIGKILL]
+    assert "rank 1 no longer answers" in process.text() and "step" in process.text()
+
+
+@pytest.mark.slow
+def test_a_rank_that_hangs_ends_the_other_within_the_timeout(options, tmp_path):
+    argv = [*options, "--max_steps", "5000", "--save_every", "2", "--val_every", "0",
+            "--timeout_minutes", "0.1"]  # fmt: skip
+    process = Process(argv, tmp_path, ranks=2)
+    wait_for_step(process, tmp_path / "run", 3)
+    os.kill(process.ranks[1].pid, signal.SIGSTOP)
+    process.ranks[0].join(60)
+    assert process.ranks[0].exitcode == 1
+    assert "rank 1 no longer answers" in process.text()
+    process.ranks[1].kill()
+
+
+def test_world_size_may_change_and_no_sample_is_lost(options, tmp_path):
+    run([*options, "--max_steps", "2", "--batch_size", "4"], tmp_path)
+    text = run([*options, "--max_steps", "4", "--batch_size", "4"], tmp_path, ranks=2)
+    assert "continuing" in text
+    assert load_checkpoint(tmp_path / "run" / "checkpoints" / "last.pt")["samples"] == 8 + 16
+
+
+# What users do wrong: exit code 2, one line, nothing half-written
+
+
+def one_line(argv, folder, ranks=1):
+    text = run(argv, folder, ranks=ranks, expect=2)
+    errors = [line for line in text.splitlines() if "error:" in line]
+    assert len(errors) == ranks and "Traceback" not in text, text
+    return errors[0]
+
+
+def test_wrong_inputs_exit_with_two_and_one_line_that_helps(options, tmp_path, volumes):
+    empty, broken = tmp_path / "empty", tmp_path / "broken"
+    empty.mkdir()
+    shutil.copytree(volumes, broken)
+    (broken / "subject_03.npy").write_bytes(b"not a volume")
+    (tmp_path / "file").write_text("")
+    for extra, words in [
+        (["--patch_sise", "[8,8,8]"], ["patch_sise"]),
+        (["--model.init_args.chanels", "[4,8]"], ["chanels"]),
+        (["--data.root", "/no/such/folder"], ["/no/such/folder"]),
+        (["--data.root", str(empty)], ["empty"]),
+        (["--data.root", str(broken)], ["subject_03.npy"]),
+        (["--patch_size", "[8,7,8]"], ["--patch_size", "7", "multiple"]),
+        (["--patch_size", "[8,8]"], ["--patch_size", "axes"]),
+        (["--batch_size", "0"], ["batch_size"]),
+        (["--grad_accum", "0"], ["grad_accum"]),
+        (["--max_steps", "0"], ["max_steps"]),
+        (["--keep_checkpoints", "1"], ["keep_checkpoints"]),
+        (["--ema_decay", "1.5"], ["ema_decay"]),
+        (["--out_dir", str(tmp_path / "file" / "run")], ["file"]),
+    ]:
+        line = one_line([*options, *extra], tmp_path)
+        assert all(word in line for word in words), (extra, line)
+        assert not list((tmp_path / "run").glob("**/*.pt"))
+        assert not list((tmp_path / "run").glob("**/*.tmp"))
+
+
+def test_more_ranks_than_volumes_is_said(options, tmp_path, volumes):
+    two = tmp_path / "two"
+    two.mkdir()
+    shutil.copy(volumes / "subject_00.npy", two)
+    line = one_line([*options, "--data.root", str(two)], tmp_path, ranks=2)
+    assert "volume" in line
+
+
+def test_changed_options_are_listed_and_harmless_ones_pass(options, tmp_path):
+    run([*options, "--max_steps", "2"], tmp_path)
+    line = one_line([*options, "--lr", "5e-3", "--model.init_args.latent_channels", "2"], tmp_path)
+    assert "lr: 0.001 -> 0.005" in line and "latent_channels: 4 -> 2" in line and "--force" in line
+    run([*options, "--max_steps", "3", "--log_every", "3"], tmp_path)
+    run([*options, "--max_steps", "4", "--lr", "5e-3", "--force"], tmp_path)
+    assert load_checkpoint(tmp_path / "run" / "checkpoints" / "last.pt")["step"] == 4
+
+
+def test_damaged_checkpoints_stop_a_run_unless_fresh_is_asked_for(options, tmp_path):
+    run([*options, "--max_steps", "4"], tmp_path)
+    for path in (tmp_path / "run" / "checkpoints").glob("*.pt"):
+        path.write_bytes(path.read_bytes()[:1000])
+    assert "--fresh" in one_line(options, tmp_path)
+    run([*options, "--max_steps", "2", "--fresh"], tmp_path)
+    assert load_checkpoint(tmp_path / "run")["step"] == 2
+
+
+def test_two_runs_in_one_folder_are_kept_apart(options, tmp_path):
+    argv = [*options, "--max_steps", "5000", "--val_every", "0"]
+    process = Process(argv, tmp_path)
+    wait_for_step(process, tmp_path / "run", 2)
+    assert "is training into this folder" in one_line(argv, tmp_path)
+    process.ranks[0].kill()
+    process.wait()
+    run([*options, "--max_steps", str(max(losses(tmp_path / "run")) + 1), "--val_every", "0"],
+        tmp_path)  # fmt: skip
+
+
+def test_secrets_in_the_environment_reach_no_file(options, tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_API_KEY", "s3cr3t" * 6)
+    run([*options, "--max_steps", "2", "--wandb", "offline"], tmp_path)
+    for path in (tmp_path / "run").rglob("*"):
+        if path.is_file():
+            assert b"s3cr3t" not in path.read_bytes(), path

@@ -1,0 +1,141 @@
+"""How much memory a training step takes, found by taking one; and the largest batch that fits."""
+
+from __future__ import annotations
+
+import copy
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from loaders import Batch
+from vae3d.training.task import Task
+from vae3d.training.trainer import AMP
+
+CPU_SHARE = 0.7  # of the free memory; the rest is for reading ahead and for other programs
+
+
+@dataclass
+class Trial:
+    """Takes forward and backward passes with a copy of a task; weights and optimizer stay as is.
+
+    The copy and two tensors per weight stand for what training keeps besides the weights: average,
+    gradients and Adam's moments.
+
+    Args:
+        task: What would be trained, on its device.
+        sample_shape: One sample, `(C, X, Y, Z)` or `(C, X, Y)`.
+        amp: off | bf16 | fp16.
+    """
+
+    task: Task
+    sample_shape: Sequence[int]
+    amp: str = "off"
+
+    @property
+    def device(self) -> torch.device:
+        """Where the task is."""
+        return next(self.task.parameters()).device
+
+    def peak_bytes(self, batch_size: int) -> int:
+        """Return the highest memory that training with this batch would have in use [bytes].
+
+        On CUDA all that torch allocates; on the CPU what the process grows by.
+        """
+        with torch.random.fork_rng(), _Peak(self.device) as peak:
+            task = copy.deepcopy(self.task)
+            moments = [torch.zeros_like(p) for p in task.parameters() for _ in range(2)]
+            n = batch_size
+            image = torch.rand(n, *self.sample_shape, device=self.device)
+            corner = torch.zeros(n, len(self.sample_shape) - 1, dtype=torch.long)
+            index = torch.arange(n)
+            batch = Batch(image, index, corner, index)
+            with torch.autocast(self.device.type, AMP[self.amp], enabled=self.amp != "off"):
+                task(batch, 0)["loss"].backward()
+            del moments
+        return peak.bytes
+
+    def largest_batch(self, memory_bytes: int | None = None, most: int = 256) -> int:
+        """Return the largest batch size that trains within a memory budget.
+
+        Args:
+            memory_bytes: The budget; None for all of the GPU, or most of the free CPU memory.
+            most: Never more than this.
+
+        Raises:
+            ValueError: Not even one sample fits.
+        """
+        if self.device.type == "cuda":
+            fits = self._search(memory_bytes or budget_bytes(self.device), most)
+        else:  # no OOM error to catch here: extrapolate from two small batches
+            two, one = self.peak_bytes(2), self.peak_bytes(1)
+            each = max(two - one, 1)
+            budget = memory_bytes or budget_bytes(self.device)
+            fits = int((budget - one) // each) + 1 if one <= budget else 0
+        if fits < 1:
+            raise ValueError(
+                f"not even one patch of {list(self.sample_shape[1:])} fits into memory; choose a "
+                "smaller --patch_size or set --checkpointing block"
+            )
+        return min(fits, most)
+
+    def _search(self, budget: int, most: int) -> int:
+        """Double until a batch does not fit, then halve the interval down to an eighth."""
+        fits, size = 0, 1
+        while size <= most and self._fits(size, budget):
+            fits, size = size, 2 * size
+        while size - fits > max(fits // 8, 1):
+            middle = (fits + size) // 2
+            fits, size = (middle, size) if self._fits(middle, budget) else (fits, middle)
+        return fits
+
+    def _fits(self, batch_size: int, budget: int) -> bool:
+        try:
+            return self.peak_bytes(batch_size) <= budget
+        except torch.OutOfMemoryError:
+            return False
+        finally:
+            torch.cuda.empty_cache()
+
+
+class _Peak:
+    """Highest memory in use inside the `with` block, less what was in use before it on the CPU."""
+
+    def __init__(self, device: torch.device):
+        self.device, self.bytes = device, 0
+
+    def __enter__(self) -> _Peak:
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+            return self
+        import psutil
+
+        self._process = psutil.Process()
+        self._before = self._process.memory_info().rss
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._watch)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exc) -> None:
+        if self.device.type == "cuda":
+            self.bytes = torch.cuda.max_memory_allocated(self.device)
+            return
+        self._done.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while True:
+            self.bytes = max(self.bytes, self._process.memory_info().rss - self._before)
+            if self._done.wait(0.002):
+                return
+
+
+def budget_bytes(device: torch.device) -> float:
+    """Memory that training may use: all of a GPU, most of the free memory of a CPU [bytes]."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[1]
+    import psutil
+
+    return psutil.virtual_memory().available * CPU_SHARE
