@@ -151,11 +151,8 @@ def train_3d(
         run.write_json("split.json", split)
         training, held_out = store.subset(split["train"]), store.subset(split["val"])
         if batch_size == "auto":
-            batch_size = (
-                state["batch_size"]
-                if state
-                else largest_batch(task, training, patch_size, amp, world)
-            )
+            sample = whole_shape(training) if patching is None else patch_size
+            batch_size = state["batch_size"] if state else largest_batch(task, sample, amp, world)
         loader = PatchLoader(
             training,
             patch_size=patch_size,
