@@ -3,32 +3,32 @@
 Every entry of `METRICS` is `metric(x, recon, data_range, mask=None) -> float` on (C, X, Y, Z) or
 (C, X, Y). `data_range` is the width of the intensity scale (1.0 for intensities in 0..1, 4071 for
 the whole HU scale); it is never guessed from an image, and intensities are never clamped. Sums are
-in float64. `mask` (X, Y, Z), bool, restricts the mean to those voxels.
+in float64, over slabs, so that large volumes cost little memory. `mask` (X, Y, Z), bool, restricts
+the mean to those voxels.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 Metric = Callable[..., float]
 
-
-def _mean(values: torch.Tensor, mask: torch.Tensor | None) -> float:
-    """Mean in float64 of (C, *spatial) over the mask."""
-    if mask is not None:
-        values = values[:, mask]
-    return float(values.mean(dtype=torch.float64)) if values.numel() else math.nan
+# Exponents of the five scales (Wang et al. 2003, section 3.2).
+MS_SSIM_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
+SLAB = 16  # rows of the first axis that are worked on at a time
 
 
 def mae(x, recon, data_range: float, mask=None) -> float:
     """Mean absolute error, in the units of x."""
-    return _mean((x - recon).abs(), mask)
+    return _mean(x, recon, mask, lambda d: d.abs())
 
 
 def mse(x, recon, data_range: float, mask=None) -> float:
     """Mean squared error, in the squared units of x."""
-    return _mean((x - recon).square(), mask)
+    return _mean(x, recon, mask, lambda d: d.square())
 
 
 def psnr(x, recon, data_range: float, mask=None) -> float:
@@ -40,17 +40,113 @@ def psnr(x, recon, data_range: float, mask=None) -> float:
 def ssim(x, recon, data_range: float, mask=None) -> float:
     """Structural similarity over all spatial axes (Wang et al. 2004).
 
-    Gaussian window of sigma 1.5 and 11 voxels (cut to the axis where that is shorter), K1 0.01,
-    K2 0.03, population covariance, windows inside the volume only: the settings of MONAI's
+    Gaussian window of sigma 1.5 and 11 voxels (on a shorter axis the largest odd number that fits),
+    K1 0.01, K2 0.03, population covariance, windows inside the volume only: the settings of MONAI's
     SSIMMetric and of scikit-image with gaussian_weights=True, use_sample_covariance=False.
     """
-    similarity, _, margins = _ssim_maps(x.double(), recon.double(), data_range)
-    if mask is not None:
-        mask = mask[tuple(slice(m, n - m) for m, n in zip(margins, mask.shape, strict=True))]
-    return _mean(similarity, mask)
+    return _ssim_means(x, recon, data_range, mask)[0]
 
 
-METRICS: dict[str, Metric] = {"mae": mae, "mse": mse, "psnr": psnr, "ssim": ssim}
+def ms_ssim(x, recon, data_range: float, mask=None, weights=MS_SSIM_WEIGHTS) -> float:
+    """Multi-scale SSIM (Wang et al. 2003): contrast and structure at several scales.
+
+    A volume that is too small for all scales (a window of 11 voxels at 1/16 size) uses the finer
+    ones, their exponents scaled to the same sum. A mask is not supported at coarser scales.
+    """
+    scales = [k for k in range(len(weights)) if min(x.shape[1:]) >> k >= 11] or [0]
+    used = [weights[k] for k in scales]
+    used = [w * sum(weights) / sum(used) for w in used]
+    pool = F.avg_pool3d if x.ndim == 4 else F.avg_pool2d
+    result = 1.0
+    for k, weight in zip(scales, used, strict=True):
+        full, structure = _ssim_means(x, recon, data_range, None)
+        result *= max(full if k == scales[-1] else structure, 0.0) ** weight
+        if k != scales[-1]:
+            x, recon = pool(x, 2), pool(recon, 2)
+    return result
+
+
+METRICS: dict[str, Metric] = {
+    "mae": mae,
+    "mse": mse,
+    "psnr": psnr,
+    "ssim": ssim,
+    "ms_ssim": ms_ssim,
+}
+FOREGROUND = ("mae", "psnr", "ssim")  # those that are also measured inside a mask
+
+
+def seam_score(x: Tensor, recon: Tensor, faces: Sequence[Sequence[int]]) -> float:
+    """How much the error jumps across tile faces: 1 where tiles leave no seam.
+
+    The mean absolute difference of the error between the two voxels on either side of a face,
+    divided by that between neighbors anywhere else.
+
+    Args:
+        x: (C, X, Y, Z) or (C, X, Y).
+        recon: Its reconstruction.
+        faces: Per axis the voxels that begin a tile (`stitching.tile_faces`).
+
+    Returns:
+        The ratio; nan where there are no faces or no error.
+    """
+    sums, counts = [0.0, 0.0], [0, 0]  # inside, across
+    error = recon - x
+    for axis, where in enumerate(faces, start=1):
+        if error.shape[axis] < 2:
+            continue
+        profile = error.diff(dim=axis).abs_().transpose(0, axis).flatten(1)
+        profile = profile.mean(1, dtype=torch.float64).tolist()
+        for i, value in enumerate(profile, start=1):
+            sums[i in where] += value
+            counts[i in where] += 1
+    if not all(counts) or not sums[0]:
+        return math.nan
+    return (sums[1] / counts[1]) / (sums[0] / counts[0])
+
+
+def latent_summary(mean: Tensor, logvar: Tensor, num_values: int, latent_bits: int) -> dict:
+    """What a posterior says: how far from the prior, how spread, how large.
+
+    Args:
+        mean: (C', *spatial) of one volume.
+        logvar: Same shape.
+        num_values: Voxels of the volume, padding apart.
+        latent_bits: Bits in which a latent value is kept, for the rate.
+
+    Returns:
+        kl: nats per latent element; kl_sum: nats of the volume; latent_mean and latent_std: of the
+        posterior mean, over the volume; posterior_std: mean standard deviation; active_channels:
+        channels whose mean has a variance above 0.01 (Burda et al. 2016); bits_per_voxel.
+    """
+    from vae3d.models.posterior import DiagonalGaussian
+
+    kl = float(DiagonalGaussian(mean[None].double(), logvar[None].double()).kl())
+    variances = mean.flatten(1).var(1, correction=0)
+    return {
+        "kl": kl,
+        "kl_sum": kl * mean.numel(),
+        "latent_mean": float(mean.mean(dtype=torch.float64)),
+        "latent_std": float(mean.double().std(correction=0)),
+        "posterior_std": float((logvar / 2).exp().mean(dtype=torch.float64)),
+        "active_channels": int((variances > 0.01).sum()),
+        "bits_per_voxel": mean.numel() * latent_bits / num_values,
+    }
+
+
+def _mean(x: Tensor, recon: Tensor, mask, function) -> float:
+    """Mean in float64 of a function of the difference, over the mask; nan where it is empty."""
+    total, count = 0.0, 0
+    for rows in _slabs(x.shape[1]):
+        values = function((x[:, rows] - recon[:, rows]).double())
+        if mask is not None:
+            values = values[:, mask[rows]]
+        total, count = total + float(values.sum()), count + values.numel()
+    return total / count if count else math.nan
+
+
+def _slabs(n: int) -> Iterator[slice]:
+    return (slice(a, min(a + SLAB, n)) for a in range(0, n, SLAB))
 
 
 def _gaussian_window(size: int, sigma: float = 1.5) -> list[float]:
@@ -58,7 +154,7 @@ def _gaussian_window(size: int, sigma: float = 1.5) -> list[float]:
     return [w / sum(weights) for w in weights]
 
 
-def _local_mean(v: torch.Tensor, windows: list[list[float]]) -> torch.Tensor:
+def _local_mean(v: Tensor, windows: list[list[float]]) -> Tensor:
     """Weighted mean of every window that lies inside the volume, axis by axis."""
     for axis, window in enumerate(windows, start=1):
         n = v.shape[axis] - len(window) + 1
@@ -69,15 +165,28 @@ def _local_mean(v: torch.Tensor, windows: list[list[float]]) -> torch.Tensor:
     return v
 
 
-def _ssim_maps(x, y, data_range: float) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
-    """SSIM and contrast-structure maps (C, *inner), and the margin lost on each axis."""
-    sizes = [min(11, n if n % 2 else n - 1) for n in x.shape[1:]]
-    windows = [_gaussian_window(s) for s in sizes]
+def _ssim_means(x: Tensor, recon: Tensor, data_range: float, mask) -> tuple[float, float]:
+    """Mean SSIM and mean contrast-structure over all windows, or those centered in the mask."""
+    windows = [_gaussian_window(min(11, n if n % 2 else n - 1)) for n in x.shape[1:]]
     c1, c2 = (0.01 * data_range) ** 2, (0.03 * data_range) ** 2
-    mx, my = _local_mean(x, windows), _local_mean(y, windows)
-    vxx = _local_mean(x * x, windows) - mx * mx
-    vyy = _local_mean(y * y, windows) - my * my
-    vxy = _local_mean(x * y, windows) - mx * my
-    structure = (2 * vxy + c2) / (vxx + vyy + c2)
-    luminance = (2 * mx * my + c1) / (mx * mx + my * my + c1)
-    return luminance * structure, structure, [s // 2 for s in sizes]
+    if mask is not None:
+        mask = mask[
+            tuple(
+                slice(len(w) // 2, n - len(w) // 2)
+                for w, n in zip(windows, mask.shape, strict=True)
+            )
+        ]
+    totals, count = [0.0, 0.0], 0
+    for rows in _slabs(x.shape[1] - len(windows[0]) + 1):
+        window = slice(rows.start, rows.stop + len(windows[0]) - 1)
+        a, b = x[:, window].double(), recon[:, window].double()
+        ma, mb = _local_mean(a, windows), _local_mean(b, windows)
+        covariance = _local_mean(a * b, windows) - ma * mb
+        # The two variances are only needed as their sum.
+        variances = _local_mean(a * a + b * b, windows) - ma * ma - mb * mb
+        structure = (2 * covariance + c2) / (variances + c2)
+        similarity = (2 * ma * mb + c1) / (ma * ma + mb * mb + c1) * structure
+        for i, values in enumerate((similarity, structure)):
+            totals[i] += float((values if mask is None else values[:, mask[rows]]).sum())
+        count += structure.numel() if mask is None else int(mask[rows].sum()) * len(x)
+    return tuple(t / count if count else math.nan for t in totals)

@@ -18,6 +18,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
+
 from loaders.patches import PatchGrid
 
 Tiles = torch.Tensor | tuple[torch.Tensor, ...]
@@ -142,18 +143,20 @@ class Stitcher:
         blend: hann | gaussian | average | crop.
         scale: Output voxels per input voxel, one or one per axis: 4 decodes latents of a model of
             factor 4, Fraction(1, 4) or 0.25 encodes. Tile starts keep to whole output voxels.
+        unit: Tiles start at multiples of this many input voxels, one or one per axis.
         streaming: Allocate segments when their first tile comes, free them in `pop`.
     """
 
     def __init__(
-        self, shape, patch_size, overlap=0.5, blend="hann", scale=1, streaming: bool = False
+        self, shape, patch_size, overlap=0.5, blend="hann", scale=1, unit=1, streaming: bool = False
     ):
         dims = len(shape)
         self.patch_size = _per_axis(patch_size, dims, "patch_size")
         self.scale = tuple(
             Fraction(s).limit_denominator(4096) for s in _per_axis(scale, dims, "scale")
         )
-        unit = [s.denominator for s in self.scale]
+        units = zip(self.scale, _per_axis(unit, dims, "unit"), strict=True)
+        unit = [math.lcm(s.denominator, u) for s, u in units]
         check_patch(self.patch_size, unit)
         overlap = overlap_voxels(self.patch_size, overlap, unit)
         # Counted in units of the coarser of the two grids, so that every start is whole in both.
@@ -313,20 +316,49 @@ def _read_tile(volume, corner: Sequence[int], patch_size: Sequence[int]) -> torc
     return part
 
 
-def _run(fn, volume, stitcher: Stitcher, batch_size: int) -> Iterator[tuple[int, ...]]:
-    """Feed every tile through `fn` in batches; yields the corners done, first axis slowest."""
+def tile_batches(
+    volume, stitcher: Stitcher, batch_size: int
+) -> Iterator[tuple[list[tuple[int, ...]], torch.Tensor]]:
+    """Corners and copies of the tiles `(B, C, *patch)` of a volume, first axis slowest.
+
+    Args:
+        volume: (C, *spatial): a tensor, or anything that slices to an array.
+        stitcher: Whose tiles.
+        batch_size: Tiles at a time; the last batch may be smaller.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}; give at least 1")
     corners = list(stitcher.corners())
     for at in range(0, len(corners), batch_size):
         batch = corners[at : at + batch_size]
-        tiles = torch.stack([_read_tile(volume, c, stitcher.patch_size) for c in batch])
-        out = fn(tiles)
-        outs = (out,) if isinstance(out, torch.Tensor) else tuple(out)
-        if any(o.shape[0] != len(batch) for o in outs):
-            raise ValueError(f"fn returned {len(outs[0])} tiles for a batch of {len(batch)}")
-        for i, corner in enumerate(batch):
-            tile = tuple(o[i] for o in outs)
-            stitcher.add(corner, tile[0] if isinstance(out, torch.Tensor) else tile)
-        yield batch[-1]
+        yield batch, torch.stack([_read_tile(volume, c, stitcher.patch_size) for c in batch])
+
+
+def add_batch(stitcher: Stitcher, corners: Sequence[tuple[int, ...]], out: Tiles) -> None:
+    """Blend a batch of tiles in: `(B, C, *tile)`, or a tuple of such."""
+    outs = (out,) if isinstance(out, torch.Tensor) else tuple(out)
+    if any(o.shape[0] != len(corners) for o in outs):
+        raise ValueError(f"fn returned {len(outs[0])} tiles for a batch of {len(corners)}")
+    for i, corner in enumerate(corners):
+        tile = tuple(o[i] for o in outs)
+        stitcher.add(corner, tile[0] if isinstance(out, torch.Tensor) else tile)
+
+
+def tile_faces(shape, patch_size, overlap=0.5, blend="hann", unit=1) -> list[list[int]]:
+    """Per axis the voxels at which a tile begins or ends inside the volume.
+
+    Args:
+        shape: Spatial shape of the volume.
+        patch_size: Tile in voxels.
+        overlap: As given to `stitch`.
+        blend: As given to `stitch`.
+        unit: As given to `Stitcher`.
+    """
+    spans = Stitcher(shape, patch_size, overlap, blend, unit=unit).spans
+    return [
+        sorted({edge for span in axis for edge in (span.lo, span.hi)} - {0, n})
+        for axis, n in zip(spans, shape, strict=True)
+    ]
 
 
 @torch.no_grad()
@@ -386,8 +418,8 @@ def stitch(
             out[:, where] = slab if isinstance(out, torch.Tensor) else slab.cpu().numpy()
         return out
     stitcher = Stitcher(volume.shape[1:], patch_size, overlap, blend, scale)
-    for _ in _run(fn, volume, stitcher, batch_size):
-        pass
+    for corners, tiles in tile_batches(volume, stitcher, batch_size):
+        add_batch(stitcher, corners, fn(tiles))
     return stitcher.result()
 
 
@@ -408,6 +440,7 @@ def iter_slabs(
     slabs under one row of tiles are held.
     """
     stitcher = Stitcher(volume.shape[1:], patch_size, overlap, blend, scale, streaming=True)
-    for _ in _run(fn, volume, stitcher, batch_size):
+    for corners, tiles in tile_batches(volume, stitcher, batch_size):
+        add_batch(stitcher, corners, fn(tiles))
         yield from stitcher.pop()
     stitcher.check_complete()

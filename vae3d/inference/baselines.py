@@ -1,0 +1,96 @@
+"""What a reader can hold a VAE against: two linear codes with no network.
+
+`pooled` keeps the mean of each cell of the latent grid, one value a cell. `BlockPCA` keeps as many
+values a cell as the model has latent channels, in the directions of largest variance of the
+training volumes: the best linear code of that size.
+"""
+
+from collections.abc import Iterable, Sequence
+from math import prod
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+BLOCKS_PER_VOLUME = 20_000
+
+
+def pooled(x: Tensor, factor: Sequence[int]) -> Tensor:
+    """Average-pool by `factor` and upsample linearly: (C, *spatial) to the same shape."""
+    dims = len(factor)
+    pool = (F.avg_pool2d, F.avg_pool3d)[dims - 2]
+    mode = ("bilinear", "trilinear")[dims - 2]
+    padded = _pad(x, factor)
+    coarse = pool(padded[None], tuple(factor))
+    fine = F.interpolate(coarse, padded.shape[1:], mode=mode)[0]
+    return fine[(slice(None), *(slice(n) for n in x.shape[1:]))]
+
+
+class BlockPCA:
+    """Principal components of blocks of `factor` voxels.
+
+    Args:
+        factor: Voxels of a block per axis.
+        mean: Mean block, (C * prod(factor),).
+        components: Orthonormal rows, (number kept, C * prod(factor)).
+    """
+
+    def __init__(self, factor: Sequence[int], mean: Tensor, components: Tensor):
+        self.factor, self.mean, self.components = tuple(factor), mean, components
+
+    @classmethod
+    def fit(cls, volumes: Iterable[Tensor], factor: Sequence[int], num_components: int):
+        """Fit on at most 20,000 blocks of each volume (C, *spatial), drawn with a fixed seed."""
+        generator = torch.Generator().manual_seed(0)
+        count, total, square = 0, 0.0, 0.0
+        for x in volumes:
+            blocks = _blocks(_pad(x, factor), factor)[0]
+            picks = torch.randperm(len(blocks), generator=generator)[:BLOCKS_PER_VOLUME]
+            blocks = blocks[picks].double()
+            count, total = count + len(blocks), total + blocks.sum(0)
+            square = square + blocks.T @ blocks
+        mean = total / count
+        _, vectors = torch.linalg.eigh(square / count - mean[:, None] * mean)
+        return cls(factor, mean.float(), vectors.flip(1).T[:num_components].float())
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Code and decode a volume (C, *spatial)."""
+        blocks, grid = _blocks(_pad(x, self.factor), self.factor)
+        codes = (blocks - self.mean) @ self.components.T
+        recon = codes @ self.components + self.mean
+        recon = recon.reshape(*grid, x.shape[0], *self.factor)
+        dims = len(grid)
+        order = [dims, *(i for axis in range(dims) for i in (axis, dims + 1 + axis))]
+        sizes = [n * f for n, f in zip(grid, self.factor, strict=True)]
+        recon = recon.permute(order).reshape(x.shape[0], *sizes)
+        return recon[(slice(None), *(slice(n) for n in x.shape[1:]))]
+
+    def save(self, path: Path) -> None:
+        """Write to a file, whole or not at all."""
+        temporary = path.with_name(f".{path.name}.tmp")
+        torch.save(
+            {"factor": self.factor, "mean": self.mean, "components": self.components}, temporary
+        )
+        temporary.replace(path)
+
+    @classmethod
+    def load(cls, path: Path) -> "BlockPCA":
+        """Read what `save` has written."""
+        return cls(**torch.load(path, weights_only=True))
+
+
+def _pad(x: Tensor, factor: Sequence[int]) -> Tensor:
+    """Repeat the last voxels up to a multiple of `factor`, as the model does."""
+    missing = [-n % f for n, f in zip(x.shape[1:], factor, strict=True)]
+    pads = [n for m in reversed(missing) for n in (0, m)]
+    return F.pad(x[None], pads, mode="replicate")[0] if any(missing) else x
+
+
+def _blocks(x: Tensor, factor: Sequence[int]) -> tuple[Tensor, list[int]]:
+    """(C, *grid * factor) to (blocks, C * prod(factor)), and the grid."""
+    grid = [n // f for n, f in zip(x.shape[1:], factor, strict=True)]
+    dims = len(grid)
+    cells = x.reshape(x.shape[0], *(n for pair in zip(grid, factor, strict=True) for n in pair))
+    order = [*range(1, 2 * dims, 2), 0, *range(2, 2 * dims + 1, 2)]
+    return cells.permute(order).reshape(prod(grid), -1), grid

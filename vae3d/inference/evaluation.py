@@ -1,0 +1,276 @@
+"""Evaluate volumes one by one into a folder; a volume that is done stays done.
+
+A volume's results lie in `rows/<case>.json`, written last. Its key names all that the numbers
+depend on (checkpoint, mode, the volume's own bytes), so that a second run computes only what is
+missing, and any number of processes can share the volumes out.
+"""
+
+import csv
+import hashlib
+import io
+import json
+import math
+import os
+import statistics
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from vae3d.inference.baselines import BlockPCA, pooled
+from vae3d.inference.metrics import FOREGROUND, METRICS, latent_summary, psnr, seam_score
+from vae3d.inference.reconstruct import autoencode
+from vae3d.inference.report import write_report
+from vae3d.inference.stitching import tile_faces
+from vae3d.tracking.media import case_stem, save_views, write_png
+
+
+@dataclass
+class Evaluator:
+    """Measures how well a model reconstructs the volumes of a store.
+
+    Args:
+        vae: The model, in eval mode on its device.
+        store: Volumes, preprocessed as in training; see `loaders.VolumeStore`.
+        out_dir: Where results go.
+        how: Options of `autoencode`: mode, patch_size, overlap, blend and so on.
+        facts: What else the numbers depend on, for the key and summary.json.
+        latent_bits: Bits in which a latent value is kept.
+        patch_gap: In mode patch, compare with the exact result.
+        pca: Baseline fitted on the training volumes; None for none.
+        perceptual: Perceptual distance `(x, recon) -> scalar`; None for none.
+        save_recon: Write reconstructions as NIfTI.
+        media: Write pictures and clips.
+    """
+
+    vae: torch.nn.Module
+    store: Any
+    out_dir: Path
+    how: dict[str, Any]
+    facts: dict[str, Any] = field(default_factory=dict)
+    latent_bits: int = 16
+    patch_gap: bool = True
+    pca: BlockPCA | None = None
+    perceptual: Any = None
+    save_recon: bool = True
+    media: bool = True
+
+    @property
+    def data_range(self) -> float:
+        """Width of the intensity scale, from the preprocessing and never from an image."""
+        lo, hi = self.store.data_range
+        return hi - lo
+
+    def key(self, index: int) -> str:
+        """Hash of what the numbers of a volume depend on."""
+        parts = {
+            **self.facts,
+            "how": {k: v for k, v in self.how.items() if k not in ("batch_size", "memory_gb")},
+            "volume": self.store.meta(index)["key"],
+            "data_range": self.store.data_range,
+            "columns": [self.latent_bits, self.patch_gap, bool(self.pca), bool(self.perceptual)],
+        }
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+
+    def finished(self, index: int) -> dict | None:
+        """The row of a volume whose files all lie there; None where something is missing."""
+        stem = case_stem(self.store.ids[index])
+        record = self.out_dir / "rows" / f"{stem}.json"
+        wanted = [self.out_dir / "recon" / f"{stem}.nii.gz"] * self.save_recon
+        wanted += [
+            self.out_dir / "media" / f"{stem}.{kind}" for kind in ("png", "gif", "mp4")
+        ] * self.media
+        if not record.is_file() or not all(path.is_file() for path in wanted):
+            return None
+        content = json.loads(record.read_text())
+        return content["row"] if content["key"] == self.key(index) else None
+
+    def volume(self, index: int) -> dict:
+        """Evaluate a volume, unless it is finished; its row of metrics."""
+        row = self.finished(index)
+        if row is None:
+            case = self.store.ids[index]
+            x = torch.from_numpy(self.store.read(index))
+            self._check_channels(x)
+            recon, mean, logvar = autoencode(self.vae, x, **self.how)
+            row = {"case": case, **self.measure(index, x, recon, mean, logvar)}
+            self._write_files(index, x, recon, row)
+            # Last, so that a volume with a row has everything; JSON's Infinity reads back.
+            text = json.dumps({"key": self.key(index), "row": row}, indent=1)
+            write_whole(self.out_dir / "rows" / f"{case_stem(case)}.json", text)
+        return row
+
+    def measure(self, index: int, x, recon, mean, logvar) -> dict:
+        """All columns of a volume but its name."""
+        width = self.data_range
+        row = {name: metric(x, recon, width) for name, metric in METRICS.items()}
+        row |= self._baselines(x)
+        foreground = self.foreground(index, x)
+        row |= {f"foreground_{m}": METRICS[m](x, recon, width, foreground) for m in FOREGROUND}
+        row |= self._original_units(index, x, recon)
+        row |= latent_summary(mean, logvar, math.prod(x.shape[1:]), self.latent_bits)
+        if self.how["mode"] == "patch":
+            row["seam_score"] = seam_score(x, recon, self.faces(x.shape[1:]))
+            if self.patch_gap:
+                exact = autoencode(self.vae, x, **{**self.how, "mode": "exact"})[0]
+                row["patch_gap"] = psnr(exact, recon, width)
+        if self.perceptual is not None:
+            device = next(self.vae.parameters()).device
+            with torch.no_grad():
+                row["perceptual"] = float(
+                    self.perceptual(x[None].to(device), recon[None].to(device))
+                )
+        return row
+
+    def foreground(self, index: int, x: torch.Tensor) -> torch.Tensor:
+        """Voxels above Otsu's threshold of the source's first channel, as the loaders say."""
+        record, statistics = self.store.undo_record(index), self.store.meta(index)["statistics"][0]
+        stored = (statistics["foreground_threshold"] - record["offset"][0]) / record["scale"][0]
+        return x[0] > stored * record["gain"][0] + record["bias"][0]
+
+    def faces(self, shape) -> list[list[int]]:
+        """Per axis of a volume the voxels at which patches begin or end."""
+        how = self.how
+        if self.vae.spatial_dims == len(shape):
+            unit = self.vae.factor
+            return tile_faces(shape, how["patch_size"], how["overlap"], how["blend"], unit)
+        axis = how["slice_axis"]
+        plane = [n for i, n in enumerate(shape) if i != axis]
+        faces = tile_faces(plane, how["patch_size"], how["overlap"], how["blend"], self.vae.factor)
+        return [*faces[:axis], [], *faces[axis:]]
+
+    def finish(self) -> dict:
+        """Write metrics.csv, summary.json and report.html; the summary."""
+        rows = [self.volume(i) for i in range(len(self.store))]
+        write_csv(self.out_dir / "metrics.csv", rows)
+        how = {k: v for k, v in self.how.items() if k in ("mode", "slice_axis", "num_slices")}
+        if how["mode"] == "patch":
+            how |= {"patch_size": self.how["patch_size"], "overlap": self.how["overlap"]}
+            how |= {"blend": self.how["blend"]}
+        if self.vae.spatial_dims == 3:
+            how = {k: v for k, v in how.items() if "slice" not in k}
+        summary = {**self.facts, **how, "data_range": list(self.store.data_range)}
+        summary |= {"latent_bits": self.latent_bits, **summarize(rows)}
+        write_whole(self.out_dir / "summary.json", json.dumps(_finite(summary), indent=1) + "\n")
+        write_report(self.out_dir)
+        return summary
+
+    def _check_channels(self, x) -> None:
+        wanted = self.vae.in_channels
+        slices = self.how["num_slices"] if self.vae.spatial_dims == 2 else 1
+        if x.shape[0] * slices != wanted:
+            raise ValueError(
+                f"the model takes {wanted} channels, the volumes have {x.shape[0]} "
+                "(data.root or --checkpoint is another data set's)"
+            )
+
+    def _baselines(self, x) -> dict:
+        factor = list(self.vae.factor)
+        if self.vae.spatial_dims < x.ndim - 1:
+            factor.insert(self.how["slice_axis"], 1)
+        row = {"pooled_psnr": psnr(x, pooled(x, factor), self.data_range)}
+        if self.pca is not None:
+            row["pca_psnr"] = psnr(x, self.pca(x), self.data_range)
+        return row
+
+    def _original_units(self, index: int, x, recon) -> dict:
+        """Errors in the intensities of the source file (HU for CT): the mapping is linear."""
+        record = self.store.undo_record(index)
+        steps = [s / g for s, g in zip(record["scale"], record["gain"], strict=True)]
+        steps = torch.tensor([steps[min(c, len(steps) - 1)] for c in range(len(x))])
+        steps = steps.abs().reshape(-1, *[1] * (x.ndim - 1)).float()
+        a, b = x * steps, recon * steps
+        return {
+            "mae_original": METRICS["mae"](a, b, 1.0),
+            "rmse_original": math.sqrt(METRICS["mse"](a, b, 1.0)),
+        }
+
+    def _write_files(self, index: int, x, recon, row) -> None:
+        case = row["case"]
+        if self.save_recon:
+            from loaders import write_volume
+
+            path = self.out_dir / "recon" / f"{case_stem(case)}.nii.gz"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary = path.with_name(f".{os.getpid()}.{path.name}")
+            write_volume(temporary, self.store.undo(index, recon.numpy()))
+            temporary.replace(path)
+        if self.media:
+            if self.how["mode"] == "patch" and x.ndim == 4:
+                picture = seam_picture(x, recon, self.faces(x.shape[1:]), self.data_range)
+                path = self.out_dir / "media" / f"{case_stem(case)}.seams.png"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                write_png(path, picture)
+            spacing, ends = self.store.spacing_mm(index), self.store.data_range
+            title = f"{case}  {headline(row)}"
+            save_views(
+                self.out_dir / "media", case, x.numpy(), recon.numpy(), spacing, ends, title=title
+            )
+
+
+def seam_picture(x, recon, faces, data_range: float) -> np.ndarray:
+    """The error of the middle slice, white at 10 % of the range, under the tile grid in orange.
+
+    Args:
+        x: (C, X, Y, Z).
+        recon: Its reconstruction.
+        faces: Per axis the voxels at which tiles begin or end.
+        data_range: Width of the intensity scale.
+
+    Returns:
+        uint8 picture (H, W, 3), three pixels a voxel.
+    """
+    error = (recon - x)[0, :, :, x.shape[3] // 2].abs() / (0.1 * data_range)
+    gray = (error.clamp(0, 1) * 255).round().byte().numpy().repeat(3, 0).repeat(3, 1)
+    picture = np.repeat(gray[..., None], 3, axis=-1)
+    for face in faces[0]:
+        picture[3 * face, ::2] = (230, 96, 30)
+    for face in faces[1]:
+        picture[::2, 3 * face] = (230, 96, 30)
+    return np.ascontiguousarray(picture.transpose(1, 0, 2)[::-1])  # anterior up
+
+
+def summarize(rows: list[dict]) -> dict:
+    """Mean, standard deviation and count of every numeric column over the volumes."""
+    metrics = {}
+    for name in rows[0]:
+        values = [r[name] for r in rows if isinstance(r[name], (int, float))]
+        values = [v for v in values if math.isfinite(v)]
+        if values:
+            sd = statistics.stdev(values) if len(values) > 1 else 0.0
+            metrics[name] = {"mean": statistics.fmean(values), "sd": sd, "n": len(values)}
+    return {"volumes": len(rows), "metrics": metrics}
+
+
+def headline(row: dict) -> str:
+    """The three numbers to look at first."""
+    return f"PSNR {row['psnr']:.2f} dB  SSIM {row['ssim']:.4f}  MAE {row['mae']:.4g}"
+
+
+def write_csv(path: Path, rows: list[dict]) -> None:
+    """Write rows as CSV; a column that a row lacks stays empty."""
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, fieldnames=columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_whole(path, text.getvalue())
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file that is either whole or not there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
+
+
+def _finite(value):
+    """JSON knows no infinity: numbers that are not finite become null."""
+    if isinstance(value, dict):
+        return {k: _finite(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
