@@ -9,7 +9,9 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from vae3d.losses.adversarial import CRITERIA, Adversarial, PatchDiscriminator
+from vae3d.losses.features import FeatureNetwork
 from vae3d.losses.kl import KL
+from vae3d.losses.perceptual import Perceptual
 from vae3d.losses.reconstruction import SSIM, Charbonnier, FocalFrequency, LearnedVariance
 from vae3d.losses.slices import draw_slices, mean_over_slices, take_slices
 from vae3d.losses.vae_loss import VAELoss
@@ -313,10 +315,25 @@ def test_game_holds_under_autocast(dtype):
 # Accumulation, ranks, resume: with every loss switched on
 
 
+class Features(FeatureNetwork):
+    """A frozen network of one convolution."""
+
+    spatial_dims = 2
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(4)
+        self.conv = torch.nn.Conv2d(1, 4, 3, padding=1)
+
+    def forward(self, x):
+        return [torch.relu(self.conv(x))]
+
+
 def everything():
     return VAELoss(
         recon=partial(LearnedVariance, base=Charbonnier),
         kl=partial(KL, weight=1e-2, target_std=1.0, free_bits=0.01, warmup_steps=3),
+        perceptual=partial(Perceptual, view="slices", network=Features),
         adversarial=partial(
             game, adaptive=True, feature_matching_weight=0.5, r1_weight=0.1, start_step=1
         ),
@@ -392,6 +409,34 @@ def test_accumulated_micro_batches_equal_the_large_batch_with_every_loss_on():
     assert torch.allclose(losses, accumulated, rtol=1e-4, atol=1e-5)
     assert one.loss.adversarial.adaptive_weight > 0 and one.loss.terms["kl"].factor != 1
     assert_same_state(one, many)
+
+
+@pytest.mark.parametrize("mode", ["block", "level"])
+def test_activation_checkpointing_changes_no_digit_with_every_loss_on(mode):
+    plain, losses = run_steps(3, lambda step: [batch_of(step)])
+    module = Step()
+    module.vae.set_checkpointing(mode)
+    saving, same = run_steps(3, lambda step: [batch_of(step)], module=module)
+    assert torch.equal(losses, same)
+    for (name, a), b in zip(plain.state_dict().items(), saving.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+
+
+def test_no_loss_waits_for_the_device(monkeypatch):
+    module = Step()
+
+    def stop(*_, **__):
+        raise AssertionError("a tensor was read by the host")
+
+    for name in ("item", "tolist", "__bool__", "__float__", "__int__", "cpu", "numpy"):
+        monkeypatch.setattr(torch.Tensor, name, stop)
+    for step in range(3):
+        x = batch_of(step)
+        recon, terms = module(x, step)
+        terms["loss"].backward()
+        if module.loss.discriminator_active(step):
+            module.loss.discriminator_loss(x, recon, step)["discriminator_loss"].backward()
+        module.loss.after_step()
 
 
 def test_resumed_run_equals_the_uninterrupted_one_with_every_loss_on():

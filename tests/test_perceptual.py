@@ -1,4 +1,5 @@
 import math
+from collections.abc import Callable
 from functools import partial
 from importlib.util import find_spec
 
@@ -6,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from vae3d.config import main
 from vae3d.losses import features
 from vae3d.losses.features import (
     VGG16,
@@ -210,6 +212,27 @@ def test_missing_weights_say_where_to_put_them_and_nothing_is_fetched(tmp_path, 
         with pytest.raises(ValueError) as caught:
             wrong()
         assert remedy in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_missing_weights_end_the_command_with_one_line_and_code_2(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+
+    def train(loss: Callable[[], VAELoss] = VAELoss):
+        """Train.
+
+        Args:
+            loss: The loss.
+        """
+        loss()
+
+    network = "{class_path: MonaiNetwork, init_args: {name: radimagenet_resnet50}}"
+    flags = ["--loss.perceptual", "Perceptual", "--loss.perceptual.view", "slices"]
+    with pytest.raises(SystemExit) as stopped:
+        main(train, [*flags, "--loss.perceptual.network", network])
+    assert stopped.value.code == 2
+    error = capsys.readouterr().err.strip()
+    assert error.startswith("error: the weights of radimagenet_resnet50 are missing: put ")
+    assert "RadImageNet-ResNet50_notop.pth" in error and "\n" not in error
 
 
 @needs_deepbet

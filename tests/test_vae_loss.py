@@ -1,6 +1,7 @@
 import math
 from collections.abc import Callable
 from functools import partial
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
@@ -431,6 +432,26 @@ loss:
     assert loss.terms["ssim"].weight == 0.1 and loss.terms["brightness"].power == 1.0
     assert isinstance(loss.discriminator.net, PatchDiscriminator)
     assert loss.discriminator_active(100) and not loss.discriminator_active(99)
+
+
+def test_yaml_may_say_the_plain_names_of_the_shipped_classes(tmp_path):
+    if find_spec("deepbet") is None:
+        pytest.skip("pip install deepbet")
+    loss = build_from_yaml(
+        tmp_path,
+        """
+loss:
+  class_path: VAELoss
+  init_args:
+    recon: {class_path: LearnedVariance, init_args: {base: L2}}
+    perceptual: {class_path: Perceptual, init_args: {weight: 0.5, network: DeepBet}}
+    adversarial: {class_path: Adversarial, init_args: {spatial_dims: 3}}
+    extra: [GradientDifference, FocalFrequency]
+""",
+    )
+    assert isinstance(loss.terms["recon"].base, L2)
+    assert type(loss.terms["perceptual"].network).__name__ == "DeepBet"
+    assert [*loss.terms] == ["recon", "kl", "perceptual", "gradient_difference", "focal_frequency"]
 
 
 def test_yaml_with_an_unknown_key_names_it(tmp_path):

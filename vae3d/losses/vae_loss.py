@@ -46,6 +46,7 @@ from torch import Tensor, nn
 
 from vae3d.losses.adversarial import Adversarial, Critic
 from vae3d.losses.kl import KL
+from vae3d.losses.perceptual import Perceptual
 from vae3d.losses.reconstruction import L1
 from vae3d.losses.term import Term
 
@@ -64,8 +65,8 @@ class VAELoss(nn.Module):
     def __init__(
         self,
         recon: Callable[[], Term] = L1,
-        kl: Callable[[], Term] = KL,
-        perceptual: Callable[[], Term] | None = None,
+        kl: Callable[[], KL] = KL,
+        perceptual: Callable[[], Perceptual] | None = None,
         adversarial: Callable[[], Adversarial] | None = None,
         extra: list[Callable[[], Term]] | None = None,
     ):
