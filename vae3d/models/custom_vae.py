@@ -205,6 +205,7 @@ class CustomVAE(Described, nn.Module):
 
     def decode(self, z: Tensor) -> Tensor:
         """Reconstruction `(B, out_channels, *spatial * factor)` of a latent `(B, C, *spatial)`."""
+        z = z.to(self.last_layer.dtype)  # the posterior is float32, whatever the weights are
         return self.output(self.decoder(self.post_quant_conv(z)))
 
     def forward(
@@ -273,6 +274,11 @@ class CustomVAE(Described, nn.Module):
 
     def pad(self, x: Tensor) -> Tensor:
         """Repeat the last voxels of each axis up to a multiple of `factor`."""
+        if x.dim() != self.spatial_dims + 2 or x.shape[1] != self.in_channels:
+            axes = ", ".join("XYZ"[: self.spatial_dims])
+            raise ValueError(
+                f"the model takes (B, {self.in_channels}, {axes}), not {tuple(x.shape)}"
+            )
         missing = [-n % f for n, f in zip(x.shape[2:], self.factor, strict=True)]
         if not any(missing):
             return x

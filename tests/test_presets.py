@@ -1,0 +1,236 @@
+"""Presets: published sizes, their APIs, their recipes in configs/model, torch.export."""
+
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from torch import nn
+from torch.export import Dim, export
+
+from vae3d.models.attention import Attention, GlobalAttention
+from vae3d.models.custom_vae import CustomVAE
+from vae3d.models.norm import GroupNorm
+from vae3d.models.presets import (
+    LATENT_SCALE,
+    AutoencoderKL,
+    MaisiVAE,
+    MonaiVAE,
+    T1LightVAE,
+    VAEModel,
+    compute_kl_loss,
+)
+from vae3d.models.spec import build
+
+RECIPES = sorted((Path(__file__).parents[1] / "configs" / "model").glob("*.yaml"))
+SD = {"base_ch": 4, "ch_mult": (1, 2), "num_res_blocks": 1, "num_groups": 4}
+MONAI = {"channels": (4, 8), "num_res_blocks": 1, "norm_num_groups": 4}
+TINY = {
+    "CustomVAE": partial(
+        CustomVAE,
+        channels=(4, 8),
+        norm=partial(GroupNorm, num_groups=4),
+        num_res_blocks=1,
+        mid_attention=GlobalAttention,
+    ),
+    "AutoencoderKL": partial(AutoencoderKL, **SD),
+    "AutoencoderKL 3D": partial(AutoencoderKL, spatial_dims=3, **SD),
+    "MonaiVAE": partial(MonaiVAE, **MONAI),
+    "VAEModel": partial(VAEModel, use_convtranspose=True, **MONAI),
+    "MaisiVAE": partial(MaisiVAE, num_channels=(4, 8), num_res_blocks=1, norm_num_groups=4),
+    "T1LightVAE": partial(T1LightVAE, num_channels=(4, 8), norm_num_groups=4),
+}
+
+
+def count(vae):
+    return sum(p.numel() for p in vae.parameters())
+
+
+def on_meta(cls, **options):
+    with torch.device("meta"):
+        return cls(**options)
+
+
+# --------------------------------------------------------------------------------- sizes
+
+
+def test_published_parameter_counts():
+    assert count(on_meta(AutoencoderKL, in_channels=3)) == 83_653_863
+    assert round(count(on_meta(T1LightVAE)) / 1e6, 2) == 2.93
+    assert round(count(on_meta(MaisiVAE)) / 1e6, 1) == 20.9
+
+
+def test_the_light_variant_maps_its_published_shape():
+    vae = on_meta(T1LightVAE)
+    posterior = vae.encode(torch.empty(1, 1, 112, 136, 112, device="meta"))
+    assert posterior.mean.shape == (1, 4, 28, 34, 28)
+    assert vae.decode(posterior.mean).shape == (1, 1, 112, 136, 112)
+
+
+def test_stable_diffusion_halves_three_times_and_has_one_more_block_in_the_decoder():
+    vae = on_meta(AutoencoderKL)
+    assert vae.factor == (8, 8)
+    posterior = vae.encode(torch.empty(1, 1, 256, 256, device="meta"))
+    assert posterior.mean.shape == (1, 4, 32, 32)
+    assert on_meta(AutoencoderKL, spatial_dims=3, base_ch=32).factor == (8, 8, 8)
+
+
+# ----------------------------------------------------------------------------------- APIs
+
+
+def test_attention_resolutions_are_feature_map_sizes():
+    def attended(**options):
+        vae = on_meta(AutoencoderKL, mid_attention=False, **options)
+        return [
+            any(isinstance(layer, Attention) for layer in level)
+            for level in list(vae.encoder.levels())[1:-2]
+        ]
+
+    assert attended(attn_resolutions=(32, 64)) == [False, False, True, True]
+    assert attended(attn_resolutions=(16,), resolution=64) == [False, False, True, False]
+    with pytest.raises(ValueError, match="for the downsample factor 8 write 32"):
+        attended(attn_resolutions=(8,))
+    with pytest.raises(ValueError, match="100 is no feature-map size"):
+        attended(attn_resolutions=(100,))
+
+
+def test_normalized_latents_come_back_denormalized():
+    vae, x = AutoencoderKL(**SD).eval(), torch.randn(1, 1, 8, 12)
+    assert AutoencoderKL.LATENT_SCALE == LATENT_SCALE == 0.18215
+    z = vae.encode(x, normalize=True)
+    torch.testing.assert_close(z, vae.encode(x).mean * LATENT_SCALE)
+    torch.testing.assert_close(vae.decode(z, denorm=True), vae(x)[0], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(vae.encode_stage_2_inputs(x), z)
+
+
+def test_single_z_tanh_and_attention_types():
+    x = torch.randn(1, 1, 8, 8)
+    single = AutoencoderKL(double_z=False, tanh_out=True, **SD)
+    assert single.encoder[-1].out_channels == 4
+    assert single(x)[0].abs().max() <= 1
+    for kind, attentions in (("vanilla", 1), ("linear", 1), ("none", 0)):
+        vae = AutoencoderKL(attn_type=kind, **SD)
+        assert sum(isinstance(layer, Attention) for layer in vae.encoder) == attentions
+        assert vae(x)[0].shape == x.shape
+
+
+def test_monai_api_returns_what_monai_returns():
+    config = {
+        "spatial_dims": 2,
+        "in_channels": 1,
+        "out_channels": 1,
+        "latent_channels": 3,
+        "channels": [4, 8],
+        "norm_num_groups": 4,
+        "attention_levels": [False, False],
+    }
+    vae, x = VAEModel.from_config(config), torch.randn(2, 1, 9, 8)
+    recon, mean, std = vae(x)
+    assert recon.shape == x.shape
+    assert mean.shape == std.shape == (2, 3, 5, 4)
+    assert compute_kl_loss(mean, std) > 0
+    z = vae.encode_stage_2_inputs(x)
+    assert vae.decode_stage_2_outputs(z).shape == (2, 1, 10, 8)
+    torch.testing.assert_close(vae.reconstruct(x), vae.reconstruct(x))
+    with pytest.raises(ValueError, match="unknown keys channel;"):
+        VAEModel.from_config(config | {"channel": 3})
+    with pytest.raises(ValueError, match="lacks latent_channels"):
+        VAEModel.from_config({k: v for k, v in config.items() if k != "latent_channels"})
+
+
+def test_one_draw_of_the_global_generator_per_forward():
+    vae, x = VAEModel(**MONAI), torch.randn(1, 1, 8, 8, 8)
+    torch.manual_seed(4)
+    _, mean, std = vae(x)
+    after = torch.get_rng_state()
+    torch.manual_seed(4)
+    z = mean + torch.randn_like(std) * std
+    assert torch.equal(torch.get_rng_state(), after)
+    torch.manual_seed(4)
+    assert torch.equal(vae.encode_stage_2_inputs(x), z)
+
+
+def test_use_checkpoint_sets_checkpointing():
+    assert MonaiVAE(use_checkpoint=True, **MONAI).encoder.checkpointing == "level"
+    assert MonaiVAE(**MONAI).encoder.checkpointing == "none"
+
+
+@pytest.mark.parametrize("make", TINY.values(), ids=TINY.keys())
+def test_every_preset_trains_all_its_parameters(make):
+    vae = make()
+    x = torch.randn(2, 1, *(8, 12, 4)[: vae.spatial_dims])
+    recon = vae(x)[0]
+    recon.square().mean().backward()
+    assert recon.shape == x.shape
+    assert all(p.grad is not None for p in vae.parameters())
+
+
+# -------------------------------------------------------------------------------- recipes
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
+def test_every_recipe_is_complete_explained_and_builds(path):
+    from vae3d.config import parse
+
+    def train(model=CustomVAE):
+        """Train.
+
+        Args:
+            model: Network.
+        """
+
+    from collections.abc import Callable
+
+    train.__annotations__["model"] = Callable[[], CustomVAE]
+    model = parse(train, ["--model", str(path)])["model"]
+    vae = on_meta(model)
+    text = path.read_text()
+    written = yaml.safe_load(text)["init_args"]
+    assert set(written) == set(vae.spec["init_args"]) - set(vae.not_in_spec)
+    lines = text.splitlines()
+    keys = [n for n, line in enumerate(lines) if line.startswith("  ") and line[2] not in "# "]
+    assert all(lines[n - 1].startswith("  #") for n in keys)
+    on_meta(partial(build, vae.spec))
+
+
+# --------------------------------------------------------------------------------- export
+
+
+class Encode(nn.Module):
+    def __init__(self, vae):
+        super().__init__()
+        self.vae = vae
+
+    def forward(self, x):
+        posterior = self.vae.encode(x)
+        return posterior if isinstance(posterior, tuple) else (posterior.mean, posterior.std)
+
+
+class Decode(Encode):
+    def forward(self, x):
+        return (self.vae.decode(x),)
+
+
+QUICK = ("MaisiVAE",)  # the others take several seconds each
+
+
+@pytest.mark.parametrize("half", [Encode, Decode])
+@pytest.mark.parametrize(
+    "make",
+    [
+        pytest.param(make, id=name, marks=[] if name in QUICK else pytest.mark.slow)
+        for name, make in TINY.items()
+    ],
+)
+def test_encoder_and_decoder_export_for_any_size(make, half):
+    vae = make().eval()
+    dims, net = vae.spatial_dims, half(vae)
+    channels, factor = (1, vae.factor[0]) if half is Encode else (vae.latent_channels, 1)
+    sizes = {n + 2: factor * Dim(f"n{n}", min=2, max=64) for n in range(dims)}
+    x = torch.randn(1, channels, *[8 * factor] * dims)
+    exported = export(net, (x,), dynamic_shapes=(sizes,)).module()
+    other = torch.randn(1, channels, *(factor * n for n in (5, 9, 6)[:dims]))
+    with torch.no_grad():
+        for a, b in zip(exported(other), net(other), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
