@@ -374,6 +374,11 @@ class LatentStore:
         """Names of the subjects."""
         return [info["subject"] for info in self.infos]
 
+    @property
+    def num_channels(self) -> int:
+        """Channels of mean and logvar together."""
+        return 2 * self.infos[0]["shape"][0]
+
     def shape(self, index: int) -> tuple[int, ...]:
         """(2 C, *spatial) of a latent with its log-variance."""
         channels, *spatial = self.infos[index]["shape"]

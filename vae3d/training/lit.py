@@ -125,7 +125,7 @@ class LitVAE(lightning.LightningModule):
         task.after_step()
 
     def _log(self, part: str, terms: dict[str, Tensor], batch: Any) -> None:
-        named = {f"{part}/{name}": value.detach() for name, value in terms.items()}
+        named = {f"{part}/{name}": value.detach().float() for name, value in terms.items()}
         self.log_dict(named, batch_size=len(batch.image), sync_dist=part == "val")
 
 

@@ -1,0 +1,155 @@
+"""LitVAE under the real lightning.Trainer: same weights, same losses, exact resume."""
+
+from functools import partial
+
+import lightning
+import numpy as np
+import pytest
+import torch
+from toys import tiny_vae
+
+from loaders import PatchLoader
+from vae3d.losses.adversarial import Adversarial, PatchDiscriminator
+from vae3d.losses.vae_loss import VAELoss
+from vae3d.training.lit import LitVAE
+from vae3d.training.task import VAETask
+
+OPTIMIZER = partial(torch.optim.AdamW, lr=3e-3)
+
+
+class MemoryStore:
+    """Volumes in memory behind the interface that `PatchLoader` reads."""
+
+    data_range = (0.0, 1.0)
+    num_channels = 1
+
+    def __init__(self, count=6, shape=(12, 8, 16)):
+        generator = np.random.default_rng(0)
+        self.volumes = generator.random((count, 1, *shape), np.float32)
+        self.spatial_shapes = np.array([shape] * count)
+        self.ids = [f"v{i}" for i in range(count)]
+
+    def __len__(self):
+        return len(self.volumes)
+
+    def shape(self, index):
+        return self.volumes[index].shape
+
+    def read(self, index, slices=(slice(None),) * 3):
+        return self.volumes[index][(slice(None), *slices)]
+
+    def read_into(self, index, slices, out):
+        out[...] = self.read(index, slices)
+
+
+def patches(**options):
+    defaults = dict(patch_size=(8, 4, 8), patches_per_volume=2, batch_size=3, threads=0)
+    return PatchLoader(MemoryStore(), **(defaults | options))
+
+
+def lit_vae(adversarial=False):
+    game = None
+    if adversarial:
+        net = partial(PatchDiscriminator, channels=8, num_layers=1)
+        game = partial(Adversarial, discriminator=net, num_slices=2, start_step=2)
+    torch.manual_seed(1)
+    return LitVAE(tiny_vae(), VAELoss(adversarial=game), OPTIMIZER)
+
+
+def lightning_trainer(folder, callbacks=(), **options):
+    return lightning.Trainer(
+        accelerator="cpu", devices=1, logger=False, enable_progress_bar=False,
+        enable_model_summary=False, enable_checkpointing=False, default_root_dir=folder,
+        callbacks=list(callbacks), **options,
+    )  # fmt: skip
+
+
+class Watch(lightning.Callback):
+    """Notes each batch, saves at the updates asked for and stops after `stop` of them."""
+
+    def __init__(self, folder, stop, save=()):
+        self.folder, self.stop, self.save, self.seen = folder, stop, save, []
+
+    def on_train_batch_start(self, trainer, module, batch, index):
+        self.seen.append(batch.corner.tolist())
+
+    def on_train_batch_end(self, trainer, module, *_):
+        updates = int(module.updates)
+        if updates in self.save:
+            trainer.save_checkpoint(self.folder / f"{updates}.ckpt")
+        trainer.should_stop = updates >= self.stop
+
+
+def fit(lit, folder, stop, save=(), resume=None):
+    watch = Watch(folder, stop, save)
+    trainer = lightning_trainer(folder, [watch], max_epochs=100)
+    trainer.fit(lit, patches(), patches(batch_size=1), ckpt_path=resume)
+    return trainer, watch.seen
+
+
+@pytest.mark.parametrize("adversarial", [False, True])
+def test_lightning_trains_the_vae_itself(tmp_path, adversarial):
+    lit = lit_vae(adversarial)
+    vae = lit.model
+    x = torch.from_numpy(MemoryStore().read(0))[None]
+    before = (vae.eval()(x)[0] - x).abs().mean()
+    critic = lit.loss.discriminator and [p.clone() for p in lit.loss.discriminator.parameters()]
+    trainer, _ = fit(lit, tmp_path, 12)
+    assert int(lit.updates) == 12
+    assert lit.model is vae and (vae.eval()(x)[0] - x).abs().mean() < before
+    assert 0 < trainer.callback_metrics["val/mae"] < 1
+    if adversarial:
+        assert not all(map(torch.equal, critic, lit.loss.discriminator.parameters()))
+
+
+@pytest.mark.parametrize("adversarial", [False, True])
+def test_a_resumed_fit_ends_with_the_same_weights(tmp_path, adversarial):
+    """Epochs have 4 batches: cut within an epoch, at its end, and in the second one."""
+    straight = lit_vae(adversarial)
+    _, seen = fit(straight, tmp_path, 9, save=(2, 4, 7))
+    for cut in (2, 4, 7):
+        again = lit_vae(adversarial)
+        _, rest = fit(again, tmp_path, 9, resume=tmp_path / f"{cut}.ckpt")
+        assert rest == seen[cut:], f"cut at {cut}"
+        for name, value in straight.state_dict().items():
+            assert torch.equal(value, again.state_dict()[name]), f"{name}, cut at {cut}"
+
+
+def test_weights_move_to_and_from_the_vae_without_conversion(tmp_path):
+    lit = lit_vae()
+    fit(lit, tmp_path, 2, save=(2,))
+    tiny_vae(seed=5).load_state_dict(lit.model.state_dict(), strict=True)
+    weights = torch.load(tmp_path / "2.ckpt", weights_only=True)["state_dict"]
+    vae = tiny_vae(seed=5)
+    vae.load_state_dict(
+        {k.removeprefix("model."): v for k, v in weights.items() if k.startswith("model.")}
+    )
+    x = torch.rand(1, 1, 8, 4, 12)
+    assert torch.equal(vae.eval()(x)[0], lit.model.eval()(x)[0])
+    names = set(lit.state_dict())
+    assert len(names) == len(lit.model.state_dict()) + len(lit.loss.state_dict()) + 1
+
+
+def test_the_loss_is_that_of_our_own_task():
+    lit, batch = lit_vae(), next(iter(patches()))
+    ours = VAETask(tiny_vae(), VAELoss())
+    torch.manual_seed(1)
+    expected = ours(batch, 0)["loss"]
+    lit.log_dict = lambda *args, **kwargs: None
+    assert torch.equal(lit.training_step(batch, 0), expected)
+
+
+def test_accumulation_and_clipping_are_lightnings_without_a_discriminator(tmp_path):
+    lit = lit_vae()
+    trainer = lightning_trainer(
+        tmp_path, max_epochs=1, accumulate_grad_batches=2, gradient_clip_val=1.0
+    )
+    trainer.fit(lit, patches(batch_size=1))
+    assert int(lit.updates) == 6  # 12 batches
+
+
+def test_every_epoch_has_its_own_patches(tmp_path):
+    _, seen = fit(lit_vae(), tmp_path, 8)
+    loader = patches()
+    assert seen == [batch.corner.tolist() for _ in range(2) for batch in loader]
+    assert seen[:4] != seen[4:]
