@@ -1,0 +1,271 @@
+"""The exact mode equals the full forward pass, whatever the layers, the tiles and the budget."""
+
+import warnings
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from vae3d.inference.exact import (
+    HANDLERS,
+    OVERRIDES,
+    Executor,
+    decode_exact,
+    encode_exact,
+    fold_nearest,
+)
+from vae3d.inference.nodes import Moments, Source, leaves_of
+from vae3d.models import attention, blocks, downsample, norm, presets, upsample
+from vae3d.models.custom_vae import CustomVAE
+from vae3d.models.posterior import PosteriorHead
+
+GROUPS = partial(norm.GroupNorm, num_groups=4)
+SHAPE = {3: (14, 9, 11), 2: (22, 17)}
+TILE = {3: (3, 5, 64), 2: (5, 7)}
+
+
+def subclasses(base):
+    """Every class of our own that derives from `base`, at any depth."""
+    for cls in base.__subclasses__():
+        if cls.__module__.startswith("vae3d."):
+            yield cls
+        yield from subclasses(cls)
+
+
+def tiny(dims=3, **options):
+    options = {"channels": (4, 8), "num_res_blocks": 1, "norm": GROUPS, **options}
+    return trained(CustomVAE(spatial_dims=dims, latent_channels=2, **options))
+
+
+def trained(vae):
+    """Weights off their start, so that no zero or one hides a mistake."""
+    with torch.no_grad():
+        for p in vae.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+        for name, buffer in vae.named_buffers():
+            if name.endswith(("running_mean", "running_var")):
+                buffer.add_(torch.rand_like(buffer))
+    return vae.eval()
+
+
+def assert_exact(vae, x=None, **options):
+    """Both halves, compared as parts of the output's range."""
+    dims = vae.spatial_dims
+    x = torch.rand(vae.in_channels, *SHAPE[dims]) if x is None else x
+    options.setdefault("tile", TILE[dims])
+    with torch.no_grad():
+        moments = vae.head(vae.quant_conv(vae.encoder(vae.pad(x[None]))))
+        decoded = vae.output(vae.decoder(vae.post_quant_conv(moments.mean)))[0]
+    posterior = encode_exact(vae, x, **options)
+    recon = decode_exact(vae, moments.mean[0], **options)
+    for ours, full in (
+        (posterior.mean, moments.mean[0]),
+        (posterior.logvar, moments.logvar[0]),
+        (recon, decoded),
+    ):
+        assert ours.shape == full.shape
+        spread = max(float(full.max() - full.min()), 1e-3)
+        assert float((ours - full).abs().max()) <= 1e-4 * spread
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+@pytest.mark.parametrize(
+    ("socket", "choice"),
+    [
+        (socket, cls)
+        for socket, base in (
+            ("norm", norm.Norm),
+            ("block", blocks.Block),
+            ("down", downsample.Down),
+            ("up", upsample.Up),
+            ("mid_attention", attention.Attention),
+            ("posterior", PosteriorHead),
+        )
+        for cls in subclasses(base)
+    ],
+    ids=lambda v: getattr(v, "__name__", v),
+)
+def test_every_built_in_layer_equals_the_full_pass(socket, choice, dims):
+    choice = GROUPS if choice is norm.GroupNorm else choice
+    if choice is upsample.ShuffleUp or choice is downsample.UnshuffleDown:
+        options = {"channels": (8, 8)}
+    else:
+        options = {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # no layer of ours may be run in full for want of a handler
+        assert_exact(tiny(dims, **{**options, socket: choice}))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"up": partial(upsample.InterpUp, mode="linear")},
+        {"up": partial(upsample.InterpUp, conv_after=False)},
+        {"up": partial(upsample.TransposeUp, kernel=3)},
+        {"up": partial(upsample.TransposeUp, kernel=4)},
+        {"down": partial(downsample.ConvDown, padding="asymmetric")},
+        {"mid_attention": partial(attention.GlobalAttention, num_heads=2, out_proj=False)},
+        {"mid_attention": partial(attention.GlobalAttention, relative_position_bias=(4, 4, 4))},
+        {"mid_attention": partial(attention.PatchAttention, window=3, shift=True)},
+        {"block": partial(blocks.ResBlock, dropout=0.5)},
+        {"attention": attention.GlobalAttention, "attention_levels": (False, True)},
+        {"factors": ((1, 1, 1), (3, 2, 1))},
+        {"factors": ((2, 1, 2), (1, 2, 2)), "up": partial(upsample.InterpUp, mode="linear")},
+        {"channels": (8, 4), "decoder_res_blocks": 2},
+        {"in_channels": 2, "out_channels": 3, "output": "tanh"},
+        {"act": "gelu", "act_before_out": False, "quant_conv": False},
+    ],
+    ids=str,
+)
+def test_options_of_layers_equal_the_full_pass(options):
+    assert_exact(tiny(**options))
+
+
+@pytest.mark.parametrize("tile", [(1, 3, 4), (2, 64, 3), (64, 64, 64), (5, 4, 9), None])
+def test_the_tile_size_does_not_matter(tile):
+    assert_exact(tiny(mid_attention=attention.GlobalAttention), tile=tile)
+
+
+@pytest.mark.parametrize("memory_gb", [1.0, 4e-4, 2e-4])
+def test_the_budget_does_not_matter(memory_gb):
+    vae = tiny(channels=(4, 8, 8), mid_attention=attention.GlobalAttention)
+    assert_exact(vae, torch.rand(1, 24, 12, 16), tile=None, memory_gb=memory_gb)
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+@pytest.mark.parametrize("preset", list(subclasses(CustomVAE)), ids=lambda c: c.__name__)
+def test_every_preset_equals_the_full_pass(preset, dims):
+    if preset is presets.AutoencoderKL:
+        vae = preset(1, 1, 16, 8, (1, 2), 1, (), 2, 2, spatial_dims=dims, num_groups=4)
+    elif preset is presets.T1LightVAE:
+        pytest.skip("fixed to 3D and 100 million parameters; MaisiVAE has the same layers")
+    else:
+        vae = preset(
+            spatial_dims=dims, in_channels=1, out_channels=1, channels=(4, 8), num_res_blocks=1,
+            attention_levels=(False, True), latent_channels=2, norm_num_groups=4,
+        )  # fmt: skip
+    assert_exact(trained(vae))
+
+
+def test_statistics_hold_the_variance_between_tiles():
+    x = torch.randn(1, 4, 12, 10, 8) + 1000 * torch.arange(12.0).reshape(1, 1, 12, 1, 1)
+    moments = Moments(4)
+    for rows in x.split([1, 5, 4, 2], dim=2):
+        moments.update(rows)
+    mean, variance = moments.of_groups(2)
+    grouped = x.double().reshape(2, -1)
+    torch.testing.assert_close(mean[::2], grouped.mean(1))
+    torch.testing.assert_close(variance[::2], grouped.var(1, correction=0), rtol=1e-8, atol=0)
+
+
+def test_statistics_keep_their_digits_far_from_zero():
+    x = torch.randn(1, 2, 40, 40, 40) + 1e4
+    moments = Moments(2)
+    for rows in x.split(3, dim=2):
+        moments.update(rows)
+    _, variance = moments.of_groups(2)
+    truth = x.double().flatten(2)[0].var(1, correction=0)
+    torch.testing.assert_close(variance, truth, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("factor", [(2, 2, 2), (1, 2, 3), (4, 1, 1)])
+def test_folded_upsampling_is_nearest_then_convolution(factor):
+    x, conv = torch.rand(1, 3, 4, 5, 3), nn.Conv3d(3, 2, 3, padding=1)
+    folded = fold_nearest(conv.weight.detach(), factor)
+    ours = nn.functional.conv_transpose3d(x, folded, conv.bias, factor, 1)
+    full = conv(nn.functional.interpolate(x, scale_factor=[float(f) for f in factor]))
+    torch.testing.assert_close(ours, full, rtol=1e-5, atol=1e-5)
+
+
+class Blur(nn.Module):
+    """Somebody's own layer."""
+
+    def __init__(self, channels, factor, spatial_dims, halo=None):
+        super().__init__()
+        self.conv = nn.Conv3d(channels, channels, 5, padding=2)
+        if halo is not None:
+            self.halo = halo
+
+    def forward(self, x):
+        return self.conv(x)
+
+
+def test_a_custom_module_that_declares_its_halo_is_tiled():
+    vae = tiny()
+    vae.decoder.insert(2, Blur(8, 1, 3, halo=2))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert_exact(vae)
+
+
+def test_a_custom_module_without_a_halo_is_run_in_full_with_a_message():
+    vae = tiny()
+    vae.decoder.insert(2, Blur(8, 1, 3))
+    with pytest.warns(UserWarning, match="Blur on the whole volume"):
+        assert_exact(vae)
+
+
+def test_a_subclass_that_overrides_a_layer_is_not_taken_for_its_base():
+    class Doubled(blocks.ResBlock):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    with pytest.warns(UserWarning, match="Doubled"):
+        assert_exact(tiny(block=Doubled))
+
+
+def test_handlers_name_what_a_subclass_may_not_override():
+    for cls in HANDLERS:
+        assert any(hasattr(cls, name) for name in OVERRIDES)
+
+
+def test_memory_maps_go_in_and_out(tmp_path):
+    vae = tiny()
+    x = np.lib.format.open_memmap(tmp_path / "x.npy", "w+", np.float32, (1, 16, 12, 10))
+    x[:] = np.random.default_rng(0).random(x.shape)
+    out = np.lib.format.open_memmap(tmp_path / "y.npy", "w+", np.float32, (1, 15, 12, 9))
+    posterior = encode_exact(vae, x, tile=(4, 12, 10))
+    assert decode_exact(vae, posterior.mean, out=out, size=(15, 12, 9)) is out
+    with torch.no_grad():
+        full = vae(torch.from_numpy(np.array(x))[None])[0][0, :, :15, :, :9]
+    np.testing.assert_allclose(out, full, atol=1e-5)
+
+
+def test_parameters_and_input_are_left_alone():
+    vae, x = tiny(mid_attention=attention.GlobalAttention), torch.rand(1, *SHAPE[3])
+    before, weights = x.clone(), {k: v.clone() for k, v in vae.state_dict().items()}
+    encode_exact(vae, x, tile=TILE[3])
+    assert torch.equal(x, before)
+    assert all(torch.equal(v, weights[k]) for k, v in vae.state_dict().items())
+
+
+@pytest.mark.parametrize("memory_gb", [8e-4, 4e-4])
+def test_what_is_stored_stays_within_the_budget(memory_gb, monkeypatch):
+    vae = tiny(channels=(8, 8))
+    held = []
+    release = Executor.release
+
+    def watch(self, node):
+        held.append(sum(s.held_bytes() for s in self.live))
+        release(self, node)
+
+    monkeypatch.setattr(Executor, "release", watch)
+    decode_exact(vae, torch.rand(2, 16, 8, 8), memory_gb)
+    assert 0 < max(held) <= memory_gb * 2**30
+
+
+def test_nothing_is_stored_when_all_is_done():
+    vae = tiny()
+    run = Executor(0.1, tile=(4, 4, 4))
+    node = run.walk(vae.decoder, run.walk(vae.post_quant_conv, Source(torch.rand(2, 6, 4, 4), (6, 4, 4), torch.device("cpu"), torch.float32)))  # fmt: skip  # noqa: E501
+    with torch.no_grad():
+        for _ in run.slabs(node):
+            pass
+    assert not run.live and not any(leaf.chunks for leaf in leaves_of(node))
+
+
+def test_a_budget_must_be_positive():
+    with pytest.raises(ValueError, match="memory_gb"):
+        encode_exact(tiny(), torch.rand(1, 8, 8, 8), 0)
