@@ -56,8 +56,8 @@ def page(title: str, subtitle: str, sections: Iterable[str]) -> str:
 
 
 def section(title: str, *parts: str, note: str = "") -> str:
-    """A heading with its parts; nothing when all parts are empty."""
-    if not any(parts):
+    """A heading with its parts; nothing when there is nothing to say."""
+    if not any((*parts, note)):
         return ""
     note = f'<p class="note">{note}</p>' if note else ""
     return f"<section><h2>{escape(title)}</h2>{note}{''.join(parts)}</section>"
@@ -334,10 +334,10 @@ def _in_words(series: Sequence[Series]) -> str:
 
 
 def _short(value: float) -> str:
-    """A tick: 12k, 3e-05, 0.25."""
-    if value and (abs(value) < 1e-3 or abs(value) >= 1e6):
-        mantissa, power = f"{value:.3g}".split("e") if "e" in f"{value:.3g}" else ("", "")
-        return f"{mantissa}e{int(power)}" if power else f"{value:.1e}".replace("e-0", "e-")
+    """A tick: 12k, 3e-5, 0.25."""
+    if value and not 1e-3 <= abs(value) < 1e6:
+        mantissa, power = f"{value:.1e}".split("e")
+        return f"{mantissa.removesuffix('.0')}e{int(power)}"
     return f"{value / 1000:g}k" if abs(value) >= 10000 else f"{value:.6g}"
 
 
@@ -363,12 +363,12 @@ section{margin-top:44px}
 h2{font-size:19px;letter-spacing:-.01em;margin:0 0 14px;font-weight:640}
 h3{font-size:15px;margin:0 0 10px;font-weight:600}
 .note{margin:-8px 0 14px;color:var(--soft);max-width:75ch}
-.tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(165px,1fr));gap:12px;margin-top:28px}
+.tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(128px,1fr));gap:12px;margin-top:28px}
 .tile,.card,.chart,.findings,.scroll,details{background:var(--card);border:1px solid var(--line);
 border-radius:12px;box-shadow:var(--shadow)}
 .tile{padding:14px 16px;display:flex;flex-direction:column}
 .tile span{color:var(--soft);font-size:13px}
-.tile b{font-size:26px;line-height:1.3;font-weight:640;letter-spacing:-.02em;
+.tile b{font-size:23px;line-height:1.3;font-weight:640;letter-spacing:-.02em;
 font-variant-numeric:tabular-nums}
 .tile small{color:var(--soft)}
 .findings{list-style:none;margin:0;padding:6px 18px}
@@ -408,7 +408,8 @@ th[aria-sort=descending]:after{content:" \\2193"}
 align-items:start}
 img,video{display:block;max-width:100%;height:auto;border-radius:8px;background:#0b0c10}
 video{width:100%}.pair{display:flex;flex-wrap:wrap;gap:14px;align-items:flex-start}
-.pair img{flex:3 1 420px;min-width:0;max-width:760px}.pair video{flex:2 1 300px;min-width:0}
+.pair>:first-child{flex:3 1 420px;min-width:0;max-width:760px}
+.pair>video:not(:first-child){flex:2 1 300px;min-width:0}
 .steps{display:flex;gap:12px;align-items:center;margin:0 0 12px;color:var(--soft)}
 .steps input{flex:1;max-width:420px;accent-color:var(--c0)}
 .steps output{font-variant-numeric:tabular-nums;color:var(--ink)}
@@ -456,7 +457,8 @@ for(const table of document.querySelectorAll('table.sortable')){
   }));
 }
 for(const box of document.querySelectorAll('.stepper')){
-  const range=box.querySelector('input'),out=box.querySelector('.steps output');
+  const range=box.querySelector('input');if(!range)continue;
+  const out=box.querySelector('.steps output');
   const frames=[...box.querySelectorAll('[data-step]')];
   const steps=[...new Set(frames.map(f=>f.dataset.step))];
   const go=()=>{const step=steps[+range.value];out.textContent='step '+show(+step);

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
+from urllib.parse import unquote
 
 import yaml
 
@@ -71,7 +72,7 @@ def write_run_report(run_dirs: Sequence[Path | str], out: Path | str | None = No
         *(_overview(run, alone) for run in runs),
         page.section(
             "Look at first",
-            *(page.findings(find(run, None if alone else run.name)) for run in runs),
+            page.findings([f for run in runs for f in find(run, None if alone else run.name)]),
         ),
         *_curves(runs),
         *_media(runs),
@@ -296,23 +297,23 @@ def _media(runs: Sequence[RunData]) -> list[str]:
     cards = []
     for run in runs:
         folders = steps_with_media(run.folder)
-        newest = folders[-1] if folders else run.folder / "none"
-        for picture in sorted(newest.glob("*.png")):
-            if picture.name.startswith("latent_"):
-                continue
-            frames = [(f, f / picture.name) for f in folders if (f / picture.name).is_file()]
-            label = picture.stem if len(runs) == 1 else f"{run.name}: {picture.stem}"
-            clip = picture.with_suffix(".mp4")
+        names = sorted({p.name for f in folders for p in f.glob("*.png")})
+        for name in (n for n in names if not n.startswith("latent_")):
+            frames = [(f, f / name) for f in folders if (f / name).is_file()]
+            clips = [f / name.replace(".png", ".mp4") for f in folders]
+            newest = next((page.video(clip) for clip in reversed(clips) if clip.is_file()), "")
+            label = unquote(Path(name).stem)
+            label = label if len(runs) == 1 else f"{run.name}: {label}"
             cards.append(
-                f'<article class="card"><h3>{page.escape(label)}</h3>{_stepper(frames)}'
-                + (f'<div class="pair">{page.video(clip)}</div>' if clip.is_file() else "")
-                + "</article>"
+                f'<article class="card"><h3>{page.escape(label)}</h3>'
+                f'<div class="pair">{_stepper(frames)}{newest}</div></article>'
             )
-    body = f'<div class="views">{"".join(cards)}</div>' if cards else ""
+    if not cards:
+        return []
     return [
         page.section(
             "Validation volumes",
-            body,
+            *cards,
             note="Input, recon and error = recon - input, on a fixed scale; the slider goes back "
             "in training, the clip is the newest.",
         )
@@ -330,7 +331,7 @@ def _stepper(frames: list[tuple[Path, Path]]) -> str:
         f'<div data-step="{int(folder.name[5:])}">{page.image(path, path.stem)}</div>'
         for folder, path in frames
     )
-    return f'<div class="stepper">{slider}{pictures}</div>' if slider else pictures
+    return f'<div class="stepper">{slider}{pictures}</div>'
 
 
 LATENT_PICTURES = {

@@ -87,7 +87,7 @@ def scroll_frames(
     title: str = "",
     panel_px: int = 200,
 ) -> list[np.ndarray]:
-    """Frames that scroll through a volume slice by slice; a 2D image gives one frame.
+    """Frames that scroll through a volume slice by slice; a 2D pair blinks input, recon.
 
     Args:
         x: Input, `(C, X, Y, Z)` or `(C, X, Y)`.
@@ -105,10 +105,10 @@ def scroll_frames(
     Returns:
         uint8 frames `(H, W, 3)`, all of one size, even height and width.
     """
-    scene = _Scene(x, recon, spacing_mm, data_range, error_scale, window_hu, panel_px)
+    scene = _Scene(x, recon, spacing_mm, data_range, error_scale, window_hu, panel_px, axis)
     if len(scene.shape) == 2:
         rows = [(channel, "image", 2, 0) for channel in range(len(scene.x))]
-        return [scene.draw(rows, columns, title)]
+        return [scene.draw(rows, (c,), title) for c in columns if c != "error"]
     plane = next(name for name, cut in PLANES if cut == axis)
     count = scene.shape[axis]
     picks = np.unique(np.linspace(0, count - 1, min(count, max_frames)).round().astype(int))
@@ -119,9 +119,12 @@ def scroll_frames(
 
 
 class _Scene:
-    """A pair of volumes with everything needed to draw any of its planes."""
+    """A pair of volumes with everything needed to draw any of its planes.
 
-    def __init__(self, x, recon, spacing_mm, data_range, error_scale, window_hu, panel_px):
+    `panel_px` is the longest side of the largest plane; of those that cut the axis `cut` if given.
+    """
+
+    def __init__(self, x, recon, spacing_mm, data_range, error_scale, window_hu, panel_px, cut=3):
         self.x, self.recon = (np.asarray(v, dtype=np.float32) for v in (x, recon))
         if self.x.shape != self.recon.shape or self.x.ndim not in (3, 4):
             raise ValueError(
@@ -136,7 +139,7 @@ class _Scene:
         self.window_hu = window_hu
         self.planes = PLANES if len(self.shape) == 3 else (("image", 2),)
         extents = [n * s for n, s in zip(self.shape, self.spacing, strict=True)]
-        self.px_per_mm = panel_px / max(extents)
+        self.px_per_mm = panel_px / max(mm for axis, mm in enumerate(extents) if axis != cut)
         self.center = (*center_of_mass(self.x - self.lo), 0)[:3]
 
     def panel(self, column: str, channel: int, axis: int, index: int) -> np.ndarray:
@@ -242,14 +245,15 @@ def save_views(
     folder.mkdir(parents=True, exist_ok=True)
     pair = (x, recon, spacing_mm, data_range)
     paths = {"png": write_png(folder / f"{stem}.png", three_planes(*pair, **view))}
+    fps = 12.0 if np.ndim(x) == 4 else 2.0
     clips = {"": COLUMNS, "input_": ("input",), "recon_": ("recon",)}
     for prefix, columns in clips.items():
         if prefix and not separate:
             continue
         frames = scroll_frames(*pair, columns=columns, **view)
         name = f"{stem}.{prefix[:-1]}" if prefix else stem
-        paths[f"{prefix}gif"] = write_gif(folder / f"{name}.gif", frames)
-        paths[f"{prefix}mp4"] = write_mp4(folder / f"{name}.mp4", frames)
+        paths[f"{prefix}gif"] = write_gif(folder / f"{name}.gif", frames, fps)
+        paths[f"{prefix}mp4"] = write_mp4(folder / f"{name}.mp4", frames, fps)
     return paths
 
 
@@ -267,15 +271,16 @@ def write_png(path: Path | str, image: np.ndarray) -> Path:
 
 def write_gif(path: Path | str, frames: Iterable[np.ndarray], fps: float = 12.0) -> Path:
     """Write uint8 frames `(H, W, 3)` as a GIF that loops forever, one palette for all frames."""
-    from imageio import v2 as imageio
+    import imageio.v3 as iio
 
-    def write(temporary):
-        with imageio.get_writer(temporary, format="GIF-PIL", duration=1000 / fps, loop=0) as gif:
-            for frame in frames:
-                few = Image.fromarray(frame).quantize(palette=gif_palette(), dither=0)
-                gif.append_data(np.asarray(few.convert("RGB")))
-
-    return _replace(path, write)
+    few = [Image.fromarray(f).quantize(palette=gif_palette(), dither=0) for f in frames]
+    stack = np.stack([frame.convert("RGB") for frame in few])
+    return _replace(
+        path,
+        lambda temporary: iio.imwrite(
+            temporary, stack, plugin="pillow", duration=1000 / fps, loop=0
+        ),
+    )
 
 
 def write_mp4(path: Path | str, frames: Iterable[np.ndarray], fps: float = 12.0) -> Path:
@@ -283,7 +288,7 @@ def write_mp4(path: Path | str, frames: Iterable[np.ndarray], fps: float = 12.0)
     from imageio import v2 as imageio
 
     def write(temporary):
-        with imageio.get_writer(
+        mp4 = imageio.get_writer(
             temporary,
             format="FFMPEG",
             fps=fps,
@@ -292,9 +297,12 @@ def write_mp4(path: Path | str, frames: Iterable[np.ndarray], fps: float = 12.0)
             macro_block_size=2,  # never rescale
             # One thread: the cores belong to the training.
             output_params=["-crf", "20", "-movflags", "+faststart", "-threads", "1"],
-        ) as mp4:
+        )
+        try:
             for frame in frames:
                 mp4.append_data(frame)
+        finally:
+            mp4.close()
 
     return _replace(path, write)
 
@@ -333,11 +341,11 @@ def _error_table() -> np.ndarray:
 
 @lru_cache
 def gif_palette() -> Image.Image:
-    """176 grays and 80 error colors: an adaptive palette per frame would flicker."""
-    grays = gray_colors(np.linspace(0, 1, 176))
+    """One for all frames, grays and error colors: adaptive ones would flicker."""
+    grays = gray_colors(np.linspace(0, 1, 175))
     errors = _error_table()[np.linspace(0, 255, 80).round().astype(int)]
     holder = Image.new("P", (1, 1))
-    holder.putpalette(np.concatenate([grays, errors]).tobytes())
+    holder.putpalette(np.concatenate([grays, [BACKGROUND], errors]).astype(np.uint8).tobytes())
     return holder
 
 

@@ -198,8 +198,8 @@ class LatentProbes:
         return np.asarray(canvas)
 
     def _latents(self, measured: Measured, width: int = 150, columns: int = 8) -> np.ndarray:
-        """The posterior mean of every channel, in colors from -3 std to +3 std."""
-        end = 3 * float(measured.values.std(axis=1).max()) or 1.0
+        """The posterior mean of every channel, on one color scale that holds nearly all of it."""
+        end = float(np.quantile(np.abs(measured.values), 0.995)) or 1.0
         size = self._size(measured.latents[0].shape, width)
         rows = -(-len(measured.latents) // columns)
         wide = min(len(measured.latents), columns)

@@ -1,0 +1,294 @@
+"""Reports are one file each, say what stands out, and open in a browser without a network."""
+
+import csv
+import html.parser
+import json
+import re
+import shutil
+import subprocess
+
+import numpy as np
+import pytest
+import yaml
+
+from vae3d import cli
+from vae3d.inference import page
+from vae3d.inference.report import find as find_in_evaluation
+from vae3d.inference.report import write_report
+from vae3d.inference.run_report import find, read_run, write_run_report
+from vae3d.tracking.media import save_views, write_png
+from vae3d.tracking.tracker import Tracker
+
+
+class Document(html.parser.HTMLParser):
+    """Tags, links and text of a page; refuses tags that do not close."""
+
+    def __init__(self, path):
+        super().__init__()
+        self.links, self.words, self.open = [], [], []
+        self.feed(path.read_text(encoding="utf-8"))
+        assert self.open == [], f"unclosed {self.open}"
+
+    def handle_starttag(self, tag, attributes):
+        self.links += [v for k, v in attributes if k in ("src", "href", "data", "poster")]
+        if tag not in ("meta", "img", "input"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.links += [v for k, v in attributes if k in ("src", "href")]
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if self.open and self.open[-1] not in ("style", "script"):
+            self.words.append(data)
+
+    @property
+    def text(self):
+        return " ".join(" ".join(self.words).split())
+
+
+def evaluation_folder(folder, cases=("a", "b/c", "<b>"), spoil=None, media=True):
+    """An evaluation folder as evaluate.py writes it."""
+    rng = np.random.default_rng(0)
+    x = rng.random((1, 10, 8, 6), dtype=np.float32)
+    rows = []
+    for i, case in enumerate(cases):
+        if media:
+            save_views(folder / "media", case, x, x * (0.9 - 0.1 * i), title=case)
+        rows.append({"case": case, "psnr": 30.0 - i, "ssim": 0.9, "mae": 0.01 * (i + 1)})
+    if spoil:
+        rows[0] |= spoil
+    with open(folder / "metrics.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    summary = {"checkpoint": "runs/a", "mode": "patch", "patch_size": [64, 64, 64], "step": 7}
+    (folder / "summary.json").write_text(json.dumps(summary))
+    return folder
+
+
+def run_folder(folder, steps=40, psnr=lambda s: 20 + s / 4, config=None, media=True, **series):
+    """A run folder as train_3d.py writes it."""
+    x = np.random.default_rng(0).random((1, 10, 8, 6), dtype=np.float32)
+    with Tracker(folder, "disabled") as tracker:
+        for step in range(1, steps + 1):
+            extra = {key.replace("__", "/"): f(step) for key, f in series.items()}
+            tracker.log({"train/loss": 1 / step, "train/lr": 1e-4, **extra}, step)
+            if step % 10 == 0:
+                tracker.log({"val/psnr": psnr(step)}, step)
+                tracker.log_table("val/volumes", [{"case": "a", "psnr": psnr(step)}], step)
+        if media:
+            for step in (10, 20):
+                out = folder / "media" / f"step_{step:08d}"
+                save_views(out, "site/a", x, x * step / 20)
+                write_png(out / "latent_channels.png", np.zeros((8, 8, 3), np.uint8))
+    config = config or {"max_steps": steps, "model": {"init_args": {"latent_channels": 4}}}
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    return folder
+
+
+def offline(document: Document) -> bool:
+    return all(link.startswith("data:") for link in document.links)
+
+
+def levels(found):
+    return [level for level, _ in found]
+
+
+def test_evaluation_page_is_one_file_with_every_volume_worst_first(tmp_path):
+    path = write_report(evaluation_folder(tmp_path))
+    assert path == tmp_path / "report.html"
+    document = Document(path)
+    assert offline(document) and len(document.links) == 6  # a picture and a clip each
+    assert "runs/a" in document.text and "64 x 64 x 64" in document.text
+    views = document.text.split("Views")[1]
+    assert views.index("<b>") < views.index("b/c") < views.index("All volumes")
+    assert "29" in document.text and "0.9" in document.text
+
+
+def test_evaluation_page_names_what_is_not_finite_and_what_is_far_off(tmp_path):
+    cases = [f"case{i}" for i in range(8)]
+    path = write_report(evaluation_folder(tmp_path, cases, {"psnr": float("nan")}, media=False))
+    assert "psnr is not finite for case0" in Document(path).text
+    rows = [{"case": c, "psnr": 30.0 + i / 10} for i, c in enumerate(cases)]
+    rows[3]["psnr"] = 12.0
+    found = find_in_evaluation(rows, ["psnr"], "psnr")
+    assert levels(found)[0] == "warn" and "case3" in found[0][1]
+    rows = [{"case": c, "mae": 0.1 + i / 1000} for i, c in enumerate(cases)]
+    rows[3]["mae"] = 0.001  # far off, but on the good side
+    assert "warn" not in levels(find_in_evaluation(rows, ["mae"], "mae"))
+
+
+def test_a_case_called_like_a_number_stays_a_name(tmp_path):
+    text = Document(write_report(evaluation_folder(tmp_path, ["007", "1e3"]))).text
+    assert "007" in text and "1e3" in text
+
+
+def test_large_media_are_linked_not_embedded(tmp_path, monkeypatch):
+    monkeypatch.setattr("vae3d.inference.report.MAX_EMBEDDED_BYTES", 0)
+    document = Document(write_report(evaluation_folder(tmp_path, ["b/c"])))
+    assert sorted(document.links) == ["media/b%252Fc.mp4", "media/b%252Fc.png"]
+
+
+def test_an_evaluation_without_media_still_has_a_page(tmp_path):
+    evaluation_folder(tmp_path, media=False)
+    assert "All volumes" in Document(write_report(tmp_path)).text
+
+
+def test_a_folder_that_is_no_evaluation_is_named(tmp_path):
+    with pytest.raises(ValueError, match=r"holds no metrics.csv"):
+        write_report(tmp_path)
+
+
+def test_run_page_has_curves_media_table_and_configuration(tmp_path):
+    run = run_folder(tmp_path / "first")
+    path = write_run_report([run])
+    assert path == run / "report.html"
+    document, source = Document(path), path.read_text()
+    assert offline(document)
+    for name in ("val/psnr", "train/loss", "What each channel holds", "site/a", "latent_channels"):
+        assert name in document.text, name
+    assert "best val/psnr 30 at step 40" in document.text
+    assert "Constant: train/lr 0.0001" in document.text
+    data = [json.loads(d) for d in re.findall(r'application/json">(.*?)</script>', source)]
+    assert data[0]["series"][0]["points"] == [[s, 20 + s / 4] for s in (10, 20, 30, 40)]
+    assert source.count('data-step="') == 4, "two volumes' pictures at two steps"
+
+
+def test_several_runs_share_curves_and_list_their_differences(tmp_path):
+    a = run_folder(tmp_path / "a", media=False, config={"lr": 1e-4, "seed": 0})
+    b = run_folder(tmp_path / "b", media=False, config={"lr": 3e-4, "seed": 0})
+    path = write_run_report([a, b], tmp_path / "both" / "page.html")
+    document, source = Document(path), path.read_text()
+    differences = document.text.split("What differs between the runs")[1].split("Config")[0]
+    assert "lr" in differences and "seed" not in differences
+    chart = json.loads(re.findall(r'application/json">(.*?)</script>', source)[0])
+    assert [series["name"] for series in chart["series"]] == ["a", "b"]
+
+
+def test_runs_of_the_same_name_are_told_apart(tmp_path):
+    runs = [run_folder(tmp_path / p / "run", 10, media=False) for p in ("x", "y")]
+    text = Document(write_run_report(runs)).text
+    assert str(runs[0]) in text and str(runs[1]) in text
+
+
+def test_secrets_of_the_configuration_are_not_in_the_page(tmp_path):
+    run = run_folder(tmp_path / "a", 3, media=False, config={"my_token": "verysecret", "lr": 1})
+    assert "verysecret" not in write_run_report([run]).read_text()
+
+
+@pytest.mark.parametrize(
+    ("case", "series", "level", "words"),
+    [
+        ("nan", {"train__recon": lambda s: float("nan") if s > 30 else 1.0}, "bad", "not finite"),
+        ("skipped", {"train__skipped_steps": lambda s: float(s > 5)}, "warn", "skipped"),
+        ("jump", {"train__grad_norm": lambda s: 900.0 if s == 33 else 1.0}, "warn", "norm jumped"),
+        ("data", {"perf__data_wait": lambda s: 0.4}, "warn", "waits 40%"),
+        (
+            "dead",
+            {"latent__channels": lambda s: 4.0, "latent__active_channels": lambda s: 2.0},
+            "warn",
+            "2 of 4 latent channels",
+        ),
+        ("scale", {"latent__mean_std": lambda s: 9.0}, "warn", "latent_scale"),
+        ("worse", {"psnr": lambda s: 30 - s / 4}, "warn", "got worse"),
+        ("rising", {"psnr": lambda s: 20 + s}, "good", "still improving"),
+    ],
+)
+def test_what_stands_out_is_said_first(tmp_path, case, series, level, words):
+    run = read_run(run_folder(tmp_path / case, media=False, **series))
+    found = find(run)
+    assert found[0][0] == level and words in found[0][1]
+
+
+def test_a_good_run_raises_no_alarm(tmp_path):
+    flat = read_run(run_folder(tmp_path / "a", media=False, psnr=lambda s: 30 - 1 / s))
+    assert levels(find(flat)) == ["good"]
+
+
+def test_a_run_that_has_only_begun_has_a_page(tmp_path):
+    with Tracker(tmp_path, "disabled") as tracker:
+        Document(write_run_report([tmp_path]))
+        tracker.log({"train/loss": 1.0}, 1)
+        assert "train/loss" in Document(write_run_report([tmp_path])).text
+
+
+def test_the_command_takes_run_folders_and_says_where_the_page_is(tmp_path, capsys):
+    runs = [str(run_folder(tmp_path / name, 5, media=False)) for name in "ab"]
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["report", *runs, "--out", str(tmp_path / "c.html")])
+    assert not stop.value.code
+    assert str(tmp_path / "c.html") in capsys.readouterr().out
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["report", str(tmp_path / "nothing")])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and "nothing" in error and error.count("\n") == 1
+
+
+def test_a_long_curve_is_averaged_with_its_range_behind(tmp_path):
+    x = list(range(10_000))
+    y = [float(i % 2) for i in x]
+    y[4000:6000] = [None] * 2000
+    svg = page.chart("train/loss", [page.Series("a", x, y)])
+    assert len(svg) < 30_000 and svg.count("<polyline") == 2 and svg.count('class="band"') == 2
+    data = json.loads(re.search(r'application/json">(.*?)</script>', svg)[1])
+    finite = [mean for _, mean in data["series"][0]["points"] if mean is not None]
+    assert np.allclose(finite, 0.5, atol=0.05)
+    assert "nan" not in svg.lower() and page.chart("none", [page.Series("a", [1], [None])]) == ""
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "log"), [(0, 1, False), (-3e-7, 5e9, False), (1e-6, 1e3, True), (2, 2, False)]
+)
+def test_axes_have_a_few_round_ticks_inside(low, high, log):
+    svg = page.chart("a", [page.Series("a", [0, 10], [low, high])], log=log)
+    ticks = re.findall(r'class="t e" x="45" y="([\d.]+)">([^<]+)<', svg)
+    assert 1 <= len(ticks) <= 8
+    assert all(page.TOP - 4 <= float(at) <= page.HEIGHT - page.BOTTOM + 8 for at, _ in ticks)
+
+
+def test_numbers_are_written_for_people():
+    written = {0: "0", 12345678: "12\u202f345\u202f678", 0.000123456: "0.0001235", 2.0: "2"}
+    assert {n: page.number(n) for n in written} == written
+    assert page.number(float("nan")) == page.number(None) == "not finite"
+
+
+@pytest.mark.slow
+def test_pages_open_in_a_browser_without_a_network_and_without_errors(tmp_path):
+    browser = shutil.which("chromium") or shutil.which("chromium-browser")
+    if browser is None:
+        pytest.skip("no chromium on this machine")
+    run = run_folder(tmp_path / "run", latent__kl=lambda s: s)
+    pages = [write_run_report([run]), write_report(evaluation_folder(tmp_path))]
+    for path in pages:
+        command = [
+            browser,
+            "--headless=new",
+            "--no-sandbox",
+            "--disable-gpu",
+            "--enable-logging=stderr",
+            "--host-resolver-rules=MAP * ~NOTFOUND",  # no name resolves
+            f"--user-data-dir={tmp_path / 'profile'}",
+            "--virtual-time-budget=4000",
+            f"--screenshot={path.with_suffix('.png')}",
+            "--window-size=1200,2400",
+            "--dump-dom",
+            path.as_uri(),
+        ]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+        complaints = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+        assert not complaints, complaints
+        picture = path.with_suffix(".png")
+        assert picture.is_file() and picture.stat().st_size > 20_000
+        assert "</main>" in done.stdout
+    # The script ran: of a slider's two pictures the older one is hidden.
+    dom = subprocess.run(
+        [*command[:-4], "--dump-dom", pages[0].as_uri()],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    ).stdout
+    assert 'data-step="10" hidden' in dom and 'data-step="20" hidden' not in dom
+    assert "step 20</output>" in dom
