@@ -429,6 +429,44 @@ def test_diffusers_folders_carry_their_configuration(tmp_path):
         torch.testing.assert_close(back.decode(latent).sample, ours.decode(latent))
 
 
+@pytest.mark.slow
+def test_a_converted_checkpoint_is_one_that_evaluate_takes(tmp_path):
+    import numpy as np
+
+    from evaluate import evaluate
+    from vae3d.training.checkpoint import load_model
+
+    vae = shaken(T1LightVAE(num_channels=(4, 8), norm_num_groups=4))
+    torch.save(export_monai_state(vae), tmp_path / "maisi.pt")
+    convert(tmp_path / "maisi.pt", tmp_path / "vae.pt", norm_num_groups=4)
+    same(load_model(tmp_path / "vae.pt"), vae, torch.randn(1, 1, 8, 8, 8))
+    (tmp_path / "data").mkdir()
+    np.save(tmp_path / "data" / "a.npy", np.random.default_rng(0).random((16, 12, 20)))
+    evaluate(
+        str(tmp_path / "vae.pt"),
+        str(tmp_path / "data"),
+        str(tmp_path / "out"),
+        mode="full",
+        media=False,
+    )
+    rows = (tmp_path / "out" / "metrics.csv").read_text().splitlines()
+    assert len(rows) == 2
+
+
+def test_generative_models_transposed_convolutions_have_kernel_3():
+    theirs = monai_reference(include_fc=False, use_convtranspose=True)
+    up = next(i for i, b in enumerate(theirs.decoder.blocks) if hasattr(b, "deconv"))
+    theirs.decoder.blocks[up] = nn.Sequential()
+    kernel_3 = nn.ConvTranspose3d(8, 8, 3, 2, padding=1, output_padding=1)
+    theirs.decoder.blocks[up].deconv = kernel_3
+    state = {k.replace(".deconv.", ".conv.conv."): v for k, v in theirs.state_dict().items()}
+    hints = Hints(norm_num_groups=4, use_convtranspose=True)
+    ours, _ = read_model(as_generative_02(state), hints)
+    x = torch.randn(1, 1, 8, 12, 16)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(x)[0], theirs.reconstruct(x), rtol=0, atol=1e-5)
+
+
 def test_what_the_target_library_has_not_is_refused_and_nothing_is_written(tmp_path):
     CustomVAE(channels=(32,), num_res_blocks=1).save_pretrained(tmp_path / "ours")
     with pytest.raises(ValueError, match="not MONAI's network"):
@@ -461,6 +499,43 @@ def test_mean_inflation_reproduces_the_2d_result_away_from_the_new_faces():
         a, b = flat(x)[0], volume(x[..., None].expand(-1, -1, -1, -1, 120))[0]
     torch.testing.assert_close(b[..., 60], a, rtol=0, atol=1e-4)
     assert (b[..., 0] - a).abs().max() > 1e-3
+
+
+def test_a_missing_folder_is_the_users_mistake(tmp_path):
+    with pytest.raises(ValueError, match=r"no config\.json of vae3d there"):
+        CustomVAE.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="no such file or folder"):
+        convert(tmp_path / "missing", tmp_path / "out")
+
+
+def test_save_pretrained_pushes_to_the_hub_through_its_mixin(tmp_path, monkeypatch):
+    import huggingface_hub.hub_mixin
+
+    pushed = {}
+
+    class Api:
+        def __init__(self, token=None):
+            pass
+
+        def create_repo(self, repo_id, **_):
+            return type("Repo", (), {"repo_id": repo_id})
+
+        def upload_folder(self, folder_path, **options):
+            pushed.update(options, files=sorted(p.name for p in folder_path.iterdir()))
+
+    monkeypatch.setattr(huggingface_hub.hub_mixin, "HfApi", Api)
+    vae = T1LightVAE(num_channels=(4, 8), norm_num_groups=4)
+    vae.save_pretrained(tmp_path / "t1", push_to_hub=True, repo_id="me/t1")
+    assert pushed["repo_id"] == "me/t1"
+    assert {"config.json", "model.safetensors"} <= set(pushed["files"])
+
+
+def test_names_of_monai_load_into_a_nested_model():
+    outer = nn.ModuleDict({"vae": VAEModel(**MONAI)})
+    state = {f"vae.{k}": v for k, v in export_monai_state(shaken(VAEModel(**MONAI))).items()}
+    outer.load_state_dict(state)
+    back = export_monai_state(outer["vae"])
+    assert all(torch.equal(back[k.removeprefix("vae.")], v) for k, v in state.items())
 
 
 def test_from_pretrained_builds_what_was_saved_and_checks_its_class(tmp_path):

@@ -158,6 +158,7 @@ def test_maisi_vae_equals_maisi(options):
     theirs = shake(AutoencoderKlMaisi(**config, num_splits=1)).eval()
     ours = MaisiVAE.from_config(config | {"num_splits": 1, "norm_float16": False}).eval()
     ours.load_state_dict(theirs.state_dict(), strict=True)
+    assert sum(p.numel() for p in ours.parameters()) == sum(p.numel() for p in theirs.parameters())
     x = volume(3)
     results = []
     for recon, mean, std in (

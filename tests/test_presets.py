@@ -76,6 +76,22 @@ def test_stable_diffusion_halves_three_times_and_has_one_more_block_in_the_decod
     assert on_meta(AutoencoderKL, spatial_dims=3, base_ch=32).factor == (8, 8, 8)
 
 
+@pytest.mark.parametrize(
+    "cls", [CustomVAE, AutoencoderKL, MonaiVAE, VAEModel, MaisiVAE, T1LightVAE]
+)
+def test_default_constructors_run(cls):
+    vae = on_meta(cls)
+    x = torch.empty(1, vae.in_channels, *[32] * vae.spatial_dims, device="meta")
+    assert vae(x)[0].shape == x.shape
+
+
+@pytest.mark.parametrize("make", TINY.values(), ids=TINY.keys())
+def test_no_layer_of_another_dimension_hides_in_a_network(make):
+    vae = make()
+    wrong = (nn.Conv3d, nn.ConvTranspose3d) if vae.spatial_dims == 2 else (nn.Conv2d,)
+    assert not any(isinstance(layer, wrong) for layer in vae.modules())
+
+
 # ----------------------------------------------------------------------------------- APIs
 
 

@@ -6,7 +6,9 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
+
+from loaders import Preprocess
 
 if TYPE_CHECKING:
     from vae3d.models.convert import Hints, Report
@@ -28,6 +30,7 @@ def convert(
     latent_scale: float | None = None,
     inflate: Literal["none", "center", "mean"] = "none",
     ignore_keys: tuple[str, ...] = (),
+    preprocess: Preprocess = Preprocess(),  # noqa: B008 - frozen
     trust: tuple[str, ...] = (),
 ) -> None:
     """Convert the weights of an autoencoder between libraries.
@@ -37,14 +40,15 @@ def convert(
     Every weight must find its place; what is left out or reshaped is printed.
 
     Examples:
-        vae3d convert autoencoder.pt vae --norm_num_groups 32
+        vae3d convert autoencoder.pt maisi.pt --norm_num_groups 32 --preprocess.intensity unit
         vae3d convert sd-vae-ft-mse vae3d-from-sd --inflate center
         vae3d convert runs/a autoencoder_for_monai.pt --to monai
 
     Args:
         source: File of weights (.safetensors, .pt, .ckpt), or folder.
-        target: What to write; must not exist. A folder for vae3d and diffusers, a .pt or
-            .safetensors file for monai.
+        target: What to write; must not exist. For vae3d a .pt file is a checkpoint that evaluate,
+            encode and decode take, and a folder what `from_pretrained` takes. A folder for
+            diffusers, a .pt or .safetensors file for monai.
         to: Library to write for.
         layout: Layout of SOURCE, such as "MONAI", where its names are ambiguous.
         norm_num_groups: Groups of the norms; the weights do not say it.
@@ -57,6 +61,7 @@ def convert(
         inflate: Make a 3D network of 2D weights: center (exact for volumes that are constant
             along the new axis) or mean.
         ignore_keys: Prefixes of names to leave out.
+        preprocess: How the weights want their volumes prepared; kept in a checkpoint.
         trust: Prefixes of modules besides vae3d whose classes may be imported.
     """
     from vae3d.models import convert as weights
@@ -74,7 +79,7 @@ def convert(
     if inflate != "none":
         vae = weights.inflate(vae, inflate)
         report.lines.append(f"inflated to 3D ({inflate})")
-    write(vae, target, to)
+    write(vae, target, to, preprocess)
     parameters = sum(p.numel() for p in vae.parameters())
     print(f"{source}: {report.layout} weights, {parameters / 1e6:.2f} M parameters")
     print(*(f"  {line}" for line in report.lines), sep="\n", end="\n" if report.lines else "")
@@ -136,33 +141,37 @@ def diffusers_hints(hints: Hints, config: dict) -> Hints:
     return replace(hints, **{k: v for k, v in found.items() if getattr(hints, k) is None})
 
 
-def write(vae: CustomVAE, target: Path, to: str) -> None:
+def write(vae: CustomVAE, target: Path, to: str, preprocess: Preprocess) -> None:
     """Write the network for a library; TARGET appears whole or not at all.
 
     Args:
         vae: The network.
         target: File or folder.
         to: `vae3d`, `monai` or `diffusers`.
+        preprocess: Kept in a checkpoint of vae3d.
     """
     from vae3d.models.convert import export_diffusers, export_monai_state
     from vae3d.models.hub import RECIPE, write_state
+    from vae3d.training.checkpoint import write_atomic
 
-    is_file = target.suffix in (".pt", ".pth", ".safetensors")
-    if is_file != (to == "monai"):
-        kind = "file ending in .pt or .safetensors" if to == "monai" else "folder"
-        raise ValueError(f"{target}: for {to} name a {kind}")
+    suffixes = {"vae3d": ("", ".pt"), "monai": (".pt", ".safetensors"), "diffusers": ("",)}[to]
+    if target.suffix not in suffixes:
+        kinds = " or ".join(f"a {s} file" if s else "a folder (no suffix)" for s in suffixes)
+        raise ValueError(f"{target}: --to {to} writes {kinds}")
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".unfinished-{target.name}")
     try:
-        if to == "vae3d":
-            vae.save_pretrained(temporary)
-        elif to == "monai":
+        if to == "monai":
             write_state(temporary, export_monai_state(vae))
-        else:
+        elif to == "diffusers":
             state, config = export_diffusers(vae)
             temporary.mkdir(exist_ok=True)
             write_state(temporary / DIFFUSERS_WEIGHTS[0], state)
             (temporary / RECIPE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        elif target.suffix:
+            write_atomic(temporary, checkpoint_of(vae, preprocess))
+        else:
+            vae.save_pretrained(temporary)
         temporary.rename(target)
     except BaseException:
         if temporary.is_dir():
@@ -170,3 +179,29 @@ def write(vae: CustomVAE, target: Path, to: str) -> None:
         else:
             temporary.unlink(missing_ok=True)
         raise
+
+
+def checkpoint_of(vae: CustomVAE, preprocess: Preprocess) -> dict[str, Any]:
+    """What a training run would have saved: a checkpoint of step 0 without subjects.
+
+    Args:
+        vae: The network.
+        preprocess: How its volumes are prepared.
+    """
+    from loaders import DataConfig
+    from vae3d.training.checkpoint import FORMAT, versions
+
+    data = DataConfig(num_slices=vae.in_channels if vae.spatial_dims == 2 else 1)
+    kept = ("root", "cache_dir", "on_error", "nan", "volumes_4d", "slice_axis", "num_slices")
+    patch_size = [max(64 // f, 1) * f for f in vae.factor]
+    return {
+        "format": FORMAT,
+        "step": 0,
+        "spec": vae.spec,
+        "model": vae.state_dict(),
+        "ema": None,
+        "preprocess": preprocess.to_dict(),
+        "config": {"data": {k: getattr(data, k) for k in kept}, "patch_size": patch_size},
+        "split": {"train": [], "val": [], "test": []},
+        "versions": versions(),
+    }

@@ -37,7 +37,12 @@ class HubFolder(PyTorchModelHubMixin):
 
     @classmethod
     def _from_pretrained(
-        cls, *, model_id: str, config: dict | None, trust: Sequence[str] = (), **download: Any
+        cls,
+        *,
+        model_id: str,
+        config: dict | None = None,
+        trust: Sequence[str] = (),
+        **download: Any,
     ) -> nn.Module:
         if not config or "class_path" not in config:
             raise ValueError(
