@@ -9,6 +9,7 @@ from collections.abc import Callable
 from torch import Tensor, nn
 
 from vae3d.models.conv import conv
+from vae3d.models.fast import run
 from vae3d.models.norm import Norm, NormAct, activation
 
 
@@ -32,8 +33,8 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map `(B, in_channels, *spatial)` to `(B, out_channels, *spatial)`."""
-        h = self.body(x)
-        return h if self.shortcut is None else self.shortcut(x) + h
+        skip = None if self.shortcut is None else run([self.shortcut], x)
+        return run(self.body, x, residual=skip)
 
 
 class ResBlock(Block):

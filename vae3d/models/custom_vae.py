@@ -19,6 +19,7 @@ from vae3d.models.attention import Attention
 from vae3d.models.blocks import Block, ResBlock
 from vae3d.models.conv import conv, per_axis
 from vae3d.models.downsample import ConvDown, Down
+from vae3d.models.fast import run
 from vae3d.models.norm import GroupNorm, Norm, NormAct, named, recomputing
 from vae3d.models.posterior import DiagonalGaussian, LogVarianceHead, PosteriorHead
 from vae3d.models.spec import Described
@@ -44,9 +45,9 @@ class Chain(nn.Sequential):
     def forward(self, x: Tensor) -> Tensor:
         """Run every layer in order."""
         if self.checkpointing == "none" or not torch.is_grad_enabled():
-            return super().forward(x)
-        for part in self.levels() if self.checkpointing == "level" else self:
-            x = checkpoint(part, x, use_reentrant=False, context_fn=repetition)
+            return run(self, x)
+        for part in self.levels() if self.checkpointing == "level" else self.blocks():
+            x = checkpoint(run, part, x, use_reentrant=False, context_fn=repetition)
         return x
 
     def levels(self) -> Iterator[nn.Sequential]:
@@ -55,6 +56,11 @@ class Chain(nn.Sequential):
         for size in self.level_sizes:
             yield self[start : start + size]
             start += size
+
+    def blocks(self) -> Iterator[Sequence[nn.Module]]:
+        """Every layer by itself, but the closing norm and convolution, one step, together."""
+        yield from ([layer] for layer in self[:-2])
+        yield self[-2:]
 
     def __getitem__(self, index: int | slice) -> nn.Module:
         """One layer, or a plain `nn.Sequential` of several."""

@@ -8,11 +8,11 @@ from math import prod
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
 from vae3d.models.conv import conv, per_axis
+from vae3d.models.fast import convolve
 
 # space to channel: every voxel of a factor-sized cell becomes a channel, cell axes innermost.
 UNSHUFFLE = {
@@ -73,7 +73,9 @@ class ConvDown(Down):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map `(B, C, *spatial)` to `(B, C, *spatial / factor)`."""
-        return self.conv(x if self.far_padding is None else F.pad(x, self.far_padding))
+        pad = self.far_padding  # last axis first, as `F.pad` has it
+        padding = None if pad is None else tuple(zip(pad[-2::-2], pad[-1::-2], strict=True))
+        return convolve(self.conv, x, padding=padding)
 
 
 class PoolDown(Down):

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from vae3d.models.conv import CONV_TRANSPOSE, conv, per_axis
 from vae3d.models.downsample import cell_sizes, check_haar
+from vae3d.models.fast import is_fast, run, upsample_convolve
 
 LINEAR = {2: "bilinear", 3: "trilinear"}
 # channel to space, the inverse of `downsample.UNSHUFFLE`.
@@ -67,7 +68,9 @@ class InterpUp(Up):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map `(B, C, *spatial)` to `(B, C, *spatial * factor)`."""
-        return self.conv(interpolate(x, self.factor, self.mode))
+        if self.mode == "nearest" and max(self.factor) == 2 and is_fast(self.conv, x):
+            return upsample_convolve(self.conv, x, self.factor)
+        return run([self.conv], interpolate(x, self.factor, self.mode))
 
 
 class TransposeUp(Up):

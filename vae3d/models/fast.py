@@ -1,0 +1,598 @@
+"""Fast paths of the network on the CPU: the same numbers in less time and memory.
+
+PyTorch runs a network layer by layer over the whole volume and keeps what every layer read. Here
+norm, activation, convolution and residual sum are one step, done slab by slab along x, channels
+last: the normalized volume exists only as slabs in the processor's cache, the backward pass
+computes it again, and oneDNN is called directly, also where PyTorch's own dispatch would choose a
+slow kernel. Nearest upsampling by two followed by a convolution becomes one small convolution per
+phase on the coarse grid.
+
+Every function falls back to the plain layers wherever a fast path does not apply (other devices,
+float64, export, compile, hooks) and within `plain()`; the tests compare the two.
+
+Axes: b batch, c channels, x y z space; a slab is a range of x of one sample.
+"""
+
+import ctypes
+import mmap
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import pairwise
+from math import prod
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.amp import custom_bwd, custom_fwd
+from torch.autograd.function import once_differentiable
+
+from vae3d.models.norm import GroupNorm, InstanceNorm, NormAct
+
+CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+SLAB_BYTES = 2 << 20  # per thread, float32; larger than the cache is slower, smaller repeats halos
+SLOW_KERNEL_BELOW = 20480  # PyTorch leaves oneDNN for convolutions with fewer values in (c, x, y)
+
+OWN_PAGES_FROM = 2 << 20  # bytes
+
+malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc only
+
+# Per factor: which of the 3 weights (last axis) each tap (middle) of each phase (first) sums.
+FOLD = {
+    1: torch.eye(3)[None],
+    2: torch.tensor([[[1.0, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]]),
+}
+
+_enabled = True
+
+
+@contextmanager
+def plain() -> Iterator[None]:
+    """Run the plain layers inside, for example to differentiate twice or to compare."""
+    global _enabled
+    before, _enabled = _enabled, False
+    try:
+        yield
+    finally:
+        _enabled = before
+
+
+def run(layers: Sequence[nn.Module], x: Tensor, residual: Tensor | None = None) -> Tensor:
+    """Apply `layers` in order, and add `residual` to the last one's output.
+
+    Args:
+        layers: Layers; a `NormAct` and the convolution after it run as one step.
+        x: Input of the first, `(B, C, *spatial)`.
+        residual: Added at the end; None for nothing.
+    """
+    layers = list(layers)
+    while layers:
+        norm_act = layers.pop(0) if fusible(layers, x) else None
+        layer = layers.pop(0)
+        if is_fast(layer, x):
+            last = residual if not layers else None
+            x = convolve(layer, x, norm_act=norm_act, residual=last)
+            residual = None if not layers else residual
+        else:
+            x = layer(x)
+    return x if residual is None else x + residual
+
+
+def fusible(layers: Sequence[nn.Module], x: Tensor) -> bool:
+    """Whether the first two layers are a group norm with activation and its convolution."""
+    if len(layers) < 2 or type(layers[0]) is not NormAct or hooked(layers[0]):
+        return False
+    norm = layers[0].norm
+    return (
+        type(norm) in (GroupNorm, InstanceNorm)
+        and not hooked(norm)
+        and is_fast(layers[1], x)
+        and set(layers[1].stride) == {1}
+    )
+
+
+def is_fast(layer: nn.Module, x: Tensor) -> bool:
+    """Whether `convolve` has a fast path for this layer and input here and now."""
+    return (
+        type(layer) in (nn.Conv2d, nn.Conv3d)
+        and _enabled
+        and type(x) in (Tensor, nn.Parameter)
+        and x.device.type == "cpu"
+        and x.dtype in (torch.float32, torch.bfloat16, torch.float16)
+        and (x.dtype == layer.weight.dtype or torch.is_autocast_enabled("cpu"))
+        and torch.backends.mkldnn.is_available()
+        and x.dim() == layer.weight.dim()
+        and layer.groups == 1
+        and set(layer.dilation) == {1}
+        and layer.padding_mode == "zeros"
+        and not isinstance(layer.padding, str)
+        and not hooked(layer)
+        and not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()
+        and not torch._C._are_functorch_transforms_active()
+    )
+
+
+def hooked(layer: nn.Module) -> bool:
+    """Whether someone waits for this layer to be called as a module."""
+    return bool(layer._forward_hooks or layer._forward_pre_hooks)
+
+
+def convolve(
+    layer: nn.Conv2d | nn.Conv3d,
+    x: Tensor,
+    *,
+    norm_act: NormAct | None = None,
+    padding: Sequence[tuple[int, int]] | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """`layer(pad(norm_act(x))) + residual`.
+
+    Args:
+        layer: The convolution.
+        x: `(B, C, *spatial)`.
+        norm_act: Norm and activation before it; None for neither.
+        padding: Zeros before and after each axis, in place of the layer's own padding.
+        residual: Added to the output; None for nothing.
+    """
+    if not is_fast(layer, x):
+        x = x if norm_act is None else norm_act(x)
+        if padding is not None:
+            x = F.pad(x, [n for pair in reversed(padding) for n in pair])
+        x = layer(x)
+        return x if residual is None else x + residual
+    step = Step(
+        layer.stride,
+        tuple(padding or ((p, p) for p in layer.padding)),
+        torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype,
+        *((norm_act.norm.num_groups, norm_act.norm.eps, norm_act.act) if norm_act else ()),
+    )
+    norm = norm_act.norm if norm_act else layer
+    gamma, beta = (norm.weight, norm.bias) if norm_act else (None, None)
+    fused = residual if residual is not None and residual.dtype == step.dtype else None
+    with torch.autocast("cpu", enabled=False):
+        out = NormActConv.apply(x, layer.weight, layer.bias, gamma, beta, fused, step)
+    return out if residual is fused else out + residual
+
+
+class Step(NamedTuple):
+    """What a fused step does beside its tensors."""
+
+    stride: tuple[int, ...]
+    padding: tuple[tuple[int, int], ...]  # zeros before and after, per axis
+    dtype: torch.dtype  # of the output
+    groups: int = 0  # 0: no norm and no activation
+    eps: float = 0.0
+    act: nn.Module | None = None
+
+
+class NormActConv(torch.autograd.Function):
+    """Group norm, activation, convolution and residual sum as one step that keeps its input only.
+
+    Forward and backward follow Wu and He, 2018, section 3, with statistics in float64; the
+    normalized and activated volume is computed again, slab by slab, in the backward pass.
+    """
+
+    @staticmethod
+    @custom_fwd(device_type="cpu")
+    def forward(ctx, x, weight, bias, gamma, beta, residual, step: Step):
+        """Return `conv(act(norm(x))) + residual`."""
+        x = channels_last(x)
+        stats = statistics(x, step.groups) if step.groups else None
+        ctx.save_for_backward(x, weight, gamma, beta, *(stats or ()))
+        ctx.step, ctx.has_bias = step, bias is not None
+        ctx.residual_like = residual is not None
+        compute = compute_dtype(step.dtype)
+        w, b = channels_last(weight.to(compute)), None if bias is None else bias.to(compute)
+        size = [
+            (n + sum(pad) - k) // s + 1
+            for n, pad, k, s in zip(
+                x.shape[2:], step.padding, w.shape[2:], step.stride, strict=True
+            )
+        ]
+        out = empty(x, (len(x), len(w), *size), step.dtype)
+        norm = Slabs(x, step, gamma, beta, stats, compute)
+        for n, start, stop in slabs(out, x):
+            _, y, pad = norm.read(n, *reach(start, stop, w, step))
+            y = conv(y, w, b, pad, step.stride)
+            if residual is not None:
+                y = y.add_(residual[n : n + 1, :, start:stop])
+            out[n : n + 1, :, start:stop] = y
+        return out
+
+    @staticmethod
+    @once_differentiable
+    @custom_bwd(device_type="cpu")
+    def backward(ctx, grad):
+        """Return the gradient of every argument of `forward`."""
+        x, weight, gamma, beta, *stats = ctx.saved_tensors
+        step, grad = ctx.step, channels_last(grad)
+        compute = compute_dtype(step.dtype)
+        w = channels_last(weight.to(compute))
+        need_x, need_w = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
+        need_x = need_x or any(ctx.needs_input_grad[3:5])
+        grad_w = torch.zeros_like(weight, dtype=torch.float32) if need_w else None
+        grad_b = grad.sum([0, *range(2, grad.dim())], dtype=torch.float32) if ctx.has_bias else None
+        grad_x = empty(x, x.shape, x.dtype) if need_x else None
+        strided = max(step.stride) > 1
+        if need_x and strided:
+            grad_x.zero_()
+        norm = Slabs(x, step, gamma, beta, stats, compute)
+        back = Backward(w, step, compute)
+        sums = torch.zeros(2, *x.shape[:2], dtype=torch.float64)  # of dn * normalized, of dn
+        for n, start, stop in slabs(grad, x):
+            lo, hi = reach(start, stop, w, step)
+            normalized, y, pad = norm.read(n, lo, hi)
+            g = grad[n : n + 1, :, start:stop].to(compute)
+            if need_w:
+                grad_w += conv_backward(g, y, w, pad, step.stride, weights=True)
+            if need_x and strided:
+                back.scatter(g, y, pad, grad_x[n : n + 1], lo, hi)
+            elif need_x:
+                dy = back.gather(grad[n : n + 1], start, stop)
+                if step.groups:
+                    inner = normalized[:, :, start - max(lo, 0) :][:, :, : stop - start]
+                    dy = act_backward(step.act, inner, dy)
+                    sums[:, n] += norm.sums(n, start, stop, dy)
+                grad_x[n : n + 1, :, start:stop] = dy
+        grad_gamma, grad_beta = sums.sum(1).to(gamma.dtype) if step.groups else (None, None)
+        if step.groups and ctx.needs_input_grad[0]:
+            norm.finish(grad_x, sums)
+        residual = grad if ctx.residual_like else None
+        grad_w = grad_w.to(weight.dtype) if need_w else None
+        grad_b = grad_b.to(weight.dtype) if ctx.has_bias else None
+        return grad_x, grad_w, grad_b, grad_gamma, grad_beta, residual, None
+
+
+class Slabs:
+    """Reads slabs of `x`, normalized and activated where the step has a norm."""
+
+    def __init__(self, x, step, gamma, beta, stats, compute):
+        self.x, self.step, self.compute = x, step, compute
+        if step.groups:
+            self.gamma, self.beta = gamma.float(), beta.float()
+            self.mean, self.var = stats  # (B, C) each
+
+    def read(self, n: int, lo: int, hi: int) -> tuple[Tensor | None, Tensor, list[int]]:
+        """Rows `lo` to `hi` of sample `n`; rows outside the volume become padding.
+
+        Returns:
+            The normalized slab, the activated and padded slab, the padding left to the convolution.
+        """
+        slab, pads = rows(self.x[n : n + 1], lo, hi, self.step.padding)
+        slab, normalized = slab.to(self.compute), None
+        if self.step.groups:
+            normalized = batch_norm(
+                slab, self.gamma, self.beta, self.mean[n], self.var[n], self.step.eps
+            )
+            slab = self.step.act(normalized)
+        slab, left = pad_uneven(slab, pads)
+        return normalized, slab, left
+
+    def sums(self, n: int, start: int, stop: int, dn: Tensor) -> Tensor:
+        """Per channel, the sums of `dn * (x - mean) / std` and of `dn`, `(2, C)`."""
+        dims, shape = [0, *range(2, dn.dim())], (1, -1, *(1,) * (dn.dim() - 2))
+        centered = self.x[n : n + 1, :, start:stop].float() - self.mean[n].view(shape)
+        std = (self.var[n] + self.step.eps).sqrt()
+        return torch.stack([centered.mul_(dn).sum(dims) / std, dn.sum(dims)])
+
+    def finish(self, grad: Tensor, sums: Tensor) -> None:
+        """Turn the gradient of the normalized volume into that of `x`, in place.
+
+        With r = 1/std and means over a group of n values:
+        dx = r * (gamma dn - mean(gamma dn) - xhat * mean(gamma dn xhat)).
+        """
+        gamma = self.gamma.double()
+        count = self.x[0].numel() / self.step.groups
+        grouped = (sums * gamma).unflatten(2, (self.step.groups, -1)).sum(3) / count
+        scaled, plain = grouped.repeat_interleave(len(gamma) // self.step.groups, 2)  # (B, C)
+        r = (self.var.double() + self.step.eps).rsqrt()
+        shape = (1, -1, *(1,) * (grad.dim() - 2))
+        for n, start, stop in slabs(grad, grad):
+            slab = self.x[n : n + 1, :, start:stop].to(self.compute)
+            scale, shift = (-(r * t)[n].float() for t in (scaled, plain))
+            dx = batch_norm(slab, scale, shift, self.mean[n], self.var[n], self.step.eps)
+            target = grad[n : n + 1, :, start:stop]
+            dx.addcmul_(target.to(dx.dtype), (r[n] * gamma).to(dx.dtype).view(shape))
+            target.copy_(dx)
+
+
+class Backward:
+    """Gradient of a convolution with respect to its input, by slabs."""
+
+    def __init__(self, weight, step, compute):
+        self.weight, self.step, self.compute = weight, step, compute
+        self.flipped = channels_last(weight.transpose(0, 1).flip(*range(2, weight.dim())))
+        kernel = weight.shape[2:]
+        self.padding = tuple(
+            (k - 1 - near, k - 1 - far) for k, (near, far) in zip(kernel, step.padding, strict=True)
+        )
+
+    def gather(self, grad: Tensor, start: int, stop: int) -> Tensor:
+        """Rows `start` to `stop` of the input's gradient, for stride 1."""
+        near = self.padding[0][0]
+        lo, hi = start - near, stop - near + self.flipped.shape[2] - 1
+        slab, pads = rows(grad, lo, hi, self.padding)
+        slab, pad = pad_uneven(slab.to(self.compute), pads)
+        return conv(slab, self.flipped, None, pad, (1,) * len(pad))
+
+    def scatter(self, g: Tensor, y: Tensor, pad, target: Tensor, lo: int, hi: int) -> None:
+        """Add the gradient of rows `lo` to `hi` of the input to `target`, for any stride."""
+        dx = conv_backward(g, y, self.weight, pad, self.step.stride, weights=False)
+        _, pads = rows(target, lo, hi, self.step.padding)
+        extra = [(near - p, far - p) for (near, far), p in zip(pads, pad, strict=True)]
+        inner = [slice(near, n - far) for (near, far), n in zip(extra, dx.shape[2:], strict=True)]
+        target[:, :, max(lo, 0) : min(hi, target.shape[2])] += dx[(..., *inner)]
+
+
+class UpsampleConv(torch.autograd.Function):
+    """Nearest upsampling by two, then a 3-wide convolution, as convolutions of the coarse grid.
+
+    Along an axis that doubles, the output at 2 i + p sees two coarse voxels, i + p - 1 and i + p,
+    through sums of the three weights (phase p); all phases of y and z are channels of one
+    convolution, those of x are two convolutions.
+    """
+
+    @staticmethod
+    @custom_fwd(device_type="cpu")
+    def forward(ctx, x, weight, bias, factor, dtype):
+        """Return `conv(upsample(x))`."""
+        x = channels_last(x)
+        ctx.save_for_backward(x, weight)
+        ctx.factor, ctx.dtype, ctx.has_bias = factor, dtype, bias is not None
+        up = Phases(x, weight, factor, compute_dtype(dtype))
+        b = None if bias is None else bias.to(up.compute).repeat(up.per_row)
+        size = [n * f for n, f in zip(x.shape[2:], factor, strict=True)]
+        out = empty(x, (len(x), len(weight), *size), dtype)
+        for n, start, stop in slabs(x, x):
+            for phase, w in enumerate(up.weights):
+                slab, pad = up.read(n, start, stop, phase)
+                y = conv(slab, w, b, pad, (1,) * len(pad))
+                for target, grid in up.pairs(out[n : n + 1], start, stop, phase, y):
+                    target.copy_(grid)
+        release(x)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    @custom_bwd(device_type="cpu")
+    def backward(ctx, grad):
+        """Return the gradient of every argument of `forward`."""
+        x, weight = ctx.saved_tensors
+        grad = channels_last(grad)
+        up = Phases(x, weight, ctx.factor, compute_dtype(ctx.dtype))
+        need_x, need_w = ctx.needs_input_grad[:2]
+        grad_x = empty(x, x.shape, x.dtype) if need_x else None
+        grads_w = [torch.zeros_like(w, dtype=torch.float32) for w in up.weights]
+        for n, start, stop in slabs(x, x):
+            total = 0
+            for phase, w in enumerate(up.weights):
+                lo, hi = start - up.offset(phase) - w.shape[2] + 1, stop - up.offset(phase)
+                g = up.grid(grad[n : n + 1], lo, hi, phase)
+                if need_w:
+                    slab, pad = up.read(n, start, stop, phase)
+                    inner = channels_last(g[:, :, start - lo : stop - lo])
+                    grads_w[phase] += conv_backward(
+                        inner, slab, w, pad, (1,) * len(pad), weights=True
+                    )
+                if need_x:
+                    flipped = channels_last(w.transpose(0, 1).flip(*range(2, w.dim())))
+                    pad = [0, *(k - 2 for k in w.shape[3:])]
+                    total = total + conv(g, flipped, None, pad, (1,) * len(pad))
+            if need_x:
+                grad_x[n : n + 1, :, start:stop] = total
+        grad_w = up.unfold(grads_w).to(weight.dtype) if need_w else None
+        grad_b = None
+        if ctx.has_bias:
+            grad_b = grad.sum([0, *range(2, grad.dim())], dtype=torch.float32).to(weight.dtype)
+        release(x)
+        return grad_x, grad_w, grad_b, None, None
+
+
+class Phases:
+    """The convolutions of a coarse grid that equal a convolution of the upsampled one."""
+
+    def __init__(self, x, weight, factor, compute):
+        self.x, self.factor, self.compute = x, factor, compute
+        self.folds = [FOLD[f] for f in factor]
+        taps = weight.float()
+        for fold in self.folds:  # (o, i, k, ...) -> (o, i, ..., phase, tap), axis by axis
+            taps = torch.tensordot(taps, fold, dims=([2], [2]))
+        dims = len(factor)
+        order = [*range(2, 2 + 2 * dims, 2), 0, 1, *range(3, 3 + 2 * dims, 2)]
+        taps = taps.permute(order)  # (phases, o, i, taps)
+        self.per_row = torch.Size(factor[1:]).numel()
+        self.weights = [channels_last(w.flatten(0, dims - 1).to(compute)) for w in taps]
+
+    def unfold(self, grads: list[Tensor]) -> Tensor:
+        """Gradient of the 3-wide weights from those of the phases."""
+        dims = len(self.factor)
+        taps = torch.stack(grads).unflatten(1, (*self.factor[1:], -1))
+        for axis, fold in enumerate(self.folds):  # contract phase and tap of the first axis left
+            taps = torch.tensordot(taps, fold, dims=([0, dims - axis + 2], [0, 1]))
+        return taps
+
+    def offset(self, phase: int) -> int:
+        """Coarse row, relative to its own, that the first tap of an x-phase reads."""
+        return phase - 1
+
+    def read(self, n: int, start: int, stop: int, phase: int) -> tuple[Tensor, list[int]]:
+        """Rows that an x-phase needs for rows `start` to `stop`, and the padding of y and z."""
+        lo = start + self.offset(phase)
+        hi = stop + self.offset(phase) + self.weights[phase].shape[2] - 1
+        slab, pads = rows(self.x[n : n + 1], lo, hi, [(1, 1)] * len(self.factor))
+        return pad_uneven(slab.to(self.compute), pads)
+
+    def pairs(self, fine: Tensor, start: int, stop: int, phase: int, y: Tensor):
+        """Views of the fine volume and of the coarse output that belong together."""
+        fx = self.factor[0]
+        fine = fine[:, :, fx * start + phase : fx * stop : fx]
+        shifts = torch.cartesian_prod(*(torch.arange(f) for f in self.factor[1:]))
+        shifts = shifts.view(self.per_row, -1).tolist()
+        for p, part in zip(shifts, y.chunk(self.per_row, 1), strict=True):
+            grid = fine
+            for axis, (shift, f) in enumerate(zip(p, self.factor[1:], strict=True), start=3):
+                size = fine.shape[axis] // f
+                grid = grid[(slice(None),) * axis + (slice(shift, None, f),)]
+                part = part.narrow(axis, shift, size)
+            yield grid, part
+
+    def grid(self, grad: Tensor, lo: int, hi: int, phase: int) -> Tensor:
+        """Gradient of rows `lo` to `hi` of an x-phase's output; zero outside the volume."""
+        rows_in = self.x.shape[2]
+        size = [n + f - 1 for n, f in zip(self.x.shape[3:], self.factor[1:], strict=True)]
+        shape = (1, self.per_row * grad.shape[1], hi - lo, *size)
+        out = empty(grad, shape, self.compute).zero_()
+        first, last = max(lo, 0), min(hi, rows_in)
+        inner = out[:, :, first - lo : last - lo]
+        for source, target in self.pairs(grad, first, last, phase, inner):
+            target.copy_(source)
+        return out
+
+
+def upsample_convolve(layer: nn.Conv2d | nn.Conv3d, x: Tensor, factor: Sequence[int]) -> Tensor:
+    """`layer(nearest upsampling of x)` for factors of one and two; see `UpsampleConv`.
+
+    Args:
+        layer: A convolution of width 3 that keeps the size, for which `is_fast` holds.
+        x: `(B, C, *spatial)`.
+        factor: Growth per axis, 1 or 2.
+    """
+    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+    with torch.autocast("cpu", enabled=False):
+        return UpsampleConv.apply(x, layer.weight, layer.bias, tuple(factor), dtype)
+
+
+def statistics(x: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+    """Mean and variance of the groups of each sample, repeated per channel, `(B, C)` float32.
+
+    Sums of a slab are centered, and slabs are merged in float64 (Chan et al., 1979), so that the
+    result does not lose digits as volumes grow.
+    """
+    dims = [0, *range(2, x.dim())]
+    shape = (1, -1, *(1,) * (x.dim() - 2))
+    counts, means, squares = ([[] for _ in x] for _ in range(3))
+    for n, start, stop in slabs(x, x):
+        slab = x[n : n + 1, :, start:stop].float()
+        count = slab.numel() // slab.shape[1]
+        mean = slab.sum(dims) / count
+        counts[n].append(count)
+        means[n].append(mean)
+        squares[n].append((slab - mean.view(shape)).square_().sum(dims))
+    count = torch.tensor(counts, dtype=torch.float64)[..., None]  # (B, slabs, 1)
+    mean, square = (torch.stack([torch.stack(s) for s in t]).double() for t in (means, squares))
+    total = (count * mean).sum(1) / count.sum(1)  # (B, C)
+    var = (square + count * (mean - total[:, None]) ** 2).sum(1) / count.sum(1)
+    grouped = total.unflatten(1, (groups, -1))
+    group_mean = grouped.mean(2, keepdim=True)
+    group_var = (var.view_as(grouped) + (grouped - group_mean) ** 2).mean(2, keepdim=True)
+    return tuple(t.expand_as(grouped).flatten(1).float() for t in (group_mean, group_var))
+
+
+def slabs(rows_of: Tensor, width_of: Tensor) -> Iterator[tuple[int, int, int]]:
+    """Sample, first and last row of slabs that cover `rows_of`, sized by a row of `width_of`."""
+    row = width_of[0, :, 0].numel()
+    count = max(SLAB_BYTES * torch.get_num_threads() // (4 * row), 1)
+    values = max(width_of.shape[1] * width_of.shape[3], 1)
+    count = max(count, SLOW_KERNEL_BELOW // values + 1)
+    size = rows_of.shape[2]
+    parts = max(round(size / count), 1)
+    edges = [size * i // parts for i in range(parts + 1)]
+    for n in range(len(rows_of)):
+        for start, stop in pairwise(edges):
+            yield n, start, stop
+
+
+def reach(start: int, stop: int, weight: Tensor, step: Step) -> tuple[int, int]:
+    """Input rows that output rows `start` to `stop` see; they may lie outside the volume."""
+    stride, near = step.stride[0], step.padding[0][0]
+    return start * stride - near, (stop - 1) * stride - near + weight.shape[2]
+
+
+def rows(x: Tensor, lo: int, hi: int, padding) -> tuple[Tensor, list[tuple[int, int]]]:
+    """Rows of `x` that exist between `lo` and `hi`, and the zeros to add around every axis."""
+    size = x.shape[2]
+    outside = (max(-lo, 0), max(hi - size, 0))
+    return x[:, :, max(lo, 0) : min(hi, size)], [outside, *padding[1:]]
+
+
+def pad_uneven(slab: Tensor, pads: Sequence[tuple[int, int]]) -> tuple[Tensor, list[int]]:
+    """Pad what differs between the two ends of an axis; return what is left to pad at both."""
+    left = [min(pair) for pair in pads]
+    extra = [n - p for pair, p in zip(reversed(pads), reversed(left), strict=True) for n in pair]
+    return (F.pad(slab, extra) if any(extra) else slab), left
+
+
+def conv(x, weight, bias, padding, stride) -> Tensor:
+    """Convolution of a slab by oneDNN; a 1x1 kernel is a matrix product of voxels and weights."""
+    if weight[0, 0].numel() == 1 and max(stride) == 1:
+        y = F.linear(x.movedim(1, -1), weight.flatten(1), bias)
+        return y.movedim(-1, 1)
+    return torch.mkldnn_convolution(x, weight, bias, padding, stride, (1,) * len(padding), 1)
+
+
+def conv_backward(grad, x, weight, padding, stride, weights: bool) -> Tensor:
+    """Gradient of a slab's convolution with respect to its weights, or else to its input."""
+    if weights and weight[0, 0].numel() == 1 and max(stride) == 1:
+        g, x = (t.movedim(1, -1).flatten(0, -2) for t in (grad, x))
+        return (g.t() @ x).view_as(weight)
+    zeros, ones = (0,) * len(padding), (1,) * len(padding)
+    mask = [not weights, weights, False]
+    grads = torch.ops.aten.convolution_backward(
+        grad, x, weight, None, stride, padding, ones, False, zeros, 1, mask
+    )
+    return grads[1 if weights else 0]
+
+
+def act_backward(act: nn.Module, x: Tensor, grad: Tensor) -> Tensor:
+    """Gradient of `act` at `x`."""
+    if type(act) is nn.SiLU:
+        return torch.ops.aten.silu_backward(grad, x)
+    with torch.enable_grad():
+        x = x.detach().requires_grad_()
+        return torch.autograd.grad(act(x), x, grad)[0]
+
+
+def batch_norm(x, scale, shift, mean, var, eps) -> Tensor:
+    """`(x - mean) / sqrt(var + eps) * scale + shift` per channel, in one pass."""
+    return torch.ops.aten.native_batch_norm(x, scale, shift, mean, var, False, 0.0, eps)[0]
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Dtype of the arithmetic: half precision only where the processor has matrix units for it.
+
+    Elsewhere float32 convolutions are faster than bfloat16 ones, and more exact.
+    """
+    matrix_units = {
+        torch.bfloat16: torch.cpu._is_amx_tile_supported,
+        torch.float16: torch.cpu._is_amx_fp16_supported,
+    }
+    return dtype if dtype in matrix_units and matrix_units[dtype]() else torch.float32
+
+
+def release(x: Tensor) -> None:
+    """After a step over a large `x`: give freed slabs back, before tensors that stay pin them."""
+    if x.numel() * x.element_size() >= OWN_PAGES_FROM and malloc_trim is not None:
+        malloc_trim(0)
+
+
+def channels_last(x: Tensor) -> Tensor:
+    """`x` with its channels innermost in memory."""
+    return x.contiguous(memory_format=CHANNELS_LAST[x.dim()])
+
+
+def empty(like: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Uninitialized tensor with its channels innermost in memory.
+
+    Large ones get their own pages, huge where the system has them: the memory goes back when the
+    tensor dies, and touching it first costs a tenth.
+    """
+    size, channels, *spatial = shape
+    count = size * channels * prod(spatial)
+    if count * dtype.itemsize < OWN_PAGES_FROM or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.empty(shape, dtype=dtype, memory_format=CHANNELS_LAST[like.dim()])
+    pages = mmap.mmap(-1, count * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    pages.madvise(mmap.MADV_HUGEPAGE)
+    flat = torch.frombuffer(pages, dtype=dtype)
+    strides = torch.empty(shape, device="meta", memory_format=CHANNELS_LAST[like.dim()]).stride()
+    return torch.empty(0, dtype=dtype).set_(flat.untyped_storage(), 0, shape, strides)
