@@ -61,10 +61,9 @@ def write_report(out_dir: Path | str) -> Path:
 def read_rows(path: Path) -> tuple[list[dict], list[str]]:
     """Rows of a CSV with numbers as numbers, and the names of the columns that hold numbers."""
     with open(path, newline="", encoding="utf-8") as file:
-        rows = [{k: _parsed(v) for k, v in row.items()} for row in csv.DictReader(file)]
-    first = next(iter(rows[0])) if rows else ""
-    for row in rows:
-        row[first] = str(row[first])  # a case called 001 or 7 is a name, not a number
+        table = list(csv.DictReader(file))
+    first = next(iter(table[0])) if table else ""  # a case called 007 is a name, not a number
+    rows = [{k: v if k == first else _parsed(v) for k, v in row.items()} for row in table]
     columns = list(rows[0])[1:] if rows else []
     return rows, [c for c in columns if any(isinstance(r[c], float) for r in rows)]
 

@@ -1,15 +1,24 @@
 """What a run says in the terminal: one progress line, plain lines when it is not a terminal.
 
-console = Console(total_steps=1000, start_step=200)
-console.summary({"volumes": "38 train, 5 val, 5 test", "patch": "64 x 64 x 64"})
-console.update(step=210, metrics={"train/loss": 0.1, "perf/patches_per_s": 31.0})
-console.print("val/psnr 27.1")
-console.close()
+    console = Console(total_steps=1000, start_step=200)
+    console.summary({"volumes": "38 train, 5 val, 5 test", "patch": "64 x 64 x 64"})
+    console.update(step=210, metrics={"train/loss": 0.1, "perf/patches_per_s": 31.0})
+    console.print("val/psnr 27.1")
+    console.close()
+
+Warnings that arise while a console is open are shown once each, as one line above the progress.
 """
 
+import math
 import sys
+import threading
 import time
+import warnings
 from collections.abc import Mapping
+from typing import IO
+
+TERMS = ("loss", "recon", "kl", "perceptual", "adversarial", "discriminator_loss")
+MEMORY = (("perf/gpu_memory_gb", "GPU"), ("perf/cpu_memory_gb", "RAM"))
 
 
 class Console:
@@ -20,10 +29,17 @@ class Console:
         start_step: Step from which this process starts (above 0 after a resume).
         every_s: Seconds between plain lines when the output is not a terminal.
         stream: Where to write; default standard error, so that pipes get nothing but results.
-        enabled: False on every rank but the first.
+        enabled: False on every rank but the first, which then shows nothing, warnings included.
     """
 
-    def __init__(self, total_steps, start_step=0, every_s=10.0, stream=None, enabled=True):
+    def __init__(
+        self,
+        total_steps: int,
+        start_step: int = 0,
+        every_s: float = 10.0,
+        stream: IO[str] | None = None,
+        enabled: bool = True,
+    ):
         from rich.console import Console as Terminal
 
         self.total, self.start, self.enabled = total_steps, start_step, enabled
@@ -31,13 +47,16 @@ class Console:
         self._begun, self._progress, self._task = time.monotonic(), None, None
         self.terminal = Terminal(file=stream or sys.stderr, highlight=False, soft_wrap=True)
         self.live = enabled and self.terminal.is_terminal
+        self._warned, self._lock = set(), threading.Lock()
+        self._showwarning = warnings.showwarning
+        warnings.showwarning = self._warn
 
     def summary(self, facts: Mapping[str, object], title: str = "vae3d") -> None:
         """Print what the run is about to do, one aligned fact a line."""
         if not self.enabled:
             return
         width = max(map(len, facts), default=0)
-        self.terminal.print(f"[bold]{title}[/bold]" if self.live else title)
+        self.terminal.print(title, style="bold", markup=False)
         for name, fact in facts.items():
             self.terminal.print(f"  {name:<{width}}  {fact}", markup=False)
 
@@ -45,14 +64,13 @@ class Console:
         """Show `step` and, when given, the newest numbers."""
         if not self.enabled:
             return
-        text = _text(metrics or {})
+        text = in_short(metrics or {})
         if self.live:
             self._bar().update(self._task, completed=step, **({"text": text} if text else {}))
         elif text and (time.monotonic() >= self._next_line or step >= self.total):
             self._next_line = time.monotonic() + self.every_s
-            self.terminal.print(
-                f"step {step}/{self.total}  {text}  eta {self._eta(step)}", markup=False
-            )
+            line = f"step {step}/{self.total}  {text}  {self._time_left(step)}"
+            self.terminal.print(line.rstrip(), markup=False)
 
     def print(self, line: str) -> None:
         """Print a line above the progress line."""
@@ -60,21 +78,38 @@ class Console:
             (self._progress.console if self._progress else self.terminal).print(line, markup=False)
 
     def close(self) -> None:
-        """Leave the progress line as it is and give the terminal back."""
+        """Leave the progress line as it is, give the terminal and the warnings back."""
         if self._progress is not None:
             self._progress.stop()
             self._progress = None
+        if warnings.showwarning == self._warn:
+            warnings.showwarning = self._showwarning
+
+    def __enter__(self) -> "Console":
+        return self
+
+    def __exit__(self, *exc) -> None:
+        self.close()
+
+    def _warn(self, message, category, filename, lineno, file=None, line=None) -> None:
+        text = " ".join(str(message).split())
+        with self._lock:  # the media and W&B threads warn too
+            known = text in self._warned
+            self._warned.add(text)
+        if not known:
+            self.print(f"warning: {text}")
 
     def _bar(self):
-        from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
         if self._progress is None:
+            from rich.progress import BarColumn, Progress, TextColumn
+
             self._progress = Progress(
-                TextColumn("[bold]{task.completed:.0f}[/bold]/{task.total:.0f}"),
+                TextColumn("{task.completed:.0f}/{task.total:.0f}", style="bold"),
                 BarColumn(bar_width=24),
-                TextColumn("{task.fields[text]}"),
-                TimeRemainingColumn(),
+                TextColumn("{task.fields[text]}", markup=False),
+                _TimeLeft(self),
                 console=self.terminal,
+                refresh_per_second=4,
             )
             self._task = self._progress.add_task(
                 "", total=self.total, completed=self.start, text=""
@@ -82,24 +117,48 @@ class Console:
             self._progress.start()
         return self._progress
 
-    def _eta(self, step: int) -> str:
+    def _time_left(self, step: int) -> str:
+        """Time to the end at the mean speed since the start, a resume counted from its own."""
         done = step - self.start
-        if done <= 0:
-            return "--:--"
+        if done <= 0 or step >= self.total:
+            return ""
         left = round((time.monotonic() - self._begun) / done * (self.total - step))
-        return f"{left // 3600:d}:{left // 60 % 60:02d}:{left % 60:02d}"
+        return f"eta {left // 3600:d}:{left // 60 % 60:02d}:{left % 60:02d}"
 
 
-def _text(metrics: Mapping[str, float]) -> str:
-    """Short form of the newest numbers: losses first, then speed and memory."""
-    parts = []
-    for name, value in metrics.items():
-        group, _, short = name.rpartition("/")
-        if group == "train":
-            parts.append(f"{short} {float(value):.4g}")
+def _TimeLeft(console: Console):
+    """A column of rich's progress line; a function because rich is imported late."""
+    from rich.progress import ProgressColumn
+    from rich.text import Text
+
+    class TimeLeft(ProgressColumn):
+        def render(self, task):
+            return Text(console._time_left(int(task.completed)), style="bold")
+
+    return TimeLeft()
+
+
+def in_short(metrics: Mapping[str, float]) -> str:
+    """Short form of the newest numbers: loss terms, then speed, waiting and memory."""
+    parts = [
+        f"{term} {float(metrics[f'train/{term}']):.4g}"
+        for term in TERMS
+        if metrics.get(f"train/{term}") is not None
+    ]
+    if skipped := metrics.get("train/skipped_steps"):
+        parts.append(f"skipped {float(skipped):.0f}")
     if (speed := metrics.get("perf/patches_per_s")) is not None:
-        parts.append(f"{float(speed):.1f} patches/s")
-    for key, label in (("perf/gpu_memory_gb", "GPU"), ("perf/cpu_memory_gb", "RAM")):
+        parts.append(f"{_speed(float(speed))} patches/s")
+    if (wait := metrics.get("perf/data_wait")) is not None and wait > 0.1:
+        parts.append(f"waits {float(wait):.0%} for data")
+    for key, label in MEMORY:
         if metrics.get(key) is not None:
             parts.append(f"{label} {float(metrics[key]):.1f} GB")
     return "  ".join(parts)
+
+
+def _speed(value: float) -> str:
+    """Three digits: 0.25, 3.1, 31, 1240."""
+    if not math.isfinite(value):
+        return "-"
+    return f"{value:.0f}" if value >= 30 else f"{value:.1f}" if value >= 1 else f"{value:.2g}"

@@ -141,6 +141,7 @@ class LatentProbes:
         return Measured(
             numbers={
                 "latent/kl": float(kl.mean()),
+                "latent/channels": float(len(kl_channels)),
                 "latent/active_channels": float((kl_channels > ACTIVE_NATS).sum()),
                 "latent/mean_std": float(values.std(dim=1).mean()),
                 "latent/posterior_std": float(stds.mean()),
