@@ -1,0 +1,344 @@
+"""`evaluate.py` on a tiny run: what it writes, that it continues, that ranks agree, wrong input."""
+
+import csv
+import json
+import math
+import multiprocessing
+import os
+import re
+import shutil
+import socket
+from functools import partial
+from pathlib import Path
+
+import nibabel
+import numpy as np
+import pytest
+import torch
+
+from evaluate import EvaluationData, choose_subjects, evaluate
+from loaders import DataConfig, Preprocess, VolumeStore, find_subjects
+from train_3d import train_3d
+from vae3d.config import main
+from vae3d.inference.metrics import psnr
+from vae3d.inference.reconstruct import autoencode, reconstruct
+from vae3d.models.custom_vae import CustomVAE
+from vae3d.models.norm import GroupNorm, RMSNorm
+from vae3d.training.checkpoint import load_model
+
+SHAPE = (20, 14, 12)
+COLUMNS = """psnr ssim mae mse ms_ssim foreground_psnr foreground_ssim foreground_mae mae_original
+rmse_original kl kl_sum latent_mean latent_std posterior_std active_channels bits_per_voxel
+pooled_psnr pca_psnr seam_score patch_gap"""
+QUIET = {"device": "cpu", "wandb": "disabled"}
+
+
+def make_volumes(folder: Path, count: int) -> None:
+    """Int16 NIfTI files with a scale, an oblique affine and voxels of 1 x 2 x 3 mm."""
+    rng = np.random.default_rng(0)
+    affine = np.array(
+        [[1, 0, 0, 10], [0, 2 * 0.8, -3 * 0.6, 20], [0, 2 * 0.6, 3 * 0.8, 30], [0, 0, 0, 1.0]]
+    )
+    grid = np.stack(np.meshgrid(*[np.linspace(0, 5, n) for n in SHAPE], indexing="ij"))
+    folder.mkdir()
+    for i in range(count):
+        data = 500 * np.sin(grid + i).prod(0) + 20 * rng.standard_normal(SHAPE)
+        nibabel.save(
+            nibabel.Nifti1Image(data.astype(np.int16), affine), folder / f"case_{i}.nii.gz"
+        )
+
+
+def train(folder: Path, volumes: Path, **options) -> Path:
+    """A run of two steps; what it learns does not matter."""
+    torch.set_num_threads(1)
+    norm = partial(GroupNorm, num_groups=4)
+    model = partial(CustomVAE, channels=(4, 8), num_res_blocks=1, norm=norm, latent_channels=2)
+    data = DataConfig(
+        str(volumes), cache_dir=str(folder.parent / "cache"), fractions=(0.4, 0.2, 0.4)
+    )
+    defaults = dict(
+        model=model,
+        patch_size=(8, 8, 8),
+        batch_size=1,
+        max_steps=2,
+        threads=0,
+        val_every=0,
+        media_every=0,
+    )
+    code = train_3d(data, str(folder), **{**defaults, **options}, **QUIET)
+    assert code == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """volumes/, run/ and an evaluation of its two test volumes in done/."""
+    root = tmp_path_factory.mktemp("evaluate")
+    make_volumes(root / "volumes", 6)
+    train(root / "run", root / "volumes")
+    evaluate(str(root / "run"), data(root), str(root / "done"), patch_size=(8, 8, 8), **QUIET)
+    return root
+
+
+def data(place) -> EvaluationData:
+    return EvaluationData(str(place / "volumes"), str(place / "cache"))
+
+
+def rows(folder) -> list[dict]:
+    with open(folder / "metrics.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_the_folder_holds_what_the_contract_says(place):
+    out = place / "done"
+    cases = [row["case"] for row in rows(out)]
+    split = json.loads((place / "run" / "split.json").read_text())
+    assert sorted(cases) == sorted(split["test"])
+    summary = json.loads((out / "summary.json").read_text())
+    assert {k: summary[k] for k in ("mode", "patch_size", "overlap", "blend", "step")} == {
+        "mode": "patch", "patch_size": [8, 8, 8], "overlap": 0.5, "blend": "hann", "step": 2,
+    }  # fmt: skip
+    assert summary["data_range"] == [0.0, 1.0]
+    assert summary["checkpoint"].endswith(".pt") and summary["volumes"] == len(cases) > 1
+    for case in cases:
+        assert (out / "recon" / f"{case}.nii.gz").is_file()
+        for kind in ("png", "gif", "mp4", "seams.png"):
+            assert (out / "media" / f"{case}.{kind}").stat().st_size > 100
+    page = (out / "report.html").read_text()
+    assert all(case in page for case in cases)
+    assert not list(out.rglob("*.tmp"))
+
+
+def test_summary_is_mean_sd_and_count_over_volumes(place):
+    out = place / "done"
+    values = [float(row["psnr"]) for row in rows(out)]
+    psnr_summary = json.loads((out / "summary.json").read_text())["metrics"]["psnr"]
+    assert psnr_summary["mean"] == pytest.approx(np.mean(values))
+    assert psnr_summary["sd"] == pytest.approx(np.std(values, ddof=1))
+    assert psnr_summary["n"] == len(values)
+
+
+def test_metrics_are_those_of_the_posterior_mean(place):
+    vae = load_model(place / "run")
+    subjects = [
+        s for s in find_subjects(str(place / "volumes")) if s.id == rows(place / "done")[0]["case"]
+    ]
+    store = VolumeStore.build(subjects, place / "cache", Preprocess())
+    x = torch.from_numpy(store.read(0))
+    recon = reconstruct(vae, x, "patch", patch_size=(8, 8, 8))
+    row = rows(place / "done")[0]
+    assert float(row["psnr"]) == pytest.approx(psnr(x, recon, 1.0), rel=1e-6)
+    exact = reconstruct(vae, x, "exact")
+    assert float(row["patch_gap"]) == pytest.approx(psnr(exact, recon, 1.0), abs=0.1)
+    # Linear intensities: the error in the file's own units is that of the files.
+    saved = nibabel.load(place / "done" / "recon" / f"{row['case']}.nii.gz")
+    source = nibabel.load(subjects[0].paths[0])
+    assert saved.shape == source.shape
+    np.testing.assert_allclose(saved.affine, source.affine, atol=1e-4)
+    undone = store.undo(0, x.numpy()).data[0]
+    error = np.abs(saved.get_fdata() - undone).mean()
+    assert float(row["mae_original"]) == pytest.approx(error, rel=0.02)
+
+
+def test_every_column_is_there_and_finite(place):
+    for row in rows(place / "done"):
+        for name in COLUMNS.split():
+            assert math.isfinite(float(row[name])), name
+        assert float(row["bits_per_voxel"]) == pytest.approx(2 * 16 / 8)
+
+
+def test_finished_volumes_are_kept_and_missing_ones_are_made(place, tmp_path, capsys):
+    out = tmp_path / "out"
+    shutil.copytree(place / "done", out)
+    first, *_, second = (row["case"] for row in rows(out))
+    kept = out / "media" / f"{first}.mp4"
+    before = kept.stat().st_mtime_ns
+    (out / "media" / f"{second}.mp4").unlink()
+    (out / "metrics.csv").unlink()
+    evaluate(str(place / "run"), data(place), str(out), patch_size=(8, 8, 8), **QUIET)
+    assert kept.stat().st_mtime_ns == before
+    assert (out / "media" / f"{second}.mp4").is_file()
+    assert rows(out) == rows(place / "done")
+    said = capsys.readouterr().out
+    assert "psnr" in said and "report:" in said and "gif:" in said and "mp4:" in said
+
+
+def test_other_settings_are_computed_again(place, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(place / "done", out)
+    evaluate(
+        str(place / "run"),
+        data(place),
+        str(out),
+        patch_size=(8, 8, 8),
+        blend="crop",
+        media=False,
+        **QUIET,
+    )
+    assert [r["psnr"] for r in rows(out)] != [r["psnr"] for r in rows(place / "done")]
+
+
+def test_full_and_exact_mode_agree(place, tmp_path):
+    plain = {"media": False, "save_recon": False, "baseline": False, **QUIET}
+    for mode in ("full", "exact"):
+        evaluate(
+            str(place / "run"), data(place), str(tmp_path / mode), mode=mode, verify=True, **plain
+        )
+    for a, b in zip(rows(tmp_path / "full"), rows(tmp_path / "exact"), strict=True):
+        assert a.keys() == b.keys() and "seam_score" not in a
+        for name in set(a) - {"case"}:
+            assert float(a[name]) == pytest.approx(float(b[name]), rel=1e-3, abs=1e-5)
+    assert not (tmp_path / "full" / "recon").exists() and not (tmp_path / "full" / "media").exists()
+
+
+def test_split_and_limit_choose_volumes(place, tmp_path):
+    quick = {"mode": "full", "media": False, "save_recon": False, "baseline": False, **QUIET}
+    split = json.loads((place / "run" / "split.json").read_text())
+    for part, limit, count in (
+        ("train", None, len(split["train"])),
+        ("all", None, 6),
+        ("all", 1, 1),
+    ):
+        out = tmp_path / f"{part}{limit}"
+        evaluate(str(place / "run"), data(place), str(out), split=part, limit=limit, **quick)
+        assert len(rows(out)) == count
+
+
+def test_new_data_is_evaluated_whole():
+    class Named:
+        def __init__(self, id):
+            self.id = id
+
+    folder = [Named("a"), Named("b")]
+    assert choose_subjects(folder, {"train": ["x"], "test": ["y"]}, None) == folder
+    assert choose_subjects(folder, {"train": ["a"], "test": ["b"]}, None) == folder[1:]
+    with pytest.raises(ValueError, match="--split"):
+        choose_subjects(folder, {"train": ["a", "b"], "test": []}, None)
+
+
+def rank_main(rank, port, place, out):
+    os.environ.update(
+        RANK=str(rank),
+        WORLD_SIZE="2",
+        LOCAL_RANK=str(rank),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=port,
+    )
+    torch.set_num_threads(1)
+    evaluate(str(place / "run"), data(place), str(out), patch_size=(8, 8, 8), media=False, **QUIET)
+    os._exit(0)
+
+
+def test_two_ranks_give_the_numbers_of_one_process(place, tmp_path):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    context = multiprocessing.get_context("fork")
+    ranks = [context.Process(target=rank_main, args=(r, port, place, tmp_path)) for r in range(2)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(180)
+        assert process.exitcode == 0
+    assert rows(tmp_path) == rows(place / "done")
+
+
+def say(argv, capsys) -> str:
+    """Run the command line; its one line on stderr."""
+    with pytest.raises(SystemExit) as stop:
+        main(evaluate, argv)
+    assert stop.value.code == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.strip()]
+    assert len(lines) == 1, lines
+    return lines[0]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (["--patch_size", "[7, 8, 8]"], r"\(8, 8, 8\)"),
+        (["--patch_size", "[8, 8]"], "axes"),
+        (["--overlap", "1.0"], "overlap"),
+        (["--overlap", "8"], "overlap"),
+        (["--split", "val2"], "split"),
+        (["--blend", "cosine"], "blend"),
+        (["--nonsense", "1"], "nonsense"),
+        (["--checkpoint", "nowhere"], "nowhere"),
+        (["--data.root", "nowhere"], "nowhere"),
+    ],
+)
+def test_wrong_input_exits_with_one_line(place, tmp_path, capsys, change, message):
+    argv = ["--checkpoint", str(place / "run"), "--data.root", str(place / "volumes")]
+    argv += ["--data.cache_dir", str(place / "cache"), "--out_dir", str(tmp_path / "out")]
+    argv += ["--device", "cpu", *change]
+    assert re.search(message, say(argv, capsys))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_file_that_is_no_checkpoint_is_named(place, tmp_path, capsys):
+    other = tmp_path / "other.pt"
+    other.write_bytes(b"not a checkpoint")
+    argv = ["--checkpoint", str(other), "--data.root", str(place / "volumes")]
+    assert "other.pt" in say(argv, capsys)
+    torch.save({"weight": torch.zeros(1)}, other)
+    assert "other.pt" in say(argv, capsys)
+
+
+def test_volumes_of_other_channels_are_refused(place, tmp_path):
+    other = tmp_path / "volumes"
+    other.mkdir()
+    np.save(other / "a.npy", np.random.default_rng(0).random((2, 12, 12, 12), dtype=np.float32))
+    with pytest.raises(ValueError, match="channels"):
+        evaluate(
+            str(place / "run"),
+            EvaluationData(str(other), str(place / "cache")),
+            str(tmp_path / "out"),
+            mode="full",
+            **QUIET,
+        )
+
+
+def test_a_2d_model_is_evaluated_slice_by_slice(place, tmp_path):
+    norm = partial(GroupNorm, num_groups=4)
+    model = partial(CustomVAE, 2, channels=(4, 8), num_res_blocks=1, norm=norm)
+    run = train(tmp_path / "run", place / "volumes", model=model, patch_size=(8, 8))
+    evaluate(str(run), data(place), str(tmp_path / "out"), limit=1, patch_gap=False, **QUIET)
+    row = rows(tmp_path / "out")[0]
+    assert math.isfinite(float(row["psnr"])) and math.isfinite(float(row["seam_score"]))
+    recon = nibabel.load(tmp_path / "out" / "recon" / f"{row['case']}.nii.gz")
+    assert recon.shape == SHAPE
+
+
+def test_slices_keep_their_place_and_the_middle_of_stacked_neighbors():
+    class Middle(torch.nn.Module):
+        spatial_dims, factor = 2, (1, 1)
+
+        def forward(self, x, sample_posterior):
+            posterior = type("P", (), {"mean": x[:, :1], "logvar": x[:, :1]})
+            return x, posterior
+
+    model = Middle()
+    model.weight = torch.nn.Parameter(torch.zeros(1))
+    x = torch.rand(1, 6, 5, 4)
+    for axis in range(3):
+        recon, mean, _ = autoencode(model, x, "full", slice_axis=axis, num_slices=3)
+        assert torch.equal(recon, x)
+        assert mean.shape == x.shape
+
+
+def test_per_voxel_norms_close_the_gap_between_patches_and_the_full_pass():
+    """Without statistics over the volume, a patch with enough halo gives the full result."""
+    torch.manual_seed(0)
+    x = torch.rand(1, 64, 16, 16)
+    gaps = {}
+    for norm in (RMSNorm, partial(GroupNorm, num_groups=4)):
+        vae = CustomVAE(
+            channels=(4, 8), num_res_blocks=1, norm=norm, encoder_mid=False, decoder_mid=False
+        ).eval()
+        full = reconstruct(vae, x, "full")
+        patch = reconstruct(
+            vae, x, "patch", patch_size=(48, 16, 16), overlap=(40, 0, 0), blend="crop"
+        )
+        gaps[norm is RMSNorm] = float((patch - full).abs().max() / (full.max() - full.min()))
+    assert gaps[True] < 1e-5
+    assert gaps[False] > 1e-3
