@@ -6,6 +6,7 @@ Images are (B, C, X, Y, Z) float32 in 3D and (B, C, X, Y) in 2D.
 from __future__ import annotations
 
 import itertools
+import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -108,25 +109,34 @@ class PatchPlan:
                 )
             return self._tables[epoch]
 
-    def batch(self, samples: Sequence[int], pin: bool = False) -> Batch:
-        """Read patches by their place in the endless sequence."""
+    def places(self, samples: Sequence[int]) -> tuple[list[tuple[int, int]], np.ndarray]:
+        """Return (epoch, row) of each sample of the endless sequence, and its row of the plan."""
         places = [divmod(sample, self.rows_per_epoch) for sample in samples]
-        rows = np.stack([self.table(epoch)[row] for epoch, row in places])
+        return places, np.array([self.table(epoch)[row] for epoch, row in places], np.int64)
+
+    def image_shape(self, samples: Sequence[int]) -> tuple[int, ...]:
+        """Shape (B, C, *patch) of a batch; whole volumes are padded to the largest of them."""
         patch = self.patch_size
-        if patch is None:  # whole volumes, padded to the largest of the batch
-            shapes = [self.store.shape(int(row[0]))[1:] for row in rows]
-            patch = tuple(max(sizes) for sizes in zip(*shapes, strict=True))
-        channels = self.store.shape(0)[0]
-        image = torch.empty((len(rows), channels, *patch), pin_memory=pin)
-        for place, row, out in zip(places, rows, image, strict=True):
-            read_patch(self.store, int(row[0]), row[1:].tolist(), out.numpy())
+        if patch is None:
+            _, rows = self.places(samples)
+            patch = self.store.spatial_shapes[rows[:, 0]].max(axis=0).tolist()
+        return (len(samples), self.store.num_channels, *patch)
+
+    def batch(self, samples: Sequence[int], image: torch.Tensor | None = None) -> Batch:
+        """Read patches by their place in the endless sequence, into `image` where it is given."""
+        places, rows = self.places(samples)
+        image = torch.empty(self.image_shape(samples)) if image is None else image
+        buffers = image.numpy()
+        for number, (place, row) in enumerate(zip(places, rows, strict=True)):
+            volume, *corner = row.tolist()
+            read_patch(self.store, volume, corner, buffers[number])
             if self.augment is not None:
-                key, spacing_mm = (self.seed, *place), self.store.spacing_mm(int(row[0]))
-                out.copy_(self.augment(out, key, spacing_mm))
+                key, spacing_mm = (self.seed, *place), self.store.spacing_mm(volume)
+                image[number] = self.augment(image[number], key, spacing_mm)
         return Batch(
             image,
-            torch.from_numpy(rows[:, 0].astype(np.int64)),
-            torch.from_numpy(rows[:, 1:].astype(np.int64)),
+            torch.from_numpy(rows[:, 0]),
+            torch.from_numpy(rows[:, 1:]),
             torch.tensor([row for _, row in places]),
         )
 
@@ -208,6 +218,7 @@ class PatchLoader:
         self.prefetch = prefetch if prefetch is not None else 2 * threads
         self.samples = 0  # of all ranks together, since the start of epoch 0
         self._begin = 0  # where the next iteration starts
+        self._slots: list[np.ndarray] = []
 
     def __len__(self) -> int:
         """Batches of this rank in one epoch."""
@@ -268,7 +279,7 @@ class PatchLoader:
         )  # fmt: skip
         self.samples = first
         if self.threads == 0:
-            batches = ((after, self.plan.batch(samples, self.pin)) for after, samples in jobs)
+            batches = ((after, self.read(samples)) for after, samples in jobs)
         elif self.plan.augment is not None:
             batches = self._from_processes(jobs)
         else:
@@ -278,19 +289,44 @@ class PatchLoader:
                 self.samples = after
                 yield batch
 
+    def read(self, samples: range) -> Batch:
+        """Read the patches of these samples now."""
+        return self.plan.batch(samples, self._buffer(samples))
+
+    def _buffer(self, samples: range) -> torch.Tensor:
+        """Return memory for a batch: pinned, or a slot of the arena that nobody looks at, or new.
+
+        Fresh memory costs as much as the copy, a page fault each 4 KB; the arena is one block, so
+        that the system can back it with huge pages. A slot is referred to by the storage of the
+        tensor over it, so its reference count tells whether any tensor still looks at it.
+        """
+        shape = self.plan.image_shape(samples)
+        if self.pin:
+            return torch.empty(shape, pin_memory=True)
+        if self.plan.patch_size is not None:
+            if not self._slots:
+                size = (self.prefetch + 2, self.batch_size, *shape[1:])
+                self._slots = list(np.empty(size, np.float32))
+            for slot in self._slots:
+                if sys.getrefcount(slot) == 3:  # in the list, in this loop, as the argument
+                    return torch.from_numpy(slot)[: len(samples)]
+        return torch.empty(shape)
+
     def _from_threads(self, jobs: Iterator) -> Iterator[tuple[int, Batch]]:
         """Read batches ahead in threads; none is left when the iterator is closed."""
         pool = ThreadPoolExecutor(self.threads, "patches")
         try:
             ahead = deque(
-                (after, pool.submit(self.plan.batch, samples, self.pin))
+                (after, pool.submit(self.plan.batch, samples, self._buffer(samples)))
                 for after, samples in itertools.islice(jobs, max(1, self.prefetch))
             )
             while ahead:
                 after, future = ahead.popleft()
                 batch = future.result()  # an exception of the thread is raised here
                 for later, samples in itertools.islice(jobs, 1):
-                    ahead.append((later, pool.submit(self.plan.batch, samples, self.pin)))
+                    buffer = self._buffer(samples)
+                    ahead.append((later, pool.submit(self.plan.batch, samples, buffer)))
+                    del buffer
                 yield after, batch
                 del batch, future  # the consumer's to keep or free
         finally:

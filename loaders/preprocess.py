@@ -165,16 +165,18 @@ def statistics(data: np.ndarray, scale: float, offset: float) -> tuple[dict[str,
 def distribution(data: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return values in rising order and how often each occurs; floats fall into 4096 fine bins."""
     low, high = data.min(), data.max()
+    flat = data.ravel(order="K")  # in the order of memory, whatever the axes
+    parts = (flat[start : start + 2**20] for start in range(0, flat.size, 2**20))
     if data.dtype.kind in "iu" and int(high) - int(low) < 2**17:
         counts = np.zeros(int(high) - int(low) + 1, np.int64)
-        for part in data:  # slab by slab: bincount wants 8 bytes a voxel
-            counts += np.bincount((part.ravel().astype(np.int64) - int(low)), minlength=len(counts))
+        for part in parts:
+            counts += np.bincount(np.subtract(part, low, dtype=np.intp), minlength=len(counts))
         present = np.flatnonzero(counts)
         return present.astype(np.float64) + int(low), counts[present]
     edges = np.linspace(float(low), float(high), 4097)
     counts, sums = np.zeros(4096, np.int64), np.zeros(4096)
-    for part in data:
-        part = part.ravel().astype(np.float64)
+    for part in parts:
+        part = part.astype(np.float64)
         which = np.clip(np.searchsorted(edges, part, "right") - 1, 0, 4095)
         counts += np.bincount(which, minlength=4096)
         sums += np.bincount(which, part, minlength=4096)

@@ -66,7 +66,9 @@ class VolumeStore:
         self.cache_dir = Path(cache_dir)
         self.preprocess = preprocess
         self.skipped = list(skipped)  # (id, path, reason) of broken volumes
-        self.spatial_shapes = np.array([entry.shape[1:] for entry in self.entries], int).reshape(-1, 3)
+        self.spatial_shapes = np.array([entry.shape[1:] for entry in self.entries], int).reshape(
+            -1, 3
+        )
         self.array = lru_cache(OPEN_VOLUMES)(self._open)
 
     def __len__(self) -> int:
