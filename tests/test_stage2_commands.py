@@ -1,0 +1,413 @@
+"""encode, decode, train-ldm and sample from end to end, on small volumes and tiny networks."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from toys import on_ranks
+
+from evaluate import evaluate
+from loaders import DataConfig, Preprocess, read_volume, write_volume
+from loaders.readers import Volume
+from train_3d import train_3d
+from vae3d.commands.decode import decode
+from vae3d.commands.encode import VolumeSource, encode
+from vae3d.commands.sample import sample
+from vae3d.commands.train_ldm import UNet, train_ldm
+from vae3d.models.custom_vae import CustomVAE
+from vae3d.models.norm import GroupNorm
+from vae3d.stage2.latents import LatentDataset, LatentStore, read_index, read_info, read_latent
+from vae3d.training.checkpoint import load_checkpoint, load_model
+
+ROOT = Path(__file__).resolve().parents[1]
+SHAPE = (18, 15, 13)  # no multiple of the factor
+TINY = partial(
+    CustomVAE, channels=(4, 8), num_res_blocks=1, latent_channels=3,
+    norm=partial(GroupNorm, num_groups=4), mid_attention=None,
+)  # fmt: skip
+TINY_UNET = UNet((4, 8), 1, (False, True), (0, 4), 4)
+
+
+def write_blobs(folder, count=6):
+    """Balls of several sizes with oblique affines, a manifest with split and sex."""
+    folder.mkdir(parents=True)
+    generator = np.random.default_rng(0)
+    grid = np.stack(np.meshgrid(*[np.linspace(-1, 1, n) for n in SHAPE], indexing="ij"))
+    rows = ["path,split,sex"]
+    for n in range(count):
+        radius = 0.5 + 0.08 * n
+        ball = 900 / (1 + np.exp(12 * ((grid**2).sum(0) ** 0.5 - radius)))
+        data = (ball + generator.normal(0, 15, SHAPE)).astype(np.int16)
+        affine = np.array([[-2, 0.1, 0, 10], [0.1, 1.5, 0, -20], [0, 0, 3, 30 + n], [0, 0, 0, 1.0]])
+        write_volume(folder / f"v{n}.nii.gz", Volume(data[None], affine))
+        rows.append(f"v{n}.nii.gz,{'train' if n < count - 2 else 'val'},{'FM'[n % 2]}")
+    (folder / "manifest.csv").write_text("\n".join(rows) + "\n")
+    return str(folder / "manifest.csv")
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A trained VAE (`run`), its volumes and latents (`latents`); tests write elsewhere."""
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("stage2")
+    manifest = write_blobs(folder / "volumes")
+    data = DataConfig(manifest, cache_dir=str(folder / "cache"), preprocess=Preprocess())
+    train_3d(
+        data, str(folder / "run"), TINY, patch_size=(8, 8, 8), batch_size=4, max_steps=60, lr=1e-2,
+        warmup_steps=0, val_every=0, media_every=0, wandb="disabled", device="cpu", ema_decay=0.9,
+    )  # fmt: skip
+    encode(str(folder / "run"), str(folder / "latents"), device="cpu")
+    return folder
+
+
+def ldm(latents, out_dir, **options):
+    defaults = dict(
+        unet=TINY_UNET, batch_size=2, max_steps=6, lr=1e-3, warmup_steps=0, log_every=1,
+        val_every=3, media_every=0, save_every=2, wandb="disabled", device="cpu", threads=0,
+    )  # fmt: skip
+    return train_ldm(str(latents), str(out_dir), **(defaults | options))
+
+
+def losses(run):
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [row["train/loss"] for row in rows if "train/loss" in row]
+
+
+def command(*arguments, **environment):
+    """Run `vae3d ...` in a process of its own; return exit code and standard error."""
+    run = subprocess.run(
+        [sys.executable, "-c", "from vae3d.cli import main; main()", *map(str, arguments)],
+        cwd=ROOT, capture_output=True, text=True, timeout=300, env=os.environ | environment,
+    )  # fmt: skip
+    return run.returncode, run.stderr
+
+
+def test_latent_files_say_what_they_belong_to(home):
+    info = read_info(home / "latents" / "v1.safetensors")
+    assert info["subject"] == "v1" and info["split"] == "train" and info["labels"] == {"sex": "M"}
+    assert info["shape"] == [3, 9, 8, 7] and info["volume_shape"] == [1, *SHAPE]
+    assert info["factor"] == [2, 2, 2] and info["made_by"]["mode"] == "full"
+    assert len(info["made_by"]["checkpoint"]) == 64 and info["source"]["fingerprint"]
+    source = read_volume(home / "volumes" / "v1.nii.gz")
+    spacing = np.linalg.norm(np.array(info["affine"])[:3, :3], axis=0)
+    np.testing.assert_allclose(spacing, info["spacing_mm"], rtol=1e-5)
+    np.testing.assert_allclose(sorted(spacing), sorted(2 * np.array(source.spacing_mm)), rtol=1e-5)
+
+
+def test_the_latent_grid_lies_over_the_volume(home):
+    """The two fields of view share their outer corner, in mm."""
+    info = read_info(home / "latents" / "v0.safetensors")
+    record = info["source"]["undo"]
+    corner = np.array([-0.5, -0.5, -0.5, 1])
+    np.testing.assert_allclose(
+        np.array(info["affine"]) @ corner, np.array(record["affine"]) @ corner, atol=1e-9
+    )
+
+
+@pytest.mark.parametrize("mode", ["full", "exact"])
+def test_encode_then_decode_equals_evaluate(home, tmp_path, mode):
+    source = VolumeSource(cache_dir=str(home / "cache"))
+    encode(str(home / "run"), str(tmp_path / "latents"), source, mode=mode, device="cpu")
+    decode(str(tmp_path / "latents"), str(home / "run"), str(tmp_path / "decoded"), device="cpu")
+    data = DataConfig(str(home / "volumes" / "manifest.csv"), cache_dir=str(home / "cache"))
+    evaluate(str(home / "run"), data, str(tmp_path / "eval"), mode=mode, split="all", media=False,
+             device="cpu")  # fmt: skip
+    for n in range(6):
+        decoded = read_volume(tmp_path / "decoded" / f"v{n}.nii.gz")
+        recon = read_volume(tmp_path / "eval" / "recon" / f"v{n}.nii.gz")
+        assert np.abs(decoded.data - recon.data).max() <= 1e-5 * 900
+        source = read_volume(home / "volumes" / f"v{n}.nii.gz")
+        np.testing.assert_allclose(decoded.affine, source.affine, atol=1e-4)
+        assert decoded.data.shape == source.data.shape
+        assert np.corrcoef(decoded.data.ravel(), source.data.ravel())[0, 1] > 0.5
+
+
+def test_exact_latents_equal_those_of_the_full_pass(home, tmp_path):
+    encode(str(home / "run"), str(tmp_path), mode="exact", memory_gb=0.01, device="cpu")
+    for n in range(6):
+        exact = read_latent(tmp_path / f"v{n}.safetensors")
+        full = read_latent(home / "latents" / f"v{n}.safetensors")
+        assert (exact.mean - full.mean).abs().max() < 1e-4 * full.mean.abs().max()
+        assert (exact.logvar - full.logvar).abs().max() < 1e-3
+
+
+def test_stitched_latents_lie_on_the_same_grid(home, tmp_path):
+    encode(str(home / "run"), str(tmp_path), mode="patch", patch_size=(8, 8, 8), device="cpu")
+    patch = read_latent(tmp_path / "v0.safetensors")
+    full = read_latent(home / "latents" / "v0.safetensors")
+    assert patch.mean.shape == full.mean.shape
+    assert patch.info["affine"] == full.info["affine"]
+    inner = (slice(None), *(slice(2, -2),) * 3)
+    assert np.corrcoef(patch.mean[inner].ravel(), full.mean[inner].ravel())[0, 1] > 0.8
+    decode(str(tmp_path), str(home / "run"), str(tmp_path / "decoded"), device="cpu")
+    assert len(list((tmp_path / "decoded").glob("*.nii.gz"))) == 6
+
+
+def test_files_decode_without_the_volumes_and_the_cache(home, tmp_path):
+    for name in ("latents", "run"):
+        shutil.copytree(home / name, tmp_path / name)
+    decode(str(tmp_path / "latents" / "v0.safetensors"), str(tmp_path / "run"),
+           str(tmp_path / "out"), device="cpu")  # fmt: skip
+    assert read_volume(tmp_path / "out" / "v0.nii.gz").data.shape == (1, *SHAPE)
+
+
+def _encode_on_rank(world, run, out_dir):
+    """One rank of two; the group is open already, as encode would open it."""
+    from contextlib import contextmanager
+
+    from vae3d.training import distributed
+
+    distributed.open_world = contextmanager(lambda device: iter([world]))
+    encode(run, out_dir, device="cpu")
+    return torch.tensor(world.rank)
+
+
+def test_two_ranks_write_the_same_files_as_one(home, tmp_path):
+    assert [int(r) for r in on_ranks(2, _encode_on_rank, str(home / "run"), str(tmp_path))] == [
+        0,
+        1,
+    ]
+    names = sorted(p.name for p in (home / "latents").iterdir())
+    assert sorted(p.name for p in tmp_path.iterdir()) == names and "latents.json" in names
+    for name in names:
+        assert (tmp_path / name).read_bytes() == (home / "latents" / name).read_bytes(), name
+
+
+def test_finished_latents_are_kept_and_missing_ones_made(home, tmp_path):
+    shutil.copytree(home / "latents", tmp_path / "latents")
+    before = {p.name: p.read_bytes() for p in (home / "latents").iterdir()}
+    (tmp_path / "latents" / "v2.safetensors").unlink()
+    (tmp_path / "latents" / ".v3.safetensors.0123.tmp").write_bytes(b"left by a kill")
+    kept = (tmp_path / "latents" / "v0.safetensors").stat().st_mtime_ns
+    encode(str(home / "run"), str(tmp_path / "latents"), device="cpu")
+    assert (tmp_path / "latents" / "v0.safetensors").stat().st_mtime_ns == kept
+    assert {p.name: p.read_bytes() for p in (tmp_path / "latents").iterdir()} == before
+
+
+def test_latents_of_another_model_are_not_mixed_in(home, tmp_path):
+    shutil.copytree(home / "latents", tmp_path / "latents")
+    with pytest.raises(ValueError, match="--overwrite"):
+        encode(str(home / "run"), str(tmp_path / "latents"), ema=False, device="cpu")
+    encode(str(home / "run"), str(tmp_path / "latents"), ema=False, overwrite=True, device="cpu")
+    assert not read_index(tmp_path / "latents")["made_by"]["ema"]
+    with pytest.raises(ValueError, match="not the weights that wrote the latents"):
+        state = load_checkpoint(home / "run")
+        state["model"]["encoder.0.bias"] += 1
+        torch.save(state, tmp_path / "other.pt")
+        decode(str(tmp_path / "latents"), str(tmp_path / "other.pt"), str(tmp_path), device="cpu")
+
+
+def test_standardized_training_latents_have_mean_0_and_std_1(home):
+    dataset = LatentDataset(home / "latents", split="train")
+    values = torch.cat([z.flatten(1) for z in dataset], 1)
+    error = 4 / values.shape[1] ** 0.5  # of the draws; the statistics themselves are exact
+    assert values.mean(1).abs().max() < max(0.02, error)
+    assert (values.std(1) - 1).abs().max() < max(0.02, error)
+
+
+@pytest.mark.parametrize(
+    ("process", "prediction"),
+    [("flow", "v"), ("ddpm", "epsilon"), ("ddpm", "v"), ("ddpm", "sample")],
+)
+def test_training_lowers_the_loss_of_every_process(home, tmp_path, process, prediction):
+    ldm(home / "latents", tmp_path, process=process, prediction=prediction, max_steps=30, lr=1e-2,
+        val_every=0, save_every=100)  # fmt: skip
+    values = losses(tmp_path)
+    assert np.mean(values[-6:]) < 0.95 * np.mean(values[:3])
+
+
+def test_a_resumed_run_equals_one_that_was_never_stopped(home, tmp_path):
+    options = dict(label="sex", condition=str(home / "latents"), ema_decay=0.9)
+    ldm(home / "latents", tmp_path / "a", **options)
+    ldm(home / "latents", tmp_path / "b", max_steps=3, lr_schedule="constant", **options)
+    shutil.rmtree(tmp_path / "b")
+    ldm(home / "latents", tmp_path / "b", **options, max_hours=1e-9)  # stops after the first step
+    assert load_checkpoint(tmp_path / "b" / "checkpoints" / "last.pt")["step"] < 6
+    ldm(home / "latents", tmp_path / "b", **options)
+    one, two = (load_checkpoint(tmp_path / x / "checkpoints" / "last.pt") for x in "ab")
+    assert one["step"] == two["step"] == 6
+    for part in ("model", "ema"):
+        for name, value in one[part].items():
+            assert torch.equal(value, two[part][name]), f"{part} {name}"
+
+
+def _gradients(world, latents):
+    from loaders import PatchLoader
+    from vae3d.stage2.diffusion import LatentDiffusion
+    from vae3d.stage2.task import LatentTask
+    from vae3d.training.checkpoint import Checkpoints
+    from vae3d.training.trainer import Trainer
+
+    torch.manual_seed(0)
+    store, conditions = (LatentStore(latents, split="train") for _ in range(2))
+    unet = dict(channels=(4, 8), attention_levels=(False, True), num_head_channels=(0, 4),
+                norm_num_groups=4, num_res_blocks=1)  # fmt: skip
+    model = LatentDiffusion(3, 3, unet, classes=("F", "M"), condition_channels=3)
+    with torch.no_grad():
+        for p in model.parameters():
+            if not p.any():
+                p.fill_(0.01)
+    task = LatentTask(model, store, "sex", conditions)
+    loader = PatchLoader(store, patching=None, batch_size=4 // world.size, rank=world.rank,
+                         world_size=world.size, threads=0)  # fmt: skip
+    trainer = Trainer(task, loader, Checkpoints(Path(latents) / "none"), world, max_steps=1)
+    terms = trainer.backward([next(loader.stream())])
+    loss = world.sum_(terms["loss"].clone())
+    grads = {n: p.grad for n, p in model.named_parameters()}
+    return {"loss": loss, **grads}
+
+
+def test_two_ranks_have_the_loss_and_gradients_of_one_the_projector_too(home):
+    """The known failure: a projector outside DDP, whose ranks drift apart."""
+    from vae3d.training.distributed import World
+
+    alone = _gradients(World(), str(home / "latents"))
+    one, two = on_ranks(2, _gradients, str(home / "latents"))
+    for name, value in alone.items():
+        assert torch.equal(one[name], two[name]), f"{name} differs between ranks"
+        assert torch.allclose(one[name], value, rtol=1e-3, atol=1e-6), name
+    assert one["projector.weight"].any() and one["unet.class_embedding.weight"].any()
+
+
+def test_samples_depend_on_seed_and_number_alone(home, tmp_path):
+    ldm(home / "latents", tmp_path / "ldm")
+    for name, n in (("three", 3), ("two", 2)):
+        sample(ldm=str(tmp_path / "ldm"), out_dir=str(tmp_path / name), n=n, steps=3, device="cpu")
+    sample(ldm=str(tmp_path / "ldm"), out_dir=str(tmp_path / "other"), n=1, steps=3, seed=1,
+           device="cpu")  # fmt: skip
+    read = {
+        (name, n): read_volume(tmp_path / name / "ldm" / f"sample_{n:03d}.nii.gz").data
+        for name, n in (("three", 0), ("three", 1), ("two", 0), ("two", 1), ("other", 0))
+    }
+    assert np.array_equal(read["three", 0], read["two", 0])
+    assert np.array_equal(read["three", 1], read["two", 1])
+    assert not np.array_equal(read["two", 0], read["two", 1])
+    assert not np.array_equal(read["two", 0], read["other", 0])
+
+
+def test_sampling_writes_volumes_clips_a_sheet_and_the_seeds(home, tmp_path):
+    from PIL import Image
+
+    sample(str(home / "run"), out_dir=str(tmp_path), n=2, latents=str(home / "latents"),
+           device="cpu")  # fmt: skip
+    facts = json.loads((tmp_path / "samples.json").read_text())
+    assert set(facts) == {
+        f"{k}/sample_{n:03d}" for k in ("joint", "gaussian", "standard") for n in (0, 1)
+    }
+    assert facts["joint/sample_000"]["seed"] == 0
+    volume = read_volume(tmp_path / "joint" / "sample_001.nii.gz")
+    assert volume.data.shape == (1, *SHAPE)
+    assert volume.data.max() > 100, "original intensities"
+    with Image.open(tmp_path / "gaussian" / "sample_000.gif") as gif:
+        assert gif.n_frames == SHAPE[2]
+    with Image.open(tmp_path / "sheet.png") as sheet:
+        assert min(sheet.size) > 100 and np.asarray(sheet).std() > 5
+
+
+def test_large_grids_are_decoded_in_tiles_and_exactly(home, tmp_path):
+    options = dict(n=1, latents=str(home / "latents"), prior="gaussian", grid=(14, 12, 10),
+                   device="cpu", media=False)  # fmt: skip
+    sample(str(home / "run"), out_dir=str(tmp_path / "full"), **options)
+    sample(str(home / "run"), out_dir=str(tmp_path / "exact"), mode="exact", **options)
+    sample(str(home / "run"), out_dir=str(tmp_path / "tiles"), mode="patch",
+           patch_size=(16, 16, 16), **options)  # fmt: skip
+    full, exact, tiles = (
+        read_volume(tmp_path / k / "gaussian" / "sample_000.nii.gz").data
+        for k in ("full", "exact", "tiles")
+    )
+    assert full.shape == tiles.shape == (1, 28, 24, 20)
+    assert np.abs(full - exact).max() < 1e-4 * np.ptp(full)
+    assert np.corrcoef(full.ravel(), tiles.ravel())[0, 1] > 0.9
+
+
+def test_label_and_condition_change_the_samples(home, tmp_path):
+    ldm(home / "latents", tmp_path / "ldm", label="sex", condition=str(home / "latents"),
+        max_steps=20, lr=1e-2, val_every=0)  # fmt: skip
+    how = dict(ldm=str(tmp_path / "ldm"), n=2, steps=3, device="cpu", media=False)
+    sample(out_dir=str(tmp_path / "F"), label="F", **how)
+    sample(out_dir=str(tmp_path / "M"), label="M", guidance=2.0, **how)
+    sample(out_dir=str(tmp_path / "C"), condition=str(home / "latents"), **how)
+    one = [read_volume(tmp_path / k / "ldm" / "sample_000.nii.gz").data for k in "FMC"]
+    assert not np.array_equal(one[0], one[1]) and not np.array_equal(one[0], one[2])
+    facts = json.loads((tmp_path / "C" / "samples.json").read_text())
+    assert [facts[f"ldm/sample_00{n}"]["condition"] for n in (0, 1)] == ["v0", "v1"]
+
+
+def test_the_checkpoint_holds_unet_projector_statistics_and_classes(home, tmp_path):
+    ldm(home / "latents", tmp_path, label="sex", condition=str(home / "latents"))
+    model = load_model(tmp_path)
+    assert model.classes == ("F", "M")
+    assert {"projector.weight", "null_token"} <= set(load_checkpoint(tmp_path)["ema"])
+    kept = read_index(home / "latents")["statistics"]["train"]
+    np.testing.assert_allclose(model.latent_mean, kept["mean"], rtol=1e-6)
+    np.testing.assert_allclose(model.condition_std, kept["std"], rtol=1e-6)
+
+
+def test_pictures_of_samples_are_drawn_while_training(home, tmp_path):
+    ldm(home / "latents", tmp_path, media_every=6, media_volumes=2)
+    assert [p.name for p in (tmp_path / "media").iterdir()] == ["samples_00000006.png"]
+
+
+def test_random_crops_of_latents_train_too(home, tmp_path):
+    assert ldm(home / "latents", tmp_path, crop=(4, 4, 4), max_steps=2) == 0
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("train-ldm {latents} --out_dir {tmp} --label age", "know sex"),
+        ("train-ldm {volumes} --out_dir {tmp}", "vae3d encode"),
+        ("train-ldm {latents} --out_dir {tmp} --prediction epsilon", "flow predicts v"),
+        ("train-ldm {latents} --out_dir {tmp} --crop [4,4]", "--crop [4, 4]"),
+        ("sample --out_dir {tmp}", "--checkpoint"),
+        ("sample --ldm {run} --out_dir {tmp}", "not a run of vae3d train-ldm"),
+        ("sample --checkpoint {run} --label F --out_dir {tmp}", "need --ldm"),
+        ("encode --checkpoint {run} --out_dir {tmp} --split test", "test split"),
+        ("encode --checkpoint {volumes} --out_dir {tmp}", "run folder"),
+        ("encode --checkpoint {run} --out_dir {tmp} --mode patch --patch_size [7,7,7]", "factor"),
+        ("decode {volumes} --checkpoint {run} --out_dir {tmp}", "no latents"),
+    ],
+)
+def test_each_mistake_is_one_line_with_the_remedy(home, tmp_path, line, said, capsys):
+    from vae3d.cli import main
+
+    places = {name: str(home / name) for name in ("latents", "volumes", "run")}
+    with pytest.raises(SystemExit) as stop:
+        main(line.format(**places, tmp=tmp_path / "out").split())
+    printed = capsys.readouterr().err
+    assert stop.value.code == 2
+    assert said in printed and printed.strip().count("\n") == 0, printed
+
+
+@pytest.mark.parametrize("name", ["encode", "decode", "sample", "train-ldm"])
+def test_help_is_there_and_light(name):
+    code, errors = command(name, "--help")
+    assert code == 0, errors
+
+
+def test_the_seven_lines_of_a_whole_run_work_from_the_command_line(home, tmp_path):
+    """Options as people type them, a YAML for the network."""
+    recipe = tmp_path / "ldm.yaml"
+    recipe.write_text(
+        "unet: {channels: [4, 8], attention_levels: [false, true], num_head_channels: [0, 4],\n"
+        "  norm_num_groups: 4, num_res_blocks: 1}\nwandb: disabled\nval_every: 0\nmedia_every: 0\n"
+    )
+    lines = [
+        ["encode", "--checkpoint", home / "run", "--out_dir", tmp_path / "z", "--mode", "exact"],
+        ["train-ldm", tmp_path / "z", "--config", recipe, "--out_dir", tmp_path / "ldm",
+         "--max_steps", "2", "--warmup_steps", "0", "--label", "sex"],
+        ["sample", "--ldm", tmp_path / "ldm", "--n", "1", "--label", "F", "--steps", "2",
+         "--solver", "heun", "--out_dir", tmp_path / "samples"],
+    ]  # fmt: skip
+    for line in lines:
+        code, errors = command(*line)
+        assert code == 0, errors
+    assert (tmp_path / "samples" / "ldm" / "sample_000.nii.gz").is_file()
