@@ -184,7 +184,12 @@ def test_secrets_of_the_configuration_are_not_in_the_page(tmp_path):
     [
         ("nan", {"train__recon": lambda s: float("nan") if s > 30 else 1.0}, "bad", "not finite"),
         ("skipped", {"train__skipped_steps": lambda s: float(s > 5)}, "warn", "skipped"),
-        ("jump", {"train__grad_norm": lambda s: 900.0 if s == 33 else 1.0}, "warn", "norm jumped"),
+        (
+            "jump",
+            {"train__norm__generator": lambda s: 900.0 if s == 33 else 1.0},
+            "warn",
+            "norm jumped",
+        ),
         ("data", {"perf__data_wait": lambda s: 0.4}, "warn", "waits 40%"),
         (
             "dead",

@@ -133,7 +133,7 @@ def _broken_numbers(run: RunData):
             "warn",
             f"{page.number(skipped[-1])} updates were skipped: their gradient was not finite.",
         )
-    norms = run.values("train/grad_norm")
+    norms = run.values("train/norm/generator")
     tail = norms[len(norms) // 2 :]
     if len(tail) >= 10 and max(tail) > 20 * median(tail):
         yield (

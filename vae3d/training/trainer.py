@@ -15,6 +15,7 @@ from inspect import signature
 from itertools import islice
 from typing import Any
 
+import psutil
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -140,7 +141,7 @@ class Trainer:
         self.skipped = torch.zeros((), device=self.device)
         self.bad_in_row = torch.zeros((), device=self.device)
         self.meter: dict[str, Tensor] = {}
-        self.started = time.monotonic()
+        self.started, self.waited = time.monotonic(), 0.0
         self.console = Console(max_steps, enabled=False)
 
     # The loop
@@ -155,7 +156,7 @@ class Trainer:
             stack.enter_context(self.world.naming_the_missing(lambda: self.step))
             batches = stack.enter_context(closing(self.loader.stream()))
             while self.step < self.max_steps:
-                window = list(islice(batches, self.grad_accum))
+                window = self.fetch(batches)
                 terms = self.backward(window)
                 self.update(terms, window)
                 self.step += 1
@@ -170,6 +171,13 @@ class Trainer:
                 if stop:
                     return stop if stop > NO_PROGRESS else 0
         return 0
+
+    def fetch(self, batches: Iterator[Any]) -> list[Any]:
+        """The micro-batches of the next step; the time spent waiting for them is counted."""
+        begun = time.monotonic()
+        window = list(islice(batches, self.grad_accum))
+        self.waited += time.monotonic() - begun
+        return window
 
     def due(self, every: int) -> bool:
         """Whether what happens `every` so many steps happens now; it does at the last one."""
@@ -283,7 +291,7 @@ class Trainer:
         self.console.update(self.step, numbers)
 
     def _clock(self) -> dict[str, float]:
-        """Speed since the last call, and memory."""
+        """Speed since the last call, the share of time that waited for data, and memory."""
         now = time.monotonic()
         before, samples, step = getattr(self, "_last_clock", (now, self.samples, self.step))
         self._last_clock = (now, self.samples, self.step)
@@ -291,7 +299,10 @@ class Trainer:
         numbers = {
             "perf/patches_per_s": (self.samples - samples) / seconds,
             "perf/step_s": seconds / max(self.step - step, 1),
+            "perf/data_wait": min(self.waited / seconds, 1.0),
+            "perf/cpu_memory_gb": psutil.Process().memory_info().rss / 1e9,
         }
+        self.waited = 0.0
         if self.device.type == "cuda":
             numbers["perf/gpu_memory_gb"] = torch.cuda.max_memory_allocated(self.device) / 1e9
         return numbers
@@ -302,6 +313,8 @@ class Trainer:
             numbers = self.validate_network(network)
         if self.tracker:
             self.tracker.log(numbers, self.step)
+            if rows := getattr(self.validate_network, "rows", None):
+                self.tracker.log_table("val/volumes", rows, self.step)
         self.console.print(
             f"step {self.step}  " + "  ".join(f"{k} {v:.4g}" for k, v in numbers.items())
         )
