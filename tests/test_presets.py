@@ -3,6 +3,7 @@
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -167,6 +168,14 @@ def test_one_draw_of_the_global_generator_per_forward():
     assert torch.equal(vae.encode_stage_2_inputs(x), z)
 
 
+def test_the_posterior_of_vae_model_is_monais_pair_and_ours():
+    posterior = VAEModel(**MONAI).encode(torch.randn(1, 1, 8, 8, 8))
+    mean, std = posterior
+    assert posterior[0] is mean is posterior.mean
+    torch.testing.assert_close(std, posterior.std)
+    torch.testing.assert_close(posterior.kl("sum"), compute_kl_loss(mean, std))
+
+
 def test_use_checkpoint_sets_checkpointing():
     assert MonaiVAE(use_checkpoint=True, **MONAI).encoder.checkpointing == "level"
     assert MonaiVAE(**MONAI).encoder.checkpointing == "none"
@@ -210,6 +219,34 @@ def test_every_recipe_is_complete_explained_and_builds(path):
     on_meta(partial(build, vae.spec))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("make", TINY.values(), ids=TINY.keys())
+def test_every_preset_trains_and_comes_back_from_its_checkpoint(make, tmp_path):
+    from loaders import DataConfig
+    from train_3d import train_3d
+    from vae3d.training.checkpoint import load_model
+
+    (tmp_path / "data").mkdir()
+    for n in range(3):
+        np.save(tmp_path / "data" / f"{n}.npy", np.random.default_rng(n).random((16, 16, 16)))
+    vae = make()
+    train_3d(
+        DataConfig(root=str(tmp_path / "data"), cache_dir=str(tmp_path / "cache")),
+        str(tmp_path / "run"),
+        make,
+        patch_size=(8,) * vae.spatial_dims,
+        max_steps=2,
+        val_every=2,
+        media_every=0,
+        threads=0,
+        wandb="disabled",
+        device="cpu",
+    )
+    again = load_model(tmp_path / "run")
+    assert type(again) is type(vae)
+    assert again.spec == vae.spec
+
+
 # --------------------------------------------------------------------------------- export
 
 
@@ -220,7 +257,7 @@ class Encode(nn.Module):
 
     def forward(self, x):
         posterior = self.vae.encode(x)
-        return posterior if isinstance(posterior, tuple) else (posterior.mean, posterior.std)
+        return posterior.mean, posterior.std
 
 
 class Decode(Encode):

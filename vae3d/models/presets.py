@@ -12,7 +12,7 @@ Axes: b batch, c channels, x y z space.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any, Literal
 
@@ -312,31 +312,46 @@ def _accept_monai_names(module: nn.Module, state: dict, prefix: str, *_: Any) ->
         state.update({prefix + key: value for key, value in ours.items()})
 
 
+class MeanAndStd(DiagonalGaussian):
+    """A posterior that unpacks as MONAI's pair, `z_mu, z_sigma = posterior`."""
+
+    def __iter__(self) -> Iterator[Tensor]:
+        """Mean, then standard deviation."""
+        return iter((self.mean, self.std))
+
+    def __getitem__(self, index: int) -> Tensor:
+        """Mean (0) or standard deviation (1)."""
+        return (self.mean, self.std)[index]
+
+
 class VAEModel(MonaiVAE):
     """MONAI's `AutoencoderKL` with MONAI's calls: `vae(x)` returns `(recon, z_mu, z_sigma)`.
 
-    `train_3d.py` needs the calls of `CustomVAE`: train `MonaiVAE`, which has the same weights.
     The arguments are those of `MonaiVAE`.
     """
 
-    def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation of the posterior, `(B, latent_channels, *spatial)` each."""
+    def encode(self, x: Tensor) -> MeanAndStd:
+        """Posterior of `x`, which unpacks as `(z_mu, z_sigma)`."""
         posterior = super().encode(x)
-        return posterior.mean, posterior.std
+        return MeanAndStd(posterior.mean, posterior.logvar)
 
     def sampling(self, z_mu: Tensor, z_sigma: Tensor) -> Tensor:
         """Draw from the posterior, with one `randn_like(z_sigma)` of the global generator."""
         return z_mu + torch.randn_like(z_sigma) * z_sigma
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Reconstruct a sample.
+    def forward(self, x: Tensor, sample_posterior: bool | None = None) -> tuple:
+        """Reconstruct a sample, as MONAI does.
 
         Args:
             x: `(B, in_channels, *spatial)`.
+            sample_posterior: When given, decode a sample (True) or the mean (False) and return
+                what `CustomVAE` returns, `(recon, posterior)`.
 
         Returns:
             `(recon, z_mu, z_sigma)`.
         """
+        if sample_posterior is not None:
+            return super().forward(x, sample_posterior)
         z_mu, z_sigma = self.encode(x)
         recon = self.crop(self.decode(self.sampling(z_mu, z_sigma)), x)
         return recon, z_mu, z_sigma
