@@ -295,10 +295,14 @@ def _blend(out: torch.Tensor, tile: torch.Tensor, spans: list[Span], base: int) 
     if x.weight is None:
         target.copy_(source)
         return
-    weight = spans[-1].weight
-    for s in reversed(spans[:-1]):
-        weight = s.weight.reshape(-1, *[1] * weight.ndim) * weight
-    target.addcmul_(source, weight.to(out))
+    plane = spans[-1].weight
+    for s in reversed(spans[1:-1]):
+        plane = s.weight.reshape(-1, *[1] * plane.ndim) * plane
+    # A few rows at a time: their weights stay in the cache, and take no memory of a tile's size.
+    step = max(1, (1 << 17) // plane.numel())
+    for a in range(0, x.hi - x.lo, step):
+        weight = x.weight[a : a + step].reshape(-1, *[1] * plane.ndim) * plane
+        target[:, a : a + step].addcmul_(source[:, a : a + step], weight.to(out))
 
 
 def _read_tile(volume, corner: Sequence[int], patch_size: Sequence[int]) -> torch.Tensor:
