@@ -51,7 +51,9 @@ def main(argv: list[str] | None = None) -> float:
             bare = bare_loop(store, options.steps)
             ours = trainer_loop(store, options.steps, Path(folder) / f"run{n}")
             rows.append((bare, ours))
-            print(f"round {n}  bare {bare:7.2f} patches/CPU-s  trainer {ours:7.2f}  {ours / bare:.3f}")
+            print(
+                f"round {n}  patches/CPU-s: bare {bare:.2f}, trainer {ours:.2f}, {ours / bare:.3f}"
+            )
     ratio = statistics.median(ours / bare for bare, ours in rows)
     verdict = "holds" if ratio >= TARGET else "missed"
     print(f"trainer : bare loop = {ratio:.3f}   target {TARGET} {verdict}")

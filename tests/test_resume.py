@@ -1,0 +1,192 @@
+"""A resumed run equals one never stopped, bit by bit; each part of the state is needed."""
+
+import copy
+import multiprocessing
+import os
+import random
+import signal
+from functools import partial
+
+import pytest
+import torch
+from toys import toy_trainer
+
+from vae3d.losses.adversarial import Adversarial, PatchDiscriminator
+from vae3d.losses.kl import KL
+from vae3d.losses.vae_loss import VAELoss
+from vae3d.training.checkpoint import Checkpoints, load_checkpoint
+
+GAN = partial(
+    VAELoss,
+    kl=partial(KL, weight=1e-3, warmup_steps=5, target_std=1.0),
+    adversarial=partial(
+        Adversarial,
+        spatial_dims=3,
+        start_step=3,
+        discriminator=partial(PatchDiscriminator, channels=4, num_layers=1, norm_groups=4),
+    ),
+)
+
+
+def trainer_of(folder, max_steps, state=None, **options):
+    options = dict(loss=GAN, log_every=2, warmup_steps=2, schedule="constant") | options
+    trainer = toy_trainer(folder, max_steps=max_steps, **options)
+    if state is not None:
+        trainer.load_state_dict(state)
+    return trainer
+
+
+def result(trainer):
+    state = trainer.state_dict()
+    return trainer.tracker.rows, {k: state[k] for k in ("model", "ema", "task", "optimizers")}
+
+
+def same(a, b):
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+def losses(*trainers):
+    rows = {}
+    for trainer in trainers:
+        rows |= {step: row["train/loss"] for step, row in trainer.tracker.rows.items()}
+    return rows
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run of 9 steps never stopped; 10 samples in batches of 2, so it ends mid-epoch."""
+    trainer = trainer_of(tmp_path_factory.mktemp("whole"), 9)
+    trainer.fit()
+    return losses(trainer), copy.deepcopy(result(trainer)[1])
+
+
+def stop_and_go(folder, *stops, change=lambda state: state):
+    """Train to each stop with new objects, handing over by file; return the trainers."""
+    trainers, state = [], None
+    for stop in stops:
+        torch.manual_seed(random.randrange(1000))  # the next process starts from another seed
+        trainer = trainer_of(folder, 9, state, save_every=1)
+        trainer.wish_to_stop = lambda trainer=trainer, stop=stop: int(trainer.step >= stop)
+        trainer.fit()
+        trainers.append(trainer)
+        state = change(load_checkpoint(folder / "last.pt"))
+    return trainers
+
+
+# Mid-epoch, before and after the discriminator starts, at an epoch's end, between two log lines.
+@pytest.mark.parametrize("stops", [(1, 9), (3, 9), (4, 9), (5, 9), (2, 5, 6, 9)])
+def test_a_resumed_run_equals_one_never_stopped(tmp_path, whole, stops):
+    trainers = stop_and_go(tmp_path, *stops)
+    wanted_losses, wanted_state = whole
+    got = losses(*trainers)
+    assert all(got[step] == loss for step, loss in wanted_losses.items())
+    assert same(result(trainers[-1])[1], wanted_state)
+
+
+def without(part, state):
+    """The state with one part as a fresh run has it."""
+    fresh = trainer_of("/nowhere", 9).state_dict()
+    return {**state, part: fresh[part]}
+
+
+@pytest.mark.parametrize(
+    "part", ["step", "model", "ema", "task", "optimizers", "loader"]
+)  # fmt: skip
+def test_each_part_of_the_state_is_needed(tmp_path, whole, part):
+    trainers = stop_and_go(tmp_path, 5, 9, change=lambda state: without(part, state))
+    assert not same(result(trainers[-1])[1], whole[1])
+
+
+def test_the_running_means_of_the_log_are_part_of_the_state(tmp_path, whole):
+    def forget(state):
+        return {**state, "ranks": [{**rank, "meter": {}} for rank in state["ranks"]]}
+
+    trainers = stop_and_go(tmp_path, 5, 9, change=forget)
+    assert losses(*trainers)[6] != whole[0][6]
+
+
+def test_float16_continues_with_its_loss_scale(tmp_path):
+    first = trainer_of(tmp_path, 3, amp="fp16", save_every=1)
+    first.scaler.factor = torch.tensor(512.0)
+    first.fit()
+    second = trainer_of(tmp_path, 4, load_checkpoint(tmp_path / "last.pt"), amp="fp16")
+    assert float(second.scaler.factor) == 512.0
+
+
+# Killed inside the writing of a checkpoint
+
+CALLS = ["open", "write", "fsync", "link", "replace", "unlink"]
+
+
+def die_at(count, folder):
+    """Save the next checkpoint in this process; die just before the n-th system call of it."""
+    left = [count]
+
+    def deadly(real):
+        def call(*args, **kwargs):
+            left[0] -= 1
+            if left[0] < 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return real(*args, **kwargs)
+
+        return call
+
+    from vae3d.training import checkpoint
+
+    class DeadlyFile:
+        def __init__(self, *args):
+            self.file = deadly(open)(*args)
+
+        def write(self, data):
+            return deadly(self.file.write)(data)
+
+        def __getattr__(self, name):
+            return getattr(self.file, name)
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *exc):
+            self.file.close()
+
+    for name in ("fsync", "link", "replace", "open"):
+        setattr(os, name, deadly(getattr(os, name)))
+    checkpoint.Path.unlink = deadly(checkpoint.Path.unlink)
+    checkpoint.open = DeadlyFile
+    checkpoints = Checkpoints(folder)
+    path, _ = checkpoints.find_latest()
+    state = checkpoints.resume(path)
+    state["step"] += 10
+    state["model"]["weight"] += 10
+    left[0] = count  # what reading took does not count
+    checkpoints.save(state, best=True)
+    os._exit(0)
+
+
+def test_a_kill_at_any_system_call_of_a_checkpoint_loses_nothing(tmp_path):
+    checkpoints = Checkpoints(tmp_path)
+    for step in (10, 20, 30):
+        checkpoints.save({"step": step, "model": {"weight": torch.full((8,), float(step))}})
+    kills, saved, count, context = 0, 30, 0, multiprocessing.get_context("fork")
+    while True:
+        process = context.Process(target=die_at, args=(count, tmp_path))
+        process.start()
+        process.join(60)
+        path, skipped = Checkpoints(tmp_path).find_latest()
+        state = load_checkpoint(path)
+        assert not skipped
+        assert state["step"] in (saved, saved + 10), f"killed at call {count}"
+        assert (state["model"]["weight"] == state["step"]).all()
+        for name in ("last.pt", "best.pt"):
+            if (tmp_path / name).exists():
+                load_checkpoint(tmp_path / name)
+        if process.exitcode == 0:
+            break
+        kills, saved, count = kills + 1, state["step"], count + 1
+    assert kills > 10
+    Checkpoints(tmp_path).sweep()
+    assert not list(tmp_path.glob(".*"))
