@@ -96,7 +96,7 @@ class Validation:
             return
         if self.probes is None:
             self.probes = LatentProbes(
-                [torch.from_numpy(self.store.read(i)) for i in shown[:2]],
+                [torch.from_numpy(self.store.read(i)) for i in self.volumes[:2]],
                 self.patch_size,
                 self.store.spacing_mm(shown[0]),
                 self.store.data_range,

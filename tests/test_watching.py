@@ -1,0 +1,126 @@
+"""One small run, watched in every way: files, dashboard, page and notebook show the same."""
+
+import json
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+from test_report import Document
+from test_tracker import FakeWandb, clean_environment, no_key, server, sync  # noqa: F401
+
+from loaders import DataConfig, Volume, write_volume
+from train_3d import train_3d
+from vae3d.inference.run_report import write_run_report
+from vae3d.models.custom_vae import CustomVAE
+from vae3d.models.norm import GroupNorm
+from vae3d.tracking.tracker import read_metrics, read_tables
+
+NOTEBOOK = Path(__file__).resolve().parents[1] / "examples" / "visualize_reconstruction.ipynb"
+KINDS = ("png", "gif", "mp4", "input_gif", "input_mp4", "recon_gif", "recon_mp4")
+LATENT = ("between", "channels", "draws", "noise", "slices")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run of two steps on blobs: the folder of volumes and the run folder."""
+    data, out = tmp_path_factory.mktemp("data"), tmp_path_factory.mktemp("runs") / "tiny"
+    axes = np.meshgrid(*[np.linspace(-1, 1, n) for n in (20, 16, 12)], indexing="ij")
+    for i in range(10):
+        center = np.random.default_rng(i).uniform(-0.4, 0.4, 3)
+        distance = sum((a - c) ** 2 for a, c in zip(axes, center, strict=True))
+        blob = np.exp(-4 * distance)[None].astype(np.float32)
+        write_volume(data / f"case-{i}.nii.gz", Volume(blob, np.diag([2.0, 2.0, 3.0, 1.0])))
+    train_3d(
+        DataConfig(str(data), fractions=(0.4, 0.4, 0.2)),
+        str(out),
+        partial(
+            CustomVAE,
+            channels=(4, 8),
+            num_res_blocks=1,
+            norm=partial(GroupNorm, num_groups=4),
+        ),
+        patch_size=(8, 8, 8),
+        patches_per_volume=1,
+        batch_size=2,
+        max_steps=2,
+        log_every=1,
+        val_every=1,
+        media_every=2,
+        media_volumes=1,
+        wandb="offline",
+        device="cpu",
+    )
+    return data, out
+
+
+def test_numbers_name_losses_rate_norm_speed_memory_and_waiting(run):
+    rows = read_metrics(run[1] / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [1, 2]
+    wanted = (
+        "train/loss train/recon train/kl train/lr train/norm/generator perf/patches_per_s "
+        "perf/cpu_memory_gb perf/data_wait val/mae val/psnr"
+    )
+    for row in rows:
+        assert set(wanted.split()) <= set(row)
+        assert 0 <= row["perf/data_wait"] <= 1 and row["perf/cpu_memory_gb"] > 0.05
+    assert rows[-1]["latent/channels"] == 4
+
+
+def test_each_validation_volume_has_its_row(run):
+    rows = read_tables(run[1] / "tables.jsonl")["val/volumes"]["rows"]
+    split = json.loads((run[1] / "split.json").read_text())
+    assert sorted(row["case"] for row in rows) == sorted(split["val"])
+    last = read_metrics(run[1] / "metrics.jsonl")[-1]
+    assert np.mean([row["psnr"] for row in rows]) == pytest.approx(last["val/psnr"])
+
+
+def test_pictures_and_clips_lie_in_the_folder_of_their_step(run):
+    case = json.loads((run[1] / "split.json").read_text())["val"][0]
+    names = {path.name for path in (run[1] / "media" / "step_00000002").iterdir()}
+    views = {f"{case}{dot}{kind}" for dot in ("", ".input", ".recon") for kind in (".gif", ".mp4")}
+    assert names == {f"{case}.png"} | views | {f"latent_{name}.png" for name in LATENT}
+
+
+def test_the_dashboard_gets_every_number_and_panel(run, server):  # noqa: F811
+    sent = {key: value for row in sync(run[1], server) for key, value in row.items()}
+    local = {key for row in read_metrics(run[1] / "metrics.jsonl") for key in row}
+    assert local - {"time"} <= set(sent)
+    case = json.loads((run[1] / "split.json").read_text())["val"][0]
+    for panel in [f"views/{case}/{k}" for k in KINDS] + [f"latent/{k}" for k in LATENT]:
+        assert sent[panel]["path"] in server.files, panel
+    assert sent["val/volumes"]["nrows"] == len(
+        json.loads((run[1] / "split.json").read_text())["val"]
+    )
+    assert server.config["patch_size"]["value"] == [8, 8, 8]
+
+
+def test_the_page_shows_the_run(run, tmp_path):
+    document = Document(write_run_report([run[1]], tmp_path / "page.html"))
+    for word in ("val/psnr", "train/kl", "latent/kl", "What each channel holds", "patch_size"):
+        assert word in document.text
+    assert "not finite" not in document.text
+    assert all(link.startswith("data:") for link in document.links)
+
+
+def test_the_notebook_runs_and_shows_volume_error_and_metrics(run, tmp_path, monkeypatch):
+    import nbformat
+    from nbclient import NotebookClient
+
+    monkeypatch.setenv("PYTHONPATH", str(NOTEBOOK.parents[1]))
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    assert all(not cell.get("outputs") for cell in notebook.cells), "commit it without outputs"
+    parameters = next(c for c in notebook.cells if "parameters" in c.metadata.get("tags", ()))
+    parameters.source = f"RUN = {str(run[1])!r}\nDATA = {str(run[0])!r}\nCASE = None"
+    client = NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}})
+    client.execute()
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", ())]
+    kinds = [kind for output in outputs for kind in output.get("data", ())]
+    # Planes and four probes: one volume has no way to another.
+    assert kinds.count("image/png") == 5 and kinds.count("image/gif") == 1
+    said = "".join(output.get("text", "") for output in outputs)
+    split = json.loads((run[1] / "split.json").read_text())
+    assert split["test"][0] in said and "latent/active_channels" in said
+    assert "<th>psnr</th>" in "".join(
+        o["data"].get("text/html", "") for o in outputs if "data" in o
+    )
