@@ -424,6 +424,7 @@ def stitch(
     stitcher = Stitcher(volume.shape[1:], patch_size, overlap, blend, scale)
     for corners, tiles in tile_batches(volume, stitcher, batch_size):
         add_batch(stitcher, corners, fn(tiles))
+        del tiles  # before the next are made: one batch at a time, and no holes in the heap
     return stitcher.result()
 
 
@@ -446,5 +447,6 @@ def iter_slabs(
     stitcher = Stitcher(volume.shape[1:], patch_size, overlap, blend, scale, streaming=True)
     for corners, tiles in tile_batches(volume, stitcher, batch_size):
         add_batch(stitcher, corners, fn(tiles))
+        del tiles
         yield from stitcher.pop()
     stitcher.check_complete()
