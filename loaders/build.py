@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 
+from loaders.compressed import compress
 from loaders.preprocess import (
     PERCENTILES,
     Preprocess,
@@ -45,12 +46,21 @@ class Builder:
         preprocess: Its geometry decides what is stored.
         nan: error or fill.
         volumes_4d: error, channels or first.
+        backend: npy or blosc2.
     """
 
-    def __init__(self, cache_dir: Path, preprocess: Preprocess, nan: str, volumes_4d: Volumes4D):
+    def __init__(
+        self,
+        cache_dir: Path,
+        preprocess: Preprocess,
+        nan: str,
+        volumes_4d: Volumes4D,
+        backend: str = "npy",
+    ):
         self.cache_dir, self.preprocess = cache_dir, preprocess
-        self.nan, self.volumes_4d = nan, volumes_4d
-        self.recipe = json.dumps([FORMAT, preprocess.geometry(), nan, volumes_4d], sort_keys=True)
+        self.nan, self.volumes_4d, self.backend = nan, volumes_4d, backend
+        recipe = [FORMAT, preprocess.geometry(), nan, volumes_4d, backend]
+        self.recipe = json.dumps(recipe, sort_keys=True)
         self.digests: dict[str, list] = {}
 
     def recall(self, subjects: Sequence[Subject]) -> dict[str, dict[str, Any]]:
@@ -72,7 +82,10 @@ class Builder:
     def remembered(self, path: Path) -> bool:
         """Whether the digest of a file is known and its size and time are still the same."""
         known = self.digests.get(os.path.abspath(path))
-        return known is not None and known[:-1] == stamp(path)
+        try:
+            return known is not None and known[:-1] == stamp(path)
+        except BrokenVolume:  # gone since: told when it is built
+            return False
 
     def key(self, subject: Subject) -> str:
         """Name of a volume in the cache: a hash of its bytes and of the geometry."""
@@ -89,7 +102,7 @@ class Builder:
         """Read a sidecar; None where the volume is missing or torn."""
         try:
             meta = json.loads((self.cache_dir / f"{key}.json").read_text())
-            if os.path.getsize(self.cache_dir / f"{key}.npy") == meta["num_bytes"]:
+            if os.path.getsize(self.cache_dir / meta["file"]) == meta["num_bytes"]:
                 return meta
         except (FileNotFoundError, ValueError, KeyError):
             pass  # not built, or torn by a crash of the machine: it is built again
@@ -100,7 +113,7 @@ class Builder:
     ) -> tuple[dict[str, dict[str, Any]], list[tuple[str, str, str]]]:
         """Build volumes in parallel; return their sidecars and the (id, path, reason) skipped."""
         made, skipped = {}, []
-        threads = threads or min(8, len(os.sched_getaffinity(0)))
+        threads = threads or num_threads()
         for leftover in self.cache_dir.glob(".*.part"):  # we hold the lock: their maker is dead
             leftover.unlink(missing_ok=True)
         pool = ThreadPoolExecutor(threads, "store")
@@ -144,13 +157,17 @@ class Builder:
         threshold = (stats[0]["foreground_threshold"] - offset[0]) / scale[0]
         stored, undo = to_store_grid(volume, self.preprocess, threshold)
         data = stored.data
-        header = npy_header(data)
+        if self.backend == "blosc2":
+            name, content, body = f"{key}.b2nd", compress(in_c_order(data)), None
+        else:
+            name, content, body = f"{key}.npy", npy_header(data), data
         meta = {
             "key": key,
+            "file": name,
             "shape": list(data.shape),
             "dtype": data.dtype.str,
-            "start": len(header),
-            "num_bytes": len(header) + data.nbytes,
+            "start": len(content),
+            "num_bytes": len(content) + (data.nbytes if body is not None else 0),
             "affine": stored.affine.tolist(),
             "spacing_mm": list(stored.spacing_mm),
             "scale": [float(s) for s in scale],
@@ -162,7 +179,7 @@ class Builder:
         write_whole(self.cache_dir / f"{key}.points.npy", npy_header(points), points)
         table = np.array(tables)
         write_whole(self.cache_dir / f"{key}.quantiles.npy", npy_header(table), table)
-        write_whole(self.cache_dir / f"{key}.npy", header, data)
+        write_whole(self.cache_dir / name, content, body)
         write_whole(self.cache_dir / f"{key}.json", json.dumps(meta).encode())
         return meta
 
@@ -183,7 +200,7 @@ def write_whole(path: Path, header: bytes, data: np.ndarray | None = None) -> No
                 file.write(in_c_order(data).data)
         os.replace(temporary, path)
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", None)):
             raise ValueError(
                 f"{path.parent}: disk full while writing the cache: make room or set "
                 f"data.cache_dir to another disk; what is whole stays and is used again"
@@ -349,6 +366,13 @@ def exclusive(cache_dir: Path) -> Iterator[None]:
             except OSError:  # a file system without locks: same as on Windows
                 break
         yield
+
+
+def num_threads() -> int:
+    """Return how many volumes to read at once: one per core that is ours, 8 at most."""
+    if hasattr(os, "sched_getaffinity"):
+        return min(8, len(os.sched_getaffinity(0)))
+    return min(8, os.cpu_count() or 1)
 
 
 def progress_bar(tasks: list, title: str, show: bool) -> Iterator:

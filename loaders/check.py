@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import os
 from concurrent.futures import ThreadPoolExecutor
 
-from loaders.build import progress_bar, read_subject, storable
+from loaders.build import num_threads, progress_bar, read_subject, storable
 from loaders.readers import BrokenVolume, Volumes4D
 from loaders.splits import Subject, find_subjects
 
@@ -36,7 +35,7 @@ def broken_files(
             return error
         return None
 
-    with ThreadPoolExecutor(threads or min(8, os.cpu_count() or 1)) as pool:
+    with ThreadPoolExecutor(threads or num_threads()) as pool:
         tasks = [pool.submit(check, subject) for subject in subjects]
         found = [task.result() for task in progress_bar(tasks, "checking", show=True)]
     return len(subjects), [error for error in found if error is not None]

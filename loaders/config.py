@@ -22,6 +22,7 @@ class DataConfig:
         on_error: Broken file: raise ends the run, skip lists it in skipped.csv.
         nan: NaN or infinite voxels: error, or fill with the volume's lowest intensity.
         volumes_4d: 4D files: error, channels (each volume a channel) or first.
+        backend: Cache as npy (fastest), or blosc2 (about half the disk space).
         slice_axis: For 2D training: the axis that slices are cut across (0, 1 or 2).
         num_slices: For 2D training: neighboring slices that become channels (odd).
         balance_by: Manifest column whose groups come equally often in an epoch.
@@ -37,6 +38,7 @@ class DataConfig:
     on_error: Literal["raise", "skip"] = "raise"
     nan: Literal["error", "fill"] = "error"
     volumes_4d: Literal["error", "channels", "first"] = "error"
+    backend: Literal["npy", "blosc2"] = "npy"
     slice_axis: int = 2
     num_slices: int = 1
     balance_by: str | None = None
@@ -87,6 +89,7 @@ def open_data(config: DataConfig, spatial_dims: int = 3, split: dict[str, list[s
         on_error=config.on_error,
         nan=config.nan,
         volumes_4d=config.volumes_4d,
+        backend=config.backend,
         threads=config.threads,
     )
     skipped = {row[0] for row in store.skipped}

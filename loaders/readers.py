@@ -12,6 +12,7 @@ from __future__ import annotations
 import bz2
 import gzip
 import os
+import re
 import stat
 import zipfile
 import zlib
@@ -80,11 +81,24 @@ class Volume:
 # Bytes: every voxel of every format passes through `read_voxels`.
 
 
+def inflaters() -> tuple[Callable, tuple[type[Exception], ...]]:
+    """Return the class that inflates, and its errors: isal's, 2.5 times as fast, where it is there.
+
+    Both check the CRC and the length in the trailer.
+    """
+    try:
+        from isal import isal_zlib
+    except ImportError:
+        return zlib.decompressobj, (zlib.error, OSError)
+    return isal_zlib.decompressobj, (isal_zlib.error, zlib.error, OSError)
+
+
 def decompressed(path: Path, codec: str, start: int = 0) -> Iterator[bytes]:
     """Yield the decompressed chunks of a gzip, zlib or bzip2 stream and check it to its end."""
+    inflate, errors = inflaters()
     new = {
-        "gzip": lambda: zlib.decompressobj(wbits=31),
-        "zlib": lambda: zlib.decompressobj(wbits=15),
+        "gzip": lambda: inflate(wbits=31),
+        "zlib": lambda: inflate(wbits=15),
         "bzip2": bz2.BZ2Decompressor,
     }[codec]
     with open(path, "rb") as file:
@@ -92,9 +106,8 @@ def decompressed(path: Path, codec: str, start: int = 0) -> Iterator[bytes]:
         stream, rest = new(), file.read(CHUNK)
         while rest:
             try:
-                # zlib checks the CRC and the length in the trailer; a bit flip ends here.
-                chunk = stream.decompress(rest)
-            except (zlib.error, OSError) as error:
+                chunk = stream.decompress(rest)  # a bit flip ends here, at the trailer at last
+            except errors as error:
                 raise BrokenVolume(path, f"damaged {codec} stream ({error})") from error
             if chunk:
                 yield chunk
@@ -592,6 +605,27 @@ def read_dicom(path: Path, volumes_4d: Volumes4D = "error") -> Volume:
     return Volume(to_channels_first(path, data.T, volumes_4d), LPS_TO_RAS @ affine)
 
 
+def read_folder(path: Path, volumes_4d: Volumes4D = "error") -> Volume:
+    """A folder with one DICOM series, or with the slices of a stack as TIFF, PNG or JPEG."""
+    kinds = (".tif", ".tiff", ".png", ".jpg", ".jpeg")
+    files = [file for file in path.iterdir() if not file.name.startswith(".")]
+    pictures = [file for file in files if volume_suffix(file) in kinds]
+    if not pictures or len(pictures) < len(files) / 2:
+        return read_dicom(path, volumes_4d)
+    # slice_2 comes before slice_10.
+    pictures.sort(
+        key=lambda file: [int(t) if t.isdigit() else t for t in re.split(r"(\d+)", file.name)]
+    )
+    slices = [read_volume(file, volumes_4d) for file in pictures]
+    first = slices[0]
+    for file, one in zip(pictures, slices, strict=True):
+        if one.data.shape != first.data.shape or one.data.dtype != first.data.dtype:
+            raise BrokenVolume(file, f"differs from {pictures[0].name} in size or dtype")
+        if one.data.shape[3] > 1 or one.data.shape[0] > 1:
+            raise BrokenVolume(file, "is not a gray slice, so the folder is not a stack")
+    return Volume(np.concatenate([one.data for one in slices], axis=3), first.affine)
+
+
 def dicom_slices(folder: Path) -> list[str]:
     """Sort the files of a series by position; a mixed, gappy or repeated series is an error."""
     import SimpleITK as sitk
@@ -665,7 +699,7 @@ def volume_suffix(path: Path | str) -> str | None:
 
 
 def read_volume(path: Path | str, volumes_4d: Volumes4D = "error") -> Volume:
-    """Read any supported file, or a folder with one DICOM series.
+    """Read any supported file, or a folder with a DICOM series or a stack of pictures.
 
     Args:
         path: The file; its suffix decides the reader.
@@ -683,8 +717,9 @@ def read_volume(path: Path | str, volumes_4d: Volumes4D = "error") -> Volume:
     """
     path = Path(path)
     suffix = check_file(path)
+    reader = read_folder if suffix == "folder" else READERS[suffix]
     try:
-        volume = READERS[suffix](path, volumes_4d)
+        volume = reader(path, volumes_4d)
     except BrokenVolume:
         raise
     except (OSError, EOFError, KeyError, IndexError, OverflowError, MemoryError) as error:
@@ -712,7 +747,7 @@ def check_file(path: Path) -> str:
         reason = "dangling link" if path.is_symlink() else error.strerror
         raise BrokenVolume(path, reason) from error
     if stat.S_ISDIR(mode):
-        return ".dcm"
+        return "folder"
     if not stat.S_ISREG(mode):
         raise BrokenVolume(path, "is not a regular file (a pipe, socket or device)")
     suffix = volume_suffix(path)

@@ -23,6 +23,7 @@ from typing import Any, Literal
 import numpy as np
 
 from loaders.build import Builder, draw_labels, exclusive, stamp, write_whole
+from loaders.compressed import CompressedArray
 from loaders.preprocess import PERCENTILES, Preprocess, from_store_grid
 from loaders.readers import BrokenVolume, Volume, Volumes4D, num_items, read_volume
 from loaders.splits import Subject, names_of
@@ -36,6 +37,7 @@ class Entry:
 
     subject: Subject
     key: str
+    file: str
     shape: tuple[int, int, int, int]
     dtype: np.dtype
     start: int
@@ -169,10 +171,13 @@ class VolumeStore:
                 target += entry.bias[channel]
             np.clip(target, entry.low[channel], entry.high[channel], out=target)
 
-    def _open(self, index: int) -> np.ndarray:
+    def _open(self, index: int) -> np.ndarray | CompressedArray:
         """Map the stored numbers of a volume (C, X, Y, Z)."""
         entry = self.entries[index]
-        descriptor = os.open(self.cache_dir / f"{entry.key}.npy", os.O_RDONLY)
+        path = self.cache_dir / entry.file
+        if path.suffix == ".b2nd":
+            return CompressedArray(path)
+        descriptor = os.open(path, os.O_RDONLY)
         try:
             buffer = mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ)
         finally:
@@ -233,7 +238,8 @@ class VolumeStore:
             found = draw_labels(read_volume(path), meta["undo"], path, int(entry.key[:8], 16))
             buffer = io.BytesIO()
             np.savez(buffer, **{str(label): points for label, points in found.items()})
-            write_whole(self.cache_dir / name, buffer.getvalue())
+            with exclusive(self.cache_dir):
+                write_whole(self.cache_dir / name, buffer.getvalue())
         with np.load(self.cache_dir / name) as archive:
             return {int(label): archive[label] for label in archive.files}
 
@@ -255,6 +261,7 @@ class VolumeStore:
         on_error: Literal["raise", "skip"] = "raise",
         nan: Literal["error", "fill"] = "error",
         volumes_4d: Volumes4D = "error",
+        backend: Literal["npy", "blosc2"] = "npy",
         threads: int | None = None,
         progress: bool = True,
     ) -> VolumeStore:
@@ -271,6 +278,7 @@ class VolumeStore:
             on_error: raise at the first broken file, or skip: list it and go on.
             nan: error refuses volumes with NaN or infinity; fill puts their lowest intensity.
             volumes_4d: error, channels or first, for 4D files.
+            backend: npy, or blosc2 for half the disk space at a fifth of the speed.
             threads: Volumes built at once; None for one per core, 8 at most.
             progress: Show a bar on a terminal.
         """
@@ -278,7 +286,7 @@ class VolumeStore:
         preprocess = preprocess or Preprocess()
         cache_dir = Path(cache_dir or os.environ.get("VAE3D_CACHE") or "~/.cache/vae3d")
         cache_dir = cache_dir.expanduser()
-        builder = Builder(cache_dir, preprocess, nan, volumes_4d)
+        builder = Builder(cache_dir, preprocess, nan, volumes_4d, backend)
         known = builder.recall(subjects)
         missing = [subject for subject in subjects if subject.id not in known]
         skipped = []
@@ -369,6 +377,7 @@ def open_entry(
     return Entry(
         subject,
         meta["key"],
+        meta["file"],
         tuple(meta["shape"]),
         np.dtype(meta["dtype"]),
         meta["start"],

@@ -332,3 +332,30 @@ def test_custom_sampler_by_socket(store):
 
     for batch in loader(store, sampler=Origin):
         assert (batch.corner == 0).all()
+
+
+def test_memory_does_not_grow_with_the_data(tmp_path):
+    """Anonymous memory stays below (prefetch + 2) batches and 50 MB, for 3000 volumes of 4 MB."""
+    import subprocess
+    import sys
+
+    np.save(tmp_path / "v.npy", np.random.default_rng(0).integers(0, 99, (128,) * 3, np.int16))
+    code = f"""
+import dataclasses, itertools, re, sys, torch
+from pathlib import Path
+from loaders import PatchLoader, VolumeStore
+def anonymous():
+    return int(re.search(r"RssAnon:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) / 1024
+torch.set_num_threads(1)
+store = VolumeStore.build([sys.argv[1]], sys.argv[2], threads=1)
+before = anonymous()
+(entry,) = store.entries
+named = lambda n: dataclasses.replace(entry.subject, id=f"v{{n}}")
+entries = [dataclasses.replace(entry, subject=named(n)) for n in range(3000)]
+store = VolumeStore(entries, store.cache_dir, store.preprocess)
+loader = PatchLoader(store, (64, 64, 64), batch_size=4, threads=2, prefetch=4)
+print(max(anonymous() for batch in itertools.islice(loader, 100)) - before)
+"""
+    command = [sys.executable, "-c", code, str(tmp_path / "v.npy"), str(tmp_path / "cache")]
+    used = float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    assert used < (4 + 2) * 4 + 50, f"{used:.0f} MB"

@@ -196,6 +196,18 @@ def test_pictures_have_x_to_the_right_and_colors_as_channels(tmp_path):
     assert read_volume(tmp_path / "c.JPEG").data.shape == (1, 4, 3, 1)
 
 
+def test_folder_of_slices_is_a_stack_in_natural_order(tmp_path):
+    from PIL import Image
+
+    planes = np.random.default_rng(0).integers(0, 255, (12, 3, 4), np.uint8)  # (Z, Y, X)
+    for z, plane in enumerate(planes):
+        Image.fromarray(plane).save(tmp_path / f"slice_{z}.png")
+    assert np.array_equal(read_volume(tmp_path).data[0], planes.T)
+    Image.fromarray(planes[0, :2]).save(tmp_path / "slice_5.png")
+    with pytest.raises(BrokenVolume, match=r"slice_5\.png: differs"):
+        read_volume(tmp_path)
+
+
 def write_dicom(folder: Path, slices=range(4), series="1.2.3", slope=2, intercept=-1000) -> Path:
     """Write an axial CT series, file names not in the order of positions."""
     pydicom = pytest.importorskip("pydicom")

@@ -309,7 +309,7 @@ def test_many_volumes_need_few_file_descriptors_and_little_memory(tmp_path):
     ]
     many = VolumeStore(entries, store.cache_dir, store.preprocess)
     before = len(os.listdir("/proc/self/fd"))
-    for index in range(0, 10_000, 7):
+    for index in range(0, 10_000, 37):
         many.read(index, (slice(0, 2),) * 3)
     assert len(os.listdir("/proc/self/fd")) - before <= loaders.store.OPEN_VOLUMES
 
@@ -372,3 +372,34 @@ def test_real_heads_are_normalized_by_their_own_slope(real_volumes, tmp_path):
     volume = store.undo(0, store.read(0))
     assert np.allclose(volume.affine, source.affine)
     assert np.abs(volume.data - np.minimum(source.intensities(), top)).max() < 0.01
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int16, np.float32])
+def test_compressed_backend_reads_the_same_in_every_thread(tmp_path, dtype):
+    from concurrent.futures import ThreadPoolExecutor
+
+    pytest.importorskip("blosc2")
+    paths = [scan(tmp_path / f"s{n}.nii.gz", n, (70, 30, 20), dtype) for n in range(2)]
+    plain = VolumeStore.build(paths, tmp_path / "cache")
+    packed = VolumeStore.build(paths, tmp_path / "cache", backend="blosc2")
+    sizes = [os.path.getsize(tmp_path / "cache" / s.entries[0].file) for s in (plain, packed)]
+    assert packed.entries[0].file.endswith(".b2nd")
+    assert dtype != np.int16 or sizes[1] < 0.8 * sizes[0]  # noise of 8 bits does not shrink
+    part = (slice(3, 19), slice(60, 65), slice(1, 30))
+    part = tuple(
+        slice(s.start, min(s.stop, n)) for s, n in zip(part, plain.shape(0)[1:], strict=True)
+    )
+    with ThreadPoolExecutor(4) as pool:
+        for index in (0, 1):
+            expected = plain.read(index, part)
+            for found in pool.map(lambda i: packed.read(i, part), [index] * 20):
+                assert np.array_equal(found, expected)
+    assert np.array_equal(packed.read(1), plain.read(1))
+    again = VolumeStore.build(paths, tmp_path / "cache", backend="blosc2")
+    assert [entry.key for entry in again.entries] == [entry.key for entry in packed.entries]
+
+
+def test_missing_blosc2_says_how_to_get_it(paths, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "blosc2", None)
+    with pytest.raises(ValueError, match=r"vae3d\[blosc2\]"):
+        VolumeStore.build(paths, tmp_path / "cache", backend="blosc2")
