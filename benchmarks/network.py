@@ -1,0 +1,301 @@
+"""Time and memory of the network beside MONAI's AutoencoderKL with the same weights, in one run.
+
+    python benchmarks/network.py                           # 3D, 64^3 and 96^3, every precision
+    python benchmarks/network.py --sizes 48 --rounds 3 --precisions float32 --modes train
+    python benchmarks/network.py --dims 2 --sizes 256
+    python benchmarks/network.py --peer FOLDER    # also the package vae3d2d, installed there
+
+Both networks get the same input and do the same work: a training step (forward, L1 + KL, backward,
+AdamW), the same with activation checkpointing, or encoding and decoding. Runs alternate and medians
+count; on the CPU, time is that of the processor over all threads, which a busy machine changes less
+than the clock. Peak memory is that of a process of its own, above what it held before the network
+was built; on a GPU what the allocator handed out. The floor is the sum of the convolutions alone,
+forward and backward, in the better of the two memory layouts, with upsampling folded into them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import nn
+
+sys.path[0] = str(Path(__file__).resolve().parents[1])  # not this folder, see loaders.py beside it
+
+from vae3d.models import fast  # noqa: E402
+from vae3d.models.presets import VAEModel  # noqa: E402
+from vae3d.models.upsample import InterpUp  # noqa: E402
+
+CONFIG = {
+    "in_channels": 1,
+    "out_channels": 1,
+    "channels": (32, 64, 128),
+    "num_res_blocks": 2,
+    "latent_channels": 4,
+    "attention_levels": (False, False, False),
+    "norm_num_groups": 32,
+    "with_encoder_nonlocal_attn": False,
+    "with_decoder_nonlocal_attn": False,
+}
+# Greatest acceptable ratio to MONAI: (mode, precision) -> time, peak memory. On the CPU.
+TARGETS = {
+    ("train", "float32"): (0.68, 0.40),
+    ("train", "bfloat16"): (0.77, 0.45),
+    ("infer", "float32"): (0.65, 0.70),
+    ("infer", "bfloat16"): (0.70, 0.65),
+    ("checkpoint", "float32"): (1.10, 0.28),
+    ("checkpoint", "bfloat16"): (1.10, 0.28),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--sizes", type=int, nargs="*", default=[64, 96], help="voxels per axis")
+    parser.add_argument("--dims", type=int, default=3, choices=(2, 3))
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--precisions", nargs="*", default=["float32", "bfloat16"])
+    parser.add_argument("--modes", nargs="*", default=["train", "checkpoint", "infer"])
+    parser.add_argument("--rounds", type=int, default=5, help="timed runs of each network")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--peer", help="folder with the package vae3d2d (pip install --target)")
+    parser.add_argument("--probe", help=argparse.SUPPRESS)  # measure one network's memory
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    if options.peer:
+        sys.path.append(options.peer)
+    if options.probe:
+        print(json.dumps(peak_megabytes(**json.loads(options.probe))))
+        return
+    names = ["monai", "vae3d"] + ["vae3d2d"] * bool(options.peer)
+    print(f"{options.device}, {options.threads} threads, torch {torch.__version__}")
+    check_same_numbers(options.dims)
+    print("\n| input | precision | mode | network | time [s] | ratio | peak [MB] | ratio | floor |")
+    print("|---|---|---|---|---|---|---|---|---|")
+    for size in options.sizes:
+        shape = (options.batch, 1, *(size,) * options.dims)
+        for precision in options.precisions:
+            for mode in options.modes:
+                case = {"shape": shape, "precision": precision, "device": options.device}
+                report(names, case, mode, options)
+
+
+def report(names: list[str], case: dict, mode: str, options: argparse.Namespace) -> None:
+    """Print a row per network; ratios are to MONAI without checkpointing."""
+    timed = [*names, "monai plain"] if mode == "checkpoint" else names
+    steps = {name: make_step(name, mode, **case) for name in timed}
+    seconds = {name: [] for name in timed}
+    for n in range(options.rounds + 1):
+        for name, step in steps.items():
+            took = clock(step, case["device"])
+            if n:  # the first round builds kernels and allocates
+                seconds[name].append(took)
+    base = seconds["monai plain" if mode == "checkpoint" else "monai"]
+    memory = {name: probe(name, mode, case, options) for name in timed}
+    whole = memory["monai plain" if mode == "checkpoint" else "monai"]
+    least = floor(case, train=mode != "infer") if mode != "checkpoint" else None
+    grid = "x".join(map(str, case["shape"][2:]))
+    for name in names:
+        ratio = statistics.median(a / b for a, b in zip(seconds[name], base, strict=True))
+        time_of = statistics.median(seconds[name])
+        part = memory[name] / whole
+        verdict = ""
+        if name == "vae3d" and case["device"] == "cpu" and (mode, case["precision"]) in TARGETS:
+            goals = TARGETS[mode, case["precision"]]
+            verdict = f" goal {goals[0]:.2f}, {goals[1]:.2f}"
+        above = f"{time_of / least:.2f}x{verdict}" if least else verdict
+        print(
+            f"| {case['shape'][0]} x {grid} | {case['precision']} | {mode} | {name} "
+            f"| {time_of:.2f} | {ratio:.2f} | {memory[name]:.0f} | {part:.2f} | {above} |",
+            flush=True,
+        )
+
+
+def make_step(
+    name: str, mode: str, shape: tuple[int, ...], precision: str, device: str
+) -> Callable[[], None]:
+    """One training step, or one encoding and decoding, of a network as a function."""
+    torch.manual_seed(0)
+    net = BUILD[name.split()[0]](len(shape) - 2, mode == "checkpoint" and name != "monai plain")
+    net = net.to(device)
+    x = torch.rand(shape, device=device)
+    if device == "cuda" and name == "vae3d":
+        net = net.to(memory_format=fast.CHANNELS_LAST[x.dim()])
+    autocast = torch.autocast(device, torch.bfloat16, enabled=precision == "bfloat16")
+    if mode == "infer":
+        net.eval()
+
+        def infer():
+            with torch.no_grad(), autocast:
+                ROUND_TRIP[name.split()[0]](net, x)
+
+        return infer
+    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-4)
+
+    def train():
+        optimizer.zero_grad(set_to_none=True)
+        with autocast:
+            recon, mean, std = net(x)[:3]
+        kl = (mean.float() ** 2 + std.float() ** 2 - 2 * std.float().log() - 1).mean() / 2
+        loss = (recon.float() - x).abs().mean() + 1e-6 * kl
+        loss.backward()
+        optimizer.step()
+
+    return train
+
+
+def monai_net(dims: int, checkpointing: bool) -> nn.Module:
+    from monai.networks.nets import AutoencoderKL
+
+    return AutoencoderKL(spatial_dims=dims, use_checkpoint=checkpointing, **CONFIG)
+
+
+def vae3d_net(dims: int, checkpointing: bool) -> nn.Module:
+    return VAEModel.from_config({"spatial_dims": dims, "use_checkpoint": checkpointing, **CONFIG})
+
+
+def vae3d2d_net(dims: int, checkpointing: bool) -> nn.Module:
+    """The nearest that package has: the same widths, factor and latent; not the same arithmetic."""
+    from vae3d2d import CustomVAE
+
+    class WithMoments(CustomVAE):
+        def forward(self, x):
+            z = self.encode(x)
+            mean, std = (z[0], z[1]) if isinstance(z, tuple) else (z, torch.ones_like(z))
+            return self.decode(mean), mean, std.abs() + 1e-3
+
+    return WithMoments(
+        spatial_dims=dims,
+        vae_latent_channels=CONFIG["latent_channels"],
+        init_filters=CONFIG["channels"][0],
+        smallest_filters=CONFIG["channels"][-1],
+        blocks_down=(2, 2, 2),
+        blocks_up=(2, 2),
+        downsample_strides=[(2,) * dims] * 2,
+        vae_down_stride=(1,) * dims,
+        use_checkpoint=checkpointing,
+    )
+
+
+BUILD = {"monai": monai_net, "vae3d": vae3d_net, "vae3d2d": vae3d2d_net}
+ROUND_TRIP = {
+    "monai": lambda net, x: net.decode(net.encode(x)[0]),
+    "vae3d": lambda net, x: net.decode(net.encode(x)[0]),
+    "vae3d2d": lambda net, x: net(x),
+}
+
+
+def check_same_numbers(dims: int) -> None:
+    """Same weights, same input: print how far the two reconstructions are apart."""
+    theirs, ours = monai_net(dims, False).eval(), vae3d_net(dims, False).eval()
+    ours.load_state_dict(theirs.state_dict(), strict=True)
+    x = torch.rand(1, 1, *(24, 16, 32)[:dims])
+    with torch.no_grad():
+        a, b = ours.decode(ours.encode(x)[0]), theirs.decode(theirs.encode(x)[0])
+    error = ((a - b).abs().max() / b.abs().max()).item()
+    print(f"largest difference of the reconstructions: {error:.1e} of the largest value")
+    assert error < 1e-4
+
+
+def clock(step: Callable[[], None], device: str) -> float:
+    """Processor seconds of all threads on the CPU, wall seconds on a GPU."""
+    if device == "cpu":
+        start = time.process_time()
+        step()
+        return time.process_time() - start
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    step()
+    torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def probe(name: str, mode: str, case: dict, options: argparse.Namespace) -> float:
+    """Peak memory in MB, measured in a process of its own."""
+    request = json.dumps({"name": name, "mode": mode, **case})
+    command = [sys.executable, __file__, "--probe", request, "--threads", str(options.threads)]
+    if options.peer:
+        command += ["--peer", options.peer]
+    answer = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    return json.loads(answer.splitlines()[-1])
+
+
+def peak_megabytes(name: str, mode: str, **case) -> float:
+    """Growth of this process's memory at its peak over two runs, network included."""
+    if case["device"] != "cpu":
+        step = make_step(name, mode, **case)
+        for _ in range(3):
+            step()
+        return torch.cuda.max_memory_allocated() / 2**20
+    BUILD[name.split()[0]](len(case["shape"]) - 2, False)  # imports are not the network's memory
+    before = status_megabytes("VmRSS")
+    step = make_step(name, mode, **case)
+    for _ in range(2):  # the second meets what the first left behind
+        step()
+    return status_megabytes("VmHWM") - before
+
+
+def status_megabytes(key: str) -> float:
+    """A line of /proc/self/status in MB."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith(key)).split()[1]) / 1024
+
+
+def floor(case: dict, train: bool) -> float | None:
+    """Seconds of the convolutions alone, each in its better layout; None on a GPU."""
+    if case["device"] != "cpu":
+        return None
+    net, shapes, doubled = vae3d_net(len(case["shape"]) - 2, False), Counter(), set()
+
+    def note(layer, inputs, _output):
+        shape, weight = tuple(inputs[0].shape), tuple(layer.weight.shape)
+        stride, padding = tuple(layer.stride), tuple(layer.padding)
+        if layer in doubled:  # all phases as channels of one convolution on the coarse grid
+            dims = len(stride)
+            shape = (*shape[:2], *(n // 2 for n in shape[2:]))
+            weight = (2**dims * weight[0], weight[1], *(2,) * dims)
+        shapes[shape, weight, stride, padding, layer is not first] += 1
+
+    layers = [m for m in net.modules() if isinstance(m, (nn.Conv2d, nn.Conv3d))]
+    first = layers[0]
+    doubled.update(m.conv for m in net.modules() if isinstance(m, InterpUp))
+    for layer in layers:
+        layer.register_forward_hook(note)
+    with torch.no_grad():
+        net.decode(net.encode(torch.rand(case["shape"]))[0])
+    dtypes = {torch.float32, getattr(torch, case["precision"])}
+    return sum(
+        count
+        * min(time_convolution(*key, dtype, last, train) for dtype in dtypes for last in (0, 1))
+        for key, count in shapes.items()
+    )
+
+
+def time_convolution(shape, weight, stride, padding, need_x, dtype, last: bool, train: bool):
+    """Processor seconds of one convolution, and of its gradients when `train`, best of two."""
+    layout = fast.CHANNELS_LAST[len(shape)] if last else torch.contiguous_format
+    x = torch.randn(shape).to(dtype, memory_format=layout)
+    w = torch.randn(weight).to(dtype, memory_format=layout)
+    ones, zeros = (1,) * len(stride), (0,) * len(stride)
+    y = torch.mkldnn_convolution(x, w, None, padding, stride, ones, 1)
+
+    def once():
+        torch.mkldnn_convolution(x, w, None, padding, stride, ones, 1)
+        if train:
+            torch.ops.aten.convolution_backward(
+                y, x, w, None, stride, padding, ones, False, zeros, 1, [need_x, True, False]
+            )
+
+    return min(clock(once, "cpu") for _ in range(2))
+
+
+if __name__ == "__main__":
+    main()
