@@ -340,7 +340,7 @@ def test_memory_does_not_grow_with_the_data(tmp_path):
     import sys
 
     np.save(tmp_path / "v.npy", np.random.default_rng(0).integers(0, 99, (128,) * 3, np.int16))
-    code = f"""
+    code = """
 import dataclasses, itertools, re, sys, torch
 from pathlib import Path
 from loaders import PatchLoader, VolumeStore
@@ -350,7 +350,7 @@ torch.set_num_threads(1)
 store = VolumeStore.build([sys.argv[1]], sys.argv[2], threads=1)
 before = anonymous()
 (entry,) = store.entries
-named = lambda n: dataclasses.replace(entry.subject, id=f"v{{n}}")
+named = lambda n: dataclasses.replace(entry.subject, id=f"v{n}")
 entries = [dataclasses.replace(entry, subject=named(n)) for n in range(3000)]
 store = VolumeStore(entries, store.cache_dir, store.preprocess)
 loader = PatchLoader(store, (64, 64, 64), batch_size=4, threads=2, prefetch=4)
