@@ -213,3 +213,16 @@ def test_wrong_options_are_refused_in_one_line(options, message):
 def test_tile_faces_are_where_tiles_begin_and_end():
     assert tile_faces((32, 16), (16, 16), 0.5) == [[8, 16, 24], []]
     assert tile_faces((32, 16), (16, 16), 0.5, "crop") == [[12, 20], []]
+
+
+def test_output_weights_of_grown_tiles_are_smooth():
+    """Weights belong to the output grid; grown from the input's they would come in steps."""
+    stitcher = Stitcher((32,), (16,), 0.5, "hann", scale=4)
+    weights = stitcher.spans[0][1].weight[:32]
+    assert len(weights.unique()) == 32
+
+
+def test_stitch_is_at_the_front_of_its_room():
+    from vae3d import inference
+
+    assert inference.stitch is stitch

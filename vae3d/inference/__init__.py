@@ -1,0 +1,25 @@
+"""Volumes through a trained model: stitched, exact, measured.
+
+    from vae3d.inference import stitch
+
+Names are imported on first use, so that importing the package costs nothing.
+"""
+
+from importlib import import_module
+
+_HOMES = {
+    "stitch": "stitching",
+    "iter_slabs": "stitching",
+    "Stitcher": "stitching",
+    "encode_exact": "exact",
+    "decode_exact": "exact",
+    "autoencode": "reconstruct",
+    "METRICS": "metrics",
+}
+
+
+def __getattr__(name: str):
+    """Import a public name from its module."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'vae3d.inference' has no attribute {name!r}")
+    return getattr(import_module(f"vae3d.inference.{_HOMES[name]}"), name)

@@ -135,7 +135,8 @@ def _worst_first(rows, metric):
 def _views(media: Path, rows, case) -> list[str]:
     """Picture and clip of each volume; what does not fit the size of a page is linked instead."""
     stems = {row[case]: case_stem(row[case]) for row in rows}
-    wanted = [media / f"{stem}{suffix}" for suffix in (".png", ".mp4") for stem in stems.values()]
+    kinds = (".png", ".seams.png", ".mp4")  # .seams: the error with the patch grid over it
+    wanted = [media / f"{stem}{kind}" for kind in kinds for stem in stems.values()]
     room, embedded = MAX_EMBEDDED_BYTES, set()
     for path in wanted:
         if path.is_file() and path.stat().st_size <= room:
@@ -143,10 +144,13 @@ def _views(media: Path, rows, case) -> list[str]:
             embedded.add(path)
     cards = []
     for row in rows:
-        picture, clip = (media / f"{stems[row[case]]}{suffix}" for suffix in (".png", ".mp4"))
+        picture, seams, clip = (media / f"{stems[row[case]]}{kind}" for kind in kinds)
         parts = [page.image(picture, f"planes of {row[case]}")] if picture in embedded else []
+        parts += (
+            [page.image(seams, f"error and patches of {row[case]}")] if seams in embedded else []
+        )
         parts += [page.video(clip)] if clip in embedded else []
-        links = [p for p in (picture, clip) if p.is_file() and p not in embedded]
+        links = [p for p in (picture, seams, clip) if p.is_file() and p not in embedded]
         if parts or links:
             numbers = "  ".join(
                 f"{k} {page.number(v)}" for k, v in row.items() if isinstance(v, float)

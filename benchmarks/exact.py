@@ -1,0 +1,168 @@
+"""Exact mode against MONAI's full forward pass of the same weights: time and memory by budget.
+
+    python benchmarks/exact.py [--sizes 96 128] [--rounds 3] [--encode]
+
+Each measurement is a process of its own; methods take turns, rounds are interleaved, the table
+gives medians and ratios. Memory is the peak of the process above what it holds before the call.
+The truth is a full pass whose norms take their statistics in float64.
+"""
+
+import argparse
+import ast
+import json
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import psutil
+import torch
+
+sys.path[0] = str(Path(__file__).resolve().parents[1])  # benchmarks/loaders.py is not `loaders`
+
+from vae3d.inference.exact import decode_exact, encode_exact  # noqa: E402
+from vae3d.models.presets import MonaiVAE  # noqa: E402
+
+NETWORK = dict(
+    spatial_dims=3,
+    in_channels=1,
+    out_channels=1,
+    channels=(32, 64, 64),
+    num_res_blocks=1,
+    attention_levels=(False, False, False),
+    latent_channels=4,
+    norm_num_groups=16,
+    with_encoder_nonlocal_attn=False,
+    with_decoder_nonlocal_attn=False,
+)
+
+
+def networks():
+    """MONAI's network and ours with the same weights."""
+    from monai.networks.nets import AutoencoderKL
+
+    torch.manual_seed(0)
+    options = {**NETWORK, "num_res_blocks": (NETWORK["num_res_blocks"],) * 3}
+    theirs = AutoencoderKL(**options).eval()
+    ours = MonaiVAE(**NETWORK).eval()
+    ours.load_state_dict(theirs.state_dict())
+    return theirs, ours
+
+
+def full_in_float64_statistics(vae, part, x):
+    """The truth: the plain layers with every group norm in float64."""
+    from vae3d.models import fast
+    from vae3d.models.norm import GroupNorm
+
+    plain = GroupNorm.normalize
+    GroupNorm.normalize = lambda self, t: plain(self, t.double()).to(t.dtype)
+    try:
+        with fast.plain():
+            return vae.decode(x)[0] if part == "decode" else vae.encode(x).mean[0]
+    finally:
+        GroupNorm.normalize = plain
+
+
+def call(method, part, x, memory_gb):
+    theirs, ours = networks()
+    if method == "MONAI":
+        return lambda: (theirs.decode(x[None]) if part == "decode" else theirs.encode(x[None])[0])[
+            0
+        ]
+    if method == "ours full":
+        return lambda: ours.decode(x[None])[0] if part == "decode" else ours.encode(x[None]).mean[0]
+    if method == "truth":
+        return lambda: full_in_float64_statistics(ours, part, x[None])
+    if part == "decode":
+        return lambda: decode_exact(ours, x, memory_gb)
+    return lambda: encode_exact(ours, x, memory_gb).mean
+
+
+def make_input(part, size):
+    generator = torch.Generator().manual_seed(size)
+    shape = (4, *[size // 4] * 3) if part == "decode" else (1, size, size, size)
+    return torch.rand(shape, generator=generator)
+
+
+def one(method, part, size, memory_gb, keep=None):
+    """Seconds, CPU seconds and peak bytes of one call, after a small warm-up."""
+    with torch.no_grad():
+        call(method, part, make_input(part, 32), memory_gb)()
+        run = call(method, part, make_input(part, size), memory_gb)
+        process = psutil.Process()
+        before = peak = process.memory_info().rss
+        running = True
+
+        def watch():
+            nonlocal peak
+            while running:
+                peak = max(peak, process.memory_info().rss)
+                time.sleep(0.002)
+
+        thread = threading.Thread(target=watch)
+        thread.start()
+        begun, cpu = time.perf_counter(), time.process_time()
+        result = run()
+        seconds, cpu = time.perf_counter() - begun, time.process_time() - cpu
+        running = False
+        thread.join()
+    if keep:
+        torch.save(result, keep)
+    return {"seconds": seconds, "cpu": cpu, "peak": peak - before}
+
+
+def in_fresh_process(*args):
+    command = [sys.executable, __file__, "--one", repr(args)]
+    return json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True).stdout)
+
+
+def table(part, size, rounds, budgets, folder):
+    methods = [("MONAI", None), ("ours full", None), *(("exact", b) for b in budgets)]
+    runs = {method: [] for method in methods}
+    truth = folder / "truth.pt"
+    in_fresh_process("truth", part, size, None, str(truth))
+    for _ in range(rounds):
+        for name, share in methods:
+            budget = share and share * runs["MONAI", None][0]["peak"] / 2**30
+            file = str(folder / f"{name}{share}.pt")
+            runs[name, share].append(in_fresh_process(name, part, size, budget, file))
+    middle = {
+        m: {k: statistics.median(r[k] for r in runs[m]) for k in ("seconds", "cpu", "peak")}
+        for m in methods
+    }
+    base, expected = middle["MONAI", None], torch.load(truth, weights_only=True)
+    print(f"\n{part} {size}^3, {rounds} rounds, {torch.get_num_threads()} threads")
+    heads = ("s", "x MONAI", "cpu s", "x MONAI", "GiB", "x MONAI", "max d")
+    print(f"{'':<22}" + "".join(f"{head:>9}" for head in heads))
+    for name, share in methods:
+        row = middle[name, share]
+        result = torch.load(folder / f"{name}{share}.pt", weights_only=True)
+        error = float((result - expected).abs().max() / (expected.max() - expected.min()))
+        label = name if share is None else f"{name}, budget {share:.2f}x"
+        print(
+            f"{label:<22}{row['seconds']:>9.2f}{row['seconds'] / base['seconds']:>9.2f}"
+            f"{row['cpu']:>9.2f}{row['cpu'] / base['cpu']:>9.2f}"
+            f"{row['peak'] / 2**30:>9.3f}{row['peak'] / base['peak']:>9.2f}{error:>9.0e}",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    import tempfile
+
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--sizes", type=int, nargs="+", default=[96, 128, 160, 256])
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--encode", action="store_true", help="also the encoder")
+    parser.add_argument("--budgets", type=float, nargs="+", default=[0.35, 0.18], help="x MONAI")
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.one:
+        print(json.dumps(one(*ast.literal_eval(options.one))))
+        sys.exit()
+    with tempfile.TemporaryDirectory() as scratch:
+        for size in options.sizes:
+            for part in ["decode", "encode"][: 2 if options.encode else 1]:
+                table(part, size, options.rounds, options.budgets, Path(scratch))
