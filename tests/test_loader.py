@@ -359,3 +359,45 @@ print(max(anonymous() for batch in itertools.islice(loader, 100)) - before)
     command = [sys.executable, "-c", code, str(tmp_path / "v.npy"), str(tmp_path / "cache")]
     used = float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
     assert used < (4 + 2) * 4 + 50, f"{used:.0f} MB"
+
+
+@pytest.mark.parametrize("threads", [0, 2])
+def test_a_batch_is_not_overwritten_while_anyone_looks_at_it(store, threads):
+    """Memory of batches is used again once nobody refers to it, by whatever view."""
+    looks = [
+        lambda image: image,
+        lambda image: image[1],
+        lambda image: image.numpy()[0, 0],
+        lambda image: image.detach().view(-1)[3:],
+        lambda image: image.requires_grad_().square().sum(),  # kept by the graph
+    ]
+    for look in looks:
+        kept, copies, addresses = [], [], set()
+        for number, batch in enumerate(islice(loader(store, threads=threads).stream(), 40)):
+            addresses.add(batch.image.data_ptr())
+            if number % 7 == 0:
+                copies.append(batch.image.clone())
+                kept.append((look(batch.image), batch.image if look is looks[4] else None))
+        del batch
+        for copy, (view, image) in zip(copies, kept, strict=True):
+            if image is not None:
+                view.backward()
+                assert torch.equal(image.grad, 2 * copy)
+            else:
+                assert np.array_equal(np.asarray(view), np.asarray(look(copy)))
+        assert len(addresses) < 30  # 40 batches, most in memory that was used before
+
+
+def test_plan_survives_pickling_for_worker_processes(store):
+    import pickle
+
+    one = loader(store, augment=Augment({"RandomNoise": {}}), patching="full")
+    again = pickle.loads(pickle.dumps(one.plan))
+    assert torch.equal(again.batch(range(3)).image, one.plan.batch(range(3)).image)
+
+
+def test_nothing_is_flipped_or_altered_unless_asked_for():
+    from loaders import DataConfig
+
+    options = DataConfig().loader_options()
+    assert options["augment"] is None and options["balance_by"] is None
