@@ -43,6 +43,7 @@ def train_3d(
     clip_norm: float = 1.0,
     ema_decay: float = 0.999,
     amp: Literal["off", "bf16", "fp16"] = "off",
+    sharding: Literal["ddp", "fsdp"] = "ddp",
     channels_last: bool = False,
     compile: bool = False,
     checkpointing: Literal["none", "block", "level"] = "none",
@@ -91,6 +92,7 @@ def train_3d(
         clip_norm: Longer gradients are shortened to this norm; 0 for never.
         ema_decay: Decay of the averaged weights, which validation and users see; 0 for none.
         amp: off | bf16 | fp16, precision of convolutions and matrix products.
+        sharding: ddp | fsdp (weights cut over the ranks, for models that outgrow a GPU).
         channels_last: Keep channels innermost in memory; faster on recent GPUs and CPUs.
         compile: Compile encoder and decoder with torch.compile.
         checkpointing: none | block | level, what the backward pass computes again to save memory.
@@ -123,7 +125,7 @@ def train_3d(
 
     from loaders import PatchLoader, open_data
     from vae3d.tracking.tracker import Tracker
-    from vae3d.training.distributed import open_world
+    from vae3d.training.distributed import World, open_world
     from vae3d.training.run import Run
     from vae3d.training.task import VAETask
     from vae3d.training.trainer import Trainer
@@ -169,7 +171,9 @@ def train_3d(
         if world.is_main:
             store.write_skipped(out_dir)
         whole = patching is None
-        validation = Validation(held_out, world, None if whole else patch_size, val_volumes)
+        # Sharded weights need all ranks at each volume; then no rank has volumes of its own.
+        sharers = World(device=world.device) if sharding == "fsdp" else world
+        validation = Validation(held_out, sharers, None if whole else patch_size, val_volumes)
 
         tracker = None
         if world.is_main:
@@ -177,7 +181,7 @@ def train_3d(
             tracker = Tracker(out_dir, wandb, config=config, run_id=run_id)
 
         def show(network, step):
-            if tracker:
+            if tracker or sharding == "fsdp":
                 validation.show(network, step, tracker, Path(out_dir) / "media", media_volumes)
 
         trainer = Trainer(
@@ -196,6 +200,7 @@ def train_3d(
             grad_accum=grad_accum,
             clip_norm=clip_norm,
             amp=amp,
+            sharding=sharding,
             ema_decay=ema_decay,
             log_every=log_every,
             val_every=val_every if len(held_out) else 0,

@@ -8,6 +8,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from vae3d.training.sharding import part
+
 
 class EMA:
     """Average of a module's parameters in float32, with a warm-up of the decay.
@@ -69,4 +71,4 @@ class EMA:
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Take over an average written by `state_dict`."""
         for name, mine in self.shadow.items():
-            mine.copy_(state[name])
+            mine.copy_(part(state[name], mine))

@@ -18,6 +18,7 @@ from typing import Any
 import psutil
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor.experimental import implicit_replication
 from torch.nn.parallel import DistributedDataParallel
 
 from vae3d.tracking.console import Console
@@ -26,6 +27,7 @@ from vae3d.training.checkpoint import Checkpoints, versions
 from vae3d.training.distributed import Interrupt, World
 from vae3d.training.ema import EMA
 from vae3d.training.schedule import lr_scale
+from vae3d.training.sharding import part, parts_of_optimizer, shard, whole
 from vae3d.training.task import Task
 
 AMP = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -52,6 +54,7 @@ class Trainer:
         grad_accum: Micro-batches of one update.
         clip_norm: Gradients are scaled down to this norm; 0 for no clipping.
         amp: off | bf16 | fp16, precision of the networks.
+        sharding: ddp (each rank has all weights) | fsdp (each rank has a part of them).
         ema_decay: Decay of the averaged weights, 0 for none.
         log_every: Steps between two lines of numbers.
         val_every: Steps between two validations; 0 for none.
@@ -86,6 +89,7 @@ class Trainer:
         grad_accum: int = 1,
         clip_norm: float = 1.0,
         amp: str = "off",
+        sharding: str = "ddp",
         ema_decay: float = 0.999,
         log_every: int = 10,
         val_every: int = 0,
@@ -123,14 +127,18 @@ class Trainer:
         self.validate_network, self.monitor = validate, monitor
         self.show, self.sources, self.record = show, sources, record or {}
         self.amp, self.device = amp, self.world.device
+        self.free_reads = self.device.type == "cpu"  # no queue of kernels to wait for
         self.checkpoints = checkpoints
 
         rates = {"generator": lr, "discriminator": discriminator_lr or lr}
+        self.sharded = sharding == "fsdp" and self.world.size > 1
+        if self.sharded:
+            shard(task, self.world)
         self.networks, self.optimizers = {}, {}
         for name, (module, params) in _parts(task).items():
             self.optimizers[name] = _adamw(params, rates[name], betas, weight_decay)
             self.networks[name] = module
-        if self.world.size > 1:
+        if self.world.size > 1 and not self.sharded:
             self._distribute()
         self.rates = {name: rates[name] for name in self.optimizers}
         self.ema = EMA(task.network, ema_decay) if ema_decay else None
@@ -210,6 +218,8 @@ class Trainer:
 
     def _accumulate(self, name: str, last: bool, batch, share: float, terms: dict) -> None:
         network = self.networks[name]
+        if self.sharded:
+            network.set_requires_gradient_sync(last)
         sync = last or not isinstance(network, DistributedDataParallel)
         with nullcontext() if sync else network.no_sync():
             with self._autocast():
@@ -231,28 +241,35 @@ class Trainer:
         bad = ~torch.stack([v for v in terms.values()]).isfinite().all()
         for name in active:
             grads = _grads(self.optimizers[name])
-            norms[name] = torch.nn.utils.get_total_norm(grads) / self.scaler.factor
+            norms[name] = whole(torch.nn.utils.get_total_norm(grads)) / self.scaler.factor
             bad = bad | ~norms[name].isfinite()
             clip = (self.clip_norm / (norms[name] + 1e-6)).clamp(max=1.0) if self.clip_norm else 1.0
-            torch._foreach_mul_(grads, clip / self.scaler.factor)
+            with self._mixing():
+                torch._foreach_mul_(grads, clip / self.scaler.factor)
         bad = self.world.max_(bad.float())
         for name in active:
             optimizer = self.optimizers[name]
             for group in optimizer.param_groups:
                 group["lr"] = self.rates[name] * self.lr_scale()
             optimizer.found_inf = bad  # the fused kernels drop the step where this is 1
-            optimizer.step()
+            with self._mixing():
+                optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         if self.ema:
-            self.ema.update(self.step, skip=bad)
+            with self._mixing():
+                self.ema.update(self.step, skip=bad)
         self.task.after_step()
         self.scaler.update(bad)
         self.skipped += bad
         self.bad_in_row = (self.bad_in_row + 1) * bad
         measured = terms | {f"norm/{name}": norm / self.world.size for name, norm in norms.items()}
         self._measure(measured, bad)
-        if self.device.type == "cpu" or (self.step + 1) % self.log_every == 0:
+        if self.free_reads or (self.step + 1) % self.log_every == 0:
             self._stop_if_hopeless(window)
+
+    def _mixing(self):
+        """Context in which scalars go with sharded tensors."""
+        return implicit_replication() if self.sharded else nullcontext()
 
     def lr_scale(self) -> float:
         """Factor of the schedule on the learning rates at this step."""
@@ -358,10 +375,10 @@ class Trainer:
             "samples": self.samples,
             "best": self.best,
             "stale": self.stale,
-            "model": self.task.network.state_dict(),
-            "ema": self.ema.state_dict() if self.ema else None,
+            "model": whole(self.task.network.state_dict()),
+            "ema": whole(self.ema.state_dict()) if self.ema else None,
             "task": self.task.extra_state(),
-            "optimizers": {name: o.state_dict() for name, o in self.optimizers.items()},
+            "optimizers": {name: whole(o.state_dict()) for name, o in self.optimizers.items()},
             "scaler": self.scaler.state_dict(),
             "skipped": self.skipped,
             "loader": self.loader.state_dict(),
@@ -374,12 +391,15 @@ class Trainer:
         """Continue from a checkpoint, on as many ranks as before or on another number."""
         self.step, self.samples = state["step"], state["samples"]
         self.best, self.stale = state["best"], state["stale"]
-        self.task.network.load_state_dict(state["model"])
+        weights = self.task.network.state_dict()
+        self.task.network.load_state_dict(
+            {name: part(value, weights[name]) for name, value in state["model"].items()}
+        )
         if self.ema:
             self.ema.load_state_dict(state["ema"] or state["model"])
         self.task.load_extra_state(state["task"])
         for name, optimizer in self.optimizers.items():
-            optimizer.load_state_dict(state["optimizers"][name])
+            optimizer.load_state_dict(parts_of_optimizer(state["optimizers"][name], optimizer))
         self.scaler.load_state_dict(state["scaler"])
         self.skipped.copy_(state["skipped"])
         self.loader.load_state_dict(state["loader"])
@@ -420,6 +440,8 @@ class Trainer:
             names = f" for {', '.join(self.sources(batch))}" if self.sources else ""
             if not batch.image.isfinite().all():
                 return f"the input is not finite{names}"
+            if self.sharded:
+                continue  # running one rank's window needs all ranks
             bad: list[str] = []
             hooks = [
                 module.register_forward_hook(_watch(bad, name))

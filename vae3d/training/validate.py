@@ -70,7 +70,7 @@ class Validation:
         )
 
     def show(
-        self, network: nn.Module, step: int, tracker: Tracker, folder: Path, count: int
+        self, network: nn.Module, step: int, tracker: Tracker | None, folder: Path, count: int
     ) -> None:
         """Write input | recon | error of the first `count` volumes, and probes of the latents.
 
@@ -80,6 +80,8 @@ class Validation:
         shown = self.volumes[:count]
         for i in shown:
             x, recon = self.reconstruct(network, i)
+            if tracker is None:  # a rank that only lends its part of the weights
+                continue
             tracker.in_background(
                 _views,
                 folder,

@@ -1,0 +1,54 @@
+import pytest
+import torch
+from toys import on_ranks, tiny_vae, toy_trainer
+
+from vae3d.training.checkpoint import load_checkpoint, write_atomic
+from vae3d.training.distributed import World
+
+
+def sharded(world, folder, steps, resume):
+    trainer = toy_trainer(
+        folder, world, max_steps=steps, sharding="fsdp", save_every=2, grad_accum=2, batch_size=1,
+        validate=lambda network: {"val/mae": float(network.training)}, val_every=2,
+    )  # fmt: skip
+    kinds = {type(p).__name__ for p in trainer.task.network.parameters()}
+    if resume:
+        trainer.load_state_dict(load_checkpoint(folder / "last.pt"))
+    trainer.fit()
+    return trainer.tracker.losses(), kinds == {"DTensor"}
+
+
+def alone(folder, steps):
+    trainer = toy_trainer(folder, World(), max_steps=steps, batch_size=4, save_every=2)
+    trainer.fit()
+    return trainer.tracker.losses()
+
+
+@pytest.mark.filterwarnings("ignore:FSDP2-wrapped")
+def test_sharded_training_equals_one_process_and_its_checkpoints_are_whole(tmp_path):
+    wanted = alone(tmp_path / "alone", 4)
+    (losses, is_sharded), _ = on_ranks(2, sharded, tmp_path / "fsdp", 4, False)
+    assert is_sharded
+    assert losses == pytest.approx(wanted, rel=1e-4)
+    mine = load_checkpoint(tmp_path / "fsdp" / "last.pt")
+    theirs = load_checkpoint(tmp_path / "alone" / "last.pt")
+    for part in ("model", "ema"):
+        assert mine[part].keys() == theirs[part].keys()
+        for name, value in theirs[part].items():
+            torch.testing.assert_close(mine[part][name], value, rtol=1e-3, atol=1e-4)
+    tiny_vae().load_state_dict(mine["ema"])
+
+    # Two steps more, sharded from the checkpoint of one process.
+    write_atomic(tmp_path / "fsdp" / "last.pt", theirs)
+    (losses, _), _ = on_ranks(2, sharded, tmp_path / "fsdp", 6, True)
+    assert losses == pytest.approx(alone(tmp_path / "longer", 6)[4:], rel=0.05)
+
+
+def test_sharding_refuses_a_discriminator(tmp_path):
+    from test_resume import GAN
+
+    from vae3d.training.sharding import shard
+    from vae3d.training.task import VAETask
+
+    with pytest.raises(ValueError, match="fsdp does not go with an adversarial term"):
+        shard(VAETask(tiny_vae(), GAN()), World(size=2))

@@ -1,0 +1,67 @@
+"""Models that outgrow a GPU: weights, gradients, moments and average cut over the ranks.
+
+torch's own `fully_shard` (FSDP2). A checkpoint holds whole tensors whatever the sharding, so a run
+may continue, and a model be loaded, on any number of ranks.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from vae3d.training.distributed import World
+from vae3d.training.task import Task
+
+
+def shard(task: Task, world: World) -> None:
+    """Cut the parameters of a task over the ranks, one group for each layer of its network.
+
+    Args:
+        task: What is trained. Its network is gathered layer by layer when it runs.
+        world: The ranks.
+    """
+    if task.discriminator is not None:
+        raise ValueError("--sharding fsdp does not go with an adversarial term; use ddp")
+    mesh = init_device_mesh(world.device.type, (world.size,))
+    network = task.network
+    for layer in [layer for chain in network.children() for layer in chain.children()]:
+        if any(True for _ in layer.parameters()):
+            fully_shard(layer, mesh=mesh)
+    fully_shard(network, mesh=mesh)
+    for name in ("encode", "decode"):  # the task calls these, not the network itself
+        if hasattr(network, name):
+            register_fsdp_forward_method(network, name)
+    fully_shard(task, mesh=mesh)
+
+
+def whole(value: Any) -> Any:
+    """Gather every sharded tensor of a nested state. All ranks must call it."""
+    if isinstance(value, DTensor):
+        return value.full_tensor()
+    if isinstance(value, dict):
+        return {key: whole(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(whole(item) for item in value)
+    return value
+
+
+def part(value: Tensor, like: Tensor) -> Tensor:
+    """This rank's part of a whole tensor, cut as `like` is."""
+    if not isinstance(like, DTensor):
+        return value
+    return distribute_tensor(value.to(like.device), like.device_mesh, like.placements)
+
+
+def parts_of_optimizer(state: dict[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """An optimizer's saved state with its tensors cut as its parameters are."""
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    entries = {
+        i: {k: part(v, params[i]) if v.shape == params[i].shape else v for k, v in entry.items()}
+        for i, entry in state["state"].items()
+    }
+    return {**state, "state": entries}
