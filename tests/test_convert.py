@@ -9,7 +9,6 @@ from torch.nn import functional as F
 
 from vae3d.commands.convert import convert
 from vae3d.models.convert import (
-    Hints,
     export_monai_state,
     export_state,
     inflate,
@@ -21,6 +20,7 @@ from vae3d.models.custom_vae import CustomVAE
 from vae3d.models.layouts import COMPVIS
 from vae3d.models.norm import NoNorm
 from vae3d.models.presets import AutoencoderKL, MaisiVAE, MonaiVAE, T1LightVAE, VAEModel
+from vae3d.models.rebuild import Hints
 
 GROUPS = Hints(norm_num_groups=4)
 MONAI = {
@@ -359,6 +359,27 @@ def test_the_number_of_groups_is_asked_for():
         read_model(state)
 
 
+def test_bare_weights_of_ours_need_their_recipe(tmp_path):
+    vae = AutoencoderKL(**SD)
+    with pytest.raises(ValueError, match="without the recipe"):
+        read_model(vae.state_dict())
+    torch.save({k: v for k, v in vae.state_dict().items() if k != "encoder.0.bias"}, tmp_path / "w")
+    with pytest.raises(ValueError, match=r"missing: encoder\.0\.bias"):
+        load_weights(vae, str(tmp_path / "w"))
+
+
+def test_ignored_keys_are_named_as_in_the_file_or_without_its_prefixes():
+    state = {
+        f"first_stage_model.{k}": v for k, v in export_state(AutoencoderKL(**SD), COMPVIS).items()
+    }
+    state["first_stage_model.extra.w"] = torch.zeros(1)
+    with pytest.raises(ValueError, match=r"unexpected: extra\.w"):
+        read_model(state, GROUPS)
+    for prefix in ("extra.", "first_stage_model.extra"):
+        _, report = read_model(state, GROUPS, ignore_keys=(prefix,))
+        assert "first_stage_model.extra.w" in report.lines[0]
+
+
 def test_unknown_names_are_refused():
     with pytest.raises(ValueError, match="no known layout"):
         read_model({"layer1.weight": torch.zeros(3)})
@@ -465,6 +486,29 @@ def test_generative_models_transposed_convolutions_have_kernel_3():
     x = torch.randn(1, 1, 8, 12, 16)
     with torch.no_grad():
         torch.testing.assert_close(ours(x)[0], theirs.reconstruct(x), rtol=0, atol=1e-5)
+
+
+def test_attention_of_old_diffusers_is_renamed():
+    diffusers = pytest.importorskip("diffusers")
+    theirs = shaken(diffusers.AutoencoderKL(in_channels=1, out_channels=1, norm_num_groups=4))
+    old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    pattern = "|".join(map(re.escape, old))
+    state = {re.sub(pattern, lambda m: old[m[0]], k): v for k, v in theirs.state_dict().items()}
+    assert any(".query." in name for name in state)
+    ours, _ = read_model(state, GROUPS)
+    x = torch.randn(1, 1, 8, 8)
+    with torch.no_grad():
+        expected = theirs.decode(theirs.encode(x).latent_dist.mean).sample
+        torch.testing.assert_close(ours(x)[0], expected, rtol=0, atol=1e-4)
+
+
+def test_2d_weights_become_a_3d_network_on_the_command_line(tmp_path):
+    vae = shaken(AutoencoderKL(**SD))
+    torch.save(export_state(vae, COMPVIS), tmp_path / "sd.pt")
+    convert(tmp_path / "sd.pt", tmp_path / "volume", norm_num_groups=4, inflate="center")
+    assert CustomVAE.from_pretrained(tmp_path / "volume").factor == (2, 2, 2)
+    with pytest.raises(ValueError, match="only a 2D network"):
+        convert(tmp_path / "volume", tmp_path / "again", inflate="mean")
 
 
 def test_what_the_target_library_has_not_is_refused_and_nothing_is_written(tmp_path):

@@ -4,13 +4,13 @@ import pytest
 import torch
 
 from vae3d.models.convert import (
-    Hints,
     export_diffusers,
     export_monai_state,
     from_monai_state,
     read_model,
 )
 from vae3d.models.presets import MaisiVAE, VAEModel
+from vae3d.models.rebuild import Hints
 
 monai_nets = pytest.importorskip("monai.networks.nets")
 RTOL = 1e-5
@@ -60,6 +60,7 @@ MONAI_CONFIGS = {
     "one latent channel": {"latent_channels": 1},
     "groups and eps": {"norm_num_groups": 2, "norm_eps": 1e-3},
     "checkpointed": {"use_checkpoint": True},
+    "as wide as in practice": {"channels": (32, 64), "norm_num_groups": 32},
 }
 
 

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any, Literal
 from loaders import Preprocess
 
 if TYPE_CHECKING:
-    from vae3d.models.convert import Hints, Report
+    from vae3d.models.convert import Report
     from vae3d.models.custom_vae import CustomVAE
+    from vae3d.models.rebuild import Hints
 
 DIFFUSERS_WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
 
@@ -64,11 +65,12 @@ def convert(
         preprocess: How the weights want their volumes prepared; kept in a checkpoint.
         trust: Prefixes of modules besides vae3d whose classes may be imported.
     """
-    from vae3d.models import convert as weights
+    from vae3d.models.convert import inflate as inflated
+    from vae3d.models.rebuild import Hints
 
     if target.exists():
         raise ValueError(f"{target} exists; remove it or choose another name")
-    hints = weights.Hints(
+    hints = Hints(
         norm_num_groups=norm_num_groups,
         norm_eps=norm_eps,
         use_convtranspose=use_convtranspose,
@@ -77,7 +79,7 @@ def convert(
     )
     vae, report = read(source, hints, layout, ignore_keys, trust)
     if inflate != "none":
-        vae = weights.inflate(vae, inflate)
+        vae = inflated(vae, inflate)
         report.lines.append(f"inflated to 3D ({inflate})")
     write(vae, target, to, preprocess)
     parameters = sum(p.numel() for p in vae.parameters())

@@ -8,9 +8,6 @@ missing, left over or of another shape is an error, and what is dropped or resha
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
-from itertools import groupby
-from math import gcd
 from typing import Any, Literal
 
 import torch
@@ -28,34 +25,14 @@ from vae3d.models.layouts import (
     Layout,
     Row,
 )
-from vae3d.models.presets import LATENT_SCALE, AutoencoderKL, MaisiVAE, MonaiVAE
+from vae3d.models.presets import AutoencoderKL, MaisiVAE, MonaiVAE
+from vae3d.models.rebuild import BUILDERS, Hints
 
 State = dict[str, Tensor]
 # Prefixes that wrappers put before the names, and parts of a checkpoint that are no autoencoder.
 WRAPPERS = ("module.", "_orig_mod.", "first_stage_model.", "autoencoder.", "vae.")
+OURS = "encoder.0.weight"  # a name that only we have
 NOT_THE_MODEL = ("loss.", "discriminator.", "model_ema.")
-
-
-@dataclass(frozen=True)
-class Hints:
-    """What weights do not say about their network.
-
-    Args:
-        norm_num_groups: Groups of the norms.
-        norm_eps: Added to the variance in the norms.
-        use_convtranspose: Up layers are transposed convolutions, where the names do not tell.
-        proj_attn: What to do with `proj_attn` of GenerativeModels 0.2, whose forward pass never
-            applies it: `drop` it, `apply` it, or drop it if it was never trained (`auto`).
-        latent_scale: Scale of the latents for a second stage.
-        latent_shift: Subtracted before scaling.
-    """
-
-    norm_num_groups: int | None = None
-    norm_eps: float = 1e-6
-    use_convtranspose: bool = False
-    proj_attn: Literal["auto", "drop", "apply"] = "auto"
-    latent_scale: float | None = None
-    latent_shift: float | None = None
 
 
 @dataclass
@@ -82,7 +59,7 @@ class Report:
 
 def read_model(
     state: dict[str, Any],
-    hints: Hints = Hints(),
+    hints: Hints | None = None,
     layout: str | None = None,
     ignore_keys: Sequence[str] = (),
 ) -> tuple[CustomVAE, Report]:
@@ -90,7 +67,7 @@ def read_model(
 
     Args:
         state: The weights, as read from a file.
-        hints: What the weights do not say.
+        hints: What the weights do not say; None for nothing.
         layout: Name of the layout; None to recognize it.
         ignore_keys: Prefixes of keys to leave out.
 
@@ -99,7 +76,7 @@ def read_model(
     """
     state, report = clean(state, ignore_keys, layout)
     source = LAYOUTS[report.layout]
-    state, hints = settle_proj_attn(state, source, hints, report)
+    state, hints = settle_proj_attn(state, source, hints or Hints(), report)
     state = modern_names(state, source)
     vae = BUILDERS[source.name](state, source, hints)
     fill(vae, state, source, report)
@@ -122,13 +99,14 @@ def load_weights(
     state = read_state(path)
     if "spec" in state:  # a checkpoint of ours: the averaged weights where there are some
         state = state.get("ema") or state["model"]
-    if set(state) == set(vae.state_dict()):
+    if OURS in state:
+        report = Report("vae3d")
+        check(state, vae.state_dict(), report.layout)
         vae.load_state_dict(state)
-        return Report("vae3d")
+        return report
     state, report = clean(state, ignore_keys, layout)
     source = LAYOUTS[report.layout]
-    keep = Hints(proj_attn="auto")
-    state, _ = settle_proj_attn(state, source, keep, report)
+    state, _ = settle_proj_attn(state, source, Hints(), report)
     fill(vae, modern_names(state, source), source, report)
     return report
 
@@ -152,33 +130,43 @@ def clean(
                 " known layouts are vae3d, " + ", ".join(LAYOUTS)
             )
         return clean(next(iter(inside.values())), ignore_keys, layout)
-    unwrapped = _unwrap(tensors)
-    outside = (
-        set()
-        if len(unwrapped) == len(tensors)
-        else {k for k in tensors if not any(k.endswith(name) for name in unwrapped)}
-    )
-    ignored = {k for k in unwrapped if k.startswith((*NOT_THE_MODEL, *ignore_keys))}
-    model = {k: v for k, v in unwrapped.items() if k not in ignored}
-    name = layout or _recognize(model)
+    unwanted = (*NOT_THE_MODEL, *ignore_keys)
+    names = {
+        name: full
+        for name, full in _unwrap(tensors).items()
+        if not name.startswith(unwanted) and not full.startswith(unwanted)
+    }
+    name = layout or _recognize(names)
+    if OURS in names and not layout:
+        raise ValueError(
+            "these weights are vae3d's without the recipe of their network; convert the run"
+            " folder, its checkpoint or the folder of save_pretrained"
+        )
     if name not in LAYOUTS:
-        first = ", ".join(list(model)[:3])
+        first = ", ".join(list(names)[:3])
         raise ValueError(
             f"the names of the weights ({first}, ...) are of no known layout; known are vae3d, "
             + ", ".join(LAYOUTS)
         )
     report = Report(name)
-    report.add("left out, not of the autoencoder", (ignored | outside))
-    return model, report
+    report.add("left out, not of the autoencoder", set(tensors) - set(names.values()))
+    return {n: tensors[full] for n, full in names.items()}, report
 
 
-def _unwrap(state: dict[str, Any]) -> dict[str, Any]:
-    """Take wrappers' prefixes off; where a prefix marks the autoencoder, keep only its weights."""
-    for prefix in WRAPPERS:
-        inside = {k[len(prefix) :]: v for k, v in state.items() if k.startswith(prefix)}
-        if inside:
-            return _unwrap(inside)
-    return state
+def _unwrap(names: Iterable[str]) -> dict[str, str]:
+    """Names without the prefixes of wrappers, and with them.
+
+    Where a prefix marks the autoencoder, names without it are left out.
+    """
+    unwrapped = {name: name for name in names}
+    while True:
+        for prefix in WRAPPERS:
+            inside = {n[len(prefix) :]: f for n, f in unwrapped.items() if n.startswith(prefix)}
+            if inside:
+                unwrapped = inside
+                break
+        else:
+            return unwrapped
 
 
 def _recognize(names: Iterable[str]) -> str | None:
@@ -263,21 +251,39 @@ def fill(vae: CustomVAE, state: State, layout: Layout, report: Report) -> None:
         report: Gets a line on reshaped weights.
     """
     rows = layout.rows(vae)
-    expected = {name for row in rows for name in row.theirs}
-    wrong = {"missing": expected - set(state), "unexpected": set(state) - expected}
-    ours = vae.state_dict()
-    renamed = {row.ours: read_row(row, state) for row in rows if set(row.theirs) <= set(state)}
-    wrong["misshaped"] = {
-        f"{row.theirs[0]} {tuple(renamed[row.ours].shape)}, not {tuple(ours[row.ours].shape)}"
-        for row in rows
-        if row.ours in renamed and renamed[row.ours].shape != ours[row.ours].shape
+    target = vae.state_dict()
+    # Shapes are compared under their names, before anything is renamed.
+    expected = {}
+    for row in rows:
+        shape = (*target[row.ours].shape, *(1,) * row.ones)
+        shape = (shape[0] // len(row.theirs), *shape[1:])
+        expected |= {name: torch.empty(shape, device="meta") for name in row.theirs}
+    check(state, expected, layout.name)
+    vae.load_state_dict({row.ours: read_row(row, state) for row in rows})
+    joined = {row.theirs[0] for row in rows if row.ones or len(row.theirs) > 1}
+    report.add("reshaped or joined", joined)
+
+
+def check(state: State, expected: State, layout: str) -> None:
+    """Raise an error that names every missing, unexpected and misshaped weight.
+
+    Args:
+        state: What there is.
+        expected: What there should be.
+        layout: Whose names they are, for the message.
+    """
+    wrong = {
+        "missing": set(expected) - set(state),
+        "unexpected": set(state) - set(expected),
+        "misshaped": {
+            f"{name} {tuple(state[name].shape)}, not {tuple(expected[name].shape)}"
+            for name in set(state) & set(expected)
+            if state[name].shape != expected[name].shape
+        },
     }
     problems = "; ".join(f"{what}: {', '.join(sorted(k))}" for what, k in wrong.items() if k)
     if problems:
-        raise ValueError(f"the {layout.name} weights do not fit this network: {problems}")
-    vae.load_state_dict(renamed)
-    reshaped = {row for row in rows if row.ones or len(row.theirs) > 1}
-    report.add("reshaped or joined", {row.theirs[0] for row in reshaped})
+        raise ValueError(f"the {layout} weights do not fit this network: {problems}")
 
 
 def read_row(row: Row, state: State) -> Tensor:
@@ -373,182 +379,6 @@ def export_diffusers(vae: AutoencoderKL) -> tuple[State, dict[str, Any]]:
         "mid_block_add_attention": args["mid_attention"] and args["attn_type"] != "none",
     }
     return export_state(vae, DIFFUSERS), config
-
-
-# ------------------------------------------------------------- networks rebuilt from shapes
-
-
-def build_monai(state: State, layout: Layout, hints: Hints) -> MonaiVAE:
-    """Rebuild a network of MONAI's family from its weights.
-
-    Args:
-        state: The weights.
-        layout: MONAI, MAISI or GenerativeModels.
-        hints: What the weights do not say.
-    """
-    encoder, decoder = (_Half(state, half, layout) for half in ("encoder", "decoder"))
-    shrinking, encoder_mid = encoder.levels()
-    growing, decoder_mid = decoder.levels()
-    if [level[:2] for level in growing[::-1]] != [level[:2] for level in shrinking]:
-        raise ValueError(
-            "encoder and decoder have different blocks or attention per level"
-            f" ({shrinking} and {growing[::-1]}); MONAI's network cannot"
-        )
-    stem = state[f"encoder.blocks.0.{layout.parts['conv']['']}.weight"]
-    if stem.shape[0] != shrinking[0][2]:
-        raise ValueError("the first convolution is narrower than the first level; MONAI's is not")
-    end = f"decoder.blocks.{len(decoder.letters) - 1}.{layout.parts['conv']['']}.weight"
-    channels = tuple(level[2] for level in shrinking)
-    transpose = any(".deconv." in name for name in state) or hints.use_convtranspose
-    # GenerativeModels' transposed convolutions have MAISI's kernel, 3.
-    three = layout is MAISI or (layout in (GENERATIVE_01, GENERATIVE_02) and transpose)
-    options = {("num_channels" if three else "channels"): channels}
-    return (MaisiVAE if three else MonaiVAE)(
-        spatial_dims=stem.dim() - 2,
-        in_channels=stem.shape[1],
-        out_channels=state[end].shape[0],
-        latent_channels=state["quant_conv_mu.conv.weight"].shape[0],
-        num_res_blocks=tuple(level[0] for level in shrinking),
-        attention_levels=tuple(level[1] for level in shrinking),
-        norm_num_groups=asked(hints, "norm_num_groups", channels),
-        norm_eps=hints.norm_eps,
-        with_encoder_nonlocal_attn=encoder_mid,
-        with_decoder_nonlocal_attn=decoder_mid,
-        use_convtranspose=transpose,
-        include_fc=any(re.search(r"\.(out_proj|proj_attn|proj_out)\.", name) for name in state),
-        use_combined_linear=any(".attn.qkv." in name for name in state),
-        **options,
-    )
-
-
-class _Half:
-    """One half of a MONAI network as a word: C conv, B block, A attention, R resample, N norm."""
-
-    def __init__(self, state: State, half: str, layout: Layout):
-        names = [name.split(".", 3) for name in state if name.startswith(f"{half}.blocks.")]
-        leaves: dict[int, set[str]] = {}
-        for *_, index, leaf in names:
-            leaves.setdefault(int(index), set()).add(leaf)
-        self.half = half
-        self.state = state
-        conv = f"{layout.parts['conv']['']}.weight"
-        self.letters = "".join(_letter(leaves[i], conv) for i in sorted(leaves))
-
-    def levels(self) -> tuple[list[tuple[int, bool, int]], bool]:
-        """Blocks, attention and channels of each level in order, and whether there is a bottleneck.
-
-        A level with attention ends in A, so B, A, B at the inner end is the bottleneck.
-        """
-        if not re.fullmatch(r"C[BAR]+NC", self.letters):
-            raise ValueError(f"the {self.half} is no chain of blocks: {self.letters}")
-        word = self.letters[1:-2]
-        if self.half == "encoder":
-            bottleneck = word.endswith("BAB")
-            start, word = 1, word[: -3 if bottleneck else None]
-        else:
-            bottleneck = word.startswith("BAB") and not word.startswith("BABA")
-            start, word = (4, word[3:]) if bottleneck else (1, word)
-        levels, place = [], start
-        for level in word.split("R"):
-            last = place + level.rindex("B")
-            width = self.state[f"{self.half}.blocks.{last}.norm2.weight"].shape[0]
-            levels.append((level.count("B"), "A" in level, width))
-            place += len(level) + 1
-        return levels, bottleneck
-
-
-def _letter(leaves: set[str], conv: str) -> str:
-    """Kind of a layer from the names of its weights."""
-    if "norm1.weight" in leaves:
-        return "B"
-    if "norm.weight" in leaves:
-        return "A"
-    if conv in leaves:
-        return "C"
-    return "N" if leaves == {"weight", "bias"} else "R"
-
-
-def build_compvis(state: State, layout: Layout, hints: Hints) -> AutoencoderKL:
-    """Rebuild an autoencoder of Stable Diffusion from its weights, CompVis or diffusers.
-
-    Args:
-        state: The weights.
-        layout: CompVis or diffusers.
-        hints: What the weights do not say.
-    """
-    diffusers = layout is DIFFUSERS
-    level = r"encoder\.down_blocks\.(\d+)\." if diffusers else r"encoder\.down\.(\d+)\."
-    block = level + (r"resnets" if diffusers else r"block") + r"\.(\d+)\.conv1\.weight"
-    found = sorted((int(m[1]), int(m[2]), m[0]) for name in state if (m := re.match(block, name)))
-    levels = [[name for *_, name in group] for _, group in groupby(found, lambda f: f[0])]
-    if len({len(names) for names in levels}) != 1:
-        raise ValueError("the levels have different numbers of blocks; Stable Diffusion's do not")
-    channels = [state[names[-1]].shape[0] for names in levels]
-    stem = state["encoder.conv_in.weight"]
-    base = stem.shape[0]
-    if gcd(base, *channels) != base:
-        raise ValueError(f"channels {channels} are no multiples of the first convolution's {base}")
-    attention = level + ("attentions" if diffusers else "attn") + r"\."
-    attended = {int(m[1]) for name in state if (m := re.match(attention, name))}
-    sizes = [256 // 2**n for n in range(len(levels))]
-    has = partial(_has, state)
-    mid = has(r"encoder\.mid(_block\.attentions|\.attn_1)")
-    z_channels = state["decoder.conv_in.weight"].shape[1]
-    quant = "quant_conv.weight" in state
-    return AutoencoderKL(
-        in_channels=stem.shape[1],
-        out_channels=state["decoder.conv_out.weight"].shape[0],
-        resolution=sizes[0],
-        base_ch=base,
-        ch_mult=tuple(c // base for c in channels),
-        num_res_blocks=len(levels[0]),
-        attn_resolutions=tuple(sizes[n] for n in sorted(attended)),
-        z_channels=z_channels,
-        embed_dim=state["post_quant_conv.weight"].shape[1] if quant else z_channels,
-        double_z=state["encoder.conv_out.weight"].shape[0] == 2 * z_channels,
-        spatial_dims=stem.dim() - 2,
-        attn_type="linear" if has(r"to_qkv") else "vanilla" if mid or attended else "none",
-        mid_attention=mid,
-        resamp_with_conv=len(levels) == 1 or has(r"(downsample|downsamplers\.0)\.conv\."),
-        use_quant_conv=quant,
-        # CompVis knows no other number than 32.
-        num_groups=asked(hints, "norm_num_groups", channels)
-        if diffusers
-        else hints.norm_num_groups or 32,
-        latent_scale=LATENT_SCALE if hints.latent_scale is None else hints.latent_scale,
-        latent_shift=hints.latent_shift or 0.0,
-    )
-
-
-def _has(state: State, pattern: str) -> bool:
-    return any(re.search(pattern, name) for name in state)
-
-
-def asked(hints: Hints, name: str, channels: Sequence[int]) -> Any:
-    """A hint that the weights cannot replace, or an error that asks for it.
-
-    Args:
-        hints: What the user said.
-        name: The hint.
-        channels: Channels of the levels, for the message.
-    """
-    value = getattr(hints, name)
-    if value is None:
-        raise ValueError(
-            f"the weights do not say {name}; add --{name} N (a divisor of the channels"
-            f" {', '.join(map(str, channels))}; the libraries' default is 32)"
-        )
-    return value
-
-
-BUILDERS = {
-    MONAI.name: build_monai,
-    MAISI.name: build_monai,
-    GENERATIVE_01.name: build_monai,
-    GENERATIVE_02.name: build_monai,
-    COMPVIS.name: build_compvis,
-    DIFFUSERS.name: build_compvis,
-}
 
 
 # ------------------------------------------------------------------------------- 2D to 3D
