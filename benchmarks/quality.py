@@ -46,13 +46,16 @@ ROOT = Path(__file__).resolve().parents[1]
 class MonaiPeer(CustomVAE):
     """MONAI's AutoencoderKL, without attention, behind the contract of `CustomVAE`."""
 
-    def __init__(self, channels: tuple[int, ...], num_res_blocks: int, latent_channels: int):
+    def __init__(
+        self, channels: tuple[int, ...], num_res_blocks: int, latent_channels: int, norm_groups: int
+    ):
         nn.Module.__init__(self)
         self.net = AutoencoderKL(
             spatial_dims=3,
             channels=channels,
             num_res_blocks=(num_res_blocks,) * len(channels),
             latent_channels=latent_channels,
+            norm_num_groups=norm_groups,
             attention_levels=(False,) * len(channels),
             with_encoder_nonlocal_attn=False,
             with_decoder_nonlocal_attn=False,
@@ -184,7 +187,13 @@ def network(recipe, factor: int, name: str):
     channels = (tuple(plan["channels"]) + (plan["channels"][-1],) * levels)[:levels]
     if name == "vae3d":
         return partial(recipe, channels=channels, factors=None)
-    return partial(MonaiPeer, channels, plan["num_res_blocks"], plan["latent_channels"])
+    return partial(
+        MonaiPeer,
+        channels,
+        plan["num_res_blocks"],
+        plan["latent_channels"],
+        plan["norm"]["init_args"]["num_groups"],
+    )
 
 
 def pooling(root: str, recipe: str, run: str, factor: int, split: str) -> dict:

@@ -16,6 +16,7 @@ from vae3d.losses.reconstruction import SSIM, Charbonnier, FocalFrequency, Learn
 from vae3d.losses.slices import draw_slices, mean_over_slices, take_slices
 from vae3d.losses.vae_loss import VAELoss
 from vae3d.models.custom_vae import CustomVAE
+from vae3d.models.fast import plain
 from vae3d.models.norm import GroupNorm
 from vae3d.models.posterior import DiagonalGaussian
 
@@ -216,11 +217,11 @@ def test_r1_is_the_squared_slope_at_real_data_and_keeps_its_scale_with_the_patch
 
 def test_r1_flattens_the_discriminator():
     x, recon = pair()
-    steep, flat = game(spatial_dims=3), game(spatial_dims=3, r1_weight=100.0)
+    steep, flat = (game(spatial_dims=3, r1_weight=weight) for weight in (0.0, 100.0))
     slopes = []
     for adversarial in (steep, flat):
-        optimizer = torch.optim.Adam(adversarial.critic.parameters(), 2e-3)
-        for step in range(15):
+        optimizer = torch.optim.Adam(adversarial.critic.parameters(), 4e-3)
+        for step in range(8):
             optimizer.zero_grad()
             adversarial.critic(x, recon, step)["discriminator_loss"].backward()
             optimizer.step()
@@ -422,6 +423,16 @@ def test_activation_checkpointing_changes_no_digit_with_every_loss_on(mode):
         assert torch.equal(a, b), name
 
 
+@pytest.mark.slow
+def test_adaptive_weight_walks_a_compiled_model_too():
+    _, losses = run_steps(2, lambda step: [batch_of(step)], first=1)
+    module = Step()
+    module.vae.decoder.compile()
+    with plain():
+        _, same = run_steps(2, lambda step: [batch_of(step)], module=module, first=1)
+    assert torch.allclose(losses, same, rtol=1e-4, atol=1e-5)
+
+
 def test_no_loss_waits_for_the_device(monkeypatch):
     module = Step()
 
@@ -432,7 +443,8 @@ def test_no_loss_waits_for_the_device(monkeypatch):
         monkeypatch.setattr(torch.Tensor, name, stop)
     for step in range(3):
         x = batch_of(step)
-        recon, terms = module(x, step)
+        with plain():  # the kernels for the CPU may read what is already there
+            recon, terms = module(x, step)
         terms["loss"].backward()
         if module.loss.discriminator_active(step):
             module.loss.discriminator_loss(x, recon, step)["discriminator_loss"].backward()

@@ -11,6 +11,7 @@ from itertools import pairwise
 from typing import Literal
 
 import torch
+import torch._functorch.config
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -193,6 +194,10 @@ class Adversarial(nn.Module):
         self.in_channels = in_channels
         self.start_step = start_step
         self.adaptive, self.max_adaptive = adaptive, max_adaptive
+        if adaptive:
+            # `measure` walks the model's graph before backward does: a compiled one must not reuse
+            # its saved activations as scratch memory. Read when the model is compiled, so later.
+            torch._functorch.config.donated_buffer = False
         self.feature_matching_weight = feature_matching_weight
         self.num_slices, self.seed = num_slices, seed
         net = discriminator(spatial_dims, in_channels)
