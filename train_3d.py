@@ -124,8 +124,10 @@ def train_3d(
     import torch
 
     from loaders import PatchLoader, open_data
+    from vae3d.tracking.console import Console
     from vae3d.tracking.tracker import Tracker
     from vae3d.training.distributed import World, open_world
+    from vae3d.training.facts import facts
     from vae3d.training.run import Run
     from vae3d.training.task import VAETask
     from vae3d.training.trainer import Trainer
@@ -178,7 +180,10 @@ def train_3d(
         tracker = None
         if world.is_main:
             run_id = state and state["wandb_id"]
-            tracker = Tracker(out_dir, wandb, config=config, run_id=run_id)
+            about = facts(vae, store, split, loader, world, grad_accum, amp)
+            with Console(max_steps) as console:
+                console.summary(about, title=str(out_dir))
+            tracker = Tracker(out_dir, wandb, config={**config, "about": about}, run_id=run_id)
 
         def show(network, step):
             if tracker or sharding == "fsdp":

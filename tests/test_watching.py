@@ -1,5 +1,7 @@
 """One small run, watched in every way: files, dashboard, page and notebook show the same."""
 
+import contextlib
+import io
 import json
 from functools import partial
 from pathlib import Path
@@ -21,9 +23,23 @@ KINDS = ("png", "gif", "mp4", "input_gif", "input_mp4", "recon_gif", "recon_mp4"
 LATENT = ("between", "channels", "draws", "noise", "slices")
 
 
+def test_the_start_is_told_in_a_few_lines(run):
+    said = run[2].splitlines()
+    lines = {line.split()[0]: " ".join(line.split()[1:]) for line in said if line.startswith("  ")}
+    split = json.loads((run[1] / "split.json").read_text())
+    parts = ", ".join(f"{len(ids)} {part}" for part, ids in split.items())
+    assert lines["data"] == f"10 volumes: {parts}"
+    assert lines["size"] == "20 x 16 x 12 voxels, 2 x 2 x 3 mm"
+    assert lines["patches"] == f"random parts of 8 x 8 x 8, {len(split['train'])} an epoch"
+    assert "factor 2 x 2 x 2" in lines["network"]
+    assert lines["latent"] == "4 x 4 x 4 x 4 for 8 x 8 x 8, 2 input numbers for one"
+    assert lines["update"] == "batch 2 x accumulation 1 x 1 rank = 2"
+    assert lines["device"] == "cpu (1 threads), amp off"
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A run of two steps on blobs: the folder of volumes and the run folder."""
+    """A run of two steps on blobs: the folder of volumes, the run folder and what it said."""
     data, out = tmp_path_factory.mktemp("data"), tmp_path_factory.mktemp("runs") / "tiny"
     axes = np.meshgrid(*[np.linspace(-1, 1, n) for n in (20, 16, 12)], indexing="ij")
     for i in range(10):
@@ -31,6 +47,13 @@ def run(tmp_path_factory):
         distance = sum((a - c) ** 2 for a, c in zip(axes, center, strict=True))
         blob = np.exp(-4 * distance)[None].astype(np.float32)
         write_volume(data / f"case-{i}.nii.gz", Volume(blob, np.diag([2.0, 2.0, 3.0, 1.0])))
+    said = io.StringIO()
+    with contextlib.redirect_stderr(said):
+        train_tiny(data, out)
+    return data, out, said.getvalue()
+
+
+def train_tiny(data, out):
     train_3d(
         DataConfig(str(data), fractions=(0.4, 0.4, 0.2)),
         str(out),
@@ -51,7 +74,6 @@ def run(tmp_path_factory):
         wandb="offline",
         device="cpu",
     )
-    return data, out
 
 
 def test_numbers_name_losses_rate_norm_speed_memory_and_waiting(run):

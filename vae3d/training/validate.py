@@ -104,8 +104,9 @@ class Validation:
                 self.store.data_range,
             )
         measured = self.probes.measure(network)
-        tracker.log(measured.numbers, step)
-        tracker.in_background(self.probes.draw, measured, folder, step=step)
+        if tracker is not None:
+            tracker.log(measured.numbers, step)
+            tracker.in_background(self.probes.draw, measured, folder, step=step)
 
     def _window_hu(self) -> tuple[float, float] | None:
         """HU of the ends of the data range, where it has such."""
