@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from pathlib import Path
 from typing import Literal
 
@@ -47,13 +48,9 @@ def decode(
     path = Path(latents)
     paths = [path] if path.is_file() else find_latents(path, None if split == "all" else split)
     made_by = read_info(paths[0])["made_by"]
-    coding = Coding(
-        mode or made_by["mode"],
-        patch_size or made_by.get("patch"),
-        made_by.get("overlap", 0.5) if overlap is None else overlap,
-        blend or made_by.get("blend", "hann"),
-        memory_gb,
-    )
+    given = dict(mode=mode, patch_size=patch_size, overlap=overlap, blend=blend)
+    given = {k: v for k, v in given.items() if v is not None}
+    coding = Coding(**{**coded_as(made_by), **given}, memory_gb=memory_gb)
     vae = load_encoder(checkpoint, made_by, trust)
     with open_world(device) as world:
         vae.to(world.device)
@@ -64,6 +61,14 @@ def decode(
             size = latent.info["volume_shape"][1:]
             x = coding.decode(vae, latent.mean, size)
             print(write_nifti(Path(out_dir), path.stem, x, latent.info["source"]["undo"]))
+
+
+def coded_as(made_by: dict) -> dict:
+    """Options of `Coding` with which some latents were made."""
+    from vae3d.stage2.coding import Coding
+
+    names = {field.name for field in fields(Coding)}
+    return {k: v for k, v in made_by.items() if k in names}
 
 
 def load_encoder(checkpoint: str, made_by: dict, trust: tuple[str, ...] = ()):

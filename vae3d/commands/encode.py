@@ -70,8 +70,9 @@ def encode(
 
     state = load_checkpoint(checkpoint)
     vae = load_model(checkpoint, ema=ema, trust=trust)
-    patch_size = patch_size or state["config"].get("patch_size")
-    coding = Coding(mode, patch_size, overlap, blend, memory_gb)
+    slicing = {k: state["config"]["data"][k] for k in ("slice_axis", "num_slices")}
+    patch_size = tuple(patch_size or state["config"]["patch_size"])
+    coding = Coding(mode, patch_size, overlap, blend, memory_gb, **slicing)
     made_by = {"checkpoint": weights_hash(vae), "step": state["step"], "ema": ema}
     made_by |= coding.facts()
     folder = Path(out_dir)
@@ -91,7 +92,8 @@ def encode(
         for number, index in enumerate(todo, start=1):
             mean, logvar = coding.encode(vae, torch.from_numpy(store.read(index)))
             path = latent_path(folder, store.ids[index])
-            write_latent(path, mean, logvar, header(store, index, vae, made_by, parts, mean.ndim))
+            factor = coding.factor(vae, mean.ndim - 1)
+            write_latent(path, mean, logvar, header(store, index, factor, made_by, parts))
             left = (time.monotonic() - begun) / number * (len(todo) - number)
             print(f"{store.ids[index]}: {tuple(mean.shape)}  {left:.0f} s left", flush=True)
         world.barrier()
@@ -131,13 +133,11 @@ def open_volumes(state: dict[str, Any], source: VolumeSource, split: str = "all"
     return store.subset(chosen), parts
 
 
-def header(store, index: int, vae, made_by: dict, parts: dict, latent_dims: int) -> dict[str, Any]:
+def header(store, index: int, factor: list[int], made_by: dict, parts: dict) -> dict[str, Any]:
     """What a latent file says beside its tensors."""
-    from vae3d.stage2.coding import factor_of
     from vae3d.stage2.latents import latent_affine
 
     subject, record = store.ids[index], store.undo_record(index)
-    factor = factor_of(vae, latent_dims - 1)
     spacing = zip(store.spacing_mm(index), (*factor, 1), strict=False)
     return {
         "subject": subject,
@@ -145,7 +145,7 @@ def header(store, index: int, vae, made_by: dict, parts: dict, latent_dims: int)
         "labels": dict(store.labels(index)),
         "affine": latent_affine(record["affine"], factor).tolist(),
         "spacing_mm": [mm * f for mm, f in spacing],
-        "factor": list(factor),
+        "factor": factor,
         "volume_shape": list(store.shape(index)),
         "intensity": store.preprocess.intensity,
         "source": {"fingerprint": store.meta(index)["key"], "undo": record},

@@ -71,11 +71,12 @@ def sample(
         device: auto | cpu | cuda | mps.
         trust: Module prefixes besides vae3d whose classes the checkpoints may import.
     """
-    from vae3d.commands.decode import load_encoder
+    from vae3d.commands.decode import coded_as, load_encoder
     from vae3d.stage2.coding import Coding
     from vae3d.training.distributed import open_world
 
-    coding = Coding(mode, patch_size, overlap, blend, memory_gb)
+    decoding = dict(mode=mode, patch_size=patch_size, overlap=overlap, blend=blend)
+    decoding |= {"memory_gb": memory_gb}
     if ldm is None:
         if checkpoint is None:
             raise ValueError("give --checkpoint (a VAE) or --ldm (a diffusion model)")
@@ -93,6 +94,7 @@ def sample(
             sources = from_gaussians(latents, kinds)
         template = next(iter(sources.values())).template
         vae = load_encoder(checkpoint, template["made_by"], trust).to(world.device)
+        coding = Coding(**{**coded_as(template["made_by"]), **decoding})
         writer = Writer(Path(out_dir), template, vae, coding, media)
         shape = (template["shape"][0], *(grid or template["shape"][1:]))
         done = {}

@@ -306,7 +306,7 @@ class Pictures:
             return
         import torch
 
-        from vae3d.commands.decode import load_encoder
+        from vae3d.commands.decode import coded_as, load_encoder
         from vae3d.stage2.coding import Coding
         from vae3d.stage2.latents import keyed_generator
         from vae3d.stage2.sheet import contact_sheet, three_slices
@@ -316,12 +316,13 @@ class Pictures:
         template: dict[str, Any] = self.store.infos[0]
         vae = load_encoder(self.vae, template["made_by"]).to(device)
         spacing = [m / f for m, f in zip(template["spacing_mm"], template["factor"], strict=False)]
+        coding = Coding(**{**coded_as(template["made_by"]), "mode": "full"})
         pictures = []
         for number in range(self.count):
             noise = torch.randn(template["shape"], generator=keyed_generator(0, number))
             label, condition = self.guide(torch.tensor([number]), device)
             z = network.sample(noise[None].to(device), 25, None, label, condition)
-            x = Coding("full").decode(vae, z[0], template["volume_shape"][1:])
+            x = coding.decode(vae, z[0], template["volume_shape"][1:])
             pictures.append(three_slices(x.numpy(), spacing))
         sheet = contact_sheet({f"samples at step {step}": pictures})
         self.folder.mkdir(parents=True, exist_ok=True)

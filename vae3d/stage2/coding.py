@@ -1,6 +1,6 @@
 """Volumes to latents and back: one full pass, blended patches, or the exact bounded-memory pass.
 
-A 2D model codes a volume slice by slice along the last axis; its latents keep that axis unshrunk.
+A 2D model codes a volume slice by slice; its latents keep the axis that is sliced unshrunk.
 """
 
 from __future__ import annotations
@@ -28,6 +28,8 @@ class Coding:
         overlap: Overlap of neighboring patches as a fraction of the patch, for mode patch.
         blend: hann | gaussian | average | crop, for mode patch.
         memory_gb: Memory budget of mode exact in GiB; None takes half of what is free.
+        slice_axis: For a 2D model: the axis that slices are cut across.
+        num_slices: For a 2D model: neighboring slices that are its input channels.
     """
 
     mode: str = "full"
@@ -35,6 +37,8 @@ class Coding:
     overlap: float = 0.5
     blend: str = "hann"
     memory_gb: float | None = None
+    slice_axis: int = 2
+    num_slices: int = 1
 
     def __post_init__(self):
         if self.mode not in MODES:
@@ -43,11 +47,12 @@ class Coding:
             raise ValueError("mode patch needs --patch_size, for example '[64,64,64]'")
 
     def facts(self) -> dict:
-        """What the latents depend on, JSON-able."""
-        if self.mode != "patch":
-            return {"mode": self.mode}
-        patch = list(self.patch_size)
-        return {"mode": "patch", "patch": patch, "overlap": self.overlap, "blend": self.blend}
+        """What the latents depend on, JSON-able; `Coding(**facts)` decodes alike."""
+        names = ["mode", "slice_axis", "num_slices"]
+        if self.mode == "patch":
+            names += ["patch_size", "overlap", "blend"]
+        facts = {name: getattr(self, name) for name in names}
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in facts.items()}
 
     @torch.no_grad()
     def encode(self, vae: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -55,14 +60,18 @@ class Coding:
 
         Args:
             vae: The model, in eval mode.
-            x: `(C, X, Y, Z)`, normalized; `(C, X, Y)` for a 2D model, too.
+            x: `(C, X, Y, Z)` or `(C, X, Y)`, normalized.
 
         Returns:
             mean and logvar, `(C', *spatial)`.
         """
         if x.ndim == 4 and vae.spatial_dims == 2:
-            parts = [self.encode(vae, plane) for plane in x.unbind(-1)]
-            return tuple(torch.stack(part, -1) for part in zip(*parts, strict=True))
+            axis, half = 1 + self.slice_axis, self.num_slices // 2
+            planes = x.movedim(axis, 0)
+            near = torch.arange(len(planes))[:, None] + torch.arange(-half, half + 1)
+            stacks = planes[near.clamp(0, len(planes) - 1)].flatten(1, 2)
+            parts = [self.encode(vae, stack) for stack in stacks]
+            return tuple(torch.stack(part, axis) for part in zip(*parts, strict=True))
         device = next(vae.parameters()).device
 
         def forward(batch: Tensor) -> tuple[Tensor, Tensor]:
@@ -93,8 +102,10 @@ class Coding:
             `(C, *size)`, normalized intensities.
         """
         if z.ndim == 4 and vae.spatial_dims == 2:
-            planes = [self.decode(vae, plane, size and size[:2]) for plane in z.unbind(-1)]
-            return torch.stack(planes, -1)
+            axis = 1 + self.slice_axis
+            size = size and [n for i, n in enumerate(size) if i != self.slice_axis]
+            planes = [self.decode(vae, plane, size) for plane in z.unbind(axis)]
+            return torch.stack([self._middle(plane) for plane in planes], axis)
         size = size or [n * f for n, f in zip(z.shape[1:], vae.factor, strict=True)]
         device = next(vae.parameters()).device
 
@@ -113,7 +124,20 @@ class Coding:
             x = forward(z[None])[0]
         return x[(slice(None), *(slice(n) for n in size))]
 
+    def _middle(self, plane: Tensor) -> Tensor:
+        """Of a reconstruction of neighboring slices `(n C, X, Y)`, the middle one."""
+        channels = len(plane) // self.num_slices
+        first = self.num_slices // 2 * channels
+        return plane[first : first + channels]
 
-def factor_of(vae: nn.Module, latent_dims: int) -> tuple[int, ...]:
-    """Voxels per latent voxel and axis; a 2D model does not shrink a volume's last axis."""
-    return (*vae.factor, 1)[:latent_dims]
+    def factor(self, vae: nn.Module, dims: int) -> list[int]:
+        """Voxels per latent voxel and axis; a 2D model does not shrink the axis that is sliced.
+
+        Args:
+            vae: The model.
+            dims: Spatial axes of the latents.
+        """
+        factor = list(vae.factor)
+        if dims > len(factor):
+            factor.insert(self.slice_axis, 1)
+        return factor
