@@ -329,7 +329,7 @@ def stamp(path: Path) -> list:
 
 def digest(path: Path) -> str:
     """Hash of the bytes of all files of a volume."""
-    hasher = hashlib.blake2b(digest_size=16)
+    hasher = hashlib.sha256()  # twice as fast as blake2b where the processor knows it
     for file in files_of(path):
         with open(file, "rb") as stream:
             while chunk := stream.read(2**20):

@@ -166,7 +166,7 @@ def distribution(data: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return values in rising order and how often each occurs; floats fall into 4096 fine bins."""
     low, high = data.min(), data.max()
     flat = data.ravel(order="K")  # in the order of memory, whatever the axes
-    parts = (flat[start : start + 2**20] for start in range(0, flat.size, 2**20))
+    parts = (flat[start : start + 2**17] for start in range(0, flat.size, 2**17))
     if data.dtype.kind in "iu" and int(high) - int(low) < 2**17:
         counts = np.zeros(int(high) - int(low) + 1, np.int64)
         for part in parts:
