@@ -85,18 +85,27 @@ class LogVarianceHead(PosteriorHead):
     Args:
         min_logvar: Lower clamp.
         max_logvar: Upper clamp.
+        init_logvar: Added before the clamp. A new network's own log-variance is near 0, that is
+            noise as strong as the signal; -6 lets training begin with a std of 0.05.
     """
 
     num_moments = 2
 
-    def __init__(self, min_logvar: float = MIN_LOGVAR, max_logvar: float = MAX_LOGVAR):
+    def __init__(
+        self,
+        min_logvar: float = MIN_LOGVAR,
+        max_logvar: float = MAX_LOGVAR,
+        init_logvar: float = 0.0,
+    ):
         super().__init__()
         self.min_logvar, self.max_logvar = min_logvar, max_logvar
+        self.init_logvar = init_logvar
 
     def forward(self, moments: Tensor) -> DiagonalGaussian:
         """Make the posterior from `(B, 2 C, *spatial)`, in float32."""
         mean, logvar = wide(moments).chunk(2, dim=1)
-        return DiagonalGaussian(mean, logvar.clamp(self.min_logvar, self.max_logvar))
+        logvar = (logvar + self.init_logvar).clamp(self.min_logvar, self.max_logvar)
+        return DiagonalGaussian(mean, logvar)
 
 
 class SoftplusHead(PosteriorHead):
