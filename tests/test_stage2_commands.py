@@ -407,6 +407,17 @@ def test_each_mistake_is_one_line_with_the_remedy(home, tmp_path, line, said, ca
     assert said in printed and printed.strip().count("\n") == 0, printed
 
 
+@pytest.mark.parametrize("recipe", sorted((ROOT / "configs" / "ldm").glob("*.yaml")))
+def test_every_recipe_of_the_second_stage_is_one_that_trains(home, tmp_path, recipe):
+    from vae3d.config import main
+
+    tiny = "--max_steps 1 --unet.channels [8,8,8] --unet.num_head_channels [0,0,8] --wandb disabled"
+    line = f"{home / 'latents'} --config {recipe} --out_dir {tmp_path} --device cpu {tiny}"
+    with pytest.raises(SystemExit) as stop:
+        main(train_ldm, line.split())
+    assert not stop.value.code
+
+
 @pytest.mark.parametrize("name", ["encode", "decode", "sample", "train-ldm"])
 def test_help_is_there_and_light(name):
     code, errors = command(name, "--help")
