@@ -13,8 +13,10 @@ import torch
 
 from vae3d.stage2.latents import (
     LatentDataset,
+    LatentStore,
     Statistics,
     find_latents,
+    keyed_generator,
     latent_affine,
     latent_path,
     moments,
@@ -26,6 +28,7 @@ from vae3d.stage2.latents import (
     write_index,
     write_latent,
 )
+from vae3d.stage2.prior import GaussianPrior
 
 CENTERS = torch.tensor([3.0, -40.0]).reshape(2, 1, 1, 1)  # far from 0: naive sums would cancel
 MADE_BY = {"checkpoint": "abc", "mode": "full"}
@@ -264,3 +267,39 @@ def test_the_index_lists_every_subject_with_its_labels(tmp_path):
     write_folder(tmp_path, count=3)
     subjects = json.loads((tmp_path / "latents.json").read_text())["subjects"]
     assert {k: v["labels"]["sex"] for k, v in subjects.items()} == {"s0": "F", "s1": "M", "s2": "F"}
+
+
+def test_the_fitted_prior_has_the_statistics_of_the_latents_and_the_standard_one_has_not(tmp_path):
+    """The known failure: decoding N(0, 1) although the latents are far from it."""
+    write_folder(tmp_path)
+    store = LatentStore(tmp_path, split="train")
+    for kind, mean, std in (
+        ("gaussian", store.statistics.mean, store.statistics.std),
+        ("standard", [0.0, 0.0], [1.0, 1.0]),
+    ):
+        z = GaussianPrior(store, kind).draw((2, 20, 20, 20), keyed_generator(0)).flatten(1)
+        assert torch.allclose(z.mean(1), torch.tensor(mean), atol=0.05 * max(std))
+        assert torch.allclose(z.std(1), torch.tensor(std), rtol=0.05)
+
+
+def test_the_joint_prior_has_mean_and_covariance_of_the_subjects(tmp_path):
+    pattern = torch.randn(2, 3, 4, 5, generator=keyed_generator(9))
+    amounts = torch.linspace(-1, 3, 12)
+    for n, amount in enumerate(amounts):
+        info = {"subject": f"s{n:02d}", "split": "train", "labels": {}, "made_by": {}}
+        noise = torch.full_like(pattern, -12.0)
+        write_latent(latent_path(tmp_path, f"s{n:02d}"), 5 + amount * pattern, noise, info)
+    write_index(tmp_path, {})
+    prior = GaussianPrior(LatentStore(tmp_path), "joint")
+    draws = torch.stack([prior.draw(pattern.shape, keyed_generator(1, n)) for n in range(400)])
+    found = ((draws - 5) * pattern).flatten(1).sum(1) / (pattern**2).sum()
+    assert found.mean().item() == pytest.approx(amounts.mean().item(), abs=0.2)
+    assert found.std().item() == pytest.approx(amounts.std().item(), rel=0.15)
+    rest = draws - 5 - found[:, None, None, None, None] * pattern
+    assert rest.abs().max() < 0.02, "nothing varies but what varies between subjects"
+
+
+def test_the_joint_prior_needs_one_grid(tmp_path):
+    write_folder(tmp_path)
+    with pytest.raises(ValueError, match="--prior gaussian"):
+        GaussianPrior(LatentStore(tmp_path), "joint")

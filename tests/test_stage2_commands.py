@@ -376,8 +376,8 @@ def test_pictures_of_samples_are_drawn_while_training(home, tmp_path):
     assert [p.name for p in (tmp_path / "media").iterdir()] == ["samples_00000006.png"]
 
 
-def test_random_crops_of_latents_train_too(home, tmp_path):
-    assert ldm(home / "latents", tmp_path, crop=(4, 4, 4), max_steps=2) == 0
+def test_random_crops_of_latents_train_in_half_precision_too(home, tmp_path):
+    assert ldm(home / "latents", tmp_path, crop=(4, 4, 4), max_steps=2, amp="bf16") == 0
 
 
 @pytest.mark.parametrize(

@@ -82,7 +82,7 @@ def sample(
             raise ValueError("give --checkpoint (a VAE) or --ldm (a diffusion model)")
         if label or condition:
             raise ValueError("--label and --condition need --ldm: Gaussians know neither")
-        latents = latents or fitted_latents(checkpoint, device)
+        latents = latents or fitted_latents(checkpoint, device, trust)
     with open_world(device) as world:
         if ldm is not None:
             chosen = dict(label=label, condition=condition, guidance=guidance)
@@ -90,7 +90,8 @@ def sample(
             sources = {"ldm": source}
             checkpoint = checkpoint or source.vae
         else:
-            kinds = ("joint", "gaussian", "standard") if prior == "all" else (prior,)
+            kinds = ("gaussian", "standard") if grid else ("joint", "gaussian", "standard")
+            kinds = kinds if prior == "all" else (prior,)
             sources = from_gaussians(latents, kinds)
         template = next(iter(sources.values())).template
         vae = load_encoder(checkpoint, template["made_by"], trust).to(world.device)
@@ -109,7 +110,7 @@ def sample(
             writer.finish({key: done[key] for key in sorted(done)})
 
 
-def fitted_latents(checkpoint: str, device: str) -> str:
+def fitted_latents(checkpoint: str, device: str, trust: tuple[str, ...]) -> str:
     """Folder of the latents of a run's training subjects, encoded now when it is missing."""
     from vae3d.training.checkpoint import find_checkpoint
 
@@ -124,7 +125,7 @@ def fitted_latents(checkpoint: str, device: str) -> str:
         from vae3d.commands.encode import encode
 
         print(f"encoding the training volumes into {folder}", flush=True)
-        encode(str(path), str(folder), split="train", device=device)
+        encode(str(path), str(folder), split="train", device=device, trust=trust)
     return str(folder)
 
 

@@ -79,6 +79,7 @@ def train_ldm(
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto",
     threads: int = 2,
     timeout_minutes: float = 30.0,
+    trust: tuple[str, ...] = (),
     fresh: bool = False,
     force: bool = False,
 ) -> int:
@@ -130,6 +131,7 @@ def train_ldm(
         device: auto | cpu | cuda | mps.
         threads: Threads that read latents ahead on each rank.
         timeout_minutes: How long a rank waits for one that does not answer [min].
+        trust: Module prefixes besides vae3d whose classes the VAE may import.
         fresh: Remove the checkpoints in out_dir and begin anew.
         force: Continue although options that change the training have changed.
 
@@ -191,9 +193,11 @@ def train_ldm(
         if world.is_main:
             tracker = Tracker(out_dir, wandb, config=config, run_id=state and state["wandb_id"])
         index = read_index(latents)
-        vae = vae or index["vae"]
-        if media_every and Path(vae).exists():
-            show = Pictures(vae, train, task.guide, tracker, Path(out_dir) / "media", media_volumes)
+        if vae is None and Path(index["vae"]).is_file():
+            vae = index["vae"]
+        if media_every and vae:
+            folder = Path(out_dir) / "media"
+            show = Pictures(vae, trust, train, task.guide, tracker, folder, media_volumes)
 
         trainer = Trainer(
             task,
@@ -227,7 +231,11 @@ def train_ldm(
                 "config": config,
                 "split": {"train": train.ids, "val": held_out.ids if held_out else []},
                 "preprocess": None,
-                "latents": {"vae": vae, "made_by": index["made_by"], "template": train.infos[0]},
+                "latents": {
+                    "vae": vae or index["vae"],
+                    "made_by": index["made_by"],
+                    "template": train.infos[0],
+                },
             },
         )
         if state is not None:
@@ -289,6 +297,7 @@ class Pictures:
 
     Args:
         vae: Run folder or checkpoint of the VAE.
+        trust: Module prefixes whose classes it may import.
         store: Training latents: the first gives the grid.
         guide: Labels and conditions of the training subjects; each sample takes those of one.
         tracker: Shows the picture; None on ranks that do not write.
@@ -296,9 +305,16 @@ class Pictures:
         count: Samples in a picture.
     """
 
-    def __init__(self, vae: str, store, guide, tracker, folder: Path, count: int):
-        self.vae, self.store, self.guide = vae, store, guide
-        self.tracker, self.folder, self.count = tracker, folder, min(count, len(store))
+    def __init__(self, vae: str, trust, store, guide, tracker, folder: Path, count: int):
+        from vae3d.commands.decode import coded_as, load_encoder
+        from vae3d.stage2.coding import Coding
+
+        self.template: dict[str, Any] = store.infos[0]
+        made_by = self.template["made_by"]
+        self.coding = Coding(**{**coded_as(made_by), "mode": "full"})
+        self.vae = load_encoder(vae, made_by, trust)  # now: another model must not fail hours later
+        self.guide, self.tracker, self.folder = guide, tracker, folder
+        self.count = min(count, len(store))
 
     def __call__(self, network, step: int) -> None:
         """Write `samples_<step>.png`. Only the main rank does it."""
@@ -306,25 +322,22 @@ class Pictures:
             return
         import torch
 
-        from vae3d.commands.decode import coded_as, load_encoder
-        from vae3d.stage2.coding import Coding
         from vae3d.stage2.latents import keyed_generator
         from vae3d.stage2.sheet import contact_sheet, three_slices
         from vae3d.tracking.media import write_png
 
-        device = network.latent_mean.device
-        template: dict[str, Any] = self.store.infos[0]
-        vae = load_encoder(self.vae, template["made_by"]).to(device)
+        template, device = self.template, network.latent_mean.device
+        vae = self.vae.to(device)
         spacing = [m / f for m, f in zip(template["spacing_mm"], template["factor"], strict=False)]
-        coding = Coding(**{**coded_as(template["made_by"]), "mode": "full"})
         pictures = []
         for number in range(self.count):
             noise = torch.randn(template["shape"], generator=keyed_generator(0, number))
             label, condition = self.guide(torch.tensor([number]), device)
             z = network.sample(noise[None].to(device), 25, None, label, condition)
-            x = coding.decode(vae, z[0], template["volume_shape"][1:])
+            x = self.coding.decode(vae, z[0], template["volume_shape"][1:])
             pictures.append(three_slices(x.numpy(), spacing))
         sheet = contact_sheet({f"samples at step {step}": pictures})
+        self.vae.to("cpu")
         self.folder.mkdir(parents=True, exist_ok=True)
         path = write_png(self.folder / f"samples_{step:08d}.png", sheet)
         self.tracker.log_media({"samples": path}, step)
