@@ -228,9 +228,12 @@ class Executor:
             return node
         if node.operations() < CHEAP:
             return keep(node)
+        leaves = leaves_of(node)
         held = sum(s.held_bytes() for s in self.live)
-        passing = sum(s.held_bytes() for s in leaves_of(node) if s.pins == 0)
-        fits = held - passing + max(passing, node.bytes()) + 2 * self.work <= self.budget
+        passing = sum(s.held_bytes() for s in leaves if s.pins == 0)
+        lag = sum(s.lag_bytes() for s in leaves if s.pins == 0)
+        peak = held - passing + max(passing, node.bytes()) + lag + 2 * self.work
+        fits = peak <= self.budget
         if not fits and not any(
             k.moments and k.operations() >= CHEAP for k in nodes_of(node, Kept)
         ):

@@ -9,6 +9,7 @@ Axes: b batch (always 1 here), c channels, x y z space. A region is ((lo, hi), .
 
 import copy
 import math
+import mmap
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -57,7 +58,7 @@ class Node:
         for source in self.sources:
             peak = max(peak, held + source.peak_bytes(inner))
             held += source.bytes(inner)
-        return max(peak, held + self.bytes(region) * (2 if self.fresh else 1))
+        return max(peak, held + self.bytes(region))
 
     def bytes(self, region: Region | None = None) -> int:
         """Size of a region, or of the whole, in float32."""
@@ -111,19 +112,19 @@ class Stored(Node):
         number = lo // self.rows
         assert hi <= min((number + 1) * self.rows, self.shape[0])
         sizes = [min((number + 1) * self.rows, self.shape[0]) - number * self.rows, *self.shape[1:]]
-        if list(values.shape[2:]) == sizes and values.device.type == "cpu":
-            cut_out = values.untyped_storage().nbytes() > values.nbytes
-            self.chunks[number] = values.clone() if cut_out else values
-        else:
-            if number not in self.chunks:
-                shape, layout = (1, self.channels, *sizes), LAYOUT[len(self.shape)]
-                self.chunks[number] = torch.empty(shape, dtype=self.dtype, memory_format=layout)
-            lo, hi = lo - number * self.rows, hi - number * self.rows
-            index = (slice(None), slice(None), slice(lo, hi), *(slice(*r) for r in rest))
-            self.chunks[number][index] = values
+        if number not in self.chunks:
+            self.chunks[number] = self._allocate(sizes)
+        lo, hi = lo - number * self.rows, hi - number * self.rows
+        index = (slice(None), slice(None), slice(lo, hi), *(slice(*r) for r in rest))
+        self.chunks[number][index] = values
         complete = all(hi == n for (_, hi), n in zip(rest, self.shape[1:], strict=True))
         if self.file and complete:
             self._to_file(number)
+
+    def _allocate(self, sizes: Sequence[int]) -> Tensor:
+        """Memory of its own pages, given back whole: stored chunks must not hold the heap open."""
+        pages = mmap.mmap(-1, self.dtype.itemsize * self.channels * math.prod(sizes))
+        return torch.frombuffer(pages, dtype=self.dtype).view(1, *sizes, -1).movedim(-1, 1)
 
     def _row_bytes(self) -> int:
         return self.dtype.itemsize * self.channels * math.prod(self.shape[1:])
@@ -170,6 +171,10 @@ class Stored(Node):
     def in_use(self) -> bool:
         """Whether it still holds anything."""
         return bool(self.chunks) or bool(self.file and not self.file.closed)
+
+    def lag_bytes(self) -> int:
+        """What is still held of rows that are done: chunks go one row of tiles late."""
+        return 0 if self.file else min(2 * self.rows, self.shape[0]) * self._row_bytes()
 
     def held_bytes(self) -> int:
         """Bytes in memory now."""
@@ -443,7 +448,7 @@ class Moments:
     def update(self, tile: Tensor) -> None:
         """Merge a tile `(1, C, *n)`."""
         values = tile.movedim(1, -1).reshape(-1, tile.shape[1])
-        for block in values.split(1 << 16):
+        for block in values.split(1 << 14):
             n = len(block)
             center = block.mean(0)
             off = block - center
