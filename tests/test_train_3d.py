@@ -4,14 +4,17 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import shutil
 import signal
 import socket
+import subprocess
 import sys
 import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 import yaml
@@ -409,3 +412,48 @@ def test_secrets_in_the_environment_reach_no_file(options, tmp_path, monkeypatch
     for path in (tmp_path / "run").rglob("*"):
         if path.is_file():
             assert b"s3cr3t" not in path.read_bytes(), path
+
+
+@pytest.mark.slow
+def test_torchrun_restarts_a_run_whose_rank_died(options, tmp_path):
+    argv = [*options, "--max_steps", "60", "--save_every", "5", "--val_every", "0"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2",
+               "--max-restarts=2", "--master_port=0", str(ROOT / "train_3d.py"), *argv]  # fmt: skip
+    environ = dict(os.environ, OMP_NUM_THREADS="1")
+    with open(tmp_path / "torchrun.txt", "w") as output:
+        launcher = subprocess.Popen(command, env=environ, stdout=output, stderr=output)
+        until = time.monotonic() + 200
+        while max(losses(tmp_path / "run"), default=0) < 7 and time.monotonic() < until:
+            time.sleep(0.05)
+        psutil.Process(launcher.pid).children()[-1].kill()
+        code = launcher.wait(300)
+    text = (tmp_path / "torchrun.txt").read_text()
+    assert code == 0, text
+    assert "continuing" in text
+    assert sorted(losses(tmp_path / "run")) == list(range(1, 61))
+
+
+@pytest.mark.slow
+def test_compiled_checkpointed_and_channels_last_training_gives_the_same_numbers(options, tmp_path):
+    argv = [*options, "--max_steps", "4", "--val_every", "0"]
+    run(argv, tmp_path)
+    (tmp_path / "run").rename(tmp_path / "plain")
+    for extra in (
+        ["--checkpointing", "block"],
+        ["--checkpointing", "level"],
+        ["--channels_last"],
+        ["--compile"],
+    ):
+        text = run([*argv, *extra, "--fresh"], tmp_path)
+        assert losses(tmp_path / "run") == pytest.approx(losses(tmp_path / "plain"), rel=1e-4), text
+
+
+def test_batch_size_auto_is_found_once_and_kept_by_a_resume(options, tmp_path):
+    argv = [*options, "--batch_size", "auto", "--max_steps", "1", "--patching", "full"]
+    text = run(argv, tmp_path)
+    found = int(re.search(r"batch_size auto: (\d+)", text)[1])
+    assert found > 1
+    assert load_checkpoint(tmp_path / "run")["batch_size"] == found
+    text = run([*argv, "--max_steps", "2"], tmp_path)
+    assert "batch_size auto" not in text
+    assert load_checkpoint(tmp_path / "run" / "checkpoints" / "last.pt")["samples"] == 2 * found

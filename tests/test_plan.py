@@ -1,0 +1,79 @@
+import re
+
+import pytest
+import torch
+from test_train_3d import TINY
+from toys import SHAPE, tiny_vae
+
+from vae3d.commands.plan import largest_patch, plan
+from vae3d.losses.vae_loss import VAELoss
+from vae3d.training.memory import Trial
+from vae3d.training.task import VAETask
+
+
+def test_plan_tells_parameters_latent_compression_and_memory(tmp_path, capsys):
+    recipe = tmp_path / "tiny.yaml"
+    recipe.write_text(TINY)
+    plan(str(recipe), patch_size=(32, 16, 16), batch_size=1, memory_gb=4.0, device="cpu")
+    text = capsys.readouterr().out
+    assert "4 x 16 x 8 x 8 for a patch of 32 x 16 x 16" in text
+    assert re.search(r"compression +2 input numbers", text)  # 8 voxels to 4 channels
+    assert re.search(r"memory +\d+\.\d+ GB for 1 x 32 x 16 x 16", text)
+    edge = int(re.search(r"fits 4 GB +patch (\d+) x", text)[1])
+    assert edge > 32 and edge % 2 == 0
+
+
+def test_plan_refuses_what_training_refuses(tmp_path):
+    recipe = tmp_path / "tiny.yaml"
+    recipe.write_text(TINY)
+    with pytest.raises(ValueError, match="multiple of the model's factor"):
+        plan(str(recipe), patch_size=(9, 8, 8), device="cpu")
+
+
+def test_largest_patch_lies_on_the_line_through_two_measured_ones():
+    peaks = {(64, 64, 64): 10**8 + 10 * 64**3, (32, 32, 32): 10**8 + 10 * 32**3}
+    assert largest_patch(peaks, (4, 4, 4), 10**8 + 10 * 100**3 + 1) == (100, 100, 100)
+    assert largest_patch(peaks, (4, 4, 4), 10**7) is None
+
+
+@pytest.fixture
+def trial():
+    return Trial(VAETask(tiny_vae(), VAELoss()), (1, *SHAPE))
+
+
+def test_trying_batches_touches_neither_weights_nor_gradients_nor_random_numbers(trial):
+    before = [p.detach().clone() for p in trial.task.parameters()]
+    state = torch.get_rng_state()
+    assert trial.peak_bytes(2) >= 0
+    assert all(torch.equal(p, q) for p, q in zip(trial.task.parameters(), before, strict=True))
+    assert all(p.grad is None for p in trial.task.parameters())
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.fixture
+def measured(trial, monkeypatch):
+    """A trial whose batches take 1000 bytes and 300 more a sample."""
+    monkeypatch.setattr(Trial, "peak_bytes", lambda self, n: 1000 + 300 * n)
+    return trial
+
+
+@pytest.mark.parametrize("budget, fits", [(1300, 1), (1599, 1), (2500, 5), (10**9, 256)])
+def test_the_largest_batch_is_the_last_that_stays_in_the_budget(measured, budget, fits):
+    assert measured.largest_batch(budget) == fits
+
+
+@pytest.mark.parametrize("budget, fits", [(1300, 1), (2500, 5), (2799, 5), (4000, 10)])
+def test_on_a_gpu_it_is_found_by_trying(measured, budget, fits):
+    found = measured._search(budget, most=256)
+    assert fits - fits // 8 <= found <= fits
+
+
+def test_not_even_one_patch_is_said(measured):
+    with pytest.raises(ValueError, match="not even one patch"):
+        measured.largest_batch(1200)
+
+
+def test_memory_grows_with_the_patch():
+    task = VAETask(tiny_vae(channels=(8, 16)), VAELoss())
+    large = Trial(task, (1, 64, 48, 48)).peak_bytes(1)
+    assert large > 2 * 64 * 48 * 48 * 8 * 4  # at least the first block's activations
