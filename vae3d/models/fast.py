@@ -30,7 +30,7 @@ from torch.autograd.function import once_differentiable
 from vae3d.models.norm import GroupNorm, InstanceNorm, NormAct
 
 CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
-SLAB_BYTES = 2 << 20  # per thread, float32; larger than the cache is slower, smaller repeats halos
+SLAB_BYTES = 4 << 20  # per thread, float32; larger than the cache is slower, smaller repeats halos
 SLOW_KERNEL_BELOW = 20480  # PyTorch leaves oneDNN for convolutions with fewer values in (c, x, y)
 
 OWN_PAGES_FROM = 2 << 20  # bytes
@@ -193,7 +193,7 @@ class NormActConv(torch.autograd.Function):
         out = empty(x, (len(x), len(w), *size), step.dtype)
         norm = Slabs(x, step, gamma, beta, stats, compute)
         for n, start, stop in slabs(out, x):
-            _, y, pad = norm.read(n, *reach(start, stop, w, step))
+            _, y, pad = norm.read(n, *reach(start, stop, w, step), keep=False)
             y = conv(y, w, b, pad, step.stride)
             if residual is not None:
                 y = y.add_(residual[n : n + 1, :, start:stop])
@@ -222,7 +222,7 @@ class NormActConv(torch.autograd.Function):
         sums = torch.zeros(2, *x.shape[:2], dtype=torch.float64)  # of dn * normalized, of dn
         for n, start, stop in slabs(grad, x):
             lo, hi = reach(start, stop, w, step)
-            normalized, y, pad = norm.read(n, lo, hi)
+            normalized, y, pad = norm.read(n, lo, hi, keep=True)
             g = grad[n : n + 1, :, start:stop].to(compute)
             if need_w:
                 grad_w += conv_backward(g, y, w, pad, step.stride, weights=True)
@@ -253,8 +253,14 @@ class Slabs:
             self.gamma, self.beta = gamma.float(), beta.float()
             self.mean, self.var = stats  # (B, C) each
 
-    def read(self, n: int, lo: int, hi: int) -> tuple[Tensor | None, Tensor, list[int]]:
+    def read(self, n: int, lo: int, hi: int, keep: bool) -> tuple[Tensor | None, Tensor, list[int]]:
         """Rows `lo` to `hi` of sample `n`; rows outside the volume become padding.
+
+        Args:
+            n: Sample.
+            lo: First row.
+            hi: Row after the last.
+            keep: Whether the normalized slab is of use; else it may be overwritten.
 
         Returns:
             The normalized slab, the activated and padded slab, the padding left to the convolution.
@@ -265,7 +271,7 @@ class Slabs:
             normalized = batch_norm(
                 slab, self.gamma, self.beta, self.mean[n], self.var[n], self.step.eps
             )
-            slab = self.step.act(normalized)
+            slab = activate(self.step.act, normalized, in_place=not keep)
         slab, left = pad_uneven(slab, pads)
         return normalized, slab, left
 
@@ -542,6 +548,11 @@ def conv_backward(grad, x, weight, padding, stride, weights: bool) -> Tensor:
         grad, x, weight, None, stride, padding, ones, False, zeros, 1, mask
     )
     return grads[1 if weights else 0]
+
+
+def activate(act: nn.Module, x: Tensor, in_place: bool) -> Tensor:
+    """`act(x)`, in the memory of `x` where that may be and can be."""
+    return F.silu(x, inplace=in_place) if type(act) is nn.SiLU else act(x)
 
 
 def act_backward(act: nn.Module, x: Tensor, grad: Tensor) -> Tensor:
