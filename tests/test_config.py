@@ -119,6 +119,13 @@ def test_later_yaml_and_options_override_earlier_ones(tmp_path):
     assert config.parse(paint, files)["lr"] == 1e-4
 
 
+def test_off_and_no_are_words(tmp_path):
+    (tmp_path / "a.yaml").write_text("canvas: {root: wall}\nnote: off\n")
+    assert config.parse(paint, ["--config", str(tmp_path / "a.yaml")])["note"] == "off"
+    (tmp_path / "b.yaml").write_text("soap: true\n")
+    assert config.parse(clean, ["--config", str(tmp_path / "b.yaml")])["soap"] is True
+
+
 def test_a_socket_may_be_given_as_a_file(tmp_path):
     (tmp_path / "tool.yaml").write_text("class_path: Oil\ninit_args: {thickness: 2}\n")
     argv = ["--canvas.root", "wall", "--tool", str(tmp_path / "tool.yaml")]

@@ -139,6 +139,10 @@ _StrictLoader.add_implicit_resolver(
     ),
     list("-+0123456789."),
 )
+# `amp: off` is a word, not False.
+_StrictLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:bool", re.compile("^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
+)
 jsonargparse.set_loader(
     "strict_yaml", lambda text: yaml.load(text, _StrictLoader), exceptions=(yaml.YAMLError,)
 )
