@@ -1,6 +1,7 @@
 """Weights move in and out: layouts, refusals, reports, 2D to 3D, folders and files."""
 
 import re
+from functools import partial
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from vae3d.models.convert import (
     read_model,
 )
 from vae3d.models.custom_vae import CustomVAE
-from vae3d.models.layouts import COMPVIS
+from vae3d.models.layouts import COMPVIS, LAYOUTS
 from vae3d.models.norm import NoNorm
 from vae3d.models.presets import AutoencoderKL, MaisiVAE, MonaiVAE, T1LightVAE, VAEModel
 from vae3d.models.rebuild import Hints
@@ -357,6 +358,20 @@ def test_the_number_of_groups_is_asked_for():
     state = export_monai_state(MonaiVAE(**MONAI))
     with pytest.raises(ValueError, match="--norm_num_groups"):
         read_model(state)
+
+
+@pytest.mark.parametrize("layout", ["CompVis", "diffusers", "MONAI", "MAISI"])
+def test_a_file_that_lacks_any_one_weight_is_refused(layout):
+    vae = {
+        "MONAI": partial(MonaiVAE, **MONAI),
+        "MAISI": partial(MaisiVAE, num_channels=(4, 8), num_res_blocks=1, norm_num_groups=4),
+    }.get(layout, partial(AutoencoderKL, attn_resolutions=(128,), **SD))()
+    state = export_state(vae, LAYOUTS[layout])
+    read_model(state, GROUPS)
+    for name in state:
+        with pytest.raises(ValueError) as error:
+            read_model({k: v for k, v in state.items() if k != name}, GROUPS)
+        assert "\n" not in str(error.value)
 
 
 def test_bare_weights_of_ours_need_their_recipe(tmp_path):

@@ -135,6 +135,10 @@ def diffusers_hints(hints: Hints, config: dict) -> Hints:
         hints: What the user said; it wins.
         config: The file's content.
     """
+    if config.get("_class_name") != "AutoencoderKL":
+        raise ValueError(f"config.json is of a {config.get('_class_name')}, not an AutoencoderKL")
+    if config.get("act_fn", "silu") not in ("silu", "swish"):
+        raise ValueError(f"act_fn {config['act_fn']} is not of this network, which has silu")
     found = {
         "norm_num_groups": config.get("norm_num_groups"),
         "latent_scale": config.get("scaling_factor"),

@@ -26,7 +26,7 @@ from vae3d.models.layouts import (
     Row,
 )
 from vae3d.models.presets import AutoencoderKL, MaisiVAE, MonaiVAE
-from vae3d.models.rebuild import BUILDERS, Hints
+from vae3d.models.rebuild import BUILDERS, Hints, Weights
 
 State = dict[str, Tensor]
 # Prefixes that wrappers put before the names, and parts of a checkpoint that are no autoencoder.
@@ -78,7 +78,7 @@ def read_model(
     source = LAYOUTS[report.layout]
     state, hints = settle_proj_attn(state, source, hints or Hints(), report)
     state = modern_names(state, source)
-    vae = BUILDERS[source.name](state, source, hints)
+    vae = BUILDERS[source.name](Weights(state), source, hints)
     fill(vae, state, source, report)
     return vae.eval(), report
 

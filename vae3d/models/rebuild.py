@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
 from math import gcd
-from typing import Any, Literal
+from typing import Literal
 
 from torch import Tensor
 
@@ -24,7 +24,12 @@ from vae3d.models.layouts import (
 )
 from vae3d.models.presets import LATENT_SCALE, AutoencoderKL, MaisiVAE, MonaiVAE
 
-State = dict[str, Tensor]
+
+class Weights(dict[str, Tensor]):
+    """Tensors by name; a name that is asked for and not there is the file's fault."""
+
+    def __missing__(self, name: str):
+        raise ValueError(f"the weights lack {name}; the file is incomplete or of another network")
 
 
 @dataclass(frozen=True)
@@ -49,7 +54,7 @@ class Hints:
     latent_shift: float | None = None
 
 
-def build_monai(state: State, layout: Layout, hints: Hints) -> MonaiVAE:
+def build_monai(state: Weights, layout: Layout, hints: Hints) -> MonaiVAE:
     """Rebuild a network of MONAI's family from its weights.
 
     Args:
@@ -81,7 +86,7 @@ def build_monai(state: State, layout: Layout, hints: Hints) -> MonaiVAE:
         latent_channels=state["quant_conv_mu.conv.weight"].shape[0],
         num_res_blocks=tuple(level[0] for level in shrinking),
         attention_levels=tuple(level[1] for level in shrinking),
-        norm_num_groups=asked(hints, "norm_num_groups", channels),
+        norm_num_groups=asked(hints.norm_num_groups, "norm_num_groups", channels),
         norm_eps=hints.norm_eps,
         with_encoder_nonlocal_attn=encoder_mid,
         with_decoder_nonlocal_attn=decoder_mid,
@@ -95,7 +100,7 @@ def build_monai(state: State, layout: Layout, hints: Hints) -> MonaiVAE:
 class _Half:
     """One half of a MONAI network as a word: C conv, B block, A attention, R resample, N norm."""
 
-    def __init__(self, state: State, half: str, layout: Layout):
+    def __init__(self, state: Weights, half: str, layout: Layout):
         names = [name.split(".", 3) for name in state if name.startswith(f"{half}.blocks.")]
         leaves: dict[int, set[str]] = {}
         for *_, index, leaf in names:
@@ -110,8 +115,11 @@ class _Half:
 
         A level with attention ends in A, so B, A, B at the inner end is the bottleneck.
         """
-        if not re.fullmatch(r"C[BAR]+NC", self.letters):
-            raise ValueError(f"the {self.half} is no chain of blocks: {self.letters}")
+        if not re.fullmatch(r"C(B[BA]*)(RB[BA]*)*NC", self.letters):
+            raise ValueError(
+                f"the {self.half} has layers {self.letters} (C conv, B block, A attention,"
+                " R resampling, N norm); the file is incomplete or of another network"
+            )
         word = self.letters[1:-2]
         if self.half == "encoder":
             bottleneck = word.endswith("BAB")
@@ -139,7 +147,7 @@ def _letter(leaves: set[str], conv: str) -> str:
     return "N" if leaves == {"weight", "bias"} else "R"
 
 
-def build_compvis(state: State, layout: Layout, hints: Hints) -> AutoencoderKL:
+def build_compvis(state: Weights, layout: Layout, hints: Hints) -> AutoencoderKL:
     """Rebuild an autoencoder of Stable Diffusion from its weights, CompVis or diffusers.
 
     Args:
@@ -152,6 +160,10 @@ def build_compvis(state: State, layout: Layout, hints: Hints) -> AutoencoderKL:
     block = level + (r"resnets" if diffusers else r"block") + r"\.(\d+)\.conv1\.weight"
     found = sorted((int(m[1]), int(m[2]), m[0]) for name in state if (m := re.match(block, name)))
     levels = [[name for *_, name in group] for _, group in groupby(found, lambda f: f[0])]
+    attention = level + ("attentions" if diffusers else "attn") + r"\."
+    attended = {int(m[1]) for name in state if (m := re.match(attention, name))}
+    if not attended <= set(range(len(levels))) or not levels:
+        raise ValueError("the encoder lacks blocks; the file is incomplete or of another network")
     if len({len(names) for names in levels}) != 1:
         raise ValueError("the levels have different numbers of blocks; Stable Diffusion's do not")
     channels = [state[names[-1]].shape[0] for names in levels]
@@ -159,13 +171,13 @@ def build_compvis(state: State, layout: Layout, hints: Hints) -> AutoencoderKL:
     base = stem.shape[0]
     if gcd(base, *channels) != base:
         raise ValueError(f"channels {channels} are no multiples of the first convolution's {base}")
-    attention = level + ("attentions" if diffusers else "attn") + r"\."
-    attended = {int(m[1]) for name in state if (m := re.match(attention, name))}
     sizes = [256 // 2**n for n in range(len(levels))]
     has = partial(_has, state)
     mid = has(r"encoder\.mid(_block\.attentions|\.attn_1)")
     z_channels = state["decoder.conv_in.weight"].shape[1]
     quant = "quant_conv.weight" in state
+    # CompVis knows no other number than 32.
+    groups = hints.norm_num_groups or (None if diffusers else 32)
     return AutoencoderKL(
         in_channels=stem.shape[1],
         out_channels=state["decoder.conv_out.weight"].shape[0],
@@ -182,28 +194,24 @@ def build_compvis(state: State, layout: Layout, hints: Hints) -> AutoencoderKL:
         mid_attention=mid,
         resamp_with_conv=len(levels) == 1 or has(r"(downsample|downsamplers\.0)\.conv\."),
         use_quant_conv=quant,
-        # CompVis knows no other number than 32.
-        num_groups=asked(hints, "norm_num_groups", channels)
-        if diffusers
-        else hints.norm_num_groups or 32,
+        num_groups=asked(groups, "norm_num_groups", channels),
         latent_scale=LATENT_SCALE if hints.latent_scale is None else hints.latent_scale,
         latent_shift=hints.latent_shift or 0.0,
     )
 
 
-def _has(state: State, pattern: str) -> bool:
+def _has(state: Weights, pattern: str) -> bool:
     return any(re.search(pattern, name) for name in state)
 
 
-def asked(hints: Hints, name: str, channels: Sequence[int]) -> Any:
+def asked(value: int | None, name: str, channels: Sequence[int]) -> int:
     """A hint that the weights cannot replace, or an error that asks for it.
 
     Args:
-        hints: What the user said.
+        value: What the user said.
         name: The hint.
         channels: Channels of the levels, for the message.
     """
-    value = getattr(hints, name)
     if value is None:
         raise ValueError(
             f"the weights do not say {name}; add --{name} N (a divisor of the channels"
