@@ -109,7 +109,9 @@ class _StrictLoader(yaml.SafeLoader):
 
     yaml_implicit_resolvers = {  # noqa: RUF012 - PyYAML's own protocol
         first: [
-            (tag, regexp) for tag, regexp in pairs if not tag.endswith((":timestamp", ":float"))
+            (tag, regexp)
+            for tag, regexp in pairs
+            if not tag.endswith((":timestamp", ":float", ":bool"))
         ]
         for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
