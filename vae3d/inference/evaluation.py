@@ -66,7 +66,9 @@ class Evaluator:
     def key(self, index: int) -> str:
         """Hash of what the numbers of a volume depend on."""
         parts = {
-            **self.facts,
+            **{
+                k: v for k, v in self.facts.items() if k != "checkpoint"
+            },  # its bytes, not its place
             "how": {k: v for k, v in self.how.items() if k not in ("batch_size", "memory_gb")},
             "volume": self.store.meta(index)["key"],
             "data_range": self.store.data_range,
