@@ -75,7 +75,7 @@ class Tracker:
         self.timeout_s, self.max_pending_bytes = timeout_s, max_pending_bytes
         self.run_id = run_id or _kept_run_id(self.out_dir) or secrets.token_hex(4)
         self._lines = {"metrics.jsonl": _LineFile(self.out_dir / "metrics.jsonl")}
-        self._media = _Worker("media", size=64, background=True)
+        self._media = _Worker("media", size=64)
         self._pending_bytes, self._lock = 0, threading.Lock()
         self._wandb: _Wandb | None = None
         if self.mode != "disabled":
@@ -283,15 +283,12 @@ class _Worker:
     Args:
         name: What the calls do, for warnings.
         size: Calls that may wait; further ones are dropped.
-        background: Give way to other threads, where the system can (Linux).
     """
 
-    def __init__(self, name: str, size: int, background: bool = False):
+    def __init__(self, name: str, size: int):
         self.name = name
         self.calls: queue.Queue = queue.Queue(maxsize=size)
-        self.thread = threading.Thread(
-            target=self._run, args=(background,), name=f"vae3d-{name}", daemon=True
-        )
+        self.thread = threading.Thread(target=self._run, name=f"vae3d-{name}", daemon=True)
         self.thread.start()
 
     def put(self, call: Callable, *args) -> bool:
@@ -311,10 +308,7 @@ class _Worker:
         self.thread.join(max(0.0, deadline - time.monotonic()))
         return not self.thread.is_alive()
 
-    def _run(self, background: bool) -> None:
-        if background and hasattr(os, "setpriority"):
-            # On Linux a thread has a priority of its own; encoders that it starts inherit it.
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
+    def _run(self) -> None:
         while (job := self.calls.get()) is not None:
             call, args = job
             try:
