@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from loaders.readers import Volume
+from loaders.readers import Volume, ras_axes
 
 # Percentiles that are measured when a volume is built: steps of 0.1, in the tails of 0.01.
 PERCENTILES = np.unique(
@@ -285,15 +285,6 @@ def from_store_grid(volume: Volume, record: dict[str, Any], background: float) -
         back = [0, *(1 + int(n) for n in np.argsort(record["axes"]))]
         data = np.flip(data, [1 + a for a in range(3) if record["flips"][a]]).transpose(back)
     return Volume(np.ascontiguousarray(data), np.array(record["source_affine"]))
-
-
-def ras_axes(affine: np.ndarray) -> tuple[list[int], list[bool]]:
-    """Return the source axis for each of X, Y, Z and whether it is then flipped."""
-    from nibabel.orientations import io_orientation
-
-    orientation = io_orientation(affine)
-    axes = [int(np.flatnonzero(orientation[:, 0] == target)[0]) for target in range(3)]
-    return axes, [bool(orientation[axis, 1] < 0) for axis in axes]
 
 
 def orient(volume: Volume, axes: list[int], flips: list[bool]) -> Volume:

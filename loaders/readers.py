@@ -801,6 +801,15 @@ def data_file(path: Path, name: str) -> Path:
     return target
 
 
+def ras_axes(affine: np.ndarray) -> tuple[list[int], list[bool]]:
+    """Return the source axis for each of X, Y, Z and whether it is then flipped."""
+    from nibabel.orientations import io_orientation
+
+    orientation = io_orientation(affine)
+    axes = [int(np.flatnonzero(orientation[:, 0] == target)[0]) for target in range(3)]
+    return axes, [bool(orientation[axis, 1] < 0) for axis in axes]
+
+
 # --------------------------------------------------------------------------------------------------
 
 

@@ -14,13 +14,12 @@ from loaders.preprocess import (
     label_to_store_grid,
     orient,
     otsu,
-    ras_axes,
     resample,
     resampled_grid,
     statistics,
     to_store_grid,
 )
-from loaders.readers import Volume
+from loaders.readers import Volume, ras_axes
 
 PSR = np.array([[0, 0, 2.0, -90], [-2, 0, 0, 100], [0, 2, 0, -60], [0, 0, 0, 1]])
 
