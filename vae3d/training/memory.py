@@ -56,7 +56,7 @@ class Trial:
             del moments
         return peak.bytes
 
-    def largest_batch(self, memory_bytes: int | None = None, most: int = 256) -> int:
+    def largest_batch(self, memory_bytes: int | None = None, most: int = 64) -> int:
         """Return the largest batch size that trains within a memory budget.
 
         Args:
