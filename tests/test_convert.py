@@ -423,6 +423,18 @@ def test_damaged_files_are_the_users_mistake(tmp_path):
             convert(tmp_path / name, tmp_path / "out")
 
 
+def test_configurations_of_other_networks_are_refused(tmp_path):
+    for text, message in (
+        ("{", "not JSON"),
+        ('{"_class_name": "VQModel"}', "is of a VQModel"),
+        ('{"_class_name": "AutoencoderKL", "act_fn": "gelu"}', "act_fn gelu"),
+        ('{"_class_name": "AutoencoderKL"}', "none of diffusion_pytorch_model"),
+    ):
+        (tmp_path / "config.json").write_text(text)
+        with pytest.raises(ValueError, match=message):
+            convert(tmp_path, tmp_path / "out")
+
+
 # -------------------------------------------------------------------------------- command
 
 

@@ -114,7 +114,10 @@ def read(
     if source.is_dir() and not (source / RECIPE).is_file():
         return load_model(source, trust=trust), Report("vae3d")
     if source.is_dir():
-        recipe = json.loads((source / RECIPE).read_text(encoding="utf-8"))
+        try:
+            recipe = json.loads((source / RECIPE).read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{source / RECIPE}: not JSON ({error})") from error
         if "class_path" in recipe:
             return CustomVAE.from_pretrained(source, trust=trust), Report("vae3d")
         hints = diffusers_hints(hints, recipe)
