@@ -348,12 +348,12 @@ def test_per_voxel_norms_close_the_gap_between_patches_and_the_full_pass():
 def test_a_real_head_in_exact_mode_equals_the_full_pass(real_volumes, tmp_path):
     scan = sorted((real_volumes / "ixi_t1_2mm").glob("*.nii.gz"))[:1]
     store = VolumeStore.build(scan, tmp_path, Preprocess())
-    x = torch.from_numpy(store.read(0))
+    x = torch.from_numpy(store.read(0))[:, 24:96, 28:92, 20:68]
     torch.manual_seed(0)
     vae = CustomVAE(channels=(8, 16, 16), num_res_blocks=1, norm=partial(GroupNorm, num_groups=4))
     full, mean, _ = autoencode(vae.eval(), x, "full")
-    recon, latent, _ = autoencode(vae, x, "exact", memory_gb=0.1)
+    recon, latent, _ = autoencode(vae, x, "exact", memory_gb=0.03)
     assert float((recon - full).abs().max()) <= 1e-4 * float(full.max() - full.min())
     assert float((latent - mean).abs().max()) <= 1e-4 * float(mean.max() - mean.min())
-    gap = psnr(full, reconstruct(vae, x, "patch", patch_size=(64, 64, 64)), 1.0)
+    gap = psnr(full, reconstruct(vae, x, "patch", patch_size=(48, 48, 48)), 1.0)
     assert gap < psnr(full, recon, 1.0) - 20
