@@ -271,10 +271,13 @@ def test_two_ranks_equal_one_process_with_every_loss_switched_on(options, tmp_pa
     assert losses(tmp_path / "run")[1] == pytest.approx(losses(tmp_path / "one")[1], rel=1e-5)
 
 
+def last_step(folder):
+    return max(losses(folder), default=0) if (Path(folder) / "metrics.jsonl").exists() else 0
+
+
 def wait_for_step(process, folder, step, timeout_s=60):
     until = time.monotonic() + timeout_s
-    path = Path(folder) / "metrics.jsonl"
-    while not (path.exists() and max(losses(folder), default=0) >= step):
+    while last_step(folder) < step:
         assert time.monotonic() < until, process.text()
         time.sleep(0.02)
 
@@ -423,7 +426,7 @@ def test_torchrun_restarts_a_run_whose_rank_died(options, tmp_path):
     with open(tmp_path / "torchrun.txt", "w") as output:
         launcher = subprocess.Popen(command, env=environ, stdout=output, stderr=output)
         until = time.monotonic() + 200
-        while max(losses(tmp_path / "run"), default=0) < 7 and time.monotonic() < until:
+        while last_step(tmp_path / "run") < 7 and time.monotonic() < until:
             time.sleep(0.05)
         psutil.Process(launcher.pid).children()[-1].kill()
         code = launcher.wait(300)
