@@ -77,11 +77,11 @@ def test_the_same_latent_gives_the_same_bytes_in_every_process(tmp_path):
         "info = dict(subject='a', labels=dict(x='1', y='2'), zone=3, before=4, after=5)\n"
         "write_latent(Path('{}'), torch.ones(2, 3, 3), torch.zeros(2, 3, 3), info)"
     )
-    for name in "abc":
+    for name in "ab":
         subprocess.run(
             [sys.executable, "-c", script.format(tmp_path / name)], check=True, timeout=120
         )
-    assert len({(tmp_path / name).read_bytes() for name in "abc"}) == 1
+    assert len({(tmp_path / name).read_bytes() for name in "ab"}) == 1
 
 
 @pytest.mark.parametrize("where", [20, 400, -9])
@@ -130,7 +130,7 @@ def test_a_killed_writer_leaves_the_old_file_or_the_new_one(tmp_path):
         f"    write_latent(Path({str(path)!r}), mean, mean.clone(), dict(subject='a', n=n))\n"
         "    n += 1\n"
     )
-    for delay in (0.0, 0.05, 0.11):
+    for delay in (0.02, 0.11):
         process = subprocess.Popen([sys.executable, "-c", script])
         begun = time.monotonic()
         while not path.exists() and time.monotonic() - begun < 60:

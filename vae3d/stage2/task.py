@@ -64,7 +64,8 @@ class Guide:
     Args:
         model: Knows the classes.
         store: Latents whose subjects are asked for by number.
-        labels: Manifest column; None for none. A subject without a value is of unknown class.
+        labels: Manifest column; None for none. A subject without a value, or with one that no
+            training subject has, is of unknown class.
         conditions: Latents of the same subjects in the same order; None for none.
     """
 
@@ -79,7 +80,8 @@ class Guide:
         self.numbers = None
         if labels is not None:
             names = [store.labels(i).get(labels) for i in range(len(store))]
-            self.numbers = torch.tensor([model.class_index(name) for name in names])
+            known = [name if name in model.classes else None for name in names]
+            self.numbers = torch.tensor([model.class_index(name) for name in known])
 
     def __call__(
         self, volumes: Tensor, device: torch.device
