@@ -421,7 +421,7 @@ def test_secrets_in_the_environment_reach_no_file(options, tmp_path, monkeypatch
 def test_torchrun_restarts_a_run_whose_rank_died(options, tmp_path):
     argv = [*options, "--max_steps", "60", "--save_every", "5", "--val_every", "0"]
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2",
-               "--max-restarts=2", "--master_port=0", str(ROOT / "train_3d.py"), *argv]  # fmt: skip
+               "--max-restarts=2", "--standalone", str(ROOT / "train_3d.py"), *argv]  # fmt: skip
     environ = dict(os.environ, OMP_NUM_THREADS="1")
     with open(tmp_path / "torchrun.txt", "w") as output:
         launcher = subprocess.Popen(command, env=environ, stdout=output, stderr=output)
