@@ -476,6 +476,5 @@ def test_the_second_stage_brings_samples_closer_to_the_data_than_the_prior_does(
         record = read_info(tmp_path / "latents" / f"{train[0]}.safetensors")["source"]["undo"]
         gain = record["gain"][0] / record["scale"][0]
         distance[source] = wasserstein(drawn * gain + record["bias"][0], real)
-    print(distance)
-    assert distance["ldm"] < distance["standard"], distance
-    assert distance["gaussian"] < distance["standard"], distance
+    assert distance["ldm"] < 0.5 * distance["standard"], distance  # 0.019 and 0.091 when written
+    assert distance["joint"] < 0.5 * distance["standard"], distance
