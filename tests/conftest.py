@@ -15,7 +15,7 @@ REAL_VOLUMES = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 @pytest.fixture(autouse=True)
 def clean_torch():
-    """Same seed, float32 and one thread for each test; a process group must not outlive its test."""
+    """Same seed, float32, one thread for each test; no process group outlives its test."""
     torch.manual_seed(0)
     torch.set_num_threads(1)
     yield

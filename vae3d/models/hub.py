@@ -1,6 +1,6 @@
 """Weights as files: safetensors, plain PyTorch state dicts, and folders as Hugging Face keeps them.
 
-The only importer of huggingface_hub and safetensors.
+The only importer of huggingface_hub.
 """
 
 import json
