@@ -34,7 +34,7 @@ class Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map `(B, in_channels, *spatial)` to `(B, out_channels, *spatial)`."""
         skip = None if self.shortcut is None else run([self.shortcut], x)
-        return run(self.body, x, residual=skip)
+        return run(self.body, x, residual=skip, overwrite=skip is not x)
 
 
 class ResBlock(Block):

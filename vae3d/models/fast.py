@@ -57,13 +57,19 @@ def plain() -> Iterator[None]:
         _enabled = before
 
 
-def run(layers: Sequence[nn.Module], x: Tensor, residual: Tensor | None = None) -> Tensor:
+def run(
+    layers: Sequence[nn.Module],
+    x: Tensor,
+    residual: Tensor | None = None,
+    overwrite: bool = False,
+) -> Tensor:
     """Apply `layers` in order, and add `residual` to the last one's output.
 
     Args:
         layers: Layers; a `NormAct` and the convolution after it run as one step.
         x: Input of the first, `(B, C, *spatial)`.
         residual: Added at the end; None for nothing.
+        overwrite: Whether the sum may take the memory of `residual`.
     """
     layers = list(layers)
     while layers:
@@ -71,7 +77,7 @@ def run(layers: Sequence[nn.Module], x: Tensor, residual: Tensor | None = None) 
         layer = layers.pop(0)
         if is_fast(layer, x):
             last = residual if not layers else None
-            x = convolve(layer, x, norm_act=norm_act, residual=last)
+            x = convolve(layer, x, norm_act=norm_act, residual=last, overwrite=overwrite)
             residual = None if not layers else residual
         else:
             x = layer(x)
@@ -94,7 +100,9 @@ def fusible(layers: Sequence[nn.Module], x: Tensor) -> bool:
 def is_fast(layer: nn.Module, x: Tensor) -> bool:
     """Whether `convolve` has a fast path for this layer and input here and now."""
     return (
-        type(layer) in (nn.Conv2d, nn.Conv3d)
+        # First: what follows breaks torch.compile's graph, and then its rest would be compiled.
+        not torch.compiler.is_compiling()
+        and type(layer) in (nn.Conv2d, nn.Conv3d)
         and _enabled
         and type(x) in (Tensor, nn.Parameter)
         and x.device.type == "cpu"
@@ -107,7 +115,6 @@ def is_fast(layer: nn.Module, x: Tensor) -> bool:
         and layer.padding_mode == "zeros"
         and not isinstance(layer.padding, str)
         and not hooked(layer)
-        and not torch.compiler.is_compiling()
         and not torch.jit.is_tracing()
         and not torch._C._are_functorch_transforms_active()
     )
@@ -125,6 +132,7 @@ def convolve(
     norm_act: NormAct | None = None,
     padding: Sequence[tuple[int, int]] | None = None,
     residual: Tensor | None = None,
+    overwrite: bool = False,
 ) -> Tensor:
     """`layer(pad(norm_act(x))) + residual`.
 
@@ -134,6 +142,7 @@ def convolve(
         norm_act: Norm and activation before it; None for neither.
         padding: Zeros before and after each axis, in place of the layer's own padding.
         residual: Added to the output; None for nothing.
+        overwrite: Whether the sum may take the memory of `residual`.
     """
     if not is_fast(layer, x):
         x = x if norm_act is None else norm_act(x)
@@ -141,15 +150,17 @@ def convolve(
             x = F.pad(x, [n for pair in reversed(padding) for n in pair])
         x = layer(x)
         return x if residual is None else x + residual
+    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+    fused = residual if residual is not None and residual.dtype == dtype else None
     step = Step(
         layer.stride,
         tuple(padding or ((p, p) for p in layer.padding)),
-        torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype,
+        dtype,
+        overwrite and fused is not None and fused is channels_last(fused),
         *((norm_act.norm.num_groups, norm_act.norm.eps, norm_act.act) if norm_act else ()),
     )
     norm = norm_act.norm if norm_act else layer
     gamma, beta = (norm.weight, norm.bias) if norm_act else (None, None)
-    fused = residual if residual is not None and residual.dtype == step.dtype else None
     with torch.autocast("cpu", enabled=False):
         out = NormActConv.apply(x, layer.weight, layer.bias, gamma, beta, fused, step)
     return out if residual is fused else out + residual
@@ -161,6 +172,7 @@ class Step(NamedTuple):
     stride: tuple[int, ...]
     padding: tuple[tuple[int, int], ...]  # zeros before and after, per axis
     dtype: torch.dtype  # of the output
+    overwrite: bool = False  # the residual with the output
     groups: int = 0  # 0: no norm and no activation
     eps: float = 0.0
     act: nn.Module | None = None
@@ -190,7 +202,9 @@ class NormActConv(torch.autograd.Function):
                 x.shape[2:], step.padding, w.shape[2:], step.stride, strict=True
             )
         ]
-        out = empty(x, (len(x), len(w), *size), step.dtype)
+        out = residual if step.overwrite else empty(x, (len(x), len(w), *size), step.dtype)
+        if step.overwrite:
+            ctx.mark_dirty(residual)
         norm = Slabs(x, step, gamma, beta, stats, compute)
         for n, start, stop in slabs(out, x):
             _, y, pad = norm.read(n, *reach(start, stop, w, step), keep=False)
