@@ -20,7 +20,7 @@ $(STAMP): setup.cfg constraints.txt
 demo: $(STAMP)
 	$(BIN)/vae3d demo-data data/demo
 	$(BIN)/python train_3d.py --config configs/train/demo.yaml --data.root data/demo --out_dir runs/demo
-	$(BIN)/python evaluate.py --checkpoint runs/demo --data.root data/demo --mode patch --out_dir runs/demo/evaluation
+	$(BIN)/python evaluate.py --checkpoint runs/demo --data.root data/demo --mode patch --overlap 0.25 --out_dir runs/demo/evaluation
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -q -n 2 -m 'not slow and not gpu'
