@@ -1,10 +1,7 @@
 """A resumed run equals one never stopped, bit by bit; each part of the state is needed."""
 
 import copy
-import multiprocessing
-import os
 import random
-import signal
 from functools import partial
 
 import pytest
@@ -14,7 +11,7 @@ from toys import toy_trainer
 from vae3d.losses.adversarial import Adversarial, PatchDiscriminator
 from vae3d.losses.kl import KL
 from vae3d.losses.vae_loss import VAELoss
-from vae3d.training.checkpoint import Checkpoints, load_checkpoint
+from vae3d.training.checkpoint import load_checkpoint
 
 GAN = partial(
     VAELoss,
@@ -115,83 +112,3 @@ def test_float16_continues_with_its_loss_scale(tmp_path):
     first.fit()
     second = trainer_of(tmp_path, 4, load_checkpoint(tmp_path / "last.pt"), amp="fp16")
     assert float(second.scaler.factor) == 512.0
-
-
-# Killed inside the writing of a checkpoint
-
-CALLS = ["open", "write", "fsync", "link", "replace", "unlink"]
-
-
-def die_at(count, folder):
-    """Save the next checkpoint in this process; die just before the n-th system call of it."""
-    left = [count]
-
-    def deadly(real):
-        def call(*args, **kwargs):
-            left[0] -= 1
-            if left[0] < 0:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return real(*args, **kwargs)
-
-        return call
-
-    from vae3d.training import checkpoint
-
-    class DeadlyFile:
-        def __init__(self, *args):
-            self.file = deadly(open)(*args)
-
-        def write(self, data):
-            return deadly(self.file.write)(data)
-
-        def __getattr__(self, name):
-            return getattr(self.file, name)
-
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *exc):
-            self.file.close()
-
-    for name in ("fsync", "link", "replace", "open"):
-        setattr(os, name, deadly(getattr(os, name)))
-    checkpoint.Path.unlink = deadly(checkpoint.Path.unlink)
-    checkpoint.open = DeadlyFile
-    checkpoints = Checkpoints(folder)
-    path, _ = checkpoints.find_latest()
-    state = checkpoints.resume(path)
-    state["step"] += 10
-    state["model"]["weight"] += 10
-    left[0] = count  # what reading took does not count
-    checkpoints.save(state, best=True)
-    os._exit(0)
-
-
-@pytest.mark.slow
-def test_a_kill_at_any_system_call_of_a_checkpoint_loses_nothing(tmp_path):
-    checkpoints = Checkpoints(tmp_path)
-    for step in (10, 20, 30):
-        checkpoints.save({"step": step, "model": {"weight": torch.full((8,), float(step))}})
-    # Not plain fork: a child of a process that has run threads may wait for a lock forever.
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["vae3d.training.trainer", "vae3d.losses.vae_loss"])
-    kills, saved, count = 0, 30, 0
-    while True:
-        process = context.Process(target=die_at, args=(count, tmp_path))
-        process.start()
-        process.join(60)
-        assert process.exitcode is not None, f"hangs at call {count}"
-        path, skipped = Checkpoints(tmp_path).find_latest()
-        state = load_checkpoint(path)
-        assert not skipped
-        assert state["step"] in (saved, saved + 10), f"killed at call {count}"
-        assert (state["model"]["weight"] == state["step"]).all()
-        for name in ("last.pt", "best.pt"):
-            if (tmp_path / name).exists():
-                load_checkpoint(tmp_path / name)
-        if process.exitcode == 0:
-            break
-        kills, saved, count = kills + 1, state["step"], count + 1
-    assert kills > 10
-    Checkpoints(tmp_path).sweep()
-    assert not list(tmp_path.glob(".*"))
