@@ -21,6 +21,7 @@ import yaml
 
 from train_3d import train_3d
 from vae3d.config import main, parse
+from vae3d.losses.adversarial import PatchDiscriminator
 from vae3d.tracking.tracker import read_metrics
 from vae3d.training.checkpoint import load_checkpoint
 
@@ -460,3 +461,12 @@ def test_batch_size_auto_is_found_once_and_kept_by_a_resume(options, tmp_path):
     text = run([*argv, "--max_steps", "2"], tmp_path)
     assert "batch_size auto" not in text
     assert load_checkpoint(tmp_path / "run" / "checkpoints" / "last.pt")["samples"] == 2 * found
+
+
+def test_a_loaded_library_does_not_make_names_of_ours_ambiguous(options):
+    """MONAI has a `PatchDiscriminator` too, and may be in memory before the YAML is read."""
+    import monai.networks.nets  # noqa: F401
+
+    loss = yaml.safe_load(GAN)["loss"]
+    made = parse(train_3d, [*options, f"--loss={json.dumps(loss)}"])["loss"]()
+    assert isinstance(made.adversarial.critic.net, PatchDiscriminator)

@@ -33,7 +33,15 @@ CRITERIA: dict[str, tuple[Callable[[Tensor], Tensor], ...]] = {
 }
 
 
-class PatchDiscriminator(nn.Module):
+class Discriminator(nn.Module):
+    """Socket of discriminators, made from `(spatial_dims, in_channels)`."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Return logits `(B, 1, ...)` in float32 and the feature maps before them."""
+        raise NotImplementedError
+
+
+class PatchDiscriminator(Discriminator):
     """PatchGAN (Isola et al. 2017) in 2D or 3D: one logit for each overlapping patch of the input.
 
     Normalization is per sample (groups), so a sample's logits do not depend on its batch.
@@ -96,7 +104,7 @@ class Critic(nn.Module):
         r1_every: Steps between two R1 penalties, each multiplied by this number.
     """
 
-    def __init__(self, net: nn.Module, criterion: str, views, r1_weight: float, r1_every: int):
+    def __init__(self, net: Discriminator, criterion: str, views, r1_weight: float, r1_every: int):
         super().__init__()
         self.net = net
         self.criterion = criterion
@@ -172,7 +180,7 @@ class Adversarial(nn.Module):
         weight: float = 0.1,
         spatial_dims: Literal[2, 3] = 2,
         in_channels: int = 1,
-        discriminator: Callable[[int, int], nn.Module] = PatchDiscriminator,
+        discriminator: Callable[[int, int], Discriminator] = PatchDiscriminator,
         criterion: Literal["hinge", "least_squares", "non_saturating"] = "hinge",
         start_step: int = 0,
         adaptive: bool = True,
