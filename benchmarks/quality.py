@@ -36,6 +36,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from evaluate import EvaluationData, evaluate
+from loaders.whole import write_text
 from train_3d import train_3d
 from vae3d.config import main, parse
 from vae3d.inference.metrics import METRICS
@@ -130,8 +131,8 @@ def quality(
             rows.append(json.loads(done.read_text()))
         rows.append(pooling(root, recipe, rows[-1]["run"], factor, split))
     write(out / "quality.json", rows)
-    (out / "quality.md").write_text(table(rows))
-    (out / "quality.svg").write_text(curves(rows))
+    write_text(out / "quality.md", table(rows))
+    write_text(out / "quality.svg", curves(rows))
     print(table(rows))
 
 
@@ -268,10 +269,7 @@ def curves(rows: list[dict]) -> str:
 
 def write(path: Path, value) -> None:
     """Write JSON that is whole or not there."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(value, indent=1) + "\n")
-    temporary.replace(path)
+    write_text(path, json.dumps(value, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ import io
 import json
 import os
 import sys
-import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -32,6 +31,7 @@ from loaders.preprocess import (
 )
 from loaders.readers import BrokenVolume, Volume, Volumes4D, read_volume
 from loaders.splits import Subject
+from loaders.whole import sweep, whole_file
 
 FORMAT = 1  # part of every key: raise it when what lies in the cache changes its meaning
 NUM_POINTS = 1024  # voxels remembered for the samplers
@@ -114,8 +114,7 @@ class Builder:
         """Build volumes in parallel; return their sidecars and the (id, path, reason) skipped."""
         made, skipped = {}, []
         threads = threads or num_threads()
-        for leftover in self.cache_dir.glob(".*.part"):  # we hold the lock: their maker is dead
-            leftover.unlink(missing_ok=True)
+        sweep(self.cache_dir)  # we hold the lock: their makers are dead
         pool = ThreadPoolExecutor(threads, "store")
         try:
             tasks = [(subject, pool.submit(self.build_one, subject)) for subject in subjects]
@@ -192,13 +191,11 @@ def write_whole(path: Path, header: bytes, data: np.ndarray | None = None) -> No
         header: First bytes.
         data: Array in any layout, written in C order.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.part")
     try:
-        with open(temporary, "wb") as file:
+        with whole_file(path) as temporary, open(temporary, "wb") as file:
             file.write(header)
             if data is not None:
                 file.write(in_c_order(data).data)
-        os.replace(temporary, path)
     except OSError as error:
         if error.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", None)):
             raise ValueError(
@@ -206,8 +203,6 @@ def write_whole(path: Path, header: bytes, data: np.ndarray | None = None) -> No
                 f"data.cache_dir to another disk; what is whole stays and is used again"
             ) from error
         raise ValueError(f"{path.parent}: {error.strerror} (data.cache_dir)") from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def in_c_order(data: np.ndarray) -> np.ndarray:

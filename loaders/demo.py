@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from loaders.readers import Volume, read_volume, write_volume
+from loaders.whole import write_text
 
 FIELD_OF_VIEW_MM = (160.0, 192.0, 168.0)
 CENTER_MM = (0.0, -18.0, 6.0)  # middle of the brain in MNI coordinates
@@ -54,7 +55,7 @@ def write_demo(
         for path, volume in zip(paths, made, strict=True):
             write_volume(path, volume)
     recipe["sizes"] = [path.stat().st_size for path in paths]
-    done.write_text(json.dumps(recipe, indent=2) + "\n")
+    write_text(done, json.dumps(recipe, indent=2) + "\n")
     return paths
 
 

@@ -23,6 +23,8 @@ from typing import Literal
 
 import numpy as np
 
+from loaders.whole import whole_file
+
 # ITK, DICOM, NRRD and MetaImage count millimeters towards left and posterior; we count in RAS+.
 LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 # Deflate cannot expand more than 1032-fold; an image with any content stays far below.
@@ -841,15 +843,9 @@ def write_volume(path: Path | str, volume: Volume) -> None:
     header["scl_slope"], header["scl_inter"] = volume.scale, volume.offset
     header["magic"] = header.single_magic
     block = header.binaryblock.ljust(header.single_vox_offset, b"\0")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with open(temporary, "wb") as raw:
-            if path.name.lower().endswith(".gz"):
-                with gzip.GzipFile("", "wb", compresslevel=3, fileobj=raw, mtime=0) as file:
-                    file.write(block + np.moveaxis(data, 0, -1).tobytes("F"))
-            else:
-                raw.write(block + np.moveaxis(data, 0, -1).tobytes("F"))
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with whole_file(path) as temporary, open(temporary, "wb") as raw:
+        if path.name.lower().endswith(".gz"):
+            with gzip.GzipFile("", "wb", compresslevel=3, fileobj=raw, mtime=0) as file:
+                file.write(block + np.moveaxis(data, 0, -1).tobytes("F"))
+        else:
+            raw.write(block + np.moveaxis(data, 0, -1).tobytes("F"))

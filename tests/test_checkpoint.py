@@ -1,9 +1,13 @@
 import errno
+import io
 import json
 import os
 import random
 import re
 import shutil
+import signal
+import subprocess
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -190,7 +194,7 @@ def test_a_full_disk_is_said_and_nothing_is_lost(run, monkeypatch, room):
 
 
 def test_stale_temporaries_are_swept(run):
-    (run / ".step_00000040.pt.0a1b2c3d.tmp").write_bytes(b"half")
+    (run / ".0a1b2c3d.partial.step_00000040.pt").write_bytes(b"half")
     (run / "notes.tmp").write_text("mine")
     Checkpoints(run).sweep()
     assert not list(run.glob(".*"))
@@ -215,6 +219,77 @@ def test_checkpoint_is_fsynced_before_it_is_renamed(tmp_path, monkeypatch):
         monkeypatch.setattr(os, name, lambda *a, _n=name, _r=real: (calls.append(_n), _r(*a))[1])
     write_atomic(tmp_path / "last.pt", state(1))
     assert calls == ["fsync", "replace", "fsync"]  # the file, its name, the folder
+
+
+def die_at(count, folder):
+    """Save the next checkpoint in this process; die just before the n-th system call of it."""
+    left = [count]
+
+    def deadly(real):
+        def call(*args, **kwargs):
+            left[0] -= 1
+            if left[0] < 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return real(*args, **kwargs)
+
+        return call
+
+    class DeadlyFile:
+        def __init__(self, *args):
+            self.file = deadly(io.open)(*args, buffering=0)
+            self.write = deadly(self.file.write)
+
+        def __getattr__(self, name):
+            return getattr(self.file, name)
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *exc):
+            deadly(self.file.close)()
+
+    checkpoints = Checkpoints(folder)
+    path, _ = checkpoints.find_latest()
+    saved = checkpoints.resume(path)
+    saved["step"] += 10
+    saved["model"]["weight"] += 10
+    for name in ("open", "fsync", "link", "replace", "unlink"):
+        setattr(os, name, deadly(getattr(os, name)))
+    checkpoint.open = DeadlyFile
+    checkpoints.save(saved, best=True)
+    os._exit(0)
+
+
+def kill_at_each_call(origin):
+    """Count n = 0, 1, ... until a save outlives its n-th call; after each, all must be well."""
+    for calls in range(1000):
+        folder = shutil.copytree(origin, origin.with_name(f"killed_{calls}"))
+        if (child := os.fork()) == 0:
+            die_at(calls, folder)
+        _, status = os.waitpid(child, 0)
+        path, skipped = Checkpoints(folder).find_latest()
+        found = load_checkpoint(path)
+        assert not skipped
+        assert found["step"] in (30, 40), f"killed at call {calls}"
+        assert (found["model"]["weight"] == found["step"]).all()
+        for name in ("last.pt", "best.pt"):
+            assert load_checkpoint(folder / name)["step"] <= found["step"]
+        Checkpoints(folder).sweep()
+        assert not list(folder.glob(".*"))
+        if status == 0:
+            break
+        assert os.WTERMSIG(status) == signal.SIGKILL
+    assert found["step"] == 40 and steps(folder) == [30, 40]
+    print(calls)
+
+
+def test_a_kill_at_any_system_call_of_a_checkpoint_loses_nothing(run):
+    # Forked by a process of its own: a child of one that has run threads can wait for ever.
+    command = [sys.executable, __file__, str(run)]
+    one_thread = dict(os.environ, OMP_NUM_THREADS="1")
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=one_thread)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) > 50
 
 
 @pytest.fixture
@@ -267,3 +342,7 @@ def test_write_atomic_removes_its_temporary_after_any_error(tmp_path):
     with pytest.raises(AttributeError):  # a lambda cannot be pickled
         write_atomic(tmp_path / "last.pt", {"bad": lambda: 0})
     assert list(Path(tmp_path).iterdir()) == []
+
+
+if __name__ == "__main__":
+    kill_at_each_call(Path(sys.argv[1]))

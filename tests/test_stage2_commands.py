@@ -100,14 +100,17 @@ def test_the_latent_grid_lies_over_the_volume(home):
     )
 
 
-@pytest.mark.parametrize("mode", ["full", "exact"])
-def test_encode_then_decode_equals_evaluate(home, tmp_path, mode):
+@pytest.mark.parametrize("how", [
+    {"mode": "full"}, {"mode": "exact"}, {"mode": "patch"},
+    {"mode": "patch", "patch_size": (16, 8, 8), "overlap": 3, "blend": "gaussian"},
+])  # fmt: skip
+def test_encode_then_decode_equals_evaluate(home, tmp_path, how):
     source = VolumeSource(cache_dir=str(home / "cache"))
-    encode(str(home / "run"), str(tmp_path / "latents"), source, mode=mode, device="cpu")
+    encode(str(home / "run"), str(tmp_path / "latents"), source, **how, device="cpu")
     decode(str(tmp_path / "latents"), str(home / "run"), str(tmp_path / "decoded"), device="cpu")
     data = DataConfig(str(home / "volumes" / "manifest.csv"), cache_dir=str(home / "cache"))
-    evaluate(str(home / "run"), data, str(tmp_path / "eval"), mode=mode, split="all", media=False,
-             device="cpu")  # fmt: skip
+    evaluate(str(home / "run"), data, str(tmp_path / "eval"), **how, split="all", media=False,
+             patch_gap=False, baseline=False, device="cpu")  # fmt: skip
     for n in range(6):
         decoded = read_volume(tmp_path / "decoded" / f"v{n}.nii.gz")
         recon = read_volume(tmp_path / "eval" / "recon" / f"v{n}.nii.gz")
@@ -193,7 +196,7 @@ def test_finished_latents_are_kept_and_missing_ones_made(home, tmp_path):
     shutil.copytree(home / "latents", tmp_path / "latents")
     before = {p.name: p.read_bytes() for p in (home / "latents").iterdir()}
     (tmp_path / "latents" / "v2.safetensors").unlink()
-    (tmp_path / "latents" / ".v3.safetensors.0123.tmp").write_bytes(b"left by a kill")
+    (tmp_path / "latents" / ".0123.partial.v3.safetensors").write_bytes(b"left by a kill")
     kept = (tmp_path / "latents" / "v0.safetensors").stat().st_mtime_ns
     encode(str(home / "run"), str(tmp_path / "latents"), device="cpu")
     assert (tmp_path / "latents" / "v0.safetensors").stat().st_mtime_ns == kept

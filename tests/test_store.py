@@ -192,7 +192,9 @@ except ValueError as error:
     assert len(out.stdout.strip().splitlines()) == 1
     left = files(tmp_path / "cache")
     assert not [
-        name for name in left if name.endswith((".part", ".json")) and "sources" not in name
+        name
+        for name in left
+        if (".partial." in name or name.endswith(".json")) and "sources" not in name
     ]
     assert len(VolumeStore.build(paths, tmp_path / "cache")) == 4
 
@@ -271,7 +273,7 @@ def test_processes_that_build_at_once_share_one_cache(paths, tmp_path):
         worker.join()
     assert sums[0] == sums[1] == sums[2]
     assert len([name for name in files(tmp_path / "cache") if name.endswith(".json")]) == 5
-    assert not [name for name in files(tmp_path / "cache") if name.endswith(".part")]
+    assert not [name for name in files(tmp_path / "cache") if ".partial." in name]
 
 
 def test_a_killed_build_blocks_nobody_and_is_taken_up(paths, tmp_path):
@@ -287,13 +289,13 @@ def test_a_killed_build_blocks_nobody_and_is_taken_up(paths, tmp_path):
     )
     victim = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
     assert victim.stdout.readline() == b"one\n"
-    (cache / ".torn.npy.1.2.part").write_bytes(b"half")
+    (cache / ".12.partial.torn.npy").write_bytes(b"half")
     victim.send_signal(signal.SIGKILL)
     victim.wait()
     victim.stdout.close()
     start = time.monotonic()
     assert len(VolumeStore.build(paths, cache)) == 4 and time.monotonic() - start < 50
-    assert not [name for name in files(cache) if name.endswith(".part")]
+    assert not [name for name in files(cache) if ".partial." in name]
 
 
 def test_many_volumes_need_few_file_descriptors_and_little_memory(tmp_path):

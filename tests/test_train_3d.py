@@ -181,7 +181,7 @@ def test_run_folder_holds_what_the_design_promises(options, tmp_path):
     checkpoints = {f"checkpoints/{name}.pt" for name in files}
     assert {"config.yaml", "split.json", "metrics.jsonl"} | checkpoints <= names
     assert any(name.startswith("media/step_00000008/") and name.endswith(".mp4") for name in names)
-    assert not any(name.endswith(".tmp") for name in names)
+    assert not any(".partial." in name for name in names)
     split = json.loads((folder / "split.json").read_text())
     assert sum(map(len, split.values())) == 10 and all(split[k] for k in ("train", "val", "test"))
     assert "patches/s" in text and "step 8/8" in text
@@ -370,7 +370,7 @@ def test_wrong_inputs_exit_with_two_and_one_line_that_helps(options, tmp_path, v
         line = one_line([*options, *extra], tmp_path)
         assert all(word in line for word in words), (extra, line)
         assert not list((tmp_path / "run").glob("**/*.pt"))
-        assert not list((tmp_path / "run").glob("**/*.tmp"))
+        assert not list((tmp_path / "run").glob("**/*.partial.*"))
 
 
 def test_more_ranks_than_volumes_is_said(options, tmp_path, volumes):

@@ -32,6 +32,7 @@ import docstring_parser
 import jsonargparse
 import yaml
 
+from loaders.whole import write_text
 from vae3d.models.spec import describe
 
 MISTAKE = 2  # exit code when the user's input is at fault
@@ -97,11 +98,7 @@ def config_dict(fn: Callable, kwargs: dict[str, Any]) -> dict[str, Any]:
 
 def save_config(path: Path, fn: Callable, kwargs: dict[str, Any]) -> None:
     """Write `config_dict(fn, kwargs)` as YAML; `--config path` then repeats the call."""
-    text = yaml.safe_dump(config_dict(fn, kwargs), sort_keys=False, allow_unicode=True)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+    write_text(path, yaml.safe_dump(config_dict(fn, kwargs), sort_keys=False, allow_unicode=True))
 
 
 class _StrictLoader(yaml.SafeLoader):

@@ -29,7 +29,7 @@ def encode(
     split: Literal["train", "val", "test", "all"] = "all",
     mode: Literal["full", "patch", "exact"] = "full",
     patch_size: tuple[int, ...] | None = None,
-    overlap: float = 0.5,
+    overlap: int | float = 0.5,
     blend: Literal["hann", "gaussian", "average", "crop"] = "hann",
     memory_gb: float | None = None,
     ema: bool = True,
@@ -40,7 +40,7 @@ def encode(
     """Write the latents of volumes: one safetensors file each, and latents.json over all.
 
         vae3d encode --checkpoint runs/a --data.root DIR --out_dir latents
-        torchrun --nproc_per_node=4 --no_python vae3d encode --checkpoint runs/a --out_dir latents
+        torchrun --nproc_per_node=4 --no_python -- vae3d encode --checkpoint runs/a --out_dir z
 
     A file holds mean and log-variance, never a draw. The same command again goes on where it was
     stopped; ranks share the volumes out and write what one process writes.
@@ -53,7 +53,7 @@ def encode(
         mode: full (one pass) | patch (overlapped patches, blended) | exact (as full, in bounded
             memory).
         patch_size: Patch in voxels for mode patch; null for that of training.
-        overlap: Overlap of neighboring patches as a fraction of the patch.
+        overlap: Overlap of neighboring patches: below 1 a fraction of the patch, else [voxels].
         blend: How overlapping patches are mixed.
         memory_gb: Memory budget of mode exact [GiB]; null for half of what is free.
         ema: Use the averaged weights where the run kept some.
@@ -63,8 +63,9 @@ def encode(
     """
     import torch
 
-    from vae3d.stage2.coding import Coding
-    from vae3d.stage2.latents import latent_path, sweep, write_index, write_latent
+    from loaders.whole import sweep
+    from vae3d.inference.reconstruct import Coding
+    from vae3d.stage2.latents import latent_path, write_index, write_latent
     from vae3d.training.checkpoint import find_checkpoint, load_checkpoint, load_model
     from vae3d.training.distributed import open_world
 
@@ -72,7 +73,7 @@ def encode(
     vae = load_model(checkpoint, ema=ema, trust=trust)
     slicing = {k: state["config"]["data"][k] for k in ("slice_axis", "num_slices")}
     patch_size = tuple(patch_size or state["config"]["patch_size"])
-    coding = Coding(mode, patch_size, overlap, blend, memory_gb, **slicing)
+    coding = Coding(mode, patch_size, overlap, blend, memory_gb=memory_gb, **slicing)
     made_by = {"checkpoint": weights_hash(vae), "step": state["step"], "ema": ema}
     made_by |= coding.facts()
     folder = Path(out_dir)

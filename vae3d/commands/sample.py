@@ -8,6 +8,8 @@ import time
 from pathlib import Path
 from typing import Any, Literal
 
+from loaders.whole import write_text
+
 
 def sample(
     checkpoint: str | None = None,
@@ -24,7 +26,7 @@ def sample(
     grid: tuple[int, ...] | None = None,
     mode: Literal["full", "patch", "exact"] = "full",
     patch_size: tuple[int, ...] | None = None,
-    overlap: float = 0.5,
+    overlap: int | float = 0.5,
     blend: Literal["hann", "gaussian", "average", "crop"] = "hann",
     memory_gb: float | None = None,
     seed: int = 0,
@@ -37,11 +39,13 @@ def sample(
 
         vae3d sample --checkpoint runs/a --n 8
         vae3d sample --ldm runs/ldm --n 8 --label F --guidance 2
+        torchrun --nproc_per_node=4 --no_python -- vae3d sample --ldm runs/ldm --n 8
 
     Writes to `out_dir`, for each source of latents, `<source>/sample_000.nii.gz` and `.gif`; over
     all of them sheet.png and samples.json (seeds, settings, seconds). Intensities and voxel grid
     are those of one training volume, named in samples.json. Sample i depends on seed and i alone,
-    not on n; under torchrun ranks share the samples out.
+    not on n; under torchrun ranks share the samples out (its `--` keeps it from taking --n for an
+    option of its own).
 
     Args:
         checkpoint: Run folder or checkpoint of the VAE; null for the one that the ldm was trained
@@ -62,7 +66,7 @@ def sample(
         grid: Latent voxels per axis; null for the grid of a training latent.
         mode: How latents are decoded: full | patch (tiles, blended) | exact (bounded memory).
         patch_size: Tile in voxels for mode patch.
-        overlap: Overlap of neighboring tiles as a fraction of the tile.
+        overlap: Overlap of neighboring tiles: below 1 a fraction of the tile, else [voxels].
         blend: How overlapping tiles are mixed.
         memory_gb: Memory budget of mode exact [GiB]; null for half of what is free.
         seed: Seed of the samples.
@@ -72,7 +76,7 @@ def sample(
         trust: Module prefixes besides vae3d whose classes the checkpoints may import.
     """
     from vae3d.commands.decode import coded_as, load_encoder
-    from vae3d.stage2.coding import Coding
+    from vae3d.inference.reconstruct import Coding
     from vae3d.training.distributed import open_world
 
     decoding = dict(mode=mode, patch_size=patch_size, overlap=overlap, blend=blend)
@@ -269,7 +273,7 @@ class Writer:
         from vae3d.tracking.media import write_png
 
         facts = {f"{name}/sample_{n:03d}": facts for (name, n), (_, facts) in done.items()}
-        (self.out_dir / "samples.json").write_text(json.dumps(facts, indent=1) + "\n")
+        write_text(self.out_dir / "samples.json", json.dumps(facts, indent=1) + "\n")
         rows: dict[str, list] = {}
         for (name, _), (picture, _) in done.items():
             rows.setdefault(name, []).append(picture)

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from loaders.whole import whole_file
+
 BLOCKS_PER_VOLUME = 20_000
 
 
@@ -68,11 +70,9 @@ class BlockPCA:
 
     def save(self, path: Path) -> None:
         """Write to a file, whole or not at all."""
-        temporary = path.with_name(f".{path.name}.tmp")
-        torch.save(
-            {"factor": self.factor, "mean": self.mean, "components": self.components}, temporary
-        )
-        temporary.replace(path)
+        state = {"factor": self.factor, "mean": self.mean, "components": self.components}
+        with whole_file(path) as temporary:
+            torch.save(state, temporary)
 
     @classmethod
     def load(cls, path: Path) -> "BlockPCA":

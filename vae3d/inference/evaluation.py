@@ -10,7 +10,6 @@ import hashlib
 import io
 import json
 import math
-import os
 import statistics
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from loaders.whole import write_text
 from vae3d.inference.baselines import BlockPCA, pooled
 from vae3d.inference.metrics import FOREGROUND, METRICS, latent_summary, psnr, seam_score
 from vae3d.inference.reconstruct import autoencode
@@ -101,7 +101,7 @@ class Evaluator:
             self._write_files(index, x, recon, row)
             # Last, so that a volume with a row has everything; JSON's Infinity reads back.
             text = json.dumps({"key": self.key(index), "row": row}, indent=1)
-            write_whole(self.out_dir / "rows" / f"{case_stem(case)}.json", text)
+            write_text(self.out_dir / "rows" / f"{case_stem(case)}.json", text)
         return row
 
     def measure(self, index: int, x, recon, mean, logvar) -> dict:
@@ -155,7 +155,7 @@ class Evaluator:
             how = {k: v for k, v in how.items() if "slice" not in k}
         summary = {**self.facts, **how, "data_range": list(self.store.data_range)}
         summary |= {"latent_bits": self.latent_bits, **summarize(rows)}
-        write_whole(self.out_dir / "summary.json", json.dumps(_finite(summary), indent=1) + "\n")
+        write_text(self.out_dir / "summary.json", json.dumps(_finite(summary), indent=1) + "\n")
         write_report(self.out_dir)
         return summary
 
@@ -195,10 +195,7 @@ class Evaluator:
             from loaders import write_volume
 
             path = self.out_dir / "recon" / f"{case_stem(case)}.nii.gz"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            temporary = path.with_name(f".{os.getpid()}.{path.name}")
-            write_volume(temporary, self.store.undo(index, recon.numpy()))
-            temporary.replace(path)
+            write_volume(path, self.store.undo(index, recon.numpy()))
         if self.media:
             if self.how["mode"] == "patch" and x.ndim == 4:
                 picture = seam_picture(x, recon, self.faces(x.shape[1:]), self.data_range)
@@ -258,15 +255,7 @@ def write_csv(path: Path, rows: list[dict]) -> None:
     writer = csv.DictWriter(text, fieldnames=columns, lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    write_whole(path, text.getvalue())
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a text file that is either whole or not there."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+    write_text(path, text.getvalue())
 
 
 def _finite(value):

@@ -6,10 +6,10 @@ write_report("out")        # reads metrics.csv, summary.json and media/, writes 
 import csv
 import json
 import math
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from loaders.whole import write_text
 from vae3d.inference import page
 from vae3d.tracking.media import case_stem
 
@@ -55,7 +55,7 @@ def write_report(out_dir: Path | str) -> Path:
         f"{len(rows)} volumes, mode {summary.get('mode', 'unknown')}, "
         f"checkpoint {summary.get('checkpoint', 'unknown')}"
     )
-    return write_page(out_dir / "report.html", page.page("Evaluation", subtitle, sections))
+    return write_text(out_dir / "report.html", page.page("Evaluation", subtitle, sections))
 
 
 def read_rows(path: Path) -> tuple[list[dict], list[str]]:
@@ -174,14 +174,6 @@ def _how(summary: dict) -> dict[str, str]:
         for key, value in summary.items()
         if not isinstance(value, dict) and value is not None
     }
-
-
-def write_page(path: Path, text: str) -> Path:
-    """Write a page whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
-    return path
 
 
 def _parsed(text: str):

@@ -13,8 +13,8 @@ from urllib.parse import unquote
 
 import yaml
 
+from loaders.whole import write_text
 from vae3d.inference import page
-from vae3d.inference.report import write_page
 from vae3d.tracking.tracker import read_metrics, read_tables, redact
 
 GROUPS = {
@@ -85,7 +85,7 @@ def write_run_report(run_dirs: Sequence[Path | str], out: Path | str | None = No
     subtitle = page.escape("Training run, " + _progress(runs[0]) if alone else " | ".join(names))
     path = Path(out) if out else runs[0].folder / "report.html"
     path.parent.mkdir(parents=True, exist_ok=True)
-    return write_page(path, page.page(title, subtitle, sections))
+    return write_text(path, page.page(title, subtitle, sections))
 
 
 def read_run(folder: Path) -> RunData:

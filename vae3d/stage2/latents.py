@@ -13,8 +13,6 @@ alone, in the order of names: any number of ranks writes the same bytes as one.
 from __future__ import annotations
 
 import json
-import os
-import secrets
 import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -27,6 +25,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from loaders.whole import whole_file, write_text
 from vae3d.tracking.media import case_stem
 
 FORMAT = "vae3d latents 1"
@@ -104,7 +103,8 @@ def write_latent(path: Path, mean: Tensor, logvar: Tensor, info: dict[str, Any])
     }
     # One key: safetensors keeps several in an order that changes from process to process.
     data = save(tensors, metadata={"vae3d": json.dumps(header, sort_keys=True)})
-    _write(path, data)
+    with whole_file(path, durable=True) as temporary:
+        temporary.write_bytes(data)
 
 
 def read_info(path: str | Path) -> dict[str, Any]:
@@ -227,12 +227,6 @@ def _per_channel(values: list[float], like: Tensor) -> Tensor:
     return like.new_tensor(values).reshape(-1, *(1,) * (like.ndim - 1))
 
 
-def sweep(folder: str | Path) -> None:
-    """Remove temporaries that killed writers have left."""
-    for path in Path(folder).glob(".*.tmp"):
-        path.unlink(missing_ok=True)
-
-
 def write_index(folder: str | Path, made_by: dict[str, Any], vae: str = "") -> dict[str, Any]:
     """Write `latents.json` from the headers of all files and return it.
 
@@ -268,7 +262,7 @@ def write_index(folder: str | Path, made_by: dict[str, Any], vae: str = "") -> d
             for info in infos
         },
     }
-    _write(Path(folder) / INDEX, (json.dumps(index, indent=1) + "\n").encode())
+    write_text(Path(folder) / INDEX, json.dumps(index, indent=1) + "\n")
     return index
 
 
@@ -437,17 +431,3 @@ def _header(file, path: str | Path) -> dict[str, Any]:
     if info.get("format") != FORMAT:
         raise ValueError(f"{path}: a safetensors file, but not one that vae3d encode wrote")
     return info
-
-
-def _write(path: Path, data: bytes) -> None:
-    """Write a file so that its name stands for the whole of it at any moment."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        with open(temporary, "xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

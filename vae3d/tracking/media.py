@@ -7,7 +7,6 @@ so pictures of two steps or two runs can be compared. Panels keep true proportio
 """
 
 import math
-import os
 import re
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
@@ -15,6 +14,8 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+
+from loaders.whole import whole_file
 
 COLUMNS = ("input", "recon", "error")
 PLANES = (("axial", 2), ("coronal", 1), ("sagittal", 0))  # name, axis that the plane cuts
@@ -309,14 +310,9 @@ def write_mp4(path: Path | str, frames: Iterable[np.ndarray], fps: float = 12.0)
 
 def _replace(path, write) -> Path:
     """A reader, or a kill, never meets a half-written file."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
-    try:
+    with whole_file(path) as temporary:
         write(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return path
+    return Path(path)
 
 
 def gray_colors(values: np.ndarray) -> np.ndarray:

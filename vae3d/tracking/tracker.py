@@ -28,6 +28,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from loaders.whole import write_text
+
 SECRET = re.compile(r"api_?key|token|secret|passw|credential|private_?key", re.IGNORECASE)
 URL_LOGIN = re.compile(r"(?<=://)[^/@\s]+@")
 REDACTED = "[redacted]"
@@ -203,7 +205,7 @@ class _Wandb:
 
     def __init__(self, mode: str, timeout_s: float):
         self.mode, self.timeout_s = mode, timeout_s
-        self.run, self.failures, self.finished = None, 0, False
+        self.run, self.failures, self.finished, self.refusal = None, 0, False, ""
         self.worker = _Worker("wandb", size=4096)
 
     def start(self, content: dict, where: dict) -> None:
@@ -254,20 +256,31 @@ class _Wandb:
 
     def finish(self) -> None:
         if self.run is not None:
+            log = Path(self.run.settings.log_internal)
             self.run.finish()
-            self.finished = True
+            self.finished, self.refusal = True, _refusal(log)
 
     def close(self, deadline: float, out_dir: Path) -> None:
-        self.worker.put(self.finish)
-        self.worker.stop(deadline)
-        if self.finished:
+        self.worker.stop(deadline, self.finish)
+        if self.finished and not self.refusal:
             return
+        what = f"refused uploads ({self.refusal})" if self.finished else "did not finish"
         warnings.warn(
-            "W&B did not finish; what was not sent lies on the disk: "
+            f"W&B {what}; what was not sent lies on the disk: "
             f"wandb sync --include-online {out_dir}/wandb"
         )
+        if self.finished:
+            return
         # Without this, W&B's own hook would keep the process waiting at its end.
         threading.Thread(target=_tear_down, daemon=True).start()
+
+
+def _refusal(log: Path) -> str:
+    """Why W&B took no more, such as a full quota: its service tells nobody but its own log."""
+    for line in log.read_text(encoding="utf-8").splitlines() if log.is_file() else ():
+        if found := re.search(r"failed to upload: (?:status: )?(\d{3}(?: [A-Z]\w+)+)", line):
+            return found[1]
+    return ""
 
 
 def _tear_down() -> None:
@@ -299,10 +312,11 @@ class _Worker:
             return False
         return True
 
-    def stop(self, deadline: float) -> bool:
-        """Let the waiting calls run, until `deadline` [monotonic s]; tell whether all did."""
+    def stop(self, deadline: float, last: Callable | None = None) -> bool:
+        """Let the waiting calls run, then `last`, until `deadline` [monotonic s]; did they all?"""
         try:
-            self.calls.put(None, timeout=max(0.0, deadline - time.monotonic()))
+            for job in ([(last, ())] if last else []) + [None]:
+                self.calls.put(job, timeout=max(0.0, deadline - time.monotonic()))
         except queue.Full:
             return False
         self.thread.join(max(0.0, deadline - time.monotonic()))
@@ -443,9 +457,7 @@ def _kept_run_id(out_dir: Path) -> str | None:
 
 
 def _keep_run_id(out_dir: Path, run_id: str) -> None:
-    path = out_dir / "wandb" / "run_id"
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(run_id + "\n")
+    write_text(out_dir / "wandb" / "run_id", run_id + "\n")
 
 
 def _read_lines(path: Path | str) -> Iterable[dict]:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import os
 import platform
 import re
-import secrets
 import shutil
 import zipfile
 from collections.abc import Iterable
@@ -19,6 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from loaders.whole import sweep, whole_file
 
 FORMAT = 1
 STEP_FILE = re.compile(r"step_(\d+)\.pt")
@@ -42,8 +43,7 @@ class Checkpoints:
 
     def sweep(self) -> None:
         """Remove temporaries that killed runs have left. Only for who holds the run's lock."""
-        for path in self.folder.glob(".*.pt.*.tmp"):
-            path.unlink()
+        sweep(self.folder)
 
     def save(self, state: dict[str, Any], best: bool = False) -> Path:
         """Write `state` as the step's file, name it `last.pt` (and `best.pt`), then rotate.
@@ -91,7 +91,7 @@ class Checkpoints:
     def resume(self, path: Path) -> dict[str, Any]:
         """Load `path` to go on from; it is never rotated away by this process."""
         state = load_checkpoint(path)
-        self.written = list(state["written"])
+        self.written = [name for name in state["written"] if (self.folder / name).exists()]
         self.resumed_from = path.name
         return state
 
@@ -108,21 +108,15 @@ class Checkpoints:
 
 def write_atomic(path: Path, state: dict[str, Any]) -> None:
     """Write `state` so that `path` is, at any moment, the old whole file or the new one."""
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
-        with open(temporary, "xb") as file:
+        with whole_file(path, durable=True) as temporary, open(temporary, "xb") as file:
             torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
     except BaseException as error:
-        temporary.unlink(missing_ok=True)
         # torch hides a full disk behind "unexpected pos"; the real reason is further down the chain
         reason = _os_error(error)
         if reason is None or reason.filename:
             raise
         raise OSError(reason.errno, os.strerror(reason.errno), str(path)) from error
-    _fsync_folder(path.parent)
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
@@ -208,25 +202,11 @@ def _upgrade(state: dict[str, Any], path: Path) -> dict[str, Any]:
 
 def _link_atomic(source: Path, target: Path) -> None:
     """Give `source` a second name, replacing what bore it; a copy where links are not known."""
-    temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        os.link(source, temporary)
-    except OSError:
-        shutil.copyfile(source, temporary)
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-    os.replace(temporary, target)
-    _fsync_folder(target.parent)
-
-
-def _fsync_folder(folder: Path) -> None:
-    """Make a rename durable; only POSIX knows how to."""
-    if os.name == "posix":
-        handle = os.open(folder, os.O_RDONLY)
+    with whole_file(target, durable=True) as temporary:
         try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+            os.link(source, temporary)
+        except OSError:
+            shutil.copyfile(source, temporary)
 
 
 def _os_error(error: BaseException | None) -> OSError | None:

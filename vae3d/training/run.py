@@ -10,6 +10,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from loaders.whole import write_text
 from vae3d.config import config_dict, save_config
 from vae3d.training.checkpoint import Checkpoints
 from vae3d.training.distributed import World
@@ -37,6 +38,10 @@ HARMLESS = {
     "data.root",  # a moved folder; the subjects of the split must be there
     "data.cache_dir",
 }
+
+
+PATIENCE_S = 60.0  # for pictures and uploads at the end of a run
+GRACE_S = 10.0  # the same after a signal or an error: who kills often waits for 30 s alone
 
 
 class Run:
@@ -107,12 +112,34 @@ class Run:
             save_config(self.folder / "config.yaml", fn, kwargs)
         return config, state
 
+    def fit(self, trainer: Any, state: dict[str, Any] | None) -> int:
+        """Train, then let the tracker finish what is under way.
+
+        When the tracker's turn comes, `last.pt` has been written, after a signal too.
+
+        Args:
+            trainer: See `vae3d.training.trainer.Trainer`.
+            state: Checkpoint to continue from, or None.
+
+        Returns:
+            The exit code.
+        """
+        if state is not None:
+            trainer.load_state_dict(state)
+        patience = GRACE_S
+        try:
+            code = trainer.fit()
+            if code == 0:
+                patience = PATIENCE_S
+            return code
+        finally:
+            if trainer.tracker:
+                trainer.tracker.close(patience)
+
     def write_json(self, name: str, value: Any) -> None:
         """Write a small file of the run folder, whole or not at all. Rank 0 only does it."""
         if self.world.is_main:
-            temporary = self.folder / f".{name}.{os.getpid()}.tmp"
-            temporary.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-            temporary.replace(self.folder / name)
+            write_text(self.folder / name, json.dumps(value, indent=1) + "\n")
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:

@@ -1,0 +1,51 @@
+"""Files appear whole or not at all, whatever happens while they are written."""
+
+import os
+
+import pytest
+
+from loaders.whole import sweep, whole_file, write_text
+
+
+def test_a_file_takes_its_name_when_it_is_whole(tmp_path):
+    path = tmp_path / "new" / "summary.json"
+    with whole_file(path) as temporary:
+        temporary.write_text("{}")
+        assert not path.exists() and temporary.suffix == ".json" and temporary.name[0] == "."
+    assert path.read_text() == "{}" and os.listdir(path.parent) == ["summary.json"]
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_an_error_leaves_the_old_file_and_nothing_else(tmp_path, error):
+    path = write_text(tmp_path / "a.txt", "old")
+    with pytest.raises(error), whole_file(path) as temporary:
+        temporary.write_text("half")
+        raise error
+    assert path.read_text() == "old" and os.listdir(tmp_path) == ["a.txt"]
+
+
+def test_two_writers_do_not_share_a_temporary(tmp_path):
+    with whole_file(tmp_path / "a") as one, whole_file(tmp_path / "a") as two:
+        assert one != two
+        one.write_text("1")
+        two.write_text("2")
+    assert (tmp_path / "a").read_text() == "1"  # the last to finish
+
+
+@pytest.mark.parametrize("durable", [False, True])
+def test_bytes_reach_the_disk_before_the_name_where_asked_for(tmp_path, monkeypatch, durable):
+    calls = []
+    for name in ("fsync", "replace"):
+        real = getattr(os, name)
+        monkeypatch.setattr(os, name, lambda *a, _n=name, _r=real: (calls.append(_n), _r(*a))[1])
+    with whole_file(tmp_path / "a", durable) as temporary:
+        temporary.write_text("1")
+    assert calls == (["fsync", "replace", "fsync"] if durable else ["replace"])
+
+
+def test_what_a_killed_writer_left_is_swept_and_nothing_else(tmp_path):
+    left = whole_file(tmp_path / "a.pt")
+    left.__enter__().write_text("half")
+    (tmp_path / ".hidden").write_text("mine")
+    sweep(tmp_path)
+    assert os.listdir(tmp_path) == [".hidden"]
