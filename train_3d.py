@@ -175,7 +175,9 @@ def train_3d(
         whole = patching is None
         # Sharded weights need all ranks at each volume; then no rank has volumes of its own.
         sharers = World(device=world.device) if sharding == "fsdp" else world
-        validation = Validation(held_out, sharers, None if whole else patch_size, val_volumes)
+        validation = Validation(
+            held_out, sharers, None if whole else patch_size, val_volumes, media_volumes
+        )
 
         tracker = None
         if world.is_main:
@@ -187,7 +189,7 @@ def train_3d(
 
         def show(network, step):
             if tracker or sharding == "fsdp":
-                validation.show(network, step, tracker, Path(out_dir) / "media", media_volumes)
+                validation.show(network, step, tracker, Path(out_dir) / "media")
 
         trainer = Trainer(
             task,
@@ -225,13 +227,7 @@ def train_3d(
                 "batch_size": batch_size,
             },
         )
-        if state is not None:
-            trainer.load_state_dict(state)
-        try:
-            return trainer.fit()
-        finally:
-            if tracker:
-                tracker.close()
+        return run.fit(trainer, state)
 
 
 def check_sizes(vae, patching, patch_size) -> None:

@@ -9,7 +9,7 @@ from vae3d.training.distributed import World
 def sharded(world, folder, steps, resume):
     trainer = toy_trainer(
         folder, world, max_steps=steps, sharding="fsdp", save_every=2, grad_accum=2, batch_size=1,
-        validate=lambda network: {"val/mae": float(network.training)}, val_every=2,
+        validate=lambda network, step: {"val/mae": float(network.training)}, val_every=2,
     )  # fmt: skip
     kinds = {type(p).__name__ for p in trainer.task.network.parameters()}
     if resume:

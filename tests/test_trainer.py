@@ -264,7 +264,7 @@ def test_time_limit_saves_and_ends_with_zero(tmp_path):
 
 def scripted(*scores):
     scores = iter(scores)
-    return lambda network: {"val/mae": next(scores)}
+    return lambda network, step: {"val/mae": next(scores)}
 
 
 def test_early_stop_counts_validations_without_a_better_one(tmp_path):
@@ -288,7 +288,7 @@ def test_best_is_remembered_by_a_resumed_run(tmp_path):
 def test_validation_sees_averaged_weights_in_eval_mode_without_gradients(tmp_path):
     seen = {}
 
-    def validate(network):
+    def validate(network, step):
         seen["weights"] = [p.detach().clone() for p in network.parameters()]
         seen["modes"] = (network.training, torch.is_grad_enabled())
         return {"val/mae": 1.0}

@@ -15,7 +15,7 @@ def decode(
     split: Literal["train", "val", "test", "all"] = "all",
     mode: Literal["full", "patch", "exact"] | None = None,
     patch_size: tuple[int, ...] | None = None,
-    overlap: float | None = None,
+    overlap: int | float | None = None,
     blend: Literal["hann", "gaussian", "average", "crop"] | None = None,
     memory_gb: float | None = None,
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto",
@@ -25,8 +25,9 @@ def decode(
 
         vae3d decode latents --checkpoint runs/a --out_dir decoded
 
-    Decodes posterior means, in the way they were encoded unless told otherwise. The files need
-    neither the volumes nor their cache. Under torchrun ranks share the latents out.
+    Decodes posterior means, in the way they were encoded unless told otherwise; then the volumes
+    are those that `evaluate.py` reconstructs. The files need neither the volumes nor their cache.
+    Under torchrun ranks share the latents out.
 
     Args:
         latents: Folder that `vae3d encode` wrote, or one of its files.
@@ -35,13 +36,14 @@ def decode(
         split: Only subjects of this part of the split.
         mode: full | patch | exact; null for the mode of encoding.
         patch_size: Patch in voxels for mode patch; null for that of encoding.
-        overlap: Overlap of neighboring patches as a fraction of the patch; null as encoded.
+        overlap: Overlap of neighboring patches: below 1 a fraction of the patch, else [voxels];
+            null as encoded.
         blend: How overlapping patches are mixed; null as encoded.
         memory_gb: Memory budget of mode exact [GiB]; null for half of what is free.
         device: auto | cpu | cuda | mps.
         trust: Module prefixes besides vae3d whose classes the checkpoint may import.
     """
-    from vae3d.stage2.coding import Coding
+    from vae3d.inference.reconstruct import Coding
     from vae3d.stage2.latents import find_latents, read_info, read_latent
     from vae3d.training.distributed import open_world
 
@@ -65,7 +67,7 @@ def decode(
 
 def coded_as(made_by: dict) -> dict:
     """Options of `Coding` with which some latents were made."""
-    from vae3d.stage2.coding import Coding
+    from vae3d.inference.reconstruct import Coding
 
     names = {field.name for field in fields(Coding)}
     return {k: v for k, v in made_by.items() if k in names}

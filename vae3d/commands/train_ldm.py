@@ -86,7 +86,7 @@ def train_ldm(
     """Train a diffusion model on latents that `vae3d encode` wrote.
 
         vae3d train-ldm latents --out_dir runs/ldm
-        torchrun --nproc_per_node=2 --no_python vae3d train-ldm latents --out_dir runs/ldm
+        torchrun --nproc_per_node=2 --no_python -- vae3d train-ldm latents --out_dir runs/ldm
 
     Trains on the run's training subjects, or on all where there was no split. The same command
     again resumes from the newest checkpoint.
@@ -238,13 +238,7 @@ def train_ldm(
                 },
             },
         )
-        if state is not None:
-            trainer.load_state_dict(state)
-        try:
-            return trainer.fit()
-        finally:
-            if tracker:
-                tracker.close()
+        return run.fit(trainer, state)
 
 
 def open_latents(latents: str, condition: str | None):
@@ -307,7 +301,7 @@ class Pictures:
 
     def __init__(self, vae: str, trust, store, guide, tracker, folder: Path, count: int):
         from vae3d.commands.decode import coded_as, load_encoder
-        from vae3d.stage2.coding import Coding
+        from vae3d.inference.reconstruct import Coding
 
         self.template: dict[str, Any] = store.infos[0]
         made_by = self.template["made_by"]

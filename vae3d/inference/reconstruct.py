@@ -1,113 +1,191 @@
-"""Reconstruct whole volumes: in one full pass, in blended patches, or exactly in bounded memory."""
+"""Volumes to latents and back: in one full pass, in blended patches, or exactly in bounded memory.
+
+A reconstruction is what the latent of the volume decodes to, in every mode: the latent that is
+measured, exported and diffused is the one that made the picture. In mode patch the latents of
+overlapping patches are blended into one, and that one is decoded, in overlapping patches again.
+(Blending reconstructions of patches instead would take 8 times the latent values at an overlap of
+one half.) A 2D model codes a volume slice by slice; its latent keeps the axis that is sliced.
+"""
+
+from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from fractions import Fraction
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vae3d.inference.exact import decode_exact, encode_exact
-from vae3d.inference.stitching import Stitcher, add_batch, check_patch, tile_batches
+from vae3d.inference.stitching import check_patch, overlap_voxels, stitch
 
 MODES = ("full", "patch", "exact")
 
 
-def reconstruct(vae: torch.nn.Module, x: Tensor, mode: str = "patch", **how) -> Tensor:
+@dataclass(frozen=True)
+class Coding:
+    """How a volume goes through a VAE.
+
+    Args:
+        mode: full (one pass) | patch (overlapped patches, blended) | exact (equal to full, layer by
+            layer in bounded memory).
+        patch_size: Patch in voxels for mode patch, a multiple of the model's factor.
+        overlap: Overlap of neighboring patches: fraction of the patch (float) or voxels (int), one
+            or one per axis.
+        blend: hann | gaussian | average | crop.
+        batch_size: Patches in a forward pass.
+        memory_gb: Memory budget of mode exact in GiB; None takes half of what is free.
+        slice_axis: For a 2D model: the axis that slices are cut across.
+        num_slices: For a 2D model: neighboring slices that are its input channels.
+    """
+
+    mode: str = "full"
+    patch_size: Sequence[int] | None = None
+    overlap: float | int | Sequence = 0.5
+    blend: str = "hann"
+    batch_size: int = 1
+    memory_gb: float | None = None
+    slice_axis: int = 2
+    num_slices: int = 1
+
+    def __post_init__(self):
+        if self.mode not in MODES:
+            raise ValueError(f"mode {self.mode!r} is unknown; choose one of {', '.join(MODES)}")
+        if self.mode == "patch" and self.patch_size is None:
+            raise ValueError("mode patch needs patch_size, for example '[64,64,64]'")
+
+    def facts(self) -> dict:
+        """What the latents depend on, JSON-able; `Coding(**facts)` decodes alike."""
+        names = ["mode", "slice_axis", "num_slices"]
+        if self.mode == "patch":
+            names += ["patch_size", "overlap", "blend"]
+        facts = {name: getattr(self, name) for name in names}
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in facts.items()}
+
+    @torch.no_grad()
+    def encode(self, vae: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Posterior of a volume.
+
+        Args:
+            vae: The model, in eval mode.
+            x: `(C, X, Y, Z)` or `(C, X, Y)`, normalized as the model was trained; any device.
+
+        Returns:
+            mean and logvar, `(C', *spatial)`, float32 on the device of `x`.
+        """
+        if x.ndim == 4 and vae.spatial_dims == 2:
+            axis, half = 1 + self.slice_axis, self.num_slices // 2
+            planes = x.movedim(axis, 0)
+            near = torch.arange(len(planes))[:, None] + torch.arange(-half, half + 1)
+            stacks = planes[near.clamp(0, len(planes) - 1)].flatten(1, 2)
+            parts = [self.encode(vae, stack) for stack in stacks]
+            return tuple(torch.stack(part, axis) for part in zip(*parts, strict=True))
+        if self.mode == "exact":
+            posterior = encode_exact(vae, x, self.memory_gb)
+            return posterior.mean.float().to(x.device), posterior.logvar.float().to(x.device)
+
+        def forward(batch: Tensor) -> tuple[Tensor, Tensor]:
+            posterior = vae.encode(batch.to(_home(vae)))
+            return posterior.mean.float().to(x.device), posterior.logvar.float().to(x.device)
+
+        if self.mode == "full":
+            return tuple(part[0] for part in forward(x[None]))
+        scale = [Fraction(1, f) for f in vae.factor]
+        options = (self._overlap(vae), self.blend, self.batch_size)
+        return stitch(forward, x, self.patch_size, *options, scale=scale)
+
+    @torch.no_grad()
+    def decode(self, vae: nn.Module, z: Tensor, size: Sequence[int] | None = None) -> Tensor:
+        """Reconstruction of a latent.
+
+        Args:
+            vae: The model, in eval mode.
+            z: `(C', *spatial)`, as `encode` gives its mean; any device.
+            size: Voxels per axis of the volume; None for those of the latent times the factor.
+
+        Returns:
+            `(C, *size)`, normalized intensities, float32 on the device of `z`.
+        """
+        if z.ndim == 4 and vae.spatial_dims == 2:
+            axis = 1 + self.slice_axis
+            size = size and [n for i, n in enumerate(size) if i != self.slice_axis]
+            planes = [self.decode(vae, plane, size) for plane in z.unbind(axis)]
+            return torch.stack([self._middle(vae, plane) for plane in planes], axis)
+        size = size or [n * f for n, f in zip(z.shape[1:], vae.factor, strict=True)]
+        if self.mode == "exact":
+            return decode_exact(vae, z, self.memory_gb, size=size).float().to(z.device)
+
+        def forward(batch: Tensor) -> Tensor:
+            return vae.decode(batch.to(_home(vae))).float().to(z.device)
+
+        if self.mode == "full":
+            x = forward(z[None])[0]
+        else:
+            overlap = [n // f for n, f in zip(self._overlap(vae), vae.factor, strict=True)]
+            tile = [n // f for n, f in zip(self.patch_size, vae.factor, strict=True)]
+            options = (overlap, self.blend, self.batch_size)
+            x = stitch(forward, z, tile, *options, scale=list(vae.factor))
+        return x[(slice(None), *(slice(n) for n in size))]
+
+    def factor(self, vae: nn.Module, dims: int) -> list[int]:
+        """Voxels per latent voxel and axis; a 2D model does not shrink the axis that is sliced.
+
+        Args:
+            vae: The model.
+            dims: Spatial axes of the latents.
+        """
+        factor = list(vae.factor)
+        if dims > len(factor):
+            factor.insert(self.slice_axis, 1)
+        return factor
+
+    def _overlap(self, vae: nn.Module) -> tuple[int, ...]:
+        """Overlap in voxels, whole latent voxels, so that both ways have the same tiles."""
+        check_patch(self.patch_size, vae.factor)
+        return overlap_voxels(self.patch_size, self.overlap, vae.factor)
+
+    def _middle(self, vae: nn.Module, plane: Tensor) -> Tensor:
+        """Of a reconstruction of neighboring slices `(n C, X, Y)`, the middle one."""
+        if len(plane) < vae.in_channels:
+            return plane  # the model gives one slice for several
+        channels = len(plane) // self.num_slices
+        first = self.num_slices // 2 * channels
+        return plane[first : first + channels]
+
+
+def reconstruct(vae: nn.Module, x: Tensor, mode: str = "patch", **how) -> Tensor:
     """The reconstruction of one volume through the posterior mean.
 
     Args:
         vae: The model, in eval mode.
-        x: (C, X, Y, Z) or (C, X, Y), normalized as the model was trained; any device.
+        x: `(C, X, Y, Z)` or `(C, X, Y)`, normalized as the model was trained; any device.
         mode: full | patch | exact.
-        **how: Further options of `autoencode`.
+        **how: Further options of `Coding`.
 
     Returns:
-        (C, X, Y, Z) float32 on the device of x.
+        `(C, X, Y, Z)` float32 on the device of `x`.
     """
     return autoencode(vae, x, mode, **how)[0]
 
 
-@torch.no_grad()
 def autoencode(
-    vae: torch.nn.Module,
-    x: Tensor,
-    mode: str = "patch",
-    patch_size: Sequence[int] | None = None,
-    overlap: float | int | Sequence = 0.5,
-    blend: str = "hann",
-    batch_size: int = 1,
-    memory_gb: float | None = None,
-    slice_axis: int = 2,
-    num_slices: int = 1,
+    vae: nn.Module, x: Tensor, mode: str = "patch", **how
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Reconstruct one volume through the posterior mean, and return the posterior as well.
 
     Args:
         vae: The model, in eval mode.
-        x: (C, X, Y, Z) or (C, X, Y), normalized as the model was trained; any device. A 2D model
-            takes a volume slice by slice.
-        mode: full (one pass) | patch (overlapped patches, blended) | exact (equal to full, layer by
-            layer in bounded memory).
-        patch_size: Patch in voxels, for mode patch; multiples of `vae.factor`.
-        overlap: Fraction of the patch (float) or voxels (int); smaller than the patch.
-        blend: hann | gaussian | average | crop.
-        batch_size: Patches per forward pass.
-        memory_gb: Budget of mode exact in GiB; None takes half of what is free.
-        slice_axis: For a 2D model: the axis that slices are cut across.
-        num_slices: For a 2D model: neighboring slices that are its input channels.
+        x: `(C, X, Y, Z)` or `(C, X, Y)`, normalized as the model was trained; any device.
+        mode: full | patch | exact.
+        **how: Further options of `Coding`.
 
     Returns:
-        recon (C, X, Y, Z), and mean and logvar of the latent; float32 on the device of x.
+        recon `(C, X, Y, Z)`, and mean and logvar of the latent; float32 on the device of `x`.
     """
-    if mode not in MODES:
-        raise ValueError(f"mode {mode!r} is unknown; choose one of {', '.join(MODES)}")
-    if mode == "patch":
-        if patch_size is None:
-            raise ValueError("mode patch needs patch_size, for example '[64,64,64]'")
-        check_patch(patch_size, vae.factor)
-
-    def one(part: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        if mode == "exact":
-            posterior = encode_exact(vae, part, memory_gb)
-            recon = decode_exact(vae, posterior.mean, memory_gb, size=part.shape[1:])
-            return tuple(t.float().to(x.device) for t in (recon, posterior.mean, posterior.logvar))
-        if mode == "full":
-            return tuple(t[0] for t in _forward(vae, part[None]))
-        return _patches(vae, part, patch_size, overlap, blend, batch_size)
-
-    if vae.spatial_dims == 2 and x.ndim == 4:
-        return _by_slices(one, x, slice_axis, num_slices)
-    return one(x)
+    coding = Coding(mode, **how)
+    mean, logvar = coding.encode(vae, x)
+    return coding.decode(vae, mean, x.shape[1:]), mean, logvar
 
 
-def _forward(vae, batch: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """recon, mean and logvar of `(B, C, *spatial)`, float32, where the batch was."""
-    recon, posterior = vae(batch.to(next(vae.parameters()).device), sample_posterior=False)
-    parts = (recon, posterior.mean, posterior.logvar)
-    return tuple(t.float().to(batch.device) for t in parts)
-
-
-def _patches(vae, x, patch_size, overlap, blend, batch_size) -> tuple[Tensor, Tensor, Tensor]:
-    """One pass over the patches gives the volume and, on its coarser grid, the latent."""
-    tiling = (x.shape[1:], patch_size, overlap, blend)
-    volume = Stitcher(*tiling, unit=vae.factor)
-    latent = Stitcher(*tiling, scale=[Fraction(1, f) for f in vae.factor])
-    for corners, tiles in tile_batches(x, volume, batch_size):
-        recon, *moments = _forward(vae, tiles)
-        add_batch(volume, corners, recon)
-        add_batch(latent, corners, moments)
-    return volume.result(), *latent.result()
-
-
-def _by_slices(one, x: Tensor, axis: int, num_slices: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Slice by slice through a volume; of stacked neighbors the middle one is kept."""
-    planes = x.movedim(1 + axis, 0)  # (N, C, a, b)
-    last, half, channels = len(planes) - 1, num_slices // 2, x.shape[0]
-    results = []
-    for i in range(len(planes)):
-        near = [min(max(k, 0), last) for k in range(i - half, i + half + 1)]
-        recon, mean, logvar = one(planes[near].flatten(0, 1))
-        if len(recon) == num_slices * channels:
-            recon = recon[half * channels : (half + 1) * channels]
-        results.append((recon, mean, logvar))
-    return tuple(torch.stack(parts, 1 + axis) for parts in zip(*results, strict=True))
+def _home(vae: nn.Module) -> torch.device:
+    return next(vae.parameters()).device

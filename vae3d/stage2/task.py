@@ -119,7 +119,7 @@ class LatentValidation:
         count = min(len(store), max_latents)
         self.chosen = [i * len(store) // count for i in range(count)]
 
-    def __call__(self, network: LatentDiffusion) -> dict[str, float]:
+    def __call__(self, network: LatentDiffusion, _step: int = 0) -> dict[str, float]:
         """Return val/loss, the same on every rank."""
         total = torch.zeros((), dtype=torch.float64)
         for index in self.chosen[self.world.rank :: self.world.size]:

@@ -64,7 +64,8 @@ class Trainer:
         early_stop: Stop after this many validations without a better one; None for never.
         max_bad_steps: Stop after this many steps in a row with a loss or gradient that is not
             finite.
-        validate: `validate(network) -> numbers`, the same on all ranks; called with EMA weights.
+        validate: `validate(network, step) -> numbers`, the same on all ranks; called with EMA
+            weights.
         monitor: The number of `validate` that decides which checkpoint is best; lower is better.
         show: `show(network, step)`, writes pictures.
         sources: `sources(batch) -> names` of the volumes in a batch, to name a bad one.
@@ -98,7 +99,7 @@ class Trainer:
         max_hours: float | None = None,
         early_stop: int | None = None,
         max_bad_steps: int = 10,
-        validate: Callable[[nn.Module], dict[str, float]] | None = None,
+        validate: Callable[[nn.Module, int], dict[str, float]] | None = None,
         monitor: str = "val/mae",
         show: Callable[[nn.Module, int], None] | None = None,
         sources: Callable[[Any], list[str]] | None = None,
@@ -327,7 +328,7 @@ class Trainer:
     def validate(self) -> bool:
         """Measure the averaged network; tell whether it is the best so far."""
         with self.averaged() as network:
-            numbers = self.validate_network(network)
+            numbers = self.validate_network(network, self.step)
         if self.tracker:
             self.tracker.log(numbers, self.step)
             if rows := getattr(self.validate_network, "rows", None):

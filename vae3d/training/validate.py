@@ -23,9 +23,11 @@ class Validation:
 
     Args:
         store: Validation volumes, see `loaders.VolumeStore`.
-        world: The ranks; each takes every `world.size`-th volume, none is counted twice.
+        world: The ranks, which share the volumes out; none is counted twice.
         patch_size: Patches that are blended [voxels]; None for whole volumes in one pass.
         max_volumes: At most this many volumes, spread evenly over the store; None for all.
+        pictured: The first so many are shown; their reconstructions stay in memory from one
+            validation to the next, so that pictures of the same step cost no second pass.
         overlap: Overlap of patches, a fraction of the patch.
     """
 
@@ -35,51 +37,64 @@ class Validation:
         world: World,
         patch_size: Sequence[int] | None,
         max_volumes: int | None = None,
+        pictured: int = 0,
         overlap: float = 0.25,
     ):
         self.store, self.world = store, world
         self.patch_size, self.overlap = patch_size, overlap
         count = min(len(store), max_volumes or len(store))
         self.volumes = [i * len(store) // count for i in range(count)]
+        self.shown = self.volumes[:pictured]
+        self.kept: dict[tuple[int, int], torch.Tensor] = {}  # by step and volume
         self.rows: list[dict[str, Any]] = []
         self.probes: LatentProbes | None = None
 
-    def __call__(self, network: nn.Module) -> dict[str, float]:
+    def mine(self) -> list[int]:
+        """Volumes of this rank; those that are shown belong to the first, which draws them."""
+        hands = [list(self.shown), *([] for _ in range(self.world.size - 1))]
+        for i in self.volumes[len(self.shown) :]:
+            min(hands, key=len).append(i)
+        return hands[self.world.rank]
+
+    def __call__(self, network: nn.Module, step: int) -> dict[str, float]:
         """Return val/mae and val/psnr, means over the volumes, the same on every rank.
 
         The peak of the PSNR is the width of the store's data range. `rows` keeps the scores of
         each volume.
         """
         lo, hi = self.store.data_range
-        scores = {}
-        for i in self.volumes[self.world.rank :: self.world.size]:
+        scores, self.kept = {}, {}
+        for i in self.mine():
             x, recon = self.reconstruct(network, i)
+            if i in self.shown:
+                self.kept[step, i] = recon
             scores[i] = {"mae": mae(x, recon, hi - lo), "psnr": psnr(x, recon, hi - lo)}
         for part in self.world.gather(scores):
             scores |= part
         self.rows = [{"case": self.store.ids[i], **scores[i]} for i in self.volumes]
         return {f"val/{name}": fmean(row[name] for row in self.rows) for name in ("mae", "psnr")}
 
-    def reconstruct(self, network: nn.Module, index: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return a volume `(C, X, Y, Z)` and its reconstruction, both on the CPU."""
+    def reconstruct(
+        self, network: nn.Module, index: int, recon: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return a volume `(C, X, Y, Z)` and its reconstruction, `recon` if given, on the CPU."""
         x = torch.from_numpy(self.store.read(index))
-        if self.patch_size is None:
-            return x, reconstruct(network, x, mode="full")
-        return x, reconstruct(
-            network, x, mode="patch", patch_size=self.patch_size, overlap=self.overlap
-        )
+        if recon is None:
+            how = {"mode": "full"}
+            if self.patch_size is not None:
+                how = {"mode": "patch", "patch_size": self.patch_size, "overlap": self.overlap}
+            recon = reconstruct(network, x, **how)
+        return x, recon
 
-    def show(
-        self, network: nn.Module, step: int, tracker: Tracker | None, folder: Path, count: int
-    ) -> None:
-        """Write input | recon | error of the first `count` volumes, and probes of the latents.
+    def show(self, network: nn.Module, step: int, tracker: Tracker | None, folder: Path) -> None:
+        """Write input | recon | error of the shown volumes, and probes of the latents.
 
-        The forward passes happen here; drawing and encoding happen on the tracker's thread.
+        The forward passes happen here, as far as validation has not just done them; drawing and
+        encoding happen on the tracker's thread.
         """
         folder = folder / f"step_{step:08d}"
-        shown = self.volumes[:count]
-        for i in shown:
-            x, recon = self.reconstruct(network, i)
+        for i in self.shown:
+            x, recon = self.reconstruct(network, i, self.kept.pop((step, i), None))
             if tracker is None:  # a rank that only lends its part of the weights
                 continue
             tracker.in_background(
@@ -94,13 +109,13 @@ class Validation:
                 title=f"{self.store.ids[i]}   step {step}",
                 window_hu=self._window_hu(),
             )
-        if not shown:
+        if not self.shown:
             return
         if self.probes is None:
             self.probes = LatentProbes(
                 [torch.from_numpy(self.store.read(i)) for i in self.volumes[:2]],
                 self.patch_size,
-                self.store.spacing_mm(shown[0]),
+                self.store.spacing_mm(self.shown[0]),
                 self.store.data_range,
             )
         measured = self.probes.measure(network)
