@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from vae3d.inference import exact
 from vae3d.inference.exact import (
     HANDLERS,
     OVERRIDES,
@@ -16,7 +17,7 @@ from vae3d.inference.exact import (
     encode_exact,
     fold_nearest,
 )
-from vae3d.inference.nodes import Moments, Source, leaves_of
+from vae3d.inference.nodes import Moments, Source, Stored, leaves_of
 from vae3d.models import attention, blocks, downsample, norm, presets, upsample
 from vae3d.models.custom_vae import CustomVAE
 from vae3d.models.posterior import PosteriorHead
@@ -109,6 +110,8 @@ def test_every_built_in_layer_equals_the_full_pass(socket, choice, dims):
         {"mid_attention": partial(attention.GlobalAttention, num_heads=2, out_proj=False)},
         {"mid_attention": partial(attention.GlobalAttention, relative_position_bias=(4, 4, 4))},
         {"mid_attention": partial(attention.PatchAttention, window=3, shift=True)},
+        {"mid_attention": partial(attention.PatchAttention, window=(2, 3, 4), num_heads=2)},
+        {"mid_attention": partial(attention.LinearAttention, num_heads=2), "norm": norm.RMSNorm},
         {"block": partial(blocks.ResBlock, dropout=0.5)},
         {"attention": attention.GlobalAttention, "attention_levels": (False, True)},
         {"factors": ((1, 1, 1), (3, 2, 1))},
@@ -162,7 +165,7 @@ def test_statistics_hold_the_variance_between_tiles():
     mean, variance = moments.of_groups(2)
     grouped = x.double().reshape(2, -1)
     torch.testing.assert_close(mean[::2], grouped.mean(1))
-    torch.testing.assert_close(variance[::2], grouped.var(1, correction=0), rtol=1e-8, atol=0)
+    torch.testing.assert_close(variance[::2], grouped.var(1, correction=0), rtol=1e-6, atol=0)
 
 
 def test_statistics_keep_their_digits_far_from_zero():
@@ -172,7 +175,7 @@ def test_statistics_keep_their_digits_far_from_zero():
         moments.update(rows)
     _, variance = moments.of_groups(2)
     truth = x.double().flatten(2)[0].var(1, correction=0)
-    torch.testing.assert_close(variance, truth, rtol=1e-6, atol=0)
+    torch.testing.assert_close(variance, truth, rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("factor", [(2, 2, 2), (1, 2, 3), (4, 1, 1)])
@@ -246,29 +249,60 @@ def test_parameters_and_input_are_left_alone():
     assert all(torch.equal(v, weights[k]) for k, v in vae.state_dict().items())
 
 
+@pytest.fixture
+def held_bytes(monkeypatch):
+    """What all stored tensors hold, noted at each write."""
+    stores, held = [], []
+    make, write = Stored.__init__, Stored.write
+
+    def made(self, *args):
+        make(self, *args)
+        stores.append(self)
+
+    def written(self, *args):
+        write(self, *args)
+        held.append(sum(s.held_bytes() for s in stores))
+
+    monkeypatch.setattr(Stored, "__init__", made)
+    monkeypatch.setattr(Stored, "write", written)
+    return held
+
+
 @pytest.mark.parametrize("memory_gb", [8e-4, 4e-4])
-def test_what_is_stored_stays_within_the_budget(memory_gb, monkeypatch):
-    vae = tiny(channels=(8, 8))
-    held = []
-    release = Executor.release
-
-    def watch(self, node):
-        held.append(sum(s.held_bytes() for s in self.live))
-        release(self, node)
-
-    monkeypatch.setattr(Executor, "release", watch)
-    decode_exact(vae, torch.rand(2, 16, 8, 8), memory_gb)
-    assert 0 < max(held) <= memory_gb * 2**30
+def test_what_is_stored_stays_within_the_budget(memory_gb, held_bytes, monkeypatch):
+    monkeypatch.setattr(exact, "GRAIN", 0)  # these volumes are smaller than a huge page
+    decode_exact(tiny(channels=(8, 8)), torch.rand(2, 16, 8, 8), memory_gb)
+    assert 0 < max(held_bytes) <= memory_gb * 2**30
 
 
-def test_nothing_is_stored_when_all_is_done():
-    vae = tiny()
+def test_every_way_to_save_memory_gives_the_full_pass(monkeypatch):
+    """Stored with or without the shortcut, computed again, or in a file, as the budget asks."""
+    monkeypatch.setattr(exact, "GRAIN", 0)
+    seen, choose = set(), Executor.to_store
+
+    def watched(self, node):
+        moved, folder = choose(self, node)
+        seen.add((len(moved), folder is not None))
+        return moved, folder
+
+    monkeypatch.setattr(Executor, "to_store", watched)
+    vae = tiny(channels=(8, 16), factors=((1, 1, 1), (2, 2, 2)), num_res_blocks=2)
+    x = torch.rand(1, 24, 16, 12)
+    for memory_gb in (1, 2e-3, 1e-3, 7e-4, 5e-4, 3e-4, 1e-4):
+        assert_exact(vae, x, tile=None, memory_gb=memory_gb)
+    assert seen == {(0, False), (1, False), (2, False), (1, True)}
+
+
+def test_nothing_is_stored_when_all_is_done(held_bytes):
+    vae, z = tiny(), torch.rand(2, 6, 4, 4)
     run = Executor(0.1, tile=(4, 4, 4))
-    node = run.walk(vae.decoder, run.walk(vae.post_quant_conv, Source(torch.rand(2, 6, 4, 4), (6, 4, 4), torch.device("cpu"), torch.float32)))  # fmt: skip  # noqa: E501
+    node = Source(z, z.shape[1:], torch.device("cpu"), torch.float32)
+    node = run.walk(vae.decoder, run.walk(vae.post_quant_conv, node))
     with torch.no_grad():
         for _ in run.slabs(node):
             pass
-    assert not run.live and not any(leaf.chunks for leaf in leaves_of(node))
+    assert max(held_bytes) > 0
+    assert not run.live and all(leaf.held_bytes() == 0 for leaf in leaves_of(node))
 
 
 def test_a_budget_must_be_positive():

@@ -246,3 +246,17 @@ def test_the_plain_layers_can_be_differentiated_twice_and_the_fast_paths_say_no(
     with fast.plain():
         penalty()
     assert layer.weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+@pytest.mark.parametrize("widths", [(1, 16), (2, 16), (16, 1), (16, 2)], ids=str)
+@pytest.mark.parametrize("kernel", [(3, 3, 3), (1, 3, 1)], ids=str)
+def test_convolutions_of_few_channels_are_matrix_products(dims, widths, kernel):
+    for padding in ((0,) * dims, tuple(k // 2 for k in kernel[:dims])):
+        layer = CONV[dims](*widths, kernel[:dims], padding=padding).requires_grad_(False)
+        x = fast.channels_last(torch.rand(1, widths[0], *(5, 6, 7)[:dims]))
+        weight = fast.channels_last(layer.weight)
+        for bias in (None, layer.bias):
+            ours = fast.conv(x, weight, bias, padding, layer.stride)
+            full = layer(x) if bias is not None else layer._conv_forward(x, layer.weight, None)
+            torch.testing.assert_close(ours, full, rtol=1e-5, atol=1e-5)

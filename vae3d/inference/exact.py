@@ -5,8 +5,9 @@
 
 The model's own modules are walked once and become a graph of nodes (nodes.py) that compute any
 region of their output on demand. Only a norm over the whole volume (its statistics) and attention
-need everything before them; there the graph is settled: computed tile by tile while float64
-statistics are merged, and stored, or, where the budget asks for it, computed again when it is read.
+(its keys and values) need everything before them; there the graph is settled: computed tile by tile
+while float64 statistics are merged, and stored, or, where the budget asks for it, computed again
+when it is read.
 
 A new layer is one entry in `HANDLERS`. A module that has none may declare `halo` (input voxels, one
 number or one per axis); any other is run on the whole volume, with a message.
@@ -21,10 +22,11 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vae3d.inference.exact_attention import global_attention, linear_attention, patch_attention
 from vae3d.inference.nodes import (
+    GRAIN,
     LAYOUT,
     Conv,
     Kept,
@@ -38,6 +40,7 @@ from vae3d.inference.nodes import (
     Stored,
     Sum,
     TransposedConv,
+    UpsampledConv,
     channels_last,
     clip,
     home_of,
@@ -49,8 +52,8 @@ from vae3d.inference.nodes import (
 from vae3d.models import attention, blocks, custom_vae, downsample, norm, upsample
 from vae3d.models.posterior import DiagonalGaussian
 
+ROWS = 16  # of the first axis in a tile, at most
 CHEAP = 256  # operations per value below which computing again is faster than storing
-QUERIES = 4096  # of global attention at a time
 
 # What a subclass may not override if the handler of its base is to hold for it.
 OVERRIDES = ("forward", "normalize", "update", "mix")
@@ -151,9 +154,11 @@ class Executor:
         if memory_gb <= 0:
             raise ValueError(f"memory_gb is {memory_gb}; give a positive number of GiB")
         self.budget = int(memory_gb * 2**30)
-        self.work = min(self.budget // 5, 256 << 20)  # for one tile; the rest is for storing
+        self.work = self.budget // 16  # for one tile; the rest is for storing
         self.tile, self.scratch_dir = tile, Path(scratch_dir or tempfile.gettempdir())
         self.live: list[Stored] = []
+        self.waiting: list[Node] = []  # shortcuts that are read after the body at hand
+        self.fixed_bytes = 0  # held to the end: keys and values of attention
 
     def walk(self, module: nn.Module, node: Node) -> Node:
         """Extend the graph by a module: by its handler, its declared halo, or in full."""
@@ -170,110 +175,159 @@ class Executor:
         )
         return self.hold(module(self.take(node)))
 
-    def tiles(self, node: Node) -> list[list[Region]]:
-        """The tiles of a node by rows of the first axis, as large as the work space allows."""
+    def tile_size(self, node: Node) -> list[int]:
+        """Largest tile that the work space allows, in voxels per axis."""
         size = [min(s, n) for s, n in zip(self.tile or node.shape, node.shape, strict=True)]
         if self.tile is None:
-            size[0] = min(size[0], 16)
-            while node.peak_bytes(middle_of(node.shape, size)) > self.work and max(size) > 1:
+            size[0] = min(size[0], ROWS)
+            while self.work_bytes(node, size) > self.work and max(size) > 1:
                 # Thin slabs first: whole planes keep the halo on one axis.
-                axis = 0 if size[0] > 2 else max(range(len(size)), key=lambda i: size[i])
+                axis = 0 if size[0] > 4 else max(range(len(size)), key=lambda i: size[i])
                 size[axis] = -(-size[axis] // 2)
+        return size
+
+    def work_bytes(self, node: Node, size: Sequence[int]) -> int:
+        """What computing tiles of a size takes, apart from what is stored."""
+        peak = node.peak_bytes(middle_of(node.shape, size))
+        if tuple(size[1:]) != node.shape[1:]:
+            peak += sum(kept.between_bytes() for kept in nodes_of(node, Kept))
+        return peak
+
+    def tiles(self, node: Node) -> list[list[Region]]:
+        """The tiles of a node by rows of the first axis."""
         edges = [
             [(a, min(a + s, n)) for a in range(0, n, s)]
-            for n, s in zip(node.shape, size, strict=True)
+            for n, s in zip(node.shape, self.tile_size(node), strict=True)
         ]
         return [[(rows, *rest) for rest in itertools.product(*edges[1:])] for rows in edges[0]]
 
-    def sweep(self, node: Node, free: bool) -> Iterator[tuple[Region, Tensor]]:
-        """Every tile of a node in order; with `free`, what it is computed from goes on the way."""
-        leaves = leaves_of(node)
+    def sweep(
+        self, node: Node, going: Sequence[Stored] = (), beside: Sequence[Node] = ()
+    ) -> Iterator[tuple[Region, Tensor]]:
+        """Every tile of a node in order.
+
+        Args:
+            node: What is computed.
+            going: What is given back on the way, as it is passed.
+            beside: Further nodes that the caller reads tile by tile.
+        """
+        kept = [k for n in (node, *beside) for k in nodes_of(n, Kept)]
         for row in self.tiles(node):
-            for leaf in leaves:
-                leaf.begin_row()
             for region in row:
                 yield region, node.read(region)
-            if free:
-                for leaf in leaves:
-                    leaf.free_passed()
-        for kept in nodes_of(node, Kept):
-            kept.forget()
-        if free:
-            self.release(node)
+                for k in kept:
+                    k.trim()
+            for leaf in self.live:
+                leaf.let_go()
+            for leaf in going:
+                leaf.free_passed()
+        for k in kept:
+            k.forget()
+        for leaf in going:
+            leaf.free()
+            self.live.remove(leaf)
 
     def slabs(self, node: Node) -> Iterator[tuple[Region, Tensor]]:
         """The tiles of the last node; nothing is left in memory afterwards."""
-        yield from self.sweep(node, free=True)
+        yield from self.sweep(node, self.going([node]))
 
     def settle(self, node: Node) -> Node:
         """Gather a node's statistics, storing it where the budget allows; the node to read then.
 
-        What a stored node was computed from is given back on the way, unless it is pinned.
+        What a stored node was computed from is given back on the way, unless it is waited for.
         """
         if node.moments is not None:
             return node
-        settled = self.place(node)
-        store = isinstance(settled, Stored) and settled is not node
+        node = node if isinstance(node, (Stored, Kept)) else Kept(node)
+        moved, folder = self.to_store(node)
+        going = self.going(moved) if moved else []
+        stores = [Stored(n.channels, n.shape, *home_of(n), folder) for n in moved]
+        self.live += stores
         moments = Moments(node.channels)
-        for region, values in self.sweep(settled if not store else node, free=store):
+        source = node.sources[0] if moved else node
+        for region, values in self.sweep(source, going, moved[1:]):
             moments.update(values)
-            if store:
-                settled.write(region, values)
-        settled.moments = moments
-        return settled
+            for n, stored in zip(moved, stores, strict=True):
+                stored.write(region, values if n is node else n.read(region))
+        for n, stored in zip(moved, stores, strict=True):
+            n.sources = (stored,)
+        node.moments = moments
+        return node
 
-    def place(self, node: Node) -> Node:
-        """Where a node goes: memory, nowhere (computed again at each read), or a file."""
-        if isinstance(node, Stored):
-            return node
+    def to_store(self, node: Node) -> tuple[list[Kept], Path | None]:
+        """What to store while a node is computed, and the folder where memory does not suffice.
+
+        Beside the node itself that is the shortcut that waits for it, if both are computed from the
+        same: its input need not stay then, nor be computed again. Nothing is stored that is cheap,
+        or that does not fit; but of two dear nodes in a row one is, if need be in a file.
+        """
         if node.operations() < CHEAP:
-            return keep(node)
-        leaves = leaves_of(node)
-        held = sum(s.held_bytes() for s in self.live)
-        passing = sum(s.held_bytes() for s in leaves if s.pins == 0)
-        lag = sum(s.lag_bytes() for s in leaves if s.pins == 0)
-        peak = held - passing + max(passing, node.bytes()) + lag + 2 * self.work
-        fits = peak <= self.budget
-        if not fits and not any(
-            k.moments and k.operations() >= CHEAP for k in nodes_of(node, Kept)
-        ):
-            return keep(node)  # one settled node in a row is computed again, not two
-        rows = self.tiles(node)[0][0][0][1]
-        folder = None if fits else self.scratch_dir
-        stored = Stored(node.channels, node.shape, rows, *home_of(node), folder)
-        self.live.append(stored)
-        return stored
+            return [], None
+        beside = self.waiting[-1:]
+        if beside and self.worth_storing(beside[0], node) and self.fits([node, *beside]):
+            return [node, *beside], None
+        if self.fits([node]):
+            return [node], None
+        if any(k.moments and k.operations() >= CHEAP for k in nodes_of(node.sources[0], Kept)):
+            return [node], self.scratch_dir
+        return [], None
+
+    def worth_storing(self, shortcut: Node, node: Node) -> bool:
+        """Whether storing a shortcut beside a node saves memory or dear computation."""
+        if not isinstance(shortcut, Kept) or shortcut.is_stored or shortcut.shape != node.shape:
+            return False
+        inputs = set(leaves_of(shortcut)) - {s for w in self.waiting[:-1] for s in leaves_of(w)}
+        saves = sum(s.held_bytes() for s in inputs) >= shortcut.bytes()
+        return inputs <= set(leaves_of(node)) and (saves or shortcut.operations() >= CHEAP)
+
+    def fits(self, nodes: Sequence[Node]) -> bool:
+        """Whether the budget holds while nodes are computed together and stored."""
+        going = self.going(nodes)
+        passing = sum(s.held_bytes() for s in going)
+        held = sum(s.held_bytes() for s in self.live) - passing + self.fixed_bytes
+        rows = self.tile_size(nodes[0])[0]
+        lag = sum(min(s.held_bytes(), s.rows_bytes(rows + 2) + GRAIN) for s in going)
+        work = self.work_bytes(nodes[0], self.tile_size(nodes[0]))
+        return held + max(passing, sum(n.bytes() for n in nodes)) + lag + work <= self.budget
+
+    def going(self, nodes: Sequence[Node]) -> list[Stored]:
+        """What nobody reads once nodes are computed."""
+        pinned = [s for w in self.waiting if w not in nodes for s in leaves_of(w)]
+        leaves = {s: None for n in nodes for s in leaves_of(n)}
+        return [s for s in leaves if s not in pinned and s not in nodes]
 
     def hold(self, values: Tensor) -> Stored:
         """Store a whole tensor `(1, C, *shape)`."""
-        shape = values.shape[2:]
-        stored = Stored(values.shape[1], shape, shape[0], values.device, values.dtype)
-        stored.write(whole_of(shape), channels_last(values))
+        stored = Stored(values.shape[1], values.shape[2:], values.device, values.dtype)
+        stored.write(whole_of(stored.shape), values)
         self.live.append(stored)
         return stored
 
     def take(self, node: Node) -> Tensor:
         """The whole of a node; what it was computed from is given back."""
+        device, dtype = home_of(node)
+        layout = LAYOUT[len(node.shape)]
         values = torch.empty(
-            (1, node.channels, *node.shape),
-            device=home_of(node)[0],
-            dtype=home_of(node)[1],
-            memory_format=LAYOUT[len(node.shape)],
+            (1, node.channels, *node.shape), device=device, dtype=dtype, memory_format=layout
         )
-        for region, part in self.sweep(node, free=True):
+        for region, part in self.slabs(node):
             values[(slice(None), slice(None), *(slice(*r) for r in region))] = part
         return values
 
-    def release(self, node: Node) -> None:
-        """Give back what a node was computed from, unless it is pinned."""
-        for leaf in leaves_of(node):
-            leaf.free()
-        self.live = [s for s in self.live if s.in_use()]
 
+def keep(node: Node, overlap: int = 0) -> Node:
+    """The same node, ready to be read with rows that overlap.
 
-def keep(node: Node) -> Node:
-    """The same node, ready to be read with overlap."""
-    return node if isinstance(node, (Stored, Kept, Source)) else Kept(node)
+    Rows are remembered before functions of a voxel, which are computed again: a block's body and
+    shortcut then share them.
+    """
+    if isinstance(node, (Scaled, Pointwise)):
+        node.sources = (keep(node.sources[0], overlap),)
+    elif not isinstance(node, (Stored, Kept, Source)):
+        node = Kept(node)
+    if isinstance(node, Kept):
+        node.overlap = max(node.overlap, overlap)
+    return node
 
 
 # Handlers: how each class of module extends the graph --------------------------------------------
@@ -290,7 +344,7 @@ def _chain(run: Executor, module, node: Node) -> Node:
 
 
 def _pointwise(run: Executor, module, node: Node) -> Node:
-    return Pointwise(node, module)
+    return Pointwise(keep(node), module)
 
 
 def _block(run: Executor, module, node: Node) -> Node:
@@ -299,22 +353,21 @@ def _block(run: Executor, module, node: Node) -> Node:
         return run.walk(module.body, node)
     first = getattr(module.body[0], "norm", module.body[0])
     node = run.settle(node) if isinstance(first, norm.GroupNorm) else keep(node)
-    pinned = leaves_of(node)
-    for leaf in pinned:
-        leaf.pins += 1
+    shortcut = keep(run.walk(module.shortcut, node))
+    run.waiting.append(shortcut)
     body = run.walk(module.body, node)
-    for leaf in pinned:
-        leaf.pins -= 1
-    return Sum(body, run.walk(module.shortcut, node))
+    run.waiting.pop()
+    return Sum(body, shortcut)
 
 
 def _conv(run: Executor, module, node: Node) -> Node:
-    return Conv(keep(node), module)
+    overlap = module.dilation[0] * (module.kernel_size[0] - 1) + 1 - module.stride[0]
+    return Conv(keep(node, max(overlap, 0)), module)
 
 
 def _conv_transpose(run: Executor, module, node: Node) -> Node:
     return TransposedConv(
-        keep(node),
+        keep(node, module.kernel_size[0] // module.stride[0]),
         channels_last(module.weight),
         module.bias,
         module.stride,
@@ -333,7 +386,7 @@ def _local(run: Executor, module, node: Node, halo=0) -> Node:
     sizes = [(2 * h + 1) * s for h, s in zip(halo, shrink, strict=True)]
     device, dtype = home_of(node)
     probe = module(torch.zeros(1, node.channels, *sizes, device=device, dtype=dtype))
-    return Local(keep(node), module, halo, probe.shape[1], shrink, grow)
+    return Local(keep(node, 2 * halo[0]), module, halo, probe.shape[1], shrink, grow)
 
 
 def _reach_one(run: Executor, module, node: Node) -> Node:
@@ -341,24 +394,28 @@ def _reach_one(run: Executor, module, node: Node) -> Node:
 
 
 def _conv_down(run: Executor, module, node: Node) -> Node:
+    conv = _conv(run, module.conv, node)
     if module.far_padding is None:
-        return Conv(keep(node), module.conv)
+        return conv
     near, far = module.far_padding[-2::-2], module.far_padding[-1::-2]
-    return Conv(keep(node), module.conv, near, far)
+    return Conv(conv.sources[0], module.conv, near, far)
 
 
 def _interp_up(run: Executor, module, node: Node) -> Node:
     if module.mode == "nearest" and not isinstance(module.conv, nn.Identity):
+        if max(module.factor) == 2:
+            return UpsampledConv(keep(node, 2), module.conv, module.factor)
         weight = fold_nearest(module.conv.weight, module.factor)
         padding = module.conv.padding
-        return TransposedConv(keep(node), weight, module.conv.bias, module.factor, padding)
+        return TransposedConv(keep(node, 2), weight, module.conv.bias, module.factor, padding)
 
     def grow(x: Tensor) -> Tensor:
         return upsample.interpolate(x, module.factor, module.mode)
 
     ones = (1,) * len(node.shape)
     halo = ones if module.mode == "linear" else (0,) * len(node.shape)
-    return run.walk(module.conv, Local(keep(node), grow, halo, node.channels, ones, module.factor))
+    node = Local(keep(node, 2 * halo[0]), grow, halo, node.channels, ones, module.factor)
+    return run.walk(module.conv, node)
 
 
 def _transpose_up(run: Executor, module, node: Node) -> Node:
@@ -388,41 +445,6 @@ def _affine(module, node: Node, mean: Tensor, variance: Tensor) -> Node:
     scale = module.weight.double().cpu() / torch.sqrt(variance.double().cpu() + module.eps)
     shift = module.bias.double().cpu() - mean.double().cpu() * scale
     return Scaled(node, scale.to(module.weight), shift.to(module.bias))
-
-
-def _attention(run: Executor, module, node: Node) -> Node:
-    """Attention sees every voxel: it is run in full, global attention in chunks of queries."""
-    residual = type(module).forward is attention.Attention.forward
-    node = run.settle(node)
-    normed = run.walk(module.norm, node).read(whole_of(node.shape))
-    tokens = normed.flatten(2).transpose(1, 2)  # (1, N, C)
-    mixed = _mix(module, tokens, node.shape).transpose(1, 2).reshape(1, -1, *node.shape)
-    return run.hold(run.take(node).add_(mixed) if residual else mixed)
-
-
-def _mix(module: attention.Attention, tokens: Tensor, grid: Sequence[int]) -> Tensor:
-    """Project tokens `(1, N, C)`, mix them, project back."""
-    heads, width = module.num_heads, module.qkv.out_features // 3
-
-    def project(part: int, rows: Tensor) -> Tensor:  # (1, H, n, D)
-        cut = slice(part * width, (part + 1) * width)
-        bias = None if module.qkv.bias is None else module.qkv.bias[cut]
-        return (
-            F.linear(rows, module.qkv.weight[cut], bias).unflatten(-1, (heads, -1)).transpose(1, 2)
-        )
-
-    k, v = project(1, tokens), project(2, tokens)
-    if type(module).mix is not attention.GlobalAttention.mix:
-        mixed = module.mix(project(0, tokens), k, v, grid)
-        return module.proj(mixed.transpose(1, 2).flatten(2))
-    bias = None if module.bias is None else module.bias(grid)
-    out = torch.empty_like(tokens)
-    for a in range(0, tokens.shape[1], QUERIES):
-        rows = slice(a, a + QUERIES)
-        part = None if bias is None else bias[:, rows].to(k.dtype)
-        attended = attention.attend(project(0, tokens[:, rows]), k, v, part)
-        out[:, rows] = module.proj(attended.transpose(1, 2).flatten(2))
-    return out
 
 
 def fold_nearest(weight: Tensor, factor: Sequence[int]) -> Tensor:
@@ -474,8 +496,8 @@ HANDLERS: dict[type, Callable[[Executor, nn.Module, Node], Node]] = {
     upsample.TransposeUp: _transpose_up,
     upsample.ShuffleUp: _reach_one,
     upsample.HaarUp: _local,
-    attention.GlobalAttention: _attention,
-    attention.PatchAttention: _attention,
-    attention.LinearAttention: _attention,
-    attention.BareLinearAttention: _attention,
+    attention.GlobalAttention: global_attention,
+    attention.PatchAttention: patch_attention,
+    attention.LinearAttention: linear_attention,
+    attention.BareLinearAttention: linear_attention,
 }

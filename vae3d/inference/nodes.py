@@ -1,11 +1,11 @@
 """A network as a graph of nodes, of which any region can be computed on demand.
 
 A node pulls the region it needs, halo included, from the nodes before it. `Source` and `Stored` are
-the ends of the pull; `Kept` remembers its last region, so that halos are not computed twice.
+the ends of the pull; `Kept` remembers its last rows, so that halos are not computed twice.
 
 Axes: b batch (always 1 here), c channels, x y z space. A region is ((lo, hi), ...) per axis.
 """
-# ruff: noqa: D102 - what read, needs, operations and peak_bytes do is said once, in Node
+# ruff: noqa: D102 - what read, needs, operations, peak_bytes and new_bytes do is said in Node
 
 import copy
 import math
@@ -19,9 +19,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vae3d.models import fast
+
 Region = tuple[tuple[int, int], ...]
 
 LAYOUT = {2: torch.channels_last, 3: torch.channels_last_3d}
+BLOCK = 4096  # voxels whose variance is summed in float32; longer blocks lose digits
+GRAIN = 2 << 20  # bytes: memory is given back in huge pages
 
 
 class Node:
@@ -57,8 +61,12 @@ class Node:
         peak = 0
         for source in self.sources:
             peak = max(peak, held + source.peak_bytes(inner))
-            held += source.bytes(inner)
-        return max(peak, held + self.bytes(region))
+            held += source.new_bytes(inner)
+        return max(peak, held + self.new_bytes(region))
+
+    def new_bytes(self, region: Region) -> int:
+        """Bytes of what a read of a region returns, as far as it is not stored already."""
+        return self.bytes(region)
 
     def bytes(self, region: Region | None = None) -> int:
         """Size of a region, or of the whole, in float32."""
@@ -91,136 +99,138 @@ class Source(Node):
 
 
 class Stored(Node):
-    """A tensor kept in host memory, or in a file, in chunks of rows of the first axis.
+    """A tensor kept in host memory, or in a file that is mapped, channels innermost.
 
-    Chunks are given back as soon as the last reader has passed them, unless it is pinned.
+    Its memory grows as it is written, and rows are given back as its last reader passes them.
     """
 
     fresh = False
 
-    def __init__(self, channels, shape, rows: int, device, dtype, folder: Path | None = None):
+    def __init__(self, channels, shape, device, dtype, folder: Path | None = None):
         super().__init__(channels, shape)
-        self.rows, self.device, self.dtype = rows, device, dtype
-        self.file = tempfile.TemporaryFile(dir=folder) if folder else None  # noqa: SIM115
-        self.chunks: dict[int, Tensor] = {}
-        self.pins = 0
-        self.lowest = -1  # first row that the tiles at hand have read; -1 for none
+        self.device, self.dtype, self.in_file = device, dtype, folder is not None
+        size = self.rows_bytes(self.shape[0])
+        if self.in_file:
+            with tempfile.TemporaryFile(dir=folder) as file:
+                file.truncate(size)
+                self.pages = mmap.mmap(file.fileno(), size)
+        else:
+            self.pages = _private_pages(size)
+        self.values = torch.frombuffer(self.pages, dtype=dtype).view(1, *shape, -1).movedim(-1, 1)
+        self.first, self.past = 0, 0  # rows in use
+        self.lowest: int | None = None  # first row read by the tiles at hand
 
     def write(self, region: Region, values: Tensor) -> None:
-        """Keep a tile, which lies in one chunk."""
-        (lo, hi), *rest = region
-        number = lo // self.rows
-        assert hi <= min((number + 1) * self.rows, self.shape[0])
-        sizes = [min((number + 1) * self.rows, self.shape[0]) - number * self.rows, *self.shape[1:]]
-        if number not in self.chunks:
-            self.chunks[number] = self._allocate(sizes)
-        lo, hi = lo - number * self.rows, hi - number * self.rows
-        index = (slice(None), slice(None), slice(lo, hi), *(slice(*r) for r in rest))
-        self.chunks[number][index] = values
-        complete = all(hi == n for (_, hi), n in zip(rest, self.shape[1:], strict=True))
-        if self.file and complete:
-            self._to_file(number)
-
-    def _allocate(self, sizes: Sequence[int]) -> Tensor:
-        """Memory of its own pages, given back whole: stored chunks must not hold the heap open."""
-        pages = mmap.mmap(-1, self.dtype.itemsize * self.channels * math.prod(sizes))
-        return torch.frombuffer(pages, dtype=self.dtype).view(1, *sizes, -1).movedim(-1, 1)
-
-    def _row_bytes(self) -> int:
-        return self.dtype.itemsize * self.channels * math.prod(self.shape[1:])
-
-    def _to_file(self, k: int) -> None:
-        values = self.chunks.pop(k).movedim(1, -1).contiguous()
-        self.file.seek(k * self.rows * self._row_bytes())
-        self.file.write(memoryview(values.numpy()).cast("B"))
+        """Keep a tile."""
+        self.values[(slice(None), slice(None), *(slice(*r) for r in region))] = values
+        self.past = max(self.past, region[0][1])
 
     def read(self, region):
-        (lo, hi), *rest = region
-        self.lowest = min(self.lowest, lo) if self.lowest >= 0 else lo
-        index = [slice(*r) for r in rest]
-        if self.file:
-            self.file.seek(lo * self._row_bytes())
-            raw = bytearray(self.file.read((hi - lo) * self._row_bytes()))
-            values = torch.frombuffer(raw, dtype=self.dtype)
-            values = values.view(1, hi - lo, *self.shape[1:], self.channels).movedim(-1, 1)
-            return values[(slice(None), slice(None), slice(None), *index)].to(self.device)
-        parts = []
-        for k in range(lo // self.rows, -(-hi // self.rows)):
-            first = k * self.rows
-            rows = slice(max(lo - first, 0), min(hi - first, self.rows))
-            parts.append(self.chunks[k][(slice(None), slice(None), rows, *index)])
-        return (parts[0] if len(parts) == 1 else torch.cat(parts, 2)).to(self.device)
+        lo = region[0][0]
+        self.lowest = lo if self.lowest is None else min(self.lowest, lo)
+        part = self.values[(slice(None), slice(None), *(slice(*r) for r in region))]
+        return part.to(self.device)
 
-    def begin_row(self) -> None:
-        """Forget what the last row of tiles has read."""
-        self.lowest = -1
+    def let_go(self) -> None:
+        """Unmap what is in a file; its pages stay the system's business."""
+        if self.in_file and hasattr(mmap, "MADV_DONTNEED"):
+            self.pages.madvise(mmap.MADV_DONTNEED)
 
     def free_passed(self) -> None:
-        """Give back the chunks below the first row that the last tiles have read."""
-        if self.pins == 0 and self.lowest > 0:
-            for k in [k for k in self.chunks if (k + 1) * self.rows <= self.lowest]:
-                del self.chunks[k]
+        """Give back the rows before the first one that the tiles at hand have read."""
+        lowest = self.lowest or 0
+        start, stop = (self.rows_bytes(n) // GRAIN * GRAIN for n in (self.first, lowest))
+        if start < stop and not self.in_file and hasattr(mmap, "MADV_DONTNEED"):
+            self.pages.madvise(mmap.MADV_DONTNEED, start, stop - start)
+        self.first, self.lowest = max(self.first, lowest), None
 
     def free(self) -> None:
         """Give everything back."""
-        if self.pins == 0:
-            self.chunks.clear()
-            if self.file:
-                self.file.close()
-
-    def in_use(self) -> bool:
-        """Whether it still holds anything."""
-        return bool(self.chunks) or bool(self.file and not self.file.closed)
-
-    def lag_bytes(self) -> int:
-        """What is still held of rows that are done: chunks go one row of tiles late."""
-        return 0 if self.file else min(2 * self.rows, self.shape[0]) * self._row_bytes()
+        self.values = self.pages = None
 
     def held_bytes(self) -> int:
         """Bytes in memory now."""
-        return sum(c.numel() * c.element_size() for c in self.chunks.values())
+        return 0 if self.in_file or self.pages is None else self.rows_bytes(self.past - self.first)
+
+    def rows_bytes(self, rows: int) -> int:
+        """Bytes of some rows."""
+        return rows * self.dtype.itemsize * self.channels * math.prod(self.shape[1:])
 
     def peak_bytes(self, region):
-        return self.bytes(region)
+        return 0
+
+    def new_bytes(self, region):
+        return 0
+
+
+def _private_pages(size: int) -> mmap.mmap:
+    """Pages of our own: stored tensors must not hold the heap open; huge where there are such."""
+    if not hasattr(mmap, "MADV_HUGEPAGE"):
+        return mmap.mmap(-1, size)
+    pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    pages.madvise(mmap.MADV_HUGEPAGE)
+    return pages
 
 
 class Kept(Node):
-    """Remembers the last region it computed, so that overlapping halos are not computed twice."""
+    """Remembers the rows it computed last, so that overlapping halos are not computed twice.
+
+    It is also the handle of a node that may move into storage: once its source is `Stored`, it only
+    passes on. `overlap` rows of every column of tiles are kept from one tile to the next.
+    """
 
     fresh = False
 
     def __init__(self, source: Node):
         super().__init__(source.channels, source.shape, source)
-        self.region: Region | None = None
-        self.values: Tensor | None = None
+        self.overlap = 0
+        self.columns: dict[Region, tuple[int, Tensor]] = {}  # first row and values, by column
+        self.column: Region = ()  # read last
+
+    @property
+    def is_stored(self) -> bool:
+        """Whether its values lie in storage."""
+        return isinstance(self.sources[0], Stored)
 
     def read(self, region):
-        (lo, hi), *rest = region
-        if self.region is None or list(self.region[1:]) != rest:
-            overlap = False
-        else:
-            (a, b) = self.region[0]
-            overlap = lo < b and hi > a
-        if not overlap:
-            self.values = self.sources[0].read(region)
-            self.region = region
-            return self.values
-        if a <= lo and hi <= b:
-            return self.values[:, :, lo - a : hi - a]
-        parts = [self.values[:, :, max(lo - a, 0) : min(hi, b) - a]]
-        if lo < a:
-            parts.insert(0, self.sources[0].read(((lo, a), *rest)))
-        if hi > b:
-            parts.append(self.sources[0].read(((b, hi), *rest)))
-        self.values, self.region = torch.cat(parts, 2), region
-        return self.values
+        source, ((lo, hi), *rest) = self.sources[0], region
+        if self.is_stored:
+            return source.read(region)
+        self.column = column = tuple(rest)
+        a, values = self.columns.get(column, (0, None))
+        b = a if values is None else a + values.shape[2]
+        if hi <= a or lo >= b:
+            a, values = lo, source.read(region)
+        elif lo < a or hi > b:
+            parts = [values[:, :, max(lo - a, 0) : min(hi, b) - a]]
+            if lo < a:
+                parts.insert(0, source.read(((lo, a), *rest)))
+            if hi > b:
+                parts.append(source.read(((b, hi), *rest)))
+            a, values = lo, torch.cat(parts, 2)
+        self.columns[column] = a, values
+        return values[:, :, lo - a : hi - a]
+
+    def trim(self) -> None:
+        """After a tile: keep only the rows that the next one of its column shares."""
+        a, values = self.columns.pop(self.column, (0, None))
+        if values is not None and self.overlap:
+            skip = max(values.shape[2] - self.overlap, 0)
+            self.columns[self.column] = a + skip, values[:, :, skip:].clone()
 
     def forget(self) -> None:
-        """Drop the remembered region."""
-        self.region = self.values = None
+        """Drop the remembered rows."""
+        self.columns.clear()
 
     def peak_bytes(self, region):
-        return self.sources[0].peak_bytes(region) + 2 * self.bytes(region)
+        return max(self.sources[0].peak_bytes(region), 2 * self.new_bytes(region))
+
+    def new_bytes(self, region):
+        return self.sources[0].new_bytes(region)
+
+    def between_bytes(self) -> int:
+        """What is kept between the tiles of a volume of several columns."""
+        return 0 if self.is_stored else self.bytes() // self.shape[0] * self.overlap
 
 
 class Pointwise(Node):
@@ -289,7 +299,6 @@ class Conv(Node):
         axes = zip(source.shape, self.near, self.far, self.reach, self.stride, strict=True)
         shape = [(n + a + b - r) // s + 1 for n, a, b, r, s in axes]
         super().__init__(module.out_channels, shape, source)
-        self.function = F.conv3d if len(shape) == 3 else F.conv2d
 
     def _wants(self, region: Region) -> Region:
         """Input voxels, those beyond the volume included."""
@@ -301,35 +310,10 @@ class Conv(Node):
 
     def read(self, region):
         wants, has = self._wants(region), self.needs(region)
-        x = self.sources[0].read(has)
+        x = channels_last(self.sources[0].read(has))
         missing = [(a - lo, hi - b) for (lo, hi), (a, b) in zip(wants, has, strict=True)]
-        # Zeros on both sides alike are the kernel's business; on one side only they are added here.
-        both = [near if near == far else 0 for near, far in missing]
-        pads = [
-            n
-            for (near, far), p in zip(reversed(missing), reversed(both), strict=True)
-            for n in (near - p, far - p)
-        ]
-        if any(pads):
-            x = F.pad(x, pads)
-        return self._convolve(channels_last(x), both)
-
-    def _convolve(self, x: Tensor, padding: Sequence[int]) -> Tensor:
-        """The convolution; on the CPU by oneDNN directly.
-
-        PyTorch's own choice for small float32 tiles is a kernel that takes up to six times as long.
-        """
-        direct = x.device.type == "cpu" and x.dtype == torch.float32 and self.groups == 1
-        if direct and torch.backends.mkldnn.is_available():
-            if self.weight[0, 0].numel() == 1 and max(self.stride) == 1 and not any(padding):
-                y = F.linear(x.movedim(1, -1), self.weight.flatten(1), self.bias)
-                return y.movedim(-1, 1)
-            return torch.mkldnn_convolution(
-                x, self.weight, self.bias, padding, self.stride, self.dilation, 1
-            )
-        return self.function(
-            x, self.weight, self.bias, self.stride, padding, self.dilation, self.groups
-        )
+        x, padding = fast.pad_uneven(x, missing)
+        return convolve(x, self.weight, self.bias, padding, self.stride, self.dilation, self.groups)
 
     def operations(self):
         taps = self.weight[0].numel()
@@ -337,8 +321,86 @@ class Conv(Node):
         return 2 * taps + self.sources[0].operations() * volume
 
 
+def convolve(x, weight, bias, padding, stride, dilation, groups) -> Tensor:
+    """A convolution of channels-last input; on the CPU by oneDNN directly.
+
+    PyTorch's own choice for small float32 tiles is a kernel that takes up to six times as long.
+    """
+    direct = x.device.type == "cpu" and x.dtype == torch.float32 and set(dilation) == {1}
+    if direct and groups == 1 and torch.backends.mkldnn.is_available():
+        return fast.conv(x, weight, bias, padding, stride)
+    function = F.conv3d if x.dim() == 5 else F.conv2d
+    return function(x, weight, bias, stride, padding, dilation, groups)
+
+
+class UpsampledConv(Node):
+    """Nearest upsampling by one or two per axis, then a convolution of width 3.
+
+    It is computed on the coarse grid, one small convolution per phase, see `fast.Phases`.
+    """
+
+    def __init__(self, source: Node, conv: nn.Module, factor: Sequence[int]):
+        self.factor = tuple(factor)
+        shape = [n * f for n, f in zip(source.shape, factor, strict=True)]
+        super().__init__(conv.out_channels, shape, source)
+        self.phases = fast.Phases(None, conv.weight, self.factor, conv.weight.dtype)
+        self.bias = None if conv.bias is None else conv.bias.repeat(self.phases.per_row)
+
+    def _cover(self, region: Region) -> Region:
+        """Coarse voxels under a region."""
+        return tuple(
+            (lo // f, -(-hi // f)) for (lo, hi), f in zip(region, self.factor, strict=True)
+        )
+
+    def needs(self, region):
+        wants = tuple((lo - 1, hi + 1) for lo, hi in self._cover(region))
+        return clip(wants, self.sources[0].shape)
+
+    def read(self, region):
+        cover, has = self._cover(region), self.needs(region)
+        x = channels_last(self.sources[0].read(has))
+        rows, *missing = [
+            (a - (lo - 1), hi + 1 - b) for (lo, hi), (a, b) in zip(cover, has, strict=True)
+        ]
+        if any(rows):
+            x = F.pad(x, (*(0, 0) * len(missing), *rows))
+        x, padding = fast.pad_uneven(x, [(0, 0), *missing])
+        size = [(hi - lo) * f for (lo, hi), f in zip(cover, self.factor, strict=True)]
+        fine = torch.empty(
+            (1, self.channels, *size),
+            device=x.device,
+            dtype=x.dtype,
+            memory_format=LAYOUT[len(size)],
+        )
+        (lo, hi), first, f = region[0], cover[0][0], self.factor[0]
+        ones = (1,) * len(size)
+        for phase, weight in enumerate(self.phases.weights):
+            start, stop = (-((phase - n) // f) - first for n in (lo, hi))  # rows of this phase
+            slab = x[:, :, start + phase : stop + phase + weight.shape[2] - 1]
+            if start < stop:
+                y = convolve(slab, weight, self.bias, padding, ones, ones, 1)
+                for target, grid in self.phases.pairs(fine, start, stop, phase, y):
+                    target.copy_(grid)
+        cuts = [
+            slice(lo - a * f, hi - a * f)
+            for (lo, hi), (a, _), f in zip(region, cover, self.factor, strict=True)
+        ]
+        return fine[(slice(None), slice(None), *cuts)]
+
+    def operations(self):
+        taps = 2 * self.phases.weights[0][0].numel()
+        grown = self.sources[0].channels / self.channels / math.prod(self.factor)
+        return taps + self.sources[0].operations() * grown
+
+    def peak_bytes(self, region):
+        return super().peak_bytes(region) + self.bytes(region) // self.factor[0]
+
+
 class TransposedConv(Node):
-    """A transposed convolution; also a nearest upsampling folded into the convolution after it."""
+    """A transposed convolution; also a nearest upsampling folded into the convolution after it.
+
+    Factors of two have the faster `UpsampledConv`.
+    """
 
     def __init__(self, source: Node, weight, bias, stride, padding, output_padding=None, groups=1):
         self.weight, self.bias, self.groups = weight, bias, groups
@@ -448,17 +510,18 @@ class Moments:
     def update(self, tile: Tensor) -> None:
         """Merge a tile `(1, C, *n)`."""
         values = tile.movedim(1, -1).reshape(-1, tile.shape[1])
-        for block in values.split(1 << 14):
-            n = len(block)
-            center = block.mean(0)
-            off = block - center
-            rest = off.sum(0).double().cpu() / n
-            m2 = off.square_().sum(0).double().cpu() - n * rest**2
-            delta = center.double().cpu() + rest - self.mean
-            total = self.count + n
-            self.mean += delta * (n / total)
-            self.m2 += m2 + delta**2 * (self.count * n / total)
-            self.count = total
+        values = values.to(torch.promote_types(values.dtype, torch.float32))
+        # Blocks are short: the sums inside are float32, in one pass.
+        blocks = values.split(BLOCK)
+        pairs = [torch.batch_norm_update_stats(b, None, None, 0.0) for b in blocks]
+        means, variances = (torch.stack(t).double().cpu() for t in zip(*pairs, strict=True))
+        counts = torch.tensor([len(b) for b in blocks], dtype=torch.float64)[:, None]
+        mean = (means * counts).sum(0) / len(values)
+        m2 = ((variances + (means - mean) ** 2) * counts).sum(0)
+        delta, total = mean - self.mean, self.count + len(values)
+        self.mean += delta * (len(values) / total)
+        self.m2 += m2 + delta**2 * (self.count * len(values) / total)
+        self.count = total
 
     def of_groups(self, groups: int) -> tuple[Tensor, Tensor]:
         """Mean and variance per channel, shared within each of `groups` groups of channels."""

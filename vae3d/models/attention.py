@@ -236,6 +236,15 @@ class RelativeBias(nn.Module):
 
     def forward(self, grid: Sequence[int]) -> Tensor:
         """Bias `(H, N, N)` of query (first) and key tokens on `grid`, resized to it."""
+        return self.of_queries(grid, [slice(None)] * len(grid))
+
+    def of_queries(self, grid: Sequence[int], queries: Sequence[slice]) -> Tensor:
+        """The rows of the bias that belong to a part of the queries, `(H, n, N)`.
+
+        Args:
+            grid: Voxels per axis.
+            queries: Part of the grid per axis.
+        """
         table = self.table
         if tuple(grid) != self.grid:
             size = [2 * n - 1 for n in grid]
@@ -245,7 +254,7 @@ class RelativeBias(nn.Module):
         for axis, n in enumerate(grid, start=1):
             table = table.unfold(axis, n, 1).flip(-1)
         dims = len(grid)
-        return table.flatten(1, dims).flatten(2)
+        return table[(slice(None), *queries)].flatten(1, dims).flatten(2)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:

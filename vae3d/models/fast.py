@@ -17,7 +17,7 @@ import ctypes
 import mmap
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from itertools import pairwise
+from itertools import pairwise, product
 from math import prod
 from typing import NamedTuple
 
@@ -544,11 +544,56 @@ def pad_uneven(slab: Tensor, pads: Sequence[tuple[int, int]]) -> tuple[Tensor, l
 
 
 def conv(x, weight, bias, padding, stride) -> Tensor:
-    """Convolution of a slab by oneDNN; a 1x1 kernel is a matrix product of voxels and weights."""
-    if weight[0, 0].numel() == 1 and max(stride) == 1:
+    """Convolution of a slab `(1, C, *n)` by oneDNN, or as matrix products where those are faster.
+
+    A 1x1 kernel is one product of voxels and weights. oneDNN takes channels in sixteens, so that
+    few channels at one end waste its work.
+    """
+    if max(stride) == 1 and weight[0, 0].numel() == 1:
         y = F.linear(x.movedim(1, -1), weight.flatten(1), bias)
         return y.movedim(-1, 1)
+    if max(stride) == 1 and x.dtype == torch.float32:
+        if weight.shape[1] <= 2 and len(weight) >= 16:
+            return conv_from_few(x, weight, bias, padding)
+        if len(weight) <= 2 and weight.shape[1] >= 16:
+            return conv_to_few(x, weight, bias, padding)
     return torch.mkldnn_convolution(x, weight, bias, padding, stride, (1,) * len(padding), 1)
+
+
+def conv_from_few(x, weight, bias, padding) -> Tensor:
+    """Convolution of few channels: the voxels that each tap sees, times the weights."""
+    x = F.pad(x[0], [p for p in reversed(padding) for _ in range(2)])
+    kernel = weight.shape[2:]
+    size = [n - k + 1 for n, k in zip(x.shape[1:], kernel, strict=True)]
+    seen = x.new_empty(*kernel, len(x), *size)
+    for tap in product(*map(range, kernel)):
+        seen[tap] = x[(slice(None), *(slice(t, t + n) for t, n in zip(tap, size, strict=True)))]
+    dims = len(kernel)
+    taps = weight.permute(*range(2, 2 + dims), 1, 0).reshape(-1, len(weight))
+    y = seen.flatten(0, dims).flatten(1).t() @ taps
+    y = y if bias is None else y.add_(bias)
+    return y.view(1, *size, -1).movedim(-1, 1)
+
+
+def conv_to_few(x, weight, bias, padding) -> Tensor:
+    """Convolution to few channels: every voxel times the weights of each tap, then shifted sums."""
+    out, channels, *kernel = weight.shape
+    dims, grid = len(kernel), x.shape[2:]
+    taps = weight.permute(*range(2, 2 + dims), 0, 1).reshape(-1, channels)
+    images = (taps @ x.movedim(1, -1).reshape(-1, channels).t()).view(*kernel, out, *grid)
+    size = [n + 2 * p - k + 1 for n, p, k in zip(grid, padding, kernel, strict=True)]
+    y = x.new_zeros(out, *size)
+    if bias is not None:
+        y += bias.view(-1, *(1,) * dims)
+    for tap in product(*map(range, kernel)):
+        # Output voxel v sees input voxel v + tap - padding.
+        where, seen = [slice(None)], [slice(None)]
+        for m, n, t, p in zip(size, grid, tap, padding, strict=True):
+            lo, hi = max(p - t, 0), min(m, n + p - t)
+            where.append(slice(lo, hi))
+            seen.append(slice(lo + t - p, hi + t - p))
+        y[tuple(where)] += images[tap][tuple(seen)]
+    return y[None].contiguous(memory_format=CHANNELS_LAST[dims + 2])
 
 
 def conv_backward(grad, x, weight, padding, stride, weights: bool) -> Tensor:
