@@ -1,4 +1,4 @@
-"""`train_3d.py` as users run it: the real command line, in forked processes, which start fast."""
+"""`train_3d.py` as users run it: the real command line, in processes of its own."""
 
 import json
 import multiprocessing
@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import time
+from multiprocessing import forkserver
 from pathlib import Path
 
 import numpy as np
@@ -18,9 +19,10 @@ import psutil
 import pytest
 import torch
 import yaml
+from commanded import train_command
 
 from train_3d import train_3d
-from vae3d.config import main, parse
+from vae3d.config import parse
 from vae3d.losses.adversarial import PatchDiscriminator
 from vae3d.tracking.tracker import read_metrics
 from vae3d.training.checkpoint import load_checkpoint
@@ -92,41 +94,39 @@ def options(tmp_path, volumes):
             "--out_dir", str(tmp_path / "run")]  # fmt: skip
 
 
+FORKS = multiprocessing.get_context("forkserver")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def fork_server():
+    """Children are forks of a clean server that has imported what a run needs.
+
+    They start fast, and have neither this process's threads, whose locks a fork of it could wait
+    for, nor its libraries. The server finds modules by PYTHONPATH only.
+    """
+    FORKS.set_forkserver_preload(["commanded"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join(map(str, (ROOT, ROOT / "tests"))))
+        patch.setenv("OMP_NUM_THREADS", "1")
+        forkserver.ensure_running()
+
+
 class Process:
-    """One or more ranks of the command line, forked; output goes to files."""
+    """One or more ranks of the command line; output goes to files."""
 
     def __init__(self, argv, folder, ranks=1, environ=None):
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = str(probe.getsockname()[1])
         self.output = Path(folder) / f"output_{time.monotonic_ns()}"
-        context = multiprocessing.get_context("fork")
         self.ranks = []
         for rank in range(ranks):
             variables = dict(environ or {}, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
             if ranks > 1:
                 variables |= dict(RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_RANK=str(rank))
-            self.ranks.append(context.Process(target=self._main, args=(argv, variables, rank)))
+            arguments = (argv, variables, f"{self.output}_{rank}")
+            self.ranks.append(FORKS.Process(target=train_command, args=arguments))
             self.ranks[-1].start()
-
-    def _main(self, argv, environ, rank):
-        with open(f"{self.output}_{rank}", "w", buffering=1) as file:
-            os.dup2(file.fileno(), 1)
-            os.dup2(file.fileno(), 2)
-        sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
-        os.environ.update(environ)
-        torch.set_num_threads(1)
-        code = 1
-        try:
-            main(train_3d, argv)
-        except SystemExit as stop:
-            code = stop.code or 0
-        except BaseException:
-            sys.excepthook(*sys.exc_info())
-        finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(code)
 
     def wait(self, timeout_s=120):
         """Exit codes of all ranks."""

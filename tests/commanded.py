@@ -1,0 +1,32 @@
+"""The command line of `train_3d.py` in a process of its own."""
+
+import os
+import sys
+
+import torch
+
+import vae3d.losses.adversarial
+import vae3d.training.trainer  # noqa: F401 - what a run imports late, imported once for all
+from train_3d import train_3d
+from vae3d.config import main
+
+
+def train_command(argv: list[str], environ: dict[str, str], output: str) -> None:
+    """Run `train_3d.py argv` with its output in a file, and end this process with its code."""
+    with open(output, "w", buffering=1) as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
+    os.environ.update(environ)
+    torch.set_num_threads(1)
+    code = 1
+    try:
+        main(train_3d, argv)
+    except SystemExit as stop:
+        code = stop.code or 0
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
