@@ -9,7 +9,7 @@ so pictures of two steps or two runs can be compared. Panels keep true proportio
 import math
 import re
 from collections.abc import Iterable, Sequence
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -141,7 +141,11 @@ class _Scene:
         self.planes = PLANES if len(self.shape) == 3 else (("image", 2),)
         extents = [n * s for n, s in zip(self.shape, self.spacing, strict=True)]
         self.px_per_mm = panel_px / max(mm for axis, mm in enumerate(extents) if axis != cut)
-        self.center = (*center_of_mass(self.x - self.lo), 0)[:3]
+
+    @cached_property
+    def center(self) -> tuple[int, ...]:
+        """Voxel at the center of mass of the input; clips, which show all slices, never ask."""
+        return (*center_of_mass(self.x - self.lo), 0)[:3]
 
     def panel(self, column: str, channel: int, axis: int, index: int) -> np.ndarray:
         """One slice in color at true proportions, anterior and superior up: uint8 (h, w, 3)."""
@@ -271,17 +275,13 @@ def write_png(path: Path | str, image: np.ndarray) -> Path:
 
 
 def write_gif(path: Path | str, frames: Iterable[np.ndarray], fps: float = 12.0) -> Path:
-    """Write uint8 frames `(H, W, 3)` as a GIF that loops forever, one palette for all frames."""
-    import imageio.v3 as iio
+    """Write uint8 frames `(H, W, 3)` as a GIF that loops forever, one palette for all frames.
 
+    By Pillow itself: imageio, which calls it, would search for a palette again in every frame.
+    """
     few = [Image.fromarray(f).quantize(palette=gif_palette(), dither=0) for f in frames]
-    stack = np.stack([frame.convert("RGB") for frame in few])
-    return _replace(
-        path,
-        lambda temporary: iio.imwrite(
-            temporary, stack, plugin="pillow", duration=1000 / fps, loop=0
-        ),
-    )
+    how = {"save_all": True, "append_images": few[1:], "duration": 1000 / fps, "loop": 0}
+    return _replace(path, lambda temporary: few[0].save(temporary, "GIF", **how))
 
 
 def write_mp4(path: Path | str, frames: Iterable[np.ndarray], fps: float = 12.0) -> Path:
