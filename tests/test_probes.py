@@ -54,6 +54,31 @@ def test_numbers_are_those_of_the_latents():
     assert measured.numbers["latent/channels"] == measured.numbers["latent/active_channels"] == 1
 
 
+def test_each_channel_has_a_histogram_of_means_of_stds_and_of_kl():
+    """Three side by side, each with its own values: bars stand where the values are."""
+    values = np.array([np.full(50, 2.0), np.full(50, -2.0)])
+    std = np.array([np.full(50, 0.5), np.full(50, 1.0)])
+    kl = np.array([np.full(50, 3.0), np.full(50, 0.0)])
+    measured = module.Measured({}, [], [], [], [], [], values, std, kl)
+    picture = module.draw_channels(measured).astype(int)
+    rows = [slice(34 + r * 122, 34 + r * 122 + 84) for r in range(2)]
+    columns = [slice(10 + k * 240, 10 + k * 240 + 230) for k in range(3)]
+
+    def bar(row, column, color):
+        """Middle of what has a color, as a part of the panel's width."""
+        panel = picture[rows[row], columns[column]]
+        near = np.abs(panel - color).max(-1) < 8
+        assert near.any(), f"no bar in row {row}, column {column}"
+        return np.median(np.nonzero(near)[1]) / 230
+
+    ends = {0: (-4, 4), 1: (0, 1), 2: (0, 3)}
+    for row, color in enumerate((module.BARS, module.DEAD)):  # the second channel has no KL
+        for column, kind in enumerate((values, std, kl)):
+            low, high = ends[column]
+            place = (kind[row, 0] - low) / (high - low)
+            assert bar(row, column, color) == pytest.approx(place, abs=0.03)
+
+
 def test_a_collapsed_channel_is_not_active():
     measured = LatentProbes([torch.zeros(1, 8, 8, 8)]).measure(Halves(logvar=0.0))
     assert measured.numbers["latent/active_channels"] == 0
@@ -105,7 +130,9 @@ def test_all_pictures_are_drawn_for_2d_and_3d(tmp_path, shape):
         assert path.name == panel.replace("/", "_") + ".png"
         assert picture.std() > 5, f"{panel} is empty"
     assert len(measured.prior) == len(measured.fitted) == DRAWS
-    assert len(measured.latents) == len(measured.kl) == 3
+    assert len(measured.latents) == 3
+    assert measured.values.shape == measured.std.shape == measured.kl.shape
+    assert len(measured.kl) == 3
     assert 0 < measured.nbytes < 1e6
 
 

@@ -53,8 +53,8 @@ class Measured:
         fitted: Decodings of draws from the Gaussian fitted to the latents.
         latents: Posterior mean per channel, of the first volume.
         values: Posterior means, `(C, n)`, of all volumes.
-        std: Mean posterior std per channel.
-        kl: KL per channel [nats per latent element].
+        std: Posterior std, `(C, n)`.
+        kl: KL of each latent element [nats], `(C, n)`.
     """
 
     numbers: dict[str, float]
@@ -71,7 +71,7 @@ class Measured:
     def nbytes(self) -> int:
         """Memory that a waiting drawing job holds."""
         slices = (*self.noise, *self.between, *self.prior, *self.fitted, *self.latents)
-        return self.values.nbytes + sum(array.nbytes for array in slices)
+        return sum(array.nbytes for array in (self.values, self.std, self.kl, *slices))
 
 
 class LatentProbes:
@@ -136,24 +136,23 @@ class LatentProbes:
             + center.reshape(1, -1, *(1,) * (first.ndim - 2))
             for z in z_prior
         ]
-        per_channel = (0, *range(2, kl.ndim))
-        kl_channels = kl.mean(per_channel)
+        stds, kl = (t.transpose(0, 1).flatten(1) for t in (stds, kl))
         return Measured(
             numbers={
                 "latent/kl": float(kl.mean()),
-                "latent/channels": float(len(kl_channels)),
-                "latent/active_channels": float((kl_channels > ACTIVE_NATS).sum()),
+                "latent/channels": float(len(kl)),
+                "latent/active_channels": float((kl.mean(dim=1) > ACTIVE_NATS).sum()),
                 "latent/mean_std": float(values.std(dim=1).mean()),
                 "latent/posterior_std": float(stds.mean()),
             },
-            noise=[decode(first + s * stds[:1] * eps) for s in NOISE],
+            noise=[decode(first + s * posteriors[0].std.float() * eps) for s in NOISE],
             between=[decode(first + t * (last - first)) for t in BETWEEN * (len(means) > 1)],
             prior=[decode(z) for z in z_prior],
             fitted=[decode(z) for z in z_fitted],
             latents=[_middle(channel) for channel in first[0]],
             values=values.cpu().numpy(),
-            std=stds.mean(per_channel).cpu().numpy(),
-            kl=kl_channels.cpu().numpy(),
+            std=stds.cpu().numpy(),
+            kl=kl.cpu().numpy(),
         )
 
     def draw(self, measured: Measured, folder: Path | str) -> dict[str, Path]:
@@ -225,39 +224,57 @@ class LatentProbes:
         return width, max(2, round(width * shape[1] * self.spacing[1] / shape[0] / self.spacing[0]))
 
 
-def draw_channels(measured: Measured, columns: int = 4, scale: int = 2) -> np.ndarray:
-    """Per channel: histogram of the posterior means over N(0, 1), with mean, std and KL."""
-    w, h, pad = 230, 96, 40
-    count = len(measured.kl)
-    columns = min(columns, count)
-    rows = -(-count // columns)
-    size = even(GAP + columns * (w + GAP), 34 + rows * (h + pad))
+def draw_channels(measured: Measured, scale: int = 2) -> np.ndarray:
+    """Histograms of each channel's posterior mean (over N(0, 1)), posterior std and KL."""
+    count, blocks = len(measured.kl), 1 if len(measured.kl) <= 8 else 2
+    w, h, pad, top = 230, 84, 38, 34
+    rows = -(-count // blocks)
+    size = even(GAP + 3 * blocks * (w + GAP), top + rows * (h + pad))
     canvas = Image.new("RGB", (size[0] * scale, size[1] * scale), BACKGROUND)  # drawn at twice
     pen = ImageDraw.Draw(canvas)
     end = 4 * max(1.0, float(measured.values.std(axis=1).max()))
-    edges = np.linspace(-end, end, 65)
-    middles = (edges[1:] + edges[:-1]) / 2
-    normal = np.exp(-(middles**2) / 2) / np.sqrt(2 * np.pi)
-    title = f"posterior means (bars) and N(0, 1) (line), from -{end:.3g} to {end:.3g}"
-    pen.text((GAP * scale, 8 * scale), title, TEXT, font(13 * scale))
+    std_end, kl_end = (float(np.quantile(v, 0.999)) or 1.0 for v in (measured.std, measured.kl))
+    columns = (  # values, lowest, highest, unit
+        ("posterior mean", measured.values, -end, end, "line: N(0, 1)"),
+        ("posterior std", measured.std, 0.0, std_end, ""),
+        ("KL", measured.kl, 0.0, kl_end, "nats"),
+    )
+    for place in range(3 * blocks):
+        name, _, low, high, unit = columns[place % 3]
+        title = f"{name}, {low:.3g} to {high:.3g} {unit}"
+        at = ((GAP + place * (w + GAP)) * scale, 8 * scale)
+        pen.text(at, title, TEXT, font(13 * scale))
     for c in range(count):
-        left = GAP + c % columns * (w + GAP)
-        bottom = 34 + c // columns * (h + pad) + h
-        density, _ = np.histogram(np.clip(measured.values[c], -end, end), edges, density=True)
-        top = max(density.max(), normal.max())
-        active = measured.kl[c] > ACTIVE_NATS
-        x = left + (middles + end) / (2 * end) * w
-        for xi, d in zip(x, density, strict=True):
-            bar = [(xi - w / 130, bottom - d / top * h), (xi + w / 130, bottom)]
-            pen.rectangle([(a * scale, b * scale) for a, b in bar], BARS if active else DEAD)
-        line = [(a * scale, (bottom - d / top * h) * scale) for a, d in zip(x, normal, strict=True)]
-        pen.line(line, TEXT, scale)
-        pen.line([(left * scale, bottom * scale), ((left + w) * scale, bottom * scale)], FAINT)
-        mean, std = measured.values[c].mean(), measured.values[c].std()
-        text = f"{c}   mean {mean:+.2f}   std {std:.2f}   KL {measured.kl[c]:.3g} nats"
-        text += "" if active else "   inactive"
-        pen.text((left * scale, (bottom + 5) * scale), text, FAINT, font(11 * scale))
+        active = measured.kl[c].mean() > ACTIVE_NATS
+        for k, (_, values, low, high, _) in enumerate(columns):
+            left = GAP + (3 * (c // rows) + k) * (w + GAP)
+            bottom = top + c % rows * (h + pad) + h
+            box = [v * scale for v in (left, bottom - h, left + w, bottom)]
+            _histogram(pen, box, values[c], low, high, active, normal=k == 0)
+            mean, std = values[c].mean(), values[c].std()
+            text = (
+                f"channel {c}   mean {mean:+.2f}   std {std:.2f}" if k == 0 else f"mean {mean:.3g}"
+            )
+            text += "   inactive" if k == 2 and not active else ""
+            pen.text((left * scale, (bottom + 5) * scale), text, FAINT, font(11 * scale))
     return np.asarray(canvas.resize(size, Image.Resampling.LANCZOS))
+
+
+def _histogram(pen, box, values, low: float, high: float, active: bool, normal: bool) -> None:
+    """Bars of the density of `values`, what lies outside in the outermost; N(0, 1) as a line."""
+    left, top, right, bottom = box
+    edges = np.linspace(low, high, 65)
+    middles = (edges[1:] + edges[:-1]) / 2
+    density, _ = np.histogram(np.clip(values, low, high), edges, density=True)
+    curve = np.exp(-(middles**2) / 2) / np.sqrt(2 * np.pi)
+    x = left + (middles - low) / (high - low) * (right - left)
+    tall = (bottom - top) / max(density.max(), curve.max() if normal else 0)
+    half = (right - left) / 130
+    for xi, d in zip(x, density, strict=True):
+        pen.rectangle([xi - half, bottom - d * tall, xi + half, bottom], BARS if active else DEAD)
+    if normal:
+        pen.line(list(zip(x, bottom - curve * tall, strict=True)), TEXT, 2)
+    pen.line([(left, bottom), (right, bottom)], FAINT)
 
 
 BARS, DEAD = (52, 140, 226), (90, 94, 104)
