@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import shutil
 from functools import partial
 from pathlib import Path
 
@@ -10,13 +11,17 @@ import numpy as np
 import pytest
 from test_report import Document
 from test_tracker import FakeWandb, clean_environment, no_key, server, sync  # noqa: F401
+from toys import tiny_vae
 
-from loaders import DataConfig, Volume, write_volume
+from loaders import DataConfig, Preprocess, Volume, write_volume
 from train_3d import train_3d
 from vae3d.inference.run_report import write_run_report
 from vae3d.models.custom_vae import CustomVAE
 from vae3d.models.norm import GroupNorm
 from vae3d.tracking.tracker import read_metrics, read_tables
+from vae3d.training import validate
+from vae3d.training.distributed import World
+from vae3d.training.run import Run
 
 NOTEBOOK = Path(__file__).resolve().parents[1] / "examples" / "visualize_reconstruction.ipynb"
 KINDS = ("png", "gif", "mp4", "input_gif", "input_mp4", "recon_gif", "recon_mp4")
@@ -53,7 +58,7 @@ def run(tmp_path_factory):
     return data, out, said.getvalue()
 
 
-def train_tiny(data, out):
+def train_tiny(data, out, max_steps=2):
     train_3d(
         DataConfig(str(data), fractions=(0.4, 0.4, 0.2)),
         str(out),
@@ -66,7 +71,7 @@ def train_tiny(data, out):
         patch_size=(8, 8, 8),
         patches_per_volume=1,
         batch_size=2,
-        max_steps=2,
+        max_steps=max_steps,
         log_every=1,
         val_every=1,
         media_every=2,
@@ -104,6 +109,116 @@ def test_pictures_and_clips_lie_in_the_folder_of_their_step(run):
     assert names == {f"{case}.png"} | views | {f"latent_{name}.png" for name in LATENT}
 
 
+def test_a_resumed_run_pictures_the_volumes_it_began_with(run, tmp_path):
+    """Although there are new ones in the folder, which a fresh split might choose."""
+    data, out = (shutil.copytree(folder, tmp_path / folder.name) for folder in run[:2])
+    for i in range(6):
+        shutil.copy(data / "case-0.nii.gz", data / f"case-{i}a.nii.gz")
+    train_tiny(data, out, max_steps=3)
+    folders = [out / "media" / f"step_0000000{n}" for n in (2, 3)]
+    before, after = ({path.name for path in folder.iterdir()} for folder in folders)
+    assert before == after
+
+
+class Store:
+    """Volumes in memory as validation reads them; a CT window."""
+
+    data_range, preprocess = (0.0, 1.0), Preprocess(window_hu=(-160, 240))
+
+    def __init__(self, count):
+        self.ids = [f"v{i}" for i in range(count)]
+
+    def __len__(self):
+        return len(self.ids)
+
+    def read(self, index):
+        return np.full((1, 8, 8, 8), index / 10, np.float32)
+
+    def spacing_mm(self, _index):
+        return (1.0, 1.0, 5.0)
+
+
+class Jobs:
+    """A tracker that keeps what it is asked to draw."""
+
+    def __init__(self):
+        self.jobs = []
+
+    def log(self, _numbers, _step):
+        pass
+
+    def in_background(self, make, *args, step, **kwargs):
+        self.jobs.append((make.__name__, args, kwargs))
+
+
+def test_pictures_reuse_the_reconstructions_of_a_validation_of_the_same_step(monkeypatch, tmp_path):
+    made = []
+
+    def counted(_network, x, **_how):
+        made.append(float(x.mean()))
+        return x + len(made)
+
+    monkeypatch.setattr(validate, "reconstruct", counted)
+    validation = validate.Validation(Store(9), World(), (8, 8, 8), 4, 2)
+    vae, jobs = tiny_vae(), Jobs()
+    validation(vae.eval(), 5)
+    assert len(made) == 4
+    validation.show(vae, 5, jobs, tmp_path)
+    assert len(made) == 4, "no pass was repeated"
+    views = [args for name, args, _ in jobs.jobs if name == "_views"]
+    assert [case for _, case, *_ in views] == ["v0", "v2"]
+    assert [float((recon - x).mean()) for _, _, x, recon, *_ in views] == pytest.approx([1, 2])
+    validation.show(vae, 6, jobs, tmp_path)
+    assert len(made) == 6, "another step has other weights"
+
+
+def test_pictures_of_ct_are_labeled_in_hu_at_true_proportions(tmp_path):
+    validation, jobs = validate.Validation(Store(2), World(), (8, 8, 8), pictured=1), Jobs()
+    validation.show(tiny_vae().eval(), 1, jobs, tmp_path)
+    name, args, kwargs = jobs.jobs[0]
+    assert name == "_views" and kwargs["window_hu"] == (-160, 240)
+    assert args[4:] == ((1.0, 1.0, 5.0), (0.0, 1.0))
+
+
+@pytest.mark.parametrize(
+    ("end", "patience_s"), [(0, 60), (143, 10), (138, 10), (MemoryError("too large"), 10)]
+)
+def test_a_killed_run_saves_first_and_then_gives_uploads_little_time(tmp_path, end, patience_s):
+    """Who sends SIGTERM often sends SIGKILL 30 s later."""
+    order = []
+
+    class Training:
+        """A trainer that ends as told, and its own tracker."""
+
+        tracker = property(lambda self: self)
+
+        def load_state_dict(self, state):
+            order.append(state)
+
+        def fit(self):
+            order.append("fitted")  # `last.pt` is written in here
+            if isinstance(end, Exception):
+                raise end
+            return end
+
+        def close(self, timeout_s):
+            order.append(timeout_s)
+
+    with contextlib.suppress(MemoryError), Run(tmp_path, World()) as folder:
+        assert folder.fit(Training(), {"step": 7}) == end
+    assert order == [{"step": 7}, "fitted", patience_s]
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 8])
+def test_ranks_share_the_validation_and_the_first_has_what_it_draws(size):
+    ranks = [validate.Validation(Store(9), World(r, size), None, 8, 2) for r in range(size)]
+    hands = [validation.mine() for validation in ranks]
+    assert sorted(i for hand in hands for i in hand) == ranks[0].volumes
+    assert len(ranks[0].volumes) == 8
+    assert set(ranks[0].shown) <= set(hands[0])
+    assert max(map(len, hands)) == max(2, -(-8 // size))
+
+
 def test_the_dashboard_gets_every_number_and_panel(run, server):  # noqa: F811
     sent = {key: value for row in sync(run[1], server) for key, value in row.items()}
     local = {key for row in read_metrics(run[1] / "metrics.jsonl") for key in row}
@@ -115,6 +230,8 @@ def test_the_dashboard_gets_every_number_and_panel(run, server):  # noqa: F811
         json.loads((run[1] / "split.json").read_text())["val"]
     )
     assert server.config["patch_size"]["value"] == [8, 8, 8]
+    assert server.config["about"]["value"]["data"].startswith("10 volumes")
+    assert server.config["code"]["value"]["vae3d"]
 
 
 def test_the_page_shows_the_run(run, tmp_path):

@@ -317,8 +317,7 @@ class Pictures:
         import torch
 
         from vae3d.stage2.latents import keyed_generator
-        from vae3d.stage2.sheet import contact_sheet, three_slices
-        from vae3d.tracking.media import write_png
+        from vae3d.stage2.sheet import three_slices
 
         template, device = self.template, network.latent_mean.device
         vae = self.vae.to(device)
@@ -330,8 +329,16 @@ class Pictures:
             z = network.sample(noise[None].to(device), 25, None, label, condition)
             x = self.coding.decode(vae, z[0], template["volume_shape"][1:])
             pictures.append(three_slices(x.numpy(), spacing))
-        sheet = contact_sheet({f"samples at step {step}": pictures})
         self.vae.to("cpu")
-        self.folder.mkdir(parents=True, exist_ok=True)
-        path = write_png(self.folder / f"samples_{step:08d}.png", sheet)
-        self.tracker.log_media({"samples": path}, step)
+        path = self.folder / f"samples_{step:08d}.png"
+        rows = {f"samples at step {step}": pictures}
+        self.tracker.in_background(write_sheet, path, rows, step=step)
+
+
+def write_sheet(path: Path, rows: dict[str, list]) -> dict[str, Path]:
+    """Write a contact sheet; return it by the name of its panel."""
+    from vae3d.stage2.sheet import contact_sheet
+    from vae3d.tracking.media import write_png
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return {"samples": write_png(path, contact_sheet(rows))}
