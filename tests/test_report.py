@@ -266,7 +266,9 @@ def test_pages_open_in_a_browser_without_a_network_and_without_errors(tmp_path):
     if browser is None:
         pytest.skip("no chromium on this machine")
     run = run_folder(tmp_path / "run", latent__kl=lambda s: s)
+    other = run_folder(tmp_path / "other", config={"max_steps": 9, "lr": 1})
     pages = [write_run_report([run]), write_report(evaluation_folder(tmp_path))]
+    pages += [write_run_report([run, other], tmp_path / "both.html")]
     for path in pages:
         command = [
             browser,

@@ -86,17 +86,24 @@ def table(rows: Sequence[Mapping], first: str | None = None) -> str:
     if not rows:
         return ""
     columns = list(rows[0])
-    head = "".join(f"<th>{escape(str(c))}</th>" for c in columns)
+
+    def numeric(value):
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+    def head(column):
+        side = ' class="n"' if any(numeric(row.get(column)) for row in rows) else ""
+        return f"<th{side}>{escape(str(column))}</th>"
 
     def cell(column, value):
-        if isinstance(value, (int, float)) and not isinstance(value, bool):
+        if numeric(value):
             return f'<td class="n" data-v="{value}">{number(value)}</td>'
         tag = "th" if column == first else "td"
         return f"<{tag}>{escape('' if value is None else str(value))}</{tag}>"
 
+    heads = "".join(map(head, columns))
     body = "".join("<tr>" + "".join(cell(c, row.get(c)) for c in columns) + "</tr>" for row in rows)
     return (
-        f'<div class="scroll"><table class="sortable"><thead><tr>{head}</tr></thead>'
+        f'<div class="scroll"><table class="sortable"><thead><tr>{heads}</tr></thead>'
         f"<tbody>{body}</tbody></table></div>"
     )
 
@@ -401,7 +408,7 @@ font-size:13px;background:var(--card)}
 th,td{padding:8px 14px;text-align:left;border-bottom:1px solid var(--line);white-space:nowrap}
 tbody th{font-weight:600}tbody tr:last-child>*{border-bottom:0}
 tbody tr:hover{background:color-mix(in srgb,var(--c0) 7%,transparent)}
-.n{text-align:right}th[aria-sort]:after{content:" \\2191"}
+th.n,td.n{text-align:right}th[aria-sort]:after{content:" \\2191"}
 th[aria-sort=descending]:after{content:" \\2193"}
 .card{padding:16px;margin-bottom:14px}
 .views{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(420px,100%),1fr));gap:14px;
