@@ -110,6 +110,21 @@ def test_cut_files_and_strangers_are_refused_by_name(tmp_path):
         read_latent(tmp_path / "b.safetensors")
 
 
+def test_a_pickle_is_refused_and_never_run(tmp_path):
+    """The known failure: latents that are pickled, so that reading them runs what they hold."""
+
+    class Trap:
+        def __reduce__(self):
+            return (os.mkdir, (str(tmp_path / "sprung"),))
+
+    path = tmp_path / "a.safetensors"
+    torch.save({"mean": Trap()}, path)
+    for read in (read_info, read_latent, lambda path: write_index(path.parent, MADE_BY)):
+        with pytest.raises(ValueError, match="not a latent file"):
+            read(path)
+    assert not (tmp_path / "sprung").exists()
+
+
 def test_a_latent_with_nan_is_never_written(tmp_path):
     mean, logvar = posterior(0)
     mean[0, 1, 1, 1] = torch.nan

@@ -1,7 +1,10 @@
 """encode, decode, train-ldm and sample from end to end, on small volumes and tiny networks."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -302,6 +305,33 @@ def test_samples_depend_on_seed_and_number_alone(home, tmp_path):
     assert np.array_equal(read["three", 1], read["two", 1])
     assert not np.array_equal(read["two", 0], read["two", 1])
     assert not np.array_equal(read["two", 0], read["other", 0])
+
+
+@pytest.mark.slow
+def test_ranks_of_torchrun_sample_and_decode_what_one_process_does(home, tmp_path):
+    """The lines of the documentation; without `--` torchrun would take --n for one of its own."""
+    ldm(home / "latents", tmp_path / "ldm")
+    how = dict(n=3, steps=2, device="cpu")
+    sample(ldm=str(tmp_path / "ldm"), out_dir=str(tmp_path / "one"), **how)
+    decode(str(home / "latents"), str(home / "run"), str(tmp_path / "one"), device="cpu")
+    launch = "--standalone --nproc_per_node=2 --no_python --"
+    program = Path(sys.executable).with_name("vae3d")
+    for line in (
+        f"sample --ldm {tmp_path}/ldm --n 3 --steps 2 --out_dir {tmp_path}/two --device cpu",
+        f"decode {home}/latents --checkpoint {home}/run --out_dir {tmp_path}/two --device cpu",
+    ):
+        command = f"{sys.executable} -m torch.distributed.run {launch} {program} {line}".split()
+        environ = dict(os.environ, OMP_NUM_THREADS="1")
+        done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+    volumes = sorted(p.relative_to(tmp_path / "one") for p in (tmp_path / "one").rglob("*.nii.gz"))
+    assert len(volumes) == 3 + 6
+    for name in volumes:
+        one, two = (read_volume(tmp_path / k / name).data for k in ("one", "two"))
+        assert np.array_equal(one, two), name
+    one, two = (json.loads((tmp_path / k / "samples.json").read_text()) for k in ("one", "two"))
+    assert list(one) == list(two)
+    assert (tmp_path / "one/sheet.png").read_bytes() == (tmp_path / "two/sheet.png").read_bytes()
 
 
 def test_sampling_writes_volumes_clips_a_sheet_and_the_seeds(home, tmp_path):
