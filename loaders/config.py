@@ -69,6 +69,9 @@ def open_data(config: DataConfig, spatial_dims: int = 3, split: dict[str, list[s
         (store, split): a `VolumeStore` of all volumes (a `SliceStore` in 2D), and the ids of the
         volumes as {"train": [...], "val": [...], "test": [...]}.
 
+    Raises:
+        ValueError: No volumes, one that is broken, or one of the given split that is gone.
+
     Example:
         >>> store, split = open_data(DataConfig(root="data/demo"))
         >>> train = store.subset(split["train"])
@@ -82,6 +85,12 @@ def open_data(config: DataConfig, spatial_dims: int = 3, split: dict[str, list[s
     subjects = find_subjects(config.root)
     if split is None:
         split = split_subjects(subjects, config.fractions)
+    vanished = {id for ids in split.values() for id in ids} - {subject.id for subject in subjects}
+    if vanished:
+        raise ValueError(
+            f"{config.root}: of this run's split.json {len(vanished)} are gone, first "
+            f"{min(vanished)!r}; put them back, or begin anew with --fresh"
+        )
     store = VolumeStore.build(
         subjects,
         config.cache_dir,

@@ -1,6 +1,7 @@
 """The command line of `train_3d.py` in a process of its own."""
 
 import os
+import resource
 import sys
 
 import torch
@@ -11,8 +12,11 @@ from train_3d import train_3d
 from vae3d.config import main
 
 
-def train_command(argv: list[str], environ: dict[str, str], output: str) -> None:
+def train_command(
+    argv: list[str], environ: dict[str, str], output: str, max_file_bytes: int = -1
+) -> None:
     """Run `train_3d.py argv` with its output in a file, and end this process with its code."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (max_file_bytes, max_file_bytes))
     with open(output, "w", buffering=1) as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)

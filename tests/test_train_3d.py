@@ -114,7 +114,7 @@ def fork_server():
 class Process:
     """One or more ranks of the command line; output goes to files."""
 
-    def __init__(self, argv, folder, ranks=1, environ=None):
+    def __init__(self, argv, folder, ranks=1, environ=None, max_file_bytes=-1):
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = str(probe.getsockname()[1])
@@ -124,7 +124,7 @@ class Process:
             variables = dict(environ or {}, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
             if ranks > 1:
                 variables |= dict(RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_RANK=str(rank))
-            arguments = (argv, variables, f"{self.output}_{rank}")
+            arguments = (argv, variables, f"{self.output}_{rank}", max_file_bytes)
             self.ranks.append(FORKS.Process(target=train_command, args=arguments))
             self.ranks[-1].start()
 
@@ -397,6 +397,29 @@ def test_damaged_checkpoints_stop_a_run_unless_fresh_is_asked_for(options, tmp_p
     assert "--fresh" in one_line(options, tmp_path)
     run([*options, "--max_steps", "2", "--fresh"], tmp_path)
     assert load_checkpoint(tmp_path / "run")["step"] == 2
+
+
+def test_a_disk_that_takes_no_more_costs_one_line_and_no_checkpoint(options, tmp_path):
+    run([*options, "--max_steps", "2"], tmp_path)
+    folder = tmp_path / "run" / "checkpoints"
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    full = Process([*options, "--max_steps", "4"], tmp_path, max_file_bytes=20_000)
+    assert full.wait() == [2]
+    assert full.text().splitlines()[-1].endswith("step_00000004.pt: File too large")
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    run([*options, "--max_steps", "4"], tmp_path)
+    assert sorted(losses(tmp_path / "run")) == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("part", ["train", "test"])
+def test_a_volume_that_has_vanished_is_named(options, tmp_path, volumes, part):
+    root = shutil.copytree(volumes, tmp_path / "volumes")
+    argv = [*options, "--data.root", str(root), "--max_steps", "2"]
+    run(argv, tmp_path)
+    gone = json.loads((tmp_path / "run" / "split.json").read_text())[part][0]
+    next(root.glob(f"{gone}*")).unlink()
+    line = one_line([*argv, "--max_steps", "4"], tmp_path)
+    assert gone in line and "gone" in line and "--fresh" in line
 
 
 def test_two_runs_in_one_folder_are_kept_apart(options, tmp_path):
