@@ -168,6 +168,18 @@ def test_several_runs_share_curves_and_list_their_differences(tmp_path):
     assert [series["name"] for series in chart["series"]] == ["a", "b"]
 
 
+def test_pictures_of_several_runs_stand_side_by_side(tmp_path):
+    runs = [run_folder(tmp_path / name) for name in "ab"]
+    source = write_run_report(runs, tmp_path / "page.html").read_text()
+    cards = [c for c in source.split("<article")[1:] if "<h4>" in c]
+    assert len(cards) == 2, "a volume and a latent picture"
+    for title, card in zip(("site/a", "What each channel holds"), cards, strict=True):
+        assert card.count(title) == 1 and re.findall("<h4>(.*?)</h4>", card) == ["a", "b"]
+        assert card.count('class="stepper"') == 2
+    alone = write_run_report(runs[:1], tmp_path / "one.html").read_text()
+    assert "<h4>" not in alone and alone.count('class="stepper"') == 2
+
+
 def test_runs_of_the_same_name_are_told_apart(tmp_path):
     runs = [run_folder(tmp_path / p / "run", 10, media=False) for p in ("x", "y")]
     text = Document(write_run_report(runs)).text

@@ -369,6 +369,7 @@ header p{margin:0;color:var(--soft)}
 section{margin-top:44px}
 h2{font-size:19px;letter-spacing:-.01em;margin:0 0 14px;font-weight:640}
 h3{font-size:15px;margin:0 0 10px;font-weight:600}
+h4{font-size:13px;margin:0 0 6px;font-weight:600;color:var(--soft)}
 .note{margin:-8px 0 14px;color:var(--soft);max-width:75ch}
 .tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(128px,1fr));gap:12px;margin-top:28px}
 .tile,.card,.chart,.findings,.scroll,details{background:var(--card);border:1px solid var(--line);

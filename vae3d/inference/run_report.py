@@ -294,30 +294,36 @@ def steps_with_media(folder: Path) -> list[Path]:
 
 def _media(runs: Sequence[RunData]) -> list[str]:
     """Per volume: the picture at some steps with a slider, and the newest clip."""
-    cards = []
+    parts: dict[str, dict[str, str]] = {}
     for run in runs:
         folders = steps_with_media(run.folder)
-        names = sorted({p.name for f in folders for p in f.glob("*.png")})
-        for name in (n for n in names if not n.startswith("latent_")):
+        for name in sorted({p.name for f in folders for p in f.glob("*.png")}):
+            if name.startswith("latent_"):
+                continue
             frames = [(f, f / name) for f in folders if (f / name).is_file()]
             clips = [f / name.replace(".png", ".mp4") for f in folders]
             newest = next((page.video(clip) for clip in reversed(clips) if clip.is_file()), "")
-            label = unquote(Path(name).stem)
-            label = label if len(runs) == 1 else f"{run.name}: {label}"
-            cards.append(
-                f'<article class="card"><h3>{page.escape(label)}</h3>'
-                f'<div class="pair">{_stepper(frames)}{newest}</div></article>'
-            )
-    if not cards:
+            part = f'<div class="pair">{_stepper(frames)}{newest}</div>'
+            parts.setdefault(unquote(Path(name).stem), {})[run.name] = part
+    if not parts:
         return []
     return [
         page.section(
             "Validation volumes",
-            *cards,
+            *(_card(title, part, len(runs)) for title, part in parts.items()),
             note="Input, recon and error = recon - input, on a fixed scale; the slider goes back "
             "in training, the clip is the newest.",
         )
     ]
+
+
+def _card(title: str, parts: dict[str, str], runs: int) -> str:
+    """What the runs have to show under one title: of several, side by side."""
+    body = "".join(parts.values())
+    if runs > 1:
+        columns = (f"<div><h4>{page.escape(name)}</h4>{part}</div>" for name, part in parts.items())
+        body = f'<div class="views">{"".join(columns)}</div>'
+    return f'<article class="card"><h3>{page.escape(title)}</h3>{body}</article>'
 
 
 def _stepper(frames: list[tuple[Path, Path]]) -> str:
@@ -345,17 +351,15 @@ LATENT_PICTURES = {
 
 def _latents(runs: Sequence[RunData]) -> list[str]:
     cards = []
-    for run in runs:
-        folders = [f for f in steps_with_media(run.folder) if any(f.glob("latent_*.png"))]
-        for name, title in LATENT_PICTURES.items():
-            frames = [(f, f / f"latent_{name}.png") for f in folders]
-            frames = [frame for frame in frames if frame[1].is_file()]
-            if frames:
-                label = title if len(runs) == 1 else f"{run.name}: {title}"
-                heading = f"<h3>{page.escape(label)}</h3>"
-                cards.append(f'<article class="card">{heading}{_stepper(frames)}</article>')
-    body = "".join(cards)
-    return [page.section("Latent pictures", body)]
+    for name, title in LATENT_PICTURES.items():
+        parts = {}
+        for run in runs:
+            frames = [(f, f / f"latent_{name}.png") for f in steps_with_media(run.folder)]
+            if frames := [frame for frame in frames if frame[1].is_file()]:
+                parts[run.name] = _stepper(frames)
+        if parts:
+            cards.append(_card(title, parts, len(runs)))
+    return [page.section("Latent pictures", *cards)]
 
 
 def _volumes(run: RunData, alone: bool) -> str:

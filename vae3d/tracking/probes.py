@@ -233,7 +233,7 @@ def draw_channels(measured: Measured, scale: int = 2) -> np.ndarray:
     canvas = Image.new("RGB", (size[0] * scale, size[1] * scale), BACKGROUND)  # drawn at twice
     pen = ImageDraw.Draw(canvas)
     end = 4 * max(1.0, float(measured.values.std(axis=1).max()))
-    std_end, kl_end = (float(np.quantile(v, 0.99)) or 1.0 for v in (measured.std, measured.kl))
+    std_end, kl_end = (float(np.quantile(v, 0.998)) or 1.0 for v in (measured.std, measured.kl))
     columns = (  # values, lowest, highest, unit
         ("mean", measured.values, -end, end, "(line: N(0, 1))"),
         ("posterior std", measured.std, 0.0, std_end, ""),
