@@ -443,7 +443,7 @@ def test_secrets_in_the_environment_reach_no_file(options, tmp_path, monkeypatch
 
 @pytest.mark.slow
 def test_torchrun_restarts_a_run_whose_rank_died(options, tmp_path):
-    argv = [*options, "--max_steps", "60", "--save_every", "5", "--val_every", "0"]
+    argv = [*options, "--max_steps", "300", "--save_every", "5", "--val_every", "0"]
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2",
                "--max-restarts=2", "--standalone", str(ROOT / "train_3d.py"), *argv]  # fmt: skip
     environ = dict(os.environ, OMP_NUM_THREADS="1")
@@ -452,12 +452,13 @@ def test_torchrun_restarts_a_run_whose_rank_died(options, tmp_path):
         until = time.monotonic() + 200
         while last_step(tmp_path / "run") < 7 and time.monotonic() < until:
             time.sleep(0.05)
+        assert launcher.poll() is None, (tmp_path / "torchrun.txt").read_text()
         psutil.Process(launcher.pid).children()[-1].kill()
         code = launcher.wait(300)
     text = (tmp_path / "torchrun.txt").read_text()
     assert code == 0, text
     assert "continuing" in text
-    assert sorted(losses(tmp_path / "run")) == list(range(1, 61))
+    assert sorted(losses(tmp_path / "run")) == list(range(1, 301))
 
 
 @pytest.mark.slow
