@@ -6,8 +6,8 @@
 Both loops see the same batches of random patches from the same loader settings, the same network,
 loss and AdamW. The bare loop is forward, backward and optimizer step; the trainer clips, averages
 the weights, looks for numbers that are not finite, reads ahead, logs and tracks as in a real run.
-Speed is per CPU-second of all threads, which a busy machine does not change; rounds alternate and
-the median of their ratios counts.
+Speed is per second and per CPU-second of all threads, which a busy machine does not change; rounds
+alternate and the median of their ratios counts.
 """
 
 from __future__ import annotations
@@ -51,13 +51,16 @@ def main(argv: list[str] | None = None) -> float:
             bare = bare_loop(store, options.steps)
             ours = trainer_loop(store, options.steps, Path(folder) / f"run{n}")
             rows.append((bare, ours))
-            print(
-                f"round {n}  patches/CPU-s: bare {bare:.2f}, trainer {ours:.2f}, {ours / bare:.3f}"
-            )
-    ratio = statistics.median(ours / bare for bare, ours in rows)
-    verdict = "holds" if ratio >= TARGET else "missed"
-    print(f"trainer : bare loop = {ratio:.3f}   target {TARGET} {verdict}")
-    return ratio
+            for unit, slow, fast in zip(("s", "CPU-s"), bare, ours, strict=True):
+                print(
+                    f"round {n}  patches/{unit}: bare {slow:.2f}, trainer {fast:.2f}, "
+                    f"{fast / slow:.3f}"
+                )
+    ratios = [statistics.median(ours[i] / bare[i] for bare, ours in rows) for i in range(2)]
+    for unit, ratio in zip(("second", "CPU-second"), ratios, strict=True):
+        verdict = "holds" if ratio >= TARGET else "missed"
+        print(f"trainer : bare loop = {ratio:.3f} per {unit}   target {TARGET} {verdict}")
+    return min(ratios)
 
 
 def make_store(folder: Path):
@@ -78,8 +81,8 @@ def make_task() -> VAETask:
     return VAETask(CustomVAE(channels=(16, 32, 64), num_res_blocks=1, norm=norm), VAELoss())
 
 
-def bare_loop(store, steps: int) -> float:
-    """Patches per CPU-second of forward, backward and optimizer step."""
+def bare_loop(store, steps: int) -> tuple[float, float]:
+    """Patches per second and per CPU-second of forward, backward and optimizer step."""
     task, batches = make_task(), make_loader(store).stream()
     optimizer = torch.optim.AdamW(task.parameters(), 1e-4, fused=True)
 
@@ -91,15 +94,15 @@ def bare_loop(store, steps: int) -> float:
         return len(batch.image)
 
     step(0)  # allocations and primitive caches
-    start = time.process_time()
+    clock = Clock()
     patches = sum(step(n) for n in range(1, steps + 1))
-    seconds = time.process_time() - start
+    speed = clock.speed(patches)
     batches.close()
-    return patches / seconds
+    return speed
 
 
-def trainer_loop(store, steps: int, folder: Path) -> float:
-    """Patches per CPU-second of the trainer with everything on but validation and checkpoints."""
+def trainer_loop(store, steps: int, folder: Path) -> tuple[float, float]:
+    """The same of the trainer with everything on but validation and checkpoints."""
     tracker = Tracker(folder, "offline")
     trainer = Trainer(
         make_task(), make_loader(store), Checkpoints(folder / "checkpoints"), World(), tracker,
@@ -109,11 +112,23 @@ def trainer_loop(store, steps: int, folder: Path) -> float:
     trainer.max_steps = steps + 1
     before = trainer.samples
     settle()
-    start = time.process_time()
+    clock = Clock()
     trainer.fit()
-    seconds = time.process_time() - start
+    speed = clock.speed(trainer.samples - before)
     tracker.close(5)
-    return (trainer.samples - before) / seconds
+    return speed
+
+
+class Clock:
+    """Time since it was made, on the wall and of the processor."""
+
+    def __init__(self):
+        self.start = time.perf_counter(), time.process_time()
+
+    def speed(self, patches: int) -> tuple[float, float]:
+        """Patches per second and per CPU-second."""
+        now = time.perf_counter(), time.process_time()
+        return tuple(patches / (b - a) for a, b in zip(self.start, now, strict=True))
 
 
 def settle() -> None:
