@@ -163,6 +163,15 @@ def test_stitched_latents_lie_on_the_same_grid(home, tmp_path):
     assert np.corrcoef(patch.mean[inner].ravel(), full.mean[inner].ravel())[0, 1] > 0.8
     decode(str(tmp_path), str(home / "run"), str(tmp_path / "decoded"), device="cpu")
     assert len(list((tmp_path / "decoded").glob("*.nii.gz"))) == 6
+    how = dict(n=1, latents=str(tmp_path), prior="gaussian", media=False, device="cpu")
+    for name, mode in (("default", None), ("patch", "patch"), ("full", "full")):
+        sample(str(home / "run"), out_dir=str(tmp_path / name), mode=mode, **how)
+    default, tiles, whole = (
+        read_volume(tmp_path / name / "gaussian" / "sample_000.nii.gz").data
+        for name in ("default", "patch", "full")
+    )
+    assert np.array_equal(default, tiles), "samples are decoded as the latents were encoded"
+    assert not np.array_equal(default, whole)
 
 
 def test_files_decode_without_the_volumes_and_the_cache(home, tmp_path):

@@ -43,7 +43,6 @@ def decode(
         device: auto | cpu | cuda | mps.
         trust: Module prefixes besides vae3d whose classes the checkpoint may import.
     """
-    from vae3d.inference.reconstruct import Coding
     from vae3d.stage2.latents import find_latents, read_info, read_latent
     from vae3d.training.distributed import open_world
 
@@ -51,8 +50,7 @@ def decode(
     paths = [path] if path.is_file() else find_latents(path, None if split == "all" else split)
     made_by = read_info(paths[0])["made_by"]
     given = dict(mode=mode, patch_size=patch_size, overlap=overlap, blend=blend)
-    given = {k: v for k, v in given.items() if v is not None}
-    coding = Coding(**{**coded_as(made_by), **given}, memory_gb=memory_gb)
+    coding = coding_of(made_by, **given, memory_gb=memory_gb)
     vae = load_encoder(checkpoint, made_by, trust)
     with open_world(device) as world:
         vae.to(world.device)
@@ -65,12 +63,18 @@ def decode(
             print(write_nifti(Path(out_dir), path.stem, x, latent.info["source"]["undo"]))
 
 
-def coded_as(made_by: dict) -> dict:
-    """Options of `Coding` with which some latents were made."""
+def coding_of(made_by: dict, **given):
+    """The `Coding` with which some latents were made.
+
+    Args:
+        made_by: What the latents say of their origin.
+        **given: Options of `Coding` that shall differ; those that are None do not.
+    """
     from vae3d.inference.reconstruct import Coding
 
     names = {field.name for field in fields(Coding)}
-    return {k: v for k, v in made_by.items() if k in names}
+    kept = {k: v for k, v in made_by.items() if k in names}
+    return Coding(**kept | {k: v for k, v in given.items() if v is not None})
 
 
 def load_encoder(checkpoint: str, made_by: dict, trust: tuple[str, ...] = ()):

@@ -24,10 +24,10 @@ def sample(
     solver: Literal["ddim", "ddpm", "euler", "heun"] | None = None,
     steps: int = 50,
     grid: tuple[int, ...] | None = None,
-    mode: Literal["full", "patch", "exact"] = "full",
+    mode: Literal["full", "patch", "exact"] | None = None,
     patch_size: tuple[int, ...] | None = None,
-    overlap: int | float = 0.5,
-    blend: Literal["hann", "gaussian", "average", "crop"] = "hann",
+    overlap: int | float | None = None,
+    blend: Literal["hann", "gaussian", "average", "crop"] | None = None,
     memory_gb: float | None = None,
     seed: int = 0,
     ema: bool = True,
@@ -64,10 +64,12 @@ def sample(
         solver: ddim | ddpm for a ddpm model, euler | heun for a flow; null for the first.
         steps: Steps of the solver.
         grid: Latent voxels per axis; null for the grid of a training latent.
-        mode: How latents are decoded: full | patch (tiles, blended) | exact (bounded memory).
-        patch_size: Tile in voxels for mode patch.
-        overlap: Overlap of neighboring tiles: below 1 a fraction of the tile, else [voxels].
-        blend: How overlapping tiles are mixed.
+        mode: How latents are decoded: full | patch (tiles, blended) | exact (bounded memory); null
+            for the mode of encoding.
+        patch_size: Tile in voxels for mode patch; null for the patch of encoding.
+        overlap: Overlap of neighboring tiles: below 1 a fraction of the tile, else [voxels]; null
+            as encoded.
+        blend: How overlapping tiles are mixed; null as encoded.
         memory_gb: Memory budget of mode exact [GiB]; null for half of what is free.
         seed: Seed of the samples.
         ema: Use the averaged weights of the ldm where the run kept some.
@@ -75,12 +77,9 @@ def sample(
         device: auto | cpu | cuda | mps.
         trust: Module prefixes besides vae3d whose classes the checkpoints may import.
     """
-    from vae3d.commands.decode import coded_as, load_encoder
-    from vae3d.inference.reconstruct import Coding
+    from vae3d.commands.decode import coding_of, load_encoder
     from vae3d.training.distributed import open_world
 
-    decoding = dict(mode=mode, patch_size=patch_size, overlap=overlap, blend=blend)
-    decoding |= {"memory_gb": memory_gb}
     if ldm is None:
         if checkpoint is None:
             raise ValueError("give --checkpoint (a VAE) or --ldm (a diffusion model)")
@@ -99,7 +98,8 @@ def sample(
             sources = from_gaussians(latents, kinds)
         template = next(iter(sources.values())).template
         vae = load_encoder(checkpoint, template["made_by"], trust).to(world.device)
-        coding = Coding(**{**coded_as(template["made_by"]), **decoding})
+        how = dict(mode=mode, patch_size=patch_size, overlap=overlap, blend=blend)
+        coding = coding_of(template["made_by"], **how, memory_gb=memory_gb)
         writer = Writer(Path(out_dir), template, vae, coding, media)
         shape = (template["shape"][0], *(grid or template["shape"][1:]))
         done = {}

@@ -300,12 +300,11 @@ class Pictures:
     """
 
     def __init__(self, vae: str, trust, store, guide, tracker, folder: Path, count: int):
-        from vae3d.commands.decode import coded_as, load_encoder
-        from vae3d.inference.reconstruct import Coding
+        from vae3d.commands.decode import coding_of, load_encoder
 
         self.template: dict[str, Any] = store.infos[0]
         made_by = self.template["made_by"]
-        self.coding = Coding(**{**coded_as(made_by), "mode": "full"})
+        self.coding = coding_of(made_by, mode="full")
         self.vae = load_encoder(vae, made_by, trust)  # now: another model must not fail hours later
         self.guide, self.tracker, self.folder = guide, tracker, folder
         self.count = min(count, len(store))

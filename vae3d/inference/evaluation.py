@@ -26,6 +26,8 @@ from vae3d.inference.report import write_report
 from vae3d.inference.stitching import tile_faces
 from vae3d.tracking.media import case_stem, save_views, write_png
 
+VERSION = 2  # of the numbers: raised when the same options give others, so that old rows are redone
+
 
 @dataclass
 class Evaluator:
@@ -66,6 +68,7 @@ class Evaluator:
     def key(self, index: int) -> str:
         """Hash of what the numbers of a volume depend on."""
         parts = {
+            "version": VERSION,
             **{
                 k: v for k, v in self.facts.items() if k != "checkpoint"
             },  # its bytes, not its place
