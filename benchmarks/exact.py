@@ -1,10 +1,12 @@
 """Exact mode against MONAI's full forward pass of the same weights: time and memory by budget.
 
-    python benchmarks/exact.py [--sizes 96 128] [--rounds 3] [--encode]
+    python benchmarks/exact.py [--sizes 96 128] [--parts decode encode] [--rounds 3]
 
-Each measurement is a process of its own; methods take turns, rounds are interleaved, the table
-gives medians and ratios. Memory is the peak of the process above what it holds before the call.
-The truth is a full pass whose norms take their statistics in float64.
+Each measurement is a process of its own with one thread; methods take turns, rounds are
+interleaved, the table gives medians and ratios to MONAI. `cpu s` are processor seconds, which other
+jobs disturb less than the clock. Memory is the peak of the process above what it holds before the
+call; `x budget` is that peak as a part of the budget. The truth is a full pass whose norms take
+their statistics in float64.
 """
 
 import argparse
@@ -13,15 +15,14 @@ import json
 import statistics
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
-import psutil
 import torch
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # benchmarks/loaders.py is not `loaders`
 
+from benchmarks.peak import PeakMemory  # noqa: E402
 from vae3d.inference.exact import decode_exact, encode_exact  # noqa: E402
 from vae3d.models.presets import MonaiVAE  # noqa: E402
 
@@ -88,29 +89,17 @@ def make_input(part, size):
 
 def one(method, part, size, memory_gb, keep=None):
     """Seconds, CPU seconds and peak bytes of one call, after a small warm-up."""
+    torch.set_num_threads(1)
     with torch.no_grad():
         call(method, part, make_input(part, 32), memory_gb)()
         run = call(method, part, make_input(part, size), memory_gb)
-        process = psutil.Process()
-        before = peak = process.memory_info().rss
-        running = True
-
-        def watch():
-            nonlocal peak
-            while running:
-                peak = max(peak, process.memory_info().rss)
-                time.sleep(0.002)
-
-        thread = threading.Thread(target=watch)
-        thread.start()
-        begun, cpu = time.perf_counter(), time.process_time()
-        result = run()
-        seconds, cpu = time.perf_counter() - begun, time.process_time() - cpu
-        running = False
-        thread.join()
+        with PeakMemory() as peak:
+            begun, cpu = time.perf_counter(), time.thread_time()
+            result = run()
+            seconds, cpu = time.perf_counter() - begun, time.thread_time() - cpu
     if keep:
         torch.save(result, keep)
-    return {"seconds": seconds, "cpu": cpu, "peak": peak - before}
+    return {"seconds": seconds, "cpu": cpu, "peak": peak.bytes}
 
 
 def in_fresh_process(*args):
@@ -133,18 +122,21 @@ def table(part, size, rounds, budgets, folder):
         for m in methods
     }
     base, expected = middle["MONAI", None], torch.load(truth, weights_only=True)
-    print(f"\n{part} {size}^3, {rounds} rounds, {torch.get_num_threads()} threads")
-    heads = ("s", "x MONAI", "cpu s", "x MONAI", "GiB", "x MONAI", "max d")
+    print(f"\n{part} {size}^3, {rounds} rounds")
+    heads = ("s", "x MONAI", "cpu s", "x MONAI", "GiB", "x MONAI", "x budget", "max d")
     print(f"{'':<22}" + "".join(f"{head:>9}" for head in heads))
     for name, share in methods:
         row = middle[name, share]
         result = torch.load(folder / f"{name}{share}.pt", weights_only=True)
         error = float((result - expected).abs().max() / (expected.max() - expected.min()))
         label = name if share is None else f"{name}, budget {share:.2f}x"
+        used = (
+            "" if share is None else f"{row['peak'] / (share * runs['MONAI', None][0]['peak']):.2f}"
+        )
         print(
             f"{label:<22}{row['seconds']:>9.2f}{row['seconds'] / base['seconds']:>9.2f}"
             f"{row['cpu']:>9.2f}{row['cpu'] / base['cpu']:>9.2f}"
-            f"{row['peak'] / 2**30:>9.3f}{row['peak'] / base['peak']:>9.2f}{error:>9.0e}",
+            f"{row['peak'] / 2**30:>9.3f}{row['peak'] / base['peak']:>9.2f}{used:>9}{error:>9.0e}",
             flush=True,
         )
 
@@ -155,7 +147,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--sizes", type=int, nargs="+", default=[96, 128, 160, 256])
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--encode", action="store_true", help="also the encoder")
+    parser.add_argument("--parts", nargs="+", default=["decode", "encode"])
     parser.add_argument("--budgets", type=float, nargs="+", default=[0.35, 0.18], help="x MONAI")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -164,5 +156,5 @@ if __name__ == "__main__":
         sys.exit()
     with tempfile.TemporaryDirectory() as scratch:
         for size in options.sizes:
-            for part in ["decode", "encode"][: 2 if options.encode else 1]:
+            for part in options.parts:
                 table(part, size, options.rounds, options.budgets, Path(scratch))

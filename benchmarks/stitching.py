@@ -1,8 +1,9 @@
 """Stitching: identity model, ours against TorchIO's GridAggregator and MONAI's sliding window.
 
-    python benchmarks/stitching.py [--quick]
+    python benchmarks/stitching.py [--rounds 5] [--size small|large]
 
-All methods run in turn in one process, several rounds; the table gives medians and their ratios.
+All methods run in turn in one process, several rounds; the table gives medians, in processor
+seconds, and their ratios.
 The byte limit is what any method must do with the tiles: copy each out of the volume, and add it to
 a volume-sized sum (for crop: copy each voxel once).
 Memory is the peak of a fresh process above what it holds before the call, the result included.
@@ -13,19 +14,18 @@ import ast
 import statistics
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
 import numpy as np
-import psutil
 import torch
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # benchmarks/loaders.py is not `loaders`
 
+from benchmarks.peak import PeakMemory  # noqa: E402
 from vae3d.inference.stitching import Stitcher, iter_slabs, stitch  # noqa: E402
 
-SIZES = [((256, 256, 192), (96, 96, 96)), ((512, 512, 384), (128, 128, 128))]
+SIZES = {"small": ((256, 256, 192), (96, 96, 96)), "large": ((512, 512, 384), (128, 128, 128))}
 
 
 def identity(x):
@@ -95,26 +95,6 @@ METHODS = {
 }
 
 
-def peak_bytes(fn, *args) -> int:
-    """Peak of resident memory during a call, above that before it."""
-    process = psutil.Process()
-    before = peak = process.memory_info().rss
-    running = True
-
-    def watch():
-        nonlocal peak
-        while running:
-            peak = max(peak, process.memory_info().rss)
-            time.sleep(0.002)
-
-    thread = threading.Thread(target=watch)
-    thread.start()
-    fn(*args)
-    running = False
-    thread.join()
-    return peak - before
-
-
 def memory_in_fresh_process(name, shape, patch) -> int:
     command = [sys.executable, __file__, "--memory", name, str([shape, patch])]
     return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
@@ -125,14 +105,14 @@ def measure(shape, patch, rounds):
     times = {name: [] for name in METHODS}
     for _ in range(rounds):
         for name, method in METHODS.items():
-            begun = time.perf_counter()
+            begun = time.process_time()
             method(x, patch)
-            times[name].append(time.perf_counter() - begun)
+            times[name].append(time.process_time() - begun)
     times = {name: statistics.median(values) for name, values in times.items()}
     volume = x.numel() * 4
     print(f"\n{shape} in patches of {patch}, overlap 0.5, {rounds} rounds, "
           f"{torch.get_num_threads()} threads")  # fmt: skip
-    print(f"{'':<20}{'s':>8}{'x limit':>9}{'memory / volume':>17}{'max error':>11}")
+    print(f"{'':<20}{'cpu s':>8}{'x limit':>9}{'memory / volume':>17}{'max error':>11}")
     for name, method in METHODS.items():
         limit = times["copy limit (crop)" if "crop" in name else "byte limit"]
         memory = memory_in_fresh_process(name, shape, patch) / volume
@@ -145,14 +125,18 @@ def measure(shape, patch, rounds):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="the smaller size, one round")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--size", choices=SIZES, help="default: both")
     parser.add_argument("--memory", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     with torch.no_grad():
         if options.memory:
             size, tile = ast.literal_eval(options.memory[1])
             METHODS[options.memory[0]](torch.rand(1, *tile), tile)  # imports, thread pools
-            print(peak_bytes(METHODS[options.memory[0]], torch.rand(1, *size), tile))
+            x = torch.rand(1, *size)
+            with PeakMemory() as peak:
+                METHODS[options.memory[0]](x, tile)
+            print(peak.bytes)
             sys.exit()
-        for size, tile in SIZES[: 1 if options.quick else None]:
-            measure(size, tile, 1 if options.quick else 5)
+        for name in [options.size] if options.size else SIZES:
+            measure(*SIZES[name], options.rounds)

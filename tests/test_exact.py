@@ -253,18 +253,19 @@ def test_parameters_and_input_are_left_alone():
 def held_bytes(monkeypatch):
     """What all stored tensors hold, noted at each write."""
     stores, held = [], []
-    make, write = Stored.__init__, Stored.write
+    make, part = Stored.__init__, Stored.part
 
     def made(self, *args):
         make(self, *args)
         stores.append(self)
 
     def written(self, *args):
-        write(self, *args)
+        memory = part(self, *args)
         held.append(sum(s.held_bytes() for s in stores))
+        return memory
 
     monkeypatch.setattr(Stored, "__init__", made)
-    monkeypatch.setattr(Stored, "write", written)
+    monkeypatch.setattr(Stored, "part", written)
     return held
 
 

@@ -53,6 +53,7 @@ from vae3d.models import attention, blocks, custom_vae, downsample, norm, upsamp
 from vae3d.models.posterior import DiagonalGaussian
 
 ROWS = 16  # of the first axis in a tile, at most
+SMALLEST = (4, 32, 32)  # tile in voxels
 CHEAP = 256  # operations per value below which computing again is faster than storing
 
 # What a subclass may not override if the handler of its base is to hold for it.
@@ -154,7 +155,7 @@ class Executor:
         if memory_gb <= 0:
             raise ValueError(f"memory_gb is {memory_gb}; give a positive number of GiB")
         self.budget = int(memory_gb * 2**30)
-        self.work = self.budget // 16  # for one tile; the rest is for storing
+        self.work = self.budget // 8  # for one tile; the rest is for storing
         self.tile, self.scratch_dir = tile, Path(scratch_dir or tempfile.gettempdir())
         self.live: list[Stored] = []
         self.waiting: list[Node] = []  # shortcuts that are read after the body at hand
@@ -180,10 +181,15 @@ class Executor:
         size = [min(s, n) for s, n in zip(self.tile or node.shape, node.shape, strict=True)]
         if self.tile is None:
             size[0] = min(size[0], ROWS)
-            while self.work_bytes(node, size) > self.work and max(size) > 1:
-                # Thin slabs first: whole planes keep the halo on one axis.
-                axis = 0 if size[0] > 4 else max(range(len(size)), key=lambda i: size[i])
-                size[axis] = -(-size[axis] // 2)
+            # Thin slabs first: whole planes keep the halo on one axis. Below the smallest tile that
+            # is worth its halo, only what the budget cannot hold is cut further.
+            for smallest, limit in ((SMALLEST, self.work), ((1, 1, 1), self.budget // 3)):
+                while self.work_bytes(node, size) > limit:
+                    larger = [i for i, n in enumerate(size) if n > smallest[i]]
+                    if not larger:
+                        break
+                    axis = 0 if 0 in larger and size[0] > 4 else max(larger, key=lambda i: size[i])
+                    size[axis] = -(-size[axis] // 2)
         return size
 
     def work_bytes(self, node: Node, size: Sequence[int]) -> int:
@@ -203,18 +209,18 @@ class Executor:
 
     def sweep(
         self, node: Node, going: Sequence[Stored] = (), beside: Sequence[Node] = ()
-    ) -> Iterator[tuple[Region, Tensor]]:
-        """Every tile of a node in order.
+    ) -> Iterator[Region]:
+        """Every tile of a node in order, for the caller to read.
 
         Args:
-            node: What is computed.
+            node: What the caller reads.
             going: What is given back on the way, as it is passed.
-            beside: Further nodes that the caller reads tile by tile.
+            beside: Further nodes that the caller reads.
         """
         kept = [k for n in (node, *beside) for k in nodes_of(n, Kept)]
         for row in self.tiles(node):
             for region in row:
-                yield region, node.read(region)
+                yield region
                 for k in kept:
                     k.trim()
             for leaf in self.live:
@@ -229,7 +235,8 @@ class Executor:
 
     def slabs(self, node: Node) -> Iterator[tuple[Region, Tensor]]:
         """The tiles of the last node; nothing is left in memory afterwards."""
-        yield from self.sweep(node, self.going([node]))
+        for region in self.sweep(node, self.going([node])):
+            yield region, node.read(region)
 
     def settle(self, node: Node) -> Node:
         """Gather a node's statistics, storing it where the budget allows; the node to read then.
@@ -244,11 +251,11 @@ class Executor:
         stores = [Stored(n.channels, n.shape, *home_of(n), folder) for n in moved]
         self.live += stores
         moments = Moments(node.channels)
-        source = node.sources[0] if moved else node
-        for region, values in self.sweep(source, going, moved[1:]):
-            moments.update(values)
-            for n, stored in zip(moved, stores, strict=True):
-                stored.write(region, values if n is node else n.read(region))
+        sources = [n.sources[0] for n in moved] or [node]
+        for region in self.sweep(sources[0], going, sources[1:]):
+            for source, stored in zip(sources, stores, strict=False):  # the one with a halo first
+                source.write(region, stored.part(region))
+            moments.update(stores[0].part(region) if moved else node.read(region))
         for n, stored in zip(moved, stores, strict=True):
             n.sources = (stored,)
         node.moments = moments
@@ -282,13 +289,16 @@ class Executor:
 
     def fits(self, nodes: Sequence[Node]) -> bool:
         """Whether the budget holds while nodes are computed together and stored."""
-        going = self.going(nodes)
+        going, size = self.going(nodes), self.tile_size(nodes[0])
         passing = sum(s.held_bytes() for s in going)
         held = sum(s.held_bytes() for s in self.live) - passing + self.fixed_bytes
-        rows = self.tile_size(nodes[0])[0]
-        lag = sum(min(s.held_bytes(), s.rows_bytes(rows + 2) + GRAIN) for s in going)
-        work = self.work_bytes(nodes[0], self.tile_size(nodes[0]))
-        return held + max(passing, sum(n.bytes() for n in nodes)) + lag + work <= self.budget
+        new = sum(n.bytes() for n in nodes)
+        # While one takes the place of the other, both hold the tile at hand: the old one is whole
+        # when the first tile is written, the new one when the last is read.
+        lag = sum(min(s.held_bytes(), s.rows_bytes(size[0] + 2) + GRAIN) for s in going)
+        first = min(new, new * (size[0] + 2) // nodes[0].shape[0] + GRAIN)
+        peak = held + max(passing + first, new + lag) + self.work_bytes(nodes[0], size)
+        return peak <= self.budget
 
     def going(self, nodes: Sequence[Node]) -> list[Stored]:
         """What nobody reads once nodes are computed."""
@@ -299,7 +309,7 @@ class Executor:
     def hold(self, values: Tensor) -> Stored:
         """Store a whole tensor `(1, C, *shape)`."""
         stored = Stored(values.shape[1], values.shape[2:], values.device, values.dtype)
-        stored.write(whole_of(stored.shape), values)
+        stored.part(whole_of(stored.shape)).copy_(values)
         self.live.append(stored)
         return stored
 

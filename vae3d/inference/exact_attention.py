@@ -79,7 +79,8 @@ def global_attention(run, module: attention.GlobalAttention, node: Node) -> Node
         for _ in range(2)
     )
     run.fixed_bytes += keys.nbytes + values.nbytes
-    for region, part in run.sweep(normed):
+    for region in run.sweep(normed):
+        part = normed.read(region)
         for whole, number in ((keys, 1), (values, 2)):
             tokens = rearrange(project(module, number, part), "1 h n d -> n (h d)")
             where = tuple(slice(*r) for r in region)
@@ -106,7 +107,8 @@ def linear_attention(run, module: attention.LinearAttention, node: Node) -> Node
     """One pass sums `softmax(k)^T v` over the volume, scaled by the largest key so far."""
     node, normed = _normed(run, module, node)
     largest = total = context = None
-    for _, part in run.sweep(normed):
+    for region in run.sweep(normed):
+        part = normed.read(region)
         k, v = (project(module, number, part) for number in (1, 2))
         k = wide(k)
         peak = k.amax(2, keepdim=True)  # (1, H, 1, D)

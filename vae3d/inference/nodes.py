@@ -47,6 +47,10 @@ class Node:
         """Compute a region: `(1, C, *region)`, channels last in memory."""
         raise NotImplementedError
 
+    def write(self, region: Region, out: Tensor) -> None:
+        """Compute a region into memory that is there, `(1, C, *region)`."""
+        out.copy_(self.read(region))
+
     def needs(self, region: Region) -> Region:
         """Region of the sources that `region` is computed from."""
         return region
@@ -120,10 +124,10 @@ class Stored(Node):
         self.first, self.past = 0, 0  # rows in use
         self.lowest: int | None = None  # first row read by the tiles at hand
 
-    def write(self, region: Region, values: Tensor) -> None:
-        """Keep a tile."""
-        self.values[(slice(None), slice(None), *(slice(*r) for r in region))] = values
+    def part(self, region: Region) -> Tensor:
+        """The memory of a region, to be written to."""
         self.past = max(self.past, region[0][1])
+        return self.values[(slice(None), slice(None), *(slice(*r) for r in region))]
 
     def read(self, region):
         lo = region[0][0]
@@ -185,7 +189,7 @@ class Kept(Node):
         super().__init__(source.channels, source.shape, source)
         self.overlap = 0
         self.columns: dict[Region, tuple[int, Tensor]] = {}  # first row and values, by column
-        self.column: Region = ()  # read last
+        self.region: Region | None = None  # read last
 
     @property
     def is_stored(self) -> bool:
@@ -196,31 +200,42 @@ class Kept(Node):
         source, ((lo, hi), *rest) = self.sources[0], region
         if self.is_stored:
             return source.read(region)
-        self.column = column = tuple(rest)
-        a, values = self.columns.get(column, (0, None))
+        if self.region is not None and contains(self.region, region):
+            _, values = self.columns[self.region[1:]]
+            where = [
+                slice(lo - a, hi - a) for (lo, hi), (a, _) in zip(region, self.region, strict=True)
+            ]
+            return values[(slice(None), slice(None), *where)]
+        a, values = self.columns.get(tuple(rest), (0, None))
         b = a if values is None else a + values.shape[2]
         if hi <= a or lo >= b:
-            a, values = lo, source.read(region)
+            values = source.read(region)
         elif lo < a or hi > b:
             parts = [values[:, :, max(lo - a, 0) : min(hi, b) - a]]
             if lo < a:
                 parts.insert(0, source.read(((lo, a), *rest)))
             if hi > b:
                 parts.append(source.read(((b, hi), *rest)))
-            a, values = lo, torch.cat(parts, 2)
-        self.columns[column] = a, values
-        return values[:, :, lo - a : hi - a]
+            values = torch.cat(parts, 2)
+        else:
+            values = values[:, :, lo - a : hi - a]
+        self.columns[tuple(rest)], self.region = (lo, values), region
+        return values
 
     def trim(self) -> None:
         """After a tile: keep only the rows that the next one of its column shares."""
-        a, values = self.columns.pop(self.column, (0, None))
-        if values is not None and self.overlap:
-            skip = max(values.shape[2] - self.overlap, 0)
-            self.columns[self.column] = a + skip, values[:, :, skip:].clone()
+        for column, (a, values) in list(self.columns.items()):
+            skip = values.shape[2] - self.overlap
+            if not self.overlap:
+                del self.columns[column]
+            elif skip > 0:
+                self.columns[column] = a + skip, values[:, :, skip:].clone()
+        self.region = None
 
     def forget(self) -> None:
         """Drop the remembered rows."""
         self.columns.clear()
+        self.region = None
 
     def peak_bytes(self, region):
         return max(self.sources[0].peak_bytes(region), 2 * self.new_bytes(region))
@@ -357,35 +372,43 @@ class UpsampledConv(Node):
         return clip(wants, self.sources[0].shape)
 
     def read(self, region):
-        cover, has = self._cover(region), self.needs(region)
-        x = channels_last(self.sources[0].read(has))
-        rows, *missing = [
-            (a - (lo - 1), hi + 1 - b) for (lo, hi), (a, b) in zip(cover, has, strict=True)
-        ]
-        if any(rows):
-            x = F.pad(x, (*(0, 0) * len(missing), *rows))
-        x, padding = fast.pad_uneven(x, [(0, 0), *missing])
+        cover = self._cover(region)
         size = [(hi - lo) * f for (lo, hi), f in zip(cover, self.factor, strict=True)]
+        device, dtype = home_of(self)
         fine = torch.empty(
-            (1, self.channels, *size),
-            device=x.device,
-            dtype=x.dtype,
-            memory_format=LAYOUT[len(size)],
+            (1, self.channels, *size), device=device, dtype=dtype, memory_format=LAYOUT[len(size)]
         )
-        (lo, hi), first, f = region[0], cover[0][0], self.factor[0]
-        ones = (1,) * len(size)
-        for phase, weight in enumerate(self.phases.weights):
-            start, stop = (-((phase - n) // f) - first for n in (lo, hi))  # rows of this phase
-            slab = x[:, :, start + phase : stop + phase + weight.shape[2] - 1]
-            if start < stop:
-                y = convolve(slab, weight, self.bias, padding, ones, ones, 1)
-                for target, grid in self.phases.pairs(fine, start, stop, phase, y):
-                    target.copy_(grid)
+        self._fill(fine, cover, region[0])
         cuts = [
             slice(lo - a * f, hi - a * f)
             for (lo, hi), (a, _), f in zip(region, cover, self.factor, strict=True)
         ]
         return fine[(slice(None), slice(None), *cuts)]
+
+    def write(self, region, out):
+        edges = zip(region, self.factor, strict=True)
+        if any(edge % f for r, f in edges for edge in r) or out.device != home_of(self)[0]:
+            out.copy_(self.read(region))
+        else:
+            self._fill(out, self._cover(region), region[0])
+
+    def _fill(self, fine: Tensor, cover: Region, rows: tuple[int, int]) -> None:
+        """Compute `rows` of the fine voxels over a coarse region into `fine`, which holds all."""
+        wants = tuple((lo - 1, hi + 1) for lo, hi in cover)
+        has = clip(wants, self.sources[0].shape)
+        x = channels_last(self.sources[0].read(has))
+        ends, *missing = [(a - lo, hi - b) for (lo, hi), (a, b) in zip(wants, has, strict=True)]
+        if any(ends):
+            x = F.pad(x, (*(0, 0) * len(missing), *ends))
+        x, padding = fast.pad_uneven(x, [(0, 0), *missing])
+        first, f, ones = cover[0][0], self.factor[0], (1,) * len(cover)
+        for phase, weight in enumerate(self.phases.weights):
+            start, stop = (-((phase - n) // f) - first for n in rows)  # coarse rows of this phase
+            if start < stop:
+                slab = x[:, :, start + phase : stop + phase + weight.shape[2] - 1]
+                y = convolve(slab, weight, self.bias, padding, ones, ones, 1)
+                for target, grid in self.phases.pairs(fine, start, stop, phase, y):
+                    target.copy_(grid)
 
     def operations(self):
         taps = 2 * self.phases.weights[0][0].numel()
@@ -488,6 +511,11 @@ class Local(Node):
 def clip(region: Region, shape: Sequence[int]) -> Region:
     """The part of a region that lies inside the volume."""
     return tuple((max(lo, 0), min(hi, n)) for (lo, hi), n in zip(region, shape, strict=True))
+
+
+def contains(outer: Region, inner: Region) -> bool:
+    """Whether a region lies within another."""
+    return all(a <= lo and hi <= b for (a, b), (lo, hi) in zip(outer, inner, strict=True))
 
 
 def channels_last(x: Tensor) -> Tensor:
