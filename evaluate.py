@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from loaders import Preprocess
 from vae3d.losses.perceptual import Perceptual
 
 PCA_VOLUMES = 16  # training volumes that the block-PCA baseline is fitted on
@@ -30,11 +31,13 @@ class EvaluationData:
         root: Folder (searched below), glob, or CSV/JSON manifest with the column `path`.
         cache_dir: Where prepared volumes are kept; null for ~/.cache/vae3d (or $VAE3D_CACHE).
         on_error: Broken file: raise ends the evaluation, skip lists it in skipped.csv.
+        preprocess: What you hold for that of the checkpoint, as a check; null to trust it.
     """
 
     root: str
     cache_dir: str | None = None
     on_error: Literal["raise", "skip"] = "raise"
+    preprocess: Preprocess | None = None
 
 
 def evaluate(
@@ -97,7 +100,7 @@ def evaluate(
         device: auto | cpu | cuda | mps.
         trust: Module prefixes besides vae3d whose classes the checkpoint may import.
     """
-    from loaders import Preprocess, VolumeStore, find_subjects
+    from loaders import VolumeStore, find_subjects
     from vae3d.inference.evaluation import Evaluator, headline
     from vae3d.inference.stitching import check_patch, tile_faces
     from vae3d.tracking.tracker import Tracker
@@ -126,7 +129,7 @@ def evaluate(
         vae.to(world.device)
         options = {"on_error": data.on_error}
         options |= {k: trained["data"][k] for k in ("nan", "volumes_4d")}
-        preprocess = Preprocess.from_dict(state["preprocess"])
+        preprocess = Preprocess.of_checkpoint(state["preprocess"], data.preprocess)
         out, pca = Path(out_dir), None
         with world.main_first():
             store = VolumeStore.build(chosen, data.cache_dir, preprocess, **options)

@@ -112,7 +112,8 @@ class PatchPlan:
     def places(self, samples: Sequence[int]) -> tuple[list[tuple[int, int]], np.ndarray]:
         """Return (epoch, row) of each sample of the endless sequence, and its row of the plan."""
         places = [divmod(sample, self.rows_per_epoch) for sample in samples]
-        return places, np.array([self.table(epoch)[row] for epoch, row in places], np.int64)
+        tables = {epoch: self.table(epoch) for epoch, _ in places}
+        return places, np.array([tables[epoch][row] for epoch, row in places], np.int64)
 
     def image_shape(self, samples: Sequence[int]) -> tuple[int, ...]:
         """Shape (B, C, *patch) of a batch; whole volumes are padded to the largest of them."""
@@ -127,31 +128,36 @@ class PatchPlan:
         places, rows = self.places(samples)
         image = torch.empty(self.image_shape(samples)) if image is None else image
         buffers = image.numpy()
-        for number, (place, row) in enumerate(zip(places, rows, strict=True)):
-            volume, *corner = row.tolist()
+        for number, (volume, *corner) in enumerate(rows.tolist()):
             read_patch(self.store, volume, corner, buffers[number])
             if self.augment is not None:
-                key, spacing_mm = (self.seed, *place), self.store.spacing_mm(volume)
+                key, spacing_mm = (self.seed, *places[number]), self.store.spacing_mm(volume)
                 image[number] = self.augment(image[number], key, spacing_mm)
-        return Batch(
-            image,
-            torch.from_numpy(rows[:, 0]),
-            torch.from_numpy(rows[:, 1:]),
-            torch.tensor([row for _, row in places]),
-        )
+        index = torch.tensor([row for _, row in places])
+        rows = torch.from_numpy(rows)
+        return Batch(image, rows[:, 0], rows[:, 1:], index)
+
+
+def references(arrays: list[np.ndarray]) -> list[int]:
+    """Count who refers to each array; only to be compared with another count from here.
+
+    What the interpreter itself holds differs between versions of Python.
+    """
+    return [sys.getrefcount(array) for array in arrays]
 
 
 def read_patch(store, volume: int, corner: Sequence[int], out: np.ndarray) -> None:
     """Fill `out` (C, *patch); what lies beyond the volume's high end is reflected into it."""
-    shape, patch = store.shape(volume)[1:], out.shape[1:]
-    ends = [min(c + p, n) for c, p, n in zip(corner, patch, shape, strict=True)]
-    slices = tuple(slice(c, end) for c, end in zip(corner, ends, strict=True))
-    pads = [p - (end - c) for c, p, end in zip(corner, patch, ends, strict=True)]
-    if any(pads):
-        inside = store.read(volume, slices)
-        out[...] = np.pad(inside, [(0, 0)] + [(0, pad) for pad in pads], "reflect")
-    else:
+    slices, inside = [], True
+    for low, size, n in zip(corner, out.shape[1:], store.shape(volume)[1:], strict=True):
+        slices.append(slice(low, low + size))
+        inside &= low + size <= n
+    if inside:
         store.read_into(volume, slices, out)
+        return
+    part = store.read(volume, slices)  # a slice ends where its axis does
+    pads = [(0, p - n) for p, n in zip(out.shape, part.shape, strict=True)]
+    out[...] = np.pad(part, pads, "reflect")
 
 
 class PatchLoader:
@@ -219,6 +225,7 @@ class PatchLoader:
         self.samples = 0  # of all ranks together, since the start of epoch 0
         self._begin = 0  # where the next iteration starts
         self._slots: list[np.ndarray] = []
+        self._idle: list[int] = []  # reference counts of slots that no tensor looks at
 
     def __len__(self) -> int:
         """Batches of this rank in one epoch."""
@@ -307,9 +314,12 @@ class PatchLoader:
             if not self._slots:
                 size = (self.prefetch + 2, self.batch_size, *shape[1:])
                 self._slots = list(np.empty(size, np.float32))
-            for slot in self._slots:
-                if sys.getrefcount(slot) == 3:  # in the list, in this loop, as the argument
-                    return torch.from_numpy(slot)[: len(samples)]
+                self._idle = references(self._slots)
+            counts = references(self._slots)
+            for slot, count, idle in zip(self._slots, counts, self._idle, strict=True):
+                if count == idle:
+                    image = torch.from_numpy(slot)
+                    return image if len(samples) == self.batch_size else image[: len(samples)]
         return torch.empty(shape)
 
     def _from_threads(self, jobs: Iterator) -> Iterator[tuple[int, Batch]]:

@@ -98,6 +98,23 @@ class Preprocess:
         ]
         return "; ".join(differing) or None
 
+    @classmethod
+    def of_checkpoint(cls, values: dict[str, Any], wanted: Preprocess | None = None) -> Preprocess:
+        """Rebuild the contract that a model was trained under; another one is an error.
+
+        Args:
+            values: As `to_dict` wrote them into the checkpoint.
+            wanted: What the user says of the data; None for nothing.
+        """
+        trained = cls.from_dict(values)
+        difference = wanted and wanted.difference(trained)
+        if difference:
+            raise ValueError(
+                f"data.preprocess is not what the checkpoint was trained with: {difference}; leave "
+                f"it out to prepare the volumes as in training"
+            )
+        return trained
+
     def geometry(self) -> dict[str, Any]:
         """Return the part that decides what lies in the cache: all but the intensity mapping."""
         intensity = ("window_hu", "percentiles", "intensity")

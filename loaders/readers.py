@@ -164,6 +164,14 @@ def read_voxels(
             f"header claims {claimed} bytes but the {codec} stream of {on_disk} bytes cannot hold "
             f"an image of that size",
         )
+    if codec == "gzip" and (length_in_trailer(path) - start - claimed) % 2**32 > trailing:
+        # Cut short, lying, or made of several members: count before memory is taken.
+        held = 0
+        for chunk in decompressed(path, codec, stream_start):
+            held += len(chunk)
+            if held > start + claimed + trailing:
+                break
+        refuse_length(path, held - start, claimed, trailing)
     # Pages of np.empty are committed as they are filled: a lying header costs what the file holds.
     out = np.empty(claimed, np.uint8)
     view, position = memoryview(out), -start
@@ -173,10 +181,24 @@ def read_voxels(
             view[low:high] = chunk[low - position : high - position]
         position += len(chunk)
         if position > claimed + trailing:
-            raise BrokenVolume(path, f"stream holds more than the {claimed} bytes of its header")
-    if position < claimed:
-        raise BrokenVolume(path, f"header claims {claimed} bytes but the stream holds {position}")
+            break
+    refuse_length(path, position, claimed, trailing)
     return out.view(dtype)
+
+
+def refuse_length(path: Path, held: int, claimed: int, trailing: int) -> None:
+    """Raise unless a stream holds the voxels that its header claims, and little more."""
+    if held > claimed + trailing:
+        raise BrokenVolume(path, f"stream holds more than the {claimed} bytes of its header")
+    if held < claimed:
+        raise BrokenVolume(path, f"header claims {claimed} bytes but the stream holds {held}")
+
+
+def length_in_trailer(path: Path) -> int:
+    """Return what the end of a gzip stream says of its length, in bytes modulo 2^32."""
+    with open(path, "rb") as file:
+        file.seek(-4, os.SEEK_END)
+        return int.from_bytes(file.read(4), "little")
 
 
 def head(path: Path, num_bytes: int) -> bytes:

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import torch
 
 from loaders.build import Builder, draw_labels, exclusive, stamp, write_whole
 from loaders.compressed import CompressedArray
@@ -161,15 +162,8 @@ class VolumeStore:
         """Read as `read` into a float32 buffer (C, *shape of the slices)."""
         entry = self.entries[index]
         source = self.array(index)[(slice(None), *slices)]
-        np.copyto(out, source, casting="unsafe")
-        if entry.raw:
-            return
-        # In place on one channel at a time, which is still in the processor's cache.
-        for channel, target in enumerate(out):
-            target *= entry.gain[channel]
-            if entry.bias[channel]:
-                target += entry.bias[channel]
-            np.clip(target, entry.low[channel], entry.high[channel], out=target)
+        read = read_by_torch if torch.get_num_threads() == 1 else read_by_numpy
+        read(out, source, entry)
 
     def _open(self, index: int) -> np.ndarray | CompressedArray:
         """Map the stored numbers of a volume (C, X, Y, Z)."""
@@ -183,7 +177,7 @@ class VolumeStore:
         finally:
             os.close(descriptor)
         flat = np.frombuffer(buffer, entry.dtype, num_items(entry.shape), entry.start)
-        return flat.reshape(entry.shape)
+        return np.asarray(Unlocked(flat)).reshape(entry.shape)
 
     def undo(self, index: int, x: np.ndarray) -> Volume:
         """Invert the preprocessing: original intensities, grid and affine.
@@ -311,6 +305,7 @@ class VolumeStore:
             for subject in subjects
             if subject.id in known
         ]
+        warn_of_intensities(entries, [known[entry.subject.id] for entry in entries], preprocess)
         channels = {entry.shape[0] for entry in entries}
         if len(channels) > 1:
             odd = next(entry for entry in entries if entry.shape[0] != entries[0].shape[0])
@@ -319,6 +314,51 @@ class VolumeStore:
                 f"{entries[0].subject.paths[0]} has {entries[0].shape[0]}"
             )
         return cls(entries, cache_dir, preprocess, skipped)
+
+
+class Unlocked:
+    """Read-only memory that numpy takes for writable, since torch warns of any other.
+
+    A private writable map would do, but systems refuse one that is larger than their memory. Who
+    writes to it all the same is ended by the system.
+
+    Args:
+        array: A contiguous array; it is kept alive.
+    """
+
+    def __init__(self, array: np.ndarray):
+        self.array = array
+        interface = array.__array_interface__
+        self.__array_interface__ = interface | {"data": (interface["data"][0], False)}
+
+
+def read_by_numpy(out: np.ndarray, stored: np.ndarray, entry: Entry) -> None:
+    """Cast and map stored numbers (C, X, Y, Z): clip(stored * gain + bias, low, high)."""
+    if entry.raw:
+        np.copyto(out, stored, casting="unsafe")
+        return
+    for channel, target in enumerate(out):  # one at a time, it stays in the processor's cache
+        np.copyto(target, stored[channel], casting="unsafe")
+        target *= entry.gain[channel]
+        if entry.bias[channel]:
+            target += entry.bias[channel]
+        np.clip(target, entry.low[channel], entry.high[channel], out=target)
+
+
+def read_by_torch(out: np.ndarray, stored: np.ndarray, entry: Entry) -> None:
+    """Do the same a tenth faster, to the bit; only where torch starts no threads of its own.
+
+    Threads read ahead already: a team of torch's for each of them would fight for the cores.
+    """
+    target, source = torch.from_numpy(out), torch.from_numpy(stored)
+    if entry.raw:
+        target.copy_(source)
+        return
+    for channel, x in enumerate(target):
+        x.copy_(source[channel]).mul_(float(entry.gain[channel]))
+        if entry.bias[channel]:
+            x.add_(float(entry.bias[channel]))
+        x.clamp_(float(entry.low[channel]), float(entry.high[channel]))
 
 
 def undo(x: np.ndarray, record: dict[str, Any]) -> Volume:
@@ -348,6 +388,28 @@ def as_subjects(subjects_or_paths: Sequence[Subject | str | Path]) -> list[Subje
     paths = [Path(os.path.abspath(item)) for item in items]
     base = Path(os.path.commonpath([path.parent for path in paths]))
     return [Subject(id, (path,)) for id, path in zip(names_of(paths, base), paths, strict=True)]
+
+
+def warn_of_intensities(
+    entries: Sequence[Entry], metas: Sequence[dict[str, Any]], preprocess: Preprocess
+) -> None:
+    """Say on the console where a window in HU meets volumes without a single voxel below 0 HU.
+
+    Air and fat lie below 0: such volumes were most likely never rescaled to HU, or are no CT.
+    """
+    if preprocess.window_hu is None or preprocess.window_hu[0] >= 0:
+        return
+    odd = [
+        entry.subject.paths[0]
+        for entry, meta in zip(entries, metas, strict=True)
+        if min(stats["min"] for stats in meta["statistics"]) >= 0
+    ]
+    if odd:
+        print(
+            f"{odd[0]}: no voxel lies below 0 though window_hu is {preprocess.window_hu}: are the "
+            f"intensities Hounsfield units? ({len(odd)} of {len(entries)} volumes)",
+            file=sys.stderr,
+        )
 
 
 def open_entry(

@@ -79,6 +79,86 @@ def test_check_data_lists_every_bad_file_at_once(demo, tmp_path, vae3d):
         assert any(name in line and reason in line for line in lines)
 
 
+def test_every_kind_of_broken_file_is_listed_and_none_stops_the_check(tmp_path, vae3d):
+    import gzip
+    import os
+
+    from loaders import write_volume
+    from loaders.readers import Volume
+
+    data = np.random.default_rng(0).integers(0, 99, (9, 9, 9)).astype(np.int16)
+    write_volume(tmp_path / "good.nii.gz", Volume(data[None]))
+    good = (tmp_path / "good.nii.gz").read_bytes()
+    raw = gzip.decompress(good)
+    flipped = bytearray(good)
+    flipped[len(good) // 2] ^= 16
+    claims = bytearray(raw)
+    claims[42:48] = np.array([9000, 9000, 900], "<i2").tobytes()
+    singular = bytearray(raw)
+    singular[280:328] = bytes(48)
+    singular[252:254] = bytes(2)  # no quaternion either
+    files = {
+        "cut.nii.gz": (good[:-9], "truncated"),
+        "flipped.nii.gz": (bytes(flipped), "damaged"),
+        "lying.nii.gz": (gzip.compress(bytes(claims)), "claims"),
+        "singular.nii": (bytes(singular), "singular"),
+        "empty.nii": (b"", "0 bytes"),
+        "page.nii.gz": (b"<html><body>404", "web page"),
+        "pointer.nii.gz": (b"version https://git-lfs.github.com/spec/v1", "git lfs pull"),
+    }
+    for name, (content, _) in files.items():
+        (tmp_path / name).write_bytes(content)
+    arrays = {
+        "nan": (np.where(data == 5, np.nan, data), "NaN or infinite"),
+        "flat": (np.full((5, 5, 5), 3), "all voxels are 3"),
+        "complex": (data.astype(np.complex64), "complex"),
+        "objects": (np.array([{}], dtype=object), "object"),
+        "four": (np.stack([data, data], 3), "is 4D"),
+    }
+    for name, (array, _) in arrays.items():
+        np.save(tmp_path / f"{name}.npy", array, allow_pickle=True)
+    os.mkfifo(tmp_path / "pipe.nii")
+    (tmp_path / "gone.nii").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "loop.nii").symlink_to(tmp_path / "loop.nii")
+    words = {name: reason for name, (_, reason) in files.items()}
+    words |= {f"{name}.npy": reason for name, (_, reason) in arrays.items()}
+    words |= {"pipe.nii": "not a regular file", "gone.nii": "dangling", "loop.nii": "loop.nii"}
+    done = vae3d("check-data", tmp_path)
+    lines = {line.split(": ")[0].split(os.sep)[-1]: line for line in done.stdout.splitlines()}
+    assert done.returncode == 2 and set(lines) == set(words), set(lines) ^ set(words)
+    assert f"1 of {len(words) + 1} volumes are sound" in done.stderr
+    for name, reason in words.items():
+        assert reason in lines[name], lines[name]
+
+
+def test_check_data_reads_files_at_the_same_time(tmp_path, monkeypatch):
+    """Two readers wait for each other: one after the other they would wait for ever."""
+    import threading
+
+    import loaders.check
+
+    for n in range(2):
+        np.save(tmp_path / f"{n}.npy", np.arange(8.0).reshape(2, 2, 2))
+    both, real = threading.Barrier(2, timeout=20), loaders.check.read_subject
+    monkeypatch.setattr(loaders.check, "read_subject", lambda *a: (both.wait(), real(*a))[1])
+    assert loaders.check.broken_files(str(tmp_path), threads=2) == (2, [])
+
+
+def test_a_broken_file_ends_a_command_in_one_line_or_is_skipped_and_counted(demo, tmp_path, vae3d):
+    for path in sorted(demo.glob("*.nii.gz")):
+        (tmp_path / "data" / path.name).parent.mkdir(exist_ok=True)
+        (tmp_path / "data" / path.name).write_bytes(path.read_bytes())
+    cut = tmp_path / "data" / "sub-02_T1w.nii.gz"
+    cut.write_bytes(cut.read_bytes()[:-100])
+    options = ("--data.root", tmp_path / "data", "--data.cache_dir", tmp_path / "cache")
+    done = vae3d("prepare", *options)
+    assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1
+    assert str(cut) in done.stderr and "truncated gzip" in done.stderr
+    done = vae3d("prepare", *options, "--data.on_error", "skip")
+    assert done.returncode == 0 and "2 volumes" in done.stdout
+    assert "1 of 3 volumes skipped" in done.stderr and str(cut) in done.stderr
+
+
 def test_prepare_fills_the_cache_and_says_what_is_wrong(demo, tmp_path, vae3d):
     options, empty = ("--data.cache_dir", tmp_path / "cache"), tmp_path / "empty"
     empty.mkdir()

@@ -158,9 +158,11 @@ def test_state_of_other_data_is_told(store):
         loader(store, patches_per_volume=3).load_state_dict(state)
 
 
-def test_global_random_state_is_left_alone(store):
+def test_global_random_state_is_left_alone(store, tmp_path):
     before = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()
     augment = Augment({"RandomNoise": {}})
+    paths = [path for entry in store.entries for path in entry.subject.paths]
+    VolumeStore.build(paths, tmp_path / "cache")
     for threads in (0, 2):
         one = loader(store, threads=threads, augment=augment)
         len(one), next(iter(one)), one.state_dict()
@@ -223,6 +225,22 @@ def test_balanced_groups_hold_over_all_ranks(store):
         loader(store, balance_by="age")
 
 
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_balanced_groups_are_exact_in_every_epoch_and_differ_between_epochs(store, world_size):
+    epochs = []
+    for epoch in range(2):
+        found = []
+        for rank in range(world_size):
+            one = loader(store, balance_by="site", rank=rank, world_size=world_size)
+            one.set_epoch(epoch)
+            found += rows(one)
+        sites = Counter(store.labels(row[1])["site"] for row in found)
+        assert sites["x"] == sites["y"] == 4 * 8
+        assert sorted(row[0] for row in found) == list(range(64))  # each row of the plan once
+        epochs.append(sorted(found))
+    assert epochs[0] != epochs[1]
+
+
 @pytest.mark.parametrize(
     ("options", "word"),
     [
@@ -275,6 +293,68 @@ def test_no_thread_is_left_after_break_error_or_interrupt(store):
         except (KeyboardInterrupt, RuntimeError):
             pass
         assert threading.active_count() == before
+
+
+def test_no_process_is_left_after_breaking_off_augmentation(store):
+    import multiprocessing
+
+    for batch in loader(store, threads=2, augment=Augment({"RandomNoise": {}})):
+        assert batch.image.shape[1:] == (1, 8, 8, 8) and multiprocessing.active_children()
+        break
+    for _ in range(100):
+        if not multiprocessing.active_children():
+            break
+        time.sleep(0.05)
+    assert not multiprocessing.active_children()
+
+
+def test_ctrl_c_ends_a_loop_over_batches_at_once(store, tmp_path):
+    import signal
+    import subprocess
+    import sys
+
+    np.save(tmp_path / "v.npy", np.random.default_rng(0).integers(0, 99, (40,) * 3, np.int16))
+    code = (
+        "import sys\nfrom loaders import PatchLoader, VolumeStore\n"
+        "store = VolumeStore.build([sys.argv[1]], sys.argv[2])\n"
+        "for n, batch in enumerate(PatchLoader(store, (8, 8, 8), threads=4).stream()):\n"
+        "    if n == 20: print('running', flush=True)\n"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "v.npy"), str(tmp_path / "cache")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout.readline() == b"running\n"
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=20)
+    assert process.returncode == -signal.SIGINT and errors.count(b"Traceback") == 1, errors
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("threads", [0, 2])
+def test_pinned_batches_are_copied_to_the_gpu_in_the_background_and_arrive_whole(store, threads):
+    """Copies queue behind work on the GPU while the loader goes on and takes up freed memory."""
+    if not torch.cuda.is_available():
+        pytest.skip("needs CUDA")
+    plain = [batch.image for batch in islice(loader(store).stream(), 60)]
+    arrived = []
+    for number, batch in enumerate(islice(loader(store, threads=threads, pin=True).stream(), 60)):
+        assert batch.image.is_pinned()
+        if number % 10 == 0:
+            torch.cuda._sleep(10**8)  # tens of milliseconds in which no copy can begin
+        moved = batch.to("cuda")
+        assert moved.image.is_cuda and moved.volume is batch.volume
+        arrived.append(moved.image)
+        del batch, moved
+    torch.cuda.synchronize()
+    assert all(torch.equal(a, b.cpu()) for a, b in zip(plain, arrived, strict=True))
+
+
+def test_a_batch_may_span_several_short_epochs(store):
+    one = PatchLoader(store.subset(["v0", "v2"]), (8, 8, 8), patches_per_volume=1, threads=0)
+    singly = rows(islice(one.stream(), 21))
+    wide = PatchLoader(
+        store.subset(["v0", "v2"]), (8, 8, 8), patches_per_volume=1, batch_size=7, threads=0
+    )
+    assert rows(islice(wide.stream(), 3)) == singly
 
 
 def test_read_ahead_is_bounded(store):

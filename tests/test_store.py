@@ -53,7 +53,7 @@ def test_reading_normalizes_to_the_percentiles_of_the_whole_source(paths, tmp_pa
     assert np.allclose(store.spacing_mm(0), 2)
 
 
-@pytest.mark.parametrize("dtype", ["u1", "i1", "i2", "u2", "i4", "u4", "i8", "u8", "f4", "f8"])
+@pytest.mark.parametrize("dtype", "u1 i1 i2 u2 i4 u4 i8 u8 f2 f4 f8".split())
 @pytest.mark.parametrize("order", "<>")
 def test_every_dtype_and_byte_order_reads_the_same(tmp_path, dtype, order):
     data = np.random.default_rng(0).integers(0, 100, (6, 7, 8)).astype(order + dtype)
@@ -234,9 +234,17 @@ def test_constant_and_nan_volumes_follow_the_policy(tmp_path):
         VolumeStore.build([tmp_path / "all.npy"], tmp_path / "cache", nan="fill")
 
 
-def test_data_of_another_intensity_contract_is_told(paths, tmp_path):
+def test_data_of_another_intensity_contract_is_told(paths, tmp_path, capsys):
     with pytest.raises(BrokenVolume, match="Hounsfield"):
         VolumeStore.build(paths, tmp_path / "cache", Preprocess(window_hu=(1000, 2000)))
+    VolumeStore.build(paths, tmp_path / "cache", Preprocess(window_hu=(0, 400)))
+    assert capsys.readouterr().err == ""
+    VolumeStore.build(paths, tmp_path / "cache", Preprocess(window_hu=(-1000, 400)))
+    (line,) = capsys.readouterr().err.splitlines()
+    assert str(paths[0]) in line and "Hounsfield" in line and "4 of 4 volumes" in line
+    ct = scan(tmp_path / "ct.nii.gz", offset=-1024.0)
+    VolumeStore.build([ct], tmp_path / "cache", Preprocess(window_hu=(-1000, 400)))
+    assert capsys.readouterr().err == ""
 
 
 def test_files_of_a_subject_become_channels_with_their_own_scale(tmp_path):
@@ -405,3 +413,27 @@ def test_missing_blosc2_says_how_to_get_it(paths, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "blosc2", None)
     with pytest.raises(ValueError, match=r"vae3d\[blosc2\]"):
         VolumeStore.build(paths, tmp_path / "cache", backend="blosc2")
+
+
+@pytest.mark.parametrize("dtype", ["u1", "i1", "i2", "u2", "i4", "f4"])
+@pytest.mark.parametrize("intensity", ["unit", "symmetric", "zscore", "raw"])
+def test_reading_by_torch_and_by_numpy_is_the_same_to_the_bit(tmp_path, dtype, intensity):
+    """Which of the two reads depends on the number of torch's threads, and nothing else does."""
+    import warnings
+
+    import torch
+
+    data = np.random.default_rng(0).gamma(2, 20, (9, 8, 7)).clip(0, 120).astype(dtype)
+    np.save(tmp_path / "a.npy", data)
+    options = Preprocess(percentiles=(1, 98), intensity=intensity)
+    store = VolumeStore.build([tmp_path / "a.npy"], tmp_path / "cache", options)
+    part = (slice(1, 8), slice(0, 8, 2), slice(3, 7))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # torch warns of read-only memory
+        by_torch = store.read(0, part)
+    try:
+        torch.set_num_threads(2)
+        by_numpy = store.read(0, part)
+    finally:
+        torch.set_num_threads(1)
+    assert np.array_equal(by_torch, by_numpy)

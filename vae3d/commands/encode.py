@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from loaders import Preprocess
+
 
 @dataclass
 class VolumeSource:
@@ -16,10 +18,12 @@ class VolumeSource:
     Args:
         root: Folder, glob or manifest; null for the one that the model was trained on.
         cache_dir: Where prepared volumes are kept; null for ~/.cache/vae3d (or $VAE3D_CACHE).
+        preprocess: What you hold for that of the checkpoint, as a check; null to trust it.
     """
 
     root: str | None = None
     cache_dir: str | None = None
+    preprocess: Preprocess | None = None
 
 
 def encode(
@@ -113,10 +117,10 @@ def open_volumes(state: dict[str, Any], source: VolumeSource, split: str = "all"
     Returns:
         The store, and the part of the split of each subject that has one.
     """
-    from loaders import DataConfig, Preprocess, open_data
+    from loaders import DataConfig, open_data
 
     of_run = dict(state["config"]["data"])
-    of_run |= {"preprocess": Preprocess.from_dict(state["preprocess"])}
+    of_run |= {"preprocess": Preprocess.of_checkpoint(state["preprocess"], source.preprocess)}
     of_run |= {
         "root": source.root or of_run["root"],
         "cache_dir": source.cache_dir or of_run["cache_dir"],
