@@ -61,7 +61,7 @@ def test_every_dtype_and_byte_order_reads_the_same(tmp_path, dtype, order):
     store = VolumeStore.build(
         [tmp_path / "a.npy"], tmp_path / "cache", Preprocess(percentiles=(0, 100))
     )
-    assert np.allclose(store.read(0)[0], data / 99.0, atol=1e-6)
+    assert np.allclose(store.read(0)[0], data.astype(float) / 99, atol=1e-6)
     kept = store.entries[0].dtype
     assert kept.isnative and kept.itemsize <= 4
     if dtype in ("u1", "i1", "i2", "u2"):
