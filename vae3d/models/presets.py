@@ -19,10 +19,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from vae3d.models.attention import BareLinearAttention, GlobalAttention
+from vae3d.models.attention import Attention, BareLinearAttention, GlobalAttention
 from vae3d.models.blocks import ResBlock
 from vae3d.models.custom_vae import CustomVAE
-from vae3d.models.downsample import ConvDown, PoolDown
+from vae3d.models.downsample import ConvDown, Down, PoolDown
 from vae3d.models.norm import GroupNorm, named, wide
 from vae3d.models.posterior import MIN_LOGVAR, DiagonalGaussian
 from vae3d.models.upsample import InterpUp, TransposeUp
@@ -337,7 +337,25 @@ class VAEModel(MonaiVAE):
 
     def sampling(self, z_mu: Tensor, z_sigma: Tensor) -> Tensor:
         """Draw from the posterior, with one `randn_like(z_sigma)` of the global generator."""
-        return z_mu + torch.randn_like(z_sigma) * z_sigma
+        layout = self.noise_layout(z_sigma)
+        return z_mu + torch.randn_like(z_sigma, memory_format=layout) * z_sigma
+
+    def noise_layout(self, z_sigma: Tensor) -> torch.memory_format:
+        """The layout that `z_sigma` has in MONAI; `randn_like` fills memory in order.
+
+        It is contiguous, but for attention on the CPU, which leaves channels innermost. The norm
+        that follows undoes that for a single volume, and for a single image unless two attentions
+        stand at one resolution.
+        """
+        attentions = [0]  # at each resolution of the encoder
+        for layer in self.encoder:
+            attentions += [0] * isinstance(layer, Down)
+            attentions[-1] += isinstance(layer, Attention)
+        flat = self.spatial_dims == 2
+        kept = max(attentions) > (len(z_sigma) == 1) and (flat or len(z_sigma) > 1)
+        if z_sigma.device.type != "cpu" or not kept:
+            return torch.contiguous_format
+        return torch.channels_last if flat else torch.preserve_format
 
     def forward(self, x: Tensor, sample_posterior: bool | None = None) -> tuple:
         """Reconstruct a sample, as MONAI does.
