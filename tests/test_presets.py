@@ -1,5 +1,6 @@
 """Presets: published sizes, their APIs, their recipes in configs/model, torch.export."""
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -10,7 +11,9 @@ import yaml
 from torch import nn
 from torch.export import Dim, export
 
-from vae3d.models.attention import Attention, GlobalAttention
+from vae3d.config import parse
+from vae3d.models.attention import Attention, GlobalAttention, LinearAttention, PatchAttention
+from vae3d.models.convert import export_diffusers, export_monai_state
 from vae3d.models.custom_vae import CustomVAE
 from vae3d.models.norm import GroupNorm
 from vae3d.models.presets import (
@@ -60,6 +63,53 @@ def test_published_parameter_counts():
     assert count(on_meta(AutoencoderKL, in_channels=3)) == 83_653_863
     assert round(count(on_meta(T1LightVAE)) / 1e6, 2) == 2.93
     assert round(count(on_meta(MaisiVAE)) / 1e6, 1) == 20.9
+
+
+def test_no_preset_holds_a_parameter_that_the_reference_has_not():
+    """Names and shapes of every recipe of a published network, at its full size."""
+    monai = pytest.importorskip("monai.networks.nets")
+    maisi = pytest.importorskip("monai.apps.generation.maisi.networks.autoencoderkl_maisi")
+    diffusers = pytest.importorskip("diffusers")
+    shared = {"spatial_dims": 3, "in_channels": 1, "out_channels": 1, "latent_channels": 4}
+    shared |= {"attention_levels": (False,) * 3, "norm_num_groups": 32}
+    bare = {"with_encoder_nonlocal_attn": False, "with_decoder_nonlocal_attn": False}
+    references = {
+        "maisi": partial(
+            maisi.AutoencoderKlMaisi,
+            **shared | bare,
+            num_channels=(64, 128, 256),
+            num_res_blocks=(2, 2, 2),
+            include_fc=False,
+        ),
+        "monai": partial(
+            monai.AutoencoderKL, **shared | bare, channels=(32, 64, 128), num_res_blocks=(2, 2, 2)
+        ),
+        "t1_light": partial(
+            maisi.AutoencoderKlMaisi,
+            **shared | bare,
+            num_channels=(32, 64, 128),
+            num_res_blocks=(1, 1, 1),
+            include_fc=False,
+        ),
+        "stable_diffusion": partial(
+            diffusers.AutoencoderKL,
+            in_channels=1,
+            out_channels=1,
+            down_block_types=("DownEncoderBlock2D",) * 4,
+            up_block_types=("UpDecoderBlock2D",) * 4,
+            block_out_channels=(128, 256, 512, 512),
+            layers_per_block=2,
+        ),
+    }
+    for path in RECIPES:
+        if path.stem in references:
+            ours, theirs = on_meta(recipe(path)), on_meta(references.pop(path.stem))
+            names = export_monai_state(ours) if path.stem != "stable_diffusion" else None
+            names = names or export_diffusers(ours)[0]
+            shapes = [{k: v.shape for k, v in s.items()} for s in (names, theirs.state_dict())]
+            assert shapes[0] == shapes[1]
+            assert count(ours) == count(theirs)
+    assert not references
 
 
 def test_the_light_variant_maps_its_published_shape():
@@ -184,7 +234,7 @@ def test_use_checkpoint_sets_checkpointing():
 @pytest.mark.parametrize("make", TINY.values(), ids=TINY.keys())
 def test_every_preset_trains_all_its_parameters(make):
     vae = make()
-    x = torch.randn(2, 1, *(8, 12, 4)[: vae.spatial_dims])
+    x = torch.randn(2, 1, *(9, 12, 5)[: vae.spatial_dims])  # 9 and 5 are no multiples of 2
     recon = vae(x)[0]
     recon.square().mean().backward()
     assert recon.shape == x.shape
@@ -194,22 +244,22 @@ def test_every_preset_trains_all_its_parameters(make):
 # -------------------------------------------------------------------------------- recipes
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
-def test_every_recipe_is_complete_explained_and_builds(path):
-    from vae3d.config import parse
+def recipe(path):
+    """The network that `train_3d.py --model path` builds."""
 
-    def train(model=CustomVAE):
+    def train(model: Callable[[], CustomVAE] = CustomVAE):
         """Train.
 
         Args:
             model: Network.
         """
 
-    from collections.abc import Callable
+    return parse(train, ["--model", str(path)])["model"]
 
-    train.__annotations__["model"] = Callable[[], CustomVAE]
-    model = parse(train, ["--model", str(path)])["model"]
-    vae = on_meta(model)
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
+def test_every_recipe_is_complete_explained_and_builds(path):
+    vae = on_meta(recipe(path))
     text = path.read_text()
     written = yaml.safe_load(text)["init_args"]
     assert set(written) == set(vae.spec["init_args"]) - set(vae.not_in_spec)
@@ -266,24 +316,68 @@ class Decode(Encode):
 
 
 QUICK = ("MaisiVAE",)  # the others take several seconds each
+EXPORTED = TINY | {
+    "relative bias": partial(
+        TINY["CustomVAE"],
+        mid_attention=partial(GlobalAttention, num_heads=2, relative_position_bias=(4, 4, 4)),
+    ),
+    "linear attention": partial(TINY["CustomVAE"], mid_attention=LinearAttention),
+    "windows": partial(
+        TINY["CustomVAE"],
+        mid_attention=partial(PatchAttention, window=2, shift=True, relative_position_bias=True),
+    ),
+}
+HALVES = pytest.mark.parametrize("half", [Encode, Decode])
 
 
-@pytest.mark.parametrize("half", [Encode, Decode])
+def export_for_any_size(net, device="cpu", window=1):
+    """The exported half, and a function that makes inputs of a latent size in windows."""
+    vae = net.vae
+    encode = isinstance(net, Encode) and not isinstance(net, Decode)
+    channels = vae.in_channels if encode else vae.latent_channels
+    units = [window * (f if encode else 1) for f in vae.factor]
+    sizes = {axis: unit * Dim(f"n{axis}", min=2, max=64) for axis, unit in enumerate(units, 2)}
+
+    def make(*size):
+        shape = (n * unit for n, unit in zip(size, units, strict=False))
+        return torch.randn(1, channels, *shape, device=device)
+
+    return export(net, (make(8, 8, 8),), dynamic_shapes=(sizes,)).module(), make
+
+
+@HALVES
 @pytest.mark.parametrize(
-    "make",
+    ("name", "make"),
     [
-        pytest.param(make, id=name, marks=[] if name in QUICK else pytest.mark.slow)
-        for name, make in TINY.items()
+        pytest.param(name, make, id=name, marks=[] if name in QUICK else pytest.mark.slow)
+        for name, make in EXPORTED.items()
     ],
 )
-def test_encoder_and_decoder_export_for_any_size(make, half):
-    vae = make().eval()
-    dims, net = vae.spatial_dims, half(vae)
-    channels, factor = (1, vae.factor[0]) if half is Encode else (vae.latent_channels, 1)
-    sizes = {n + 2: factor * Dim(f"n{n}", min=2, max=64) for n in range(dims)}
-    x = torch.randn(1, channels, *[8 * factor] * dims)
-    exported = export(net, (x,), dynamic_shapes=(sizes,)).module()
-    other = torch.randn(1, channels, *(factor * n for n in (5, 9, 6)[:dims]))
+def test_encoder_and_decoder_export_for_any_size(name, make, half):
+    net = half(make().eval())
+    exported, inputs = export_for_any_size(net, window=2 if name == "windows" else 1)
+    for x in (inputs(5, 9, 6), inputs(3, 2, 4)):
+        with torch.no_grad():
+            for a, b in zip(exported(x), net(x), strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@HALVES
+def test_windows_export_for_a_size_that_they_do_not_divide(half):
+    net = half(EXPORTED["windows"]().eval())
+    x = torch.randn(1, 1, 14, 10, 6) if half is Encode else torch.randn(1, 4, 7, 5, 3)
+    exported = export(net, (x,)).module()
     with torch.no_grad():
-        for a, b in zip(exported(other), net(other), strict=True):
+        for a, b in zip(exported(x), net(x), strict=True):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+@HALVES
+@pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
+def test_every_recipe_exports_for_any_size(path, half):
+    net = half(on_meta(recipe(path)).eval())
+    exported, inputs = export_for_any_size(net, device="meta")
+    x = inputs(3, 5, 4)
+    for a, b in zip(exported(x), net(x), strict=True):
+        assert a.shape == b.shape

@@ -115,6 +115,8 @@ class GlobalAttention(Attention):
 class PatchAttention(Attention):
     """Softmax attention inside windows; the last windows are padded, the padding is masked.
 
+    `torch.export` takes any size as a fixed one; as a dynamic one, multiples of the window.
+
     Args:
         channels: Channels of input and output, a multiple of `num_heads`.
         spatial_dims: 2 or 3.
@@ -153,23 +155,26 @@ class PatchAttention(Attention):
         q, k, v = (self.to_windows(t, grid) for t in (q, k, v))
         return self.to_grid(attend(q, k, v, bias), grid)
 
-    def padding(self, grid: Sequence[int]) -> list[tuple[int, int]]:
-        """Voxels missing before and after `grid` to fill the windows, per axis."""
-        return [(s, -(n + s) % w) for n, w, s in zip(grid, self.window, self.shift, strict=True)]
+    def counts(self, grid: Sequence[int]) -> list[int]:
+        """Windows per axis that cover `grid`."""
+        axes = zip(grid, self.window, self.shift, strict=True)
+        return [(n + s + w - 1) // w for n, w, s in axes]
 
     def sizes(self, grid: Sequence[int]) -> dict[str, int]:
         """Values of the letters of `VOLUME_AND_WINDOWS`."""
-        axes = zip("xyz", grid, self.padding(grid), self.window, strict=False)
+        axes = zip("xyz", self.counts(grid), self.window, strict=False)
         return {
             name: size
-            for axis, n, pad, w in axes
-            for name, size in ((f"n{axis}", (n + sum(pad)) // w), (f"w{axis}", w))
+            for axis, count, w in axes
+            for name, size in ((f"n{axis}", count), (f"w{axis}", w))
         }
 
     def to_windows(self, t: Tensor, grid: Sequence[int]) -> Tensor:
         """`(B, H, N, D)` on `grid` to `(B * windows, H, tokens of a window, D)`, zero-padded."""
         volume, windows = VOLUME_AND_WINDOWS[self.spatial_dims]
-        far_axis_first = [n for pad in reversed(self.padding(grid)) for n in pad]
+        axes = zip(grid, self.counts(grid), self.window, self.shift, strict=True)
+        padding = [(s, count * w - n - s) for n, count, w, s in axes]  # whole windows
+        far_axis_first = [n for pair in reversed(padding) for n in pair]
         t = F.pad(t.unflatten(2, tuple(grid)), (0, 0, *far_axis_first))
         return rearrange(t, f"{volume} -> {windows}", **self.sizes(grid))
 
@@ -177,8 +182,7 @@ class PatchAttention(Attention):
         """Inverse of `to_windows`, without the padding."""
         volume, windows = VOLUME_AND_WINDOWS[self.spatial_dims]
         t = rearrange(t, f"{windows} -> {volume}", **self.sizes(grid))
-        before = [pad[0] for pad in self.padding(grid)]
-        inside = [slice(s, s + n) for s, n in zip(before, grid, strict=True)]
+        inside = [slice(s, s + n) for s, n in zip(self.shift, grid, strict=True)]
         return t[(slice(None), slice(None), *inside)].flatten(2, -2)
 
 
@@ -245,16 +249,18 @@ class RelativeBias(nn.Module):
             grid: Voxels per axis.
             queries: Part of the grid per axis.
         """
-        table = self.table
-        if tuple(grid) != self.grid:
-            size = [2 * n - 1 for n in grid]
-            mode = LINEAR[len(grid)]
-            table = F.interpolate(table[None], size, mode=mode, align_corners=True)[0]
-        # table[i - j + n - 1]: windows of length n start at i, the key index runs backwards.
-        for axis, n in enumerate(grid, start=1):
-            table = table.unfold(axis, n, 1).flip(-1)
+        size = [2 * n - 1 for n in grid]
+        mode = LINEAR[len(grid)]  # exact where the size stays
+        table = F.interpolate(self.table[None], size, mode=mode, align_corners=True)[0]
+        for axis, n in enumerate(grid, start=1):  # offsets i - j to (i, j), axis by axis
+            j = torch.arange(n, device=table.device)
+            i = j[queries[axis - 1]]
+            offsets = (i[:, None] - j + n - 1).flatten()
+            pairs = (i.shape[0], n)
+            table = table.index_select(2 * axis - 1, offsets).unflatten(2 * axis - 1, pairs)
         dims = len(grid)
-        return table[(slice(None), *queries)].flatten(1, dims).flatten(2)
+        queries_first = [0, *range(1, 2 * dims, 2), *range(2, 2 * dims + 1, 2)]
+        return table.permute(queries_first).flatten(1 + dims).flatten(1, dims)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
