@@ -5,8 +5,15 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
-from vae3d.models.attention import Attention, BareLinearAttention
+from vae3d.models import upsample
+from vae3d.models.attention import (
+    Attention,
+    BareLinearAttention,
+    GlobalAttention,
+    PatchAttention,
+)
 from vae3d.models.blocks import Block, ConvNeXtBlock, ResBlock
 from vae3d.models.custom_vae import CustomVAE
 from vae3d.models.downsample import (
@@ -18,8 +25,19 @@ from vae3d.models.downsample import (
     haar,
     unshuffle,
 )
-from vae3d.models.norm import GroupNorm, RMSNorm
-from vae3d.models.upsample import HaarUp, ShuffleUp, TransposeUp, Up, inverse_haar, shuffle
+from vae3d.models.fast import run
+from vae3d.models.norm import GroupNorm, NormAct, RMSNorm
+from vae3d.models.spec import build
+from vae3d.models.upsample import (
+    HaarUp,
+    InterpUp,
+    ShuffleUp,
+    TransposeUp,
+    Up,
+    interpolate,
+    inverse_haar,
+    shuffle,
+)
 
 NORM = partial(GroupNorm, num_groups=4)
 SIZE = (8, 4, 12)
@@ -35,19 +53,45 @@ def family(base):
 
 
 BLOCKS, DOWNS, UPS, ATTENTIONS = (list(family(base)) for base in (Block, Down, Up, Attention))
+# The options that change what a class computes are walked like classes of their own.
+DOWNS += [partial(ConvDown, padding="asymmetric")]
+UPS += [
+    partial(InterpUp, mode="linear"),
+    partial(InterpUp, conv_after=False),
+    partial(TransposeUp, kernel=3),
+]
+ATTENTIONS += [
+    partial(GlobalAttention, num_heads=2, relative_position_bias=4),
+    partial(GlobalAttention, out_proj=False),
+    partial(PatchAttention, num_heads=2, window=3, shift=True, relative_position_bias=True),
+]
 LAYERS = BLOCKS + DOWNS + UPS + ATTENTIONS
+SOCKETS = {"block": Block, "down": Down, "up": Up, "mid_attention": Attention}
+
+
+def kind(cls):
+    """The class of a class, or of a partial of one."""
+    return getattr(cls, "func", cls)
 
 
 def make(cls, spatial_dims=3, channels=16):
-    if issubclass(cls, Block):
+    if issubclass(kind(cls), Block):
         return cls(channels, channels, spatial_dims, NORM, "silu")
-    if issubclass(cls, Attention):
+    if issubclass(kind(cls), Attention):
         return cls(channels, spatial_dims, NORM)
     return cls(channels, 2, spatial_dims)
 
 
-def ids(cls):
-    return cls.__name__
+def network(cls, **options):
+    """A network with `cls` in its socket."""
+    socket = next(name for name, base in SOCKETS.items() if issubclass(kind(cls), base))
+    return CustomVAE(norm=NORM, num_res_blocks=1, **{socket: cls}, **options)
+
+
+def ids(value):
+    options = getattr(value, "keywords", {})
+    name = getattr(kind(value), "__name__", str(value))
+    return " ".join([name, *(f"{k}={v}" for k, v in options.items())])
 
 
 @pytest.mark.parametrize("spatial_dims", [2, 3])
@@ -66,21 +110,33 @@ def test_a_resampling_layer_scales_each_axis_by_its_factor(cls, spatial_dims):
         layer = cls(16, factor, spatial_dims)
         assert layer.factor == factor
         sizes = zip(x.shape[2:], factor, strict=True)
-        expected = [n // f if issubclass(cls, Down) else n * f for n, f in sizes]
+        expected = [n // f if issubclass(kind(cls), Down) else n * f for n, f in sizes]
         assert layer(x).shape == (2, 16, *expected)
 
 
+@pytest.mark.parametrize("spatial_dims", [2, 3])
+@pytest.mark.parametrize("cls", ATTENTIONS, ids=ids)
+def test_attention_keeps_channels_and_any_grid(cls, spatial_dims):
+    layer = make(cls, spatial_dims)
+    for size in (SIZE, (5, 3, 7), (1, 1, 1)):
+        x = torch.randn(2, 16, *size[:spatial_dims])
+        assert layer(x).shape == x.shape
+
+
+@pytest.mark.parametrize("spatial_dims", [2, 3])
 @pytest.mark.parametrize("cls", LAYERS, ids=ids)
-def test_every_parameter_and_the_input_get_a_gradient(cls):
-    layer, x = make(cls), torch.randn(2, 16, *SIZE, requires_grad=True)
+def test_every_parameter_and_the_input_get_a_gradient(cls, spatial_dims):
+    layer = make(cls, spatial_dims)
+    x = torch.randn(2, 16, *SIZE[:spatial_dims], requires_grad=True)
     (layer(x) * torch.randn_like(layer(x))).sum().backward()
     assert x.grad.abs().sum() > 0
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in layer.parameters())
 
 
+@pytest.mark.parametrize("spatial_dims", [2, 3])
 @pytest.mark.parametrize("cls", LAYERS, ids=ids)
-def test_bf16_is_close_to_float32_and_stays_bf16(cls):
-    layer, x = make(cls), torch.randn(2, 16, *SIZE)
+def test_bf16_is_close_to_float32_and_stays_bf16(cls, spatial_dims):
+    layer, x = make(cls, spatial_dims), torch.randn(2, 16, *SIZE[:spatial_dims])
     expected = layer(x)
     half = layer.bfloat16()(x.bfloat16())
     assert half.dtype == torch.bfloat16
@@ -95,17 +151,7 @@ def test_half_precision_survives_large_values(cls):
 
 @pytest.mark.parametrize("cls", LAYERS, ids=ids)
 def test_checkpointing_changes_no_bit(cls):
-    socket = next(
-        name
-        for name, base in (
-            ("block", Block),
-            ("down", Down),
-            ("up", Up),
-            ("mid_attention", Attention),
-        )
-        if issubclass(cls, base)
-    )
-    vae = CustomVAE(channels=(8, 16), norm=NORM, num_res_blocks=1, **{socket: cls})
+    vae = network(cls, channels=(8, 16))
     x, results = torch.randn(1, 1, 8, 12, 8), []
     for mode in ("none", "block", "level"):
         vae.set_checkpointing(mode)
@@ -118,13 +164,32 @@ def test_checkpointing_changes_no_bit(cls):
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
-@pytest.mark.parametrize("cls", BLOCKS + DOWNS + UPS, ids=ids)
-def test_any_size_goes_through_a_network_of_it(cls):
-    socket = "block" if issubclass(cls, Block) else "down" if issubclass(cls, Down) else "up"
-    for spatial_dims in (2, 3):
-        vae = CustomVAE(spatial_dims, channels=(8, 8), norm=NORM, **{socket: cls})
-        x = torch.randn(1, 1, *(7, 5, 9)[:spatial_dims])
-        assert vae(x)[0].shape == x.shape
+@pytest.mark.parametrize("spatial_dims", [2, 3])
+@pytest.mark.parametrize("cls", LAYERS, ids=ids)
+def test_any_size_goes_through_a_network_of_it(cls, spatial_dims):
+    vae = network(cls, spatial_dims=spatial_dims, channels=(8, 8))
+    x = torch.randn(1, 1, *(7, 5, 9)[:spatial_dims])
+    assert vae(x)[0].shape == x.shape
+
+
+@pytest.mark.parametrize("cls", LAYERS, ids=ids)
+def test_a_network_of_it_is_rebuilt_from_its_recipe(cls):
+    vae = network(cls, channels=(8, 8)).eval()
+    again = build(vae.spec).eval()
+    again.load_state_dict(vae.state_dict())
+    x = torch.randn(1, 1, 8, 4, 6)
+    assert torch.equal(again(x)[0], vae(x)[0])
+
+
+def test_down_and_up_layers_of_dc_ae_equal_those_of_diffusers():
+    dc = pytest.importorskip("diffusers.models.autoencoders.autoencoder_dc")
+    for ours, theirs in (
+        (UnshuffleDown(8, 2, 2), dc.DCDownBlock2d(8, 8, downsample=True)),
+        (ShuffleUp(8, 2, 2), dc.DCUpBlock2d(8, 8)),
+    ):
+        ours.load_state_dict(theirs.state_dict())
+        x = torch.randn(2, 8, 6, 10)
+        torch.testing.assert_close(ours(x), theirs(x), rtol=0, atol=1e-6)
 
 
 def test_zero_init_starts_a_block_as_its_shortcut():
@@ -224,6 +289,54 @@ def test_haar_has_no_factor_3():
 
 
 # -------------------------------------------------------------------------------------- up
+
+
+@pytest.mark.parametrize("mode", ["nearest", "linear"])
+def test_interpolation_past_the_reach_of_one_kernel_is_done_in_parts(mode, monkeypatch):
+    x = torch.randn(2, 5, 4, 6)
+    expected = interpolate(x, (2, 3), mode)
+    largest, grow = 0, F.interpolate
+
+    def watched(part, **options):
+        nonlocal largest
+        out = grow(part, **options)
+        largest = max(largest, out.numel())
+        return out
+
+    monkeypatch.setattr(F, "interpolate", watched)
+    monkeypatch.setattr(upsample, "MAX_ELEMENTS", expected.numel() // 2)
+    assert torch.equal(interpolate(x, (2, 3), mode), expected)
+    assert largest <= expected.numel() // 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", ["norm and convolution", "down", "nearest", "linear"])
+def test_tensors_past_2_to_the_31_elements_give_the_numbers_of_their_parts(part):
+    """Kernels that count voxels in 32 bits fail or err in the far end of such tensors."""
+    layer, channels, length = {
+        "norm and convolution": (
+            nn.Sequential(
+                NormAct(GroupNorm(2, num_groups=1), "silu"), nn.Conv3d(2, 1, 3, padding=1)
+            ),
+            2,
+            1030,
+        ),
+        "down": (ConvDown(1, 2, 3), 1, 2060),
+        "nearest": (InterpUp(1, 2, 3), 1, 258),
+        "linear": (InterpUp(2, 2, 3, mode="linear", conv_after=False), 2, 130),
+    }[part]
+    layer.bfloat16()
+    with torch.no_grad():
+        x = torch.empty(1, channels, length, 1024, 1024, dtype=torch.bfloat16)
+        x.view(-1)[: 1 << 20].normal_()  # the same plane everywhere, so that parts see the same
+        for row in x.view(-1).split(1 << 20):
+            row.copy_(x.view(-1)[: len(row)])
+        apply = partial(run, layer) if isinstance(layer, nn.Sequential) else layer
+        y = apply(x)
+        assert max(x.numel(), y.numel()) > 2**31
+        far = apply(x[:, :, -16:].clone())
+    rows = 4  # far from the face that the cut made
+    torch.testing.assert_close(y[:, :, -rows:], far[:, :, -rows:], rtol=0.02, atol=0.02)
 
 
 @pytest.mark.parametrize("kernel", [None, 2, 3, 4, 5])

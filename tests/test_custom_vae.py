@@ -1,5 +1,7 @@
 """CustomVAE: shapes, factors, gradients, sampling, checkpointing, clear errors."""
 
+import copy
+import warnings
 from functools import partial
 
 import pytest
@@ -181,6 +183,48 @@ def test_half_precision_weights_run(dtype):
     vae = CustomVAE(**TINY).to(dtype).eval()
     recon, _ = vae(torch.randn(1, 1, 8, 8, 8).to(dtype))
     assert recon.isfinite().all()
+
+
+def trained_to_overflow(dtype):
+    """A network whose decoder has activations beyond 65504 and an output of about 1."""
+    vae = CustomVAE(**TINY).eval()
+    with torch.no_grad():
+        vae.decoder[0].weight.mul_(3e5)  # the norms that follow undo it
+    reference = copy.deepcopy(vae).double()
+    return vae.to(dtype), reference
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_float16_decoder_whose_activations_overflow_is_computed_in_float32(autocast):
+    vae, reference = trained_to_overflow(torch.float32 if autocast else torch.float16)
+    z = torch.randn(1, 4, 4, 6, 5)
+    with torch.no_grad(), torch.autocast("cpu", torch.float16, enabled=autocast):
+        assert not vae.decoder(vae.post_quant_conv(z.to(vae.last_layer.dtype))).isfinite().all()
+        with pytest.warns(UserWarning, match="overflow float16"):
+            recon = vae.decode(z)
+    assert recon.dtype == torch.float16
+    expected = reference.decode(z.double())
+    assert (recon - expected).abs().max() < 0.01 * expected.abs().max()
+
+
+def test_a_float16_encoder_whose_activations_overflow_is_computed_in_float32():
+    vae = CustomVAE(**TINY).half().eval()
+    x = 6e4 * torch.rand(1, 1, 8, 4, 6).half()
+    with torch.no_grad():
+        vae.encoder[0].weight.fill_(10)
+        with pytest.warns(UserWarning, match="overflow float16"):
+            posterior = vae.encode(x)
+        expected = copy.deepcopy(vae).float().encode(x.float())
+    torch.testing.assert_close(posterior.mean, expected.mean, rtol=2e-3, atol=2e-3)
+
+
+def test_a_float16_network_in_range_is_run_once():
+    vae, calls = CustomVAE(**TINY).half().eval(), []
+    vae.decoder.register_forward_hook(lambda *_: calls.append(1))
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        vae(torch.rand(1, 1, 8, 4, 6).half())
+    assert len(calls) == 1
 
 
 def test_overfitting_one_volume_drives_the_loss_down_tenfold():

@@ -3,6 +3,8 @@
 Axes: b batch, c channels, x y z space in storage order; 2D is `(B, C, X, Y)`, 3D `(B, C, X, Y, Z)`.
 """
 
+import copy
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -70,6 +72,34 @@ class Chain(nn.Sequential):
 def repetition() -> tuple:
     """Contexts of the forward pass and of its repetition in the backward pass."""
     return nullcontext(), recomputing()
+
+
+def in_range(layers: Sequence[nn.Module], x: Tensor) -> Tensor:
+    """Run `layers` in a row; where float16 overflows, and no gradient is asked for, in float32.
+
+    Activations of trained decoders can pass 65504 (some of Stable Diffusion's do), and the next
+    norm makes NaN of the whole volume. In training the loss scaler skips such a step.
+
+    Args:
+        layers: The layers.
+        x: Input of the first.
+    """
+    y = x
+    for layer in layers:
+        y = layer(y)
+    if y.dtype != torch.float16 or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return y
+    if y.isfinite().all():
+        return y
+    warnings.warn(
+        "activations overflow float16; computed again in float32 (bfloat16 has the range)",
+        stacklevel=3,
+    )
+    with torch.autocast(x.device.type, enabled=False):
+        x = x.float()
+        for layer in layers:
+            x = copy.deepcopy(layer).float()(x)
+    return x.to(y.dtype)
 
 
 class CustomVAE(Described, nn.Module):
@@ -207,12 +237,12 @@ class CustomVAE(Described, nn.Module):
 
     def encode(self, x: Tensor) -> DiagonalGaussian:
         """Posterior of `(B, C, *spatial)`, padded at the far end to a multiple of `factor`."""
-        return self.head(self.quant_conv(self.encoder(self.pad(x))))
+        return self.head(in_range([self.encoder, self.quant_conv], self.pad(x)))
 
     def decode(self, z: Tensor) -> Tensor:
         """Reconstruction `(B, out_channels, *spatial * factor)` of a latent `(B, C, *spatial)`."""
         z = z.to(self.last_layer.dtype)  # the posterior is float32, whatever the weights are
-        return self.output(self.decoder(self.post_quant_conv(z)))
+        return self.output(in_range([self.post_quant_conv, self.decoder], z))
 
     def forward(
         self, x: Tensor, sample_posterior: bool | None = None

@@ -21,7 +21,22 @@ UNSHUFFLE = {
 }
 
 
-class Down(nn.Module):
+class Resampling(nn.Module):
+    """What down and up layers share.
+
+    Args:
+        channels: Channels of input and output.
+        factor: Shrink or growth per axis, one number or one per axis.
+        spatial_dims: 2 or 3.
+    """
+
+    def __init__(self, channels: int, factor: int | Sequence[int], spatial_dims: int):
+        super().__init__()
+        self.channels = channels
+        self.factor = per_axis(factor, spatial_dims, "factor")
+
+
+class Down(Resampling):
     """Contract of a down layer: `Down(channels, factor, spatial_dims, **options)`.
 
     It maps `(B, C, *spatial)` to `(B, C, *spatial / factor)` for sizes that `factor` divides.
@@ -31,11 +46,6 @@ class Down(nn.Module):
         factor: Shrink per axis, one number or one per axis.
         spatial_dims: 2 or 3.
     """
-
-    def __init__(self, channels: int, factor: int | Sequence[int], spatial_dims: int):
-        super().__init__()
-        self.channels = channels
-        self.factor = per_axis(factor, spatial_dims, "factor")
 
 
 class ConvDown(Down):

@@ -4,6 +4,7 @@ Axes: b batch, c channels, x y z space.
 """
 
 from collections.abc import Sequence
+from functools import partial
 from math import prod
 from typing import Literal
 
@@ -13,10 +14,11 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from vae3d.models.conv import CONV_TRANSPOSE, conv, per_axis
-from vae3d.models.downsample import cell_sizes, check_haar
+from vae3d.models.downsample import Resampling, cell_sizes, check_haar
 from vae3d.models.fast import is_fast, run, upsample_convolve
 
 LINEAR = {2: "bilinear", 3: "trilinear"}
+MAX_ELEMENTS = 2**31 - 1  # of one call of torch's kernels, which count in 32 bits on GPUs
 # channel to space, the inverse of `downsample.UNSHUFFLE`.
 SHUFFLE = {
     2: "b (c fx fy) x y -> b c (x fx) (y fy)",
@@ -24,7 +26,7 @@ SHUFFLE = {
 }
 
 
-class Up(nn.Module):
+class Up(Resampling):
     """Contract of an up layer: `Up(channels, factor, spatial_dims, **options)`.
 
     It maps `(B, C, *spatial)` to `(B, C, *spatial * factor)`.
@@ -34,11 +36,6 @@ class Up(nn.Module):
         factor: Growth per axis, one number or one per axis.
         spatial_dims: 2 or 3.
     """
-
-    def __init__(self, channels: int, factor: int | Sequence[int], spatial_dims: int):
-        super().__init__()
-        self.channels = channels
-        self.factor = per_axis(factor, spatial_dims, "factor")
 
 
 class InterpUp(Up):
@@ -158,7 +155,12 @@ def interpolate(x: Tensor, factor: Sequence[int], mode: str) -> Tensor:
         mode: `nearest` or `linear`.
     """
     mode = LINEAR[len(factor)] if mode == "linear" else mode
-    return F.interpolate(x, scale_factor=tuple(float(f) for f in factor), mode=mode)
+    grow = partial(F.interpolate, scale_factor=tuple(float(f) for f in factor), mode=mode)
+    if torch.compiler.is_compiling() or x.numel() * prod(factor) <= MAX_ELEMENTS:
+        return grow(x)
+    per_channel = x[:, :1].numel() * prod(factor)
+    parts = x.split(max(MAX_ELEMENTS // per_channel, 1), dim=1)
+    return torch.cat([grow(part) for part in parts], dim=1)
 
 
 def shuffle(x: Tensor, factor: Sequence[int]) -> Tensor:
