@@ -62,6 +62,7 @@ def train_3d(
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto",
     threads: int = 2,
     timeout_minutes: float = 30.0,
+    init_from: str | None = None,
     fresh: bool = False,
     force: bool = False,
 ) -> int:
@@ -111,6 +112,8 @@ def train_3d(
         device: auto | cpu | cuda | mps.
         threads: Threads that read patches ahead on each rank.
         timeout_minutes: How long a rank waits for one that does not answer [min].
+        init_from: Weights to begin with, not read again on resuming: a run folder, a checkpoint, a
+            folder of save_pretrained, or a file in any layout that vae3d convert knows.
         fresh: Remove the checkpoints in out_dir and begin anew.
         force: Continue although options that change the training have changed.
 
@@ -124,8 +127,10 @@ def train_3d(
     import torch
 
     from loaders import PatchLoader, open_data
+    from vae3d.models.convert import load_weights
     from vae3d.tracking.console import Console
     from vae3d.tracking.tracker import Tracker
+    from vae3d.training.checkpoint import find_weights
     from vae3d.training.distributed import World, open_world
     from vae3d.training.facts import facts
     from vae3d.training.run import Run
@@ -142,6 +147,8 @@ def train_3d(
         Run(out_dir, world, keep_checkpoints) as run,
     ):
         config, state = run.begin(train_3d, options, fresh, force)
+        if init_from and state is None:
+            load_weights(vae, find_weights(init_from))
         innermost = torch.channels_last_3d if vae.spatial_dims == 3 else torch.channels_last
         vae.to(world.device, memory_format=innermost if channels_last else torch.preserve_format)
         if compile:

@@ -1,13 +1,16 @@
 """Weights move in and out: layouts, refusals, reports, 2D to 3D, folders and files."""
 
 import re
+import shutil
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 
+from loaders import DataConfig
 from vae3d.commands.convert import convert
 from vae3d.models.convert import (
     export_monai_state,
@@ -18,10 +21,12 @@ from vae3d.models.convert import (
     read_model,
 )
 from vae3d.models.custom_vae import CustomVAE
+from vae3d.models.hub import write_state
 from vae3d.models.layouts import COMPVIS, LAYOUTS
 from vae3d.models.norm import NoNorm
 from vae3d.models.presets import AutoencoderKL, MaisiVAE, MonaiVAE, T1LightVAE, VAEModel
 from vae3d.models.rebuild import Hints
+from vae3d.training.checkpoint import load_checkpoint, load_model
 
 GROUPS = Hints(norm_num_groups=4)
 MONAI = {
@@ -217,6 +222,14 @@ def test_from_ddconfig_equals_compvis(tmp_path):
     ).eval()
     same(ours, theirs, torch.randn(1, 1, 8, 12))
     assert ours.spec["init_args"].get("ckpt_path") is None
+    torch.save(
+        {"state_dict": state | {"first_stage_model.extra.w": torch.zeros(1)}}, tmp_path / "e"
+    )
+    options = {"embed_dim": 2, "ckpt_path": str(tmp_path / "e"), "num_groups": 4}
+    with pytest.raises(ValueError, match=r"unexpected: extra\.w"):
+        AutoencoderKL.from_ddconfig(ddconfig, **options)
+    again = AutoencoderKL.from_ddconfig(ddconfig, ignore_keys=["extra."], **options)
+    same(again.eval(), ours, torch.randn(1, 1, 8, 12))
     with pytest.raises(ValueError, match="unknown keys chh"):
         AutoencoderKL.from_ddconfig(ddconfig | {"chh": 3}, embed_dim=2)
 
@@ -423,6 +436,15 @@ def test_damaged_files_are_the_users_mistake(tmp_path):
             convert(tmp_path / name, tmp_path / "out")
 
 
+def test_flipped_bits_in_a_file_of_weights_are_found(tmp_path):
+    torch.save({"w": torch.zeros(5000)}, tmp_path / "w.pt")
+    content = bytearray((tmp_path / "w.pt").read_bytes())
+    content[len(content) // 2] ^= 1
+    (tmp_path / "w.pt").write_bytes(content)
+    with pytest.raises(ValueError, match=r"w\.pt: .*the checksum of its entry"):
+        convert(tmp_path / "w.pt", tmp_path / "out")
+
+
 def test_configurations_of_other_networks_are_refused(tmp_path):
     for text, message in (
         ("{", "not JSON"),
@@ -479,10 +501,7 @@ def test_diffusers_folders_carry_their_configuration(tmp_path):
 
 @pytest.mark.slow
 def test_a_converted_checkpoint_is_one_that_evaluate_takes(tmp_path):
-    import numpy as np
-
     from evaluate import evaluate
-    from vae3d.training.checkpoint import load_model
 
     vae = shaken(T1LightVAE(num_channels=(4, 8), norm_num_groups=4))
     torch.save(export_monai_state(vae), tmp_path / "maisi.pt")
@@ -545,6 +564,108 @@ def test_what_the_target_library_has_not_is_refused_and_nothing_is_written(tmp_p
     with pytest.raises(ValueError, match="2D AutoencoderKL"):
         convert(tmp_path / "ours", tmp_path / "diffusers", to="diffusers")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["ours"]
+
+
+# ------------------------------------------------------------------------- starting from weights
+
+
+def test_load_model_takes_a_folder_of_save_pretrained(tmp_path):
+    vae = shaken(T1LightVAE(num_channels=(4, 8), norm_num_groups=4))
+    vae.save_pretrained(tmp_path / "t1")
+    again = load_model(tmp_path / "t1")
+    assert type(again) is T1LightVAE
+    assert not again.training
+    same(again, vae, torch.randn(1, 1, 8, 8, 8))
+
+
+def test_weights_that_do_not_fit_their_recipe_are_told_in_one_line(tmp_path):
+    vae = MonaiVAE(**MONAI)
+    state = vae.state_dict() | {"extra": torch.zeros(1), "decoder.0.bias": torch.zeros(3)}
+    del state["encoder.0.bias"]
+    vae.save_pretrained(tmp_path / "folder")
+    write_state(tmp_path / "folder" / "model.safetensors", state)
+    torch.save(
+        {"format": 1, "step": 0, "spec": vae.spec, "model": state, "ema": None}, tmp_path / "c.pt"
+    )
+    for path in (tmp_path / "folder", tmp_path / "c.pt"):
+        with pytest.raises(ValueError) as error:
+            load_model(path)
+        assert re.search(
+            r"do not fit this network: missing: encoder\.0\.bias; unexpected: extra;"
+            r" misshaped: decoder\.0\.bias \(3,\), not \(8,\)$",
+            str(error.value),
+        )
+
+
+def test_2d_weights_in_a_3d_network_are_told_how_to_become_3d(tmp_path):
+    torch.save(export_state(AutoencoderKL(**SD), COMPVIS), tmp_path / "sd.ckpt")
+    with pytest.raises(ValueError, match="vae3d convert --inflate center"):
+        AutoencoderKL(spatial_dims=3, ckpt_path=str(tmp_path / "sd.ckpt"), **SD)
+
+
+@pytest.fixture
+def training(tmp_path):
+    """`train_3d` on three tiny volumes at a learning rate of zero, so that weights stay."""
+    from train_3d import train_3d
+
+    (tmp_path / "data").mkdir()
+    for n in range(3):
+        volume = torch.rand(8, 8, 8, generator=torch.Generator().manual_seed(n))
+        np.save(tmp_path / "data" / f"{n}.npy", volume.numpy())
+    return partial(
+        train_3d,
+        DataConfig(root=str(tmp_path / "data"), cache_dir=str(tmp_path / "cache")),
+        str(tmp_path / "run"),
+        patch_size=(8, 8, 8),
+        lr=0.0,
+        val_every=0,
+        media_every=0,
+        threads=0,
+        wandb="disabled",
+        device="cpu",
+    )
+
+
+@pytest.mark.parametrize("source", ["MONAI", "checkpoint", "folder"])
+def test_training_starts_from_weights_and_resumes_without_them(training, tmp_path, source):
+    vae = shaken(MonaiVAE(**MONAI))
+    start = (
+        tmp_path / {"MONAI": "monai.safetensors", "checkpoint": "vae.pt", "folder": "vae"}[source]
+    )
+    if source == "MONAI":
+        write_state(start, export_monai_state(vae))
+    else:
+        vae.save_pretrained(tmp_path / "saved")
+        convert(tmp_path / "saved", start)
+    training(model=partial(MonaiVAE, **MONAI), init_from=str(start), max_steps=1)
+    checkpoint = load_checkpoint(tmp_path / "run")
+    for name, value in vae.state_dict().items():
+        assert torch.equal(checkpoint["model"][name], value)
+        assert torch.equal(checkpoint["ema"][name], value)
+    shutil.rmtree(start) if start.is_dir() else start.unlink()
+    training(model=partial(MonaiVAE, **MONAI), init_from=str(start), max_steps=2)
+    assert load_checkpoint(tmp_path / "run" / "checkpoints" / "last.pt")["step"] == 2
+
+
+def test_a_start_that_does_not_fit_or_is_missing_is_told_in_one_line(training, tmp_path):
+    write_state(tmp_path / "w.pt", export_monai_state(MonaiVAE(**MONAI | {"latent_channels": 2})))
+    for path, message in (
+        (tmp_path / "w.pt", "misshaped: decoder.blocks.0.conv.weight"),
+        (tmp_path / "none.pt", "no such checkpoint"),
+    ):
+        with pytest.raises(ValueError, match=message) as error:
+            training(model=partial(MonaiVAE, **MONAI), init_from=str(path), max_steps=1)
+        assert "\n" not in str(error.value)
+    assert not list((tmp_path / "run").glob("**/*.pt"))
+
+
+def test_a_run_forced_on_with_another_network_is_told_in_one_line(training):
+    training(model=partial(MonaiVAE, **MONAI), max_steps=1)
+    other = MONAI | {"latent_channels": 2}
+    with pytest.raises(ValueError, match="weights of the checkpoint do not fit") as error:
+        training(model=partial(MonaiVAE, **other), max_steps=2, force=True)
+    assert "misshaped: decoder.0.weight" in str(error.value)
+    assert "\n" not in str(error.value)
 
 
 # ------------------------------------------------------------------------------- 2D to 3D

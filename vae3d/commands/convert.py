@@ -59,8 +59,8 @@ def convert(
         proj_attn: What to do with `proj_attn` of GenerativeModels 0.2, which its forward pass
             never applies: drop, apply, or auto (drop what was never trained, else ask).
         latent_scale: Scale of the latents for a second stage.
-        inflate: Make a 3D network of 2D weights: center (exact for volumes that are constant
-            along the new axis) or mean.
+        inflate: Make a 3D network of 2D weights: center (a volume that is constant along the new
+            axis gives the 2D result) or mean (kernels spread evenly; so only far from the faces).
         ignore_keys: Prefixes of names to leave out.
         preprocess: How the weights want their volumes prepared; kept in a checkpoint.
         trust: Prefixes of modules besides vae3d whose classes may be imported.

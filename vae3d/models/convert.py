@@ -8,6 +8,7 @@ missing, left over or of another shape is an error, and what is dropped or resha
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -84,7 +85,7 @@ def read_model(
 
 
 def load_weights(
-    vae: CustomVAE, path: str, ignore_keys: Sequence[str] = (), layout: str | None = None
+    vae: CustomVAE, path: str | Path, ignore_keys: Sequence[str] = (), layout: str | None = None
 ) -> Report:
     """Fill a network from a file in any layout; every key must find its place.
 
@@ -100,10 +101,8 @@ def load_weights(
     if "spec" in state:  # a checkpoint of ours: the averaged weights where there are some
         state = state.get("ema") or state["model"]
     if OURS in state:
-        report = Report("vae3d")
-        check(state, vae.state_dict(), report.layout)
-        vae.load_state_dict(state)
-        return report
+        load_strictly(vae, state, f"the weights in {path}")
+        return Report("vae3d")
     state, report = clean(state, ignore_keys, layout)
     source = LAYOUTS[report.layout]
     state, _ = settle_proj_attn(state, source, Hints(), report)
@@ -258,19 +257,31 @@ def fill(vae: CustomVAE, state: State, layout: Layout, report: Report) -> None:
         shape = (*target[row.ours].shape, *(1,) * row.ones)
         shape = (shape[0] // len(row.theirs), *shape[1:])
         expected |= {name: torch.empty(shape, device="meta") for name in row.theirs}
-    check(state, expected, layout.name)
+    check(state, expected, f"the {layout.name} weights")
     vae.load_state_dict({row.ours: read_row(row, state) for row in rows})
     joined = {row.theirs[0] for row in rows if row.ones or len(row.theirs) > 1}
     report.add("reshaped or joined", joined)
 
 
-def check(state: State, expected: State, layout: str) -> None:
+def load_strictly(vae: torch.nn.Module, state: State, what: str) -> None:
+    """`vae.load_state_dict(state)`, where what does not fit is the user's mistake.
+
+    Args:
+        vae: The network.
+        state: Weights under our names.
+        what: What `state` is, for the message.
+    """
+    check(state, vae.state_dict(), what)
+    vae.load_state_dict(state)
+
+
+def check(state: State, expected: State, what: str) -> None:
     """Raise an error that names every missing, unexpected and misshaped weight.
 
     Args:
         state: What there is.
         expected: What there should be.
-        layout: Whose names they are, for the message.
+        what: What `state` is, for the message.
     """
     wrong = {
         "missing": set(expected) - set(state),
@@ -282,8 +293,12 @@ def check(state: State, expected: State, layout: str) -> None:
         },
     }
     problems = "; ".join(f"{what}: {', '.join(sorted(k))}" for what, k in wrong.items() if k)
-    if problems:
-        raise ValueError(f"the {layout} weights do not fit this network: {problems}")
+    if not problems:
+        return
+    both = [(state[name].dim(), expected[name].dim()) for name in set(state) & set(expected)]
+    if (4, 5) in both and (5, 5) not in both:
+        problems += "; 2D weights become 3D ones by vae3d convert --inflate center"
+    raise ValueError(f"{what} do not fit this network: {problems}")
 
 
 def read_row(row: Row, state: State) -> Tensor:
@@ -387,10 +402,11 @@ def export_diffusers(vae: AutoencoderKL) -> tuple[State, dict[str, Any]]:
 def inflate(vae: CustomVAE, how: Literal["center", "mean"] = "center") -> CustomVAE:
     """Make a 3D network of a 2D one.
 
-    A volume that is constant along the new axis gives the 2D result in every slice. `center` puts
-    each kernel into the middle slice, where padding cannot reach it (a strided kernel averages the
-    voxels of its cell), and is exact in every slice. `mean` spreads it evenly over the slices of
-    the kernel; near the two new faces the zero padding then dims the result.
+    What is promised: a volume that is constant along the new axis gives the 2D result. `center`
+    keeps it in every slice: each kernel lies in the middle slice, where padding cannot reach it (a
+    strided kernel takes the mean of its cell). `mean` spreads each kernel evenly over its slices,
+    which is exact without borders only: the zeros beyond the two new faces dim the slices there,
+    and norms and attention carry that to all others.
 
     Args:
         vae: A 2D network.

@@ -5,6 +5,7 @@ The only importer of huggingface_hub.
 
 import json
 import pickle
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -49,13 +50,15 @@ class HubFolder(PyTorchModelHubMixin):
                 f"{model_id}: no {RECIPE} of vae3d there; weights of other libraries are read by"
                 " vae3d convert"
             )
+        from vae3d.models.convert import load_strictly
+
         vae = build(config, trust)
         folder = Path(model_id)
         if folder.is_dir():
             path = folder / WEIGHTS
         else:
             path = Path(hf_hub_download(model_id, WEIGHTS, **download))
-        vae.load_state_dict(read_state(path))
+        load_strictly(vae, read_state(path), f"the weights in {path}")
         return vae.eval()
 
 
@@ -75,13 +78,18 @@ def read_state(path: str | Path) -> dict[str, Any]:
         except safetensors.SafetensorError as error:
             raise ValueError(f"{path}: not a safetensors file, or cut short ({error})") from error
     try:
+        if zipfile.is_zipfile(path):  # torch.load itself returns flipped bits without a word
+            with zipfile.ZipFile(path) as archive:
+                damaged = archive.testzip()
+            if damaged:
+                raise ValueError(f"the checksum of its entry {damaged} is wrong")
         state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ValueError(
             f"{path}: refused, it holds more than plain weights; save its state_dict() alone,"
             " best as .safetensors"
         ) from error
-    except (RuntimeError, EOFError, KeyError, IndexError, ValueError) as error:
+    except (RuntimeError, EOFError, LookupError, ValueError, zipfile.BadZipFile) as error:
         raise ValueError(f"{path}: not a file of weights, or damaged ({error})") from error
     if not isinstance(state, dict):
         raise ValueError(f"{path}: holds a {type(state).__name__}, not a dictionary of weights")

@@ -161,22 +161,34 @@ def find_checkpoint(path: str | Path) -> Path:
 
 
 def load_model(path: str | Path, ema: bool = True, trust: Iterable[str] = ()) -> torch.nn.Module:
-    """Rebuild a trained network from its run folder or checkpoint, in eval mode on the CPU.
+    """Rebuild a trained network in eval mode on the CPU.
 
     Args:
-        path: Run folder or checkpoint file.
+        path: Run folder, checkpoint file, or a folder that `save_pretrained` wrote.
         ema: Take the averaged weights where the run kept some.
         trust: Module prefixes besides `vae3d` whose classes may be imported.
 
     Example:
         >>> vae = load_model("runs/a")  # doctest: +SKIP
     """
+    from vae3d.models.convert import load_strictly
     from vae3d.models.spec import build
 
+    if (Path(path) / "config.json").is_file():
+        from vae3d.models.custom_vae import CustomVAE
+
+        return CustomVAE.from_pretrained(path, trust=tuple(trust))
     state = load_checkpoint(path)
     model = build(state["spec"], trust=tuple(trust))
-    model.load_state_dict(state["ema"] if ema and state.get("ema") else state["model"])
+    weights = state["ema"] if ema and state.get("ema") else state["model"]
+    load_strictly(model, weights, f"the weights in {path}")
     return model.eval()
+
+
+def find_weights(path: str | Path) -> Path:
+    """File of weights that `path` stands for: a file, a run folder, or one of `save_pretrained`."""
+    file = Path(path) / "model.safetensors"
+    return file if file.is_file() else find_checkpoint(path)
 
 
 def versions() -> dict[str, str]:
