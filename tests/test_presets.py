@@ -1,5 +1,6 @@
 """Presets: published sizes, their APIs, their recipes in configs/model, torch.export."""
 
+import inspect
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -202,8 +203,26 @@ def test_monai_api_returns_what_monai_returns():
     torch.testing.assert_close(vae.reconstruct(x), vae.reconstruct(x))
     with pytest.raises(ValueError, match="unknown keys channel;"):
         VAEModel.from_config(config | {"channel": 3})
+    with pytest.raises(ValueError, match="lacks spatial_dims"):
+        VAEModel.from_config({k: v for k, v in config.items() if k != "spatial_dims"})
     with pytest.raises(ValueError, match="lacks latent_channels"):
-        VAEModel.from_config({k: v for k, v in config.items() if k != "latent_channels"})
+        MaisiVAE.from_config({"spatial_dims": 3, "in_channels": 1, "out_channels": 1})
+
+
+@pytest.mark.parametrize("spatial_dims", [2, 3])
+def test_what_a_configuration_leaves_out_is_as_in_monai(spatial_dims):
+    nets = pytest.importorskip("monai.networks.nets")
+    assert set(VAEModel.__signature__.parameters) == set(
+        inspect.signature(nets.AutoencoderKL).parameters
+    )
+    with torch.device("meta"):
+        ours = VAEModel.from_config({"spatial_dims": spatial_dims})
+        theirs = nets.AutoencoderKL(spatial_dims=spatial_dims)
+    shapes = [
+        {name: value.shape for name, value in state.items()}
+        for state in (export_monai_state(ours), theirs.state_dict())
+    ]
+    assert shapes[0] == shapes[1]
 
 
 def test_one_draw_of_the_global_generator_per_forward():

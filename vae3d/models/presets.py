@@ -221,7 +221,8 @@ class MonaiVAE(CustomVAE):
         latent_channels: Channels of the latent.
         channels: Channels of each level, finest first.
         num_res_blocks: Blocks of each level, one number or one per level.
-        attention_levels: One true or false per level; None for no level.
+        attention_levels: One true or false per level; None for MONAI's default, the last two of
+            four levels, and for no level where there are not four.
         norm_num_groups: Groups of the norms.
         norm_eps: Added to the variance in the norms.
         with_encoder_nonlocal_attn: Bottleneck with attention in the encoder.
@@ -236,6 +237,7 @@ class MonaiVAE(CustomVAE):
 
     interpolation: Literal["nearest", "linear"] = "nearest"
     transpose_kernel: int | None = None
+    required: tuple[str, ...] = ("spatial_dims",)  # of `from_config`, as of the original
 
     def __init__(
         self,
@@ -256,6 +258,8 @@ class MonaiVAE(CustomVAE):
         use_combined_linear: bool = False,
         use_flash_attention: bool = False,
     ):
+        if attention_levels is None and len(channels) == 4:
+            attention_levels = (False, False, True, True)
         attention = partial(GlobalAttention, out_proj=include_fc)
         transpose = partial(TransposeUp, kernel=self.transpose_kernel)
         super().__init__(
@@ -295,8 +299,7 @@ class MonaiVAE(CustomVAE):
                 f"the configuration of {cls.__name__} has unknown keys"
                 f" {', '.join(sorted(unknown))}; known are {', '.join(known)}"
             )
-        required = {"spatial_dims", "in_channels", "out_channels", "latent_channels"} & set(known)
-        missing = required - set(config)
+        missing = set(cls.required) & set(known) - set(config)
         if missing:
             raise ValueError(f"the configuration lacks {', '.join(sorted(missing))}")
         return cls(**config)
@@ -428,6 +431,7 @@ class MaisiVAE(MonaiVAE):
 
     interpolation = "linear"
     transpose_kernel = 3
+    required = ("spatial_dims", "in_channels", "out_channels", "latent_channels")
     # How MAISI computes, not what: splits of its convolutions, precision and printing.
     ignored = ("num_splits", "dim_split", "norm_float16", "print_info", "save_mem")
 
@@ -457,7 +461,7 @@ class MaisiVAE(MonaiVAE):
             latent_channels=latent_channels,
             channels=num_channels,
             num_res_blocks=num_res_blocks,
-            attention_levels=attention_levels,
+            attention_levels=attention_levels or (False,) * len(num_channels),
             norm_num_groups=norm_num_groups,
             norm_eps=norm_eps,
             with_encoder_nonlocal_attn=with_encoder_nonlocal_attn,
