@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vae3d.inference.pages import private_pages
 from vae3d.models import fast
 
 Region = tuple[tuple[int, int], ...]
@@ -119,7 +120,7 @@ class Stored(Node):
                 file.truncate(size)
                 self.pages = mmap.mmap(file.fileno(), size)
         else:
-            self.pages = _private_pages(size)
+            self.pages = private_pages(size)
         self.values = torch.frombuffer(self.pages, dtype=dtype).view(1, *shape, -1).movedim(-1, 1)
         self.first, self.past = 0, 0  # rows in use
         self.lowest: int | None = None  # first row read by the tiles at hand
@@ -165,15 +166,6 @@ class Stored(Node):
 
     def new_bytes(self, region):
         return 0
-
-
-def _private_pages(size: int) -> mmap.mmap:
-    """Pages of our own: stored tensors must not hold the heap open; huge where there are such."""
-    if not hasattr(mmap, "MADV_HUGEPAGE"):
-        return mmap.mmap(-1, size)
-    pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    pages.madvise(mmap.MADV_HUGEPAGE)
-    return pages
 
 
 class Kept(Node):

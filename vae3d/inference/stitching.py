@@ -11,6 +11,7 @@ Axes: c channels, then 2 or 3 spatial axes. The volume is (C, X, Y, Z); tiles ar
 
 import itertools
 import math
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
 from typing import NamedTuple
@@ -20,6 +21,7 @@ import torch
 import torch.nn.functional as F
 
 from loaders.patches import PatchGrid
+from vae3d.inference.pages import private_pages
 
 Tiles = torch.Tensor | tuple[torch.Tensor, ...]
 
@@ -133,8 +135,8 @@ class Stitcher:
             stitcher.add(corner, my_tile(corner))
         volume = stitcher.result()
 
-    The output is held in segments along the first axis, cut where tiles start. With `streaming`, a
-    finished segment leaves through `pop` and its memory with it.
+    With `streaming` the output is held in segments along the first axis, cut where tiles begin or
+    end; a finished segment leaves through `pop` and its memory with it.
 
     Args:
         shape: Spatial shape of the input volume in voxels.
@@ -174,9 +176,9 @@ class Stitcher:
             axis_spans(n, t, [int(s * k) for s in starts], blend)
             for n, t, starts, k in zip(self.shape, self.tile, self.starts, self.scale, strict=True)
         ]
-        edges = sorted({0, self.shape[0], *(span.lo for span in self.spans[0])})
-        self.segments = list(itertools.pairwise(edges))
         self.streaming = streaming
+        ends = {edge for span in self.spans[0] for edge in (span.lo, span.hi)} if streaming else ()
+        self.segments = list(itertools.pairwise(sorted({0, self.shape[0], *ends})))
         # Hundreds of float32 additions per voxel (overlap 0.75 and more) would round to over 1e-6.
         most = math.prod(
             _most_overlapping(axis, n) for axis, n in zip(self.spans, self.shape, strict=True)
@@ -236,7 +238,11 @@ class Stitcher:
     def _zeros(self, like: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
         """Accumulator of at least float32: half-precision sums lose the blend."""
         dtype = torch.promote_types(like.dtype, self._accumulator)
-        return torch.zeros((like.shape[0], *shape), dtype=dtype, device=like.device)
+        shape = (like.shape[0], *shape)
+        if self.streaming and like.device.type == "cpu":
+            pages = private_pages(math.prod(shape) * dtype.itemsize)
+            return torch.frombuffer(pages, dtype=dtype).view(shape)
+        return torch.zeros(shape, dtype=dtype, device=like.device)
 
     def _finish(self, parts: list[torch.Tensor]) -> Tiles:
         parts = [
@@ -299,7 +305,7 @@ def _blend(out: torch.Tensor, tile: torch.Tensor, spans: list[Span], base: int) 
     for s in reversed(spans[1:-1]):
         plane = s.weight.reshape(-1, *[1] * plane.ndim) * plane
     # A few rows at a time: their weights stay in the cache, and take no memory of a tile's size.
-    step = max(1, (1 << 17) // plane.numel())
+    step = max(1, (1 << 15) // plane.numel())
     for a in range(0, x.hi - x.lo, step):
         weight = x.weight[a : a + step].reshape(-1, *[1] * plane.ndim) * plane
         target[:, a : a + step].addcmul_(source[:, a : a + step], weight.to(out))
@@ -333,9 +339,23 @@ def tile_batches(
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}; give at least 1")
     corners = list(stitcher.corners())
+    memory = None
     for at in range(0, len(corners), batch_size):
         batch = corners[at : at + batch_size]
-        yield batch, torch.stack([_read_tile(volume, c, stitcher.patch_size) for c in batch])
+        parts = [_read_tile(volume, c, stitcher.patch_size) for c in batch]
+        if parts[0].device.type != "cpu":
+            yield batch, torch.stack(parts)
+            continue
+        # One piece of memory serves all batches (new ones leave holes in the heap), unless somebody
+        # holds a tensor that lies in it: the tensors of a storage share one reference to its array.
+        size = sum(p.numel() * p.element_size() for p in parts)
+        if memory is None or memory.size != size or sys.getrefcount(memory) > 2:
+            memory = np.empty(size, np.uint8)
+        tiles = torch.from_numpy(memory).view(parts[0].dtype).view(len(parts), *parts[0].shape)
+        torch.stack(parts, out=tiles)
+        del parts
+        yield batch, tiles
+        del tiles
 
 
 def add_batch(stitcher: Stitcher, corners: Sequence[tuple[int, ...]], out: Tiles) -> None:
@@ -424,7 +444,7 @@ def stitch(
     stitcher = Stitcher(volume.shape[1:], patch_size, overlap, blend, scale)
     for corners, tiles in tile_batches(volume, stitcher, batch_size):
         add_batch(stitcher, corners, fn(tiles))
-        del tiles  # before the next are made: one batch at a time, and no holes in the heap
+        del tiles  # their memory serves the next batch
     return stitcher.result()
 
 
