@@ -109,33 +109,38 @@ class PatchPlan:
                 )
             return self._tables[epoch]
 
-    def places(self, samples: Sequence[int]) -> tuple[list[tuple[int, int]], np.ndarray]:
-        """Return (epoch, row) of each sample of the endless sequence, and its row of the plan."""
-        places = [divmod(sample, self.rows_per_epoch) for sample in samples]
-        tables = {epoch: self.table(epoch) for epoch, _ in places}
-        return places, np.array([tables[epoch][row] for epoch, row in places], np.int64)
+    def rows(self, samples: Sequence[int]) -> np.ndarray:
+        """Return (epoch, row, volume, corner...) of samples of the endless sequence, int64."""
+        found = np.empty((len(samples), 3 + self.store.spatial_shapes.shape[1]), np.int64)
+        done = 0
+        while done < len(samples):  # epoch by epoch; nearly always there is one
+            epoch, first = divmod(samples[done], self.rows_per_epoch)
+            start = samples[done] - first
+            rows = [n - start for n in samples[done:] if n - start < self.rows_per_epoch]
+            part = found[done : done + len(rows)]
+            part[:, 0], part[:, 1], part[:, 2:] = epoch, rows, self.table(epoch)[rows]
+            done += len(rows)
+        return found
 
     def image_shape(self, samples: Sequence[int]) -> tuple[int, ...]:
         """Shape (B, C, *patch) of a batch; whole volumes are padded to the largest of them."""
         patch = self.patch_size
         if patch is None:
-            _, rows = self.places(samples)
-            patch = self.store.spatial_shapes[rows[:, 0]].max(axis=0).tolist()
+            patch = self.store.spatial_shapes[self.rows(samples)[:, 2]].max(axis=0).tolist()
         return (len(samples), self.store.num_channels, *patch)
 
     def batch(self, samples: Sequence[int], image: torch.Tensor | None = None) -> Batch:
         """Read patches by their place in the endless sequence, into `image` where it is given."""
-        places, rows = self.places(samples)
+        rows = self.rows(samples)
         image = torch.empty(self.image_shape(samples)) if image is None else image
         buffers = image.numpy()
-        for number, (volume, *corner) in enumerate(rows.tolist()):
+        for number, (epoch, row, volume, *corner) in enumerate(rows.tolist()):
             read_patch(self.store, volume, corner, buffers[number])
             if self.augment is not None:
-                key, spacing_mm = (self.seed, *places[number]), self.store.spacing_mm(volume)
+                key, spacing_mm = (self.seed, epoch, row), self.store.spacing_mm(volume)
                 image[number] = self.augment(image[number], key, spacing_mm)
-        index = torch.tensor([row for _, row in places])
         rows = torch.from_numpy(rows)
-        return Batch(image, rows[:, 0], rows[:, 1:], index)
+        return Batch(image, rows[:, 2], rows[:, 3:], rows[:, 1])
 
 
 def references(arrays: list[np.ndarray]) -> list[int]:
@@ -307,20 +312,18 @@ class PatchLoader:
         that the system can back it with huge pages. A slot is referred to by the storage of the
         tensor over it, so its reference count tells whether any tensor still looks at it.
         """
-        shape = self.plan.image_shape(samples)
         if self.pin:
-            return torch.empty(shape, pin_memory=True)
-        if self.plan.patch_size is not None:
-            if not self._slots:
-                size = (self.prefetch + 2, self.batch_size, *shape[1:])
-                self._slots = list(np.empty(size, np.float32))
-                self._idle = references(self._slots)
-            counts = references(self._slots)
-            for slot, count, idle in zip(self._slots, counts, self._idle, strict=True):
-                if count == idle:
-                    image = torch.from_numpy(slot)
-                    return image if len(samples) == self.batch_size else image[: len(samples)]
-        return torch.empty(shape)
+            return torch.empty(self.plan.image_shape(samples), pin_memory=True)
+        if self.plan.patch_size is not None and not self._slots:
+            size = (self.prefetch + 2, self.batch_size, *self.plan.image_shape(samples)[1:])
+            self._slots = list(np.empty(size, np.float32))
+            self._idle = references(self._slots)
+        counts = references(self._slots)
+        for slot, count, idle in zip(self._slots, counts, self._idle, strict=True):
+            if count == idle:
+                image = torch.from_numpy(slot)
+                return image if len(samples) == self.batch_size else image[: len(samples)]
+        return torch.empty(self.plan.image_shape(samples))
 
     def _from_threads(self, jobs: Iterator) -> Iterator[tuple[int, Batch]]:
         """Read batches ahead in threads; none is left when the iterator is closed."""
