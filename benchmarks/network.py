@@ -1,8 +1,9 @@
 """Time and memory of the network beside MONAI's AutoencoderKL with the same weights, in one run.
 
-    python benchmarks/network.py                           # 3D, 64^3 and 96^3, every precision
-    python benchmarks/network.py --sizes 48 --rounds 3 --precisions float32 --modes train
-    python benchmarks/network.py --dims 2 --sizes 256
+    python benchmarks/network.py                                   # every row, most of an hour
+    python benchmarks/network.py --grids 64^3 --precisions float32     # a group of rows, minutes
+    python benchmarks/network.py --grids 256^2 --modes train infer
+    python benchmarks/network.py --modes patches                   # largest patch per memory
     python benchmarks/network.py --peer FOLDER    # also the package vae3d2d, installed there
 
 Both networks get the same input and do the same work: a training step (forward, L1 + KL, backward,
@@ -11,11 +12,14 @@ count; on the CPU, time is that of the processor over all threads, which a busy 
 than the clock. Peak memory is that of a process of its own, above what it held before the network
 was built; on a GPU what the allocator handed out. The floor is the sum of the convolutions alone,
 forward and backward, in the better of the two memory layouts, with upsampling folded into them.
+The largest patches are those of `vae3d plan`: a line through the peaks at 48^3 and 64^3, which is
+held against the peak measured at 96^3.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import statistics
 import subprocess
@@ -30,6 +34,7 @@ from torch import nn
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # not this folder, see loaders.py beside it
 
+from vae3d.commands.plan import largest_patch  # noqa: E402
 from vae3d.models import fast  # noqa: E402
 from vae3d.models.presets import VAEModel  # noqa: E402
 from vae3d.models.upsample import InterpUp  # noqa: E402
@@ -45,6 +50,9 @@ CONFIG = {
     "with_encoder_nonlocal_attn": False,
     "with_decoder_nonlocal_attn": False,
 }
+MODES = ("train", "checkpoint", "infer", "patches")
+COLUMNS = "| input | precision | mode | network | time [s] | ratio | peak [MB] | ratio | floor |"
+BUDGETS_GB = (8, 16, 24, 80)
 # Greatest acceptable ratio to MONAI: (mode, precision) -> time, peak memory. On the CPU.
 TARGETS = {
     ("train", "float32"): (0.68, 0.40),
@@ -58,12 +66,11 @@ TARGETS = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--sizes", type=int, nargs="*", default=[64, 96], help="voxels per axis")
-    parser.add_argument("--dims", type=int, default=3, choices=(2, 3))
+    parser.add_argument("--grids", nargs="*", default=["64^3", "96^3", "256^2"], help="voxels^axes")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--precisions", nargs="*", default=["float32", "bfloat16"])
-    parser.add_argument("--modes", nargs="*", default=["train", "checkpoint", "infer"])
-    parser.add_argument("--rounds", type=int, default=5, help="timed runs of each network")
+    parser.add_argument("--modes", nargs="*", default=MODES, choices=MODES)
+    parser.add_argument("--rounds", type=int, default=3, help="timed runs of each network")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--peer", help="folder with the package vae3d2d (pip install --target)")
@@ -75,17 +82,38 @@ def main() -> None:
     if options.probe:
         print(json.dumps(peak_megabytes(**json.loads(options.probe))))
         return
-    names = ["monai", "vae3d"] + ["vae3d2d"] * bool(options.peer)
+    names = ["monai", "vae3d"]
+    reason = why_not("vae3d2d")
+    if reason:
+        print(f"vae3d2d is left out: {reason}; pip install --target FOLDER, then --peer FOLDER")
+    else:
+        names.append("vae3d2d")
     print(f"{options.device}, {options.threads} threads, torch {torch.__version__}")
-    check_same_numbers(options.dims)
-    print("\n| input | precision | mode | network | time [s] | ratio | peak [MB] | ratio | floor |")
-    print("|---|---|---|---|---|---|---|---|---|")
-    for size in options.sizes:
-        shape = (options.batch, 1, *(size,) * options.dims)
+    grids = [(int(n),) * int(dims) for n, dims in (grid.split("^") for grid in options.grids)]
+    for dims in sorted({len(grid) for grid in grids}):
+        check_same_numbers(dims)
+    modes = [mode for mode in options.modes if mode != "patches"]
+    if modes:
+        print("\n" + COLUMNS)
+        print("|---|---|---|---|---|---|---|---|---|")
+    for grid in grids:
         for precision in options.precisions:
-            for mode in options.modes:
+            for mode in modes:
+                shape = (options.batch, 1, *grid)
                 case = {"shape": shape, "precision": precision, "device": options.device}
                 report(names, case, mode, options)
+    if "patches" in options.modes:
+        for precision in options.precisions:
+            report_patches(precision, options)
+
+
+def why_not(package: str) -> str | None:
+    """Why a package cannot be imported; None when it can."""
+    try:
+        importlib.import_module(package)
+    except ImportError as error:
+        return str(error)
+    return None
 
 
 def report(names: list[str], case: dict, mode: str, options: argparse.Namespace) -> None:
@@ -115,6 +143,33 @@ def report(names: list[str], case: dict, mode: str, options: argparse.Namespace)
         print(
             f"| {case['shape'][0]} x {grid} | {case['precision']} | {mode} | {name} "
             f"| {time_of:.2f} | {ratio:.2f} | {memory[name]:.0f} | {part:.2f} | {above} |",
+            flush=True,
+        )
+
+
+def report_patches(precision: str, options: argparse.Namespace) -> None:
+    """Print the largest cubic patch that trains in a memory, per network."""
+    budgets = " | ".join(f"{gb} GB" for gb in BUDGETS_GB)
+    print(f"\n| {precision} | peak of 96^3 [MB] | by the line | {budgets} |")
+    print("|---|---|---|" + "---|" * len(BUDGETS_GB))
+    for label, name, mode in (
+        ("MONAI", "monai", "train"),
+        ("MONAI, checkpointing", "monai", "checkpoint"),
+        ("vae3d", "vae3d", "train"),
+        ("vae3d, checkpointing", "vae3d", "checkpoint"),
+    ):
+        peaks = {}
+        for n in (48, 64, 96):
+            case = {"shape": (1, 1, n, n, n), "precision": precision, "device": options.device}
+            peaks[n] = probe(name, mode, case, options) * 2**20
+        measured = {(n,) * 3: peaks[n] for n in (48, 64)}
+        slope, rest = statistics.linear_regression([48**3, 64**3], [peaks[48], peaks[64]])
+        line = slope * 96**3 + rest
+        edges = [largest_patch(measured, (4, 4, 4), gb * 1e9) for gb in BUDGETS_GB]
+        print(
+            f"| {label} | {peaks[96] / 2**20:.0f} | {line / peaks[96]:.2f}x | "
+            + " | ".join(f"{edge[0]}^3" if edge else "none" for edge in edges)
+            + " |",
             flush=True,
         )
 

@@ -47,7 +47,7 @@ MODELS = {
 def small_slabs(monkeypatch):
     """Slabs of a few rows, so that a tiny volume has several, and pages of its own."""
     monkeypatch.setattr(fast, "SLAB_BYTES", 1 << 10)
-    monkeypatch.setattr(fast, "SLOW_KERNEL_BELOW", 0)
+    monkeypatch.setattr(fast, "SLOW_KERNEL", 0)
     monkeypatch.setattr(fast, "OWN_PAGES_FROM", 1 << 12)
 
 
@@ -128,6 +128,22 @@ def test_convolutions_equal_the_layer(dims, kernel, stride, padding, far):
     assert_fast_equals_plain(lambda x: fast.convolve(layer, x, padding=far), [x], layer)
 
 
+@pytest.mark.parametrize("dims", [2, 3])
+@pytest.mark.parametrize("channels", [(1, 16), (16, 1), (2, 17), (17, 2), (16, 20)])
+@pytest.mark.parametrize("normed", [False, True])
+def test_slabs_of_the_real_size_equal_the_layers(dims, channels, normed, monkeypatch):
+    """Slabs large enough for the kernels that tiny volumes do not reach."""
+    monkeypatch.undo()
+    first, last = channels
+    layers = [NormAct(InstanceNorm(first), "silu")] if normed else []
+    layers = randomize(nn.ModuleList([*layers, CONV[dims](first, last, 3, padding=1)]))
+    size = (40, 44, 6)[:dims]
+    inputs = [torch.randn(2, first, *size), torch.randn(2, last, *size)]
+    assert_fast_equals_plain(
+        lambda x, skip: fast.run(layers, x, skip), inputs, layers, tolerance=5e-5
+    )
+
+
 @pytest.mark.parametrize("factor", [(2, 2), (1, 2), (2, 1), (2, 2, 2), (2, 2, 1), (1, 2, 2)])
 @pytest.mark.parametrize("mode", ["nearest", "linear"])
 def test_upsampling_and_convolution_equal_the_layers(factor, mode):
@@ -180,6 +196,61 @@ def test_the_plain_norm_of_a_large_channels_last_volume_keeps_its_digits():
     exact = x.double().view(2, -1)
     exact = (exact - exact.mean(1, keepdim=True)) / exact.std(1, correction=0, keepdim=True)
     assert (ours - exact.view(4, 160, 160, 160)[:, ::16]).abs().max() < 1e-4
+
+
+@pytest.mark.slow
+def test_a_step_over_a_large_volume_is_as_exact_as_float64(monkeypatch):
+    monkeypatch.undo()
+    layers = randomize(nn.ModuleList([NormAct(GroupNorm(4, 2), "silu"), nn.Conv3d(4, 4, 1)]))
+    x = torch.randn(1, 4, 160, 160, 160).add_(20)
+    ours = values_and_gradients(lambda x: fast.run(layers, x), [x], list(layers.parameters()))
+    layers.double()
+    exact = values_and_gradients(
+        lambda x: fast.run(layers, x), [x.double()], list(layers.parameters()), plain=True
+    )
+    for a, b in zip(ours, exact, strict=True):
+        assert distance(a, b) < 2e-5
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpu_gives_the_numbers_of_the_fast_paths():
+    vae = randomize(CUSTOM()).eval()
+    x = torch.randn(1, 1, *SHAPE[3])
+    ours = values_and_gradients(lambda x: vae(x)[0], [x], list(vae.parameters()))
+    torch.backends.cudnn.allow_tf32 = False
+    vae.cuda()
+    x = x.cuda().requires_grad_()
+    recon = vae(x)[0]
+    direction = torch.randn(recon.shape, generator=torch.Generator().manual_seed(3))
+    theirs = torch.autograd.grad(recon, [x, *vae.parameters()], direction.cuda())
+    for a, b in zip(ours, [recon.detach(), *theirs], strict=True):
+        if b.abs().max() > 1e-4:  # else it is the rounding error of a sum that vanishes
+            assert distance(a, b.cpu()) < 1e-4
+
+
+def test_memory_of_dead_tensors_serves_the_next_ones_and_goes_back():
+    pages = fast.Pages()
+    size = 1 << 16
+    leases = [pages.take(size) for _ in range(3)]
+    assert (pages.used, pages.kept) == (3 * size, 0)
+    del leases[:]
+    assert (pages.used, pages.kept) == (0, 3 * size)
+    first, other = pages.take(size), pages.take(2 * size)
+    # No more in all than what was in use at once; largest blocks go first.
+    assert pages.used == 3 * size and pages.used + pages.kept <= 3 * size
+    del first, other
+    pages.give_back()
+    assert pages.kept == 0 and not any(pages.free.values())
+
+
+def test_a_large_tensor_keeps_its_memory_while_a_view_of_it_lives():
+    volume = fast.empty(torch.empty(1, 1, 1, 1, 1), (1, 4, 16, 16, 16), torch.float32)
+    assert volume.is_contiguous(memory_format=torch.channels_last_3d)
+    row = volume.fill_(3)[:, :, 2]
+    del volume
+    other = fast.empty(torch.empty(1, 1, 1, 1, 1), (1, 4, 16, 16, 16), torch.float32).fill_(5)
+    assert (row == 3).all() and (other == 5).all()
 
 
 def test_a_step_keeps_nothing_but_its_input_and_weights():
@@ -246,17 +317,3 @@ def test_the_plain_layers_can_be_differentiated_twice_and_the_fast_paths_say_no(
     with fast.plain():
         penalty()
     assert layer.weight.grad.abs().sum() > 0
-
-
-@pytest.mark.parametrize("dims", [2, 3])
-@pytest.mark.parametrize("widths", [(1, 16), (2, 16), (16, 1), (16, 2)], ids=str)
-@pytest.mark.parametrize("kernel", [(3, 3, 3), (1, 3, 1)], ids=str)
-def test_convolutions_of_few_channels_are_matrix_products(dims, widths, kernel):
-    for padding in ((0,) * dims, tuple(k // 2 for k in kernel[:dims])):
-        layer = CONV[dims](*widths, kernel[:dims], padding=padding).requires_grad_(False)
-        x = fast.channels_last(torch.rand(1, widths[0], *(5, 6, 7)[:dims]))
-        weight = fast.channels_last(layer.weight)
-        for bias in (None, layer.bias):
-            ours = fast.conv(x, weight, bias, padding, layer.stride)
-            full = layer(x) if bias is not None else layer._conv_forward(x, layer.weight, None)
-            torch.testing.assert_close(ours, full, rtol=1e-5, atol=1e-5)

@@ -15,10 +15,13 @@ Axes: b batch, c channels, x y z space; a slab is a range of x of one sample.
 
 import ctypes
 import mmap
+import weakref
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise, product
 from math import prod
+from threading import RLock
 from typing import NamedTuple
 
 import torch
@@ -31,9 +34,11 @@ from vae3d.models.norm import GroupNorm, InstanceNorm, NormAct
 
 CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 SLAB_BYTES = 4 << 20  # per thread, float32; larger than the cache is slower, smaller repeats halos
-SLOW_KERNEL_BELOW = 20480  # PyTorch leaves oneDNN for convolutions with fewer values in (c, x, y)
+SLOW_KERNEL = 20480  # PyTorch leaves oneDNN for this many values of (c, x, y) or fewer
 
 OWN_PAGES_FROM = 2 << 20  # bytes
+MEMORY_OF_THE_MOST = 0.9995  # per large tensor; a training step has some 150
+PIECE = 4096  # voxels of which sums are taken in float32
 
 malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc only
 
@@ -208,10 +213,12 @@ class NormActConv(torch.autograd.Function):
         norm = Slabs(x, step, gamma, beta, stats, compute)
         for n, start, stop in slabs(out, x):
             _, y, pad = norm.read(n, *reach(start, stop, w, step), keep=False)
-            y = conv(y, w, b, pad, step.stride)
-            if residual is not None:
-                y = y.add_(residual[n : n + 1, :, start:stop])
-            out[n : n + 1, :, start:stop] = y
+            target = out[n : n + 1, :, start:stop]
+            if residual is None:
+                target.zero_()
+            elif not step.overwrite:
+                target.copy_(residual[n : n + 1, :, start:stop])
+            conv_add(target, y, w, b, pad, step.stride)
         return out
 
     @staticmethod
@@ -226,7 +233,7 @@ class NormActConv(torch.autograd.Function):
         need_x, need_w = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
         need_x = need_x or any(ctx.needs_input_grad[3:5])
         grad_w = torch.zeros_like(weight, dtype=torch.float32) if need_w else None
-        grad_b = grad.sum([0, *range(2, grad.dim())], dtype=torch.float32) if ctx.has_bias else None
+        grad_b = torch.zeros(len(weight)) if ctx.has_bias else None
         grad_x = empty(x, x.shape, x.dtype) if need_x else None
         strided = max(step.stride) > 1
         if need_x and strided:
@@ -236,19 +243,22 @@ class NormActConv(torch.autograd.Function):
         sums = torch.zeros(2, *x.shape[:2], dtype=torch.float64)  # of dn * normalized, of dn
         for n, start, stop in slabs(grad, x):
             lo, hi = reach(start, stop, w, step)
-            normalized, y, pad = norm.read(n, lo, hi, keep=True)
+            normalized, y, pad = norm.read(n, lo, hi, keep=need_x)
             g = grad[n : n + 1, :, start:stop].to(compute)
+            if ctx.has_bias:
+                grad_b += g.sum([0, *range(2, g.dim())])
             if need_w:
                 grad_w += conv_backward(g, y, w, pad, step.stride, weights=True)
-            if need_x and strided:
+            if not need_x:
+                continue
+            if strided:
                 back.scatter(g, y, pad, grad_x[n : n + 1], lo, hi)
-            elif need_x:
-                dy = back.gather(grad[n : n + 1], start, stop)
-                if step.groups:
-                    inner = normalized[:, :, start - max(lo, 0) :][:, :, : stop - start]
-                    dy = act_backward(step.act, inner, dy)
-                    sums[:, n] += norm.sums(n, start, stop, dy)
-                grad_x[n : n + 1, :, start:stop] = dy
+                continue
+            target = grad_x[n : n + 1, :, start:stop]
+            back.gather(grad[n : n + 1], start, stop, target.zero_())
+            if step.groups:
+                inner = normalized[:, :, start - lo :][:, :, : stop - start]
+                sums[:, n] += norm.backward(n, start, stop, inner, target)
         grad_gamma, grad_beta = sums.sum(1).to(gamma.dtype) if step.groups else (None, None)
         if step.groups and ctx.needs_input_grad[0]:
             norm.finish(grad_x, sums)
@@ -263,9 +273,18 @@ class Slabs:
 
     def __init__(self, x, step, gamma, beta, stats, compute):
         self.x, self.step, self.compute = x, step, compute
+        self.memory = {}
         if step.groups:
             self.gamma, self.beta = gamma.float(), beta.float()
             self.mean, self.var = stats  # (B, C) each
+
+    def buffer(self, name: str, rows: int) -> Tensor:
+        """Memory for a slab, the same at every call."""
+        shape = (1, self.x.shape[1], rows, *self.x.shape[3:])
+        if name not in self.memory or self.memory[name].numel() < prod(shape):
+            self.memory[name] = empty(self.x, shape, self.compute)
+        buffer = self.memory[name]
+        return buffer.as_strided(shape, buffer.stride())
 
     def read(self, n: int, lo: int, hi: int, keep: bool) -> tuple[Tensor | None, Tensor, list[int]]:
         """Rows `lo` to `hi` of sample `n`; rows outside the volume become padding.
@@ -280,21 +299,45 @@ class Slabs:
             The normalized slab, the activated and padded slab, the padding left to the convolution.
         """
         slab, pads = rows(self.x[n : n + 1], lo, hi, self.step.padding)
-        slab, normalized = slab.to(self.compute), None
-        if self.step.groups:
-            normalized = batch_norm(
-                slab, self.gamma, self.beta, self.mean[n], self.var[n], self.step.eps
-            )
-            slab = activate(self.step.act, normalized, in_place=not keep)
-        slab, left = pad_uneven(slab, pads)
-        return normalized, slab, left
+        if not self.step.groups:
+            return None, *pad_uneven(slab.to(self.compute), pads)
+        activated = self.buffer("activated", hi - lo)
+        normalized = self.buffer("normalized", hi - lo) if keep else activated
+        near, far = pads[0]
+        inside = slice(near, hi - lo - far)
+        self.batch_norm(n, slab, self.gamma, self.beta, normalized[:, :, inside])
+        activate(self.step.act, normalized[:, :, inside], activated[:, :, inside])
+        activated[:, :, :near].zero_()
+        activated[:, :, inside.stop :].zero_()
+        return normalized, activated, [0, *(near for near, _ in pads[1:])]
 
-    def sums(self, n: int, start: int, stop: int, dn: Tensor) -> Tensor:
-        """Per channel, the sums of `dn * (x - mean) / std` and of `dn`, `(2, C)`."""
-        dims, shape = [0, *range(2, dn.dim())], (1, -1, *(1,) * (dn.dim() - 2))
-        centered = self.x[n : n + 1, :, start:stop].float() - self.mean[n].view(shape)
+    def batch_norm(self, n: int, slab: Tensor, scale: Tensor, shift: Tensor, out: Tensor) -> None:
+        """`out = (slab - mean) / sqrt(var + eps) * scale + shift` per channel, in one pass."""
+        if slab.dtype != out.dtype:
+            slab = out.copy_(slab)
+        unused = torch.empty(0)
+        torch.ops.aten.native_batch_norm.out(
+            slab, scale, shift, self.mean[n], self.var[n], False, 0.0, self.step.eps,
+            out=out, save_mean=unused, save_invstd=unused,
+        )  # fmt: skip
+
+    def backward(self, n: int, start: int, stop: int, normalized: Tensor, grad: Tensor) -> Tensor:
+        """Take `grad` back through the activation, in place.
+
+        Returns:
+            Per channel, the sums of `grad * (x - mean) / std` and of `grad`, `(2, C)`.
+        """
+        wide = grad.to(self.compute)
+        act_backward(self.step.act, normalized, wide)
+        x = self.x[n : n + 1, :, start:stop].to(self.compute)
         std = (self.var[n] + self.step.eps).sqrt()
-        return torch.stack([centered.mul_(dn).sum(dims) / std, dn.sum(dims)])
+        _, scaled, plain = torch.ops.aten.native_batch_norm_backward(
+            wide, x, torch.ones_like(std), None, None, self.mean[n], 1 / std,
+            True, self.step.eps, [False, True, True],
+        )  # fmt: skip
+        if wide is not grad:
+            grad.copy_(wide)
+        return torch.stack([scaled, plain])
 
     def finish(self, grad: Tensor, sums: Tensor) -> None:
         """Turn the gradient of the normalized volume into that of `x`, in place.
@@ -309,12 +352,11 @@ class Slabs:
         r = (self.var.double() + self.step.eps).rsqrt()
         shape = (1, -1, *(1,) * (grad.dim() - 2))
         for n, start, stop in slabs(grad, grad):
-            slab = self.x[n : n + 1, :, start:stop].to(self.compute)
+            dx = self.buffer("normalized", stop - start)
             scale, shift = (-(r * t)[n].float() for t in (scaled, plain))
-            dx = batch_norm(slab, scale, shift, self.mean[n], self.var[n], self.step.eps)
+            self.batch_norm(n, self.x[n : n + 1, :, start:stop], scale, shift, dx)
             target = grad[n : n + 1, :, start:stop]
-            dx.addcmul_(target.to(dx.dtype), (r[n] * gamma).to(dx.dtype).view(shape))
-            target.copy_(dx)
+            torch.addcmul(dx, target, (r[n] * gamma).to(dx.dtype).view(shape), out=target)
 
 
 class Backward:
@@ -328,13 +370,13 @@ class Backward:
             (k - 1 - near, k - 1 - far) for k, (near, far) in zip(kernel, step.padding, strict=True)
         )
 
-    def gather(self, grad: Tensor, start: int, stop: int) -> Tensor:
-        """Rows `start` to `stop` of the input's gradient, for stride 1."""
+    def gather(self, grad: Tensor, start: int, stop: int, target: Tensor) -> None:
+        """Add rows `start` to `stop` of the input's gradient to `target`, for stride 1."""
         near = self.padding[0][0]
         lo, hi = start - near, stop - near + self.flipped.shape[2] - 1
         slab, pads = rows(grad, lo, hi, self.padding)
         slab, pad = pad_uneven(slab.to(self.compute), pads)
-        return conv(slab, self.flipped, None, pad, (1,) * len(pad))
+        conv_add(target, slab, self.flipped, None, pad, (1,) * len(pad))
 
     def scatter(self, g: Tensor, y: Tensor, pad, target: Tensor, lo: int, hi: int) -> None:
         """Add the gradient of rows `lo` to `hi` of the input to `target`, for any stride."""
@@ -364,7 +406,7 @@ class UpsampleConv(torch.autograd.Function):
         b = None if bias is None else bias.to(up.compute).repeat(up.per_row)
         size = [n * f for n, f in zip(x.shape[2:], factor, strict=True)]
         out = empty(x, (len(x), len(weight), *size), dtype)
-        for n, start, stop in slabs(x, x):
+        for n, start, stop in slabs(x, out, weights=False):
             for phase, w in enumerate(up.weights):
                 slab, pad = up.read(n, start, stop, phase)
                 y = conv(slab, w, b, pad, (1,) * len(pad))
@@ -382,10 +424,9 @@ class UpsampleConv(torch.autograd.Function):
         grad = channels_last(grad)
         up = Phases(x, weight, ctx.factor, compute_dtype(ctx.dtype))
         need_x, need_w = ctx.needs_input_grad[:2]
-        grad_x = empty(x, x.shape, x.dtype) if need_x else None
+        grad_x = empty(x, x.shape, x.dtype).zero_() if need_x else None
         grads_w = [torch.zeros_like(w, dtype=torch.float32) for w in up.weights]
         for n, start, stop in slabs(x, x):
-            total = 0
             for phase, w in enumerate(up.weights):
                 lo, hi = start - up.offset(phase) - w.shape[2] + 1, stop - up.offset(phase)
                 g = up.grid(grad[n : n + 1], lo, hi, phase)
@@ -398,9 +439,9 @@ class UpsampleConv(torch.autograd.Function):
                 if need_x:
                     flipped = channels_last(w.transpose(0, 1).flip(*range(2, w.dim())))
                     pad = [0, *(k - 2 for k in w.shape[3:])]
-                    total = total + conv(g, flipped, None, pad, (1,) * len(pad))
-            if need_x:
-                grad_x[n : n + 1, :, start:stop] = total
+                    conv_add(
+                        grad_x[n : n + 1, :, start:stop], g, flipped, None, pad, (1,) * len(pad)
+                    )
         grad_w = up.unfold(grads_w).to(weight.dtype) if need_w else None
         grad_b = None
         if ctx.has_bias:
@@ -486,35 +527,39 @@ def upsample_convolve(layer: nn.Conv2d | nn.Conv3d, x: Tensor, factor: Sequence[
 def statistics(x: Tensor, groups: int) -> tuple[Tensor, Tensor]:
     """Mean and variance of the groups of each sample, repeated per channel, `(B, C)` float32.
 
-    Sums of a slab are centered, and slabs are merged in float64 (Chan et al., 1979), so that the
-    result does not lose digits as volumes grow.
+    Few voxels at a time, and these merged in float64 (Chan et al., 1979), so that the result does
+    not lose digits as volumes grow.
     """
-    dims = [0, *range(2, x.dim())]
-    shape = (1, -1, *(1,) * (x.dim() - 2))
-    counts, means, squares = ([[] for _ in x] for _ in range(3))
-    for n, start, stop in slabs(x, x):
-        slab = x[n : n + 1, :, start:stop].float()
-        count = slab.numel() // slab.shape[1]
-        mean = slab.sum(dims) / count
-        counts[n].append(count)
-        means[n].append(mean)
-        squares[n].append((slab - mean.view(shape)).square_().sum(dims))
-    count = torch.tensor(counts, dtype=torch.float64)[..., None]  # (B, slabs, 1)
-    mean, square = (torch.stack([torch.stack(s) for s in t]).double() for t in (means, squares))
-    total = (count * mean).sum(1) / count.sum(1)  # (B, C)
-    var = (square + count * (mean - total[:, None]) ** 2).sum(1) / count.sum(1)
-    grouped = total.unflatten(1, (groups, -1))
+    means, variances = [], []
+    for sample in x:
+        pieces = sample.movedim(0, -1).flatten(0, -2).split(PIECE)  # (voxels, C) each
+        count = torch.tensor([len(p) for p in pieces], dtype=torch.float64)[:, None]
+        stats = [
+            torch.batch_norm_update_stats(p.float().t()[None, :, :, None], None, None, 0.0)
+            for p in pieces
+        ]
+        mean, var = (torch.stack(s).double() for s in zip(*stats, strict=True))  # (pieces, C)
+        means.append((count * mean).sum(0) / count.sum())
+        variances.append((count * (var + (mean - means[-1]) ** 2)).sum(0) / count.sum())
+    grouped = torch.stack(means).unflatten(1, (groups, -1))
     group_mean = grouped.mean(2, keepdim=True)
-    group_var = (var.view_as(grouped) + (grouped - group_mean) ** 2).mean(2, keepdim=True)
+    group_var = torch.stack(variances).view_as(grouped) + (grouped - group_mean) ** 2
+    group_var = group_var.mean(2, keepdim=True)
     return tuple(t.expand_as(grouped).flatten(1).float() for t in (group_mean, group_var))
 
 
-def slabs(rows_of: Tensor, width_of: Tensor) -> Iterator[tuple[int, int, int]]:
-    """Sample, first and last row of slabs that cover `rows_of`, sized by a row of `width_of`."""
-    row = width_of[0, :, 0].numel()
+def slabs(rows_of: Tensor, other: Tensor, weights: bool = True) -> Iterator[tuple[int, int, int]]:
+    """Sample, first and last row of slabs that cover `rows_of` and stay in the cache.
+
+    Args:
+        rows_of: What is covered.
+        other: What is read or written together with it, with as many rows or more.
+        weights: Whether slabs must be large enough for the fast kernel of the weights' gradient.
+    """
+    row = max(t[0, :, 0].numel() for t in (rows_of, other))
     count = max(SLAB_BYTES * torch.get_num_threads() // (4 * row), 1)
-    values = max(width_of.shape[1] * width_of.shape[3], 1)
-    count = max(count, SLOW_KERNEL_BELOW // values + 1)
+    if weights and other.shape[1] > 2:
+        count = max(count, SLOW_KERNEL // (other.shape[1] * other.shape[3]) + 1)
     size = rows_of.shape[2]
     parts = max(round(size / count), 1)
     edges = [size * i // parts for i in range(parts + 1)]
@@ -544,63 +589,66 @@ def pad_uneven(slab: Tensor, pads: Sequence[tuple[int, int]]) -> tuple[Tensor, l
 
 
 def conv(x, weight, bias, padding, stride) -> Tensor:
-    """Convolution of a slab `(1, C, *n)` by oneDNN, or as matrix products where those are faster.
-
-    A 1x1 kernel is one product of voxels and weights. oneDNN takes channels in sixteens, so that
-    few channels at one end waste its work.
-    """
-    if max(stride) == 1 and weight[0, 0].numel() == 1:
+    """Convolution of a slab `(1, C, *n)` by oneDNN, or as a matrix product where that is faster."""
+    if pointwise(weight, stride):
         y = F.linear(x.movedim(1, -1), weight.flatten(1), bias)
         return y.movedim(-1, 1)
-    if max(stride) == 1 and x.dtype == torch.float32:
-        if weight.shape[1] <= 2 and len(weight) >= 16:
-            return conv_from_few(x, weight, bias, padding)
-        if len(weight) <= 2 and weight.shape[1] >= 16:
-            return conv_to_few(x, weight, bias, padding)
+    if few(weight, stride) and len(weight) <= 2:
+        return conv_to_few(x, weight, bias, padding)
     return torch.mkldnn_convolution(x, weight, bias, padding, stride, (1,) * len(padding), 1)
 
 
-def conv_from_few(x, weight, bias, padding) -> Tensor:
-    """Convolution of few channels: the voxels that each tap sees, times the weights."""
-    x = F.pad(x[0], [p for p in reversed(padding) for _ in range(2)])
-    kernel = weight.shape[2:]
-    size = [n - k + 1 for n, k in zip(x.shape[1:], kernel, strict=True)]
-    seen = x.new_empty(*kernel, len(x), *size)
-    for tap in product(*map(range, kernel)):
-        seen[tap] = x[(slice(None), *(slice(t, t + n) for t, n in zip(tap, size, strict=True)))]
-    dims = len(kernel)
-    taps = weight.permute(*range(2, 2 + dims), 1, 0).reshape(-1, len(weight))
-    y = seen.flatten(0, dims).flatten(1).t() @ taps
-    y = y if bias is None else y.add_(bias)
-    return y.view(1, *size, -1).movedim(-1, 1)
+def pointwise(weight: Tensor, stride: Sequence[int]) -> bool:
+    """Whether a convolution is a matrix product of voxels and weights."""
+    return weight[0, 0].numel() == 1 and max(stride) == 1
+
+
+def few(weight: Tensor, stride: Sequence[int]) -> bool:
+    """Whether one end has so few channels that oneDNN, which takes sixteen at a time, is wasted."""
+    low, high = sorted(weight.shape[:2])
+    return low <= 2 and high >= 16 and max(stride) == 1 and weight.dtype == torch.float32
 
 
 def conv_to_few(x, weight, bias, padding) -> Tensor:
     """Convolution to few channels: every voxel times the weights of each tap, then shifted sums."""
     out, channels, *kernel = weight.shape
-    dims, grid = len(kernel), x.shape[2:]
-    taps = weight.permute(*range(2, 2 + dims), 0, 1).reshape(-1, channels)
-    images = (taps @ x.movedim(1, -1).reshape(-1, channels).t()).view(*kernel, out, *grid)
-    size = [n + 2 * p - k + 1 for n, p, k in zip(grid, padding, kernel, strict=True)]
-    y = x.new_zeros(out, *size)
+    grid = x.shape[2:]
+    taps = weight.flatten(2).permute(2, 0, 1).reshape(-1, channels)
+    images = (taps @ x.movedim(1, -1).reshape(-1, channels).t()).view(-1, out, *grid)
+    full = x.new_zeros(out, *(n + k - 1 for n, k in zip(grid, kernel, strict=True)))
+    for tap, image in zip(product(*map(range, kernel)), images, strict=True):
+        axes = zip(kernel, tap, grid, strict=True)
+        full[(slice(None), *(slice(k - 1 - t, k - 1 - t + n) for k, t, n in axes))] += image
+    axes = zip(kernel, padding, grid, strict=True)
+    y = full[(slice(None), *(slice(k - 1 - p, n + p) for k, p, n in axes))]
     if bias is not None:
-        y += bias.view(-1, *(1,) * dims)
-    for tap in product(*map(range, kernel)):
-        # Output voxel v sees input voxel v + tap - padding.
-        where, seen = [slice(None)], [slice(None)]
-        for m, n, t, p in zip(size, grid, tap, padding, strict=True):
-            lo, hi = max(p - t, 0), min(m, n + p - t)
-            where.append(slice(lo, hi))
-            seen.append(slice(lo + t - p, hi + t - p))
-        y[tuple(where)] += images[tap][tuple(seen)]
-    return y[None].contiguous(memory_format=CHANNELS_LAST[dims + 2])
+        y = y + bias.view(-1, *(1,) * len(grid))
+    return channels_last(y[None])
+
+
+def conv_add(target, x, weight, bias, padding, stride) -> None:
+    """Add a slab's convolution to `target`, in place and without a copy where there is a kernel."""
+    if target.dtype == x.dtype and pointwise(weight, stride):
+        into = target.movedim(1, -1).flatten(0, -2)
+        torch.addmm(into, x.movedim(1, -1).flatten(0, -2), weight.flatten(1).t(), out=into)
+        if bias is not None:
+            into += bias
+    elif target.dtype != x.dtype or len(weight) <= 2 or prod(x.shape[:4]) <= SLOW_KERNEL:
+        target.add_(conv(x, weight, bias, padding, stride))
+    else:
+        torch.ops.mkldnn._convolution_pointwise_.binary(
+            target, x, weight, bias, padding, stride, (1,) * len(padding), 1,
+            "add", 1.0, None, [], "",
+        )  # fmt: skip
 
 
 def conv_backward(grad, x, weight, padding, stride, weights: bool) -> Tensor:
     """Gradient of a slab's convolution with respect to its weights, or else to its input."""
-    if weights and weight[0, 0].numel() == 1 and max(stride) == 1:
+    if weights and pointwise(weight, stride):
         g, x = (t.movedim(1, -1).flatten(0, -2) for t in (grad, x))
         return (g.t() @ x).view_as(weight)
+    if weights and few(weight, stride):
+        return few_backward(grad, x, weight, padding)
     zeros, ones = (0,) * len(padding), (1,) * len(padding)
     mask = [not weights, weights, False]
     grads = torch.ops.aten.convolution_backward(
@@ -609,23 +657,49 @@ def conv_backward(grad, x, weight, padding, stride, weights: bool) -> Tensor:
     return grads[1 if weights else 0]
 
 
-def activate(act: nn.Module, x: Tensor, in_place: bool) -> Tensor:
-    """`act(x)`, in the memory of `x` where that may be and can be."""
-    return F.silu(x, inplace=in_place) if type(act) is nn.SiLU else act(x)
+def few_backward(grad, x, weight, padding) -> Tensor:
+    """Gradient of the weights between few channels and many, as one matrix product."""
+    kernel, dims = weight.shape[2:], range(2, weight.dim())
+    if weight.shape[1] <= 2:  # what each tap sees of the input, times the gradient
+        seen, many = (
+            unfold(F.pad(x, [p for p in reversed(padding) for _ in range(2)]), kernel),
+            grad,
+        )
+    else:  # the taps of a gradient run backwards
+        far = [k - 1 - p for k, p in zip(reversed(kernel), reversed(padding), strict=True)]
+        seen, many = unfold(F.pad(grad, [p for p in far for _ in range(2)]), kernel), x
+    product = (seen @ many.movedim(1, -1).reshape(-1, many.shape[1])).view(
+        *kernel, -1, len(many[0])
+    )
+    product = product.permute(-1, -2, *range(len(kernel)))
+    return product if weight.shape[1] <= 2 else product.transpose(0, 1).flip(*dims)
 
 
-def act_backward(act: nn.Module, x: Tensor, grad: Tensor) -> Tensor:
-    """Gradient of `act` at `x`."""
+def unfold(x: Tensor, kernel: Sequence[int]) -> Tensor:
+    """What each tap of a kernel sees of `(1, C, *n)`, `(taps * C, voxels)`."""
+    for axis, k in enumerate(kernel, start=2):
+        x = x.unfold(axis, k, 1)
+    dims = len(kernel)
+    x = x[0].permute(*range(1 + dims, 1 + 2 * dims), *range(1 + dims))
+    return x.flatten(0, dims).flatten(1)
+
+
+def activate(act: nn.Module, x: Tensor, out: Tensor) -> None:
+    """`out = act(x)`; `out` may be `x`."""
     if type(act) is nn.SiLU:
-        return torch.ops.aten.silu_backward(grad, x)
+        torch.ops.aten.silu.out(x, out=out)
+    else:
+        out.copy_(act(x))
+
+
+def act_backward(act: nn.Module, x: Tensor, grad: Tensor) -> None:
+    """Take `grad` back through `act` at `x`, in place."""
+    if type(act) is nn.SiLU:
+        torch.ops.aten.silu_backward.grad_input(grad, x, grad_input=grad)
+        return
     with torch.enable_grad():
         x = x.detach().requires_grad_()
-        return torch.autograd.grad(act(x), x, grad)[0]
-
-
-def batch_norm(x, scale, shift, mean, var, eps) -> Tensor:
-    """`(x - mean) / sqrt(var + eps) * scale + shift` per channel, in one pass."""
-    return torch.ops.aten.native_batch_norm(x, scale, shift, mean, var, False, 0.0, eps)[0]
+        grad.copy_(torch.autograd.grad(act(x), x, grad)[0])
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -652,17 +726,58 @@ def channels_last(x: Tensor) -> Tensor:
 
 
 def empty(like: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """Uninitialized tensor with its channels innermost in memory.
-
-    Large ones get their own pages, huge where the system has them: the memory goes back when the
-    tensor dies, and touching it first costs a tenth.
-    """
+    """Uninitialized tensor with its channels innermost in memory, large ones in `pages`."""
     size, channels, *spatial = shape
-    count = size * channels * prod(spatial)
-    if count * dtype.itemsize < OWN_PAGES_FROM or not hasattr(mmap, "MADV_HUGEPAGE"):
+    nbytes = size * channels * prod(spatial) * dtype.itemsize
+    if nbytes < OWN_PAGES_FROM or not hasattr(mmap, "MADV_HUGEPAGE"):
         return torch.empty(shape, dtype=dtype, memory_format=CHANNELS_LAST[like.dim()])
-    pages = mmap.mmap(-1, count * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    pages.madvise(mmap.MADV_HUGEPAGE)
-    flat = torch.frombuffer(pages, dtype=dtype)
+    flat = torch.frombuffer(pages.take(nbytes), dtype=dtype)
     strides = torch.empty(shape, device="meta", memory_format=CHANNELS_LAST[like.dim()]).stride()
-    return torch.empty(0, dtype=dtype).set_(flat.untyped_storage(), 0, shape, strides)
+    # Detached it is no view, so that autograd may add a second gradient to it in place.
+    return flat.as_strided(shape, strides).detach()
+
+
+class Pages:
+    """Memory of large tensors, kept for the next ones of the same size.
+
+    Pages fresh from the system cost several passes over them. Free memory goes back to the system
+    where, with what is in use, it would exceed the most that was in use at once not long ago.
+    """
+
+    def __init__(self):
+        self.free: dict[int, list[mmap.mmap]] = defaultdict(list)  # by size [bytes]
+        self.used = self.kept = self.most = 0
+        self.lock = RLock()  # tensors die anywhere, also within `take`
+
+    def take(self, size: int) -> ctypes.Array:
+        """Memory of `size` bytes, which comes back by itself when nothing refers to it."""
+        with self.lock:
+            self.used += size
+            self.most = max(self.used, int(self.most * MEMORY_OF_THE_MOST))
+            block = self.free[size].pop() if self.free[size] else None
+            self.kept -= size if block else 0
+            self.give_back(self.most - self.used)
+        if block is None:
+            block = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            block.madvise(mmap.MADV_HUGEPAGE)
+        lease = (ctypes.c_char * size).from_buffer(block)
+        weakref.finalize(lease, self.put, size, block).atexit = False
+        return lease
+
+    def put(self, size: int, block: mmap.mmap) -> None:
+        """Take a block back."""
+        with self.lock:
+            self.used -= size
+            self.kept += size
+            self.free[size].append(block)
+
+    def give_back(self, but: int = 0) -> None:
+        """Return free memory to the system, but at most `but` bytes."""
+        with self.lock:
+            while self.kept > but:
+                size = max(size for size, blocks in self.free.items() if blocks)
+                self.free[size].pop()
+                self.kept -= size
+
+
+pages = Pages()

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from loaders import Batch
+from vae3d.models.fast import pages
 from vae3d.training.task import Task
 from vae3d.training.trainer import AMP
 
@@ -111,6 +112,7 @@ class _Peak:
             return self
         import psutil
 
+        pages.give_back()  # what earlier steps left would hide what this one takes
         self._process = psutil.Process()
         self._before = self._process.memory_info().rss
         self._done = threading.Event()
