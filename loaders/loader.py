@@ -139,8 +139,10 @@ class PatchPlan:
             if self.augment is not None:
                 key, spacing_mm = (self.seed, epoch, row), self.store.spacing_mm(volume)
                 image[number] = self.augment(image[number], key, spacing_mm)
-        rows = torch.from_numpy(rows)
-        return Batch(image, rows[:, 2], rows[:, 3:], rows[:, 1])
+        index, volume, corner = (
+            torch.from_numpy(part) for part in (rows[:, 1], rows[:, 2], rows[:, 3:])
+        )
+        return Batch(image, volume, corner, index)
 
 
 def references(arrays: list[np.ndarray]) -> list[int]:
