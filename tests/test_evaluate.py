@@ -359,3 +359,38 @@ def test_a_real_head_in_exact_mode_equals_the_full_pass(real_volumes, tmp_path):
     assert float((latent - mean).abs().max()) <= 1e-4 * float(mean.max() - mean.min())
     gap = psnr(full, reconstruct(vae, x, "patch", patch_size=(48, 48, 48)), 1.0)
     assert gap < psnr(full, recon, 1.0) - 20
+
+
+def test_a_checkpoint_given_another_intensity_contract_says_so(place, tmp_path):
+    from vae3d.commands.encode import VolumeSource, encode
+
+    run, folder, cache = (str(place / name) for name in ("run", "volumes", "cache"))
+    hounsfield = Preprocess(window_hu=(-1000, 400))
+    told = r"data\.preprocess .* window_hu is \(-1000\.0, 400\.0\), not None"
+    with pytest.raises(ValueError, match=told):
+        evaluate(run, EvaluationData(folder, cache, preprocess=hounsfield), str(tmp_path), **QUIET)
+    with pytest.raises(ValueError, match=told):
+        encode(run, str(tmp_path), VolumeSource(folder, cache, hounsfield), device="cpu")
+    assert not list(tmp_path.iterdir())
+    encode(run, str(tmp_path), VolumeSource(folder, cache, Preprocess()), device="cpu")
+    assert (tmp_path / "latents.json").is_file()
+
+
+def test_a_broken_volume_is_listed_by_training_and_by_evaluation(place, tmp_path):
+    shutil.copytree(place / "volumes", tmp_path / "volumes")
+    (tmp_path / "volumes" / "case_9.nii.gz").write_bytes(b"<html>404</html>")
+    skip = {"cache_dir": str(place / "cache"), "on_error": "skip"}
+    config = DataConfig(str(tmp_path / "volumes"), fractions=(0.4, 0.2, 0.4), **skip)
+    norm = partial(GroupNorm, num_groups=4)
+    model = partial(CustomVAE, channels=(4, 8), num_res_blocks=1, norm=norm, latent_channels=2)
+    out, run = tmp_path / "out", tmp_path / "run"
+    train_3d(config, str(run), model, patch_size=(8, 8, 8), batch_size=1, max_steps=1, threads=0,
+             val_every=0, media_every=0, **QUIET)  # fmt: skip
+    whole = EvaluationData(str(tmp_path / "volumes"), **skip)
+    options = {"split": "all", "patch_gap": False, "baseline": False, "media": False}
+    evaluate(str(run), whole, str(out), save_recon=False, **options, **QUIET)
+    for folder in (run, out):
+        header, row = (folder / "skipped.csv").read_text().splitlines()
+        assert header == "id,path,reason" and row.startswith("case_9,") and "web page" in row
+    split = json.loads((run / "split.json").read_text())
+    assert not any("case_9" in ids for ids in split.values()) and len(rows(out)) == 6
