@@ -281,10 +281,10 @@ class Slabs:
     def buffer(self, name: str, rows: int) -> Tensor:
         """Memory for a slab, the same at every call."""
         shape = (1, self.x.shape[1], rows, *self.x.shape[3:])
-        if name not in self.memory or self.memory[name].numel() < prod(shape):
-            self.memory[name] = empty(self.x, shape, self.compute)
-        buffer = self.memory[name]
-        return buffer.as_strided(shape, buffer.stride())
+        if name not in self.memory or self.memory[name].shape[2] < rows:
+            spare = (*shape[:2], rows + 1, *shape[3:])  # slabs differ by a row
+            self.memory[name] = empty(self.x, spare, self.compute)
+        return self.memory[name][:, :, :rows]
 
     def read(self, n: int, lo: int, hi: int, keep: bool) -> tuple[Tensor | None, Tensor, list[int]]:
         """Rows `lo` to `hi` of sample `n`; rows outside the volume become padding.
