@@ -165,6 +165,8 @@ def test_prepare_fills_the_cache_and_says_what_is_wrong(demo, tmp_path, vae3d):
     done = vae3d("prepare", "--data.root", demo, *options)
     assert done.returncode == 0 and "3 volumes" in done.stdout, done.stderr
     assert len(list((tmp_path / "cache").glob("*.npy"))) == 9
+    done = vae3d("prepare", "--data.root", demo, *options, "--spatial_dims", 2)
+    assert done.returncode == 0 and "3 volumes as 63 slices" in done.stdout, done.stderr
     for root, word in [(tmp_path / "nowhere", "no such folder"), (empty, "holds no volumes")]:
         done = vae3d("prepare", "--data.root", root, *options)
         assert done.returncode == 2 and word in done.stderr and str(root) in done.stderr

@@ -16,4 +16,6 @@ def prepare(data: DataConfig, spatial_dims: int = 3) -> None:
 
     store, split = open_data(data, spatial_dims)
     counts = ", ".join(f"{len(ids)} {name}" for name, ids in split.items())
-    print(f"{len(store)} volumes in {store.cache_dir} ({counts})")
+    volumes = store.volumes if spatial_dims == 2 else store
+    slices = f" as {len(store)} slices" if spatial_dims == 2 else ""
+    print(f"{len(volumes)} volumes{slices} in {volumes.cache_dir} ({counts})")
