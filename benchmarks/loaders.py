@@ -6,7 +6,7 @@
 
 Peers come with `pip install -e '.[bench]'`; what is not installed is left out of the table. Volumes
 are 256x256x192 int16 in a warm page cache; every reader returns float32 patches. All readers take
-turns, round by round, and the best round of each counts, so that a busy neighbor hits them alike.
+turns, round by round, and each one's median round counts, so that busy neighbors hit them alike.
 CPU-seconds are of this process and its children, kernel included.
 
 The copy limit is the faster of numpy's and torch's strided int16 -> float32 copy of random patches,
@@ -39,6 +39,7 @@ from loaders.readers import Volume, write_volume  # noqa: E402
 
 SHAPE = (256, 256, 192)
 QUEUE = 64  # patches in TorchIO's queue
+EPOCH = 100  # patches of each volume in an epoch of ours, as of hundreds of volumes in training
 LIMITS = ("copy, numpy", "copy, torch")
 # Lowest acceptable ratio of ours to each peer, for 64^3 and 96^3 patches.
 TARGETS = {
@@ -97,12 +98,12 @@ def cpu_seconds() -> float:
 
 
 def rates(readers: dict[str, Iterator], counts: dict[str, int], rounds: int) -> dict[str, float]:
-    """Patches per CPU-second of each reader: its best round after one that warms up.
+    """Patches per CPU-second of each reader: the median of its rounds after one that warms up.
 
     Each turn of a fast reader begins with as many patches that do not count: its neighbors have
     filled the processor's caches with data of their own.
     """
-    best = dict.fromkeys(readers, 0.0)
+    found = {name: [] for name in readers}
     for number in range(rounds + 1):
         for name, patches in list(readers.items()):
             try:
@@ -113,11 +114,11 @@ def rates(readers: dict[str, Iterator], counts: dict[str, int], rounds: int) -> 
                     used = cpu_seconds() - start
             except ImportError as error:
                 print(f"{name:<24} not installed ({error.name})")
-                del readers[name], best[name]
+                del readers[name], found[name]
                 continue
             if number:
-                best[name] = max(best[name], done / used)
-    return best
+                found[name].append(done / used)
+    return {name: float(np.median(values)) for name, values in found.items()}
 
 
 def build_report(paths: list[Path], folder: Path, rounds: int) -> None:
@@ -207,7 +208,7 @@ def ours(paths, folder, size, **options):
     preprocess = options.pop("preprocess", Preprocess(intensity="raw", orient_ras=False))
     store = VolumeStore.build(paths, folder / "cache", preprocess, progress=False)
     loader = PatchLoader(
-        store, (size,) * 3, patches_per_volume=16, batch_size=4, **{"threads": 0} | options
+        store, (size,) * 3, patches_per_volume=EPOCH, batch_size=4, **{"threads": 0} | options
     )
     for batch in loader.stream():
         yield len(batch.image)
@@ -369,7 +370,7 @@ def blosc2_files(paths, folder) -> list[Path]:
 def ours_blosc2(paths, folder, size):
     """Ours out of the compressed backend."""
     store = blosc2_store(paths, folder)
-    loader = PatchLoader(store, (size,) * 3, patches_per_volume=16, batch_size=4, threads=0)
+    loader = PatchLoader(store, (size,) * 3, patches_per_volume=EPOCH, batch_size=4, threads=0)
     for batch in loader.stream():
         yield len(batch.image)
 
