@@ -149,6 +149,8 @@ def train_3d(
         config, state = run.begin(train_3d, options, fresh, force)
         if init_from and state is None:
             load_weights(vae, find_weights(init_from))
+            if world.is_main:
+                say_other_intensities(find_weights(init_from), data.preprocess)
         innermost = torch.channels_last_3d if vae.spatial_dims == 3 else torch.channels_last
         vae.to(world.device, memory_format=innermost if channels_last else torch.preserve_format)
         if compile:
@@ -258,6 +260,24 @@ def check_sizes(vae, patching, patch_size) -> None:
                 f"--patch_size {list(patch_size)} is no multiple of the model's factor "
                 f"{list(vae.factor)}; {size} could be {max(size // factor, 1) * factor}"
             )
+
+
+def say_other_intensities(weights: Path, preprocess) -> None:
+    """Say in one line where weights were trained on volumes that were prepared in another way.
+
+    That may be meant (another organ, another modality), so it stops nothing.
+
+    Args:
+        weights: File of weights; only a checkpoint of ours knows.
+        preprocess: What this run does to its volumes.
+    """
+    from loaders import Preprocess
+    from vae3d.models.hub import read_state
+
+    trained = read_state(weights).get("preprocess")
+    difference = trained and preprocess.difference(Preprocess.from_dict(trained))
+    if difference:
+        print(f"{weights}: trained with another data.preprocess: here {difference}", flush=True)
 
 
 def whole_shape(store) -> tuple[int, ...]:
