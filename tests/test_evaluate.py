@@ -361,6 +361,21 @@ def test_a_real_head_in_exact_mode_equals_the_full_pass(real_volumes, tmp_path):
     assert gap < psnr(full, recon, 1.0) - 20
 
 
+def test_a_run_that_begins_with_weights_of_another_intensity_contract_says_so(
+    place, tmp_path, capsys
+):
+    norm = partial(GroupNorm, num_groups=4)
+    model = partial(CustomVAE, channels=(4, 8), num_res_blocks=1, norm=norm, latent_channels=2)
+    for name, preprocess in [("same", Preprocess()), ("other", Preprocess(intensity="symmetric"))]:
+        capsys.readouterr()
+        config = DataConfig(str(place / "volumes"), str(place / "cache"), preprocess=preprocess)
+        train_3d(config, str(tmp_path / name), model, patch_size=(8, 8, 8), batch_size=1, threads=0,
+                 max_steps=1, val_every=0, media_every=0, init_from=str(place / "run"),
+                 **QUIET)  # fmt: skip
+        told = "another data.preprocess: here intensity is symmetric, not unit"
+        assert (told in capsys.readouterr().out) == (name == "other")
+
+
 def test_a_checkpoint_given_another_intensity_contract_says_so(place, tmp_path):
     from vae3d.commands.encode import VolumeSource, encode
 
