@@ -49,11 +49,12 @@ from vae3d.inference.nodes import (
     nodes_of,
     whole_of,
 )
-from vae3d.models import attention, blocks, custom_vae, downsample, norm, upsample
+from vae3d.models import attention, blocks, custom_vae, downsample, fast, norm, upsample
 from vae3d.models.posterior import DiagonalGaussian
 
 ROWS = 16  # of the first axis in a tile, at most
 SMALLEST = (4, 32, 32)  # tile in voxels
+CACHE = 8 << 20  # bytes
 CHEAP = 256  # operations per value below which computing again is faster than storing
 
 # What a subclass may not override if the handler of its base is to hold for it.
@@ -181,9 +182,12 @@ class Executor:
         size = [min(s, n) for s, n in zip(self.tile or node.shape, node.shape, strict=True)]
         if self.tile is None:
             size[0] = min(size[0], ROWS)
-            # Thin slabs first: whole planes keep the halo on one axis. Below the smallest tile that
-            # is worth its halo, only what the budget cannot hold is cut further.
-            for smallest, limit in ((SMALLEST, self.work), ((1, 1, 1), self.budget // 3)):
+            # Thin slabs first: whole planes keep the halo on one axis, and a few rows the cache.
+            # Below the smallest tile that is worth its halo, only what the budget cannot hold is
+            # cut further.
+            slab, dims = (SMALLEST[0], *node.shape[1:]), len(size)
+            limits = (slab, min(self.work, CACHE)), (SMALLEST[:dims], self.work)
+            for smallest, limit in (*limits, ((1,) * dims, self.budget // 3)):
                 while self.work_bytes(node, size) > limit:
                     larger = [i for i, n in enumerate(size) if n > smallest[i]]
                     if not larger:
@@ -232,6 +236,8 @@ class Executor:
         for leaf in going:
             leaf.free()
             self.live.remove(leaf)
+        if fast.malloc_trim is not None:  # what tiles of this shape left free in the heap
+            fast.malloc_trim(0)
 
     def slabs(self, node: Node) -> Iterator[tuple[Region, Tensor]]:
         """The tiles of the last node; nothing is left in memory afterwards."""

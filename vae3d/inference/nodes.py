@@ -319,8 +319,17 @@ class Conv(Node):
         wants, has = self._wants(region), self.needs(region)
         x = channels_last(self.sources[0].read(has))
         missing = [(a - lo, hi - b) for (lo, hi), (a, b) in zip(wants, has, strict=True)]
+        # Zeros at one end only: along x they are added, elsewhere at both ends, and what comes of
+        # the ones too many is cut off. Rows are few and costly, copies of a slab as well.
+        spare = [(0, 0)] * len(missing)
+        if set(self.stride) == {1}:
+            spare[1:] = [(max(far - near, 0), max(near - far, 0)) for near, far in missing[1:]]
+        missing = [(a + p, b + q) for (a, b), (p, q) in zip(missing, spare, strict=True)]
         x, padding = fast.pad_uneven(x, missing)
-        return convolve(x, self.weight, self.bias, padding, self.stride, self.dilation, self.groups)
+        options = (padding, self.stride, self.dilation, self.groups)
+        y = convolve(x, self.weight, self.bias, *options)
+        cuts = [slice(p, n - q) for (p, q), n in zip(spare, y.shape[2:], strict=True)]
+        return y[(slice(None), slice(None), *cuts)]
 
     def operations(self):
         taps = self.weight[0].numel()
