@@ -156,7 +156,8 @@ class Executor:
         if memory_gb <= 0:
             raise ValueError(f"memory_gb is {memory_gb}; give a positive number of GiB")
         self.budget = int(memory_gb * 2**30)
-        self.work = self.budget // 8  # for one tile; the rest is for storing
+        # For one tile, the rest is for storing; never as many as 2^31 values.
+        self.work = min(self.budget // 8, 4 << 30)
         self.tile, self.scratch_dir = tile, Path(scratch_dir or tempfile.gettempdir())
         self.live: list[Stored] = []
         self.waiting: list[Node] = []  # shortcuts that are read after the body at hand
