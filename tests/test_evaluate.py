@@ -22,6 +22,8 @@ from train_3d import train_3d
 from vae3d.config import main
 from vae3d.inference.metrics import psnr
 from vae3d.inference.reconstruct import autoencode, reconstruct
+from vae3d.losses.features import ScriptedNetwork
+from vae3d.losses.perceptual import Perceptual
 from vae3d.models.custom_vae import CustomVAE
 from vae3d.models.norm import GroupNorm, RMSNorm
 from vae3d.training.checkpoint import load_model
@@ -202,6 +204,42 @@ def test_split_and_limit_choose_volumes(place, tmp_path):
         out = tmp_path / f"{part}{limit}"
         evaluate(str(place / "run"), data(place), str(out), split=part, limit=limit, **quick)
         assert len(rows(out)) == count
+
+
+class Edges(torch.nn.Module):
+    """A feature network of one layer."""
+
+    def __init__(self, seed: int):
+        super().__init__()
+        self.conv = torch.nn.Conv3d(1, 3, 3)
+        torch.nn.init.normal_(self.conv.weight, generator=torch.Generator().manual_seed(seed))
+
+    def forward(self, x):
+        return self.conv(x)
+
+
+def test_perceptual_distance_is_a_column_that_follows_its_network(place, tmp_path):
+    argv = ["--checkpoint", str(place / "run"), "--data.root", str(place / "volumes")]
+    argv += ["--data.cache_dir", str(place / "cache"), "--out_dir", str(tmp_path / "out")]
+    argv += ["--mode", "full", "--limit", "1", "--baseline", "false", "--media", "false"]
+    argv += ["--device", "cpu", "--wandb", "disabled", "--perceptual", "Perceptual"]
+    argv += ["--perceptual.network", "ScriptedNetwork", "--perceptual.network.spatial_dims", "3"]
+    found = []
+    for seed in (0, 1):
+        path = tmp_path / f"edges{seed}.pt"
+        torch.jit.script(Edges(seed)).save(path)
+        with pytest.raises(SystemExit) as stop:
+            main(evaluate, [*argv, "--perceptual.network.path", str(path)])
+        assert stop.value.code == 0
+        row = rows(tmp_path / "out")[0]
+        found.append(float(row["perceptual"]))
+        distance = Perceptual(network=partial(ScriptedNetwork, str(path), 3))
+        subjects = find_subjects(str(place / "volumes"))
+        store = VolumeStore.build(subjects, str(place / "cache"), Preprocess())
+        x = torch.from_numpy(store.read(store.ids.index(row["case"])))
+        recon = reconstruct(load_model(str(place / "run")), x, "full")
+        assert found[-1] == pytest.approx(float(distance(x[None], recon[None])), rel=1e-4)
+    assert found[0] != pytest.approx(found[1], rel=1e-3)  # not the row of the other network
 
 
 def test_new_data_is_evaluated_whole():

@@ -133,6 +133,16 @@ def test_seam_score_is_one_without_seams_and_large_with_them():
     assert math.isnan(seam_score(x, noise, [[], [], []]))
 
 
+def test_seam_score_does_not_blame_tiles_for_the_cells_of_the_latent():
+    torch.manual_seed(0)
+    x, cells = torch.zeros(1, 32, 32, 32), torch.randn(1, 8, 8, 8)
+    for axis in (1, 2, 3):
+        cells = cells.repeat_interleave(4, axis)  # the error jumps at multiples of 4
+    faces = [[16], [16], [16]]
+    assert seam_score(x, cells, faces) > 3
+    assert seam_score(x, cells, faces, (4, 4, 4)) == pytest.approx(1, abs=0.2)
+
+
 def test_blending_lowers_the_seams_of_a_model_whose_tiles_disagree():
     torch.manual_seed(0)
     x = torch.rand(1, 40, 40, 40)

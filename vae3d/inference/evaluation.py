@@ -12,6 +12,7 @@ import json
 import math
 import statistics
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from vae3d.inference.report import write_report
 from vae3d.inference.stitching import tile_faces
 from vae3d.tracking.media import case_stem, save_views, write_png
 
-VERSION = 2  # of the numbers: raised when the same options give others, so that old rows are redone
+VERSION = 3  # of the numbers: raised when the same options give others, so that old rows are redone
 
 
 @dataclass
@@ -75,9 +76,20 @@ class Evaluator:
             "how": {k: v for k, v in self.how.items() if k not in ("batch_size", "memory_gb")},
             "volume": self.store.meta(index)["key"],
             "data_range": self.store.data_range,
-            "columns": [self.latent_bits, self.patch_gap, bool(self.pca), bool(self.perceptual)],
+            "columns": [self.latent_bits, self.patch_gap, bool(self.pca), self._perceptual_key],
         }
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+
+    @cached_property
+    def _perceptual_key(self) -> str | None:
+        """Names the perceptual distance, its network's weights included; None for none."""
+        if self.perceptual is None:
+            return None
+        network = self.perceptual.network
+        about = hashlib.sha256(f"{self.perceptual.num_slices} {network}".encode())
+        for value in network.state_dict().values():
+            about.update(value.cpu().numpy().tobytes())
+        return about.hexdigest()[:16]
 
     def finished(self, index: int) -> dict | None:
         """The row of a volume whose files all lie there; None where something is missing."""
@@ -117,7 +129,9 @@ class Evaluator:
         row |= self._original_units(index, x, recon)
         row |= latent_summary(mean, logvar, math.prod(x.shape[1:]), self.latent_bits)
         if self.how["mode"] == "patch":
-            row["seam_score"] = seam_score(x, recon, self.faces(x.shape[1:]))
+            row["seam_score"] = seam_score(
+                x, recon, self.faces(x.shape[1:]), self.factor(x.ndim - 1)
+            )
             if self.patch_gap:
                 exact = autoencode(self.vae, x, **{**self.how, "mode": "exact"})[0]
                 row["patch_gap"] = psnr(exact, recon, width)
@@ -134,6 +148,13 @@ class Evaluator:
         record, statistics = self.store.undo_record(index), self.store.meta(index)["statistics"][0]
         stored = (statistics["foreground_threshold"] - record["offset"][0]) / record["scale"][0]
         return x[0] > stored * record["gain"][0] + record["bias"][0]
+
+    def factor(self, dims: int) -> list[int]:
+        """Voxels of a cell of the latent grid, per axis of a volume of `dims` axes."""
+        factor = list(self.vae.factor)
+        if self.vae.spatial_dims < dims:
+            factor.insert(self.how["slice_axis"], 1)
+        return factor
 
     def faces(self, shape) -> list[list[int]]:
         """Per axis of a volume the voxels at which patches begin or end."""
@@ -172,9 +193,7 @@ class Evaluator:
             )
 
     def _baselines(self, x) -> dict:
-        factor = list(self.vae.factor)
-        if self.vae.spatial_dims < x.ndim - 1:
-            factor.insert(self.how["slice_axis"], 1)
+        factor = self.factor(x.ndim - 1)
         row = {"pooled_psnr": psnr(x, pooled(x, factor), self.data_range)}
         if self.pca is not None:
             row["pca_psnr"] = psnr(x, self.pca(x), self.data_range)

@@ -76,30 +76,35 @@ METRICS: dict[str, Metric] = {
 FOREGROUND = ("mae", "psnr", "ssim")  # those that are also measured inside a mask
 
 
-def seam_score(x: Tensor, recon: Tensor, faces: Sequence[Sequence[int]]) -> float:
+def seam_score(
+    x: Tensor, recon: Tensor, faces: Sequence[Sequence[int]], factor: Sequence[int] | None = None
+) -> float:
     """How much the error jumps across tile faces: 1 where tiles leave no seam.
 
     The mean absolute difference of the error between the two voxels on either side of a face,
-    divided by that between neighbors anywhere else.
+    divided by that between neighbors anywhere else. A decoder's error jumps at the borders of its
+    cells, tiles or not, so only neighbors at the same place of a cell are compared.
 
     Args:
         x: (C, X, Y, Z) or (C, X, Y).
         recon: Its reconstruction.
         faces: Per axis the voxels that begin a tile (`stitching.tile_faces`).
+        factor: Per axis the voxels of a cell, the model's factor; None for 1.
 
     Returns:
         The ratio; nan where there are no faces or no error.
     """
     sums, counts = [0.0, 0.0], [0, 0]  # inside, across
     error = recon - x
-    for axis, where in enumerate(faces, start=1):
-        if error.shape[axis] < 2:
-            continue
+    for axis, (where, cell) in enumerate(zip(faces, factor or [1] * len(faces), strict=True), 1):
         profile = error.diff(dim=axis).abs_().transpose(0, axis).flatten(1)
         profile = profile.mean(1, dtype=torch.float64).tolist()
-        for i, value in enumerate(profile, start=1):
-            sums[i in where] += value
-            counts[i in where] += 1
+        places = {i % cell for i in where}
+        inside = {i for i in range(1, len(profile) + 1) if i % cell in places} - set(where)
+        if inside:  # else every cell begins a tile, and there is nothing to compare with
+            for across, rows in ((0, inside), (1, where)):
+                sums[across] += sum(profile[i - 1] for i in rows)
+                counts[across] += len(rows)
     if not all(counts) or not sums[0]:
         return math.nan
     return (sums[1] / counts[1]) / (sums[0] / counts[0])
