@@ -255,10 +255,13 @@ class NormActConv(torch.autograd.Function):
                 back.scatter(g, y, pad, grad_x[n : n + 1], lo, hi)
                 continue
             target = grad_x[n : n + 1, :, start:stop]
-            back.gather(grad[n : n + 1], start, stop, target.zero_())
+            wide = target if target.dtype == compute else norm.buffer("gradient", stop - start)
+            back.gather(grad[n : n + 1], start, stop, wide.zero_())
             if step.groups:
                 inner = normalized[:, :, start - lo :][:, :, : stop - start]
-                sums[:, n] += norm.backward(n, start, stop, inner, target)
+                sums[:, n] += norm.backward(n, start, stop, inner, wide)
+            if wide is not target:
+                target.copy_(wide)
         grad_gamma, grad_beta = sums.sum(1).to(gamma.dtype) if step.groups else (None, None)
         if step.groups and ctx.needs_input_grad[0]:
             norm.finish(grad_x, sums)
@@ -327,16 +330,13 @@ class Slabs:
         Returns:
             Per channel, the sums of `grad * (x - mean) / std` and of `grad`, `(2, C)`.
         """
-        wide = grad.to(self.compute)
-        act_backward(self.step.act, normalized, wide)
+        act_backward(self.step.act, normalized, grad)
         x = self.x[n : n + 1, :, start:stop].to(self.compute)
         std = (self.var[n] + self.step.eps).sqrt()
         _, scaled, plain = torch.ops.aten.native_batch_norm_backward(
-            wide, x, torch.ones_like(std), None, None, self.mean[n], 1 / std,
+            grad, x, torch.ones_like(std), None, None, self.mean[n], 1 / std,
             True, self.step.eps, [False, True, True],
         )  # fmt: skip
-        if wide is not grad:
-            grad.copy_(wide)
         return torch.stack([scaled, plain])
 
     def finish(self, grad: Tensor, sums: Tensor) -> None:
@@ -356,7 +356,11 @@ class Slabs:
             scale, shift = (-(r * t)[n].float() for t in (scaled, plain))
             self.batch_norm(n, self.x[n : n + 1, :, start:stop], scale, shift, dx)
             target = grad[n : n + 1, :, start:stop]
-            torch.addcmul(dx, target, (r[n] * gamma).to(dx.dtype).view(shape), out=target)
+            scale = (r[n] * gamma).to(dx.dtype).view(shape)
+            if target.dtype == dx.dtype:
+                torch.addcmul(dx, target, scale, out=target)
+            else:  # torch is slow where dtypes meet
+                target.copy_(dx.addcmul_(target.to(dx.dtype), scale))
 
 
 class Backward:
@@ -634,7 +638,8 @@ def conv_add(target, x, weight, bias, padding, stride) -> None:
         if bias is not None:
             into += bias
     elif target.dtype != x.dtype or len(weight) <= 2 or prod(x.shape[:4]) <= SLOW_KERNEL:
-        target.add_(conv(x, weight, bias, padding, stride))
+        y = conv(x, weight, bias, padding, stride)
+        target.copy_(y.add_(target.to(y.dtype)))
     else:
         torch.ops.mkldnn._convolution_pointwise_.binary(
             target, x, weight, bias, padding, stride, (1,) * len(padding), 1,
