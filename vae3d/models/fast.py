@@ -5,7 +5,7 @@ norm, activation, convolution and residual sum are one step, done slab by slab a
 last: the normalized volume exists only as slabs in the processor's cache, the backward pass
 computes it again, and oneDNN is called directly, also where PyTorch's own dispatch would choose a
 slow kernel. Nearest upsampling by two followed by a convolution becomes one small convolution per
-phase on the coarse grid.
+phase on the coarse grid. The memory of large tensors that died serves the next ones (`Pages`).
 
 Every function falls back to the plain layers wherever a fast path does not apply (other devices,
 float64, export, compile, hooks) and within `plain()`; the tests compare the two.
