@@ -305,7 +305,7 @@ def _blend(out: torch.Tensor, tile: torch.Tensor, spans: list[Span], base: int) 
     for s in reversed(spans[1:-1]):
         plane = s.weight.reshape(-1, *[1] * plane.ndim) * plane
     # A few rows at a time: their weights stay in the cache, and take no memory of a tile's size.
-    step = max(1, (1 << 15) // plane.numel())
+    step = max(1, (1 << 16) // plane.numel())
     for a in range(0, x.hi - x.lo, step):
         weight = x.weight[a : a + step].reshape(-1, *[1] * plane.ndim) * plane
         target[:, a : a + step].addcmul_(source[:, a : a + step], weight.to(out))
