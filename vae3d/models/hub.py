@@ -78,22 +78,36 @@ def read_state(path: str | Path) -> dict[str, Any]:
         except safetensors.SafetensorError as error:
             raise ValueError(f"{path}: not a safetensors file, or cut short ({error})") from error
     try:
-        if zipfile.is_zipfile(path):  # torch.load itself returns flipped bits without a word
-            with zipfile.ZipFile(path) as archive:
-                damaged = archive.testzip()
-            if damaged:
-                raise ValueError(f"the checksum of its entry {damaged} is wrong")
+        if zipfile.is_zipfile(path):
+            check_archive(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ValueError(
             f"{path}: refused, it holds more than plain weights; save its state_dict() alone,"
             " best as .safetensors"
         ) from error
-    except (RuntimeError, EOFError, LookupError, ValueError, zipfile.BadZipFile) as error:
+    except (RuntimeError, EOFError, LookupError, ValueError) as error:
         raise ValueError(f"{path}: not a file of weights, or damaged ({error})") from error
     if not isinstance(state, dict):
         raise ValueError(f"{path}: holds a {type(state).__name__}, not a dictionary of weights")
     return state
+
+
+def check_archive(path: str | Path) -> None:
+    """Verify the checksums of a zip file: `torch.load` returns flipped bits without a word.
+
+    Raises:
+        ValueError: Damaged, cut short, or not a zip file.
+        OSError: The file cannot be opened.
+    """
+    with open(path, "rb") as file:
+        try:
+            with zipfile.ZipFile(file) as archive:
+                damaged = archive.testzip()
+        except Exception as error:  # BadZipFile, EOFError, OSError ...: damage has no one type
+            raise ValueError(f"cut short, or not an archive ({error})") from error
+    if damaged:
+        raise ValueError(f"damaged, the checksum of its entry {damaged} is wrong")
 
 
 def write_state(path: str | Path, state: dict[str, Tensor]) -> None:

@@ -12,7 +12,6 @@ import os
 import platform
 import re
 import shutil
-import zipfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from typing import Any
 import torch
 
 from loaders.whole import sweep, whole_file
+from vae3d.models.hub import check_archive
 
 FORMAT = 1
 STEP_FILE = re.compile(r"step_(\d+)\.pt")
@@ -130,12 +130,9 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     """
     path = find_checkpoint(path)
     try:
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
-    except (zipfile.BadZipFile, EOFError, NotImplementedError) as error:
-        raise ValueError(f"{path}: not a checkpoint, or cut short ({error})") from error
-    if damaged:
-        raise ValueError(f"{path}: damaged, the checksum of its entry {damaged} is wrong")
+        check_archive(path)
+    except ValueError as error:
+        raise ValueError(f"{path}: not a whole checkpoint: {error}") from error
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # RuntimeError, UnpicklingError, KeyError ...: torch has no one type
