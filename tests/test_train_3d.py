@@ -26,6 +26,7 @@ from vae3d.config import parse
 from vae3d.losses.adversarial import PatchDiscriminator
 from vae3d.tracking.tracker import read_metrics
 from vae3d.training.checkpoint import load_checkpoint
+from vae3d.training.run import differences, with_new_options
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = """
@@ -388,6 +389,14 @@ def test_changed_options_are_listed_and_harmless_ones_pass(options, tmp_path):
     run([*options, "--max_steps", "3", "--log_every", "3"], tmp_path)
     run([*options, "--max_steps", "4", "--lr", "5e-3", "--force"], tmp_path)
     assert load_checkpoint(tmp_path / "run" / "checkpoints" / "last.pt")["step"] == 4
+
+
+def test_an_option_that_a_newer_version_has_got_is_no_change():
+    def newer(lr: float = 1e-3, init_from: str | None = None, blur: float = 0.0): ...
+
+    saved = with_new_options({"lr": 2e-3}, newer)  # by a version with one option
+    assert differences(saved, {"lr": 2e-3, "init_from": None, "blur": 0.0}) == []
+    assert differences(saved, {"lr": 2e-3, "init_from": None, "blur": 0.5}) == ["blur: 0.0 -> 0.5"]
 
 
 def test_damaged_checkpoints_stop_a_run_unless_fresh_is_asked_for(options, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import socket
@@ -100,7 +101,7 @@ class Run:
         path = self.world.broadcast(path)
         state = self.checkpoints.resume(path) if path else None
         if state is not None:
-            changes = differences(state["config"], config)
+            changes = differences(with_new_options(state["config"], fn), config)
             if changes and not force:
                 raise ValueError(
                     f"{self.folder} was begun with other options ({'; '.join(changes)}); "
@@ -140,6 +141,13 @@ class Run:
         """Write a small file of the run folder, whole or not at all. Rank 0 only does it."""
         if self.world.is_main:
             write_text(self.folder / name, json.dumps(value, indent=1) + "\n")
+
+
+def with_new_options(config: dict[str, Any], fn: Callable) -> dict[str, Any]:
+    """Complete a saved configuration by the options that `fn` has got since, at their defaults."""
+    parameters = inspect.signature(fn).parameters.values()
+    plain = (type(None), bool, int, float, str)
+    return {p.name: p.default for p in parameters if isinstance(p.default, plain)} | config
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
