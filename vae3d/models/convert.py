@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from vae3d.models.custom_vae import CustomVAE
+from vae3d.models.hub import check_fit, load_strictly, read_state
 from vae3d.models.layouts import (
     COMPVIS,
     DIFFUSERS,
@@ -95,8 +96,6 @@ def load_weights(
         ignore_keys: Prefixes of keys to leave out.
         layout: Name of the layout; None to recognize it.
     """
-    from vae3d.models.hub import read_state
-
     state = read_state(path)
     if "spec" in state:  # a checkpoint of ours: the averaged weights where there are some
         state = state.get("ema") or state["model"]
@@ -257,48 +256,10 @@ def fill(vae: CustomVAE, state: State, layout: Layout, report: Report) -> None:
         shape = (*target[row.ours].shape, *(1,) * row.ones)
         shape = (shape[0] // len(row.theirs), *shape[1:])
         expected |= {name: torch.empty(shape, device="meta") for name in row.theirs}
-    check(state, expected, f"the {layout.name} weights")
+    check_fit(state, expected, f"the {layout.name} weights")
     vae.load_state_dict({row.ours: read_row(row, state) for row in rows})
     joined = {row.theirs[0] for row in rows if row.ones or len(row.theirs) > 1}
     report.add("reshaped or joined", joined)
-
-
-def load_strictly(vae: torch.nn.Module, state: State, what: str) -> None:
-    """`vae.load_state_dict(state)`, where what does not fit is the user's mistake.
-
-    Args:
-        vae: The network.
-        state: Weights under our names.
-        what: What `state` is, for the message.
-    """
-    check(state, vae.state_dict(), what)
-    vae.load_state_dict(state)
-
-
-def check(state: State, expected: State, what: str) -> None:
-    """Raise an error that names every missing, unexpected and misshaped weight.
-
-    Args:
-        state: What there is.
-        expected: What there should be.
-        what: What `state` is, for the message.
-    """
-    wrong = {
-        "missing": set(expected) - set(state),
-        "unexpected": set(state) - set(expected),
-        "misshaped": {
-            f"{name} {tuple(state[name].shape)}, not {tuple(expected[name].shape)}"
-            for name in set(state) & set(expected)
-            if state[name].shape != expected[name].shape
-        },
-    }
-    problems = "; ".join(f"{what}: {', '.join(sorted(k))}" for what, k in wrong.items() if k)
-    if not problems:
-        return
-    both = [(state[name].dim(), expected[name].dim()) for name in set(state) & set(expected)]
-    if (4, 5) in both and (5, 5) not in both:
-        problems += "; 2D weights become 3D ones by vae3d convert --inflate center"
-    raise ValueError(f"{what} do not fit this network: {problems}")
 
 
 def read_row(row: Row, state: State) -> Tensor:

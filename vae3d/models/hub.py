@@ -50,8 +50,6 @@ class HubFolder(PyTorchModelHubMixin):
                 f"{model_id}: no {RECIPE} of vae3d there; weights of other libraries are read by"
                 " vae3d convert"
             )
-        from vae3d.models.convert import load_strictly
-
         vae = build(config, trust)
         folder = Path(model_id)
         if folder.is_dir():
@@ -108,6 +106,44 @@ def check_archive(path: str | Path) -> None:
             raise ValueError(f"cut short, or not an archive ({error})") from error
     if damaged:
         raise ValueError(f"damaged, the checksum of its entry {damaged} is wrong")
+
+
+def load_strictly(vae: nn.Module, state: dict[str, Tensor], what: str) -> None:
+    """`vae.load_state_dict(state)`, where what does not fit is the user's mistake.
+
+    Args:
+        vae: The network.
+        state: Weights under our names.
+        what: What `state` is, for the message.
+    """
+    check_fit(state, vae.state_dict(), what)
+    vae.load_state_dict(state)
+
+
+def check_fit(state: dict[str, Tensor], expected: dict[str, Tensor], what: str) -> None:
+    """Raise an error that names every missing, unexpected and misshaped weight.
+
+    Args:
+        state: What there is.
+        expected: What there should be.
+        what: What `state` is, for the message.
+    """
+    wrong = {
+        "missing": set(expected) - set(state),
+        "unexpected": set(state) - set(expected),
+        "misshaped": {
+            f"{name} {tuple(state[name].shape)}, not {tuple(expected[name].shape)}"
+            for name in set(state) & set(expected)
+            if state[name].shape != expected[name].shape
+        },
+    }
+    problems = "; ".join(f"{what}: {', '.join(sorted(k))}" for what, k in wrong.items() if k)
+    if not problems:
+        return
+    both = [(state[name].dim(), expected[name].dim()) for name in set(state) & set(expected)]
+    if (4, 5) in both and (5, 5) not in both:
+        problems += "; 2D weights become 3D ones by vae3d convert --inflate center"
+    raise ValueError(f"{what} do not fit this network: {problems}")
 
 
 def write_state(path: str | Path, state: dict[str, Tensor]) -> None:

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from loaders.whole import sweep, whole_file
-from vae3d.models.hub import check_archive
+from vae3d.models.hub import check_archive, load_strictly
 
 FORMAT = 1
 STEP_FILE = re.compile(r"step_(\d+)\.pt")
@@ -168,7 +168,6 @@ def load_model(path: str | Path, ema: bool = True, trust: Iterable[str] = ()) ->
     Example:
         >>> vae = load_model("runs/a")  # doctest: +SKIP
     """
-    from vae3d.models.convert import load_strictly
     from vae3d.models.spec import build
 
     if (Path(path) / "config.json").is_file():

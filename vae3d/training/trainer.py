@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor.experimental import implicit_replication
 from torch.nn.parallel import DistributedDataParallel
 
-from vae3d.models.convert import check
+from vae3d.models.hub import check_fit
 from vae3d.tracking.console import Console
 from vae3d.tracking.tracker import Tracker
 from vae3d.training.checkpoint import Checkpoints, versions
@@ -394,7 +394,7 @@ class Trainer:
         self.step, self.samples = state["step"], state["samples"]
         self.best, self.stale = state["best"], state["stale"]
         weights = self.task.network.state_dict()
-        check(state["model"], weights, "the weights of the checkpoint")
+        check_fit(state["model"], weights, "the weights of the checkpoint")
         self.task.network.load_state_dict(
             {name: part(value, weights[name]) for name, value in state["model"].items()}
         )
