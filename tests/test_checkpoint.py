@@ -276,7 +276,11 @@ def kill_at_each_call(origin):
         assert (found["model"]["weight"] == found["step"]).all()
         for name in ("last.pt", "best.pt"):
             assert load_checkpoint(folder / name)["step"] <= found["step"]
-        Checkpoints(folder).sweep()
+        again = Checkpoints(folder)  # as a run that goes on does
+        again.sweep()
+        again.name(path, again.resume(path)["names"])
+        assert load_checkpoint(folder / "last.pt")["step"] == found["step"]
+        assert load_checkpoint(folder / "best.pt")["step"] == (20 if found["step"] == 30 else 40)
         assert not list(folder.glob(".*"))
         if status == 0:
             break

@@ -154,12 +154,13 @@ def losses(folder, name="train/loss"):
 
 
 def assert_same_run(a, b):
-    """Losses, validation and every tensor of the last checkpoint, bit by bit."""
+    """Losses, validation and every tensor of the last and the best checkpoint, bit by bit."""
     for name in ("train/loss", "train/recon", "train/kl", "val/mae"):
         assert losses(a, name) == losses(b, name)
-    one, two = (load_checkpoint(Path(f) / "checkpoints" / "last.pt") for f in (a, b))
-    for part in ("model", "ema", "task", "optimizers", "scaler", "loader", "samples", "best"):
-        assert_equal(one[part], two[part], part)
+    for name in ("last.pt", "best.pt"):
+        one, two = (load_checkpoint(Path(f) / "checkpoints" / name) for f in (a, b))
+        for part in ("model", "ema", "task", "optimizers", "scaler", "loader", "samples", "best"):
+            assert_equal(one[part], two[part], f"{name} {part}")
 
 
 def assert_equal(a, b, where):

@@ -53,9 +53,9 @@ class Checkpoints:
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / f"step_{state['step']:08d}.pt"
         self.written = [name for name in self.written if name != path.name] + [path.name]
-        write_atomic(path, {"format": FORMAT, **state, "written": self.written})
-        for name in ["last.pt"] + ["best.pt"] * best:
-            _link_atomic(path, self.folder / name)
+        names = ["last.pt"] + ["best.pt"] * best
+        write_atomic(path, {"format": FORMAT, **state, "written": self.written, "names": names})
+        self.name(path, names)
         old = [name for name in self.written[: -self.keep] if name != self.resumed_from]
         for name in old:
             (self.folder / name).unlink(missing_ok=True)
@@ -94,6 +94,13 @@ class Checkpoints:
         self.written = [name for name in state["written"] if (self.folder / name).exists()]
         self.resumed_from = path.name
         return state
+
+    def name(self, path: Path, names: Iterable[str]) -> None:
+        """Let these names stand for `path`; a kill may have come between the file and its names."""
+        for name in names:
+            target = self.folder / name
+            if not (target.exists() and target.samefile(path)):
+                _link_atomic(path, target)
 
     def clear(self) -> None:
         """Forget the run: remove its checkpoints. What --fresh asks for."""
@@ -205,7 +212,7 @@ def _upgrade(state: dict[str, Any], path: Path) -> dict[str, Any]:
             f"{path}: format {state['format']} is newer than this program reads ({FORMAT}); "
             "update vae3d"
         )
-    return state
+    return {"names": ["last.pt"], **state}
 
 
 def _link_atomic(source: Path, target: Path) -> None:

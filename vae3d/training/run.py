@@ -108,6 +108,7 @@ class Run:
                     "use those, or another --out_dir, or --force, or --fresh to begin anew"
                 )
             if self.world.is_main:
+                self.checkpoints.name(path, state["names"])
                 say(f"continuing {path} from step {state['step']}")
         if self.world.is_main:
             save_config(self.folder / "config.yaml", fn, kwargs)
