@@ -22,7 +22,7 @@ import torch
 from loaders.whole import write_text
 from vae3d.inference.baselines import BlockPCA, pooled
 from vae3d.inference.metrics import FOREGROUND, METRICS, latent_summary, psnr, seam_score
-from vae3d.inference.reconstruct import autoencode
+from vae3d.inference.reconstruct import Coding, autoencode
 from vae3d.inference.report import write_report
 from vae3d.inference.stitching import tile_faces
 from vae3d.tracking.media import case_stem, save_views, write_png
@@ -151,10 +151,7 @@ class Evaluator:
 
     def factor(self, dims: int) -> list[int]:
         """Voxels of a cell of the latent grid, per axis of a volume of `dims` axes."""
-        factor = list(self.vae.factor)
-        if self.vae.spatial_dims < dims:
-            factor.insert(self.how["slice_axis"], 1)
-        return factor
+        return Coding(**self.how).factor(self.vae, dims)
 
     def faces(self, shape) -> list[list[int]]:
         """Per axis of a volume the voxels at which patches begin or end."""
