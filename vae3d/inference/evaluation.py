@@ -168,10 +168,7 @@ class Evaluator:
         """Write metrics.csv, summary.json and report.html; the summary."""
         rows = [self.volume(i) for i in range(len(self.store))]
         write_csv(self.out_dir / "metrics.csv", rows)
-        how = {k: v for k, v in self.how.items() if k in ("mode", "slice_axis", "num_slices")}
-        if how["mode"] == "patch":
-            how |= {"patch_size": self.how["patch_size"], "overlap": self.how["overlap"]}
-            how |= {"blend": self.how["blend"]}
+        how = Coding(**self.how).facts()
         if self.vae.spatial_dims == 3:
             how = {k: v for k, v in how.items() if "slice" not in k}
         summary = {**self.facts, **how, "data_range": list(self.store.data_range)}
