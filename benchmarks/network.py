@@ -36,7 +36,7 @@ from torch.utils.checkpoint import checkpoint
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # not this folder, see loaders.py beside it
 
 from vae3d.commands.plan import largest_patch  # noqa: E402
-from vae3d.models import fast  # noqa: E402
+from vae3d.models.pages import CHANNELS_LAST  # noqa: E402
 from vae3d.models.presets import VAEModel  # noqa: E402
 from vae3d.models.upsample import InterpUp  # noqa: E402
 
@@ -184,7 +184,7 @@ def make_step(
     net = net.to(device)
     x = torch.rand(shape, device=device)
     if device == "cuda" and name == "vae3d":
-        net = net.to(memory_format=fast.CHANNELS_LAST[x.dim()])
+        net = net.to(memory_format=CHANNELS_LAST[x.dim()])
     autocast = torch.autocast(device, torch.bfloat16, enabled=precision == "bfloat16")
     if mode == "infer":
         net.eval()
@@ -346,7 +346,7 @@ def floor(case: dict, train: bool) -> float | None:
 
 def time_convolution(shape, weight, stride, padding, need_x, dtype, last: bool, train: bool):
     """Processor seconds of one convolution, and of its gradients when `train`, best of two."""
-    layout = fast.CHANNELS_LAST[len(shape)] if last else torch.contiguous_format
+    layout = CHANNELS_LAST[len(shape)] if last else torch.contiguous_format
     x = torch.randn(shape).to(dtype, memory_format=layout)
     w = torch.randn(weight).to(dtype, memory_format=layout)
     ones, zeros = (1,) * len(stride), (0,) * len(stride)

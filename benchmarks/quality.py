@@ -140,11 +140,12 @@ def run_one(root, run: Path, recipe, steps: int, factor: str, name: str, split: 
     """Train one network and measure it."""
     kwargs = options_of(root, recipe, run, steps)
     kwargs["model"] = network(kwargs["model"], int(factor), name)
-    before, used = time.monotonic(), time.process_time()
+    start = max((int(file.stem[5:]) for file in run.glob("checkpoints/step_*.pt")), default=0)
+    used = time.process_time()
     code = train_3d(**kwargs)
     if code:
         sys.exit(code)
-    seconds, used = time.monotonic() - before, time.process_time() - used
+    used = time.process_time() - used  # of the steps since this process began, with validation
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # kilobytes on Linux
     if torch.cuda.is_available():
         memory = torch.cuda.max_memory_allocated()
@@ -168,8 +169,7 @@ def run_one(root, run: Path, recipe, steps: int, factor: str, name: str, split: 
         "steps": steps,
         "parameters": sum(p.numel() for p in kwargs["model"]().parameters()),
         "metrics": {k: summary["metrics"][k] for k in METRICS},
-        "train_s": seconds,
-        "cpu_s": used,
+        "cpu_s_per_step": used / (steps - start) if steps > start else None,
         "peak_gb": memory / 1e9,
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
         "curve": [(r["step"], r["val/psnr"]) for r in log if "val/psnr" in r],
@@ -221,7 +221,7 @@ def pooling(root: str, recipe: str, run: str, factor: int, split: str) -> dict:
 
 def table(rows: list[dict]) -> str:
     """The results as Markdown."""
-    head = "factor | network | M parameters | PSNR [dB] | SSIM | MAE | train s | CPU s | peak GB"
+    head = "factor | network | M parameters | PSNR [dB] | SSIM | MAE | CPU s a step | peak GB"
     lines = [f"| {head} |", "| " + " | ".join(["---"] * len(head.split("|"))) + " |"]
     for row in rows:
         cells = [row["factor"], row["network"]]
@@ -229,8 +229,7 @@ def table(rows: list[dict]) -> str:
         cells += [f"{row['metrics'][k]['mean']:{f}}" for k, f in (("psnr", ".2f"), ("ssim", ".4f"))]
         cells.append(f"{row['metrics']['mae']['mean']:.4f}")
         cells += [
-            f"{row[k]:{f}}" if k in row else ""
-            for k, f in (("train_s", ".0f"), ("cpu_s", ".0f"), ("peak_gb", ".2f"))
+            f"{row[k]:.2f}" if row.get(k) is not None else "" for k in ("cpu_s_per_step", "peak_gb")
         ]
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     first = next(row for row in rows if "steps" in row)

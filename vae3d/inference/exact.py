@@ -49,7 +49,8 @@ from vae3d.inference.nodes import (
     nodes_of,
     whole_of,
 )
-from vae3d.models import attention, blocks, custom_vae, downsample, fast, norm, upsample
+from vae3d.models import attention, blocks, custom_vae, downsample, norm, upsample
+from vae3d.models.pages import trim
 from vae3d.models.posterior import DiagonalGaussian
 
 ROWS = 16  # of the first axis in a tile, at most
@@ -237,8 +238,7 @@ class Executor:
         for leaf in going:
             leaf.free()
             self.live.remove(leaf)
-        if fast.malloc_trim is not None:  # what tiles of this shape left free in the heap
-            fast.malloc_trim(0)
+        trim()  # what tiles of this shape left free in the heap
 
     def slabs(self, node: Node) -> Iterator[tuple[Region, Tensor]]:
         """The tiles of the last node; nothing is left in memory afterwards."""

@@ -19,8 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vae3d.inference.pages import private_pages
-from vae3d.models import fast
+from vae3d.models import fast, kernels
+from vae3d.models.pages import private_pages
 
 Region = tuple[tuple[int, int], ...]
 
@@ -325,7 +325,7 @@ class Conv(Node):
         if set(self.stride) == {1}:
             spare[1:] = [(max(far - near, 0), max(near - far, 0)) for near, far in missing[1:]]
         missing = [(a + p, b + q) for (a, b), (p, q) in zip(missing, spare, strict=True)]
-        x, padding = fast.pad_uneven(x, missing)
+        x, padding = kernels.pad_uneven(x, missing)
         options = (padding, self.stride, self.dilation, self.groups)
         y = convolve(x, self.weight, self.bias, *options)
         cuts = [slice(p, n - q) for (p, q), n in zip(spare, y.shape[2:], strict=True)]
@@ -344,7 +344,7 @@ def convolve(x, weight, bias, padding, stride, dilation, groups) -> Tensor:
     """
     direct = x.device.type == "cpu" and x.dtype == torch.float32 and set(dilation) == {1}
     if direct and groups == 1 and torch.backends.mkldnn.is_available():
-        return fast.conv(x, weight, bias, padding, stride)
+        return kernels.convolve(x, weight, bias, padding, stride)
     function = F.conv3d if x.dim() == 5 else F.conv2d
     return function(x, weight, bias, stride, padding, dilation, groups)
 
@@ -401,7 +401,7 @@ class UpsampledConv(Node):
         ends, *missing = [(a - lo, hi - b) for (lo, hi), (a, b) in zip(wants, has, strict=True)]
         if any(ends):
             x = F.pad(x, (*(0, 0) * len(missing), *ends))
-        x, padding = fast.pad_uneven(x, [(0, 0), *missing])
+        x, padding = kernels.pad_uneven(x, [(0, 0), *missing])
         first, f, ones = cover[0][0], self.factor[0], (1,) * len(cover)
         for phase, weight in enumerate(self.phases.weights):
             start, stop = (-((phase - n) // f) - first for n in rows)  # coarse rows of this phase

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 
 from loaders.patches import PatchGrid
-from vae3d.inference.pages import private_pages
+from vae3d.models.pages import private_pages
 
 Tiles = torch.Tensor | tuple[torch.Tensor, ...]
 

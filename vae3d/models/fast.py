@@ -13,15 +13,9 @@ float64, export, compile, hooks) and within `plain()`; the tests compare the two
 Axes: b batch, c channels, x y z space; a slab is a range of x of one sample.
 """
 
-import ctypes
-import mmap
-import weakref
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from itertools import pairwise, product
-from math import prod
-from threading import RLock
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -30,17 +24,12 @@ from torch import Tensor, nn
 from torch.amp import custom_bwd, custom_fwd
 from torch.autograd.function import once_differentiable
 
+from vae3d.models import kernels
 from vae3d.models.norm import GroupNorm, InstanceNorm, NormAct
+from vae3d.models.pages import channels_last, empty, release
 
-CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 SLAB_BYTES = 4 << 20  # per thread, float32; larger than the cache is slower, smaller repeats halos
-SLOW_KERNEL = 20480  # PyTorch leaves oneDNN for this many values of (c, x, y) or fewer
-
-OWN_PAGES_FROM = 2 << 20  # bytes
-MEMORY_OF_THE_MOST = 0.9995  # per large tensor; a training step has some 150
 PIECE = 4096  # voxels of which sums are taken in float32
-
-malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc only
 
 # Per factor: which of the 3 weights (last axis) each tap (middle) of each phase (first) sums.
 FOLD = {
@@ -207,18 +196,16 @@ class NormActConv(torch.autograd.Function):
                 x.shape[2:], step.padding, w.shape[2:], step.stride, strict=True
             )
         ]
-        out = residual if step.overwrite else empty(x, (len(x), len(w), *size), step.dtype)
+        out = residual if step.overwrite else empty((len(x), len(w), *size), step.dtype)
         if step.overwrite:
             ctx.mark_dirty(residual)
         norm = Slabs(x, step, gamma, beta, stats, compute)
         for n, start, stop in slabs(out, x):
             _, y, pad = norm.read(n, *reach(start, stop, w, step), keep=False)
             target = out[n : n + 1, :, start:stop]
-            if residual is None:
-                target.zero_()
-            elif not step.overwrite:
+            if residual is not None and not step.overwrite:
                 target.copy_(residual[n : n + 1, :, start:stop])
-            conv_add(target, y, w, b, pad, step.stride)
+            kernels.convolve_into(target, y, w, b, pad, step.stride, add=residual is not None)
         return out
 
     @staticmethod
@@ -234,7 +221,7 @@ class NormActConv(torch.autograd.Function):
         need_x = need_x or any(ctx.needs_input_grad[3:5])
         grad_w = torch.zeros_like(weight, dtype=torch.float32) if need_w else None
         grad_b = torch.zeros(len(weight)) if ctx.has_bias else None
-        grad_x = empty(x, x.shape, x.dtype) if need_x else None
+        grad_x = empty(x.shape, x.dtype) if need_x else None
         strided = max(step.stride) > 1
         if need_x and strided:
             grad_x.zero_()
@@ -248,7 +235,7 @@ class NormActConv(torch.autograd.Function):
             if ctx.has_bias:
                 grad_b += g.sum([0, *range(2, g.dim())])
             if need_w:
-                grad_w += conv_backward(g, y, w, pad, step.stride, weights=True)
+                grad_w += kernels.weights_gradient(g, y, w, pad, step.stride)
             if not need_x:
                 continue
             if strided:
@@ -256,7 +243,7 @@ class NormActConv(torch.autograd.Function):
                 continue
             target = grad_x[n : n + 1, :, start:stop]
             wide = target if target.dtype == compute else norm.buffer("gradient", stop - start)
-            back.gather(grad[n : n + 1], start, stop, wide.zero_())
+            back.gather(grad[n : n + 1], start, stop, wide)
             if step.groups:
                 inner = normalized[:, :, start - lo :][:, :, : stop - start]
                 sums[:, n] += norm.backward(n, start, stop, inner, wide)
@@ -286,7 +273,7 @@ class Slabs:
         shape = (1, self.x.shape[1], rows, *self.x.shape[3:])
         if name not in self.memory or self.memory[name].shape[2] < rows:
             spare = (*shape[:2], rows + 1, *shape[3:])  # slabs differ by a row
-            self.memory[name] = empty(self.x, spare, self.compute)
+            self.memory[name] = empty(spare, self.compute)
         return self.memory[name][:, :, :rows]
 
     def read(self, n: int, lo: int, hi: int, keep: bool) -> tuple[Tensor | None, Tensor, list[int]]:
@@ -303,7 +290,7 @@ class Slabs:
         """
         slab, pads = rows(self.x[n : n + 1], lo, hi, self.step.padding)
         if not self.step.groups:
-            return None, *pad_uneven(slab.to(self.compute), pads)
+            return None, *kernels.pad_uneven(slab.to(self.compute), pads)
         activated = self.buffer("activated", hi - lo)
         normalized = self.buffer("normalized", hi - lo) if keep else activated
         near, far = pads[0]
@@ -375,16 +362,16 @@ class Backward:
         )
 
     def gather(self, grad: Tensor, start: int, stop: int, target: Tensor) -> None:
-        """Add rows `start` to `stop` of the input's gradient to `target`, for stride 1."""
+        """Write rows `start` to `stop` of the input's gradient to `target`, for stride 1."""
         near = self.padding[0][0]
         lo, hi = start - near, stop - near + self.flipped.shape[2] - 1
         slab, pads = rows(grad, lo, hi, self.padding)
-        slab, pad = pad_uneven(slab.to(self.compute), pads)
-        conv_add(target, slab, self.flipped, None, pad, (1,) * len(pad))
+        slab, pad = kernels.pad_uneven(slab.to(self.compute), pads)
+        kernels.convolve_into(target, slab, self.flipped, None, pad)
 
     def scatter(self, g: Tensor, y: Tensor, pad, target: Tensor, lo: int, hi: int) -> None:
         """Add the gradient of rows `lo` to `hi` of the input to `target`, for any stride."""
-        dx = conv_backward(g, y, self.weight, pad, self.step.stride, weights=False)
+        dx = kernels.input_gradient(g, y, self.weight, pad, self.step.stride)
         _, pads = rows(target, lo, hi, self.step.padding)
         extra = [(near - p, far - p) for (near, far), p in zip(pads, pad, strict=True)]
         inner = [slice(near, n - far) for (near, far), n in zip(extra, dx.shape[2:], strict=True)]
@@ -409,11 +396,11 @@ class UpsampleConv(torch.autograd.Function):
         up = Phases(x, weight, factor, compute_dtype(dtype))
         b = None if bias is None else bias.to(up.compute).repeat(up.per_row)
         size = [n * f for n, f in zip(x.shape[2:], factor, strict=True)]
-        out = empty(x, (len(x), len(weight), *size), dtype)
+        out = empty((len(x), len(weight), *size), dtype)
         for n, start, stop in slabs(x, out, weights=False):
             for phase, w in enumerate(up.weights):
                 slab, pad = up.read(n, start, stop, phase)
-                y = conv(slab, w, b, pad, (1,) * len(pad))
+                y = kernels.convolve(slab, w, b, pad)
                 for target, grid in up.pairs(out[n : n + 1], start, stop, phase, y):
                     target.copy_(grid)
         release(x)
@@ -428,7 +415,7 @@ class UpsampleConv(torch.autograd.Function):
         grad = channels_last(grad)
         up = Phases(x, weight, ctx.factor, compute_dtype(ctx.dtype))
         need_x, need_w = ctx.needs_input_grad[:2]
-        grad_x = empty(x, x.shape, x.dtype).zero_() if need_x else None
+        grad_x = empty(x.shape, x.dtype).zero_() if need_x else None
         grads_w = [torch.zeros_like(w, dtype=torch.float32) for w in up.weights]
         for n, start, stop in slabs(x, x):
             for phase, w in enumerate(up.weights):
@@ -437,15 +424,12 @@ class UpsampleConv(torch.autograd.Function):
                 if need_w:
                     slab, pad = up.read(n, start, stop, phase)
                     inner = channels_last(g[:, :, start - lo : stop - lo])
-                    grads_w[phase] += conv_backward(
-                        inner, slab, w, pad, (1,) * len(pad), weights=True
-                    )
+                    grads_w[phase] += kernels.weights_gradient(inner, slab, w, pad)
                 if need_x:
                     flipped = channels_last(w.transpose(0, 1).flip(*range(2, w.dim())))
                     pad = [0, *(k - 2 for k in w.shape[3:])]
-                    conv_add(
-                        grad_x[n : n + 1, :, start:stop], g, flipped, None, pad, (1,) * len(pad)
-                    )
+                    target = grad_x[n : n + 1, :, start:stop]
+                    kernels.convolve_into(target, g, flipped, None, pad, add=True)
         grad_w = up.unfold(grads_w).to(weight.dtype) if need_w else None
         grad_b = None
         if ctx.has_bias:
@@ -486,7 +470,7 @@ class Phases:
         lo = start + self.offset(phase)
         hi = stop + self.offset(phase) + self.weights[phase].shape[2] - 1
         slab, pads = rows(self.x[n : n + 1], lo, hi, [(1, 1)] * len(self.factor))
-        return pad_uneven(slab.to(self.compute), pads)
+        return kernels.pad_uneven(slab.to(self.compute), pads)
 
     def pairs(self, fine: Tensor, start: int, stop: int, phase: int, y: Tensor):
         """Views of the fine volume and of the coarse output that belong together."""
@@ -507,7 +491,7 @@ class Phases:
         rows_in = self.x.shape[2]
         size = [n + f - 1 for n, f in zip(self.x.shape[3:], self.factor[1:], strict=True)]
         shape = (1, self.per_row * grad.shape[1], hi - lo, *size)
-        out = empty(grad, shape, self.compute).zero_()
+        out = empty(shape, self.compute).zero_()
         first, last = max(lo, 0), min(hi, rows_in)
         inner = out[:, :, first - lo : last - lo]
         for source, target in self.pairs(grad, first, last, phase, inner):
@@ -563,10 +547,10 @@ def slabs(rows_of: Tensor, other: Tensor, weights: bool = True) -> Iterator[tupl
     row = max(t[0, :, 0].numel() for t in (rows_of, other))
     count = max(SLAB_BYTES * torch.get_num_threads() // (4 * row), 1)
     if weights and other.shape[1] > 2:
-        count = max(count, SLOW_KERNEL // (other.shape[1] * other.shape[3]) + 1)
+        count = max(count, kernels.SLOW_KERNEL // (other.shape[1] * other.shape[3]) + 1)
     size = rows_of.shape[2]
-    parts = max(round(size / count), 1)
-    edges = [size * i // parts for i in range(parts + 1)]
+    parts = max(min(round(size / count), size // 2), 1)
+    edges = [size * i // parts // 2 * 2 for i in range(parts)] + [size]  # rows go in pairs
     for n in range(len(rows_of)):
         for start, stop in pairwise(edges):
             yield n, start, stop
@@ -583,110 +567,6 @@ def rows(x: Tensor, lo: int, hi: int, padding) -> tuple[Tensor, list[tuple[int, 
     size = x.shape[2]
     outside = (max(-lo, 0), max(hi - size, 0))
     return x[:, :, max(lo, 0) : min(hi, size)], [outside, *padding[1:]]
-
-
-def pad_uneven(slab: Tensor, pads: Sequence[tuple[int, int]]) -> tuple[Tensor, list[int]]:
-    """Pad what differs between the two ends of an axis; return what is left to pad at both."""
-    left = [min(pair) for pair in pads]
-    extra = [n - p for pair, p in zip(reversed(pads), reversed(left), strict=True) for n in pair]
-    return (F.pad(slab, extra) if any(extra) else slab), left
-
-
-def conv(x, weight, bias, padding, stride) -> Tensor:
-    """Convolution of a slab `(1, C, *n)` by oneDNN, or as a matrix product where that is faster."""
-    if pointwise(weight, stride):
-        y = F.linear(x.movedim(1, -1), weight.flatten(1), bias)
-        return y.movedim(-1, 1)
-    if few(weight, stride) and len(weight) <= 2:
-        return conv_to_few(x, weight, bias, padding)
-    return torch.mkldnn_convolution(x, weight, bias, padding, stride, (1,) * len(padding), 1)
-
-
-def pointwise(weight: Tensor, stride: Sequence[int]) -> bool:
-    """Whether a convolution is a matrix product of voxels and weights."""
-    return weight[0, 0].numel() == 1 and max(stride) == 1
-
-
-def few(weight: Tensor, stride: Sequence[int]) -> bool:
-    """Whether one end has so few channels that oneDNN, which takes sixteen at a time, is wasted."""
-    low, high = sorted(weight.shape[:2])
-    return low <= 2 and high >= 16 and max(stride) == 1 and weight.dtype == torch.float32
-
-
-def conv_to_few(x, weight, bias, padding) -> Tensor:
-    """Convolution to few channels: every voxel times the weights of each tap, then shifted sums."""
-    out, channels, *kernel = weight.shape
-    grid = x.shape[2:]
-    taps = weight.flatten(2).permute(2, 0, 1).reshape(-1, channels)
-    images = (taps @ x.movedim(1, -1).reshape(-1, channels).t()).view(-1, out, *grid)
-    full = x.new_zeros(out, *(n + k - 1 for n, k in zip(grid, kernel, strict=True)))
-    for tap, image in zip(product(*map(range, kernel)), images, strict=True):
-        axes = zip(kernel, tap, grid, strict=True)
-        full[(slice(None), *(slice(k - 1 - t, k - 1 - t + n) for k, t, n in axes))] += image
-    axes = zip(kernel, padding, grid, strict=True)
-    y = full[(slice(None), *(slice(k - 1 - p, n + p) for k, p, n in axes))]
-    if bias is not None:
-        y = y + bias.view(-1, *(1,) * len(grid))
-    return channels_last(y[None])
-
-
-def conv_add(target, x, weight, bias, padding, stride) -> None:
-    """Add a slab's convolution to `target`, in place and without a copy where there is a kernel."""
-    if target.dtype == x.dtype and pointwise(weight, stride):
-        into = target.movedim(1, -1).flatten(0, -2)
-        torch.addmm(into, x.movedim(1, -1).flatten(0, -2), weight.flatten(1).t(), out=into)
-        if bias is not None:
-            into += bias
-    elif target.dtype != x.dtype or len(weight) <= 2 or prod(x.shape[:4]) <= SLOW_KERNEL:
-        y = conv(x, weight, bias, padding, stride)
-        target.copy_(y.add_(target.to(y.dtype)))
-    else:
-        torch.ops.mkldnn._convolution_pointwise_.binary(
-            target, x, weight, bias, padding, stride, (1,) * len(padding), 1,
-            "add", 1.0, None, [], "",
-        )  # fmt: skip
-
-
-def conv_backward(grad, x, weight, padding, stride, weights: bool) -> Tensor:
-    """Gradient of a slab's convolution with respect to its weights, or else to its input."""
-    if weights and pointwise(weight, stride):
-        g, x = (t.movedim(1, -1).flatten(0, -2) for t in (grad, x))
-        return (g.t() @ x).view_as(weight)
-    if weights and few(weight, stride):
-        return few_backward(grad, x, weight, padding)
-    zeros, ones = (0,) * len(padding), (1,) * len(padding)
-    mask = [not weights, weights, False]
-    grads = torch.ops.aten.convolution_backward(
-        grad, x, weight, None, stride, padding, ones, False, zeros, 1, mask
-    )
-    return grads[1 if weights else 0]
-
-
-def few_backward(grad, x, weight, padding) -> Tensor:
-    """Gradient of the weights between few channels and many, as one matrix product."""
-    kernel, dims = weight.shape[2:], range(2, weight.dim())
-    if weight.shape[1] <= 2:  # what each tap sees of the input, times the gradient
-        seen, many = (
-            unfold(F.pad(x, [p for p in reversed(padding) for _ in range(2)]), kernel),
-            grad,
-        )
-    else:  # the taps of a gradient run backwards
-        far = [k - 1 - p for k, p in zip(reversed(kernel), reversed(padding), strict=True)]
-        seen, many = unfold(F.pad(grad, [p for p in far for _ in range(2)]), kernel), x
-    product = (seen @ many.movedim(1, -1).reshape(-1, many.shape[1])).view(
-        *kernel, -1, len(many[0])
-    )
-    product = product.permute(-1, -2, *range(len(kernel)))
-    return product if weight.shape[1] <= 2 else product.transpose(0, 1).flip(*dims)
-
-
-def unfold(x: Tensor, kernel: Sequence[int]) -> Tensor:
-    """What each tap of a kernel sees of `(1, C, *n)`, `(taps * C, voxels)`."""
-    for axis, k in enumerate(kernel, start=2):
-        x = x.unfold(axis, k, 1)
-    dims = len(kernel)
-    x = x[0].permute(*range(1 + dims, 1 + 2 * dims), *range(1 + dims))
-    return x.flatten(0, dims).flatten(1)
 
 
 def activate(act: nn.Module, x: Tensor, out: Tensor) -> None:
@@ -717,72 +597,3 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
         torch.float16: torch.cpu._is_amx_fp16_supported,
     }
     return dtype if dtype in matrix_units and matrix_units[dtype]() else torch.float32
-
-
-def release(x: Tensor) -> None:
-    """After a step over a large `x`: give freed slabs back, before tensors that stay pin them."""
-    if x.numel() * x.element_size() >= OWN_PAGES_FROM and malloc_trim is not None:
-        malloc_trim(0)
-
-
-def channels_last(x: Tensor) -> Tensor:
-    """`x` with its channels innermost in memory."""
-    return x.contiguous(memory_format=CHANNELS_LAST[x.dim()])
-
-
-def empty(like: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """Uninitialized tensor with its channels innermost in memory, large ones in `pages`."""
-    size, channels, *spatial = shape
-    nbytes = size * channels * prod(spatial) * dtype.itemsize
-    if nbytes < OWN_PAGES_FROM or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return torch.empty(shape, dtype=dtype, memory_format=CHANNELS_LAST[like.dim()])
-    flat = torch.frombuffer(pages.take(nbytes), dtype=dtype)
-    strides = torch.empty(shape, device="meta", memory_format=CHANNELS_LAST[like.dim()]).stride()
-    # Detached it is no view, so that autograd may add a second gradient to it in place.
-    return flat.as_strided(shape, strides).detach()
-
-
-class Pages:
-    """Memory of large tensors, kept for the next ones of the same size.
-
-    Pages fresh from the system cost several passes over them. Free memory goes back to the system
-    where, with what is in use, it would exceed the most that was in use at once not long ago.
-    """
-
-    def __init__(self):
-        self.free: dict[int, list[mmap.mmap]] = defaultdict(list)  # by size [bytes]
-        self.used = self.kept = self.most = 0
-        self.lock = RLock()  # tensors die anywhere, also within `take`
-
-    def take(self, size: int) -> ctypes.Array:
-        """Memory of `size` bytes, which comes back by itself when nothing refers to it."""
-        with self.lock:
-            self.used += size
-            self.most = max(self.used, int(self.most * MEMORY_OF_THE_MOST))
-            block = self.free[size].pop() if self.free[size] else None
-            self.kept -= size if block else 0
-            self.give_back(self.most - self.used)
-        if block is None:
-            block = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-            block.madvise(mmap.MADV_HUGEPAGE)
-        lease = (ctypes.c_char * size).from_buffer(block)
-        weakref.finalize(lease, self.put, size, block).atexit = False
-        return lease
-
-    def put(self, size: int, block: mmap.mmap) -> None:
-        """Take a block back."""
-        with self.lock:
-            self.used -= size
-            self.kept += size
-            self.free[size].append(block)
-
-    def give_back(self, but: int = 0) -> None:
-        """Return free memory to the system, but at most `but` bytes."""
-        with self.lock:
-            while self.kept > but:
-                size = max(size for size, blocks in self.free.items() if blocks)
-                self.free[size].pop()
-                self.kept -= size
-
-
-pages = Pages()

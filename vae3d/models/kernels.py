@@ -1,0 +1,149 @@
+"""Convolutions of one slab on the CPU, each by the fastest way there is.
+
+oneDNN is called directly, also where PyTorch's own dispatch would choose a slow kernel; matrix
+products serve where it wastes its width, and Winograd's sums where they pay.
+
+A slab is `(1, C, *n)`, channels last; `padding` has one number per axis, zeros at both ends.
+"""
+
+from collections.abc import Sequence
+from itertools import product
+from math import prod
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vae3d.models import winograd
+from vae3d.models.pages import channels_last
+
+SLOW_KERNEL = 20480  # PyTorch leaves oneDNN for this many values of (c, x, y) or fewer
+
+
+def convolve(x, weight, bias, padding, stride=None) -> Tensor:
+    """Convolution of a slab."""
+    stride = stride or (1,) * len(padding)
+    if pointwise(weight, stride):
+        y = F.linear(x.movedim(1, -1), weight.flatten(1), bias)
+        return y.movedim(-1, 1)
+    if few(weight, stride) and len(weight) <= 2:
+        return conv_to_few(x, weight, bias, padding)
+    return torch.mkldnn_convolution(x, weight, bias, padding, stride, (1,) * len(padding), 1)
+
+
+def convolve_into(target, x, weight, bias, padding, stride=None, add: bool = False) -> None:
+    """Convolution of a slab into `target`, or added to what it holds."""
+    stride = stride or (1,) * len(padding)
+    if target.dtype == x.dtype and pointwise(weight, stride):
+        into = target.movedim(1, -1).flatten(0, -2)
+        x, weight = x.movedim(1, -1).flatten(0, -2), weight.flatten(1).t()
+        torch.addmm(into, x, weight, beta=int(add), out=into)
+        if bias is not None:
+            into += bias
+    elif target.dtype == x.dtype and target.shape[2] > 1 and winograd.fits(weight, stride):
+        x, padding, pairs = winograd.pair_rows(x, padding)
+        winograd.convolve_into(target[:, :, :pairs], x, weight, bias, padding, add)
+        if pairs < target.shape[2]:
+            last = x[:, :, pairs:], weight, bias, padding, stride, add
+            convolve_into(target[:, :, pairs:], *last)
+    elif target.dtype != x.dtype or len(weight) <= 2 or prod(x.shape[:4]) <= SLOW_KERNEL:
+        y = convolve(x, weight, bias, padding, stride)
+        target.copy_(y.add_(target.to(y.dtype)) if add else y)
+    else:
+        if not add:
+            target.zero_()
+        torch.ops.mkldnn._convolution_pointwise_.binary(
+            target, x, weight, bias, padding, stride, (1,) * len(padding), 1,
+            "add", 1.0, None, [], "",
+        )  # fmt: skip
+
+
+def pointwise(weight: Tensor, stride: Sequence[int]) -> bool:
+    """Whether a convolution is a matrix product of voxels and weights."""
+    return weight[0, 0].numel() == 1 and max(stride) == 1
+
+
+def few(weight: Tensor, stride: Sequence[int]) -> bool:
+    """Whether one end has so few channels that oneDNN, which takes sixteen at a time, is wasted."""
+    low, high = sorted(weight.shape[:2])
+    return low <= 2 and high >= 16 and max(stride) == 1 and weight.dtype == torch.float32
+
+
+def conv_to_few(x, weight, bias, padding) -> Tensor:
+    """Convolution to few channels: every voxel times the weights of each tap, then shifted sums."""
+    out, channels, *kernel = weight.shape
+    grid = x.shape[2:]
+    taps = weight.flatten(2).permute(2, 0, 1).reshape(-1, channels)
+    images = (taps @ x.movedim(1, -1).reshape(-1, channels).t()).view(-1, out, *grid)
+    full = x.new_zeros(out, *(n + k - 1 for n, k in zip(grid, kernel, strict=True)))
+    for tap, image in zip(product(*map(range, kernel)), images, strict=True):
+        axes = zip(kernel, tap, grid, strict=True)
+        full[(slice(None), *(slice(k - 1 - t, k - 1 - t + n) for k, t, n in axes))] += image
+    axes = zip(kernel, padding, grid, strict=True)
+    y = full[(slice(None), *(slice(k - 1 - p, n + p) for k, p, n in axes))]
+    if bias is not None:
+        y = y + bias.view(-1, *(1,) * len(grid))
+    return channels_last(y[None])
+
+
+def weights_gradient(grad, x, weight, padding, stride=None) -> Tensor:
+    """Gradient of the weights of a slab's convolution."""
+    stride = stride or (1,) * len(padding)
+    if pointwise(weight, stride):
+        g, x = (t.movedim(1, -1).flatten(0, -2) for t in (grad, x))
+        return (g.t() @ x).view_as(weight)
+    if few(weight, stride):
+        return few_backward(grad, x, weight, padding)
+    if winograd.fits(weight, stride) and grad.shape[2] > 1:
+        x, padding, pairs = winograd.pair_rows(x, padding)
+        total = winograd.weights_gradient(grad[:, :, :pairs], x, weight, padding)
+        if pairs < grad.shape[2]:
+            total += weights_gradient(grad[:, :, pairs:], x[:, :, pairs:], weight, padding)
+        return total
+    return _backward(grad, x, weight, padding, stride, [False, True, False])[1]
+
+
+def input_gradient(grad, x, weight, padding, stride) -> Tensor:
+    """Gradient of the input of a slab's convolution."""
+    return _backward(grad, x, weight, padding, stride, [True, False, False])[0]
+
+
+def _backward(grad, x, weight, padding, stride, mask):
+    zeros, ones = (0,) * len(padding), (1,) * len(padding)
+    return torch.ops.aten.convolution_backward(
+        grad, x, weight, None, stride, padding, ones, False, zeros, 1, mask
+    )
+
+
+def few_backward(grad, x, weight, padding) -> Tensor:
+    """Gradient of the weights between few channels and many, as one matrix product."""
+    kernel, dims = weight.shape[2:], range(2, weight.dim())
+    if weight.shape[1] <= 2:  # what each tap sees of the input, times the gradient
+        seen, many = (
+            unfold(F.pad(x, [p for p in reversed(padding) for _ in range(2)]), kernel),
+            grad,
+        )
+    else:  # the taps of a gradient run backwards
+        far = [k - 1 - p for k, p in zip(reversed(kernel), reversed(padding), strict=True)]
+        seen, many = unfold(F.pad(grad, [p for p in far for _ in range(2)]), kernel), x
+    product = (seen @ many.movedim(1, -1).reshape(-1, many.shape[1])).view(
+        *kernel, -1, len(many[0])
+    )
+    product = product.permute(-1, -2, *range(len(kernel)))
+    return product if weight.shape[1] <= 2 else product.transpose(0, 1).flip(*dims)
+
+
+def unfold(x: Tensor, kernel: Sequence[int]) -> Tensor:
+    """What each tap of a kernel sees of `(1, C, *n)`, `(taps * C, voxels)`."""
+    for axis, k in enumerate(kernel, start=2):
+        x = x.unfold(axis, k, 1)
+    dims = len(kernel)
+    x = x[0].permute(*range(1 + dims, 1 + 2 * dims), *range(1 + dims))
+    return x.flatten(0, dims).flatten(1)
+
+
+def pad_uneven(slab: Tensor, pads: Sequence[tuple[int, int]]) -> tuple[Tensor, list[int]]:
+    """Pad what differs between the two ends of an axis; return what is left to pad at both."""
+    left = [min(pair) for pair in pads]
+    extra = [n - p for pair, p in zip(reversed(pads), reversed(left), strict=True) for n in pair]
+    return (F.pad(slab, extra) if any(extra) else slab), left

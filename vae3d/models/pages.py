@@ -1,0 +1,105 @@
+"""Memory of large tensors, in pages of their own.
+
+Large tensors that come and go in turn with small ones leave holes in the heap, which a process
+keeps; pages of their own go back to the system, or to the next tensor, when a tensor dies.
+"""
+
+import ctypes
+import mmap
+import weakref
+from collections import defaultdict
+from collections.abc import Sequence
+from math import prod
+from threading import RLock
+
+import torch
+from torch import Tensor
+
+CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+OWN_PAGES_FROM = 2 << 20  # bytes
+MEMORY_OF_THE_MOST = 0.9995  # per large tensor; a training step has some 150
+
+_malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc only
+
+
+def trim() -> None:
+    """Give what is free in the heap back to the system, where the C library can."""
+    if _malloc_trim is not None:
+        _malloc_trim(0)
+
+
+def release(x: Tensor) -> None:
+    """After a step over a large `x`: give freed slabs back, before tensors that stay pin them."""
+    if x.numel() * x.element_size() >= OWN_PAGES_FROM:
+        trim()
+
+
+def channels_last(x: Tensor) -> Tensor:
+    """`x` with its channels innermost in memory."""
+    return x.contiguous(memory_format=CHANNELS_LAST[x.dim()])
+
+
+def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Uninitialized tensor with its channels innermost in memory, large ones in `pages`."""
+    size, channels, *spatial = shape
+    nbytes = size * channels * prod(spatial) * dtype.itemsize
+    if nbytes < OWN_PAGES_FROM or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.empty(shape, dtype=dtype, memory_format=CHANNELS_LAST[len(shape)])
+    flat = torch.frombuffer(pages.take(nbytes), dtype=dtype)
+    strides = torch.empty(shape, device="meta", memory_format=CHANNELS_LAST[len(shape)]).stride()
+    # Detached it is no view, so that autograd may add a second gradient to it in place.
+    return flat.as_strided(shape, strides).detach()
+
+
+def private_pages(size: int) -> mmap.mmap:
+    """Zeroed pages of `size` bytes, huge ones where the system has them."""
+    if not hasattr(mmap, "MADV_HUGEPAGE"):
+        return mmap.mmap(-1, size)
+    block = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    block.madvise(mmap.MADV_HUGEPAGE)
+    return block
+
+
+class Pages:
+    """Memory of large tensors, kept for the next ones of the same size.
+
+    Pages fresh from the system cost several passes over them. Free memory goes back to the system
+    where, with what is in use, it would exceed the most that was in use at once not long ago.
+    """
+
+    def __init__(self):
+        self.free: dict[int, list[mmap.mmap]] = defaultdict(list)  # by size [bytes]
+        self.used = self.kept = self.most = 0
+        self.lock = RLock()  # tensors die anywhere, also within `take`
+
+    def take(self, size: int) -> ctypes.Array:
+        """Memory of `size` bytes, which comes back by itself when nothing refers to it."""
+        with self.lock:
+            self.used += size
+            self.most = max(self.used, int(self.most * MEMORY_OF_THE_MOST))
+            block = self.free[size].pop() if self.free[size] else None
+            self.kept -= size if block else 0
+            self.give_back(self.most - self.used)
+        if block is None:
+            block = private_pages(size)
+        lease = (ctypes.c_char * size).from_buffer(block)
+        weakref.finalize(lease, self.put, size, block).atexit = False
+        return lease
+
+    def put(self, size: int, block: mmap.mmap) -> None:
+        """Take a block back."""
+        with self.lock:
+            self.used -= size
+            self.kept += size
+            self.free[size].append(block)
+
+    def give_back(self, but: int = 0) -> None:
+        """Return free memory to the system, but at most `but` bytes."""
+        with self.lock:
+            while self.kept > but:
+                size = max(size for size, blocks in self.free.items() if blocks)
+                self.free[size].pop()
+                self.kept -= size
+
+
+pages = Pages()
