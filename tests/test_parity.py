@@ -104,16 +104,20 @@ def assert_close(ours, theirs):
 
 
 def compare(ours, theirs, run, x, rename):
-    """Values and gradients of `run(net, x)` in float64 and in float32, gradients layer by layer."""
+    """Values and gradients of `run(net, x)` in float64 and in float32, gradients layer by layer.
+
+    Those of float32 are compared with the reference's in float64, whose own rounding would else
+    count as ours (it is of the same size).
+    """
     exact = run_both(in_float64(ours), in_float64(theirs), run, x, rename)
     single = run_both(ours, theirs, run, x, rename)
     for values, grads, their_values, their_grads in (exact, single):
         for a, b in zip(values, their_values, strict=True):
             assert_close(a, b)
         assert grads.keys() == their_grads.keys() == {name for name, _ in ours.named_parameters()}
-        pairs = [by_layer(grads), by_layer(their_grads)]
-        for layer, gradient in pairs[0].items():
-            expected = pairs[1][layer]
+        truth = by_layer(exact[3])
+        for layer, gradient in by_layer(grads).items():
+            expected = truth[layer]
             error = ((gradient - expected).norm() / expected.norm()).item()
             assert error <= RTOL[next(iter(grads.values())).dtype], (layer, error)
 
@@ -166,7 +170,7 @@ def compare_with_monai(ours, theirs, x):
         torch.manual_seed(7)
         results.append([*net(x), net.reconstruct(x), net.encode_stage_2_inputs(x), torch.rand(9)])
     for a, b in zip(*results, strict=True):
-        assert_close(a, b)
+        assert distance(a, b) <= 2 * RTOL[a.dtype]  # either may be off by one
 
 
 @pytest.mark.parametrize("options", MONAI_CONFIGS.values(), ids=MONAI_CONFIGS.keys())

@@ -15,7 +15,7 @@ Axes: b batch, c channels, x y z space; a slab is a range of x of one sample.
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from itertools import pairwise
+from itertools import pairwise, product
 from typing import NamedTuple
 
 import torch
@@ -228,7 +228,8 @@ class NormActConv(torch.autograd.Function):
         norm = Slabs(x, step, gamma, beta, stats, compute)
         back = Backward(w, step, compute)
         sums = torch.zeros(2, *x.shape[:2], dtype=torch.float64)  # of dn * normalized, of dn
-        for n, start, stop in slabs(grad, x):
+        least = kernels.least_rows(x, w, step.stride) if need_w else 1
+        for n, start, stop in slabs(grad, x, least):
             lo, hi = reach(start, stop, w, step)
             normalized, y, pad = norm.read(n, lo, hi, keep=need_x)
             g = grad[n : n + 1, :, start:stop].to(compute)
@@ -397,7 +398,7 @@ class UpsampleConv(torch.autograd.Function):
         b = None if bias is None else bias.to(up.compute).repeat(up.per_row)
         size = [n * f for n, f in zip(x.shape[2:], factor, strict=True)]
         out = empty((len(x), len(weight), *size), dtype)
-        for n, start, stop in slabs(x, out, weights=False):
+        for n, start, stop in slabs(x, out):
             for phase, w in enumerate(up.weights):
                 slab, pad = up.read(n, start, stop, phase)
                 y = kernels.convolve(slab, w, b, pad)
@@ -417,19 +418,21 @@ class UpsampleConv(torch.autograd.Function):
         need_x, need_w = ctx.needs_input_grad[:2]
         grad_x = empty(x.shape, x.dtype).zero_() if need_x else None
         grads_w = [torch.zeros_like(w, dtype=torch.float32) for w in up.weights]
-        for n, start, stop in slabs(x, x):
-            for phase, w in enumerate(up.weights):
-                lo, hi = start - up.offset(phase) - w.shape[2] + 1, stop - up.offset(phase)
-                g = up.grid(grad[n : n + 1], lo, hi, phase)
-                if need_w:
-                    slab, pad = up.read(n, start, stop, phase)
-                    inner = channels_last(g[:, :, start - lo : stop - lo])
-                    grads_w[phase] += kernels.weights_gradient(inner, slab, w, pad)
-                if need_x:
-                    flipped = channels_last(w.transpose(0, 1).flip(*range(2, w.dim())))
-                    pad = [0, *(k - 2 for k in w.shape[3:])]
-                    target = grad_x[n : n + 1, :, start:stop]
-                    kernels.convolve_into(target, g, flipped, None, pad, add=True)
+        least = kernels.least_rows(x, up.weights[0])
+        for (n, start, stop), phase in product(slabs(x, x, least), range(len(up.weights))):
+            w = up.weights[phase]
+            lo, hi = start - up.offset(phase) - w.shape[2] + 1, stop - up.offset(phase)
+            g = up.grid(grad[n : n + 1], lo, hi, phase)
+            if need_w:
+                slab, pad = up.read(n, start, stop, phase)
+                inner = channels_last(g[:, :, start - lo : stop - lo])
+                grads_w[phase] += kernels.weights_gradient(inner, slab, w, pad)
+            if need_x:
+                flipped = channels_last(w.transpose(0, 1).flip(*range(2, w.dim())))
+                pad = [0, *(k - 2 for k in w.shape[3:])]
+                target = grad_x[n : n + 1, :, start:stop]
+                kernels.convolve_into(target, g, flipped, None, pad, add=True)
+            del g  # before the next one is made
         grad_w = up.unfold(grads_w).to(weight.dtype) if need_w else None
         grad_b = None
         if ctx.has_bias:
@@ -536,19 +539,17 @@ def statistics(x: Tensor, groups: int) -> tuple[Tensor, Tensor]:
     return tuple(t.expand_as(grouped).flatten(1).float() for t in (group_mean, group_var))
 
 
-def slabs(rows_of: Tensor, other: Tensor, weights: bool = True) -> Iterator[tuple[int, int, int]]:
+def slabs(rows_of: Tensor, other: Tensor, least: int = 1) -> Iterator[tuple[int, int, int]]:
     """Sample, first and last row of slabs that cover `rows_of` and stay in the cache.
 
     Args:
         rows_of: What is covered.
-        other: What is read or written together with it, with as many rows or more.
-        weights: Whether slabs must be large enough for the fast kernel of the weights' gradient.
+        other: What is read or written together with it.
+        least: Rows of the smallest slab.
     """
-    row = max(t[0, :, 0].numel() for t in (rows_of, other))
-    count = max(SLAB_BYTES * torch.get_num_threads() // (4 * row), 1)
-    if weights and other.shape[1] > 2:
-        count = max(count, kernels.SLOW_KERNEL // (other.shape[1] * other.shape[3]) + 1)
     size = rows_of.shape[2]
+    row = max(t[0].numel() // size for t in (rows_of, other))
+    count = max(SLAB_BYTES * torch.get_num_threads() // (4 * row), least)
     parts = max(min(round(size / count), size // 2), 1)
     edges = [size * i // parts // 2 * 2 for i in range(parts)] + [size]  # rows go in pairs
     for n in range(len(rows_of)):

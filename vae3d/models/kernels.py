@@ -103,6 +103,15 @@ def weights_gradient(grad, x, weight, padding, stride=None) -> Tensor:
     return _backward(grad, x, weight, padding, stride, [False, True, False])[1]
 
 
+def least_rows(x, weight, stride=None) -> int:
+    """Rows of output from which PyTorch has a fast kernel for the weights' gradient of a slab."""
+    stride = stride or (1,) * (weight.dim() - 2)
+    chosen_here = pointwise(weight, stride) or few(weight, stride) or winograd.fits(weight, stride)
+    if chosen_here or x.shape[1] <= 2:
+        return 1
+    return SLOW_KERNEL // (x.shape[1] * x.shape[3] * stride[0]) + 1
+
+
 def input_gradient(grad, x, weight, padding, stride) -> Tensor:
     """Gradient of the input of a slab's convolution."""
     return _backward(grad, x, weight, padding, stride, [True, False, False])[0]

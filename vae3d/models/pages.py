@@ -10,6 +10,7 @@ import weakref
 from collections import defaultdict
 from collections.abc import Sequence
 from math import prod
+from pathlib import Path
 from threading import RLock
 
 import torch
@@ -60,26 +61,33 @@ def private_pages(size: int) -> mmap.mmap:
     return block
 
 
+def anonymous_bytes() -> int:
+    """What the process holds in memory, files that it mapped apart."""
+    _, resident, shared, *_ = Path("/proc/self/statm").read_text().split()
+    return (int(resident) - int(shared)) * mmap.PAGESIZE
+
+
 class Pages:
     """Memory of large tensors, kept for the next ones of the same size.
 
     Pages fresh from the system cost several passes over them. Free memory goes back to the system
-    where, with what is in use, it would exceed the most that was in use at once not long ago.
+    where it would let the process grow beyond the most that it had in use not long ago, whatever
+    used it: tensors here, gradients, or slabs in the heap.
     """
 
     def __init__(self):
         self.free: dict[int, list[mmap.mmap]] = defaultdict(list)  # by size [bytes]
-        self.used = self.kept = self.most = 0
+        self.kept = self.most = 0  # bytes: free here; in use by the process at its peak
         self.lock = RLock()  # tensors die anywhere, also within `take`
 
     def take(self, size: int) -> ctypes.Array:
         """Memory of `size` bytes, which comes back by itself when nothing refers to it."""
         with self.lock:
-            self.used += size
-            self.most = max(self.used, int(self.most * MEMORY_OF_THE_MOST))
+            in_use = anonymous_bytes() - self.kept + size
+            self.most = max(in_use, int(self.most * MEMORY_OF_THE_MOST))
             block = self.free[size].pop() if self.free[size] else None
             self.kept -= size if block else 0
-            self.give_back(self.most - self.used)
+            self.give_back(self.most - in_use)
         if block is None:
             block = private_pages(size)
         lease = (ctypes.c_char * size).from_buffer(block)
@@ -89,7 +97,6 @@ class Pages:
     def put(self, size: int, block: mmap.mmap) -> None:
         """Take a block back."""
         with self.lock:
-            self.used -= size
             self.kept += size
             self.free[size].append(block)
 
