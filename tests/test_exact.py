@@ -271,7 +271,7 @@ def held_bytes(monkeypatch):
 
 @pytest.mark.parametrize("memory_gb", [8e-4, 4e-4])
 def test_what_is_stored_stays_within_the_budget(memory_gb, held_bytes, monkeypatch):
-    monkeypatch.setattr(exact, "GRAIN", 0)  # these volumes are smaller than a huge page
+    monkeypatch.setattr(exact, "GRAIN", 0)  # these volumes are not much larger than a page
     decode_exact(tiny(channels=(8, 8)), torch.rand(2, 16, 8, 8), memory_gb)
     assert 0 < max(held_bytes) <= memory_gb * 2**30
 

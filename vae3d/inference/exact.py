@@ -50,7 +50,7 @@ from vae3d.inference.nodes import (
     whole_of,
 )
 from vae3d.models import attention, blocks, custom_vae, downsample, norm, upsample
-from vae3d.models.pages import trim
+from vae3d.models.pages import held_heap, trim
 from vae3d.models.posterior import DiagonalGaussian
 
 ROWS = 16  # of the first axis in a tile, at most
@@ -63,6 +63,7 @@ OVERRIDES = ("forward", "normalize", "update", "mix")
 
 
 @torch.no_grad()
+@held_heap()
 def encode_exact(
     vae: nn.Module, volume, memory_gb: float | None = None, *, tile=None, scratch_dir=None
 ) -> DiagonalGaussian:
@@ -91,6 +92,7 @@ def encode_exact(
 
 
 @torch.no_grad()
+@held_heap()
 def decode_exact(
     vae: nn.Module,
     z,

@@ -26,7 +26,7 @@ Region = tuple[tuple[int, int], ...]
 
 LAYOUT = {2: torch.channels_last, 3: torch.channels_last_3d}
 BLOCK = 4096  # voxels whose variance is summed in float32; longer blocks lose digits
-GRAIN = 2 << 20  # bytes: memory is given back in huge pages
+GRAIN = mmap.PAGESIZE  # bytes: memory is given back in pages
 
 
 class Node:

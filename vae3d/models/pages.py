@@ -8,7 +8,8 @@ import ctypes
 import mmap
 import weakref
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from math import prod
 from pathlib import Path
 from threading import RLock
@@ -18,9 +19,33 @@ from torch import Tensor
 
 CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 OWN_PAGES_FROM = 2 << 20  # bytes
+STATM = Path("/proc/self/statm")  # Linux only: what the process holds, in pages
 MEMORY_OF_THE_MOST = 0.9995  # per large tensor; a training step has some 150
 
-_malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc only
+_libc = ctypes.CDLL(None)
+_malloc_trim, _mallopt = (getattr(_libc, name, None) for name in ("malloc_trim", "mallopt"))
+# For glibc's `mallopt`: the option, where its own adjustment ends [bytes], and while tiles pass.
+THRESHOLDS = {"trim": (-1, 64 << 20, 256 << 20), "mmap": (-3, 32 << 20, 256 << 20)}
+
+
+@contextmanager
+def held_heap() -> Iterator[None]:
+    """Inside, the heap keeps what is freed for what comes next, to the end or a `trim`.
+
+    For work that frees and takes tiles of the same sizes all the time: else the system takes their
+    pages back and hands out new ones, which costs as much as several passes over them.
+    """
+    if _mallopt is None:
+        yield
+        return
+    for option, _, held in THRESHOLDS.values():
+        _mallopt(option, held)
+    try:
+        yield
+    finally:
+        for option, usual, _ in THRESHOLDS.values():
+            _mallopt(option, usual)
+        trim()
 
 
 def trim() -> None:
@@ -44,7 +69,7 @@ def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """Uninitialized tensor with its channels innermost in memory, large ones in `pages`."""
     size, channels, *spatial = shape
     nbytes = size * channels * prod(spatial) * dtype.itemsize
-    if nbytes < OWN_PAGES_FROM or not hasattr(mmap, "MADV_HUGEPAGE"):
+    if nbytes < OWN_PAGES_FROM or not STATM.is_file():
         return torch.empty(shape, dtype=dtype, memory_format=CHANNELS_LAST[len(shape)])
     flat = torch.frombuffer(pages.take(nbytes), dtype=dtype)
     strides = torch.empty(shape, device="meta", memory_format=CHANNELS_LAST[len(shape)]).stride()
@@ -53,17 +78,18 @@ def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
 
 
 def private_pages(size: int) -> mmap.mmap:
-    """Zeroed pages of `size` bytes, huge ones where the system has them."""
-    if not hasattr(mmap, "MADV_HUGEPAGE"):
+    """Zeroed pages of `size` bytes.
+
+    Not huge ones: a virtual machine may have to ask its host for each (7 ms for 2 MB, measured).
+    """
+    if not hasattr(mmap, "MAP_PRIVATE"):
         return mmap.mmap(-1, size)
-    block = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    block.madvise(mmap.MADV_HUGEPAGE)
-    return block
+    return mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
 
 
 def anonymous_bytes() -> int:
     """What the process holds in memory, files that it mapped apart."""
-    _, resident, shared, *_ = Path("/proc/self/statm").read_text().split()
+    _, resident, shared, *_ = STATM.read_text().split()
     return (int(resident) - int(shared)) * mmap.PAGESIZE
 
 
