@@ -141,9 +141,9 @@ def test_winograds_sums_of_rows_equal_the_convolution(rows, padding):
     layer = partial(F.conv3d, padding=padding)
     expected = layer(x.double(), weight.double(), bias.double())
     slab, held = pages.channels_last(x), before.expand_as(expected)
-    for add, total in ((False, expected), (True, held + expected)):
-        target = pages.channels_last(held.clone())
-        kernels.convolve_into(target, slab, weight, bias, padding, add=add)
+    target, other = (pages.channels_last(held.clone()) for _ in range(2))
+    for onto, total in ((None, expected), (target, 2 * expected), (other, held + expected)):
+        kernels.convolve_into(target, slab, weight, bias, padding, onto=onto)
         assert distance(target, total) < 1e-6
     grad = torch.randn_like(target)
     exact = weight.double().requires_grad_()

@@ -203,9 +203,9 @@ class NormActConv(torch.autograd.Function):
         for n, start, stop in slabs(out, x):
             _, y, pad = norm.read(n, *reach(start, stop, w, step), keep=False)
             target = out[n : n + 1, :, start:stop]
-            if residual is not None and not step.overwrite:
-                target.copy_(residual[n : n + 1, :, start:stop])
-            kernels.convolve_into(target, y, w, b, pad, step.stride, add=residual is not None)
+            onto = None if residual is None else residual[n : n + 1, :, start:stop]
+            onto = target if step.overwrite else onto
+            kernels.convolve_into(target, y, w, b, pad, step.stride, onto)
         return out
 
     @staticmethod
@@ -431,7 +431,7 @@ class UpsampleConv(torch.autograd.Function):
                 flipped = channels_last(w.transpose(0, 1).flip(*range(2, w.dim())))
                 pad = [0, *(k - 2 for k in w.shape[3:])]
                 target = grad_x[n : n + 1, :, start:stop]
-                kernels.convolve_into(target, g, flipped, None, pad, add=True)
+                kernels.convolve_into(target, g, flipped, None, pad, onto=target)
             del g  # before the next one is made
         grad_w = up.unfold(grads_w).to(weight.dtype) if need_w else None
         grad_b = None

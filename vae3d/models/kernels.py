@@ -31,27 +31,32 @@ def convolve(x, weight, bias, padding, stride=None) -> Tensor:
     return torch.mkldnn_convolution(x, weight, bias, padding, stride, (1,) * len(padding), 1)
 
 
-def convolve_into(target, x, weight, bias, padding, stride=None, add: bool = False) -> None:
-    """Convolution of a slab into `target`, or added to what it holds."""
+def convolve_into(target, x, weight, bias, padding, stride=None, onto=None) -> None:
+    """Convolution of a slab into `target`, added to `onto` (which may be `target`) if given."""
     stride = stride or (1,) * len(padding)
     if target.dtype == x.dtype and pointwise(weight, stride):
         into = target.movedim(1, -1).flatten(0, -2)
         x, weight = x.movedim(1, -1).flatten(0, -2), weight.flatten(1).t()
-        torch.addmm(into, x, weight, beta=int(add), out=into)
+        base = into if onto is None else onto.movedim(1, -1).flatten(0, -2)
+        torch.addmm(base, x, weight, beta=int(onto is not None), out=into)
         if bias is not None:
             into += bias
     elif target.dtype == x.dtype and target.shape[2] > 1 and winograd.fits(weight, stride):
         x, padding, pairs = winograd.pair_rows(x, padding)
-        winograd.convolve_into(target[:, :, :pairs], x, weight, bias, padding, add)
+        parts = [(None if t is None else t[:, :, :pairs]) for t in (target, onto)]
+        winograd.convolve_into(parts[0], x, weight, bias, padding, parts[1])
         if pairs < target.shape[2]:
-            last = x[:, :, pairs:], weight, bias, padding, stride, add
-            convolve_into(target[:, :, pairs:], *last)
+            last = None if onto is None else onto[:, :, pairs:]
+            rows = x[:, :, pairs:]
+            convolve_into(target[:, :, pairs:], rows, weight, bias, padding, stride, last)
     elif target.dtype != x.dtype or len(weight) <= 2 or prod(x.shape[:4]) <= SLOW_KERNEL:
         y = convolve(x, weight, bias, padding, stride)
-        target.copy_(y.add_(target.to(y.dtype)) if add else y)
+        target.copy_(y if onto is None else y.add_(onto.to(y.dtype)))
     else:
-        if not add:
+        if onto is None:
             target.zero_()
+        elif onto is not target:
+            target.copy_(onto)
         torch.ops.mkldnn._convolution_pointwise_.binary(
             target, x, weight, bias, padding, stride, (1,) * len(padding), 1,
             "add", 1.0, None, [], "",

@@ -42,8 +42,8 @@ def pair_rows(x: Tensor, padding: Sequence[int]) -> tuple[Tensor, tuple[int, ...
     return x, (0, *padding[1:]), (x.shape[2] - 2) // 2 * 2
 
 
-def convolve_into(target: Tensor, x: Tensor, weight: Tensor, bias, padding, add: bool) -> None:
-    """Convolve a slab into `target`, `(1, C', rows, Y, Z)`, or add to what it holds.
+def convolve_into(target: Tensor, x: Tensor, weight: Tensor, bias, padding, onto=None) -> None:
+    """Convolve a slab into `target`, `(1, C', rows, Y, Z)`, added to `onto` if it is given.
 
     Args:
         target: An even number of rows.
@@ -51,7 +51,7 @@ def convolve_into(target: Tensor, x: Tensor, weight: Tensor, bias, padding, add:
         weight: `(C', C, 3, ky, kz)`.
         bias: `(C',)` or None.
         padding: Zeros at both ends of each axis, none along x.
-        add: Whether to add to `target`.
+        onto: Of the shape of `target`, which it may be; None for zero.
     """
     planes = planes_of(weight)
     options = (tuple(padding[1:]), (1, 1), (1, 1), 1)
@@ -59,12 +59,12 @@ def convolve_into(target: Tensor, x: Tensor, weight: Tensor, bias, padding, add:
     near, total, difference, far = sums_of(x, len(even))
     both = torch.mkldnn_convolution(total(), planes[1], None, *options)
     unlike = torch.mkldnn_convolution(difference(), planes[2], None, *options)
-    if add:
-        even.add_(both).add_(unlike)
-        odd.add_(both).sub_(unlike)
-    else:
+    if onto is None:
         torch.add(both, unlike, out=even)
         torch.sub(both, unlike, out=odd)
+    else:
+        torch.add(images(onto)[0::2], both, out=even).add_(unlike)
+        torch.add(images(onto)[1::2], both, out=odd).sub_(unlike)
     for rows, seen, plane in ((even, near, planes[0]), (odd, far, planes[3])):
         torch.ops.mkldnn._convolution_pointwise_.binary(
             rows, seen(), plane, bias, *options, "add", 1.0, None, [], ""
