@@ -5,8 +5,8 @@
 Each measurement is a process of its own with one thread; methods take turns, rounds are
 interleaved, the table gives medians and ratios to MONAI. `cpu s` are processor seconds, which other
 jobs disturb less than the clock. Memory is the peak of the process above what it holds before the
-call; `x budget` is that peak as a part of the budget. The truth is a full pass of plain layers whose
-norms are float64; above 160^3, where that takes more than 20 GB, it is our own full pass.
+call; `x budget` is that peak as a part of the budget. The truth is a full pass of plain layers with
+norms in float64; above 160^3, where that takes more than 20 GB, it is our own full pass.
 """
 
 import argparse
