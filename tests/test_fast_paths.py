@@ -277,6 +277,16 @@ def test_memory_of_dead_tensors_serves_the_next_ones_and_goes_back(monkeypatch):
     assert kept.kept == 0 and not any(kept.free.values())
 
 
+@pytest.mark.skipif(pages._mallopt is None, reason="the C library is not glibc")
+def test_the_heap_keeps_what_is_freed_between_tiles_and_gives_it_back_at_the_end():
+    before, size = pages.anonymous_bytes(), 64 << 20
+    with pages.held_heap():
+        tile = torch.ones(size // 4)
+        del tile
+        assert pages.anonymous_bytes() - before > size // 2
+    assert pages.anonymous_bytes() - before < size // 4
+
+
 def test_a_large_tensor_keeps_its_memory_while_a_view_of_it_lives():
     volume = pages.empty((1, 4, 16, 16, 16), torch.float32)
     assert volume.is_contiguous(memory_format=torch.channels_last_3d)
