@@ -122,7 +122,10 @@ def test_norm_activation_convolution_and_residual_equal_the_layers(dims, act):
     ("kernel", "stride", "padding", "far"),
     [(1, 1, 0, None), (3, 1, 1, None), (5, 1, 2, None), (3, 2, 1, None), (3, 2, 0, (0, 1))],
 )
-def test_convolutions_equal_the_layer(dims, kernel, stride, padding, far):
+@pytest.mark.parametrize("slow_kernel", [0, 1 << 30])
+def test_convolutions_equal_the_layer(dims, kernel, stride, padding, far, slow_kernel, monkeypatch):
+    """With slabs that PyTorch's fast kernels take in three dimensions, and smaller ones."""
+    monkeypatch.setattr(kernels, "SLOW_KERNEL", slow_kernel)
     layer = randomize(CONV[dims](4, 6, kernel, stride, padding))
     far = None if far is None else [far] * dims
     x = torch.randn(2, 4, *SHAPE[dims])

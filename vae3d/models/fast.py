@@ -228,8 +228,7 @@ class NormActConv(torch.autograd.Function):
         norm = Slabs(x, step, gamma, beta, stats, compute)
         back = Backward(w, step, compute)
         sums = torch.zeros(2, *x.shape[:2], dtype=torch.float64)  # of dn * normalized, of dn
-        least = kernels.least_rows(x, w, step.stride) if need_w else 1
-        for n, start, stop in slabs(grad, x, least):
+        for n, start, stop in slabs(grad, x):
             lo, hi = reach(start, stop, w, step)
             normalized, y, pad = norm.read(n, lo, hi, keep=need_x)
             g = grad[n : n + 1, :, start:stop].to(compute)
@@ -418,8 +417,7 @@ class UpsampleConv(torch.autograd.Function):
         need_x, need_w = ctx.needs_input_grad[:2]
         grad_x = empty(x.shape, x.dtype).zero_() if need_x else None
         grads_w = [torch.zeros_like(w, dtype=torch.float32) for w in up.weights]
-        least = kernels.least_rows(x, up.weights[0])
-        for (n, start, stop), phase in product(slabs(x, x, least), range(len(up.weights))):
+        for (n, start, stop), phase in product(slabs(x, grad), range(len(up.weights))):
             w = up.weights[phase]
             lo, hi = start - up.offset(phase) - w.shape[2] + 1, stop - up.offset(phase)
             g = up.grid(grad[n : n + 1], lo, hi, phase)
@@ -539,17 +537,16 @@ def statistics(x: Tensor, groups: int) -> tuple[Tensor, Tensor]:
     return tuple(t.expand_as(grouped).flatten(1).float() for t in (group_mean, group_var))
 
 
-def slabs(rows_of: Tensor, other: Tensor, least: int = 1) -> Iterator[tuple[int, int, int]]:
+def slabs(rows_of: Tensor, other: Tensor) -> Iterator[tuple[int, int, int]]:
     """Sample, first and last row of slabs that cover `rows_of` and stay in the cache.
 
     Args:
         rows_of: What is covered.
         other: What is read or written together with it.
-        least: Rows of the smallest slab.
     """
     size = rows_of.shape[2]
     row = max(t[0].numel() // size for t in (rows_of, other))
-    count = max(SLAB_BYTES * torch.get_num_threads() // (4 * row), least)
+    count = max(SLAB_BYTES * torch.get_num_threads() // (4 * row), 1)
     parts = max(min(round(size / count), size // 2), 1)
     edges = [size * i // parts // 2 * 2 for i in range(parts)] + [size]  # rows go in pairs
     for n in range(len(rows_of)):

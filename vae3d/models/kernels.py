@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vae3d.models import winograd
-from vae3d.models.pages import channels_last
+from vae3d.models.pages import channels_last, images
 
 SLOW_KERNEL = 20480  # PyTorch leaves oneDNN for this many values of (c, x, y) or fewer
 
@@ -105,28 +105,43 @@ def weights_gradient(grad, x, weight, padding, stride=None) -> Tensor:
         if pairs < grad.shape[2]:
             total += weights_gradient(grad[:, :, pairs:], x[:, :, pairs:], weight, padding)
         return total
-    return _backward(grad, x, weight, padding, stride, [False, True, False])[1]
-
-
-def least_rows(x, weight, stride=None) -> int:
-    """Rows of output from which PyTorch has a fast kernel for the weights' gradient of a slab."""
-    stride = stride or (1,) * (weight.dim() - 2)
-    chosen_here = pointwise(weight, stride) or few(weight, stride) or winograd.fits(weight, stride)
-    if chosen_here or x.shape[1] <= 2:
-        return 1
-    return SLOW_KERNEL // (x.shape[1] * x.shape[3] * stride[0]) + 1
+    if x.dim() == 4 or prod(x.shape[:4]) > SLOW_KERNEL:
+        return _backward(grad, x, weight, padding, stride, weights=True)
+    x = F.pad(x, (0, 0, 0, 0, padding[0], padding[0]))
+    planes = [
+        _backward(images(grad), rows, plane, padding[1:], stride[1:], weights=True)
+        for rows, plane in planes_seen(x, weight, stride, grad.shape[2])
+    ]
+    return torch.stack(planes, 2)
 
 
 def input_gradient(grad, x, weight, padding, stride) -> Tensor:
     """Gradient of the input of a slab's convolution."""
-    return _backward(grad, x, weight, padding, stride, [True, False, False])[0]
+    if x.dim() == 4 or prod(x.shape[:4]) > SLOW_KERNEL:
+        return _backward(grad, x, weight, padding, stride, weights=False)
+    dx = F.pad(torch.zeros_like(x), (0, 0, 0, 0, padding[0], padding[0]))
+    for rows, plane in planes_seen(dx, weight, stride, grad.shape[2]):
+        rows += _backward(images(grad), rows, plane, padding[1:], stride[1:], weights=False)
+    return dx[:, :, padding[0] : dx.shape[2] - padding[0]]
 
 
-def _backward(grad, x, weight, padding, stride, mask):
+def planes_seen(x, weight, stride, count: int):
+    """Each plane of the weights along x, with the rows of a padded slab that it sees.
+
+    For gradients of small slabs: as batches of 2D convolutions they have fast kernels at any size.
+    """
+    span = (count - 1) * stride[0] + 1
+    for start, plane in enumerate(weight.unbind(2)):
+        yield images(x)[start : start + span : stride[0]], plane
+
+
+def _backward(grad, x, weight, padding, stride, weights: bool) -> Tensor:
+    """Gradient of the weights, or else of the input, as PyTorch computes it."""
     zeros, ones = (0,) * len(padding), (1,) * len(padding)
     return torch.ops.aten.convolution_backward(
-        grad, x, weight, None, stride, padding, ones, False, zeros, 1, mask
-    )
+        grad, x, weight, None, tuple(stride), tuple(padding), ones, False, zeros, 1,
+        [not weights, weights, False],
+    )[int(weights)]  # fmt: skip
 
 
 def few_backward(grad, x, weight, padding) -> Tensor:

@@ -65,6 +65,11 @@ def channels_last(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=CHANNELS_LAST[x.dim()])
 
 
+def images(slab: Tensor) -> Tensor:
+    """The rows of `(1, C, rows, Y, Z)` as a batch `(rows, C, Y, Z)`, without a copy."""
+    return slab[0].transpose(0, 1)
+
+
 def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """Uninitialized tensor with its channels innermost in memory, large ones in `pages`."""
     size, channels, *spatial = shape

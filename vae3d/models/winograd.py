@@ -21,6 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vae3d.models.pages import images
+
 PAYS_FROM = 32  # channels
 
 
@@ -95,11 +97,6 @@ def weights_gradient(grad: Tensor, x: Tensor, weight: Tensor, padding) -> Tensor
     plus = correlate(even + odd, total()) / 2
     minus = correlate(even - odd, difference()) / 2
     return torch.stack([first + plus + minus, plus - minus, last + plus + minus], 2)
-
-
-def images(slab: Tensor) -> Tensor:
-    """The rows of `(1, C, rows, Y, Z)` as a batch `(rows, C, Y, Z)`, without a copy."""
-    return slab[0].transpose(0, 1)
 
 
 def planes_of(weight: Tensor) -> list[Tensor]:
