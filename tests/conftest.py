@@ -10,6 +10,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import pytest
 import torch
 
+torch.set_num_threads(1)  # also for fixtures of a module, which come before `clean_torch`
+
 REAL_VOLUMES = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 

@@ -112,3 +112,9 @@ def test_float16_continues_with_its_loss_scale(tmp_path):
     first.fit()
     second = trainer_of(tmp_path, 4, load_checkpoint(tmp_path / "last.pt"), amp="fp16")
     assert float(second.scaler.factor) == 512.0
+
+
+def test_a_loss_with_other_terms_than_the_checkpoint_is_one_clear_line(tmp_path):
+    state = trainer_of(tmp_path / "gan", 1).state_dict()
+    with pytest.raises(ValueError, match=r"differs in: \w+; .* --init_from"):
+        toy_trainer(tmp_path / "plain").load_state_dict(state)

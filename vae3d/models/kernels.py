@@ -79,9 +79,9 @@ def conv_to_few(x, weight, bias, padding) -> Tensor:
     out, channels, *kernel = weight.shape
     grid = x.shape[2:]
     taps = weight.flatten(2).permute(2, 0, 1).reshape(-1, channels)
-    images = (taps @ x.movedim(1, -1).reshape(-1, channels).t()).view(-1, out, *grid)
+    products = (taps @ x.movedim(1, -1).reshape(-1, channels).t()).view(-1, out, *grid)
     full = x.new_zeros(out, *(n + k - 1 for n, k in zip(grid, kernel, strict=True)))
-    for tap, image in zip(product(*map(range, kernel)), images, strict=True):
+    for tap, image in zip(product(*map(range, kernel)), products, strict=True):
         axes = zip(kernel, tap, grid, strict=True)
         full[(slice(None), *(slice(k - 1 - t, k - 1 - t + n) for k, t, n in axes))] += image
     axes = zip(kernel, padding, grid, strict=True)

@@ -112,7 +112,18 @@ class VAETask(Task):
         return {"loss": self.loss.state_dict()}
 
     def load_extra_state(self, state: dict[str, Any]) -> None:
-        """Take over the state of the loss."""
+        """Take over the state of the loss.
+
+        Raises:
+            ValueError: If the loss has other terms than that of the checkpoint.
+        """
+        differs = self.loss.state_dict().keys() ^ state["loss"].keys()
+        if differs:
+            terms = ", ".join(sorted({name.partition(".")[0] for name in differs}))
+            raise ValueError(
+                f"the loss is not that of the checkpoint, it differs in: {terms}; keep its terms, "
+                "or begin a new run from its weights by --init_from"
+            )
         self.loss.load_state_dict(state["loss"])
 
 
