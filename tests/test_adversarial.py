@@ -1,12 +1,12 @@
 import copy
 import math
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
+from toys import on_ranks
 
 from vae3d.losses.adversarial import CRITERIA, Adversarial, PatchDiscriminator
 from vae3d.losses.features import FeatureNetwork
@@ -473,24 +473,18 @@ def test_resume_that_forgets_the_controllers_is_noticed():
         assert not torch.equal(second, losses[2:]), forgotten
 
 
-def rank_main(rank: int, folder: str):
-    """Train one of two ranks on its half of each batch and save what comes out."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    try:
-        module, losses = run_steps(
-            3, lambda step: [batch_of(step).split(2)[rank]], wrap=DistributedDataParallel
-        )
-        dist.all_reduce(losses)
-        torch.save({"state": module.state_dict(), "losses": losses / 2}, f"{folder}/{rank}.pt")
-    finally:
-        dist.destroy_process_group()
+def train_a_rank(world):
+    """Train one of two ranks on its half of each batch."""
+    module, losses = run_steps(
+        3, lambda step: [batch_of(step).split(2)[world.rank]], wrap=DistributedDataParallel
+    )
+    dist.all_reduce(losses)
+    return {"state": module.state_dict(), "losses": losses / 2}
 
 
-def test_two_ranks_under_ddp_equal_one_process_with_every_loss_on(tmp_path: Path):
-    torch.multiprocessing.spawn(rank_main, (str(tmp_path),), nprocs=2)
+def test_two_ranks_under_ddp_equal_one_process_with_every_loss_on():
+    ranks = on_ranks(2, train_a_rank)
     one, losses = run_steps(3, lambda step: [batch_of(step)])
-    ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
     assert torch.allclose(ranks[0]["losses"], losses, rtol=1e-4, atol=1e-5)
     for name, value in one.state_dict().items():
         a, b = ranks[0]["state"][name], ranks[1]["state"][name]

@@ -4,10 +4,9 @@ from functools import partial
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from toys import on_ranks
 
 from vae3d.models.custom_vae import CustomVAE
 from vae3d.models.norm import (
@@ -143,26 +142,19 @@ def test_checkpointing_updates_running_statistics_once():
     assert all(torch.equal(states[0][k], other[k]) for other in states[1:] for k in states[0])
 
 
-def batch_norm_on_a_rank(rank, world_size, x, folder):
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size
-    )
+def batch_norm_on_a_rank(world, x):
     torch.manual_seed(0)
     model = DistributedDataParallel(nn.Sequential(nn.Conv2d(2, 4, 1), BatchNorm(4)))
     # Ranks of different sizes: every voxel of the batch counts the same.
-    mine = x[:1] if rank == 0 else x[1:]
+    mine = x[:1] if world.rank == 0 else x[1:]
     model(mine).pow(3).sum().backward()
-    if rank == 0:
-        gradients = {k: p.grad * world_size for k, p in model.module.named_parameters()}
-        torch.save({"gradients": gradients, "state": model.module.state_dict()}, f"{folder}/0.pt")
-    dist.destroy_process_group()
+    gradients = {k: p.grad * world.size for k, p in model.module.named_parameters()}
+    return {"gradients": gradients, "state": model.module.state_dict()}
 
 
-@pytest.mark.slow
-def test_two_ranks_normalize_by_one_common_batch(tmp_path):
+def test_two_ranks_normalize_by_one_common_batch():
     x = torch.randn(3, 2, 4, 4) * 2 + 7
-    mp.spawn(batch_norm_on_a_rank, (2, x, str(tmp_path)), nprocs=2)
-    result = torch.load(tmp_path / "0.pt")
+    result, _ = on_ranks(2, batch_norm_on_a_rank, x)
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(2, 4, 1), BatchNorm(4))
     model(x).pow(3).sum().backward()
