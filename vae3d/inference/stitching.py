@@ -440,6 +440,7 @@ def stitch(
     if out is not None:
         for where, slab in iter_slabs(fn, volume, patch_size, **options):
             out[:, where] = slab if isinstance(out, torch.Tensor) else slab.cpu().numpy()
+            del slab  # before the next row of tiles is summed
         return out
     stitcher = Stitcher(volume.shape[1:], patch_size, overlap, blend, scale)
     for corners, tiles in tile_batches(volume, stitcher, batch_size):
@@ -462,7 +463,8 @@ def iter_slabs(
     """Like `stitch`, but hands out finished slabs in order: (rows of the first axis, slab).
 
     Neither input nor output need fit in memory: `volume` may be a memory map, and at most the
-    slabs under one row of tiles are held.
+    slabs under one row of tiles are held, beside the one handed out last: `del` it when it is
+    written.
     """
     stitcher = Stitcher(volume.shape[1:], patch_size, overlap, blend, scale, streaming=True)
     for corners, tiles in tile_batches(volume, stitcher, batch_size):
