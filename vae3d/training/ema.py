@@ -42,10 +42,9 @@ class EMA:
         weight: Tensor | float = 1.0 - min(self.decay, (1 + step) / (10 + step))
         if skip is not None:
             weight = weight * (1.0 - skip)
-        shadow = list(self.shadow.values())
-        change = torch._foreach_sub([p.float() for p in self.params.values()], shadow)
-        torch._foreach_mul_(change, weight)
-        torch._foreach_add_(shadow, change)
+        # One by one: each goes in place, where the list forms would hold a second copy of them all.
+        for name, p in self.params.items():
+            self.shadow[name].lerp_(p.float(), weight)
 
     @contextmanager
     def applied(self) -> Iterator[nn.Module]:

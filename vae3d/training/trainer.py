@@ -242,12 +242,15 @@ class Trainer:
         norms = {}
         bad = ~torch.stack([v for v in terms.values()]).isfinite().all()
         for name in active:
-            grads = _grads(self.optimizers[name])
-            norms[name] = whole(torch.nn.utils.get_total_norm(grads)) / self.scaler.factor
+            optimizer = self.optimizers[name]
+            norm = torch.nn.utils.get_total_norm(_grads(optimizer))
+            norms[name] = whole(norm) / self.scaler.factor
             bad = bad | ~norms[name].isfinite()
-            clip = (self.clip_norm / (norms[name] + 1e-6)).clamp(max=1.0) if self.clip_norm else 1.0
-            with self._mixing():
-                torch._foreach_mul_(grads, clip / self.scaler.factor)
+            # The fused kernel divides by this as it reads the gradients: no pass for clipping.
+            optimizer.grad_scale = self.scaler.factor
+            if self.clip_norm:
+                excess = (norms[name] + 1e-6) / self.clip_norm
+                optimizer.grad_scale = optimizer.grad_scale * excess.clamp(min=1.0)
         bad = self.world.max_(bad.float())
         for name in active:
             optimizer = self.optimizers[name]
