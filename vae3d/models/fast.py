@@ -417,24 +417,25 @@ class UpsampleConv(torch.autograd.Function):
         need_x, need_w = ctx.needs_input_grad[:2]
         grad_x = empty(x.shape, x.dtype).zero_() if need_x else None
         grads_w = [torch.zeros_like(w, dtype=torch.float32) for w in up.weights]
+        grad_b = torch.zeros(len(weight)) if ctx.has_bias else None
         for (n, start, stop), phase in product(slabs(x, grad), range(len(up.weights))):
             w = up.weights[phase]
             lo, hi = start - up.offset(phase) - w.shape[2] + 1, stop - up.offset(phase)
             g = up.grid(grad[n : n + 1], lo, hi, phase)
+            inner = channels_last(g[:, :, start - lo : stop - lo])
+            if ctx.has_bias:
+                grad_b += inner.sum([0, *range(2, g.dim())]).view(up.per_row, -1).sum(0)
             if need_w:
                 slab, pad = up.read(n, start, stop, phase)
-                inner = channels_last(g[:, :, start - lo : stop - lo])
                 grads_w[phase] += kernels.weights_gradient(inner, slab, w, pad)
             if need_x:
                 flipped = channels_last(w.transpose(0, 1).flip(*range(2, w.dim())))
                 pad = [0, *(k - 2 for k in w.shape[3:])]
                 target = grad_x[n : n + 1, :, start:stop]
                 kernels.convolve_into(target, g, flipped, None, pad, onto=target)
-            del g  # before the next one is made
+            del g, inner  # before the next ones are made
         grad_w = up.unfold(grads_w).to(weight.dtype) if need_w else None
-        grad_b = None
-        if ctx.has_bias:
-            grad_b = grad.sum([0, *range(2, grad.dim())], dtype=torch.float32).to(weight.dtype)
+        grad_b = grad_b.to(weight.dtype) if ctx.has_bias else None
         release(x)
         return grad_x, grad_w, grad_b, None, None
 
@@ -520,13 +521,15 @@ def statistics(x: Tensor, groups: int) -> tuple[Tensor, Tensor]:
     not lose digits as volumes grow.
     """
     means, variances = [], []
+    wide = None if x.dtype == torch.float32 else torch.empty(PIECE, x.shape[1])
     for sample in x:
         pieces = sample.movedim(0, -1).flatten(0, -2).split(PIECE)  # (voxels, C) each
         count = torch.tensor([len(p) for p in pieces], dtype=torch.float64)[:, None]
-        stats = [
-            torch.batch_norm_update_stats(p.float().t()[None, :, :, None], None, None, 0.0)
-            for p in pieces
-        ]
+        stats = []
+        for p in pieces:  # one float32 copy for all: small results would lie between many
+            p = p if wide is None else wide[: len(p)].copy_(p)
+            image = p.t()[None, :, :, None]
+            stats.append(torch.batch_norm_update_stats(image, None, None, 0.0))
         mean, var = (torch.stack(s).double() for s in zip(*stats, strict=True))  # (pieces, C)
         means.append((count * mean).sum(0) / count.sum())
         variances.append((count * (var + (mean - means[-1]) ** 2)).sum(0) / count.sum())
