@@ -1,3 +1,4 @@
+import weakref
 from fractions import Fraction
 
 import numpy as np
@@ -153,6 +154,21 @@ def test_slabs_come_finished_in_order_and_fill_the_volume():
         assert (slab - x[:, where]).abs().max() <= 1e-6
         at = where.stop
     assert at == 50
+
+
+def test_a_slab_that_was_let_go_is_gone_before_the_next_row_of_tiles():
+    alive = []
+
+    def model(tiles):
+        alive.extend(slab() is not None for slab in handed_out)
+        return tiles
+
+    handed_out = []
+    for _, slab in iter_slabs(model, torch.rand(1, 50, 20, 18), (16, 16, 16), 0.5):
+        handed_out.append(weakref.ref(slab))
+        del slab
+    assert len(handed_out) > 3 and len(alive) > 3
+    assert not any(alive)
 
 
 def test_memory_maps_go_in_and_out(tmp_path):

@@ -241,7 +241,8 @@ class Stitcher:
         shape = (like.shape[0], *shape)
         if self.streaming and like.device.type == "cpu":
             pages = private_pages(math.prod(shape) * dtype.itemsize)
-            return torch.frombuffer(pages, dtype=dtype).view(shape)
+            # Written at once: pages that are read first are found a second time, much dearer.
+            return torch.frombuffer(pages, dtype=dtype).view(shape).zero_()
         return torch.zeros(shape, dtype=dtype, device=like.device)
 
     def _finish(self, parts: list[torch.Tensor]) -> Tiles:
@@ -449,7 +450,6 @@ def stitch(
     return stitcher.result()
 
 
-@torch.no_grad()
 def iter_slabs(
     fn: Callable[[torch.Tensor], Tiles],
     volume,
@@ -468,7 +468,8 @@ def iter_slabs(
     """
     stitcher = Stitcher(volume.shape[1:], patch_size, overlap, blend, scale, streaming=True)
     for corners, tiles in tile_batches(volume, stitcher, batch_size):
-        add_batch(stitcher, corners, fn(tiles))
+        with torch.no_grad():  # as a decorator it would hold the last slab
+            add_batch(stitcher, corners, fn(tiles))
         del tiles
         yield from stitcher.pop()
     stitcher.check_complete()
