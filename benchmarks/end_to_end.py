@@ -1,7 +1,7 @@
 """Patches per second of `train_3d.py` beside the same training written with MONAI and TorchIO.
 
     python benchmarks/end_to_end.py                        # demo volumes, both precisions
-    python benchmarks/end_to_end.py --steps 4 --patch 32   # shorter
+    python benchmarks/end_to_end.py --steps 4 --patch 48   # shorter
     python benchmarks/end_to_end.py --data DIR             # volumes of your own
 
 Both train MONAI's AutoencoderKL architecture with AdamW on L1 + KL, on random patches, 8 of each
@@ -47,7 +47,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=12, help="steps that are timed")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--patch", type=int, default=48, help="voxels per axis")
+    parser.add_argument("--patch", type=int, default=64, help="voxels per axis")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--rows", nargs="*", default=list(TARGETS), choices=TARGETS)
     parser.add_argument("--data", help="folder of volumes; default demo volumes")

@@ -32,10 +32,12 @@ from pathlib import Path
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # not this folder, see loaders.py beside it
 
 from vae3d.commands.plan import largest_patch  # noqa: E402
+from vae3d.models.fast import plain  # noqa: E402
 from vae3d.models.pages import CHANNELS_LAST  # noqa: E402
 from vae3d.models.presets import VAEModel  # noqa: E402
 from vae3d.models.upsample import InterpUp  # noqa: E402
@@ -93,6 +95,8 @@ def main() -> None:
     grids = [(int(n),) * int(dims) for n, dims in (grid.split("^") for grid in options.grids)]
     for dims in sorted({len(grid) for grid in grids}):
         check_same_numbers(dims)
+        print(", ".join(f"{name} {operations(name, dims):.2f}" for name in names), end=" ")
+        print("GFLOP per encode + decode, by PyTorch's count for the plain layers")
     modes = [mode for mode in options.modes if mode != "patches"]
     if modes:
         print("\n" + COLUMNS)
@@ -259,6 +263,14 @@ def check_same_numbers(dims: int) -> None:
     error = ((a - b).abs().max() / b.abs().max()).item()
     print(f"largest difference of the reconstructions: {error:.1e} of the largest value")
     assert error < 1e-4
+
+
+def operations(name: str, dims: int) -> float:
+    """10^9 multiplications and additions to encode and decode 32 voxels per axis."""
+    net, x = BUILD[name](dims, False).eval(), torch.rand(1, 1, *(32,) * dims)
+    with FlopCounterMode(display=False) as counter, torch.no_grad(), plain():
+        ROUND_TRIP[name](net, x)
+    return counter.get_total_flops() / 1e9
 
 
 def clock(step: Callable[[], None], device: str) -> float:

@@ -27,7 +27,6 @@ from torch import Tensor, nn
 from vae3d.inference.exact_attention import global_attention, linear_attention, patch_attention
 from vae3d.inference.nodes import (
     GRAIN,
-    LAYOUT,
     Conv,
     Kept,
     Local,
@@ -41,7 +40,6 @@ from vae3d.inference.nodes import (
     Sum,
     TransposedConv,
     UpsampledConv,
-    channels_last,
     clip,
     home_of,
     leaves_of,
@@ -50,7 +48,7 @@ from vae3d.inference.nodes import (
     whole_of,
 )
 from vae3d.models import attention, blocks, custom_vae, downsample, norm, upsample
-from vae3d.models.pages import held_heap, trim
+from vae3d.models.pages import CHANNELS_LAST, channels_last, held_heap, trim
 from vae3d.models.posterior import DiagonalGaussian
 
 ROWS = 16  # of the first axis in a tile, at most
@@ -325,7 +323,7 @@ class Executor:
     def take(self, node: Node) -> Tensor:
         """The whole of a node; what it was computed from is given back."""
         device, dtype = home_of(node)
-        layout = LAYOUT[len(node.shape)]
+        layout = CHANNELS_LAST[2 + len(node.shape)]
         values = torch.empty(
             (1, node.channels, *node.shape), device=device, dtype=dtype, memory_format=layout
         )

@@ -20,11 +20,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vae3d.models import fast, kernels
-from vae3d.models.pages import private_pages
+from vae3d.models.pages import CHANNELS_LAST, channels_last, private_pages
 
 Region = tuple[tuple[int, int], ...]
 
-LAYOUT = {2: torch.channels_last, 3: torch.channels_last_3d}
 BLOCK = 4096  # voxels whose variance is summed in float32; longer blocks lose digits
 GRAIN = mmap.PAGESIZE  # bytes: memory is given back in pages
 
@@ -376,9 +375,8 @@ class UpsampledConv(Node):
         cover = self._cover(region)
         size = [(hi - lo) * f for (lo, hi), f in zip(cover, self.factor, strict=True)]
         device, dtype = home_of(self)
-        fine = torch.empty(
-            (1, self.channels, *size), device=device, dtype=dtype, memory_format=LAYOUT[len(size)]
-        )
+        shape, layout = (1, self.channels, *size), CHANNELS_LAST[2 + len(size)]
+        fine = torch.empty(shape, device=device, dtype=dtype, memory_format=layout)
         self._fill(fine, cover, region[0])
         cuts = [
             slice(lo - a * f, hi - a * f)
@@ -517,11 +515,6 @@ def clip(region: Region, shape: Sequence[int]) -> Region:
 def contains(outer: Region, inner: Region) -> bool:
     """Whether a region lies within another."""
     return all(a <= lo and hi <= b for (a, b), (lo, hi) in zip(outer, inner, strict=True))
-
-
-def channels_last(x: Tensor) -> Tensor:
-    """`x` with its channels innermost in memory."""
-    return x.contiguous(memory_format=LAYOUT[x.ndim - 2])
 
 
 class Moments:

@@ -61,8 +61,17 @@ def release(x: Tensor) -> None:
 
 
 def channels_last(x: Tensor) -> Tensor:
-    """`x` with its channels innermost in memory."""
-    return x.contiguous(memory_format=CHANNELS_LAST[x.dim()])
+    """`x` with its channels innermost in memory, and strides that say so.
+
+    Those of a single channel could mean either layout; oneDNN would take the other, which takes
+    twice as long and makes all that follows copy.
+    """
+    x = x.contiguous(memory_format=CHANNELS_LAST[x.dim()])
+    return x.as_strided(x.shape, _strides(x.shape)) if x.stride(1) != 1 else x
+
+
+def _strides(shape: Sequence[int]) -> tuple[int, ...]:
+    return torch.empty(shape, device="meta", memory_format=CHANNELS_LAST[len(shape)]).stride()
 
 
 def images(slab: Tensor) -> Tensor:
@@ -77,9 +86,8 @@ def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     if nbytes < OWN_PAGES_FROM or not STATM.is_file():
         return torch.empty(shape, dtype=dtype, memory_format=CHANNELS_LAST[len(shape)])
     flat = torch.frombuffer(pages.take(nbytes), dtype=dtype)
-    strides = torch.empty(shape, device="meta", memory_format=CHANNELS_LAST[len(shape)]).stride()
     # Detached it is no view, so that autograd may add a second gradient to it in place.
-    return flat.as_strided(shape, strides).detach()
+    return flat.as_strided(shape, _strides(shape)).detach()
 
 
 def private_pages(size: int) -> mmap.mmap:
