@@ -9,8 +9,9 @@ volume. The peer is the loop of MONAI's and TorchIO's tutorials: SubjectsDataset
 uniform sampler, autocast, backward, step; ours is the command itself with everything that a run
 does: plan, store, clipping, averaged weights, checks, logging. Every run is a process of its own,
 long and short runs alternate, and their difference is the cost of the steps between: start-up,
-preprocessing of the store and the last checkpoint cancel. CPU-seconds count all threads and child
-processes. `defaults` leaves the precision to each (float32 for both, as they ship).
+preprocessing of the store and the last checkpoint cancel. Patches per second need a machine with
+nothing else to do; CPU-seconds, which count all threads and child processes, do not. `defaults`
+leaves the precision to each (float32 for both, as they ship).
 """
 
 from __future__ import annotations
@@ -58,16 +59,20 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as folder:
         data = options.data or make_demo(Path(folder) / "data")
-        print("| precision | train_3d.py [patches/CPU-s] | MONAI + TorchIO | ratio | goal |")
-        print("|---|---|---|---|---|")
+        print("| precision | patches per | train_3d.py | MONAI + TorchIO | ratio | goal |")
+        print("|---|---|---|---|---|---|")
         for row in options.rows:
-            speeds = [
+            rounds = [
                 speeds_of_a_round(row, data, Path(folder) / f"{row}{n}", options)
                 for n in range(options.rounds)
             ]
-            mine, peer = (statistics.median(column) for column in zip(*speeds, strict=True))
-            ratio = statistics.median(a / b for a, b in speeds)
-            print(f"| {row} | {mine:.3f} | {peer:.3f} | {ratio:.2f} | {TARGETS[row]} |", flush=True)
+            for unit, speeds in zip(("s", "CPU-s"), zip(*rounds, strict=True), strict=True):
+                mine, peer = (statistics.median(column) for column in zip(*speeds, strict=True))
+                ratio = statistics.median(a / b for a, b in speeds)
+                print(
+                    f"| {row} | {unit} | {mine:.3f} | {peer:.3f} | {ratio:.2f} | {TARGETS[row]} |",
+                    flush=True,
+                )
 
 
 def make_demo(folder: Path) -> str:
@@ -80,27 +85,34 @@ def make_demo(folder: Path) -> str:
 
 def speeds_of_a_round(
     row: str, data: str, out: Path, options: argparse.Namespace
-) -> tuple[float, float]:
-    """Patches per CPU-second of ours and of the peer, from a short and a long run of each."""
+) -> list[tuple[float, float]]:
+    """Speed of ours and of the peer, from a short and a long run of each.
+
+    Returns:
+        Patches per second, then per CPU-second.
+    """
     run = {"data": data, "patch": options.patch, "batch": options.batch}
-    seconds = []
+    costs = []
     for steps in (1, 1 + options.steps):
-        mine = cpu_seconds(ours_command(steps, row, out, **run))
-        peer = cpu_seconds(peer_command(steps, row, **run))
-        seconds.append((mine, peer))
+        mine = seconds_of(ours_command(steps, row, out, **run))
+        peer = seconds_of(peer_command(steps, row, **run))
+        costs.append((mine, peer))
     patches = options.steps * options.batch
-    return tuple(patches / (long - short) for short, long in zip(*seconds, strict=True))
+    return [
+        tuple(patches / (long[unit] - short[unit]) for short, long in zip(*costs, strict=True))
+        for unit in range(2)
+    ]
 
 
-def cpu_seconds(command: list[str]) -> float:
-    """Processor seconds of a command and its children."""
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+def seconds_of(command: list[str]) -> tuple[float, float]:
+    """Seconds that a command took, and processor seconds of it and its children."""
+    before, begun = resource.getrusage(resource.RUSAGE_CHILDREN), time.monotonic()
     environment = os.environ | {"PYTHONPATH": str(ROOT), "WANDB_MODE": "disabled"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode:
         sys.exit(f"{' '.join(command)}\n{done.stdout}\n{done.stderr}")
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    seconds, after = time.monotonic() - begun, resource.getrusage(resource.RUSAGE_CHILDREN)
+    return seconds, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
 def ours_command(
