@@ -1,5 +1,8 @@
 """A signature is a configuration: parsing, saving, and one clear line for each mistake."""
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -255,3 +258,44 @@ def test_an_error_from_inside_a_library_keeps_its_traceback():
         config.main(fn, [])
     with pytest.raises(ValueError):  # raised by this test file, which is not ours to explain
         config.main(raises(ValueError("defect")), [])
+
+
+RANK = """
+import atexit
+from vae3d.config import main
+
+class Late:
+    def __del__(self):
+        print("the interpreter's own end", flush=True)
+
+late = Late()
+
+def fn(how: str):
+    '''End in one of several ways.
+
+    Args:
+        how: Which.
+    '''
+    atexit.register(print, "last words")
+    print("done", end=" ")  # without a newline it stays in the buffer
+    if how == "defect":
+        raise TypeError("defect")
+    return {"well": 0, "signal": 143}[how]
+
+main(fn)
+"""
+
+
+@pytest.mark.parametrize(("how", "code"), [("well", 0), ("signal", 143), ("defect", 1)])
+def test_one_of_several_ranks_leaves_with_its_code_before_the_interpreter_ends(how, code):
+    command = [sys.executable, "-c", RANK, "--how", how]
+    done = {
+        size: subprocess.run(
+            command, capture_output=True, text=True, env=os.environ | {"WORLD_SIZE": size}
+        )
+        for size in ("1", "2")
+    }
+    assert [d.returncode for d in done.values()] == [code, code]
+    assert "last words" in done["2"].stdout and "done" in done["2"].stdout
+    assert "own end" in done["1"].stdout and "own end" not in done["2"].stdout
+    assert ("TypeError: defect" in done["2"].stderr) == (how == "defect")

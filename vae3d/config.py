@@ -16,6 +16,7 @@ from Python passes. This is the only module that imports jsonargparse.
 from __future__ import annotations
 
 import argparse
+import atexit
 import dataclasses
 import inspect
 import os
@@ -26,7 +27,7 @@ import typing
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import docstring_parser
 import jsonargparse
@@ -51,16 +52,33 @@ def main(fn: Callable[..., int | None], argv: list[str] | None = None, prog: str
         argv: Arguments in place of `sys.argv[1:]`.
         prog: Name of the program in the help.
     """
+    leave = sys.exit if int(os.environ.get("WORLD_SIZE", 1)) == 1 else _leave_at_once
     try:
         kwargs = parse(fn, argv, prog)
         args = [kwargs.pop(name) for name in _positional(fn)]
-        sys.exit(fn(*args, **kwargs) or 0)
-    except (ValueError, OSError) as error:
+        code = fn(*args, **kwargs) or 0
+    except Exception as error:
         if os.environ.get("VAE3D_DEBUG") or not _is_users_mistake(error):
-            raise
+            if leave is sys.exit:
+                raise
+            sys.excepthook(*sys.exc_info())
+            leave(1)
         rank = f"[rank {os.environ['RANK']}] " if "RANK" in os.environ else ""
         print(f"{rank}error: {_one_line(error)}", file=sys.stderr)
-        sys.exit(MISTAKE)
+        code = MISTAKE
+    leave(code)
+
+
+def _leave_at_once(code: int) -> NoReturn:
+    """End one of several ranks without the interpreter's own end.
+
+    There gloo's threads now and then abort a process whose work is done (1 of 40, measured), and
+    the whole run then counts as failed, or wait for Python's lock for ever.
+    """
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def parse(fn: Callable, argv: list[str] | None = None, prog: str | None = None) -> dict[str, Any]:
@@ -215,6 +233,8 @@ def _plain(value: Any) -> Any:
 
 def _is_users_mistake(error: Exception) -> bool:
     """Tell an error that our own code raised, or a file it names, from a defect further down."""
+    if not isinstance(error, (ValueError, OSError)):
+        return False
     if isinstance(error, OSError):
         return error.filename is not None or error.errno is not None
     raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename).resolve()
