@@ -95,8 +95,8 @@ def main() -> None:
     grids = [(int(n),) * int(dims) for n, dims in (grid.split("^") for grid in options.grids)]
     for dims in sorted({len(grid) for grid in grids}):
         check_same_numbers(dims)
-        print(", ".join(f"{name} {operations(name, dims):.2f}" for name in names), end=" ")
-        print("GFLOP per encode + decode, by PyTorch's count for the plain layers")
+        counts = ", ".join(f"{name} {operations(name, dims):.2f}" for name in names)
+        print(f"{counts} GFLOP per encode + decode, by PyTorch's count for the plain layers")
     modes = [mode for mode in options.modes if mode != "patches"]
     if modes:
         print("\n" + COLUMNS)

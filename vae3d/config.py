@@ -52,21 +52,31 @@ def main(fn: Callable[..., int | None], argv: list[str] | None = None, prog: str
         argv: Arguments in place of `sys.argv[1:]`.
         prog: Name of the program in the help.
     """
-    leave = sys.exit if int(os.environ.get("WORLD_SIZE", 1)) == 1 else _leave_at_once
+    several_ranks = os.environ.get("WORLD_SIZE", "1") != "1"
+    try:
+        code = _run(fn, argv, prog)
+    except Exception:
+        if not several_ranks:
+            raise
+        sys.excepthook(*sys.exc_info())
+        code = 1
+    if several_ranks:
+        _leave_at_once(code)
+    sys.exit(code)
+
+
+def _run(fn: Callable[..., int | None], argv: list[str] | None, prog: str | None) -> int:
+    """Run `fn` from the command line and return its exit code; `MISTAKE` after telling of one."""
     try:
         kwargs = parse(fn, argv, prog)
         args = [kwargs.pop(name) for name in _positional(fn)]
-        code = fn(*args, **kwargs) or 0
-    except Exception as error:
+        return fn(*args, **kwargs) or 0
+    except (ValueError, OSError) as error:
         if os.environ.get("VAE3D_DEBUG") or not _is_users_mistake(error):
-            if leave is sys.exit:
-                raise
-            sys.excepthook(*sys.exc_info())
-            leave(1)
+            raise
         rank = f"[rank {os.environ['RANK']}] " if "RANK" in os.environ else ""
         print(f"{rank}error: {_one_line(error)}", file=sys.stderr)
-        code = MISTAKE
-    leave(code)
+        return MISTAKE
 
 
 def _leave_at_once(code: int) -> NoReturn:
@@ -233,8 +243,6 @@ def _plain(value: Any) -> Any:
 
 def _is_users_mistake(error: Exception) -> bool:
     """Tell an error that our own code raised, or a file it names, from a defect further down."""
-    if not isinstance(error, (ValueError, OSError)):
-        return False
     if isinstance(error, OSError):
         return error.filename is not None or error.errno is not None
     raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename).resolve()

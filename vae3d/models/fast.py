@@ -186,7 +186,7 @@ class NormActConv(torch.autograd.Function):
         x = channels_last(x)
         stats = statistics(x, step.groups) if step.groups else None
         ctx.save_for_backward(x, weight, gamma, beta, *(stats or ()))
-        ctx.step, ctx.has_bias = step, bias is not None
+        ctx.step = step
         ctx.residual_like = residual is not None
         compute = compute_dtype(step.dtype)
         w, b = channels_last(weight.to(compute)), None if bias is None else bias.to(compute)
@@ -217,10 +217,10 @@ class NormActConv(torch.autograd.Function):
         step, grad = ctx.step, channels_last(grad)
         compute = compute_dtype(step.dtype)
         w = channels_last(weight.to(compute))
-        need_x, need_w = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
+        need_x, need_w, need_b = ctx.needs_input_grad[:3]
         need_x = need_x or any(ctx.needs_input_grad[3:5])
         grad_w = torch.zeros_like(weight, dtype=torch.float32) if need_w else None
-        grad_b = torch.zeros(len(weight)) if ctx.has_bias else None
+        grad_b = torch.zeros(len(weight)) if need_b else None
         grad_x = empty(x.shape, x.dtype) if need_x else None
         strided = max(step.stride) > 1
         if need_x and strided:
@@ -232,7 +232,7 @@ class NormActConv(torch.autograd.Function):
             lo, hi = reach(start, stop, w, step)
             normalized, y, pad = norm.read(n, lo, hi, keep=need_x)
             g = grad[n : n + 1, :, start:stop].to(compute)
-            if ctx.has_bias:
+            if need_b:
                 grad_b += g.sum([0, *range(2, g.dim())])
             if need_w:
                 grad_w += kernels.weights_gradient(g, y, w, pad, step.stride)
@@ -254,7 +254,7 @@ class NormActConv(torch.autograd.Function):
             norm.finish(grad_x, sums)
         residual = grad if ctx.residual_like else None
         grad_w = grad_w.to(weight.dtype) if need_w else None
-        grad_b = grad_b.to(weight.dtype) if ctx.has_bias else None
+        grad_b = grad_b.to(weight.dtype) if need_b else None
         return grad_x, grad_w, grad_b, grad_gamma, grad_beta, residual, None
 
 
@@ -392,7 +392,7 @@ class UpsampleConv(torch.autograd.Function):
         """Return `conv(upsample(x))`."""
         x = channels_last(x)
         ctx.save_for_backward(x, weight)
-        ctx.factor, ctx.dtype, ctx.has_bias = factor, dtype, bias is not None
+        ctx.factor, ctx.dtype = factor, dtype
         up = Phases(x, weight, factor, compute_dtype(dtype))
         b = None if bias is None else bias.to(up.compute).repeat(up.per_row)
         size = [n * f for n, f in zip(x.shape[2:], factor, strict=True)]
@@ -414,16 +414,16 @@ class UpsampleConv(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         grad = channels_last(grad)
         up = Phases(x, weight, ctx.factor, compute_dtype(ctx.dtype))
-        need_x, need_w = ctx.needs_input_grad[:2]
+        need_x, need_w, need_b = ctx.needs_input_grad[:3]
         grad_x = empty(x.shape, x.dtype).zero_() if need_x else None
         grads_w = [torch.zeros_like(w, dtype=torch.float32) for w in up.weights]
-        grad_b = torch.zeros(len(weight)) if ctx.has_bias else None
+        grad_b = torch.zeros(len(weight)) if need_b else None
         for (n, start, stop), phase in product(slabs(x, grad), range(len(up.weights))):
             w = up.weights[phase]
             lo, hi = start - up.offset(phase) - w.shape[2] + 1, stop - up.offset(phase)
             g = up.grid(grad[n : n + 1], lo, hi, phase)
             inner = channels_last(g[:, :, start - lo : stop - lo])
-            if ctx.has_bias:
+            if need_b:
                 grad_b += inner.sum([0, *range(2, g.dim())]).view(up.per_row, -1).sum(0)
             if need_w:
                 slab, pad = up.read(n, start, stop, phase)
@@ -435,7 +435,7 @@ class UpsampleConv(torch.autograd.Function):
                 kernels.convolve_into(target, g, flipped, None, pad, onto=target)
             del g, inner  # before the next ones are made
         grad_w = up.unfold(grads_w).to(weight.dtype) if need_w else None
-        grad_b = grad_b.to(weight.dtype) if ctx.has_bias else None
+        grad_b = grad_b.to(weight.dtype) if need_b else None
         release(x)
         return grad_x, grad_w, grad_b, None, None
 

@@ -105,7 +105,7 @@ def weights_gradient(grad, x, weight, padding, stride=None) -> Tensor:
         if pairs < grad.shape[2]:
             total += weights_gradient(grad[:, :, pairs:], x[:, :, pairs:], weight, padding)
         return total
-    if x.dim() == 4 or prod(x.shape[:4]) > SLOW_KERNEL:
+    if has_fast_gradients(x):
         return _backward(grad, x, weight, padding, stride, weights=True)
     x = F.pad(x, (0, 0, 0, 0, padding[0], padding[0]))
     planes = [
@@ -117,12 +117,17 @@ def weights_gradient(grad, x, weight, padding, stride=None) -> Tensor:
 
 def input_gradient(grad, x, weight, padding, stride) -> Tensor:
     """Gradient of the input of a slab's convolution."""
-    if x.dim() == 4 or prod(x.shape[:4]) > SLOW_KERNEL:
+    if has_fast_gradients(x):
         return _backward(grad, x, weight, padding, stride, weights=False)
     dx = F.pad(torch.zeros_like(x), (0, 0, 0, 0, padding[0], padding[0]))
     for rows, plane in planes_seen(dx, weight, stride, grad.shape[2]):
         rows += _backward(images(grad), rows, plane, padding[1:], stride[1:], weights=False)
     return dx[:, :, padding[0] : dx.shape[2] - padding[0]]
+
+
+def has_fast_gradients(x: Tensor) -> bool:
+    """Whether PyTorch leaves the gradients of a slab's convolution to oneDNN."""
+    return x.dim() == 4 or prod(x.shape[:4]) > SLOW_KERNEL
 
 
 def planes_seen(x, weight, stride, count: int):
