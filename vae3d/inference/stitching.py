@@ -23,6 +23,8 @@ import torch.nn.functional as F
 from loaders.patches import PatchGrid
 from vae3d.models.pages import private_pages
 
+CACHED = 1 << 17  # blend weights that are computed at a time, to stay in the processor's cache
+
 Tiles = torch.Tensor | tuple[torch.Tensor, ...]
 
 
@@ -190,6 +192,7 @@ class Stitcher:
         }
         self._whole: list[torch.Tensor] | None = None
         self._parts: dict[int, list[torch.Tensor]] = {}
+        self._weights: dict[tuple, torch.Tensor] = {}  # memory of those at hand, by device, dtype
         self._popped = 0
         self._single = True
 
@@ -220,8 +223,34 @@ class Stitcher:
             lo, hi = max(lo, spans[0].lo), min(hi, spans[0].hi)
             if lo < hi:
                 for part, t in zip(self._segment(number, tiles), tiles, strict=True):
-                    _blend(part, t, [_clip(spans[0], lo, hi), *spans[1:]], self.segments[number][0])
+                    inside = [_clip(spans[0], lo, hi), *spans[1:]]
+                    self._blend(part, t, inside, self.segments[number][0])
         self.seen[index] = True
+
+    def _blend(self, out: torch.Tensor, tile: torch.Tensor, spans: list[Span], base: int) -> None:
+        """Add the weighted tile (crop: copy it) to `out`, whose first row is voxel `base`."""
+        x, *rest = spans
+        rows = (slice(None), slice(x.lo - base, x.hi - base))
+        target = out[(*rows, *(slice(s.lo, s.hi) for s in rest))]
+        source = tile[(slice(None), *(slice(s.offset, s.offset + s.hi - s.lo) for s in spans))]
+        source = source.detach().to(out.dtype)
+        if x.weight is None:
+            target.copy_(source)
+            return
+        along, *others = (s.weight.to(out) for s in spans)
+        plane = math.prod(torch.meshgrid(*others, indexing="ij"))
+        # A few rows at a time: their weights stay in the cache, and take little memory.
+        step = max(1, CACHED // plane.numel()) if out.device.type == "cpu" else len(along)
+        step = min(step, len(along))
+        memory = self._weights.get((out.device, out.dtype))
+        if memory is None or memory.numel() < step * plane.numel():
+            memory = out.new_empty(step * plane.numel())
+            self._weights[out.device, out.dtype] = memory
+        weights = memory[: step * plane.numel()].view(step, *plane.shape)
+        along = along.view(-1, *[1] * plane.ndim)
+        parts = (t.split(step, d) for t, d in ((target, 1), (source, 1), (along, 0)))
+        for into, values, factors in zip(*parts, strict=True):
+            into.addcmul_(values, torch.mul(factors, plane, out=weights[: len(factors)]))
 
     def _segment(self, number: int, like: tuple[torch.Tensor, ...]) -> list[torch.Tensor]:
         """The accumulators of one segment, one per output, allocated at first use."""
@@ -289,27 +318,6 @@ def _clip(span: Span, lo: int, hi: int) -> Span:
     cut = slice(lo - span.lo, hi - span.lo)
     weight = None if span.weight is None else span.weight[cut]
     return Span(lo, hi, span.offset + lo - span.lo, weight)
-
-
-def _blend(out: torch.Tensor, tile: torch.Tensor, spans: list[Span], base: int) -> None:
-    """Add the weighted tile (or copy it, for crop) to `out`, whose first row is voxel `base`."""
-    x = spans[0]
-    target = out[
-        (slice(None), slice(x.lo - base, x.hi - base), *(slice(s.lo, s.hi) for s in spans[1:]))
-    ]
-    source = tile[(slice(None), *(slice(s.offset, s.offset + s.hi - s.lo) for s in spans))]
-    source = source.detach().to(out.dtype)
-    if x.weight is None:
-        target.copy_(source)
-        return
-    plane = spans[-1].weight
-    for s in reversed(spans[1:-1]):
-        plane = s.weight.reshape(-1, *[1] * plane.ndim) * plane
-    # A few rows at a time: their weights stay in the cache, and take no memory of a tile's size.
-    step = max(1, (1 << 16) // plane.numel())
-    for a in range(0, x.hi - x.lo, step):
-        weight = x.weight[a : a + step].reshape(-1, *[1] * plane.ndim) * plane
-        target[:, a : a + step].addcmul_(source[:, a : a + step], weight.to(out))
 
 
 def _read_tile(volume, corner: Sequence[int], patch_size: Sequence[int]) -> torch.Tensor:
