@@ -233,7 +233,7 @@ class NormActConv(torch.autograd.Function):
             normalized, y, pad = norm.read(n, lo, hi, keep=need_x)
             g = grad[n : n + 1, :, start:stop].to(compute)
             if need_b:
-                grad_b += g.sum([0, *range(2, g.dim())])
+                grad_b += g.sum([0, *range(2, g.dim())], dtype=torch.float32)
             if need_w:
                 grad_w += kernels.weights_gradient(g, y, w, pad, step.stride)
             if not need_x:
@@ -268,12 +268,12 @@ class Slabs:
             self.gamma, self.beta = gamma.float(), beta.float()
             self.mean, self.var = stats  # (B, C) each
 
-    def buffer(self, name: str, rows: int) -> Tensor:
+    def buffer(self, name: str, rows: int, dtype: torch.dtype = torch.float32) -> Tensor:
         """Memory for a slab, the same at every call."""
         shape = (1, self.x.shape[1], rows, *self.x.shape[3:])
         if name not in self.memory or self.memory[name].shape[2] < rows:
             spare = (*shape[:2], rows + 1, *shape[3:])  # slabs differ by a row
-            self.memory[name] = empty(spare, self.compute)
+            self.memory[name] = empty(spare, dtype)
         return self.memory[name][:, :, :rows]
 
     def read(self, n: int, lo: int, hi: int, keep: bool) -> tuple[Tensor | None, Tensor, list[int]]:
@@ -286,17 +286,21 @@ class Slabs:
             keep: Whether the normalized slab is of use; else it may be overwritten.
 
         Returns:
-            The normalized slab, the activated and padded slab, the padding left to the convolution.
+            The normalized slab in float32, the activated and padded slab, the padding left to the
+            convolution.
         """
         slab, pads = rows(self.x[n : n + 1], lo, hi, self.step.padding)
         if not self.step.groups:
             return None, *kernels.pad_uneven(slab.to(self.compute), pads)
-        activated = self.buffer("activated", hi - lo)
-        normalized = self.buffer("normalized", hi - lo) if keep else activated
+        activated = self.buffer("activated", hi - lo, self.compute)
+        wide = activated if self.compute == torch.float32 else self.buffer("wide", hi - lo)
+        normalized = self.buffer("normalized", hi - lo) if keep else wide
         near, far = pads[0]
         inside = slice(near, hi - lo - far)
         self.batch_norm(n, slab, self.gamma, self.beta, normalized[:, :, inside])
-        activate(self.step.act, normalized[:, :, inside], activated[:, :, inside])
+        activate(self.step.act, normalized[:, :, inside], wide[:, :, inside])
+        if wide is not activated:
+            activated[:, :, inside] = wide[:, :, inside]
         activated[:, :, :near].zero_()
         activated[:, :, inside.stop :].zero_()
         return normalized, activated, [0, *(near for near, _ in pads[1:])]
@@ -317,8 +321,13 @@ class Slabs:
         Returns:
             Per channel, the sums of `grad * (x - mean) / std` and of `grad`, `(2, C)`.
         """
-        act_backward(self.step.act, normalized, grad)
-        x = self.x[n : n + 1, :, start:stop].to(self.compute)
+        if grad.dtype == normalized.dtype:
+            act_backward(self.step.act, normalized, grad)
+        else:
+            wide = self.buffer("wide", stop - start).copy_(grad)
+            act_backward(self.step.act, normalized, wide)
+            grad.copy_(wide)
+        x = self.x[n : n + 1, :, start:stop].to(grad.dtype)
         std = (self.var[n] + self.step.eps).sqrt()
         _, scaled, plain = torch.ops.aten.native_batch_norm_backward(
             grad, x, torch.ones_like(std), None, None, self.mean[n], 1 / std,
@@ -339,7 +348,7 @@ class Slabs:
         r = (self.var.double() + self.step.eps).rsqrt()
         shape = (1, -1, *(1,) * (grad.dim() - 2))
         for n, start, stop in slabs(grad, grad):
-            dx = self.buffer("normalized", stop - start)
+            dx = self.buffer("dx", stop - start, self.compute)
             scale, shift = (-(r * t)[n].float() for t in (scaled, plain))
             self.batch_norm(n, self.x[n : n + 1, :, start:stop], scale, shift, dx)
             target = grad[n : n + 1, :, start:stop]
@@ -424,7 +433,8 @@ class UpsampleConv(torch.autograd.Function):
             g = up.grid(grad[n : n + 1], lo, hi, phase)
             inner = channels_last(g[:, :, start - lo : stop - lo])
             if need_b:
-                grad_b += inner.sum([0, *range(2, g.dim())]).view(up.per_row, -1).sum(0)
+                total = inner.sum([0, *range(2, g.dim())], dtype=torch.float32)
+                grad_b += total.view(up.per_row, -1).sum(0)
             if need_w:
                 slab, pad = up.read(n, start, stop, phase)
                 grads_w[phase] += kernels.weights_gradient(inner, slab, w, pad)
