@@ -42,7 +42,7 @@ def train_3d(
     discriminator_lr: float | None = None,
     clip_norm: float = 1.0,
     ema_decay: float = 0.999,
-    amp: Literal["off", "bf16", "fp16"] = "off",
+    amp: Literal["off", "bf16", "fp16"] | None = None,
     sharding: Literal["ddp", "fsdp"] = "ddp",
     channels_last: bool = False,
     compile: bool = False,
@@ -92,7 +92,8 @@ def train_3d(
         discriminator_lr: Learning rate of the discriminator; null for lr.
         clip_norm: Longer gradients are shortened to this norm; 0 for never.
         ema_decay: Decay of the averaged weights, which validation and users see; 0 for none.
-        amp: off | bf16 | fp16, precision of convolutions and matrix products.
+        amp: off | bf16 | fp16, precision of convolutions and matrix products; null for bf16 where
+            the device multiplies it in matrix units, else off.
         sharding: ddp | fsdp (weights cut over the ranks, for models that outgrow a GPU).
         channels_last: Keep channels innermost in memory; faster on recent GPUs and CPUs.
         compile: Compile encoder and decoder with torch.compile.
@@ -135,7 +136,7 @@ def train_3d(
     from vae3d.training.facts import facts
     from vae3d.training.run import Run
     from vae3d.training.task import VAETask
-    from vae3d.training.trainer import Trainer
+    from vae3d.training.trainer import Trainer, native_amp
     from vae3d.training.validate import Validation
 
     torch.manual_seed(seed)
@@ -147,6 +148,7 @@ def train_3d(
         Run(out_dir, world, keep_checkpoints) as run,
     ):
         config, state = run.begin(train_3d, options, fresh, force)
+        amp = world.broadcast(amp or (state and state["amp"]) or native_amp(world.device))
         if init_from and state is None:
             load_weights(vae, find_weights(init_from))
             if world.is_main:

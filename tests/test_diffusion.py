@@ -151,6 +151,23 @@ def test_every_solver_finds_data_that_the_network_knows(process, prediction, pla
     assert (found - datum).abs().max() < 1e-3, "latents beyond [-1, 1] must not be clipped"
 
 
+@pytest.mark.parametrize(("process", "prediction"), PROCESSES)
+@pytest.mark.parametrize("place", [0, 1])
+def test_samples_are_drawn_under_autocast_too(process, prediction, place):
+    """As pictures are while training in bfloat16: the network alone is in half precision."""
+    m = model(process=process, prediction=prediction, num_train_timesteps=20).eval()
+    seen, unet = [], m.unet.forward
+    m.unet.forward = lambda *args, **kwargs: seen.append(unet(*args, **kwargs)) or seen[-1]
+    samples = []
+    for enabled in (False, True):
+        torch.manual_seed(0)
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            samples.append(m.sample(torch.randn(2, 3, 4, 4), 10, SOLVERS[process][place]))
+    assert {out.dtype for out in seen} == {torch.float32, torch.bfloat16}
+    assert samples[1].dtype == torch.float32
+    assert (samples[1] - samples[0]).norm() < 0.1 * samples[0].norm()
+
+
 def test_heun_is_of_second_order():
     """On a velocity field with a known path, halving the step divides the error by about four."""
     m = model(num_train_timesteps=1000)

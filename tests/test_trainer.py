@@ -13,7 +13,7 @@ from toys import ToyBatch, ToyLoader, on_ranks, tiny_vae, toy_trainer
 from vae3d.losses.kl import KL
 from vae3d.losses.vae_loss import VAELoss
 from vae3d.training.task import Task, VAETask, noise_of_sample
-from vae3d.training.trainer import LossScaler
+from vae3d.training.trainer import LossScaler, native_amp
 
 
 def weights(trainer):
@@ -51,6 +51,12 @@ def test_every_precision_trains_and_stays_near_float32(tmp_path, amp):
     reference.fit()
     assert losses[0] == pytest.approx(reference.tracker.losses()[0], rel=0.02)
     assert all(p.dtype == torch.float32 for p in trainer.task.network.parameters())
+
+
+@pytest.mark.parametrize("units", [True, False])
+def test_the_precision_of_a_cpu_follows_its_matrix_units(units, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: units)
+    assert native_amp(torch.device("cpu")) == ("bf16" if units else "off")
 
 
 def test_accumulated_micro_batches_equal_the_large_batch_also_uneven_ones(tmp_path):

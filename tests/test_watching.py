@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from test_report import Document
 from test_tracker import FakeWandb, clean_environment, no_key, server, sync  # noqa: F401
 from toys import tiny_vae
@@ -22,6 +23,7 @@ from vae3d.tracking.tracker import read_metrics, read_tables
 from vae3d.training import validate
 from vae3d.training.distributed import World
 from vae3d.training.run import Run
+from vae3d.training.trainer import native_amp
 
 NOTEBOOK = Path(__file__).resolve().parents[1] / "examples" / "visualize_reconstruction.ipynb"
 KINDS = ("png", "gif", "mp4", "input_gif", "input_mp4", "recon_gif", "recon_mp4")
@@ -39,7 +41,7 @@ def test_the_start_is_told_in_a_few_lines(run):
     assert "factor 2 x 2 x 2" in lines["network"]
     assert lines["latent"] == "4 x 4 x 4 x 4 for 8 x 8 x 8, 2 input numbers for one"
     assert lines["update"] == "batch 2 x accumulation 1 x 1 rank = 2"
-    assert lines["device"] == "cpu (1 threads), amp off"
+    assert lines["device"] == f"cpu (1 threads), amp {native_amp(torch.device('cpu'))}"
 
 
 @pytest.fixture(scope="module")

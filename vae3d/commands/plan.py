@@ -39,6 +39,7 @@ def plan(
     from vae3d.training.distributed import open_world
     from vae3d.training.memory import Trial, budget_bytes
     from vae3d.training.task import VAETask
+    from vae3d.training.trainer import native_amp
 
     options = parse(train_3d, ["--config", recipe, "--data.root", "-", "--out_dir", "-"])
     patch = tuple(patch_size or options["patch_size"])
@@ -50,7 +51,7 @@ def plan(
 
     with open_world(device) as world:
         task = VAETask(vae, options["loss"]()).to(world.device)
-        amp, dtype = options["amp"], torch.float32
+        amp, dtype = options["amp"] or native_amp(world.device), torch.float32
         smaller = tuple(max(n // 2 // f, 1) * f for n, f in zip(patch, vae.factor, strict=True))
         peaks = {
             size: Trial(task, (vae.in_channels, *size), amp).peak_bytes(batch_size)

@@ -62,7 +62,7 @@ def train_ldm(
     betas: tuple[float, float] = (0.9, 0.99),
     clip_norm: float = 1.0,
     ema_decay: float = 0.999,
-    amp: Literal["off", "bf16", "fp16"] = "off",
+    amp: Literal["off", "bf16", "fp16"] | None = None,
     seed: int = 0,
     log_every: int = 10,
     val_every: int = 500,
@@ -114,7 +114,8 @@ def train_ldm(
         betas: Decay of AdamW's mean gradient and mean squared gradient.
         clip_norm: Longer gradients are shortened to this norm; 0 for never.
         ema_decay: Decay of the averaged weights, which validation and sampling use; 0 for none.
-        amp: off | bf16 | fp16, precision of convolutions and matrix products.
+        amp: off | bf16 | fp16, precision of convolutions and matrix products; null for bf16 where
+            the device multiplies it in matrix units, else off.
         seed: Seed of weights, order, posterior draws, noise and times.
         log_every: Interval of numbers in metrics.jsonl and W&B [steps].
         val_every: Interval of validation [steps]; 0 for none.
@@ -149,10 +150,11 @@ def train_ldm(
     from vae3d.tracking.tracker import Tracker
     from vae3d.training.distributed import open_world
     from vae3d.training.run import Run
-    from vae3d.training.trainer import Trainer
+    from vae3d.training.trainer import Trainer, native_amp
 
     with open_world(device, timeout_minutes) as world, Run(out_dir, world, keep_checkpoints) as run:
         config, state = run.begin(train_ldm, options, fresh, force)
+        amp = world.broadcast(amp or (state and state["amp"]) or native_amp(world.device))
         train, held_out, guides = open_latents(latents, condition)
         check_crop(crop, train, condition)
 

@@ -325,13 +325,22 @@ class LatentDiffusion(Described, nn.Module):
         if not 1 <= steps <= self.num_train_timesteps:
             raise ValueError(f"steps {steps} must lie between 1 and {self.num_train_timesteps}")
         scheduler = self._scheduler(solver, steps)
-        model = partial(self._guided, label=label, condition=condition, guidance=guidance)
+        guided = partial(self._guided, label=label, condition=condition, guidance=guidance)
+        kind = noise.device.type
+        as_called = (torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
+
+        def model(x: Tensor, timesteps: Tensor, context=None) -> Tensor:
+            with torch.autocast(kind, *as_called):
+                return guided(x, timesteps)
+
         if solver == "heun":
             model = partial(_heun, model, scheduler)
-        z = DiffusionInferer(scheduler).sample(noise, model, verbose=False)
+        # Under autocast is the network alone: MONAI's times are float64, which it does not know.
+        with torch.autocast(kind, enabled=False):
+            z = DiffusionInferer(scheduler).sample(noise, model, verbose=False)
         return z * _as_channels(self.latent_std, z) + _as_channels(self.latent_mean, z)
 
-    def _guided(self, x: Tensor, timesteps: Tensor, context=None, *, label, condition, guidance):
+    def _guided(self, x: Tensor, timesteps: Tensor, *, label, condition, guidance):
         """Prediction with classifier-free guidance (Ho & Salimans 2022, equation 6)."""
 
         def predict(label, condition):

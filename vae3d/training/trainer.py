@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor.experimental import implicit_replication
 from torch.nn.parallel import DistributedDataParallel
 
+from vae3d.models.fast import compute_dtype
 from vae3d.models.hub import check_fit
 from vae3d.tracking.console import Console
 from vae3d.tracking.tracker import Tracker
@@ -384,6 +385,7 @@ class Trainer:
             "ema": whole(self.ema.state_dict()) if self.ema else None,
             "task": self.task.extra_state(),
             "optimizers": {name: whole(o.state_dict()) for name, o in self.optimizers.items()},
+            "amp": self.amp,
             "scaler": self.scaler.state_dict(),
             "skipped": self.skipped,
             "loader": self.loader.state_dict(),
@@ -466,6 +468,19 @@ class Trainer:
                 if p.grad is not None and not p.grad.isfinite().all():
                     return f"first the gradient of {name}{names}"
         return ""
+
+
+def native_amp(device: torch.device) -> str:
+    """Precision that trains fast at no risk: bf16 where a device has matrix units for it, or off.
+
+    Args:
+        device: Where the training is.
+    """
+    if device.type == "cuda":
+        fits = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        fits = device.type == "cpu" and compute_dtype(torch.bfloat16) == torch.bfloat16
+    return "bf16" if fits else "off"
 
 
 class LossScaler:
