@@ -298,8 +298,8 @@ def test_nothing_is_stored_when_all_is_done(held_bytes):
     vae, z = tiny(), torch.rand(2, 6, 4, 4)
     run = Executor(0.1, tile=(4, 4, 4))
     node = Source(z, z.shape[1:], torch.device("cpu"), torch.float32)
-    node = run.walk(vae.decoder, run.walk(vae.post_quant_conv, node))
     with torch.no_grad():
+        node = run.walk(vae.decoder, run.walk(vae.post_quant_conv, node))
         for _ in run.slabs(node):
             pass
     assert max(held_bytes) > 0

@@ -53,7 +53,7 @@ from vae3d.models.posterior import DiagonalGaussian
 
 ROWS = 16  # of the first axis in a tile, at most
 SMALLEST = (4, 32, 32)  # tile in voxels
-CACHE = 8 << 20  # bytes
+CACHE = 32 << 20  # bytes
 CHEAP = 256  # operations per value below which computing again is faster than storing
 
 # What a subclass may not override if the handler of its base is to hold for it.

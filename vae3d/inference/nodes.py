@@ -202,12 +202,12 @@ class Kept(Node):
         if hi <= a or lo >= b:
             values = source.read(region)
         elif lo < a or hi > b:
-            parts = [values[:, :, max(lo - a, 0) : min(hi, b) - a]]
-            if lo < a:
-                parts.insert(0, source.read(((lo, a), *rest)))
-            if hi > b:
-                parts.append(source.read(((b, hi), *rest)))
-            values = torch.cat(parts, 2)
+            kept, first, last = values[:, :, max(lo - a, 0) : min(hi, b) - a], max(lo, a), min(hi, b)
+            values = kernels.empty_like(kept, (hi - lo, *kept.shape[3:]))
+            values[:, :, first - lo : last - lo] = kept
+            for start, stop in ((lo, first), (last, hi)):
+                if start < stop:
+                    source.write(((start, stop), *rest), values[:, :, start - lo : stop - lo])
         else:
             values = values[:, :, lo - a : hi - a]
         self.columns[tuple(rest)], self.region = (lo, values), region
@@ -286,6 +286,13 @@ class Sum(Node):
     def read(self, region):
         body, shortcut = (s.read(region) for s in self.sources)
         return body.add_(shortcut) if self.sources[0].fresh else body + shortcut
+
+    def write(self, region, out):
+        body, shortcut = (s.read(region) for s in self.sources)
+        if out.device == body.device:
+            torch.add(body, shortcut, out=out)
+        else:
+            out.copy_(body + shortcut)
 
     def operations(self):
         return sum(s.operations() for s in self.sources)

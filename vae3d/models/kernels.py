@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vae3d.models import winograd
-from vae3d.models.pages import channels_last, images
+from vae3d.models.pages import CHANNELS_LAST, channels_last, images
 
 SLOW_KERNEL = 20480  # PyTorch leaves oneDNN for this many values of (c, x, y) or fewer
 
@@ -179,5 +179,25 @@ def unfold(x: Tensor, kernel: Sequence[int]) -> Tensor:
 def pad_uneven(slab: Tensor, pads: Sequence[tuple[int, int]]) -> tuple[Tensor, list[int]]:
     """Pad what differs between the two ends of an axis; return what is left to pad at both."""
     left = [min(pair) for pair in pads]
-    extra = [n - p for pair, p in zip(reversed(pads), reversed(left), strict=True) for n in pair]
-    return (F.pad(slab, extra) if any(extra) else slab), left
+    extra = [(near - p, far - p) for (near, far), p in zip(pads, left, strict=True)]
+    return surround(slab, extra), left
+
+
+def empty_like(slab: Tensor, size: Sequence[int]) -> Tensor:
+    """Uninitialized memory for a slab of another size, channels last."""
+    shape, layout = (*slab.shape[:2], *size), CHANNELS_LAST[slab.dim()]
+    return torch.empty(shape, dtype=slab.dtype, device=slab.device, memory_format=layout)
+
+
+def surround(slab: Tensor, zeros: Sequence[tuple[int, int]]) -> Tensor:
+    """A slab with zeros before and after each axis; `F.pad` would write all of it twice."""
+    if not any(map(any, zeros)):
+        return slab
+    size = [n + near + far for n, (near, far) in zip(slab.shape[2:], zeros, strict=True)]
+    inner = out = empty_like(slab, size)
+    for axis, ((near, far), n) in enumerate(zip(zeros, slab.shape[2:], strict=True), start=2):
+        inner.narrow(axis, 0, near).zero_()
+        inner.narrow(axis, near + n, far).zero_()
+        inner = inner.narrow(axis, near, n)
+    inner.copy_(slab)
+    return out
