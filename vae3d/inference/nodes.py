@@ -202,7 +202,8 @@ class Kept(Node):
         if hi <= a or lo >= b:
             values = source.read(region)
         elif lo < a or hi > b:
-            kept, first, last = values[:, :, max(lo - a, 0) : min(hi, b) - a], max(lo, a), min(hi, b)
+            first, last = max(lo, a), min(hi, b)
+            kept = values[:, :, first - a : last - a]
             values = kernels.empty_like(kept, (hi - lo, *kept.shape[3:]))
             values[:, :, first - lo : last - lo] = kept
             for start, stop in ((lo, first), (last, hi)):
