@@ -49,13 +49,16 @@ def convolve_into(target, x, weight, bias, padding, stride=None, onto=None) -> N
             last = None if onto is None else onto[:, :, pairs:]
             rows = x[:, :, pairs:]
             convolve_into(target[:, :, pairs:], rows, weight, bias, padding, stride, last)
-    elif target.dtype != x.dtype or len(weight) <= 2 or prod(x.shape[:4]) <= SLOW_KERNEL:
+    elif (
+        onto is None
+        or target.dtype != x.dtype
+        or len(weight) <= 2
+        or prod(x.shape[:4]) <= SLOW_KERNEL
+    ):
         y = convolve(x, weight, bias, padding, stride)
         target.copy_(y if onto is None else y.add_(onto.to(y.dtype)))
     else:
-        if onto is None:
-            target.zero_()
-        elif onto is not target:
+        if onto is not target:
             target.copy_(onto)
         torch.ops.mkldnn._convolution_pointwise_.binary(
             target, x, weight, bias, padding, stride, (1,) * len(padding), 1,
