@@ -4,6 +4,7 @@
     python benchmarks/network.py --grids 64^3 --precisions float32     # a group of rows, minutes
     python benchmarks/network.py --grids 256^2 --modes train infer
     python benchmarks/network.py --modes patches                   # largest patch per memory
+    python benchmarks/network.py --modes kept                      # for the backward pass
     python benchmarks/network.py --peer FOLDER    # also the package vae3d2d, installed there
 
 Both networks get the same input and do the same work: a training step (forward, L1 + KL, backward,
@@ -13,7 +14,8 @@ than the clock. Peak memory is that of a process of its own, above what it held 
 was built; on a GPU what the allocator handed out. The floor is the sum of the convolutions alone,
 forward and backward, in the better of the two memory layouts, with upsampling folded into them.
 The largest patches are those of `vae3d plan`: a line through the peaks at 48^3 and 64^3, which is
-held against the peak measured at 96^3.
+held against the peak measured at 96^3. What is kept for the backward pass is counted tensor by
+tensor, weights apart, with the steps of the CPU off, so it is what a GPU would keep.
 """
 
 from __future__ import annotations
@@ -27,7 +29,10 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import nullcontext
+from itertools import product
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 from torch import nn
@@ -37,6 +42,7 @@ from torch.utils.flop_counter import FlopCounterMode
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # not this folder, see loaders.py beside it
 
 from vae3d.commands.plan import largest_patch  # noqa: E402
+from vae3d.models import fast, upsample  # noqa: E402
 from vae3d.models.fast import plain  # noqa: E402
 from vae3d.models.pages import CHANNELS_LAST  # noqa: E402
 from vae3d.models.presets import VAEModel  # noqa: E402
@@ -53,7 +59,7 @@ CONFIG = {
     "with_encoder_nonlocal_attn": False,
     "with_decoder_nonlocal_attn": False,
 }
-MODES = ("train", "checkpoint", "infer", "patches")
+MODES = ("train", "checkpoint", "infer", "patches", "kept")
 COLUMNS = "| input | precision | mode | network | time [s] | ratio | peak [MB] | ratio | floor |"
 BUDGETS_GB = (8, 16, 24, 80)
 # Greatest acceptable ratio to MONAI: (mode, precision) -> time, peak memory. On the CPU.
@@ -97,7 +103,7 @@ def main() -> None:
         check_same_numbers(dims)
         counts = ", ".join(f"{name} {operations(name, dims):.2f}" for name in names)
         print(f"{counts} GFLOP per encode + decode, by PyTorch's count for the plain layers")
-    modes = [mode for mode in options.modes if mode != "patches"]
+    modes = [mode for mode in options.modes if mode not in ("patches", "kept")]
     if modes:
         print("\n" + COLUMNS)
         print("|---|---|---|---|---|---|---|---|---|")
@@ -110,6 +116,8 @@ def main() -> None:
     if "patches" in options.modes:
         for precision in options.precisions:
             report_patches(precision, options)
+    if "kept" in options.modes:
+        report_kept(grids, options.precisions)
 
 
 def why_not(package: str) -> str | None:
@@ -177,6 +185,48 @@ def report_patches(precision: str, options: argparse.Namespace) -> None:
             + " |",
             flush=True,
         )
+
+
+def report_kept(grids: list[tuple[int, ...]], precisions: list[str]) -> None:
+    """Print what autograd keeps after a forward pass, for networks that run layer by layer."""
+    print("\n| input | precision | network | kept [MB] | ratio |")
+    print("|---|---|---|---|---|")
+    for grid, precision in product(grids, precisions):
+        x = torch.rand(1, 1, *grid)
+        base = None
+        for label, name, context in (
+            ("MONAI", "monai", nullcontext),
+            ("vae3d, plain layers", "vae3d", plain),
+            ("vae3d", "vae3d", nullcontext),
+        ):
+            net = BUILD[name](len(grid), False)
+            with (
+                torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16"),
+                patch.object(fast, "is_fast", lambda *_: False),
+                patch.object(upsample, "is_fast", lambda *_: False),
+                context(),
+            ):
+                kept = kept_megabytes(net, x)
+            base = base or kept
+            size = "x".join(map(str, grid))
+            print(
+                f"| {size} | {precision} | {label} | {kept:.0f} | {kept / base:.2f} |", flush=True
+            )
+
+
+def kept_megabytes(net: nn.Module, x: torch.Tensor) -> float:
+    """Memory that autograd holds after a forward pass, that of the weights apart."""
+    kept, weights = {}, {p.data_ptr() for p in net.parameters()}
+
+    def note(t):
+        if t.data_ptr() not in weights:
+            kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+        out = net(x)  # held, so that no memory is counted for two tensors
+    assert out is not None
+    return sum(kept.values()) / 2**20
 
 
 def make_step(

@@ -7,15 +7,15 @@ computes it again, and oneDNN is called directly, also where PyTorch's own dispa
 slow kernel. Nearest upsampling by two followed by a convolution becomes one small convolution per
 phase on the coarse grid. The memory of large tensors that died serves the next ones (`Pages`).
 
-Every function falls back to the plain layers wherever a fast path does not apply (other devices,
-float64, export, compile, hooks) and within `plain()`; the tests compare the two.
+Where a fast path does not apply (other devices, float64), training keeps as little (`lean.py`).
+Within `plain()`, and for export, compile and hooks, the plain layers run; the tests compare the two.
 
 Axes: b batch, c channels, x y z space; a slab is a range of x of one sample.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import pairwise, product
+from itertools import chain, pairwise, product
 from typing import NamedTuple
 
 import torch
@@ -25,7 +25,8 @@ from torch.amp import custom_bwd, custom_fwd
 from torch.autograd.function import once_differentiable
 
 from vae3d.models import kernels
-from vae3d.models.norm import GroupNorm, InstanceNorm, NormAct
+from vae3d.models.lean import is_lean, prepared_conv
+from vae3d.models.norm import GroupNorm, InstanceNorm, NoNorm, NormAct, RMSNorm
 from vae3d.models.pages import channels_last, empty, release
 
 SLAB_BYTES = 4 << 20  # per thread, float32; larger than the cache is slower, smaller repeats halos
@@ -36,6 +37,8 @@ FOLD = {
     1: torch.eye(3)[None],
     2: torch.tensor([[[1.0, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]]),
 }
+
+STATELESS = (GroupNorm, InstanceNorm, RMSNorm, NoNorm)
 
 _enabled = True
 
@@ -69,7 +72,7 @@ def run(
     while layers:
         norm_act = layers.pop(0) if fusible(layers, x) else None
         layer = layers.pop(0)
-        if is_fast(layer, x):
+        if norm_act is not None or is_fast(layer, x):
             last = residual if not layers else None
             x = convolve(layer, x, norm_act=norm_act, residual=last, overwrite=overwrite)
             residual = None if not layers else residual
@@ -79,16 +82,15 @@ def run(
 
 
 def fusible(layers: Sequence[nn.Module], x: Tensor) -> bool:
-    """Whether the first two layers are a group norm with activation and its convolution."""
-    if len(layers) < 2 or type(layers[0]) is not NormAct or hooked(layers[0]):
+    """Whether the first two layers are a norm with activation and its convolution, as one step."""
+    if len(layers) < 2 or type(layers[0]) is not NormAct:
         return False
-    norm = layers[0].norm
-    return (
-        type(norm) in (GroupNorm, InstanceNorm)
-        and not hooked(norm)
-        and is_fast(layers[1], x)
-        and set(layers[1].stride) == {1}
-    )
+    norm, layer = layers[0].norm, layers[1]
+    if any(map(hooked, (layers[0], norm, layers[0].act, layer))):
+        return False
+    if is_fast(layer, x):
+        return type(norm) in (GroupNorm, InstanceNorm) and set(layer.stride) == {1}
+    return type(norm) in STATELESS and is_lean(layer, x)
 
 
 def is_fast(layer: nn.Module, x: Tensor) -> bool:
@@ -139,10 +141,9 @@ def convolve(
         overwrite: Whether the sum may take the memory of `residual`.
     """
     if not is_fast(layer, x):
-        x = x if norm_act is None else norm_act(x)
         if padding is not None:
-            x = F.pad(x, [n for pair in reversed(padding) for n in pair])
-        x = layer(x)
+            x = F.pad(x, [*chain(*reversed(padding))])
+        x = layer(x) if norm_act is None else prepared(norm_act, layer, x, norm_act.parameters())
         return x if residual is None else x + residual
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
     fused = residual if residual is not None and residual.dtype == dtype else None
@@ -158,6 +159,25 @@ def convolve(
     with torch.autocast("cpu", enabled=False):
         out = NormActConv.apply(x, layer.weight, layer.bias, gamma, beta, fused, step)
     return out if residual is fused else out + residual
+
+
+def prepared(
+    prepare: Callable[[Tensor], Tensor],
+    layer: nn.Module,
+    x: Tensor,
+    parameters: Iterable[nn.Parameter] = (),
+) -> Tensor:
+    """`layer(prepare(x))`, without keeping `prepare(x)` for the backward pass where that can be.
+
+    Args:
+        prepare: Cheap and without state.
+        layer: The layer after it.
+        x: `(B, C, *spatial)`.
+        parameters: Those of `prepare`.
+    """
+    if _enabled and not hooked(layer) and not is_fast(layer, x) and is_lean(layer, x):
+        return prepared_conv(prepare, layer, x, parameters)
+    return run([layer], prepare(x))
 
 
 class Step(NamedTuple):

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from vae3d.models.conv import CONV_TRANSPOSE, conv, per_axis
 from vae3d.models.downsample import Resampling, cell_sizes, check_haar
-from vae3d.models.fast import is_fast, run, upsample_convolve
+from vae3d.models.fast import is_fast, prepared, upsample_convolve
 
 LINEAR = {2: "bilinear", 3: "trilinear"}
 MAX_ELEMENTS = 2**31 - 1  # of one call of torch's kernels, which count in 32 bits on GPUs
@@ -67,7 +67,7 @@ class InterpUp(Up):
         """Map `(B, C, *spatial)` to `(B, C, *spatial * factor)`."""
         if self.mode == "nearest" and max(self.factor) == 2 and is_fast(self.conv, x):
             return upsample_convolve(self.conv, x, self.factor)
-        return run([self.conv], interpolate(x, self.factor, self.mode))
+        return prepared(partial(interpolate, factor=self.factor, mode=self.mode), self.conv, x)
 
 
 class TransposeUp(Up):
