@@ -8,7 +8,7 @@ slow kernel. Nearest upsampling by two followed by a convolution becomes one sma
 phase on the coarse grid. The memory of large tensors that died serves the next ones (`Pages`).
 
 Where a fast path does not apply (other devices, float64), training keeps as little (`lean.py`).
-Within `plain()`, and for export, compile and hooks, the plain layers run; the tests compare the two.
+Within `plain()`, and for export, compile and hooks, the plain layers run; the tests compare both.
 
 Axes: b batch, c channels, x y z space; a slab is a range of x of one sample.
 """
