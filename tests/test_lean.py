@@ -175,6 +175,13 @@ def test_without_gradients_the_layers_run(monkeypatch):
     assert not steps
 
 
+def test_on_the_meta_device_the_layers_run(monkeypatch):
+    steps = count_lean_steps(monkeypatch)
+    block = ResBlock(8, 12, 3, GROUPS, "silu").to("meta")
+    assert block(torch.empty(1, 8, *SHAPE[3], device="meta")).shape == (1, 12, *SHAPE[3])
+    assert not steps
+
+
 @pytest.mark.parametrize("mode", ["block", "level"])
 def test_checkpointing_changes_no_bit(mode):
     vae = randomize(MODELS["custom 3D"]())

@@ -23,6 +23,7 @@ def is_lean(layer: nn.Module, x: Tensor) -> bool:
     """Whether `prepared_conv` serves this layer and input: something is to be differentiated."""
     return (
         not torch.compiler.is_compiling()
+        and torch.amp.is_autocast_available(x.device.type)  # not on the meta device
         and not torch.jit.is_tracing()
         and not torch._C._are_functorch_transforms_active()
         and type(layer) in FUNCTION
