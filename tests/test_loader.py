@@ -315,7 +315,8 @@ def test_ctrl_c_ends_a_loop_over_batches_at_once(store, tmp_path):
 
     np.save(tmp_path / "v.npy", np.random.default_rng(0).integers(0, 99, (40,) * 3, np.int16))
     code = (
-        "import sys\nfrom loaders import PatchLoader, VolumeStore\n"
+        "import signal, sys\nfrom loaders import PatchLoader, VolumeStore\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # ignored in background jobs
         "store = VolumeStore.build([sys.argv[1]], sys.argv[2])\n"
         "for n, batch in enumerate(PatchLoader(store, (8, 8, 8), threads=4).stream()):\n"
         "    if n == 20: print('running', flush=True)\n"
@@ -324,7 +325,10 @@ def test_ctrl_c_ends_a_loop_over_batches_at_once(store, tmp_path):
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdout.readline() == b"running\n"
         process.send_signal(signal.SIGINT)
-        _, errors = process.communicate(timeout=20)
+        try:
+            _, errors = process.communicate(timeout=20)
+        finally:
+            process.kill()  # else the end of `with` would wait for it
     assert process.returncode == -signal.SIGINT and errors.count(b"Traceback") == 1, errors
 
 
