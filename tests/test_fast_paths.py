@@ -184,7 +184,10 @@ def test_upsampling_and_convolution_equal_the_layers(factor, mode):
 def test_half_precision_is_at_least_as_exact_as_the_layers(
     dtype, autocast, exact_arithmetic, monkeypatch
 ):
-    """With and without the matrix units for which half-precision arithmetic is used."""
+    """With and without the instructions for which half-precision arithmetic is used."""
+    ops, name = torch.ops.mkldnn, {torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
+    if not exact_arithmetic and not getattr(ops, f"_is_mkldnn_{name}_supported")():
+        pytest.skip(f"this processor has no {name} convolutions")
     arithmetic = torch.float32 if exact_arithmetic else dtype
     monkeypatch.setattr(fast, "compute_dtype", lambda _: arithmetic)
     block = randomize(nn.Sequential(ResBlock(8, 12, 3, GROUPS, "silu"), InterpUp(12, 2, 3)))

@@ -53,10 +53,13 @@ def test_every_precision_trains_and_stays_near_float32(tmp_path, amp):
     assert all(p.dtype == torch.float32 for p in trainer.task.network.parameters())
 
 
-@pytest.mark.parametrize("units", [True, False])
-def test_the_precision_of_a_cpu_follows_its_matrix_units(units, monkeypatch):
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: units)
-    assert native_amp(torch.device("cpu")) == ("bf16" if units else "off")
+@pytest.mark.parametrize(
+    ("has", "amp"), [("amx_tile", "bf16"), ("avx512_bf16", "bf16"), ("avx512", "off")]
+)
+def test_the_precision_of_a_cpu_follows_its_instructions(has, amp, monkeypatch):
+    for name in ("amx_tile", "avx512_bf16"):
+        monkeypatch.setattr(torch.cpu, f"_is_{name}_supported", lambda name=name: name == has)
+    assert native_amp(torch.device("cpu")) == amp
 
 
 def test_accumulated_micro_batches_equal_the_large_batch_also_uneven_ones(tmp_path):

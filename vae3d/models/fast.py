@@ -15,6 +15,7 @@ Axes: b batch, c channels, x y z space; a slab is a range of x of one sample.
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import reduce
 from itertools import chain, pairwise, product
 from typing import NamedTuple
 
@@ -262,13 +263,16 @@ class NormActConv(torch.autograd.Function):
                 back.scatter(g, y, pad, grad_x[n : n + 1], lo, hi)
                 continue
             target = grad_x[n : n + 1, :, start:stop]
-            wide = target if target.dtype == compute else norm.buffer("gradient", stop - start)
+            own = target.dtype == (torch.float32 if step.groups else compute)
+            wide = target if own else norm.buffer("gradient", stop - start)
             back.gather(grad[n : n + 1], start, stop, wide)
             if step.groups:
                 inner = normalized[:, :, start - lo :][:, :, : stop - start]
-                sums[:, n] += norm.backward(n, start, stop, inner, wide)
+                act_backward(step.act, inner, wide)
             if wide is not target:
                 target.copy_(wide)
+            if step.groups:
+                sums[:, n] += norm.sums(n, start, stop, target)
         grad_gamma, grad_beta = sums.sum(1).to(gamma.dtype) if step.groups else (None, None)
         if step.groups and ctx.needs_input_grad[0]:
             norm.finish(grad_x, sums)
@@ -335,19 +339,9 @@ class Slabs:
             out=out, save_mean=unused, save_invstd=unused,
         )  # fmt: skip
 
-    def backward(self, n: int, start: int, stop: int, normalized: Tensor, grad: Tensor) -> Tensor:
-        """Take `grad` back through the activation, in place.
-
-        Returns:
-            Per channel, the sums of `grad * (x - mean) / std` and of `grad`, `(2, C)`.
-        """
-        if grad.dtype == normalized.dtype:
-            act_backward(self.step.act, normalized, grad)
-        else:
-            wide = self.buffer("wide", stop - start).copy_(grad)
-            act_backward(self.step.act, normalized, wide)
-            grad.copy_(wide)
-        x = self.x[n : n + 1, :, start:stop].to(grad.dtype)
+    def sums(self, n: int, start: int, stop: int, grad: Tensor) -> Tensor:
+        """Per channel, a slab's sums of `grad * (x - mean) / std` and of `grad`, `(2, C)`."""
+        x = self.x[n : n + 1, :, start:stop]
         std = (self.var[n] + self.step.eps).sqrt()
         _, scaled, plain = torch.ops.aten.native_batch_norm_backward(
             grad, x, torch.ones_like(std), None, None, self.mean[n], 1 / std,
@@ -475,23 +469,20 @@ class Phases:
 
     def __init__(self, x, weight, factor, compute):
         self.x, self.factor, self.compute = x, factor, compute
-        self.folds = [FOLD[f] for f in factor]
-        taps = weight.float()
-        for fold in self.folds:  # (o, i, k, ...) -> (o, i, ..., phase, tap), axis by axis
-            taps = torch.tensordot(taps, fold, dims=([2], [2]))
-        dims = len(factor)
-        order = [*range(2, 2 + 2 * dims, 2), 0, 1, *range(3, 3 + 2 * dims, 2)]
-        taps = taps.permute(order)  # (phases, o, i, taps)
+        self.fold = reduce(torch.kron, (FOLD[f] for f in factor))  # (phases, taps, weights)
         self.per_row = torch.Size(factor[1:]).numel()
-        self.weights = [channels_last(w.flatten(0, dims - 1).to(compute)) for w in taps]
+        self.taps = [FOLD[f].shape[1] for f in factor]
+        # Voxel by voxel, channels of the input innermost, as the convolutions read them.
+        planes = weight.double().flatten(2).permute(2, 0, 1)  # (weights, o, i)
+        taps = torch.einsum("ptw,woi->ptoi", self.fold.double(), planes).transpose(1, 2)  # p o t i
+        taps = taps.to(compute, memory_format=torch.contiguous_format)
+        taps = taps.unflatten(2, self.taps).unflatten(0, (factor[0], -1)).flatten(1, 2)
+        self.weights = [w.movedim(-1, 1) for w in taps]  # per x-phase: (phases of y, z; o), i, ...
 
     def unfold(self, grads: list[Tensor]) -> Tensor:
         """Gradient of the 3-wide weights from those of the phases."""
-        dims = len(self.factor)
-        taps = torch.stack(grads).unflatten(1, (*self.factor[1:], -1))
-        for axis, fold in enumerate(self.folds):  # contract phase and tap of the first axis left
-            taps = torch.tensordot(taps, fold, dims=([0, dims - axis + 2], [0, 1]))
-        return taps
+        taps = torch.stack(grads).flatten(3).unflatten(1, (self.per_row, -1)).flatten(0, 1)
+        return torch.einsum("poit,ptw->oiw", taps, self.fold).unflatten(2, (3,) * len(self.factor))
 
     def offset(self, phase: int) -> int:
         """Coarse row, relative to its own, that the first tap of an x-phase reads."""
@@ -619,12 +610,12 @@ def act_backward(act: nn.Module, x: Tensor, grad: Tensor) -> None:
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Dtype of the arithmetic: half precision only where the processor has matrix units for it.
+    """Dtype of the arithmetic: half precision only where the processor multiplies it itself.
 
     Elsewhere float32 convolutions are faster than bfloat16 ones, and more exact.
     """
-    matrix_units = {
-        torch.bfloat16: torch.cpu._is_amx_tile_supported,
-        torch.float16: torch.cpu._is_amx_fp16_supported,
+    instructions = {
+        torch.bfloat16: (torch.cpu._is_amx_tile_supported, torch.cpu._is_avx512_bf16_supported),
+        torch.float16: (torch.cpu._is_amx_fp16_supported,),
     }
-    return dtype if dtype in matrix_units and matrix_units[dtype]() else torch.float32
+    return dtype if any(has() for has in instructions.get(dtype, ())) else torch.float32

@@ -56,7 +56,10 @@ def convolve_into(target, x, weight, bias, padding, stride=None, onto=None) -> N
         or prod(x.shape[:4]) <= SLOW_KERNEL
     ):
         y = convolve(x, weight, bias, padding, stride)
-        target.copy_(y if onto is None else y.add_(onto.to(y.dtype)))
+        if onto is not None and target.dtype == y.dtype:
+            torch.add(y, onto, out=target)
+        else:
+            target.copy_(y if onto is None else y.add_(onto.to(y.dtype)))
     else:
         if onto is not target:
             target.copy_(onto)
