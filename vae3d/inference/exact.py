@@ -179,8 +179,9 @@ class Executor:
         )
         return self.hold(module(self.take(node)))
 
-    def tile_size(self, node: Node) -> list[int]:
-        """Largest tile that the work space allows, in voxels per axis."""
+    def tile_size(self, node: Node, part: int = 1) -> list[int]:
+        """Largest tile that the work space, or a part of it, allows, in voxels per axis."""
+        work = self.work // part
         size = [min(s, n) for s, n in zip(self.tile or node.shape, node.shape, strict=True)]
         if self.tile is None:
             size[0] = min(size[0], ROWS)
@@ -188,7 +189,7 @@ class Executor:
             # Below the smallest tile that is worth its halo, only what the budget cannot hold is
             # cut further.
             slab, dims = (SMALLEST[0], *node.shape[1:]), len(size)
-            limits = (slab, min(self.work, CACHE)), (SMALLEST[:dims], self.work)
+            limits = (slab, min(work, CACHE)), (SMALLEST[:dims], work)
             for smallest, limit in (*limits, ((1,) * dims, self.budget // 3)):
                 while self.work_bytes(node, size) > limit:
                     larger = [i for i, n in enumerate(size) if n > smallest[i]]
@@ -205,16 +206,12 @@ class Executor:
             peak += sum(kept.between_bytes() for kept in nodes_of(node, Kept))
         return peak
 
-    def tiles(self, node: Node) -> list[list[Region]]:
-        """The tiles of a node by rows of the first axis."""
-        edges = [
-            [(a, min(a + s, n)) for a in range(0, n, s)]
-            for n, s in zip(node.shape, self.tile_size(node), strict=True)
-        ]
-        return [[(rows, *rest) for rest in itertools.product(*edges[1:])] for rows in edges[0]]
-
     def sweep(
-        self, node: Node, going: Sequence[Stored] = (), beside: Sequence[Node] = ()
+        self,
+        node: Node,
+        going: Sequence[Stored] = (),
+        beside: Sequence[Node] = (),
+        size: Sequence[int] | None = None,
     ) -> Iterator[Region]:
         """Every tile of a node in order, for the caller to read.
 
@@ -222,9 +219,10 @@ class Executor:
             node: What the caller reads.
             going: What is given back on the way, as it is passed.
             beside: Further nodes that the caller reads.
+            size: Of a tile; None for the largest.
         """
         kept = [k for n in (node, *beside) for k in nodes_of(n, Kept)]
-        for row in self.tiles(node):
+        for row in tiles(node, size or self.tile_size(node)):
             for region in row:
                 yield region
                 for k in kept:
@@ -253,13 +251,13 @@ class Executor:
         if node.moments is not None:
             return node
         node = node if isinstance(node, (Stored, Kept)) else Kept(node)
-        moved, folder = self.to_store(node)
+        moved, size, folder = self.to_store(node)
         going = self.going(moved) if moved else []
         stores = [Stored(n.channels, n.shape, *home_of(n), folder) for n in moved]
         self.live += stores
         moments = Moments(node.channels)
         sources = [n.sources[0] for n in moved] or [node]
-        for region in self.sweep(sources[0], going, sources[1:]):
+        for region in self.sweep(sources[0], going, sources[1:], size):
             for source, stored in zip(sources, stores, strict=False):  # the one with a halo first
                 source.write(region, stored.part(region))
             moments.update(stores[0].part(region) if moved else node.read(region))
@@ -268,23 +266,27 @@ class Executor:
         node.moments = moments
         return node
 
-    def to_store(self, node: Node) -> tuple[list[Kept], Path | None]:
-        """What to store while a node is computed, and the folder where memory does not suffice.
+    def to_store(self, node: Node) -> tuple[list[Kept], list[int], Path | None]:
+        """What to store while a node is computed, in tiles of which size, and in which folder.
 
         Beside the node itself that is the shortcut that waits for it, if both are computed from the
         same: its input need not stay then, nor be computed again. Nothing is stored that is cheap,
-        or that does not fit; but of two dear nodes in a row one is, if need be in a file.
+        or that does not fit, with smaller tiles neither; but of two dear nodes in a row one is, if
+        need be in a file.
         """
+        sizes = [self.tile_size(node, part) for part in (1, 2)]
         if node.operations() < CHEAP:
-            return [], None
+            return [], sizes[0], None
         beside = self.waiting[-1:]
-        if beside and self.worth_storing(beside[0], node) and self.fits([node, *beside]):
-            return [node, *beside], None
-        if self.fits([node]):
-            return [node], None
+        choices = [[node]]
+        if beside and self.worth_storing(beside[0], node):
+            choices.insert(0, [node, *beside])
+        for nodes, size in itertools.product(choices, sizes):
+            if self.fits(nodes, size):
+                return nodes, size, None
         if any(k.moments and k.operations() >= CHEAP for k in nodes_of(node.sources[0], Kept)):
-            return [node], self.scratch_dir
-        return [], None
+            return [node], sizes[0], self.scratch_dir
+        return [], sizes[0], None
 
     def worth_storing(self, shortcut: Node, node: Node) -> bool:
         """Whether storing a shortcut beside a node saves memory or dear computation."""
@@ -294,9 +296,9 @@ class Executor:
         saves = sum(s.held_bytes() for s in inputs) >= shortcut.bytes()
         return inputs <= set(leaves_of(node)) and (saves or shortcut.operations() >= CHEAP)
 
-    def fits(self, nodes: Sequence[Node]) -> bool:
-        """Whether the budget holds while nodes are computed together and stored."""
-        going, size = self.going(nodes), self.tile_size(nodes[0])
+    def fits(self, nodes: Sequence[Node], size: Sequence[int]) -> bool:
+        """Whether the budget holds while nodes are computed in tiles of a size and stored."""
+        going = self.going(nodes)
         passing = sum(s.held_bytes() for s in going)
         held = sum(s.held_bytes() for s in self.live) - passing + self.fixed_bytes
         new = sum(n.bytes() for n in nodes)
@@ -330,6 +332,14 @@ class Executor:
         for region, part in self.slabs(node):
             values[(slice(None), slice(None), *(slice(*r) for r in region))] = part
         return values
+
+
+def tiles(node: Node, size: Sequence[int]) -> list[list[Region]]:
+    """The tiles of a node by rows of the first axis."""
+    edges = [
+        [(a, min(a + s, n)) for a in range(0, n, s)] for n, s in zip(node.shape, size, strict=True)
+    ]
+    return [[(rows, *rest) for rest in itertools.product(*edges[1:])] for rows in edges[0]]
 
 
 def keep(node: Node, overlap: int = 0) -> Node:

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vae3d.models import fast, kernels
+from vae3d.models import fast, kernels, winograd
 from vae3d.models.pages import CHANNELS_LAST, channels_last, private_pages
 
 Region = tuple[tuple[int, int], ...]
@@ -337,6 +337,17 @@ class Conv(Node):
         y = convolve(x, self.weight, self.bias, *options)
         cuts = [slice(p, n - q) for (p, q), n in zip(spare, y.shape[2:], strict=True)]
         return y[(slice(None), slice(None), *cuts)]
+
+    def peak_bytes(self, region):
+        inner, sums = self.needs(region), 0
+        if (
+            self.groups == 1
+            and set(self.dilation) == {1}
+            and winograd.fits(self.weight, self.stride)
+        ):
+            sums = self.sources[0].bytes(inner) // 2 + self.bytes(region)
+        held = self.sources[0].new_bytes(inner) + self.new_bytes(region)
+        return max(super().peak_bytes(region), held + sums)
 
     def operations(self):
         taps = self.weight[0].numel()

@@ -28,6 +28,14 @@ def convolve(x, weight, bias, padding, stride=None) -> Tensor:
         return y.movedim(-1, 1)
     if few(weight, stride) and len(weight) <= 2:
         return conv_to_few(x, weight, bias, padding)
+    if winograd.fits(weight, stride) and x.shape[2] + 2 * padding[0] >= 4:
+        size = [
+            n + 2 * p + 1 - k
+            for n, p, k in zip(x.shape[2:], padding, weight.shape[2:], strict=True)
+        ]
+        y = empty_like(x, size, len(weight))
+        convolve_into(y, x, weight, bias, padding)
+        return y
     return torch.mkldnn_convolution(x, weight, bias, padding, stride, (1,) * len(padding), 1)
 
 
@@ -189,9 +197,9 @@ def pad_uneven(slab: Tensor, pads: Sequence[tuple[int, int]]) -> tuple[Tensor, l
     return surround(slab, extra), left
 
 
-def empty_like(slab: Tensor, size: Sequence[int]) -> Tensor:
-    """Uninitialized memory for a slab of another size, channels last."""
-    shape, layout = (*slab.shape[:2], *size), CHANNELS_LAST[slab.dim()]
+def empty_like(slab: Tensor, size: Sequence[int], channels: int = 0) -> Tensor:
+    """Uninitialized memory for a slab of another size, and of other channels if given."""
+    shape, layout = (len(slab), channels or slab.shape[1], *size), CHANNELS_LAST[slab.dim()]
     return torch.empty(shape, dtype=slab.dtype, device=slab.device, memory_format=layout)
 
 
