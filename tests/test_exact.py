@@ -18,7 +18,7 @@ from vae3d.inference.exact import (
     fold_nearest,
 )
 from vae3d.inference.nodes import Moments, Source, Stored, leaves_of
-from vae3d.models import attention, blocks, downsample, norm, presets, upsample
+from vae3d.models import attention, blocks, downsample, fast, norm, presets, upsample, winograd
 from vae3d.models.custom_vae import CustomVAE
 from vae3d.models.posterior import PosteriorHead
 
@@ -292,6 +292,18 @@ def test_every_way_to_save_memory_gives_the_full_pass(monkeypatch):
     for memory_gb in (1, 2e-3, 1e-3, 7e-4, 5e-4, 3e-4, 1e-4):
         assert_exact(vae, x, tile=None, memory_gb=memory_gb)
     assert seen == {(0, False), (1, False), (2, False), (1, True)}
+
+
+@pytest.mark.parametrize("tile", [(1, 5, 64), (2, 64, 64), (5, 4, 6), (64, 64, 64)])
+def test_winograds_sums_serve_tiles_of_any_size(tile, monkeypatch):
+    calls, convolve = [], winograd.convolve_into
+    monkeypatch.setattr(winograd, "PAYS_FROM", 8)
+    monkeypatch.setattr(
+        winograd, "convolve_into", lambda *args: calls.append(args) or convolve(*args)
+    )
+    with fast.plain():
+        assert_exact(tiny(channels=(8, 16)), tile=tile)
+    assert calls
 
 
 def test_nothing_is_stored_when_all_is_done(held_bytes):
