@@ -93,7 +93,7 @@ def train_3d(
         clip_norm: Longer gradients are shortened to this norm; 0 for never.
         ema_decay: Decay of the averaged weights, which validation and users see; 0 for none.
         amp: off | bf16 | fp16, precision of convolutions and matrix products; null for bf16 where
-            the device multiplies it in matrix units, else off.
+            the device multiplies it natively, else off.
         sharding: ddp | fsdp (weights cut over the ranks, for models that outgrow a GPU).
         channels_last: Keep channels innermost in memory; faster on recent GPUs and CPUs.
         compile: Compile encoder and decoder with torch.compile.

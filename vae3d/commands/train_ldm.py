@@ -115,7 +115,7 @@ def train_ldm(
         clip_norm: Longer gradients are shortened to this norm; 0 for never.
         ema_decay: Decay of the averaged weights, which validation and sampling use; 0 for none.
         amp: off | bf16 | fp16, precision of convolutions and matrix products; null for bf16 where
-            the device multiplies it in matrix units, else off.
+            the device multiplies it natively, else off.
         seed: Seed of weights, order, posterior draws, noise and times.
         log_every: Interval of numbers in metrics.jsonl and W&B [steps].
         val_every: Interval of validation [steps]; 0 for none.

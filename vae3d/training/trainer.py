@@ -471,7 +471,7 @@ class Trainer:
 
 
 def native_amp(device: torch.device) -> str:
-    """Precision that trains fast at no risk: bf16 where a device has matrix units for it, or off.
+    """Precision that trains fast at no risk: bf16 where a device multiplies it natively, or off.
 
     Args:
         device: Where the training is.
