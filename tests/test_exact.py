@@ -306,6 +306,19 @@ def test_winograds_sums_serve_tiles_of_any_size(tile, monkeypatch):
     assert calls
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_model_on_a_gpu_gives_the_result_of_the_cpu():
+    vae, x = tiny(), torch.rand(1, *SHAPE[3])
+    mean = encode_exact(vae, x, tile=TILE[3]).mean
+    recon = decode_exact(vae, mean, tile=TILE[3])
+    with torch.backends.cudnn.flags(allow_tf32=False):
+        there = encode_exact(vae.cuda(), x, tile=TILE[3]).mean.cpu()
+        recon_there = decode_exact(vae, mean, tile=TILE[3])
+    torch.testing.assert_close(there, mean, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(recon_there, recon, rtol=1e-3, atol=1e-4)
+
+
 def test_nothing_is_stored_when_all_is_done(held_bytes):
     vae, z = tiny(), torch.rand(2, 6, 4, 4)
     run = Executor(0.1, tile=(4, 4, 4))

@@ -469,7 +469,8 @@ class Phases:
 
     def __init__(self, x, weight, factor, compute):
         self.x, self.factor, self.compute = x, factor, compute
-        self.fold = reduce(torch.kron, (FOLD[f] for f in factor))  # (phases, taps, weights)
+        fold = reduce(torch.kron, (FOLD[f] for f in factor))  # (phases, taps, weights)
+        self.fold = fold.to(weight.device)
         self.per_row = torch.Size(factor[1:]).numel()
         self.taps = [FOLD[f].shape[1] for f in factor]
         # Voxel by voxel, channels of the input innermost, as the convolutions read them.
