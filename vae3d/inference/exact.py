@@ -266,27 +266,27 @@ class Executor:
         node.moments = moments
         return node
 
-    def to_store(self, node: Node) -> tuple[list[Kept], list[int], Path | None]:
-        """What to store while a node is computed, in tiles of which size, and in which folder.
+    def to_store(self, node: Node) -> tuple[list[Kept], list[int] | None, Path | None]:
+        """What to store while a node is computed, in tiles of which size (None: the largest), where.
 
         Beside the node itself that is the shortcut that waits for it, if both are computed from the
         same: its input need not stay then, nor be computed again. Nothing is stored that is cheap,
         or that does not fit, with smaller tiles neither; but of two dear nodes in a row one is, if
         need be in a file.
         """
-        sizes = [self.tile_size(node, part) for part in (1, 2)]
         if node.operations() < CHEAP:
-            return [], sizes[0], None
+            return [], None, None
         beside = self.waiting[-1:]
         choices = [[node]]
         if beside and self.worth_storing(beside[0], node):
             choices.insert(0, [node, *beside])
+        sizes = (self.tile_size(node, part) for part in (1, 2))
         for nodes, size in itertools.product(choices, sizes):
             if self.fits(nodes, size):
                 return nodes, size, None
         if any(k.moments and k.operations() >= CHEAP for k in nodes_of(node.sources[0], Kept)):
-            return [node], sizes[0], self.scratch_dir
-        return [], sizes[0], None
+            return [node], None, self.scratch_dir
+        return [], None, None
 
     def worth_storing(self, shortcut: Node, node: Node) -> bool:
         """Whether storing a shortcut beside a node saves memory or dear computation."""

@@ -472,12 +472,12 @@ class Phases:
         fold = reduce(torch.kron, (FOLD[f] for f in factor))  # (phases, taps, weights)
         self.fold = fold.to(weight.device)
         self.per_row = torch.Size(factor[1:]).numel()
-        self.taps = [FOLD[f].shape[1] for f in factor]
         # Voxel by voxel, channels of the input innermost, as the convolutions read them.
         planes = weight.double().flatten(2).permute(2, 0, 1)  # (weights, o, i)
         taps = torch.einsum("ptw,woi->ptoi", self.fold.double(), planes).transpose(1, 2)  # p o t i
         taps = taps.to(compute, memory_format=torch.contiguous_format)
-        taps = taps.unflatten(2, self.taps).unflatten(0, (factor[0], -1)).flatten(1, 2)
+        taps = taps.unflatten(2, [FOLD[f].shape[1] for f in factor])
+        taps = taps.unflatten(0, (factor[0], -1)).flatten(1, 2)
         self.weights = [w.movedim(-1, 1) for w in taps]  # per x-phase: (phases of y, z; o), i, ...
 
     def unfold(self, grads: list[Tensor]) -> Tensor:
