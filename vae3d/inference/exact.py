@@ -267,7 +267,7 @@ class Executor:
         return node
 
     def to_store(self, node: Node) -> tuple[list[Kept], list[int] | None, Path | None]:
-        """What to store while a node is computed, in tiles of which size (None: the largest), where.
+        """What to store while a node is computed, in tiles of which size (None: largest), where.
 
         Beside the node itself that is the shortcut that waits for it, if both are computed from the
         same: its input need not stay then, nor be computed again. Nothing is stored that is cheap,
