@@ -34,7 +34,12 @@ def convolve(x, weight, bias, padding, stride=None) -> Tensor:
             for n, p, k in zip(x.shape[2:], padding, weight.shape[2:], strict=True)
         ]
         y = empty_like(x, size, len(weight))
-        convolve_into(y, x, weight, bias, padding)
+        x, padding = winograd.pad_rows(x, padding)
+        fours = size[0] // 4 * 4
+        if fours:
+            winograd.convolve_four(y[:, :, :fours], x, weight, bias, padding)
+        if fours < size[0]:
+            convolve_into(y[:, :, fours:], x[:, :, fours:], weight, bias, padding)
         return y
     return torch.mkldnn_convolution(x, weight, bias, padding, stride, (1,) * len(padding), 1)
 
@@ -50,7 +55,8 @@ def convolve_into(target, x, weight, bias, padding, stride=None, onto=None) -> N
         if bias is not None:
             into += bias
     elif target.dtype == x.dtype and target.shape[2] > 1 and winograd.fits(weight, stride):
-        x, padding, pairs = winograd.pair_rows(x, padding)
+        x, padding = winograd.pad_rows(x, padding)
+        pairs = target.shape[2] // 2 * 2
         parts = [(None if t is None else t[:, :, :pairs]) for t in (target, onto)]
         winograd.convolve_into(parts[0], x, weight, bias, padding, parts[1])
         if pairs < target.shape[2]:
@@ -114,7 +120,8 @@ def weights_gradient(grad, x, weight, padding, stride=None) -> Tensor:
     if few(weight, stride):
         return few_backward(grad, x, weight, padding)
     if winograd.fits(weight, stride) and grad.shape[2] > 1:
-        x, padding, pairs = winograd.pair_rows(x, padding)
+        x, padding = winograd.pad_rows(x, padding)
+        pairs = grad.shape[2] // 2 * 2
         total = winograd.weights_gradient(grad[:, :, :pairs], x, weight, padding)
         if pairs < grad.shape[2]:
             total += weights_gradient(grad[:, :, pairs:], x[:, :, pairs:], weight, padding)

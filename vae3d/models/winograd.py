@@ -1,4 +1,4 @@
-"""3x3x3 convolutions with two thirds of the multiplications, along x (Winograd, 1980).
+"""3x3x3 convolutions with two thirds, or half, of the multiplications, along x (Winograd, 1980).
 
 Two neighboring rows of the output, direct, are six products of an input row with a plane of the
 weights. F(2, 3) needs four, of sums and differences of rows and planes (Lavin and Gray, 2016):
@@ -10,7 +10,8 @@ weights. F(2, 3) needs four, of sums and differences of rows and planes (Lavin a
 
 where d0 to d3 are the input rows that rows y0 and y1 see, and a product is a 2D convolution in
 (y, z). It rounds no more than the direct sum does (measured: less, since sums are shorter). The
-sums cost passes over memory, so it pays from some channels on.
+sums cost passes over memory, so it pays from some channels on. F(4, 3) makes four rows of six
+products, at three times the rounding error of the direct sum: for inference only.
 
 Slabs are `(1, C, rows, Y, Z)`, float32, channels last.
 """
@@ -37,11 +38,11 @@ def fits(weight: Tensor, stride: Sequence[int]) -> bool:
     )
 
 
-def pair_rows(x: Tensor, padding: Sequence[int]) -> tuple[Tensor, tuple[int, ...], int]:
-    """Pad a slab's rows; the slab, the padding left to do, and how many output rows make pairs."""
+def pad_rows(x: Tensor, padding: Sequence[int]) -> tuple[Tensor, tuple[int, ...]]:
+    """Pad a slab's rows; the slab and the padding left to do."""
     if padding[0]:
         x = F.pad(x, (0, 0, 0, 0, padding[0], padding[0]))
-    return x, (0, *padding[1:]), (x.shape[2] - 2) // 2 * 2
+    return x, (0, *padding[1:])
 
 
 def convolve_into(target: Tensor, x: Tensor, weight: Tensor, bias, padding, onto=None) -> None:
@@ -67,10 +68,60 @@ def convolve_into(target: Tensor, x: Tensor, weight: Tensor, bias, padding, onto
     else:
         torch.add(images(onto)[0::2], both, out=even).add_(unlike)
         torch.add(images(onto)[1::2], both, out=odd).sub_(unlike)
-    for rows, seen, plane in ((even, near, planes[0]), (odd, far, planes[3])):
-        torch.ops.mkldnn._convolution_pointwise_.binary(
-            rows, seen(), plane, bias, *options, "add", 1.0, None, [], ""
-        )
+    add_convolution(even, near(), planes[0], bias, options)
+    add_convolution(odd, far(), planes[3], bias, options)
+
+
+def convolve_four(target: Tensor, x: Tensor, weight: Tensor, bias, padding) -> None:
+    """Convolve a slab into `target` by F(4, 3), with the points 0, 1, -1, 2, -2 and infinity.
+
+    Args:
+        target: Rows by the four.
+        x: At least two rows more than `target`.
+        weight: `(C', C, 3, ky, kz)`.
+        bias: `(C',)` or None.
+        padding: Zeros at both ends of each axis, none along x.
+    """
+    options = (tuple(padding[1:]), (1, 1), (1, 1), 1)
+    planes, count = planes_of_four(weight), target.shape[2] // 4
+    y0, y1, y2, y3 = (images(target)[i::4] for i in range(4))
+    d0, d1, d2, d3, d4, d5 = (images(x)[i : i + 4 * count - 3 : 4] for i in range(6))
+    even, odd = (torch.empty_like(d0, memory_format=torch.channels_last) for _ in range(2))
+
+    def at_both(point: int) -> tuple[Tensor, Tensor]:
+        """Products at a point and its negative, from `even` and `odd`."""
+        there = torch.mkldnn_convolution(even.add_(odd), planes[point], None, *options)
+        seen = even.sub_(odd, alpha=2)
+        return there, torch.mkldnn_convolution(seen, planes[-point], None, *options)
+
+    torch.sub(d4, d2, alpha=4, out=even)
+    torch.sub(d3, d1, alpha=4, out=odd)
+    there, opposite = at_both(1)
+    torch.add(there, opposite, out=y0)
+    torch.sub(there, opposite, out=y1)
+    del there, opposite
+    torch.sub(d4, d2, out=even)
+    torch.sub(d3, d1, out=odd).mul_(2)
+    there, opposite = at_both(2)
+    total, difference = there + opposite, there.sub_(opposite)
+    torch.add(y0, total, alpha=4, out=y2)
+    torch.add(y1, difference, alpha=8, out=y3)
+    y0 += total
+    y1.add_(difference, alpha=2)
+    if bias is not None:
+        y1 += bias.view(-1, 1, 1)
+        y2 += bias.view(-1, 1, 1)
+    torch.add(d4, d0, alpha=4, out=even).sub_(d2, alpha=5)
+    add_convolution(y0, even, planes[0], bias, options)
+    torch.add(d5, d1, alpha=4, out=odd).sub_(d3, alpha=5)
+    add_convolution(y3, odd, planes["infinity"], bias, options)
+
+
+def add_convolution(rows: Tensor, seen: Tensor, plane: Tensor, bias, options) -> None:
+    """Add a 2D convolution to `rows`."""
+    torch.ops.mkldnn._convolution_pointwise_.binary(
+        rows, seen, plane, bias, *options, "add", 1.0, None, [], ""
+    )
 
 
 def weights_gradient(grad: Tensor, x: Tensor, weight: Tensor, padding) -> Tensor:
@@ -105,6 +156,15 @@ def planes_of(weight: Tensor) -> list[Tensor]:
     middle = (w0 + w2) / 2
     planes = (w0, middle + w1 / 2, middle - w1 / 2, w2)
     return [p.contiguous(memory_format=torch.channels_last) for p in planes]
+
+
+def planes_of_four(weight: Tensor) -> dict[int | str, Tensor]:
+    """The six planes of F(4, 3), by point."""
+    w0, w1, w2 = weight.unbind(2)
+    one, two = (w0 + w2) / -6, w0 / 24 + w2 / 6
+    planes = {0: w0 / 4, 1: one - w1 / 6, -1: one + w1 / 6, 2: two + w1 / 12, -2: two - w1 / 12}
+    planes["infinity"] = w2
+    return {k: p.contiguous(memory_format=torch.channels_last) for k, p in planes.items()}
 
 
 def sums_of(x: Tensor, pairs: int):
