@@ -222,7 +222,9 @@ class Executor:
             size: Of a tile; None for the largest.
         """
         kept = [k for n in (node, *beside) for k in nodes_of(n, Kept)]
-        for row in tiles(node, size or self.tile_size(node)):
+        size = size or self.tile_size(node)
+        self.make_room(node, size)
+        for row in tiles(node, size):
             for region in row:
                 yield region
                 for k in kept:
@@ -236,7 +238,13 @@ class Executor:
         for leaf in going:
             leaf.free()
             self.live.remove(leaf)
-        trim()  # what tiles of this shape left free in the heap
+
+    def make_room(self, node: Node, size: Sequence[int]) -> None:
+        """Give back what tiles of other shapes left free in the heap, if the budget may need it."""
+        stored = sum(leaf.rows_bytes(leaf.shape[0]) for leaf in self.live if not leaf.in_file)
+        held = stored + self.fixed_bytes + self.work  # as much as those tiles were allowed
+        if held + self.work_bytes(node, size) > self.budget:
+            trim()
 
     def slabs(self, node: Node) -> Iterator[tuple[Region, Tensor]]:
         """The tiles of the last node; nothing is left in memory afterwards."""
