@@ -294,16 +294,24 @@ def test_every_way_to_save_memory_gives_the_full_pass(monkeypatch):
     assert seen == {(0, False), (1, False), (2, False), (1, True)}
 
 
-@pytest.mark.parametrize("tile", [(1, 5, 64), (2, 64, 64), (5, 4, 6), (64, 64, 64)])
-def test_winograds_sums_serve_tiles_of_any_size(tile, monkeypatch):
-    calls, convolve = [], winograd.convolve_into
+@pytest.mark.parametrize(
+    "tile, used",
+    [((1, 5, 64), {2}), ((2, 64, 64), {2, 4}), ((5, 4, 6), {2, 4}), ((64,) * 3, {2, 4})],
+)
+def test_winograds_sums_serve_tiles_of_any_size(tile, used, monkeypatch):
+    ways = {2: winograd.convolve_two, 4: winograd.convolve_four}
+    calls = set()
+
+    def watched(rows, *args):
+        calls.add(rows)
+        ways[rows](*args)
+
     monkeypatch.setattr(winograd, "PAYS_FROM", 8)
-    monkeypatch.setattr(
-        winograd, "convolve_into", lambda *args: calls.append(args) or convolve(*args)
-    )
+    monkeypatch.setattr(winograd, "convolve_two", partial(watched, 2))
+    monkeypatch.setattr(winograd, "convolve_four", partial(watched, 4))
     with fast.plain():
         assert_exact(tiny(channels=(8, 16)), tile=tile)
-    assert calls
+    assert calls == used
 
 
 @pytest.mark.gpu

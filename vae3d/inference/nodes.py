@@ -345,7 +345,7 @@ class Conv(Node):
             and set(self.dilation) == {1}
             and winograd.fits(self.weight, self.stride)
         ):
-            sums = self.sources[0].bytes(inner) // 2 + 3 * self.bytes(region) // 4
+            sums = self.sources[0].bytes(inner) // 2 + self.bytes(region)
         held = self.sources[0].new_bytes(inner) + self.new_bytes(region)
         return max(super().peak_bytes(region), held + sums)
 

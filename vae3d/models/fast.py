@@ -153,6 +153,7 @@ def convolve(
         tuple(padding or ((p, p) for p in layer.padding)),
         dtype,
         overwrite and fused is not None and fused is channels_last(fused),
+        2 if torch.is_grad_enabled() else 4,
         *((norm_act.norm.num_groups, norm_act.norm.eps, norm_act.act) if norm_act else ()),
     )
     norm = norm_act.norm if norm_act else layer
@@ -188,6 +189,7 @@ class Step(NamedTuple):
     padding: tuple[tuple[int, int], ...]  # zeros before and after, per axis
     dtype: torch.dtype  # of the output
     overwrite: bool = False  # the residual with the output
+    together: int = 2  # rows that a convolution makes at once; more round more, see winograd.py
     groups: int = 0  # 0: no norm and no activation
     eps: float = 0.0
     act: nn.Module | None = None
@@ -221,12 +223,12 @@ class NormActConv(torch.autograd.Function):
         if step.overwrite:
             ctx.mark_dirty(residual)
         norm = Slabs(x, step, gamma, beta, stats, compute)
-        for n, start, stop in slabs(out, x):
+        for n, start, stop in slabs(out, x, step.together):
             _, y, pad = norm.read(n, *reach(start, stop, w, step), keep=False)
             target = out[n : n + 1, :, start:stop]
             onto = None if residual is None else residual[n : n + 1, :, start:stop]
             onto = target if step.overwrite else onto
-            kernels.convolve_into(target, y, w, b, pad, step.stride, onto)
+            kernels.convolve_into(target, y, w, b, pad, step.stride, onto, step.together)
         return out
 
     @staticmethod
@@ -562,18 +564,19 @@ def statistics(x: Tensor, groups: int) -> tuple[Tensor, Tensor]:
     return tuple(t.expand_as(grouped).flatten(1).float() for t in (group_mean, group_var))
 
 
-def slabs(rows_of: Tensor, other: Tensor) -> Iterator[tuple[int, int, int]]:
+def slabs(rows_of: Tensor, other: Tensor, together: int = 2) -> Iterator[tuple[int, int, int]]:
     """Sample, first and last row of slabs that cover `rows_of` and stay in the cache.
 
     Args:
         rows_of: What is covered.
         other: What is read or written together with it.
+        together: Rows that no two slabs share, but for the last ones.
     """
     size = rows_of.shape[2]
     row = max(t[0].numel() // size for t in (rows_of, other))
     count = max(SLAB_BYTES * torch.get_num_threads() // (4 * row), 1)
-    parts = max(min(round(size / count), size // 2), 1)
-    edges = [size * i // parts // 2 * 2 for i in range(parts)] + [size]  # rows go in pairs
+    parts = max(min(round(size / count), size // together), 1)
+    edges = [size * i // parts // together * together for i in range(parts)] + [size]
     for n in range(len(rows_of)):
         for start, stop in pairwise(edges):
             yield n, start, stop

@@ -21,7 +21,7 @@ SLOW_KERNEL = 20480  # PyTorch leaves oneDNN for this many values of (c, x, y) o
 
 
 def convolve(x, weight, bias, padding, stride=None) -> Tensor:
-    """Convolution of a slab."""
+    """Convolution of a slab, for inference: four rows at once where that is faster."""
     stride = stride or (1,) * len(padding)
     if pointwise(weight, stride):
         y = F.linear(x.movedim(1, -1), weight.flatten(1), bias)
@@ -34,18 +34,18 @@ def convolve(x, weight, bias, padding, stride=None) -> Tensor:
             for n, p, k in zip(x.shape[2:], padding, weight.shape[2:], strict=True)
         ]
         y = empty_like(x, size, len(weight))
-        x, padding = winograd.pad_rows(x, padding)
-        fours = size[0] // 4 * 4
-        if fours:
-            winograd.convolve_four(y[:, :, :fours], x, weight, bias, padding)
-        if fours < size[0]:
-            convolve_into(y[:, :, fours:], x[:, :, fours:], weight, bias, padding)
+        convolve_into(y, x, weight, bias, padding, together=4)
         return y
     return torch.mkldnn_convolution(x, weight, bias, padding, stride, (1,) * len(padding), 1)
 
 
-def convolve_into(target, x, weight, bias, padding, stride=None, onto=None) -> None:
-    """Convolution of a slab into `target`, added to `onto` (which may be `target`) if given."""
+def convolve_into(
+    target, x, weight, bias, padding, stride=None, onto=None, together: int = 2
+) -> None:
+    """Convolution of a slab into `target`, added to `onto` (which may be `target`) if given.
+
+    `together` is the number of rows that Winograd's sums make at once, two or four.
+    """
     stride = stride or (1,) * len(padding)
     if target.dtype == x.dtype and pointwise(weight, stride):
         into = target.movedim(1, -1).flatten(0, -2)
@@ -56,13 +56,14 @@ def convolve_into(target, x, weight, bias, padding, stride=None, onto=None) -> N
             into += bias
     elif target.dtype == x.dtype and target.shape[2] > 1 and winograd.fits(weight, stride):
         x, padding = winograd.pad_rows(x, padding)
-        pairs = target.shape[2] // 2 * 2
-        parts = [(None if t is None else t[:, :, :pairs]) for t in (target, onto)]
-        winograd.convolve_into(parts[0], x, weight, bias, padding, parts[1])
-        if pairs < target.shape[2]:
-            last = None if onto is None else onto[:, :, pairs:]
-            rows = x[:, :, pairs:]
-            convolve_into(target[:, :, pairs:], rows, weight, bias, padding, stride, last)
+        together = together if target.shape[2] >= together else 2
+        some = winograd.convolve_four if together == 4 else winograd.convolve_two
+        done = target.shape[2] // together * together
+        parts = [(None if t is None else t[:, :, :done]) for t in (target, onto)]
+        some(parts[0], x, weight, bias, padding, parts[1])
+        if done < target.shape[2]:
+            last = None if onto is None else onto[:, :, done:]
+            convolve_into(target[:, :, done:], x[:, :, done:], weight, bias, padding, stride, last)
     elif (
         onto is None
         or target.dtype != x.dtype

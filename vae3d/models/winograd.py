@@ -45,7 +45,7 @@ def pad_rows(x: Tensor, padding: Sequence[int]) -> tuple[Tensor, tuple[int, ...]
     return x, (0, *padding[1:])
 
 
-def convolve_into(target: Tensor, x: Tensor, weight: Tensor, bias, padding, onto=None) -> None:
+def convolve_two(target: Tensor, x: Tensor, weight: Tensor, bias, padding, onto=None) -> None:
     """Convolve a slab into `target`, `(1, C', rows, Y, Z)`, added to `onto` if it is given.
 
     Args:
@@ -72,8 +72,8 @@ def convolve_into(target: Tensor, x: Tensor, weight: Tensor, bias, padding, onto
     add_convolution(odd, far(), planes[3], bias, options)
 
 
-def convolve_four(target: Tensor, x: Tensor, weight: Tensor, bias, padding) -> None:
-    """Convolve a slab into `target` by F(4, 3), with the points 0, 1, -1, 2, -2 and infinity.
+def convolve_four(target: Tensor, x: Tensor, weight: Tensor, bias, padding, onto=None) -> None:
+    """The same by F(4, 3), with the points 0, 1, -1, 2, -2 and infinity.
 
     Args:
         target: Rows by the four.
@@ -81,7 +81,13 @@ def convolve_four(target: Tensor, x: Tensor, weight: Tensor, bias, padding) -> N
         weight: `(C', C, 3, ky, kz)`.
         bias: `(C',)` or None.
         padding: Zeros at both ends of each axis, none along x.
+        onto: As for `convolve_two`.
     """
+    if onto is not None:
+        result = torch.empty_like(target)
+        convolve_four(result, x, weight, bias, padding)
+        torch.add(result, onto, out=target)
+        return
     options = (tuple(padding[1:]), (1, 1), (1, 1), 1)
     planes, count = planes_of_four(weight), target.shape[2] // 4
     y0, y1, y2, y3 = (images(target)[i::4] for i in range(4))
@@ -125,13 +131,13 @@ def add_convolution(rows: Tensor, seen: Tensor, plane: Tensor, bias, options) ->
 
 
 def weights_gradient(grad: Tensor, x: Tensor, weight: Tensor, padding) -> Tensor:
-    """Gradient of the weights from that of the output, the transpose of `convolve_into`.
+    """Gradient of the weights from that of the output, the transpose of `convolve_two`.
 
     Args:
         grad: An even number of rows.
-        x: As for `convolve_into`.
+        x: As for `convolve_two`.
         weight: `(C', C, 3, ky, kz)`; its values are not used.
-        padding: As for `convolve_into`.
+        padding: As for `convolve_two`.
     """
     plane = planes_of(weight)[0]
     even, odd = (images(grad)[i::2] for i in range(2))
