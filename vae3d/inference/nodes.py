@@ -362,7 +362,7 @@ def convolve(x, weight, bias, padding, stride, dilation, groups) -> Tensor:
     """
     direct = x.device.type == "cpu" and x.dtype == torch.float32 and set(dilation) == {1}
     if direct and groups == 1 and torch.backends.mkldnn.is_available():
-        return kernels.convolve(x, weight, bias, padding, stride)
+        return kernels.convolve(x, weight, bias, padding, stride, together=4)
     function = F.conv3d if x.dim() == 5 else F.conv2d
     return function(x, weight, bias, stride, padding, dilation, groups)
 

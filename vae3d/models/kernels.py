@@ -20,8 +20,8 @@ from vae3d.models.pages import CHANNELS_LAST, channels_last, images
 SLOW_KERNEL = 20480  # PyTorch leaves oneDNN for this many values of (c, x, y) or fewer
 
 
-def convolve(x, weight, bias, padding, stride=None) -> Tensor:
-    """Convolution of a slab, for inference: four rows at once where that is faster."""
+def convolve(x, weight, bias, padding, stride=None, together: int = 2) -> Tensor:
+    """Convolution of a slab; `together` as in `convolve_into`."""
     stride = stride or (1,) * len(padding)
     if pointwise(weight, stride):
         y = F.linear(x.movedim(1, -1), weight.flatten(1), bias)
@@ -34,7 +34,7 @@ def convolve(x, weight, bias, padding, stride=None) -> Tensor:
             for n, p, k in zip(x.shape[2:], padding, weight.shape[2:], strict=True)
         ]
         y = empty_like(x, size, len(weight))
-        convolve_into(y, x, weight, bias, padding, together=4)
+        convolve_into(y, x, weight, bias, padding, together=together)
         return y
     return torch.mkldnn_convolution(x, weight, bias, padding, stride, (1,) * len(padding), 1)
 
@@ -44,7 +44,7 @@ def convolve_into(
 ) -> None:
     """Convolution of a slab into `target`, added to `onto` (which may be `target`) if given.
 
-    `together` is the number of rows that Winograd's sums make at once, two or four.
+    `together` is the number of rows that Winograd's sums make at once: two or, for inference, four.
     """
     stride = stride or (1,) * len(padding)
     if target.dtype == x.dtype and pointwise(weight, stride):
