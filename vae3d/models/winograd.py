@@ -75,6 +75,10 @@ def convolve_two(target: Tensor, x: Tensor, weight: Tensor, bias, padding, onto=
 def convolve_four(target: Tensor, x: Tensor, weight: Tensor, bias, padding, onto=None) -> None:
     """The same by F(4, 3), with the points 0, 1, -1, 2, -2 and infinity.
 
+    With s the sum and e the difference of the products m at a point and its negative:
+
+        y0 = m0 + s1 + s2       y1 = e1 + 2 e2      y2 = s1 + 4 s2      y3 = e1 + 8 e2 + m_infinity
+
     Args:
         target: Rows by the four.
         x: At least two rows more than `target`.
