@@ -102,6 +102,7 @@ def evaluate(
     """
     from loaders import VolumeStore, find_subjects
     from vae3d.inference.evaluation import Evaluator, headline
+    from vae3d.inference.reconstruct import Coding
     from vae3d.inference.stitching import check_patch, tile_faces
     from vae3d.tracking.tracker import Tracker
     from vae3d.training.checkpoint import find_checkpoint, load_checkpoint, load_model
@@ -109,6 +110,9 @@ def evaluate(
 
     if isinstance(data, str):
         data = EvaluationData(data)
+    for name, number in (("limit", limit), ("latent_bits", latent_bits)):
+        if number is not None and number < 1:
+            raise ValueError(f"--{name} is {number}; give 1 or more")
     state = load_checkpoint(checkpoint)
     trained = state["config"]
     vae = load_model(checkpoint, ema=ema, trust=trust)
@@ -116,6 +120,7 @@ def evaluate(
     how |= {"patch_size": list(patch_size or trained["patch_size"])}
     how |= {"overlap": overlap, "blend": blend}
     how |= {k: trained["data"][k] for k in ("slice_axis", "num_slices")}
+    Coding(**how)  # says what is wrong before anything is written
     if mode == "patch":
         check_patch(how["patch_size"], vae.factor)
         tile_faces([1] * vae.spatial_dims, how["patch_size"], overlap, blend)  # overlap < patch
@@ -214,10 +219,11 @@ def block_pca(build: tuple, options: dict, vae, how: dict, out: Path):
     factor = list(vae.factor)
     if vae.spatial_dims == 2:
         factor.insert(how["slice_axis"], 1)
-    key = json.dumps([[s.id for s in build[0]], build[2].to_dict(), factor, vae.latent_channels])
+    store = VolumeStore.build(*build, **options)
+    volumes = [store.meta(i)["key"] for i in range(len(store))]
+    key = json.dumps([volumes, factor, vae.latent_channels])
     path = out / f"block_pca_{hashlib.sha256(key.encode()).hexdigest()[:8]}.pt"
     if not path.is_file():
-        store = VolumeStore.build(*build, **options)
         volumes = (torch.from_numpy(store.read(i)) for i in range(len(store)))
         out.mkdir(parents=True, exist_ok=True)
         BlockPCA.fit(volumes, factor, vae.latent_channels).save(path)

@@ -26,7 +26,7 @@ from vae3d.losses.features import ScriptedNetwork
 from vae3d.losses.perceptual import Perceptual
 from vae3d.models.custom_vae import CustomVAE
 from vae3d.models.norm import GroupNorm, RMSNorm
-from vae3d.training.checkpoint import load_model
+from vae3d.training.checkpoint import load_checkpoint, load_model
 
 SHAPE = (20, 14, 12)
 COLUMNS = """psnr ssim mae mse ms_ssim foreground_psnr foreground_ssim foreground_mae mae_original
@@ -301,6 +301,11 @@ def say(argv, capsys) -> str:
         (["--split", "val2"], "split"),
         (["--blend", "cosine"], "blend"),
         (["--nonsense", "1"], "nonsense"),
+        (["--overlap", ".nan"], "overlap"),
+        (["--limit", "-1"], "limit"),
+        (["--latent_bits", "0"], "latent_bits"),
+        (["--batch_size", "0"], "batch_size"),
+        (["--memory_gb", ".inf"], "memory_gb"),
         (["--checkpoint", "nowhere"], "nowhere"),
         (["--data.root", "nowhere"], "nowhere"),
     ],
@@ -311,6 +316,30 @@ def test_wrong_input_exits_with_one_line(place, tmp_path, capsys, change, messag
     argv += ["--device", "cpu", *change]
     assert re.search(message, say(argv, capsys))
     assert not (tmp_path / "out").exists()
+
+
+def test_a_damaged_record_is_named(place, tmp_path, capsys):
+    shutil.copytree(place / "done", tmp_path / "out")
+    record = sorted((tmp_path / "out" / "rows").iterdir())[0]
+    record.write_text('{"key"')
+    argv = ["--checkpoint", str(place / "run"), "--data.root", str(place / "volumes")]
+    argv += ["--data.cache_dir", str(place / "cache"), "--out_dir", str(tmp_path / "out")]
+    argv += ["--device", "cpu", "--patch_size", "[8, 8, 8]"]
+    assert re.search(f"{record.name}: damaged .* delete it", say(argv, capsys))
+
+
+def test_the_baseline_is_fitted_again_when_the_training_volumes_change(place, tmp_path):
+    folder = tmp_path / "volumes"
+    shutil.copytree(place / "volumes", folder)
+    run, options = str(place / "run"), dict(patch_size=(8, 8, 8), media=False, **QUIET)
+    source = EvaluationData(str(folder), str(tmp_path / "cache"))
+    evaluate(run, source, str(tmp_path / "out"), **options)
+    before = rows(tmp_path / "out")
+    (folder / f"{load_checkpoint(run)['split']['train'][0]}.nii.gz").unlink()
+    evaluate(run, source, str(tmp_path / "out"), **options)
+    after = rows(tmp_path / "out")
+    assert [r["pca_psnr"] for r in after] != [r["pca_psnr"] for r in before]
+    assert [r["psnr"] for r in after] == [r["psnr"] for r in before]
 
 
 def test_a_file_that_is_no_checkpoint_is_named(place, tmp_path, capsys):

@@ -339,6 +339,28 @@ def test_nothing_is_stored_when_all_is_done(held_bytes):
     assert not run.live and all(leaf.held_bytes() == 0 for leaf in leaves_of(node))
 
 
-def test_a_budget_must_be_positive():
+@pytest.mark.parametrize("memory_gb", [0, -1, float("nan"), float("inf")])
+def test_a_budget_must_be_a_positive_number(memory_gb):
     with pytest.raises(ValueError, match="memory_gb"):
-        encode_exact(tiny(), torch.rand(1, 8, 8, 8), 0)
+        encode_exact(tiny(), torch.rand(1, 8, 8, 8), memory_gb)
+
+
+@pytest.mark.parametrize("shape", [(2, 8, 8, 8), (1, 8, 8), (1, 1, 8, 8, 8), (1, 8, 0, 8)])
+def test_volumes_and_latents_of_other_axes_are_refused(shape):
+    vae = tiny()
+    with pytest.raises(ValueError, match="volume has shape"):
+        encode_exact(vae, torch.rand(shape))
+    with pytest.raises(ValueError, match="latent has shape"):
+        decode_exact(vae, torch.rand(3, *shape[1:]))
+
+
+def test_no_voxel_of_a_decoded_volume_is_left_unwritten():
+    vae = tiny()
+    z = encode_exact(vae, torch.rand(1, 15, 12, 9)).mean
+    assert decode_exact(vae, z, size=(15, 12, 9)).shape == (1, 15, 12, 9)
+    for size in ((40, 12, 9), (15, 12), (15, 0, 9)):
+        with pytest.raises(ValueError, match="what the latent decodes to"):
+            decode_exact(vae, z, size=size)
+    for shape in ((3, 15, 12, 9), (1, 30, 12, 9)):
+        with pytest.raises(ValueError, match="out has shape"):
+            decode_exact(vae, z, size=(15, 12, 9), out=torch.empty(shape))

@@ -116,6 +116,18 @@ def test_a_mask_counts_its_own_voxels_only(pair, name):
     assert math.isnan(metric(x, y, 1.0, torch.zeros_like(mask)))
 
 
+@pytest.mark.parametrize("metric", METRICS.values(), ids=METRICS)
+def test_volumes_of_two_sizes_are_not_compared(pair, metric):
+    x, recon = pair
+    for other in (recon.repeat(2, 1, 1, 1), recon[:, :1], recon[0]):
+        with pytest.raises(ValueError, match="recon"):
+            metric(x, other, 1.0)
+    with pytest.raises(ValueError, match="recon"):
+        seam_score(x, recon[:, :-1], [[8], [8], []])
+    with pytest.raises(ValueError, match="faces"):
+        seam_score(x, recon, [[8], [8]])
+
+
 def test_means_of_large_offsets_keep_their_digits():
     x = torch.full((1, 64, 64, 64), 1e4)
     assert METRICS["mae"](x, x + 0.5, 1.0) == pytest.approx(0.5, rel=1e-6)
@@ -192,5 +204,9 @@ def test_block_pca_keeps_blocks_in_place_and_survives_a_file(tmp_path):
     pca = BlockPCA.fit([x], (2, 3, 1), 6)
     torch.testing.assert_close(pca(x), x, atol=0.05, rtol=0)
     pca.save(tmp_path / "pca.pt")
-    assert torch.equal(BlockPCA.load(tmp_path / "pca.pt")(x), pca(x))
+    loaded = BlockPCA.load(tmp_path / "pca.pt")
+    assert torch.equal(loaded(x), pca(x)) and loaded.key == pca.key
+    (tmp_path / "pca.pt").write_bytes((tmp_path / "pca.pt").read_bytes()[:100])
+    with pytest.raises(ValueError, match="damaged"):
+        BlockPCA.load(tmp_path / "pca.pt")
     assert np.allclose(pca.components @ pca.components.T, np.eye(6), atol=1e-5)

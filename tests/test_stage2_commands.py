@@ -221,6 +221,10 @@ def test_latents_of_another_model_are_not_mixed_in(home, tmp_path):
         encode(str(home / "run"), str(tmp_path / "latents"), ema=False, device="cpu")
     encode(str(home / "run"), str(tmp_path / "latents"), ema=False, overwrite=True, device="cpu")
     assert not read_index(tmp_path / "latents")["made_by"]["ema"]
+    (tmp_path / "latents" / "v0.safetensors").write_bytes(b"damaged")
+    with pytest.raises(ValueError, match="v0"):
+        encode(str(home / "run"), str(tmp_path / "latents"), ema=False, device="cpu")
+    encode(str(home / "run"), str(tmp_path / "latents"), ema=False, overwrite=True, device="cpu")
     with pytest.raises(ValueError, match="not the weights that wrote the latents"):
         state = load_checkpoint(home / "run")
         state["model"]["encoder.0.bias"] += 1
@@ -420,6 +424,10 @@ def test_random_crops_of_latents_train_in_half_precision_too(home, tmp_path):
         ("sample --out_dir {tmp}", "--checkpoint"),
         ("sample --ldm {run} --out_dir {tmp}", "not a run of vae3d train-ldm"),
         ("sample --checkpoint {run} --label F --out_dir {tmp}", "need --ldm"),
+        ("sample --checkpoint {run} --n 0 --out_dir {tmp}", "--n is 0"),
+        ("sample --checkpoint {run} --seed -1 --out_dir {tmp}", "--seed is -1"),
+        ("sample --checkpoint {run} --grid [3,4] --out_dir {tmp}", "3 numbers"),
+        ("sample --checkpoint {run} --grid [0,4,4] --out_dir {tmp}", "3 numbers"),
         ("encode --checkpoint {run} --out_dir {tmp} --split test", "test split"),
         ("encode --checkpoint {volumes} --out_dir {tmp}", "run folder"),
         ("encode --checkpoint {run} --out_dir {tmp} --mode patch --patch_size [7,7,7]", "factor"),

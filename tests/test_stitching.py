@@ -238,6 +238,14 @@ def test_output_weights_of_grown_tiles_are_smooth():
     assert len(weights.unique()) == 32
 
 
+@pytest.mark.parametrize("shape", [(2, 20, 20, 20), (1, 24, 20, 20), (1, 20, 20)])
+def test_an_array_of_another_shape_is_not_written_to(shape):
+    out = np.zeros(shape, np.float32)
+    with pytest.raises(ValueError, match="out has shape"):
+        stitch(identity, torch.rand(1, 20, 20, 20) + 1, (8, 8, 8), out=out)
+    assert not out.any()
+
+
 def test_stitch_is_at_the_front_of_its_room():
     from vae3d import inference
 

@@ -165,7 +165,12 @@ def _finished(folder: Path, store, index: int, made_by: dict, overwrite: bool) -
     path = latent_path(folder, store.ids[index])
     if not path.is_file():
         return False
-    info = read_info(path)
+    try:
+        info = read_info(path)
+    except ValueError:  # damaged
+        if overwrite:
+            return False
+        raise
     if info["made_by"] != made_by:
         if overwrite:
             return False

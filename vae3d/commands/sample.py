@@ -80,6 +80,9 @@ def sample(
     from vae3d.commands.decode import coding_of, load_encoder
     from vae3d.training.distributed import open_world
 
+    for name, number, least in (("n", n, 1), ("seed", seed, 0)):
+        if number < least:
+            raise ValueError(f"--{name} is {number}; give {least} or more")
     if ldm is None:
         if checkpoint is None:
             raise ValueError("give --checkpoint (a VAE) or --ldm (a diffusion model)")
@@ -97,6 +100,9 @@ def sample(
             kinds = kinds if prior == "all" else (prior,)
             sources = from_gaussians(latents, kinds)
         template = next(iter(sources.values())).template
+        axes = len(template["shape"]) - 1
+        if grid and (len(grid) != axes or min(grid) < 1):
+            raise ValueError(f"--grid {list(grid)}: give {axes} numbers of latent voxels, each > 0")
         vae = load_encoder(checkpoint, template["made_by"], trust).to(world.device)
         how = dict(mode=mode, patch_size=patch_size, overlap=overlap, blend=blend)
         coding = coding_of(template["made_by"], **how, memory_gb=memory_gb)

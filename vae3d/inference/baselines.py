@@ -5,7 +5,10 @@ values a cell as the model has latent channels, in the directions of largest var
 training volumes: the best linear code of that size.
 """
 
+import hashlib
+import pickle
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 from math import prod
 from pathlib import Path
 
@@ -77,7 +80,16 @@ class BlockPCA:
     @classmethod
     def load(cls, path: Path) -> "BlockPCA":
         """Read what `save` has written."""
-        return cls(**torch.load(path, weights_only=True))
+        try:
+            return cls(**torch.load(path, weights_only=True))
+        except (RuntimeError, TypeError, EOFError, pickle.UnpicklingError) as error:
+            raise ValueError(f"{path}: damaged ({error}); delete it, it is fitted again") from error
+
+    @cached_property
+    def key(self) -> str:
+        """Names what was fitted."""
+        values = torch.cat([self.mean.flatten(), self.components.flatten()])
+        return hashlib.sha256(values.numpy().tobytes()).hexdigest()[:16]
 
 
 def _pad(x: Tensor, factor: Sequence[int]) -> Tensor:

@@ -76,7 +76,12 @@ class Evaluator:
             "how": {k: v for k, v in self.how.items() if k not in ("batch_size", "memory_gb")},
             "volume": self.store.meta(index)["key"],
             "data_range": self.store.data_range,
-            "columns": [self.latent_bits, self.patch_gap, bool(self.pca), self._perceptual_key],
+            "columns": [
+                self.latent_bits,
+                self.patch_gap,
+                self.pca and self.pca.key,
+                self._perceptual_key,
+            ],
         }
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -101,8 +106,11 @@ class Evaluator:
         ] * self.media
         if not record.is_file() or not all(path.is_file() for path in wanted):
             return None
-        content = json.loads(record.read_text())
-        return content["row"] if content["key"] == self.key(index) else None
+        try:
+            content = json.loads(record.read_text())
+            return content["row"] if content["key"] == self.key(index) else None
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise ValueError(f"{record}: damaged ({error}); delete it, it is made again") from error
 
     def volume(self, index: int) -> dict:
         """Evaluate a volume, unless it is finished; its row of metrics."""

@@ -16,6 +16,7 @@ Axes: b batch (always 1 here), c channels, x y z space. A region is ((lo, hi), .
 """
 
 import itertools
+import math
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -76,8 +77,12 @@ def encode_exact(
 
     Returns:
         Posterior with mean and logvar of (C', *spatial / factor), on the model's device.
+
+    Raises:
+        ValueError: The volume is not of the model's channels and axes, or the budget no number.
     """
-    assert not vae.training
+    assert not vae.training, "exact mode is for a model in eval mode"
+    check_axes("volume", volume.shape, vae.in_channels, vae.spatial_dims)
     run = Executor(memory_gb, tile, scratch_dir)
     shape = [-(-n // f) * f for n, f in zip(volume.shape[1:], vae.factor, strict=True)]
     node = Source(volume, shape, *_home(vae))
@@ -114,12 +119,20 @@ def decode_exact(
 
     Returns:
         (C', *size) float32; `out` when it is given.
+
+    Raises:
+        ValueError: The latent is not of the model's channels and axes, `size` or `out` do not fit
+            what it decodes to, or the budget is no number.
     """
-    assert not vae.training
+    assert not vae.training, "exact mode is for a model in eval mode"
+    check_axes("latent", z.shape, vae.latent_channels, vae.spatial_dims)
     run = Executor(memory_gb, tile, scratch_dir)
     node = run.walk(vae.post_quant_conv, Source(z, z.shape[1:], *_home(vae)))
     node = run.walk(vae.output, run.walk(vae.decoder, node))
     size = tuple(size or node.shape)
+    check_size(size, node.shape)
+    if out is not None and tuple(out.shape) != (node.channels, *size):
+        raise ValueError(f"out has shape {tuple(out.shape)}, not {(node.channels, *size)}")
     if out is None:
         out = torch.empty(node.channels, *size)
     for region, values in run.slabs(node):
@@ -129,6 +142,27 @@ def decode_exact(
             values = values.to(out.device) if isinstance(out, Tensor) else values.cpu().numpy()
             out[(slice(None), *(slice(*r) for r in inside))] = values
     return out
+
+
+def check_axes(name: str, shape: Sequence[int], channels: int, dims: int) -> None:
+    """Raise ValueError unless a shape is that of so many channels and axes."""
+    if len(shape) != dims + 1 or shape[0] != channels or 0 in shape:
+        wanted = ", ".join([str(channels), *"XYZ"[:dims]])
+        raise ValueError(f"{name} has shape {tuple(shape)}, the model takes ({wanted})")
+
+
+def check_size(size: Sequence[int], decoded: Sequence[int]) -> None:
+    """Raise ValueError unless a volume of `size` can be cropped out of what a latent decodes to."""
+    if len(size) != len(decoded) or any(not 0 < n <= m for n, m in zip(size, decoded, strict=True)):
+        raise ValueError(
+            f"size {tuple(size)} is no part of what the latent decodes to, {tuple(decoded)}"
+        )
+
+
+def check_budget(memory_gb: float | None) -> None:
+    """Raise ValueError unless a memory budget is None or a positive number."""
+    if memory_gb is not None and not 0 < memory_gb < math.inf:
+        raise ValueError(f"memory_gb is {memory_gb}; give a positive number of GiB")
 
 
 def _home(vae: nn.Module) -> tuple[torch.device, torch.dtype]:
@@ -150,12 +184,11 @@ class Executor:
     """
 
     def __init__(self, memory_gb: float | None = None, tile=None, scratch_dir=None):
+        check_budget(memory_gb)
         if memory_gb is None:
             import psutil
 
             memory_gb = psutil.virtual_memory().available / 2 / 2**30
-        if memory_gb <= 0:
-            raise ValueError(f"memory_gb is {memory_gb}; give a positive number of GiB")
         self.budget = int(memory_gb * 2**30)
         # For one tile, the rest is for storing; never as many as 2^31 values.
         self.work = min(self.budget // 8, 4 << 30)

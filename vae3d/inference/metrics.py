@@ -21,6 +21,14 @@ MS_SSIM_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
 SLAB = 16  # rows of the first axis that are worked on at a time
 
 
+def check_pair(x, recon, mask=None) -> None:
+    """Raise ValueError unless a volume, its reconstruction and a mask are of the same size."""
+    if x.shape != recon.shape:
+        raise ValueError(f"x has shape {tuple(x.shape)}, recon {tuple(recon.shape)}")
+    if mask is not None and mask.shape != x.shape[1:]:
+        raise ValueError(f"mask has shape {tuple(mask.shape)}, not {tuple(x.shape[1:])}")
+
+
 def mae(x, recon, data_range: float, mask=None) -> float:
     """Mean absolute error, in the units of x."""
     return _mean(x, recon, mask, lambda d: d.abs())
@@ -94,6 +102,9 @@ def seam_score(
     Returns:
         The ratio; nan where there are no faces or no error.
     """
+    check_pair(x, recon)
+    if len(faces) != x.ndim - 1:
+        raise ValueError(f"faces has {len(faces)} entries, the volume has {x.ndim - 1} axes")
     sums, counts = [0.0, 0.0], [0, 0]  # inside, across
     error = recon - x
     for axis, (where, cell) in enumerate(zip(faces, factor or [1] * len(faces), strict=True), 1):
@@ -141,6 +152,7 @@ def latent_summary(mean: Tensor, logvar: Tensor, num_values: int, latent_bits: i
 
 def _mean(x: Tensor, recon: Tensor, mask, function) -> float:
     """Mean in float64 of a function of the difference, over the mask; nan where it is empty."""
+    check_pair(x, recon, mask)
     total, count = 0.0, 0
     for rows in _slabs(x.shape[1]):
         values = function((x[:, rows] - recon[:, rows]).double())
@@ -172,6 +184,7 @@ def _local_mean(v: Tensor, windows: list[list[float]]) -> Tensor:
 
 def _ssim_means(x: Tensor, recon: Tensor, data_range: float, mask) -> tuple[float, float]:
     """Mean SSIM and mean contrast-structure over all windows, or those centered in the mask."""
+    check_pair(x, recon, mask)
     windows = [_gaussian_window(min(11, n if n % 2 else n - 1)) for n in x.shape[1:]]
     c1, c2 = (0.01 * data_range) ** 2, (0.03 * data_range) ** 2
     if mask is not None:

@@ -16,7 +16,7 @@ from fractions import Fraction
 import torch
 from torch import Tensor, nn
 
-from vae3d.inference.exact import decode_exact, encode_exact
+from vae3d.inference.exact import check_budget, check_size, decode_exact, encode_exact
 from vae3d.inference.stitching import check_patch, overlap_voxels, stitch
 
 MODES = ("full", "patch", "exact")
@@ -53,6 +53,9 @@ class Coding:
             raise ValueError(f"mode {self.mode!r} is unknown; choose one of {', '.join(MODES)}")
         if self.mode == "patch" and self.patch_size is None:
             raise ValueError("mode patch needs patch_size, for example '[64,64,64]'")
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size is {self.batch_size}; give 1 or more")
+        check_budget(self.memory_gb)
 
     def facts(self) -> dict:
         """What the latents depend on, JSON-able; `Coding(**facts)` decodes alike."""
@@ -125,6 +128,7 @@ class Coding:
             tile = [n // f for n, f in zip(self.patch_size, vae.factor, strict=True)]
             options = (overlap, self.blend, self.batch_size)
             x = stitch(forward, z, tile, *options, scale=list(vae.factor))
+        check_size(size, x.shape[1:])
         return x[(slice(None), *(slice(n) for n in size))]
 
     def factor(self, vae: nn.Module, dims: int) -> list[int]:

@@ -102,8 +102,9 @@ def overlap_voxels(patch_size: Sequence[int], overlap, unit: Sequence[int]) -> t
     for p, o, u in zip(
         patch_size, _per_axis(overlap, len(patch_size), "overlap"), unit, strict=True
     ):
-        voxels = round(o * p) if isinstance(o, float) else o
-        if not 0 <= voxels < p or (isinstance(o, float) and o >= 1):
+        fraction = isinstance(o, float)
+        voxels = round(o * p) if fraction and math.isfinite(o) else o
+        if not 0 <= voxels < p or (fraction and o >= 1):
             raise ValueError(
                 f"overlap {o} must be at least 0 and smaller than the patch ({p} voxels): give a "
                 "fraction such as 0.5 or a number of voxels"
@@ -447,7 +448,10 @@ def stitch(
             f"(C, {', '.join('XYZ'[:dims])})"
         )
     if out is not None:
+        size = Stitcher(volume.shape[1:], patch_size, overlap, blend, scale).shape
         for where, slab in iter_slabs(fn, volume, patch_size, **options):
+            if tuple(out.shape) != (len(slab), *size):
+                raise ValueError(f"out has shape {tuple(out.shape)}, not {(len(slab), *size)}")
             out[:, where] = slab if isinstance(out, torch.Tensor) else slab.cpu().numpy()
             del slab  # before the next row of tiles is summed
         return out
