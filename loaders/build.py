@@ -69,7 +69,7 @@ class Builder:
             return {}
         try:
             self.digests |= json.loads((self.cache_dir / "sources.json").read_text())
-        except FileNotFoundError:
+        except (FileNotFoundError, ValueError):  # ValueError: torn by a crash of the machine
             return {}
         found = {}
         for subject in subjects:

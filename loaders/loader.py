@@ -217,8 +217,11 @@ class PatchLoader:
     ):
         if len(store) < world_size:
             raise ValueError(
-                f"{world_size} ranks but only {len(store)} volumes: start at most {len(store)}"
+                f"{world_size} ranks but only {len(store)} volumes to train on: start fewer, or "
+                "leave more of them to training (--data.fractions)"
             )
+        if threads < 0:
+            raise ValueError(f"threads is {threads}: use 0 or more")
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}: use 1 or more")
         assert 0 <= rank < world_size, (rank, world_size)

@@ -150,6 +150,7 @@ def test_a_torn_volume_is_built_again(paths, tmp_path):
     x, key = store.read(0), store.entries[0].key
     os.truncate(tmp_path / "cache" / f"{key}.npy", 100)
     (tmp_path / "cache" / f"{store.entries[1].key}.json").write_text('{"half')
+    (tmp_path / "cache" / "sources.json").write_text("")
     again = VolumeStore.build(paths, tmp_path / "cache")
     assert np.array_equal(again.read(0), x)
 

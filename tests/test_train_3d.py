@@ -207,6 +207,14 @@ def test_the_same_command_again_ends_in_no_time_and_changes_nothing(options, tmp
     assert len(losses(tmp_path / "run")) == 8
 
 
+def test_a_command_that_is_refused_leaves_the_record_of_a_run(options, tmp_path):
+    run(options, tmp_path)
+    before = (tmp_path / "run" / "config.yaml").read_bytes()
+    for extra in (["--data.root", "/no/such/folder", "--force"], ["--max_steps", "0", "--force"]):
+        one_line([*options, *extra], tmp_path)
+        assert (tmp_path / "run" / "config.yaml").read_bytes() == before
+
+
 def test_whole_volumes_train_from_python(tmp_path, volumes):
     model, loss = (parse(train_3d, ["--config", str(write(tmp_path, TINY)), "--data.root", ".",
         "--out_dir", "."])[k] for k in ("model", "loss"))  # fmt: skip
@@ -382,6 +390,11 @@ def test_wrong_inputs_exit_with_two_and_one_line_that_helps(options, tmp_path, v
         (["--max_steps", "0"], ["max_steps"]),
         (["--keep_checkpoints", "1"], ["keep_checkpoints"]),
         (["--ema_decay", "1.5"], ["ema_decay"]),
+        (["--threads", "-1"], ["threads"]),
+        (["--val_volumes", "-1"], ["val_volumes"]),
+        (["--model.init_args.latent_channels", "0"], ["latent_channels"]),
+        (["--data.fractions", "[0,1,0]"], ["data.fractions"]),
+        (["--config", str(volumes / "subject_00.npy")], ["--config"]),
         (["--out_dir", str(tmp_path / "file" / "run")], ["file"]),
     ]:
         line = one_line([*options, *extra], tmp_path)

@@ -285,6 +285,29 @@ def test_early_stop_counts_validations_without_a_better_one(tmp_path):
     assert trainer.checkpoints.resume(tmp_path / "best.pt")["step"] == 2
 
 
+def test_a_run_that_was_stopped_early_stays_stopped(tmp_path):
+    options = dict(val_every=1, early_stop=1, max_steps=9)
+    toy_trainer(tmp_path, validate=scripted(1, 2), **options).fit()
+    before = (tmp_path / "last.pt").read_bytes()
+    again = toy_trainer(tmp_path, validate=scripted(), **options)
+    again.load_state_dict(again.checkpoints.resume(tmp_path / "last.pt"))
+    assert again.fit() == 0 and again.step == 2
+    assert (tmp_path / "last.pt").read_bytes() == before
+    more = toy_trainer(tmp_path, validate=scripted(0.5, 3, 3), **options | {"early_stop": 2})
+    more.load_state_dict(more.checkpoints.resume(tmp_path / "last.pt"))
+    assert more.fit() == 0 and more.step == 5
+
+
+@pytest.mark.parametrize(
+    "option",
+    [{"betas": (2, 0.9)}, {"weight_decay": -1}, {"max_hours": -1}, {"max_bad_steps": 0}],
+    ids=lambda option: next(iter(option)),
+)
+def test_numbers_out_of_range_are_told(tmp_path, option):
+    with pytest.raises(ValueError, match=next(iter(option))):
+        toy_trainer(tmp_path, **option)
+
+
 def test_best_is_remembered_by_a_resumed_run(tmp_path):
     first = toy_trainer(tmp_path, validate=scripted(1.0, 2.0), val_every=2, max_steps=4)
     first.fit()

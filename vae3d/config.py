@@ -37,6 +37,7 @@ from loaders.whole import write_text
 from vae3d.models.spec import describe
 
 MISTAKE = 2  # exit code when the user's input is at fault
+INTERRUPTED = 130  # exit code after Ctrl-C, 128 + SIGINT
 MAX_ALIASES = 100  # a hand-written YAML has a few; thousands are an expansion bomb
 
 
@@ -77,6 +78,9 @@ def _run(fn: Callable[..., int | None], argv: list[str] | None, prog: str | None
         rank = f"[rank {os.environ['RANK']}] " if "RANK" in os.environ else ""
         print(f"{rank}error: {_one_line(error)}", file=sys.stderr)
         return MISTAKE
+    except KeyboardInterrupt:  # before training, or outside of it; there it is caught and saved
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED
 
 
 def _leave_at_once(code: int) -> NoReturn:
@@ -103,6 +107,8 @@ def parse(fn: Callable, argv: list[str] | None = None, prog: str | None = None) 
         kwargs = dict(vars(parser.instantiate_classes(given)))
     except jsonargparse.ArgumentError as error:
         raise ValueError(_one_line(error)) from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--config: not a text file ({_one_line(error)})") from error
     kwargs.pop("config", None)
     return {name: _plain_sockets(value) for name, value in kwargs.items()}
 

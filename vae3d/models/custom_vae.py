@@ -172,6 +172,8 @@ class CustomVAE(Described, nn.Module):
         latent_shift: float = 0.0,
     ):
         super().__init__()
+        if latent_channels < 1:
+            raise ValueError(f"latent_channels is {latent_channels}; give 1 or more")
         levels = len(channels)
         self.spatial_dims, self.in_channels = spatial_dims, in_channels
         self.out_channels = out_channels or in_channels
@@ -183,6 +185,8 @@ class CustomVAE(Described, nn.Module):
         self.factor = tuple(prod(axis) for axis in zip(*factors, strict=True))
         blocks = per_level(num_res_blocks, levels, "num_res_blocks")
         decoder_blocks = per_level(decoder_res_blocks or blocks, levels, "decoder_res_blocks")
+        if min(*blocks, *decoder_blocks) < 0:
+            raise ValueError(f"num_res_blocks is {num_res_blocks}; give 0 or more")
         attended = per_level(attention_levels or (False,) * levels, levels, "attention_levels")
         if any(attended) and attention is None:
             raise ValueError("attention_levels marks a level, but attention names no class")

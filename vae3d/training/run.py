@@ -58,6 +58,7 @@ class Run:
         self.folder = Path(out_dir)
         self.world = world
         self.checkpoints = Checkpoints(self.folder / "checkpoints", keep)
+        self.call: tuple[Callable, dict[str, Any]] | None = None  # what `begin` was told
 
     def __enter__(self) -> Run:
         self._stack = ExitStack()
@@ -78,7 +79,9 @@ class Run:
         force: bool = False,
         say: Callable[[str], None] = print,
     ) -> tuple[dict[str, Any], dict[str, Any] | None]:
-        """Find the newest checkpoint, hold the configuration against it and write `config.yaml`.
+        """Find the newest checkpoint and hold the configuration against it.
+
+        `config.yaml` is written by `fit`, when all that the options name has been found good.
 
         Args:
             fn: The function whose call this run is.
@@ -110,8 +113,7 @@ class Run:
             if self.world.is_main:
                 self.checkpoints.name(path, state["names"])
                 say(f"continuing {path} from step {state['step']}")
-        if self.world.is_main:
-            save_config(self.folder / "config.yaml", fn, kwargs)
+        self.call = fn, kwargs
         return config, state
 
     def fit(self, trainer: Any, state: dict[str, Any] | None) -> int:
@@ -128,6 +130,8 @@ class Run:
         """
         if state is not None:
             trainer.load_state_dict(state)
+        if self.world.is_main and self.call:
+            save_config(self.folder / "config.yaml", *self.call)
         patience = GRACE_S
         try:
             code = trainer.fit()

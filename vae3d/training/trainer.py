@@ -117,9 +117,17 @@ class Trainer:
             ("warmup_steps", warmup_steps, 0),
             ("clip_norm", clip_norm, 0),
             ("lr", lr, 0),
+            ("discriminator_lr", discriminator_lr, 0),
+            ("weight_decay", weight_decay, 0),
+            ("max_hours", max_hours, 0),
+            ("early_stop", early_stop, 1),
+            ("max_bad_steps", max_bad_steps, 1),
         ]:
-            if not value >= low:
+            if value is not None and not value >= low:
                 raise ValueError(f"--{name} must be at least {low}, not {value}")
+        for beta in betas:
+            if not 0 <= beta < 1:
+                raise ValueError(f"--betas must be at least 0 and below 1, not {list(betas)}")
         self.task, self.loader, self.world, self.tracker = task, loader, world or World(), tracker
         self.max_steps, self.grad_accum, self.clip_norm = max_steps, grad_accum, clip_norm
         self.schedule, self.warmup_steps = schedule, warmup_steps
@@ -161,6 +169,8 @@ class Trainer:
         """Train from the present step to `max_steps`; return the exit code, 0 when done."""
         self.console = Console(self.max_steps, self.step, enabled=self.world.is_main)
         self._clock()
+        if self.without_progress():
+            return 0  # as when it was stopped
         with ExitStack() as stack:
             interrupt = stack.enter_context(Interrupt())
             stack.callback(self.console.close)
@@ -198,7 +208,11 @@ class Trainer:
         """Why this rank would stop by itself, 0 when it would not."""
         if self.max_hours is not None and time.monotonic() - self.started > 3600 * self.max_hours:
             return TIME_IS_UP
-        return NO_PROGRESS if self.early_stop and self.stale >= self.early_stop else 0
+        return NO_PROGRESS if self.without_progress() else 0
+
+    def without_progress(self) -> bool:
+        """Whether validation has not improved for as long as `early_stop` allows."""
+        return self.early_stop is not None and self.stale >= self.early_stop
 
     # One step
 

@@ -40,6 +40,9 @@ class Validation:
         pictured: int = 0,
         overlap: float = 0.25,
     ):
+        for name, value in (("val_volumes", max_volumes), ("media_volumes", pictured)):
+            if value is not None and value < 0:
+                raise ValueError(f"--{name} must be at least 0, not {value}")
         self.store, self.world = store, world
         self.patch_size, self.overlap = patch_size, overlap
         count = min(len(store), max_volumes or len(store))
