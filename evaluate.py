@@ -220,8 +220,8 @@ def block_pca(build: tuple, options: dict, vae, how: dict, out: Path):
     if vae.spatial_dims == 2:
         factor.insert(how["slice_axis"], 1)
     store = VolumeStore.build(*build, **options)
-    volumes = [store.meta(i)["key"] for i in range(len(store))]
-    key = json.dumps([volumes, factor, vae.latent_channels])
+    fitted_on = [store.meta(i)["key"] for i in range(len(store))]
+    key = json.dumps([fitted_on, factor, vae.latent_channels])
     path = out / f"block_pca_{hashlib.sha256(key.encode()).hexdigest()[:8]}.pt"
     if not path.is_file():
         volumes = (torch.from_numpy(store.read(i)) for i in range(len(store)))

@@ -108,9 +108,10 @@ class Evaluator:
             return None
         try:
             content = json.loads(record.read_text())
-            return content["row"] if content["key"] == self.key(index) else None
+            key, row = content["key"], content["row"]
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise ValueError(f"{record}: damaged ({error}); delete it, it is made again") from error
+        return row if key == self.key(index) else None
 
     def volume(self, index: int) -> dict:
         """Evaluate a volume, unless it is finished; its row of metrics."""

@@ -153,7 +153,7 @@ def convolve(
         tuple(padding or ((p, p) for p in layer.padding)),
         dtype,
         overwrite and fused is not None and fused is channels_last(fused),
-        2 if torch.is_grad_enabled() else 4,
+        2 if torch.is_grad_enabled() else 4,  # rows together
         *((norm_act.norm.num_groups, norm_act.norm.eps, norm_act.act) if norm_act else ()),
     )
     norm = norm_act.norm if norm_act else layer

@@ -99,15 +99,15 @@ def convolve_four(target: Tensor, x: Tensor, weight: Tensor, bias, padding, onto
     d0, d1, d2, d3, d4, d5 = (images(x)[i : i + 4 * count - 3 : 4] for i in range(6))
     even, odd = (torch.empty_like(d0, memory_format=torch.channels_last) for _ in range(2))
 
-    def at_both(point: int) -> tuple[Tensor, Tensor]:
+    def at_both(point: int, bias=None) -> tuple[Tensor, Tensor]:
         """Products at a point and its negative, from `even` and `odd`."""
-        there = torch.mkldnn_convolution(even.add_(odd), planes[point], None, *options)
+        there = torch.mkldnn_convolution(even.add_(odd), planes[point], bias, *options)
         seen = even.sub_(odd, alpha=2)
         return there, torch.mkldnn_convolution(seen, planes[-point], None, *options)
 
     torch.sub(d4, d2, alpha=4, out=even)
     torch.sub(d3, d1, alpha=4, out=odd)
-    there, opposite = at_both(1)
+    there, opposite = at_both(1, bias)  # the one product that all four rows have once
     torch.add(there, opposite, out=y0)
     torch.sub(there, opposite, out=y1)
     del there, opposite
@@ -119,13 +119,10 @@ def convolve_four(target: Tensor, x: Tensor, weight: Tensor, bias, padding, onto
     torch.add(y1, difference, alpha=8, out=y3)
     y0 += total
     y1.add_(difference, alpha=2)
-    if bias is not None:
-        y1 += bias.view(-1, 1, 1)
-        y2 += bias.view(-1, 1, 1)
     torch.add(d4, d0, alpha=4, out=even).sub_(d2, alpha=5)
-    add_convolution(y0, even, planes[0], bias, options)
+    add_convolution(y0, even, planes[0], None, options)
     torch.add(d5, d1, alpha=4, out=odd).sub_(d3, alpha=5)
-    add_convolution(y3, odd, planes["infinity"], bias, options)
+    add_convolution(y3, odd, planes["infinity"], None, options)
 
 
 def add_convolution(rows: Tensor, seen: Tensor, plane: Tensor, bias, options) -> None:

@@ -169,14 +169,12 @@ class Trainer:
         """Train from the present step to `max_steps`; return the exit code, 0 when done."""
         self.console = Console(self.max_steps, self.step, enabled=self.world.is_main)
         self._clock()
-        if self.without_progress():
-            return 0  # as when it was stopped
         with ExitStack() as stack:
             interrupt = stack.enter_context(Interrupt())
             stack.callback(self.console.close)
             stack.enter_context(self.world.naming_the_missing(lambda: self.step))
             batches = stack.enter_context(closing(self.loader.stream()))
-            while self.step < self.max_steps:
+            while self.step < self.max_steps and not self.without_progress():
                 window = self.fetch(batches)
                 terms = self.backward(window)
                 self.update(terms, window)
