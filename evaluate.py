@@ -101,6 +101,7 @@ def evaluate(
         trust: Module prefixes besides vae3d whose classes the checkpoint may import.
     """
     from loaders import VolumeStore, find_subjects
+    from vae3d.config import check_at_least
     from vae3d.inference.evaluation import Evaluator, headline
     from vae3d.inference.reconstruct import Coding
     from vae3d.inference.stitching import check_patch, tile_faces
@@ -110,9 +111,7 @@ def evaluate(
 
     if isinstance(data, str):
         data = EvaluationData(data)
-    for name, number in (("limit", limit), ("latent_bits", latent_bits)):
-        if number is not None and number < 1:
-            raise ValueError(f"--{name} is {number}; give 1 or more")
+    check_at_least(1, limit=limit, latent_bits=latent_bits)
     state = load_checkpoint(checkpoint)
     trained = state["config"]
     vae = load_model(checkpoint, ema=ema, trust=trust)

@@ -113,6 +113,13 @@ def parse(fn: Callable, argv: list[str] | None = None, prog: str | None = None) 
     return {name: _plain_sockets(value) for name, value in kwargs.items()}
 
 
+def check_at_least(low: float, **options: float | None) -> None:
+    """Raise ValueError, by the name of the option, for a number below `low`; None passes."""
+    for name, value in options.items():
+        if value is not None and not value >= low:
+            raise ValueError(f"--{name} is {value}; give {low} or more")
+
+
 def config_dict(fn: Callable, kwargs: dict[str, Any]) -> dict[str, Any]:
     """Return the complete configuration of a call `fn(**kwargs)` as plain data.
 

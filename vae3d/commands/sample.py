@@ -78,11 +78,11 @@ def sample(
         trust: Module prefixes besides vae3d whose classes the checkpoints may import.
     """
     from vae3d.commands.decode import coding_of, load_encoder
+    from vae3d.config import check_at_least
     from vae3d.training.distributed import open_world
 
-    for name, number, least in (("n", n, 1), ("seed", seed, 0)):
-        if number < least:
-            raise ValueError(f"--{name} is {number}; give {least} or more")
+    check_at_least(1, n=n)
+    check_at_least(0, seed=seed)
     if ldm is None:
         if checkpoint is None:
             raise ValueError("give --checkpoint (a VAE) or --ldm (a diffusion model)")

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor.experimental import implicit_replication
 from torch.nn.parallel import DistributedDataParallel
 
+from vae3d.config import check_at_least
 from vae3d.models.fast import compute_dtype
 from vae3d.models.hub import check_fit
 from vae3d.tracking.console import Console
@@ -107,24 +108,11 @@ class Trainer:
         sources: Callable[[Any], list[str]] | None = None,
         record: dict[str, Any] | None = None,
     ):
-        for name, value, low in [
-            ("max_steps", max_steps, 1),
-            ("grad_accum", grad_accum, 1),
-            ("log_every", log_every, 1),
-            ("val_every", val_every, 0),
-            ("media_every", media_every, 0),
-            ("save_every", save_every, 0),
-            ("warmup_steps", warmup_steps, 0),
-            ("clip_norm", clip_norm, 0),
-            ("lr", lr, 0),
-            ("discriminator_lr", discriminator_lr, 0),
-            ("weight_decay", weight_decay, 0),
-            ("max_hours", max_hours, 0),
-            ("early_stop", early_stop, 1),
-            ("max_bad_steps", max_bad_steps, 1),
-        ]:
-            if value is not None and not value >= low:
-                raise ValueError(f"--{name} must be at least {low}, not {value}")
+        check_at_least(1, max_steps=max_steps, grad_accum=grad_accum, log_every=log_every)
+        check_at_least(1, early_stop=early_stop, max_bad_steps=max_bad_steps)
+        check_at_least(0, val_every=val_every, media_every=media_every, save_every=save_every)
+        check_at_least(0, warmup_steps=warmup_steps, clip_norm=clip_norm, max_hours=max_hours)
+        check_at_least(0, lr=lr, discriminator_lr=discriminator_lr, weight_decay=weight_decay)
         for beta in betas:
             if not 0 <= beta < 1:
                 raise ValueError(f"--betas must be at least 0 and below 1, not {list(betas)}")

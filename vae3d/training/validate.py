@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from vae3d.config import check_at_least
 from vae3d.inference.metrics import mae, psnr
 from vae3d.inference.reconstruct import reconstruct
 from vae3d.tracking.media import save_views
@@ -40,9 +41,7 @@ class Validation:
         pictured: int = 0,
         overlap: float = 0.25,
     ):
-        for name, value in (("val_volumes", max_volumes), ("media_volumes", pictured)):
-            if value is not None and value < 0:
-                raise ValueError(f"--{name} must be at least 0, not {value}")
+        check_at_least(0, val_volumes=max_volumes, media_volumes=pictured)
         self.store, self.world = store, world
         self.patch_size, self.overlap = patch_size, overlap
         count = min(len(store), max_volumes or len(store))
