@@ -242,7 +242,7 @@ def verify_exact(vae, store, size: int = 64) -> str:
     """
     import torch
 
-    from vae3d.inference.exact import decode_exact, encode_exact
+    from vae3d.exact.executor import decode_exact, encode_exact
 
     shape = store.shape(0)[1:]
     cut = [slice((n - min(n, size)) // 2, (n + min(n, size)) // 2) for n in shape]

@@ -128,7 +128,6 @@ def train_3d(
     import torch
 
     from loaders import PatchLoader, open_data
-    from vae3d.models.convert import load_weights
     from vae3d.tracking.console import Console
     from vae3d.tracking.tracker import Tracker
     from vae3d.training.checkpoint import find_weights
@@ -138,6 +137,7 @@ def train_3d(
     from vae3d.training.task import VAETask
     from vae3d.training.trainer import Trainer, native_amp
     from vae3d.training.validate import Validation
+    from vae3d.weights.convert import load_weights
 
     torch.manual_seed(seed)
     vae = model()
@@ -274,7 +274,7 @@ def say_other_intensities(weights: Path, preprocess) -> None:
         preprocess: What this run does to its volumes.
     """
     from loaders import Preprocess
-    from vae3d.models.hub import read_state
+    from vae3d.weights.hub import read_state
 
     trained = read_state(weights).get("preprocess")
     difference = trained and preprocess.difference(Preprocess.from_dict(trained))

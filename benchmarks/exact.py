@@ -23,7 +23,7 @@ import torch
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # benchmarks/loaders.py is not `loaders`
 
 from benchmarks.peak import PeakMemory  # noqa: E402
-from vae3d.inference.exact import decode_exact, encode_exact  # noqa: E402
+from vae3d.exact.executor import decode_exact, encode_exact  # noqa: E402
 from vae3d.models.presets import MonaiVAE  # noqa: E402
 
 NETWORK = dict(
@@ -54,13 +54,13 @@ def networks():
 
 def full_in_float64_statistics(vae, part, x):
     """The truth: the plain layers with every group norm in float64."""
-    from vae3d.models import fast
+    from vae3d.kernels import steps
     from vae3d.models.norm import GroupNorm
 
     plain = GroupNorm.normalize
     GroupNorm.normalize = lambda self, t: plain(self, t.double()).to(t.dtype)
     try:
-        with fast.plain():
+        with steps.plain():
             return vae.decode(x)[0] if part == "decode" else vae.encode(x).mean[0]
     finally:
         GroupNorm.normalize = plain

@@ -42,9 +42,10 @@ from torch.utils.flop_counter import FlopCounterMode
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # not this folder, see loaders.py beside it
 
 from vae3d.commands.plan import largest_patch  # noqa: E402
-from vae3d.models import fast, upsample  # noqa: E402
-from vae3d.models.fast import plain  # noqa: E402
-from vae3d.models.pages import CHANNELS_LAST  # noqa: E402
+from vae3d.kernels import steps  # noqa: E402
+from vae3d.kernels.memory import CHANNELS_LAST  # noqa: E402
+from vae3d.kernels.steps import plain  # noqa: E402
+from vae3d.models import upsample  # noqa: E402
 from vae3d.models.presets import VAEModel  # noqa: E402
 from vae3d.models.upsample import InterpUp  # noqa: E402
 
@@ -202,7 +203,7 @@ def report_kept(grids: list[tuple[int, ...]], precisions: list[str]) -> None:
             net = BUILD[name](len(grid), False)
             with (
                 torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16"),
-                patch.object(fast, "is_fast", lambda *_: False),
+                patch.object(steps, "is_fast", lambda *_: False),
                 patch.object(upsample, "is_fast", lambda *_: False),
                 context(),
             ):

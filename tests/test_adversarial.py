@@ -8,6 +8,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from toys import on_ranks
 
+from vae3d.kernels.steps import plain
 from vae3d.losses.adversarial import CRITERIA, Adversarial, PatchDiscriminator
 from vae3d.losses.features import FeatureNetwork
 from vae3d.losses.kl import KL
@@ -16,7 +17,6 @@ from vae3d.losses.reconstruction import SSIM, Charbonnier, FocalFrequency, Learn
 from vae3d.losses.slices import draw_slices, mean_over_slices, take_slices
 from vae3d.losses.vae_loss import VAELoss
 from vae3d.models.custom_vae import CustomVAE
-from vae3d.models.fast import plain
 from vae3d.models.norm import GroupNorm
 from vae3d.models.posterior import DiagonalGaussian
 

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from vae3d.kernels.steps import run
 from vae3d.models import upsample
 from vae3d.models.attention import (
     Attention,
@@ -26,7 +27,6 @@ from vae3d.models.downsample import (
     haar,
     unshuffle,
 )
-from vae3d.models.fast import run
 from vae3d.models.norm import GroupNorm, NormAct, RMSNorm
 from vae3d.models.spec import build
 from vae3d.models.upsample import (

@@ -12,7 +12,11 @@ from torch.nn import functional as F
 
 from loaders import DataConfig
 from vae3d.commands.convert import convert
-from vae3d.models.convert import (
+from vae3d.models.custom_vae import CustomVAE
+from vae3d.models.norm import NoNorm
+from vae3d.models.presets import AutoencoderKL, MaisiVAE, MonaiVAE, T1LightVAE, VAEModel
+from vae3d.training.checkpoint import load_checkpoint, load_model
+from vae3d.weights.convert import (
     export_monai_state,
     export_state,
     inflate,
@@ -20,13 +24,9 @@ from vae3d.models.convert import (
     never_trained,
     read_model,
 )
-from vae3d.models.custom_vae import CustomVAE
-from vae3d.models.hub import write_state
-from vae3d.models.layouts import COMPVIS, LAYOUTS
-from vae3d.models.norm import NoNorm
-from vae3d.models.presets import AutoencoderKL, MaisiVAE, MonaiVAE, T1LightVAE, VAEModel
-from vae3d.models.rebuild import Hints
-from vae3d.training.checkpoint import load_checkpoint, load_model
+from vae3d.weights.hub import write_state
+from vae3d.weights.layouts import COMPVIS, LAYOUTS
+from vae3d.weights.rebuild import Hints
 
 GROUPS = Hints(norm_num_groups=4)
 MONAI = {

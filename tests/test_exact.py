@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from vae3d.inference import exact
-from vae3d.inference.exact import (
+from vae3d.exact import executor
+from vae3d.exact.executor import (
     HANDLERS,
     OVERRIDES,
     Executor,
@@ -17,8 +17,9 @@ from vae3d.inference.exact import (
     encode_exact,
     fold_nearest,
 )
-from vae3d.inference.nodes import Moments, Source, Stored, leaves_of
-from vae3d.models import attention, blocks, downsample, fast, norm, presets, upsample, winograd
+from vae3d.exact.nodes import Moments, Source, Stored, leaves_of
+from vae3d.kernels import steps, winograd
+from vae3d.models import attention, blocks, downsample, norm, presets, upsample
 from vae3d.models.custom_vae import CustomVAE
 from vae3d.models.posterior import PosteriorHead
 
@@ -271,14 +272,14 @@ def held_bytes(monkeypatch):
 
 @pytest.mark.parametrize("memory_gb", [8e-4, 4e-4])
 def test_what_is_stored_stays_within_the_budget(memory_gb, held_bytes, monkeypatch):
-    monkeypatch.setattr(exact, "GRAIN", 0)  # these volumes are not much larger than a page
+    monkeypatch.setattr(executor, "GRAIN", 0)  # these volumes are not much larger than a page
     decode_exact(tiny(channels=(8, 8)), torch.rand(2, 16, 8, 8), memory_gb)
     assert 0 < max(held_bytes) <= memory_gb * 2**30
 
 
 def test_every_way_to_save_memory_gives_the_full_pass(monkeypatch):
     """Stored with or without the shortcut, computed again, or in a file, as the budget asks."""
-    monkeypatch.setattr(exact, "GRAIN", 0)
+    monkeypatch.setattr(executor, "GRAIN", 0)
     seen, choose = set(), Executor.to_store
 
     def watched(self, node):
@@ -309,7 +310,7 @@ def test_winograds_sums_serve_tiles_of_any_size(tile, used, monkeypatch):
     monkeypatch.setattr(winograd, "PAYS_FROM", 8)
     monkeypatch.setattr(winograd, "convolve_two", partial(watched, 2))
     monkeypatch.setattr(winograd, "convolve_four", partial(watched, 4))
-    with fast.plain():
+    with steps.plain():
         assert_exact(tiny(channels=(8, 16)), tile=tile)
     assert calls == used
 

@@ -14,9 +14,32 @@ SOURCES = sorted(
     for path in ([ROOT / place] if place.endswith(".py") else (ROOT / place).rglob("*.py"))
 )
 
-# A room imports from the rooms before it, never from those after it.
-ORDER = ["loaders", "models", "losses", "tracking", "inference", "training", "stage2", "commands"]
-SCRIPTS = ORDER.index("commands")  # scripts and commands stand side by side
+# What each room may import beside itself: rooms above it in this table, never below.
+ROOMS = {
+    "loaders": set(),
+    "kernels": set(),
+    "models": {"kernels"},
+    "losses": {"models"},
+    "weights": {"models"},
+    "exact": {"kernels", "models"},
+    "tracking": {"loaders"},
+    "config": {"loaders", "models"},  # vae3d/config.py: signatures to command lines
+    "reports": {"loaders", "tracking"},
+    "inference": {"loaders", "kernels", "models", "exact", "tracking", "reports"},
+    "training": {
+        "loaders",
+        "kernels",
+        "models",
+        "losses",
+        "weights",
+        "tracking",
+        "config",
+        "inference",
+    },
+    "stage2": {"loaders", "models", "tracking", "training"},
+}
+TOP = "commands"  # and the scripts, which stand beside them: they may import everything
+DOOR = ("vae3d/models/custom_vae.py", "vae3d.weights")  # see `custom_vae.door`
 
 # Third-party libraries and the only places that may import them.
 ONE_PLACE = {
@@ -34,7 +57,7 @@ ONE_PLACE = {
     "nilearn": {"loaders/demo.py"},
     "monai": {"vae3d/stage2/diffusion.py", "vae3d/losses/features.py"},
     "lightning": {"vae3d/training/lit.py"},
-    "huggingface_hub": {"vae3d/models/hub.py"},
+    "huggingface_hub": {"vae3d/weights/hub.py"},
 }
 
 
@@ -45,33 +68,82 @@ def imports(path: Path):
             yield from ((alias.name, node.lineno) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}:{node.lineno} imports relatively"
-            yield node.module, node.lineno
+            for alias in node.names:  # of a package, its files
+                file = ROOT.joinpath(*node.module.split("."), f"{alias.name}.py")
+                inside = f"{node.module}.{alias.name}" if file.is_file() else node.module
+                yield inside, node.lineno
 
 
-def room(dotted: str) -> int:
-    """Position of a module in ORDER; scripts, the command line and the configuration come last."""
+def room(dotted: str) -> str | None:
+    """The room of a module; None for the front door, `vae3d` itself, which imports on use alone."""
     parts = dotted.split(".")
-    if parts[0] == "loaders" or dotted == "vae3d":  # the front door: __version__
-        return 0
-    if parts[0] == "vae3d" and len(parts) > 1 and parts[1] in ORDER:
-        return ORDER.index(parts[1])
-    return SCRIPTS
+    if dotted in ("vae3d", "vae3d.__init__"):
+        return None
+    name = parts[0] if parts[0] != "vae3d" else parts[1]
+    return name if name in ROOMS else TOP
+
+
+def dotted_name(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_imports_point_one_way(path):
-    dotted = ".".join(path.relative_to(ROOT).with_suffix("").parts)
-    here = room(dotted)
-    if dotted == "vae3d.__init__":
-        pytest.skip("the front door names every room, lazily")
+    here = room(dotted_name(path))
+    if here in (None, TOP):
+        pytest.skip("commands and the front door may import every room")
     for module, line in imports(path):
-        if module.split(".")[0] not in ("vae3d", "loaders", "train_3d", "evaluate"):
-            continue
-        if module.startswith("vae3d.config") and here == ORDER.index("training"):
-            continue  # the run folder's config.yaml is written by the room that writes the folder
-        assert room(module) <= here, f"{path.name}:{line} imports {module}, a room after its own"
-        if here == ORDER.index("models"):
-            assert module.startswith("vae3d.models"), f"models import only models, not {module}"
+        if module.split(".")[0] in ("vae3d", "loaders", "train_3d", "evaluate"):
+            there = room(module)
+            allowed = there in (None, here) or there in ROOMS[here]
+            assert allowed, f"{path.name}:{line}: {here} imports {module}, which it may not"
+
+
+def test_the_table_of_rooms_has_no_way_back():
+    seen = set()
+    for name, below in ROOMS.items():
+        assert below <= seen, f"{name} imports {below - seen}, which stand below it"
+        seen.add(name)
+
+
+def test_no_two_files_import_each_other_round_any_number_of_corners():
+    modules = {dotted_name(path): path for path in SOURCES}
+    graph = {
+        name: {found for module, _ in imports(path) if (found := resolve(module, modules)) != name}
+        for name, path in modules.items()
+    }
+    order, open_ = [], []
+
+    def visit(name: str) -> None:
+        assert name not in open_, f"a circle: {' -> '.join([*open_[open_.index(name) :], name])}"
+        if name in order:
+            return
+        open_.append(name)
+        for other in sorted(graph[name] - {None, "vae3d", "loaders"}):
+            visit(other)
+        order.append(open_.pop())
+
+    for name in graph:
+        if name not in ("vae3d", "loaders"):  # front doors: their imports wait for use
+            visit(name)
+    assert len(order) >= len(modules) - 2
+
+
+def resolve(module: str, modules: dict[str, Path]) -> str | None:
+    """The file that `import module` reads; `from room import file` names the file."""
+    return module if module in modules else None
+
+
+def test_the_architecture_opens_one_door_to_its_weights():
+    opened = [
+        (path.relative_to(ROOT).as_posix(), node.args[0].value)
+        for path in SOURCES
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if room(dotted_name(path)) in ("kernels", "models")
+        and isinstance(node, ast.Call)
+        and ast.unparse(node.func) == "import_module"
+    ]
+    assert opened == [DOOR]
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))

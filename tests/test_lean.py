@@ -9,7 +9,8 @@ from monai.networks.nets import AutoencoderKL
 from test_fast_paths import CONV, GROUPS, MODELS, SHAPE, randomize, values_and_gradients
 from torch import nn
 
-from vae3d.models import fast, lean, upsample
+from vae3d.kernels import lean, steps
+from vae3d.models import upsample
 from vae3d.models.blocks import ResBlock
 from vae3d.models.custom_vae import CustomVAE
 from vae3d.models.norm import BatchNorm, GroupNorm, InstanceNorm, NoNorm, NormAct, RMSNorm
@@ -20,7 +21,7 @@ from vae3d.models.upsample import InterpUp
 @pytest.fixture(autouse=True)
 def no_fast_paths(monkeypatch):
     """As on a GPU, where the steps of the CPU do not apply."""
-    for module in (fast, upsample):
+    for module in (steps, upsample):
         monkeypatch.setattr(module, "is_fast", lambda layer, x: False)
 
 
@@ -65,7 +66,7 @@ def test_every_norm_and_convolution_gives_the_bits_of_the_layers(norm, dims, opt
     layers = nn.ModuleList([NormAct(norm(8), "silu"), CONV[dims](8, 12, 3, padding=1, **options)])
     steps = count_lean_steps(monkeypatch)
     x = torch.randn(2, 8, *SHAPE[dims])
-    assert equal_bits(partial(fast.run, layers), [x], list(randomize(layers).parameters()))
+    assert equal_bits(partial(steps.run, layers), [x], list(randomize(layers).parameters()))
     assert len(steps) == 1
 
 
@@ -79,7 +80,7 @@ def test_what_needs_no_gradient_gets_none(frozen):
     x = torch.randn(2, 8, *SHAPE[3], requires_grad=frozen != "input")
     grads = []
     for plain in (False, True):
-        with fast.plain() if plain else nullcontext():
+        with steps.plain() if plain else nullcontext():
             block(x).square().sum().backward()
         tensors = [x, *block.parameters()]
         grads.append([t.grad for t in tensors])
@@ -113,7 +114,7 @@ def test_in_bfloat16_a_fraction_of_what_monai_and_the_layers_keep_is_kept():
     theirs, ours = AutoencoderKL(**options), VAEModel.from_config(options)
     with torch.autocast("cpu", torch.bfloat16):
         lean, monai = saved_bytes(ours, x), saved_bytes(theirs, x)
-        with fast.plain():
+        with steps.plain():
             layers = saved_bytes(ours, x)
     assert lean < 0.37 * monai
     assert lean < 0.23 * layers
@@ -127,11 +128,11 @@ def test_norms_with_a_state_and_hooked_layers_run_as_layers(monkeypatch):
         """A norm of somebody's own, which may count."""
 
     for norm in (BatchNorm(8), Counting(8, 4)):
-        fast.run([NormAct(norm, "silu"), nn.Conv3d(8, 8, 3, padding=1)], x).sum().backward()
+        steps.run([NormAct(norm, "silu"), nn.Conv3d(8, 8, 3, padding=1)], x).sum().backward()
     layers = [NormAct(GroupNorm(8, 4), "silu"), nn.Conv3d(8, 8, 3, padding=1)]
     seen = []
     layers[0].register_forward_hook(lambda *_: seen.append(1))
-    fast.run(layers, x)
+    steps.run(layers, x)
     up = InterpUp(8, 2, 3)
     up.conv.register_forward_hook(lambda *_: seen.append(1))
     up(x)
@@ -145,8 +146,8 @@ def test_weights_get_gradients_from_a_second_use_under_one_autocast():
     grads = []
     for plain in (False, True):
         with torch.autocast("cpu", torch.bfloat16):
-            with fast.plain() if plain else nullcontext():
-                first = fast.run(layers, x)
+            with steps.plain() if plain else nullcontext():
+                first = steps.run(layers, x)
             (first + layers[1](x)).float().square().mean().backward()
         grads.append(layers[1].weight.grad)
         layers.zero_grad()
@@ -161,7 +162,7 @@ def test_on_a_gpu_the_numbers_are_those_of_the_layers(layout):
     x = torch.randn(2, 8, *SHAPE[3], device="cuda", requires_grad=True)
     grads = []
     for plain in (False, True):
-        with torch.autocast("cuda", torch.bfloat16), fast.plain() if plain else nullcontext():
+        with torch.autocast("cuda", torch.bfloat16), steps.plain() if plain else nullcontext():
             out = block(x)
         grads.append(torch.autograd.grad(out.float().square().mean(), [x, *block.parameters()]))
     for ours, theirs in zip(*grads, strict=True):

@@ -12,16 +12,16 @@ import pytest
 import torch
 from torch import nn
 
-from vae3d.models.convert import (
+from vae3d.models.presets import MaisiVAE, VAEModel
+from vae3d.weights.convert import (
     export_diffusers,
     export_monai_state,
     from_monai_state,
     read_model,
     read_row,
 )
-from vae3d.models.layouts import DIFFUSERS
-from vae3d.models.presets import MaisiVAE, VAEModel
-from vae3d.models.rebuild import Hints
+from vae3d.weights.layouts import DIFFUSERS
+from vae3d.weights.rebuild import Hints
 
 monai_nets = pytest.importorskip("monai.networks.nets")
 RTOL = {torch.float32: 1e-5, torch.float64: 1e-11}

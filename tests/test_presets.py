@@ -14,7 +14,6 @@ from torch.export import Dim, export
 
 from vae3d.config import parse
 from vae3d.models.attention import Attention, GlobalAttention, LinearAttention, PatchAttention
-from vae3d.models.convert import export_diffusers, export_monai_state
 from vae3d.models.custom_vae import CustomVAE
 from vae3d.models.norm import GroupNorm
 from vae3d.models.presets import (
@@ -27,6 +26,7 @@ from vae3d.models.presets import (
     compute_kl_loss,
 )
 from vae3d.models.spec import build
+from vae3d.weights.convert import export_diffusers, export_monai_state
 
 RECIPES = sorted((Path(__file__).parents[1] / "configs" / "model").glob("*.yaml"))
 SD = {"base_ch": 4, "ch_mult": (1, 2), "num_res_blocks": 1, "num_groups": 4}

@@ -12,10 +12,10 @@ import pytest
 import yaml
 
 from vae3d import cli
-from vae3d.inference import page
-from vae3d.inference.report import find as find_in_evaluation
-from vae3d.inference.report import write_report
-from vae3d.inference.run_report import find, read_run, write_run_report
+from vae3d.reports import page
+from vae3d.reports.evaluation import find as find_in_evaluation
+from vae3d.reports.evaluation import write_report
+from vae3d.reports.run import find, read_run, write_run_report
 from vae3d.tracking.media import save_views, write_png
 from vae3d.tracking.tracker import Tracker
 
@@ -127,7 +127,7 @@ def test_a_case_called_like_a_number_stays_a_name(tmp_path):
 
 
 def test_large_media_are_linked_not_embedded(tmp_path, monkeypatch):
-    monkeypatch.setattr("vae3d.inference.report.MAX_EMBEDDED_BYTES", 0)
+    monkeypatch.setattr("vae3d.reports.evaluation.MAX_EMBEDDED_BYTES", 0)
     document = Document(write_report(evaluation_folder(tmp_path, ["b/c"])))
     assert sorted(document.links) == ["media/b%252Fc.mp4", "media/b%252Fc.png"]
 

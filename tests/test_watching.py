@@ -16,9 +16,9 @@ from toys import tiny_vae
 
 from loaders import DataConfig, Preprocess, Volume, write_volume
 from train_3d import train_3d
-from vae3d.inference.run_report import write_run_report
 from vae3d.models.custom_vae import CustomVAE
 from vae3d.models.norm import GroupNorm
+from vae3d.reports.run import write_run_report
 from vae3d.tracking.tracker import read_metrics, read_tables
 from vae3d.training import validate
 from vae3d.training.distributed import World

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any, Literal
 from loaders import Preprocess
 
 if TYPE_CHECKING:
-    from vae3d.models.convert import Report
     from vae3d.models.custom_vae import CustomVAE
-    from vae3d.models.rebuild import Hints
+    from vae3d.weights.convert import Report
+    from vae3d.weights.rebuild import Hints
 
 DIFFUSERS_WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
 
@@ -65,8 +65,8 @@ def convert(
         preprocess: How the weights want their volumes prepared; kept in a checkpoint.
         trust: Prefixes of modules besides vae3d whose classes may be imported.
     """
-    from vae3d.models.convert import inflate as inflated
-    from vae3d.models.rebuild import Hints
+    from vae3d.weights.convert import inflate as inflated
+    from vae3d.weights.rebuild import Hints
 
     if target.exists():
         raise ValueError(f"{target} exists; remove it or choose another name")
@@ -104,10 +104,10 @@ def read(
         ignore_keys: Prefixes of names to leave out.
         trust: Prefixes of modules whose classes may be imported.
     """
-    from vae3d.models.convert import Report, read_model
     from vae3d.models.custom_vae import CustomVAE
-    from vae3d.models.hub import RECIPE, read_state
     from vae3d.training.checkpoint import load_model
+    from vae3d.weights.convert import Report, read_model
+    from vae3d.weights.hub import RECIPE, read_state
 
     if not source.exists():
         raise ValueError(f"{source}: no such file or folder")
@@ -159,9 +159,9 @@ def write(vae: CustomVAE, target: Path, to: str, preprocess: Preprocess) -> None
         to: `vae3d`, `monai` or `diffusers`.
         preprocess: Kept in a checkpoint of vae3d.
     """
-    from vae3d.models.convert import export_diffusers, export_monai_state
-    from vae3d.models.hub import RECIPE, write_state
     from vae3d.training.checkpoint import write_atomic
+    from vae3d.weights.convert import export_diffusers, export_monai_state
+    from vae3d.weights.hub import RECIPE, write_state
 
     suffixes = {"vae3d": ("", ".pt"), "monai": (".pt", ".safetensors"), "diffusers": ("",)}[to]
     if target.suffix not in suffixes:

@@ -16,6 +16,6 @@ def report(runs: list[str], /, out: str | None = None) -> None:
         runs: Run folders.
         out: The page; default report.html in the first run folder.
     """
-    from vae3d.inference.run_report import write_run_report
+    from vae3d.reports.run import write_run_report
 
     print(f"report: {write_run_report(runs, out)}")

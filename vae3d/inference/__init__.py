@@ -1,4 +1,4 @@
-"""Volumes through a trained model: stitched, exact, measured.
+"""Volumes through a trained model: stitched, whole, measured.
 
     from vae3d.inference import stitch
 
@@ -11,8 +11,6 @@ _HOMES = {
     "stitch": "stitching",
     "iter_slabs": "stitching",
     "Stitcher": "stitching",
-    "encode_exact": "exact",
-    "decode_exact": "exact",
     "autoencode": "reconstruct",
     "METRICS": "metrics",
 }

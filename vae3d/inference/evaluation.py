@@ -23,8 +23,8 @@ from loaders.whole import write_text
 from vae3d.inference.baselines import BlockPCA, pooled
 from vae3d.inference.metrics import FOREGROUND, METRICS, latent_summary, psnr, seam_score
 from vae3d.inference.reconstruct import Coding, autoencode
-from vae3d.inference.report import write_report
 from vae3d.inference.stitching import tile_faces
+from vae3d.reports.evaluation import write_report
 from vae3d.tracking.media import case_stem, save_views, write_png
 
 VERSION = 3  # of the numbers: raised when the same options give others, so that old rows are redone

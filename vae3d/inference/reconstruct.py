@@ -16,7 +16,7 @@ from fractions import Fraction
 import torch
 from torch import Tensor, nn
 
-from vae3d.inference.exact import check_budget, check_size, decode_exact, encode_exact
+from vae3d.exact.executor import check_budget, check_size, decode_exact, encode_exact
 from vae3d.inference.stitching import check_patch, overlap_voxels, stitch
 
 MODES = ("full", "patch", "exact")

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 
 from loaders.patches import PatchGrid
-from vae3d.models.pages import private_pages
+from vae3d.kernels.memory import private_pages
 
 CACHED = 1 << 17  # blend weights that are computed at a time, to stay in the processor's cache
 

@@ -8,8 +8,8 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
+from vae3d.kernels.steps import run
 from vae3d.models.conv import conv
-from vae3d.models.fast import run
 from vae3d.models.norm import Norm, NormAct, activation
 
 

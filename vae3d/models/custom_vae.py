@@ -8,8 +8,10 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from importlib import import_module
 from math import prod
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Literal
 
 import torch
@@ -17,11 +19,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from vae3d.kernels.steps import run
 from vae3d.models.attention import Attention
 from vae3d.models.blocks import Block, ResBlock
 from vae3d.models.conv import conv, per_axis
 from vae3d.models.downsample import ConvDown, Down
-from vae3d.models.fast import run
 from vae3d.models.norm import GroupNorm, Norm, NormAct, named, recomputing
 from vae3d.models.posterior import DiagonalGaussian, LogVarianceHead, PosteriorHead
 from vae3d.models.spec import Described
@@ -67,6 +69,15 @@ class Chain(nn.Sequential):
     def __getitem__(self, index: int | slice) -> nn.Module:
         """One layer, or a plain `nn.Sequential` of several."""
         return nn.Sequential(*list(self)[index]) if isinstance(index, slice) else list(self)[index]
+
+
+def door() -> ModuleType:
+    """The room of weight files, `vae3d.weights`: the one door from the architecture to it.
+
+    That room knows every network, so it is entered when a network is asked to read or write
+    weights, never on import.
+    """
+    return import_module("vae3d.weights")
 
 
 def repetition() -> tuple:
@@ -273,9 +284,7 @@ class CustomVAE(Described, nn.Module):
             **options: Those of `huggingface_hub.ModelHubMixin.save_pretrained`, such as
                 `push_to_hub=True, repo_id="me/my-vae"`.
         """
-        from vae3d.models.hub import HubFolder
-
-        HubFolder(self).save_pretrained(folder, **options)
+        door().HubFolder(self).save_pretrained(folder, **options)
 
     @classmethod
     def from_pretrained(
@@ -288,9 +297,7 @@ class CustomVAE(Described, nn.Module):
             trust: Prefixes of modules beside `vae3d` that may be imported.
             **options: Those of `huggingface_hub.ModelHubMixin.from_pretrained`.
         """
-        from vae3d.models.hub import HubFolder
-
-        vae = HubFolder.from_pretrained(name, trust=trust, **options)
+        vae = door().HubFolder.from_pretrained(name, trust=trust, **options)
         if not isinstance(vae, cls):
             raise ValueError(f"{name} holds a {type(vae).__name__}, not a {cls.__name__}")
         return vae

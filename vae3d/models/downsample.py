@@ -11,8 +11,8 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from vae3d.kernels.steps import convolve
 from vae3d.models.conv import conv, per_axis
-from vae3d.models.fast import convolve
 
 # space to channel: every voxel of a factor-sized cell becomes a channel, cell axes innermost.
 UNSHUFFLE = {

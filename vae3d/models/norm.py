@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.nn.functional import all_reduce
 
+from vae3d.kernels.steps import GroupNormAct, Preparation
+
 ACTIVATIONS = {
     "silu": nn.SiLU,
     "relu": nn.ReLU,
@@ -166,8 +168,8 @@ class NoNorm(Norm):
         return x
 
 
-class NormAct(nn.Module):
-    """A norm followed by an activation, both in float32; the unit that fast kernels replace.
+class NormAct(Preparation):
+    """A norm followed by an activation, both in float32; the unit that fast steps replace.
 
     Args:
         norm: The norm, already built for its channels.
@@ -182,6 +184,18 @@ class NormAct(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return `act(norm(x))` in the dtype of `x`."""
         return self.act(self.norm(wide(x))).to(x.dtype)
+
+    def repeatable(self) -> bool:
+        """Whether both are ours and have no state, which a subclass might."""
+        ours = (GroupNorm, InstanceNorm, RMSNorm, NoNorm)
+        return type(self) is NormAct and type(self.norm) in ours
+
+    def group_norm_act(self) -> GroupNormAct | None:
+        """The parts of a group norm and its activation; None for another norm."""
+        norm = self.norm
+        if type(self) is not NormAct or type(norm) not in (GroupNorm, InstanceNorm):
+            return None
+        return GroupNormAct(norm.num_groups, norm.eps, norm.weight, norm.bias, self.act)
 
 
 def activation(name: str) -> nn.Module:

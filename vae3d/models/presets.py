@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from vae3d.models.attention import Attention, BareLinearAttention, GlobalAttention
 from vae3d.models.blocks import ResBlock
-from vae3d.models.custom_vae import CustomVAE
+from vae3d.models.custom_vae import CustomVAE, door
 from vae3d.models.downsample import ConvDown, Down, PoolDown
 from vae3d.models.norm import GroupNorm, named, wide
 from vae3d.models.posterior import MIN_LOGVAR, DiagonalGaussian
@@ -129,9 +129,7 @@ class AutoencoderKL(CustomVAE):
             latent_shift=latent_shift,
         )
         if ckpt_path is not None:
-            from vae3d.models.convert import load_weights
-
-            load_weights(self, ckpt_path, ignore_keys)
+            door().load_weights(self, ckpt_path, ignore_keys)
 
     @classmethod
     def from_ddconfig(
@@ -308,10 +306,8 @@ class MonaiVAE(CustomVAE):
 def _accept_monai_names(module: nn.Module, state: dict, prefix: str, *_: Any) -> None:
     """Rename a state dict of MONAI, on its way into `load_state_dict`, to our names."""
     if any(key.startswith(f"{prefix}encoder.blocks.") for key in state):
-        from vae3d.models.convert import from_monai_state
-
         theirs = {k[len(prefix) :]: state.pop(k) for k in list(state) if k.startswith(prefix)}
-        ours = from_monai_state(module, theirs)
+        ours = door().from_monai_state(module, theirs)
         state.update({prefix + key: value for key, value in ours.items()})
 
 

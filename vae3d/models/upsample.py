@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from vae3d.kernels.steps import is_fast, prepared, upsample_convolve
 from vae3d.models.conv import CONV_TRANSPOSE, conv, per_axis
 from vae3d.models.downsample import Resampling, cell_sizes, check_haar
-from vae3d.models.fast import is_fast, prepared, upsample_convolve
 
 LINEAR = {2: "bilinear", 3: "trilinear"}
 MAX_ELEMENTS = 2**31 - 1  # of one call of torch's kernels, which count in 32 bits on GPUs

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from loaders.whole import sweep, whole_file
-from vae3d.models.hub import check_archive, load_strictly
+from vae3d.weights.hub import check_archive, load_strictly
 
 FORMAT = 1
 STEP_FILE = re.compile(r"step_(\d+)\.pt")

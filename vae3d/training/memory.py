@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from loaders import Batch
-from vae3d.models.pages import pages
+from vae3d.kernels.memory import pages
 from vae3d.training.task import Task
 from vae3d.training.trainer import AMP
 

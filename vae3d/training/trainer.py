@@ -22,8 +22,7 @@ from torch.distributed.tensor.experimental import implicit_replication
 from torch.nn.parallel import DistributedDataParallel
 
 from vae3d.config import check_at_least
-from vae3d.models.fast import compute_dtype
-from vae3d.models.hub import check_fit
+from vae3d.kernels.steps import compute_dtype
 from vae3d.tracking.console import Console
 from vae3d.tracking.tracker import Tracker
 from vae3d.training.checkpoint import Checkpoints, versions
@@ -32,6 +31,7 @@ from vae3d.training.ema import EMA
 from vae3d.training.schedule import lr_scale
 from vae3d.training.sharding import part, parts_of_optimizer, shard, whole
 from vae3d.training.task import Task
+from vae3d.weights.hub import check_fit
 
 AMP = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 TIME_IS_UP, NO_PROGRESS = 1, 2  # reasons to stop that are not signals; the run then exits 0

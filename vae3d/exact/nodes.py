@@ -19,8 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vae3d.models import fast, kernels, winograd
-from vae3d.models.pages import CHANNELS_LAST, channels_last, private_pages
+from vae3d.kernels import convolutions, steps, winograd
+from vae3d.kernels.memory import CHANNELS_LAST, channels_last, private_pages
 
 Region = tuple[tuple[int, int], ...]
 
@@ -204,7 +204,7 @@ class Kept(Node):
         elif lo < a or hi > b:
             first, last = max(lo, a), min(hi, b)
             kept = values[:, :, first - a : last - a]
-            values = kernels.empty_like(kept, (hi - lo, *kept.shape[3:]))
+            values = convolutions.empty_like(kept, (hi - lo, *kept.shape[3:]))
             values[:, :, first - lo : last - lo] = kept
             for start, stop in ((lo, first), (last, hi)):
                 if start < stop:
@@ -332,7 +332,7 @@ class Conv(Node):
         if set(self.stride) == {1}:
             spare[1:] = [(max(far - near, 0), max(near - far, 0)) for near, far in missing[1:]]
         missing = [(a + p, b + q) for (a, b), (p, q) in zip(missing, spare, strict=True)]
-        x, padding = kernels.pad_uneven(x, missing)
+        x, padding = convolutions.pad_uneven(x, missing)
         options = (padding, self.stride, self.dilation, self.groups)
         y = convolve(x, self.weight, self.bias, *options)
         cuts = [slice(p, n - q) for (p, q), n in zip(spare, y.shape[2:], strict=True)]
@@ -362,7 +362,7 @@ def convolve(x, weight, bias, padding, stride, dilation, groups) -> Tensor:
     """
     direct = x.device.type == "cpu" and x.dtype == torch.float32 and set(dilation) == {1}
     if direct and groups == 1 and torch.backends.mkldnn.is_available():
-        return kernels.convolve(x, weight, bias, padding, stride, together=4)
+        return convolutions.convolve(x, weight, bias, padding, stride, together=4)
     function = F.conv3d if x.dim() == 5 else F.conv2d
     return function(x, weight, bias, stride, padding, dilation, groups)
 
@@ -370,14 +370,14 @@ def convolve(x, weight, bias, padding, stride, dilation, groups) -> Tensor:
 class UpsampledConv(Node):
     """Nearest upsampling by one or two per axis, then a convolution of width 3.
 
-    It is computed on the coarse grid, one small convolution per phase, see `fast.Phases`.
+    It is computed on the coarse grid, one small convolution per phase, see `steps.Phases`.
     """
 
     def __init__(self, source: Node, conv: nn.Module, factor: Sequence[int]):
         self.factor = tuple(factor)
         shape = [n * f for n, f in zip(source.shape, factor, strict=True)]
         super().__init__(conv.out_channels, shape, source)
-        self.phases = fast.Phases(None, conv.weight, self.factor, conv.weight.dtype)
+        self.phases = steps.Phases(None, conv.weight, self.factor, conv.weight.dtype)
         self.bias = None if conv.bias is None else conv.bias.repeat(self.phases.per_row)
 
     def _cover(self, region: Region) -> Region:
@@ -418,7 +418,7 @@ class UpsampledConv(Node):
         ends, *missing = [(a - lo, hi - b) for (lo, hi), (a, b) in zip(wants, has, strict=True)]
         if any(ends):
             x = F.pad(x, (*(0, 0) * len(missing), *ends))
-        x, padding = kernels.pad_uneven(x, [(0, 0), *missing])
+        x, padding = convolutions.pad_uneven(x, [(0, 0), *missing])
         first, f, ones = cover[0][0], self.factor[0], (1,) * len(cover)
         for phase, weight in enumerate(self.phases.weights):
             start, stop = (-((phase - n) // f) - first for n in rows)  # coarse rows of this phase

@@ -13,7 +13,8 @@ from typing import Literal
 
 from torch import Tensor
 
-from vae3d.models.layouts import (
+from vae3d.models.presets import LATENT_SCALE, AutoencoderKL, MaisiVAE, MonaiVAE
+from vae3d.weights.layouts import (
     COMPVIS,
     DIFFUSERS,
     GENERATIVE_01,
@@ -22,7 +23,6 @@ from vae3d.models.layouts import (
     MONAI,
     Layout,
 )
-from vae3d.models.presets import LATENT_SCALE, AutoencoderKL, MaisiVAE, MonaiVAE
 
 
 class Weights(dict[str, Tensor]):

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from loaders.whole import write_text
-from vae3d.inference import page
+from vae3d.reports import page
 from vae3d.tracking.media import case_stem
 
 HIGHER_IS_BETTER = ("psnr", "ssim", "ms_ssim", "dice", "ncc")

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from vae3d.models.custom_vae import CustomVAE
-from vae3d.models.hub import check_fit, load_strictly, read_state
-from vae3d.models.layouts import (
+from vae3d.models.presets import AutoencoderKL, MaisiVAE, MonaiVAE
+from vae3d.weights.hub import check_fit, load_strictly, read_state
+from vae3d.weights.layouts import (
     COMPVIS,
     DIFFUSERS,
     GENERATIVE_01,
@@ -27,8 +28,7 @@ from vae3d.models.layouts import (
     Layout,
     Row,
 )
-from vae3d.models.presets import AutoencoderKL, MaisiVAE, MonaiVAE
-from vae3d.models.rebuild import BUILDERS, Hints, Weights
+from vae3d.weights.rebuild import BUILDERS, Hints, Weights
 
 State = dict[str, Tensor]
 # Prefixes that wrappers put before the names, and parts of a checkpoint that are no autoencoder.

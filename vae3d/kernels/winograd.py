@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vae3d.models.pages import images
+from vae3d.kernels.memory import images
 
 PAYS_FROM = 32  # channels
 

@@ -5,7 +5,7 @@ upsampled one; norm and activation keep theirs, in float32. Here the step before
 computed again in the backward pass, and only what it starts from is kept: 2 bytes a value in
 bfloat16 where the plain layers keep 10. The numbers are those of the plain layers to the last bit.
 
-The CPU has faster steps of its own (`fast.py`); a compiled network leaves this to the compiler.
+The CPU has faster steps of its own (`steps.py`); a compiled network leaves this to the compiler.
 
 Axes: b batch, c channels, x y z space.
 """

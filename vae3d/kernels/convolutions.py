@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vae3d.models import winograd
-from vae3d.models.pages import CHANNELS_LAST, channels_last, images
+from vae3d.kernels import winograd
+from vae3d.kernels.memory import CHANNELS_LAST, channels_last, images
 
 SLOW_KERNEL = 20480  # PyTorch leaves oneDNN for this many values of (c, x, y) or fewer
 

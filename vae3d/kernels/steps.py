@@ -25,10 +25,9 @@ from torch import Tensor, nn
 from torch.amp import custom_bwd, custom_fwd
 from torch.autograd.function import once_differentiable
 
-from vae3d.models import kernels
-from vae3d.models.lean import is_lean, prepared_conv
-from vae3d.models.norm import GroupNorm, InstanceNorm, NoNorm, NormAct, RMSNorm
-from vae3d.models.pages import channels_last, empty, release
+from vae3d.kernels import convolutions
+from vae3d.kernels.lean import is_lean, prepared_conv
+from vae3d.kernels.memory import channels_last, empty, release
 
 SLAB_BYTES = 4 << 20  # per thread, float32; larger than the cache is slower, smaller repeats halos
 PIECE = 4096  # voxels of which sums are taken in float32
@@ -39,9 +38,32 @@ FOLD = {
     2: torch.tensor([[[1.0, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]]),
 }
 
-STATELESS = (GroupNorm, InstanceNorm, RMSNorm, NoNorm)
-
 _enabled = True
+
+
+class GroupNormAct(NamedTuple):
+    """What a fused step needs to know of a group norm and the activation after it."""
+
+    num_groups: int
+    eps: float
+    weight: Tensor
+    bias: Tensor
+    act: nn.Module
+
+
+class Preparation(nn.Module):
+    """Contract of a layer that may become one step with the convolution after it.
+
+    It is cheap and keeps the shape; `vae3d.models.norm.NormAct` is the one there is.
+    """
+
+    def repeatable(self) -> bool:
+        """Whether the backward pass may compute it again: the same result, and no trace."""
+        raise NotImplementedError
+
+    def group_norm_act(self) -> GroupNormAct | None:
+        """Its parts where it is a group norm and an activation, else None."""
+        raise NotImplementedError
 
 
 @contextmanager
@@ -64,7 +86,7 @@ def run(
     """Apply `layers` in order, and add `residual` to the last one's output.
 
     Args:
-        layers: Layers; a `NormAct` and the convolution after it run as one step.
+        layers: Layers; a `Preparation` and the convolution after it run as one step.
         x: Input of the first, `(B, C, *spatial)`.
         residual: Added at the end; None for nothing.
         overwrite: Whether the sum may take the memory of `residual`.
@@ -83,15 +105,15 @@ def run(
 
 
 def fusible(layers: Sequence[nn.Module], x: Tensor) -> bool:
-    """Whether the first two layers are a norm with activation and its convolution, as one step."""
-    if len(layers) < 2 or type(layers[0]) is not NormAct:
+    """Whether the first two layers are a preparation and its convolution, as one step."""
+    if len(layers) < 2 or not isinstance(layers[0], Preparation) or torch.compiler.is_compiling():
         return False
-    norm, layer = layers[0].norm, layers[1]
-    if any(map(hooked, (layers[0], norm, layers[0].act, layer))):
+    before, layer = layers[:2]
+    if any(map(hooked, (*before.modules(), layer))):
         return False
     if is_fast(layer, x):
-        return type(norm) in (GroupNorm, InstanceNorm) and set(layer.stride) == {1}
-    return type(norm) in STATELESS and is_lean(layer, x)
+        return before.group_norm_act() is not None and set(layer.stride) == {1}
+    return before.repeatable() and is_lean(layer, x)
 
 
 def is_fast(layer: nn.Module, x: Tensor) -> bool:
@@ -126,7 +148,7 @@ def convolve(
     layer: nn.Conv2d | nn.Conv3d,
     x: Tensor,
     *,
-    norm_act: NormAct | None = None,
+    norm_act: Preparation | None = None,
     padding: Sequence[tuple[int, int]] | None = None,
     residual: Tensor | None = None,
     overwrite: bool = False,
@@ -148,16 +170,16 @@ def convolve(
         return x if residual is None else x + residual
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
     fused = residual if residual is not None and residual.dtype == dtype else None
+    norm = norm_act.group_norm_act() if norm_act is not None else None
     step = Step(
         layer.stride,
         tuple(padding or ((p, p) for p in layer.padding)),
         dtype,
         overwrite and fused is not None and fused is channels_last(fused),
         2 if torch.is_grad_enabled() else 4,  # rows together
-        *((norm_act.norm.num_groups, norm_act.norm.eps, norm_act.act) if norm_act else ()),
+        *((norm.num_groups, norm.eps, norm.act) if norm else ()),
     )
-    norm = norm_act.norm if norm_act else layer
-    gamma, beta = (norm.weight, norm.bias) if norm_act else (None, None)
+    gamma, beta = (norm.weight, norm.bias) if norm else (None, None)
     with torch.autocast("cpu", enabled=False):
         out = NormActConv.apply(x, layer.weight, layer.bias, gamma, beta, fused, step)
     return out if residual is fused else out + residual
@@ -228,7 +250,7 @@ class NormActConv(torch.autograd.Function):
             target = out[n : n + 1, :, start:stop]
             onto = None if residual is None else residual[n : n + 1, :, start:stop]
             onto = target if step.overwrite else onto
-            kernels.convolve_into(target, y, w, b, pad, step.stride, onto, step.together)
+            convolutions.convolve_into(target, y, w, b, pad, step.stride, onto, step.together)
         return out
 
     @staticmethod
@@ -258,7 +280,7 @@ class NormActConv(torch.autograd.Function):
             if need_b:
                 grad_b += g.sum([0, *range(2, g.dim())], dtype=torch.float32)
             if need_w:
-                grad_w += kernels.weights_gradient(g, y, w, pad, step.stride)
+                grad_w += convolutions.weights_gradient(g, y, w, pad, step.stride)
             if not need_x:
                 continue
             if strided:
@@ -317,7 +339,7 @@ class Slabs:
         """
         slab, pads = rows(self.x[n : n + 1], lo, hi, self.step.padding)
         if not self.step.groups:
-            return None, *kernels.pad_uneven(slab.to(self.compute), pads)
+            return None, *convolutions.pad_uneven(slab.to(self.compute), pads)
         activated = self.buffer("activated", hi - lo, self.compute)
         wide = activated if self.compute == torch.float32 else self.buffer("wide", hi - lo)
         normalized = self.buffer("normalized", hi - lo) if keep else wide
@@ -391,12 +413,12 @@ class Backward:
         near = self.padding[0][0]
         lo, hi = start - near, stop - near + self.flipped.shape[2] - 1
         slab, pads = rows(grad, lo, hi, self.padding)
-        slab, pad = kernels.pad_uneven(slab.to(self.compute), pads)
-        kernels.convolve_into(target, slab, self.flipped, None, pad)
+        slab, pad = convolutions.pad_uneven(slab.to(self.compute), pads)
+        convolutions.convolve_into(target, slab, self.flipped, None, pad)
 
     def scatter(self, g: Tensor, y: Tensor, pad, target: Tensor, lo: int, hi: int) -> None:
         """Add the gradient of rows `lo` to `hi` of the input to `target`, for any stride."""
-        dx = kernels.input_gradient(g, y, self.weight, pad, self.step.stride)
+        dx = convolutions.input_gradient(g, y, self.weight, pad, self.step.stride)
         _, pads = rows(target, lo, hi, self.step.padding)
         extra = [(near - p, far - p) for (near, far), p in zip(pads, pad, strict=True)]
         inner = [slice(near, n - far) for (near, far), n in zip(extra, dx.shape[2:], strict=True)]
@@ -425,7 +447,7 @@ class UpsampleConv(torch.autograd.Function):
         for n, start, stop in slabs(x, out):
             for phase, w in enumerate(up.weights):
                 slab, pad = up.read(n, start, stop, phase)
-                y = kernels.convolve(slab, w, b, pad)
+                y = convolutions.convolve(slab, w, b, pad)
                 for target, grid in up.pairs(out[n : n + 1], start, stop, phase, y):
                     target.copy_(grid)
         release(x)
@@ -453,12 +475,12 @@ class UpsampleConv(torch.autograd.Function):
                 grad_b += total.view(up.per_row, -1).sum(0)
             if need_w:
                 slab, pad = up.read(n, start, stop, phase)
-                grads_w[phase] += kernels.weights_gradient(inner, slab, w, pad)
+                grads_w[phase] += convolutions.weights_gradient(inner, slab, w, pad)
             if need_x:
                 flipped = channels_last(w.transpose(0, 1).flip(*range(2, w.dim())))
                 pad = [0, *(k - 2 for k in w.shape[3:])]
                 target = grad_x[n : n + 1, :, start:stop]
-                kernels.convolve_into(target, g, flipped, None, pad, onto=target)
+                convolutions.convolve_into(target, g, flipped, None, pad, onto=target)
             del g, inner  # before the next ones are made
         grad_w = up.unfold(grads_w).to(weight.dtype) if need_w else None
         grad_b = grad_b.to(weight.dtype) if need_b else None
@@ -496,7 +518,7 @@ class Phases:
         lo = start + self.offset(phase)
         hi = stop + self.offset(phase) + self.weights[phase].shape[2] - 1
         slab, pads = rows(self.x[n : n + 1], lo, hi, [(1, 1)] * len(self.factor))
-        return kernels.pad_uneven(slab.to(self.compute), pads)
+        return convolutions.pad_uneven(slab.to(self.compute), pads)
 
     def pairs(self, fine: Tensor, start: int, stop: int, phase: int, y: Tensor):
         """Views of the fine volume and of the coarse output that belong together."""

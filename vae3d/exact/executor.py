@@ -25,8 +25,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from vae3d.inference.exact_attention import global_attention, linear_attention, patch_attention
-from vae3d.inference.nodes import (
+from vae3d.exact.attention import global_attention, linear_attention, patch_attention
+from vae3d.exact.nodes import (
     GRAIN,
     Conv,
     Kept,
@@ -48,8 +48,8 @@ from vae3d.inference.nodes import (
     nodes_of,
     whole_of,
 )
+from vae3d.kernels.memory import CHANNELS_LAST, channels_last, held_heap, trim
 from vae3d.models import attention, blocks, custom_vae, downsample, norm, upsample
-from vae3d.models.pages import CHANNELS_LAST, channels_last, held_heap, trim
 from vae3d.models.posterior import DiagonalGaussian
 
 ROWS = 16  # of the first axis in a tile, at most

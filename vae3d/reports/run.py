@@ -14,7 +14,7 @@ from urllib.parse import unquote
 import yaml
 
 from loaders.whole import write_text
-from vae3d.inference import page
+from vae3d.reports import page
 from vae3d.tracking.tracker import read_metrics, read_tables, redact
 
 GROUPS = {

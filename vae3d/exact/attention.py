@@ -14,10 +14,10 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from vae3d.inference.nodes import Node, Region, Sum, clip, home_of
+from vae3d.exact.nodes import Node, Region, Sum, clip, home_of
+from vae3d.kernels.memory import channels_last
 from vae3d.models import attention
 from vae3d.models.norm import wide
-from vae3d.models.pages import channels_last
 
 QUERIES = 4096  # of global attention at a time
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from vae3d.models import fast, kernels, pages, winograd
+from vae3d.kernels import convolutions, memory, steps, winograd
 from vae3d.models.attention import GlobalAttention
 from vae3d.models.blocks import ConvBlock, ResBlock
 from vae3d.models.custom_vae import CustomVAE
@@ -46,10 +46,10 @@ MODELS = {
 @pytest.fixture(autouse=True)
 def small_slabs(monkeypatch):
     """Slabs of a few rows, so that a tiny volume has several, and every way to convolve."""
-    monkeypatch.setattr(fast, "SLAB_BYTES", 1 << 10)
-    monkeypatch.setattr(kernels, "SLOW_KERNEL", 0)
+    monkeypatch.setattr(steps, "SLAB_BYTES", 1 << 10)
+    monkeypatch.setattr(convolutions, "SLOW_KERNEL", 0)
     monkeypatch.setattr(winograd, "PAYS_FROM", 8)
-    monkeypatch.setattr(pages, "OWN_PAGES_FROM", 1 << 12)
+    monkeypatch.setattr(memory, "OWN_PAGES_FROM", 1 << 12)
 
 
 def randomize(module):
@@ -63,7 +63,7 @@ def randomize(module):
 def values_and_gradients(function, inputs, parameters, plain=False):
     """Output of `function` and the gradients of a fixed random projection of it."""
     inputs = [x.detach().clone().requires_grad_() for x in inputs]
-    with fast.plain() if plain else nullcontext():
+    with steps.plain() if plain else nullcontext():
         out = function(*inputs)
     direction = torch.randn(out.shape, generator=torch.Generator().manual_seed(3))
     gradients = torch.autograd.grad(out, [*inputs, *parameters], direction.to(out.dtype))
@@ -86,18 +86,18 @@ def assert_fast_equals_plain(function, inputs, module, tolerance=1e-5):
 
 def count_fast_steps(monkeypatch):
     """A list that grows by one with each fast step."""
-    steps = []
-    for step in (fast.NormActConv, fast.UpsampleConv):
+    taken = []
+    for step in (steps.NormActConv, steps.UpsampleConv):
         apply = step.apply
-        monkeypatch.setattr(step, "apply", lambda *a, f=apply: (steps.append(1), f(*a))[1])
-    return steps
+        monkeypatch.setattr(step, "apply", lambda *a, f=apply: (taken.append(1), f(*a))[1])
+    return taken
 
 
 @pytest.mark.parametrize("make", MODELS.values(), ids=MODELS.keys())
 def test_every_model_gives_the_plain_numbers_and_gradients(make, monkeypatch):
     vae = randomize(make()).eval()
     x = torch.randn(2, vae.in_channels, *SHAPE[vae.spatial_dims])
-    steps = count_fast_steps(monkeypatch)
+    taken = count_fast_steps(monkeypatch)
 
     def recon_and_moments(x):
         posterior = vae.encode(x) if isinstance(vae, CustomVAE) else None
@@ -105,7 +105,7 @@ def test_every_model_gives_the_plain_numbers_and_gradients(make, monkeypatch):
         return torch.cat([recon.flatten(), posterior.std.flatten()])
 
     assert_fast_equals_plain(recon_and_moments, [x], vae, tolerance=3e-5)
-    assert len(steps) > 5
+    assert len(taken) > 5
 
 
 @pytest.mark.parametrize("dims", [2, 3])
@@ -114,7 +114,7 @@ def test_norm_activation_convolution_and_residual_equal_the_layers(dims, act):
     layers = nn.ModuleList([NormAct(GroupNorm(8, 4), act), CONV[dims](8, 12, 3, padding=1)])
     randomize(layers)
     inputs = [2 * torch.randn(2, 8, *SHAPE[dims]) + 1, torch.randn(2, 12, *SHAPE[dims])]
-    assert_fast_equals_plain(lambda x, skip: fast.run(layers, x, skip), inputs, layers)
+    assert_fast_equals_plain(lambda x, skip: steps.run(layers, x, skip), inputs, layers)
 
 
 @pytest.mark.parametrize("dims", [2, 3])
@@ -125,11 +125,11 @@ def test_norm_activation_convolution_and_residual_equal_the_layers(dims, act):
 @pytest.mark.parametrize("slow_kernel", [0, 1 << 30])
 def test_convolutions_equal_the_layer(dims, kernel, stride, padding, far, slow_kernel, monkeypatch):
     """With slabs that PyTorch's fast kernels take in three dimensions, and smaller ones."""
-    monkeypatch.setattr(kernels, "SLOW_KERNEL", slow_kernel)
+    monkeypatch.setattr(convolutions, "SLOW_KERNEL", slow_kernel)
     layer = randomize(CONV[dims](4, 6, kernel, stride, padding))
     far = None if far is None else [far] * dims
     x = torch.randn(2, 4, *SHAPE[dims])
-    assert_fast_equals_plain(lambda x: fast.convolve(layer, x, padding=far), [x], layer)
+    assert_fast_equals_plain(lambda x: steps.convolve(layer, x, padding=far), [x], layer)
 
 
 @pytest.mark.parametrize("rows", [2, 3, 6, 7])
@@ -144,16 +144,18 @@ def test_winograds_sums_of_rows_equal_the_convolution(rows, padding, together, t
     )
     layer = partial(F.conv3d, padding=padding)
     expected = layer(x.double(), weight.double(), bias.double())
-    slab, held = pages.channels_last(x), before.expand_as(expected)
-    target, other = (pages.channels_last(held.clone()) for _ in range(2))
+    slab, held = memory.channels_last(x), before.expand_as(expected)
+    target, other = (memory.channels_last(held.clone()) for _ in range(2))
     for onto, total in ((None, expected), (target, 2 * expected), (other, held + expected)):
-        kernels.convolve_into(target, slab, weight, bias, padding, onto=onto, together=together)
+        convolutions.convolve_into(
+            target, slab, weight, bias, padding, onto=onto, together=together
+        )
         assert distance(target, total) < tolerance
     grad = torch.randn_like(target)
     exact = weight.double().requires_grad_()
     layer(x.double(), exact).backward(grad.double())
     assert winograd.fits(weight, (1, 1, 1))
-    assert distance(kernels.weights_gradient(grad, slab, weight, padding), exact.grad) < 1e-6
+    assert distance(convolutions.weights_gradient(grad, slab, weight, padding), exact.grad) < 1e-6
 
 
 @pytest.mark.parametrize("dims", [2, 3])
@@ -168,7 +170,7 @@ def test_slabs_of_the_real_size_equal_the_layers(dims, channels, normed, monkeyp
     size = (40, 44, 6)[:dims]
     inputs = [torch.randn(2, first, *size), torch.randn(2, last, *size)]
     assert_fast_equals_plain(
-        lambda x, skip: fast.run(layers, x, skip), inputs, layers, tolerance=5e-5
+        lambda x, skip: steps.run(layers, x, skip), inputs, layers, tolerance=5e-5
     )
 
 
@@ -190,7 +192,7 @@ def test_half_precision_is_at_least_as_exact_as_the_layers(
     if not exact_arithmetic and not getattr(ops, f"_is_mkldnn_{name}_supported")():
         pytest.skip(f"this processor has no {name} convolutions")
     arithmetic = torch.float32 if exact_arithmetic else dtype
-    monkeypatch.setattr(fast, "compute_dtype", lambda _: arithmetic)
+    monkeypatch.setattr(steps, "compute_dtype", lambda _: arithmetic)
     block = randomize(nn.Sequential(ResBlock(8, 12, 3, GROUPS, "silu"), InterpUp(12, 2, 3)))
     x = torch.randn(2, 8, *SHAPE[3])
     truth = values_and_gradients(block.double(), [x.double()], list(block.parameters()), plain=True)
@@ -213,10 +215,10 @@ def test_half_precision_is_at_least_as_exact_as_the_layers(
 
 
 def test_statistics_of_a_large_volume_keep_their_digits(monkeypatch):
-    monkeypatch.setattr(fast, "SLAB_BYTES", 2 << 20)
+    monkeypatch.setattr(steps, "SLAB_BYTES", 2 << 20)
     x = torch.randn(1, 4, 160, 160, 160).add_(20)
     exact = x.double().view(2, -1)
-    mean, var = fast.statistics(fast.channels_last(x), groups=2)
+    mean, var = steps.statistics(steps.channels_last(x), groups=2)
     torch.testing.assert_close(mean[0, ::2].double(), exact.mean(1), rtol=1e-6, atol=0)
     torch.testing.assert_close(var[0, ::2].double(), exact.var(1, correction=0), rtol=1e-5, atol=0)
 
@@ -224,7 +226,7 @@ def test_statistics_of_a_large_volume_keep_their_digits(monkeypatch):
 def test_the_plain_norm_of_a_large_channels_last_volume_keeps_its_digits():
     x = torch.randn(1, 4, 160, 160, 160).add_(20)
     norm = GroupNorm(4, num_groups=2)
-    ours = norm(fast.channels_last(x))[0, :, ::16].double()
+    ours = norm(steps.channels_last(x))[0, :, ::16].double()
     exact = x.double().view(2, -1)
     exact = (exact - exact.mean(1, keepdim=True)) / exact.std(1, correction=0, keepdim=True)
     assert (ours - exact.view(4, 160, 160, 160)[:, ::16]).abs().max() < 1e-4
@@ -235,10 +237,10 @@ def test_a_step_over_a_large_volume_is_as_exact_as_float64(monkeypatch):
     monkeypatch.undo()
     layers = randomize(nn.ModuleList([NormAct(GroupNorm(4, 2), "silu"), nn.Conv3d(4, 4, 1)]))
     x = torch.randn(1, 4, 160, 160, 160).add_(20)
-    ours = values_and_gradients(lambda x: fast.run(layers, x), [x], list(layers.parameters()))
+    ours = values_and_gradients(lambda x: steps.run(layers, x), [x], list(layers.parameters()))
     layers.double()
     exact = values_and_gradients(
-        lambda x: fast.run(layers, x), [x.double()], list(layers.parameters()), plain=True
+        lambda x: steps.run(layers, x), [x.double()], list(layers.parameters()), plain=True
     )
     for a, b in zip(ours, exact, strict=True):
         assert distance(a, b) < 2e-5
@@ -262,13 +264,13 @@ def test_a_gpu_gives_the_numbers_of_the_fast_paths():
 
 
 def test_memory_of_dead_tensors_serves_the_next_ones_and_goes_back(monkeypatch):
-    kept, size, leases, others = pages.Pages(), 1 << 16, [], 0
+    kept, size, leases, others = memory.Pages(), 1 << 16, [], 0
 
     def held_by_the_process():
         return sum(len(lease) for lease in leases) + kept.kept + others
 
-    monkeypatch.setattr(pages, "anonymous_bytes", held_by_the_process)
-    monkeypatch.setattr(pages, "MEMORY_OF_THE_MOST", 1)
+    monkeypatch.setattr(memory, "anonymous_bytes", held_by_the_process)
+    monkeypatch.setattr(memory, "MEMORY_OF_THE_MOST", 1)
     for _ in range(4):
         leases.append(kept.take(size))
     assert kept.kept == 0
@@ -284,22 +286,22 @@ def test_memory_of_dead_tensors_serves_the_next_ones_and_goes_back(monkeypatch):
     assert kept.kept == 0 and not any(kept.free.values())
 
 
-@pytest.mark.skipif(pages._mallopt is None, reason="the C library is not glibc")
+@pytest.mark.skipif(memory._mallopt is None, reason="the C library is not glibc")
 def test_the_heap_keeps_what_is_freed_between_tiles_and_gives_it_back_at_the_end():
-    before, size = pages.anonymous_bytes(), 64 << 20
-    with pages.held_heap():
+    before, size = memory.anonymous_bytes(), 64 << 20
+    with memory.held_heap():
         tile = torch.ones(size // 4)
         del tile
-        assert pages.anonymous_bytes() - before > size // 2
-    assert pages.anonymous_bytes() - before < size // 4
+        assert memory.anonymous_bytes() - before > size // 2
+    assert memory.anonymous_bytes() - before < size // 4
 
 
 def test_a_large_tensor_keeps_its_memory_while_a_view_of_it_lives():
-    volume = pages.empty((1, 4, 16, 16, 16), torch.float32)
+    volume = memory.empty((1, 4, 16, 16, 16), torch.float32)
     assert volume.is_contiguous(memory_format=torch.channels_last_3d)
     row = volume.fill_(3)[:, :, 2]
     del volume
-    other = pages.empty((1, 4, 16, 16, 16), torch.float32).fill_(5)
+    other = memory.empty((1, 4, 16, 16, 16), torch.float32).fill_(5)
     assert (row == 3).all() and (other == 5).all()
 
 
@@ -308,7 +310,7 @@ def test_a_step_keeps_nothing_but_its_input_and_weights():
     x = torch.randn(1, 8, 12, 12, 12, requires_grad=True)
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        fast.run(layers, x, residual=torch.randn_like(x))
+        steps.run(layers, x, residual=torch.randn_like(x))
     volumes = [t for t in kept if t.numel() >= x.numel()]
     assert len(volumes) == 1 and torch.equal(volumes[0], x)
 
@@ -335,12 +337,12 @@ def test_a_hook_on_a_layer_is_called():
 
 
 def test_what_has_no_fast_path_runs_the_layers(monkeypatch):
-    steps = count_fast_steps(monkeypatch)
+    taken = count_fast_steps(monkeypatch)
     up = InterpUp(4, (3, 2, 2), 3)
     x = torch.randn(1, 4, 3, 4, 2)
     expected = up.conv(F.interpolate(x, scale_factor=(3.0, 2.0, 2.0)))
     assert distance(up(x), expected) < 1e-6
-    steps.clear()
+    taken.clear()
     layers = [
         nn.Conv3d(4, 4, 3, padding=1, groups=4),
         nn.Conv3d(4, 4, 3, padding=2, dilation=2),
@@ -350,8 +352,8 @@ def test_what_has_no_fast_path_runs_the_layers(monkeypatch):
         nn.Conv3d(4, 4, 3, padding=1).to("meta"),
     ]
     for layer in layers:
-        assert fast.run([layer], x.to(layer.weight)).shape == x.shape
-    assert not steps
+        assert steps.run([layer], x.to(layer.weight)).shape == x.shape
+    assert not taken
 
 
 def test_the_plain_layers_can_be_differentiated_twice_and_the_fast_paths_say_no():
@@ -359,11 +361,13 @@ def test_the_plain_layers_can_be_differentiated_twice_and_the_fast_paths_say_no(
     x = torch.randn(1, 2, 6, 6, requires_grad=True)
 
     def penalty():
-        (gradient,) = torch.autograd.grad(fast.run([layer], x).square().sum(), x, create_graph=True)
+        (gradient,) = torch.autograd.grad(
+            steps.run([layer], x).square().sum(), x, create_graph=True
+        )
         gradient.square().sum().backward()
 
     with pytest.raises(RuntimeError, match="once_differentiable"):
         penalty()
-    with fast.plain():
+    with steps.plain():
         penalty()
     assert layer.weight.grad.abs().sum() > 0
