@@ -37,6 +37,7 @@ from vae3d.models.custom_vae import CustomVAE  # noqa: E402
 from vae3d.tracking.tracker import Tracker  # noqa: E402
 from vae3d.training.checkpoint import Checkpoints  # noqa: E402
 from vae3d.training.distributed import World  # noqa: E402
+from vae3d.training.options import Loop  # noqa: E402
 from vae3d.training.task import VAETask  # noqa: E402
 from vae3d.training.trainer import Trainer  # noqa: E402
 from vae3d.training.validate import Validation  # noqa: E402
@@ -116,7 +117,7 @@ def make_trainer(folder: Path, store: VolumeStore) -> Trainer:
     validation = Validation(store, World(), DEFAULT["patch_size"], *shown)
     return Trainer(
         VAETask(CustomVAE(), VAELoss()), loader, Checkpoints(folder / "checkpoints"), World(),
-        tracker, max_steps=DEFAULT["max_steps"], validate=validation,
+        tracker, loop=Loop(max_steps=DEFAULT["max_steps"], amp="off"), validate=validation,
         show=lambda network, step: validation.show(network, step, tracker, folder / "media"),
     )  # fmt: skip
 

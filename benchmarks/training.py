@@ -17,6 +17,7 @@ import statistics
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -32,6 +33,7 @@ from vae3d.models.norm import GroupNorm  # noqa: E402
 from vae3d.tracking.tracker import Tracker  # noqa: E402
 from vae3d.training.checkpoint import Checkpoints  # noqa: E402
 from vae3d.training.distributed import World  # noqa: E402
+from vae3d.training.options import Loop  # noqa: E402
 from vae3d.training.task import VAETask  # noqa: E402
 from vae3d.training.trainer import Trainer  # noqa: E402
 
@@ -106,10 +108,10 @@ def trainer_loop(store, steps: int, folder: Path) -> tuple[float, float]:
     tracker = Tracker(folder, "offline")
     trainer = Trainer(
         make_task(), make_loader(store), Checkpoints(folder / "checkpoints"), World(), tracker,
-        max_steps=1, lr=1e-4, log_every=10, save_every=0,
+        loop=Loop(max_steps=1, lr=1e-4, warmup_steps=0, save_every=0, amp="off"),
     )  # fmt: skip
     trainer.fit()
-    trainer.max_steps = steps + 1
+    trainer.loop = replace(trainer.loop, max_steps=steps + 1)
     before = trainer.samples
     settle()
     clock = Clock()
