@@ -31,7 +31,7 @@ import torch
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # not this folder, see loaders.py beside it
 
 from loaders import PatchLoader, Preprocess, VolumeStore  # noqa: E402
-from train_3d import train_3d  # noqa: E402
+from vae3d import train_3d  # noqa: E402
 from vae3d.losses.vae_loss import VAELoss  # noqa: E402
 from vae3d.models.custom_vae import CustomVAE  # noqa: E402
 from vae3d.tracking.tracker import Tracker  # noqa: E402
