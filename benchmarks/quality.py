@@ -32,9 +32,6 @@ import torch.nn.functional as F
 from monai.networks.nets import AutoencoderKL
 from torch import nn
 
-# Python puts a script's folder first, where benchmarks/loaders.py would hide the package.
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 from evaluate import EvaluationData, evaluate
 from loaders.whole import write_text
 from train_3d import train_3d
