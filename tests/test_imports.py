@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+import loaders
+
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = sorted(
     path
@@ -80,6 +82,13 @@ def test_each_library_is_imported_in_its_one_place(path):
     for module, line in imports(path):
         homes = ONE_PLACE.get(module.split(".")[0])
         assert homes is None or name in homes, f"{name}:{line} imports {module}; {homes} may"
+
+
+def test_the_front_door_of_loaders_shows_type_checkers_the_names_that_it_opens():
+    tree = ast.parse((ROOT / "loaders" / "__init__.py").read_text(encoding="utf-8"))
+    (block,) = [node for node in tree.body if isinstance(node, ast.If)]
+    shown = {(node.module, name.name) for node in block.body for name in node.names}
+    assert shown == {(f"loaders.{module}", name) for name, module in loaders._HOME.items()}
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))

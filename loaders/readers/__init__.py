@@ -25,39 +25,19 @@ from loaders.readers.picture import read_picture
 from loaders.readers.tiff import read_tiff
 
 __all__ = [
-    "READERS",
-    "BrokenVolume",
-    "Volume",
-    "Volumes4D",
-    "check_file",
-    "is_dicom",
-    "num_items",
-    "ras_axes",
-    "read_volume",
-    "volume_suffix",
-    "write_volume",
-]
+    "READERS", "BrokenVolume", "Volume", "Volumes4D", "check_file", "is_dicom", "num_items",
+    "ras_axes", "read_volume", "volume_suffix", "write_volume",
+]  # fmt: skip
 
 READERS: dict[str, Callable[[Path, Volumes4D], Volume]] = {
-    ".nii.gz": read_nifti,
-    ".nii": read_nifti,
-    ".hdr": read_nifti,
-    ".nrrd": read_nrrd,
-    ".nhdr": read_nrrd,
-    ".mha": read_meta,
-    ".mhd": read_meta,
-    ".mgz": read_mgh,
-    ".mgh.gz": read_mgh,
-    ".mgh": read_mgh,
-    ".npy": read_npy,
-    ".npz": read_npz,
-    ".tif": read_tiff,
-    ".tiff": read_tiff,
-    ".png": read_picture,
-    ".jpg": read_picture,
-    ".jpeg": read_picture,
+    ".nii.gz": read_nifti, ".nii": read_nifti, ".hdr": read_nifti,
+    ".nrrd": read_nrrd, ".nhdr": read_nrrd, ".mha": read_meta, ".mhd": read_meta,
+    ".mgz": read_mgh, ".mgh.gz": read_mgh, ".mgh": read_mgh,
+    ".npy": read_npy, ".npz": read_npz,
+    ".tif": read_tiff, ".tiff": read_tiff,
+    ".png": read_picture, ".jpg": read_picture, ".jpeg": read_picture,
     ".dcm": read_dicom,
-}
+}  # fmt: skip
 
 
 def volume_suffix(path: Path | str) -> str | None:
@@ -133,7 +113,7 @@ def check_file(path: Path) -> str:
     try:
         mode = os.stat(path).st_mode
     except OSError as error:
-        reason = "dangling link" if path.is_symlink() else error.strerror
+        reason = "dangling link" if path.is_symlink() else error.strerror or str(error)
         raise BrokenVolume(path, reason) from error
     if stat.S_ISDIR(mode):
         return "folder"
@@ -146,7 +126,7 @@ def check_file(path: Path) -> str:
         with open(path, "rb") as file:
             start = file.read(256).lstrip().lower()
     except OSError as error:
-        raise BrokenVolume(path, error.strerror) from error
+        raise BrokenVolume(path, error.strerror or str(error)) from error
     if not os.path.getsize(path):
         raise BrokenVolume(path, "is empty (0 bytes)")
     if start.startswith(b"version https://git-lfs"):

@@ -14,7 +14,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast
 
 import numpy as np
 
@@ -40,7 +40,7 @@ class BrokenVolume(ValueError):
         self.path, self.reason = str(path), " ".join(str(reason).split())
         super().__init__(f"{self.path}: {self.reason}")
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[type[BrokenVolume], tuple[str, str]]:
         return type(self), (self.path, self.reason)
 
 
@@ -63,7 +63,8 @@ class Volume:
     @property
     def spacing_mm(self) -> tuple[float, float, float]:
         """Voxel edge lengths along X, Y, Z in millimeters."""
-        return tuple(float(s) for s in np.linalg.norm(self.affine[:3, :3], axis=0))
+        x, y, z = (float(s) for s in np.linalg.norm(self.affine[:3, :3], axis=0))
+        return x, y, z
 
     def intensities(self) -> np.ndarray:
         """Return `data * scale + offset` as float32 (C, X, Y, Z)."""
@@ -85,7 +86,8 @@ def inflaters() -> tuple[Callable, tuple[type[Exception], ...]]:
         from isal import isal_zlib
     except ImportError:
         return zlib.decompressobj, (zlib.error, OSError)
-    return isal_zlib.decompressobj, (isal_zlib.error, zlib.error, OSError)
+    error = cast(type[Exception], isal_zlib.error)  # its stub says an instance
+    return isal_zlib.decompressobj, (error, zlib.error, OSError)
 
 
 def decompressed(path: Path, codec: str, start: int = 0) -> Iterator[bytes]:
@@ -167,7 +169,7 @@ def read_voxels(
         refuse_length(path, held - start, claimed, trailing)
     # Pages of np.empty are committed as they are filled: a lying header costs what the file holds.
     out = np.empty(claimed, np.uint8)
-    view, position = memoryview(out), -start
+    view, position = out.data, -start
     for chunk in decompressed(path, codec, stream_start):
         low, high = max(position, 0), min(position + len(chunk), claimed)
         if low < high:

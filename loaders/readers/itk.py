@@ -56,11 +56,9 @@ def read_nrrd(path: Path, volumes_4d: Volumes4D = "error") -> Volume:
         skip = 0
     if int(fields.get("line skip", 0)):
         raise BrokenVolume(path, "line skip is not supported")
-    where = (
-        {"start": stream_start + skip}
-        if codec[encoding] is None
-        else {"start": skip, "stream_start": stream_start}
-    )
+    if codec[encoding] is None:  # the voxels themselves begin there
+        skip, stream_start = stream_start + skip, 0
+    where = {"start": skip, "stream_start": stream_start}
     raw = read_voxels(voxels, dtype, num_items(shape), codec=codec[encoding], **where)
     affine, spatial = nrrd_affine(path, fields, len(shape))
     data = raw.reshape(shape, order="F")
@@ -97,8 +95,8 @@ def nrrd_affine(path: Path, fields: dict[str, str], ndim: int) -> tuple[np.ndarr
         raise BrokenVolume(path, "holds colors (RGB): convert it to one intensity per voxel")
     affine = np.eye(4)
     if "space directions" in fields:
-        vectors = fields["space directions"].replace(") (", ")|(").replace("none", "|none|")
-        vectors = [v.strip() for v in vectors.split("|") if v.strip()]
+        text = fields["space directions"].replace(") (", ")|(").replace("none", "|none|")
+        vectors = [v.strip() for v in text.split("|") if v.strip()]
         spatial = [i for i, vector in enumerate(vectors) if vector != "none"]
         for column, axis in enumerate(spatial[:3]):
             values = [float(x) for x in vectors[axis].strip("()").split(",")]
@@ -121,7 +119,7 @@ def nrrd_affine(path: Path, fields: dict[str, str], ndim: int) -> tuple[np.ndarr
     }  # fmt: skip
     if space in flips:
         affine = np.diag([*flips[space], 1.0, 1.0]) @ affine
-    return affine, spatial[:3] + spatial[3:]
+    return affine, spatial
 
 
 META_TYPES = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import zipfile
 import zlib
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 
@@ -32,7 +33,7 @@ def read_npy(path: Path, volumes_4d: Volumes4D = "error") -> Volume:
     return Volume(to_channels_first(path, data, volumes_4d))
 
 
-def npy_header(path: Path, file) -> tuple[tuple[int, ...], bool, np.dtype]:
+def npy_header(path: Path, file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
     """Parse the header of a .npy stream without loading anything."""
     from numpy.lib import format as npy
 

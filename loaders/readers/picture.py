@@ -19,9 +19,8 @@ def read_picture(path: Path, volumes_4d: Volumes4D = "error") -> Volume:
             width, height = image.size
             if width * height > max(LARGE, os.path.getsize(path) * MAX_EXPANSION):
                 raise BrokenVolume(path, f"header claims {width} x {height} pixels")
-            if image.mode == "P":
-                image = image.convert("RGB")
-            data = np.asarray(image)  # (Y, X) or (Y, X, C)
+            picture = image.convert("RGB") if image.mode == "P" else image
+            data = np.asarray(picture)  # (Y, X) or (Y, X, C)
     except (UnidentifiedImageError, OSError, SyntaxError) as error:
         raise BrokenVolume(path, f"damaged picture ({error})") from error
     if data.ndim == 2:

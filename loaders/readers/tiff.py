@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -17,6 +18,9 @@ from loaders.readers.common import (
     require_number,
     to_channels_first,
 )
+
+if TYPE_CHECKING:
+    import tifffile
 
 
 def read_tiff(path: Path, volumes_4d: Volumes4D = "error") -> Volume:
@@ -54,24 +58,25 @@ def read_tiff(path: Path, volumes_4d: Volumes4D = "error") -> Volume:
     return Volume(to_channels_first(path, data, leave), np.diag([*spacing, 1.0]))
 
 
-def tiff_spacing_mm(tiff) -> tuple[float, float, float]:
+def tiff_spacing_mm(tiff: tifffile.TiffFile) -> tuple[float, float, float]:
     """Voxel size in millimeters from ImageJ (resolution tags, spacing) or OME; 1 mm if unknown."""
     units = {"micron": 1e-3, "um": 1e-3, "\u00b5m": 1e-3, "mm": 1.0, "cm": 10.0, "nm": 1e-6}
-    if tiff.is_ome:
+    if tiff.ome_metadata is not None:
         from xml.etree import ElementTree
 
         elements = ElementTree.fromstring(tiff.ome_metadata).iter()
         pixels = next(element for element in elements if element.tag.endswith("Pixels")).attrib
         # OME counts in micrometers where it names no unit.
-        return tuple(
+        x, y, z = (
             float(pixels[f"PhysicalSize{axis}"])
             * units.get(pixels.get(f"PhysicalSize{axis}Unit", "um"), 1.0)
             if f"PhysicalSize{axis}" in pixels
             else 1.0
             for axis in "XYZ"
         )
+        return x, y, z
     if tiff.is_imagej:
-        metadata, tags = tiff.imagej_metadata or {}, tiff.pages[0].tags
+        metadata, tags = tiff.imagej_metadata or {}, tiff.pages.first.tags
         unit = units.get(metadata.get("unit", "").encode().decode("unicode_escape"))
         if unit is not None and "XResolution" in tags:
             per_unit = [tags[name].value for name in ("XResolution", "YResolution")]
