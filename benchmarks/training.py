@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import sys
 import tempfile
 import time
 from dataclasses import replace
@@ -24,18 +23,16 @@ from pathlib import Path
 import numpy as np
 import torch
 
-sys.path[0] = str(Path(__file__).resolve().parents[1])  # not this folder, see loaders.py beside it
-
-from loaders import PatchLoader, Preprocess, VolumeStore  # noqa: E402
-from vae3d.losses.vae_loss import VAELoss  # noqa: E402
-from vae3d.models.custom_vae import CustomVAE  # noqa: E402
-from vae3d.models.norm import GroupNorm  # noqa: E402
-from vae3d.tracking.tracker import Tracker  # noqa: E402
-from vae3d.training.checkpoint import Checkpoints  # noqa: E402
-from vae3d.training.distributed import World  # noqa: E402
-from vae3d.training.options import Loop  # noqa: E402
-from vae3d.training.task import VAETask  # noqa: E402
-from vae3d.training.trainer import Trainer  # noqa: E402
+from loaders import PatchLoader, Preprocess, VolumeStore
+from vae3d.losses.vae_loss import VAELoss
+from vae3d.models.custom_vae import CustomVAE
+from vae3d.models.norm import GroupNorm
+from vae3d.tracking.tracker import Tracker
+from vae3d.training.checkpoint import Checkpoints
+from vae3d.training.distributed import World
+from vae3d.training.options import Loop
+from vae3d.training.task import VAETask
+from vae3d.training.trainer import Trainer
 
 TARGET = 0.97
 PATCH = (32, 32, 32)

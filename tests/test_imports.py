@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+import loaders
+
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = sorted(
     path
@@ -48,12 +50,12 @@ ONE_PLACE = {
     "imageio": {"vae3d/tracking/media.py"},
     "imageio_ffmpeg": {"vae3d/tracking/media.py"},
     "torchio": {"loaders/preprocess.py"},
-    "nibabel": {"loaders/readers.py"},
-    "SimpleITK": {"loaders/readers.py"},
-    "pydicom": {"loaders/readers.py"},
-    "tifffile": {"loaders/readers.py"},
+    "nibabel": {"loaders/readers/nifti.py"},
+    "SimpleITK": {"loaders/readers/dicom.py"},
+    "pydicom": {"loaders/readers/dicom.py"},
+    "tifffile": {"loaders/readers/tiff.py"},
     "blosc2": {"loaders/compressed.py"},
-    "isal": {"loaders/readers.py"},
+    "isal": {"loaders/readers/common.py"},
     "nilearn": {"loaders/demo.py"},
     "monai": {"vae3d/stage2/diffusion.py", "vae3d/losses/features.py"},
     "lightning": {"vae3d/training/lit.py"},
@@ -152,6 +154,13 @@ def test_each_library_is_imported_in_its_one_place(path):
     for module, line in imports(path):
         homes = ONE_PLACE.get(module.split(".")[0])
         assert homes is None or name in homes, f"{name}:{line} imports {module}; {homes} may"
+
+
+def test_the_front_door_of_loaders_shows_type_checkers_the_names_that_it_opens():
+    tree = ast.parse((ROOT / "loaders" / "__init__.py").read_text(encoding="utf-8"))
+    (block,) = [node for node in tree.body if isinstance(node, ast.If)]
+    shown = {(node.module, name.name) for node in block.body for name in node.names}
+    assert shown == {(f"loaders.{module}", name) for name, module in loaders._HOME.items()}
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
