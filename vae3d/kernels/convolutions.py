@@ -19,6 +19,7 @@ from vae3d.kernels.memory import CHANNELS_LAST, channels_last, images
 from vae3d.kernels.winograd import Axes, Maybe
 
 Conv = nn.Conv2d | nn.Conv3d
+ConvT = nn.ConvTranspose2d | nn.ConvTranspose3d
 Ends = Sequence[tuple[int, int]]  # a number before and one after each axis
 Pairs = Iterator[tuple[Tensor, Tensor]]
 
@@ -103,7 +104,7 @@ def pointwise(weight: Tensor, stride: Axes) -> bool:
     return weight[0, 0].numel() == 1 and max(stride) == 1
 
 
-def zeros_of(layer: Conv) -> tuple[tuple[int, int], ...]:
+def zeros_of(layer: Conv | ConvT) -> tuple[tuple[int, int], ...]:
     """Zeros that a convolution adds before and after each axis, also where they go by a name."""
     if not isinstance(layer.padding, str):
         return tuple((p, p) for p in layer.padding)

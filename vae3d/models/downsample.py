@@ -73,7 +73,7 @@ class ConvDown(Down):
         kernel = tuple(max(3, f) for f in self.factor)
         self.conv = conv(spatial_dims, channels, channels, kernel, self.factor)
         self.conv.padding = tuple(1 if f < 3 else 0 for f in self.factor)
-        self.far_padding = None
+        self.far_padding: tuple[int, ...] | None = None
         if padding == "asymmetric":
             # Near and far zeros per axis; an axis that keeps its size stays symmetric.
             sizes = zip(kernel, self.factor, strict=True)

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from vae3d.kernels.convolutions import Conv
 from vae3d.kernels.steps import is_fast, prepared, upsample_convolve
 from vae3d.models.conv import CONV_TRANSPOSE, conv, per_axis
 from vae3d.models.downsample import Resampling, cell_sizes, check_haar
@@ -48,6 +49,8 @@ class InterpUp(Up):
         mode: `nearest` (Stable Diffusion, MONAI) or `linear` (MAISI; corners not aligned).
         conv_after: False leaves the convolution out.
     """
+
+    conv: Conv | nn.Identity
 
     def __init__(
         self,
