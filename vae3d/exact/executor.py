@@ -52,7 +52,7 @@ from vae3d.exact.nodes import (
     whole_of,
 )
 from vae3d.kernels import convolutions
-from vae3d.kernels.convolutions import Axes, ConvT
+from vae3d.kernels.convolutions import Axes, ConvT, Ends
 from vae3d.kernels.memory import CHANNELS_LAST, channels_last, held_heap, trim
 from vae3d.models import attention, blocks, custom_vae, downsample, norm, upsample
 from vae3d.models.custom_vae import CustomVAE
@@ -391,9 +391,8 @@ class Executor:
 
 def tiles(node: Node, size: Sequence[int]) -> list[list[Region]]:
     """The tiles of a node by rows of the first axis."""
-    edges = [
-        [(a, min(a + s, n)) for a in range(0, n, s)] for n, s in zip(node.shape, size, strict=True)
-    ]
+    axes = zip(node.shape, size, strict=True)
+    edges = [[(a, min(a + s, n)) for a in range(0, n, s)] for n, s in axes]
     return [[(rows, *rest) for rest in itertools.product(*edges[1:])] for rows in edges[0]]
 
 
@@ -442,9 +441,9 @@ def _block(run: Executor, module: blocks.Block, node: Node) -> Node:
     return Sum(body, shortcut)
 
 
-def _conv(run: Executor, module: convolutions.Conv, node: Node) -> Node:
+def _conv(run: Executor, module: convolutions.Conv, node: Node, padding: Ends = ()) -> Node:
     overlap = module.dilation[0] * (module.kernel_size[0] - 1) + 1 - module.stride[0]
-    return Conv(keep(node, max(overlap, 0)), module)
+    return Conv(keep(node, max(overlap, 0)), module, padding)
 
 
 def _conv_transpose(run: Executor, module: ConvT, node: Node) -> Node:
@@ -472,11 +471,7 @@ def _reach_one(run: Executor, module: nn.Module, node: Node) -> Node:
 
 
 def _conv_down(run: Executor, module: downsample.ConvDown, node: Node) -> Node:
-    conv = _conv(run, module.conv, node)
-    if module.far_padding is None:
-        return conv
-    ends = zip(module.far_padding[-2::-2], module.far_padding[-1::-2], strict=True)
-    return Conv(conv.sources[0], module.conv, tuple(ends))
+    return _conv(run, module.conv, node, module.far_padding)
 
 
 def _interp_up(run: Executor, module: upsample.InterpUp, node: Node) -> Node:

@@ -102,10 +102,8 @@ class Source(Leaf):
         self.volume = volume
 
     def read(self, region: Region) -> Tensor:
-        inside = [
-            (min(lo, n - 1), min(hi, n))
-            for (lo, hi), n in zip(region, self.volume.shape[1:], strict=True)
-        ]
+        axes = zip(region, self.volume.shape[1:], strict=True)
+        inside = [(min(lo, n - 1), min(hi, n)) for (lo, hi), n in axes]
         part = self.volume[(slice(None), *(slice(*r) for r in inside))]
         if not isinstance(part, Tensor):
             part = torch.from_numpy(np.array(part))
@@ -207,9 +205,8 @@ class Kept(Node):
             return source.read(region)
         if self.region is not None and contains(self.region, region):
             _, held = self.columns[self.region[1:]]
-            where = [
-                slice(lo - a, hi - a) for (lo, hi), (a, _) in zip(region, self.region, strict=True)
-            ]
+            axes = zip(region, self.region, strict=True)
+            where = [slice(lo - a, hi - a) for (lo, hi), (a, _) in axes]
             return held[(slice(None), slice(None), *where)]
         a, values = self.columns.get(tuple(rest), (0, None))
         if values is None or hi <= a or lo >= (b := a + values.shape[2]):
@@ -317,9 +314,8 @@ class Conv(Node):
         self.weight, self.bias = channels_last(module.weight), module.bias
         self.stride, self.dilation, self.groups = module.stride, module.dilation, module.groups
         self.padding = padding or convolutions.zeros_of(module)
-        self.reach = [
-            d * (k - 1) + 1 for d, k in zip(module.dilation, module.kernel_size, strict=True)
-        ]
+        kernel = zip(module.dilation, module.kernel_size, strict=True)
+        self.reach = [d * (k - 1) + 1 for d, k in kernel]
         axes = zip(source.shape, self.padding, self.reach, self.stride, strict=True)
         shape = [(n + sum(ends) - r) // s + 1 for n, ends, r, s in axes]
         super().__init__(module.out_channels, shape, source)
@@ -394,9 +390,8 @@ class UpsampledConv(Node):
 
     def _cover(self, region: Region) -> Region:
         """Coarse voxels under a region."""
-        return tuple(
-            (lo // f, -(-hi // f)) for (lo, hi), f in zip(region, self.factor, strict=True)
-        )
+        axes = zip(region, self.factor, strict=True)
+        return tuple((lo // f, -(-hi // f)) for (lo, hi), f in axes)
 
     def needs(self, region: Region) -> Region:
         wants = tuple((lo - 1, hi + 1) for lo, hi in self._cover(region))
@@ -409,10 +404,8 @@ class UpsampledConv(Node):
         shape, layout = (1, self.channels, *size), CHANNELS_LAST[2 + len(size)]
         fine = torch.empty(shape, device=device, dtype=dtype, memory_format=layout)
         self._fill(fine, cover, region[0])
-        cuts = [
-            slice(lo - a * f, hi - a * f)
-            for (lo, hi), (a, _), f in zip(region, cover, self.factor, strict=True)
-        ]
+        axes = zip(region, cover, self.factor, strict=True)
+        cuts = [slice(lo - a * f, hi - a * f) for (lo, hi), (a, _), f in axes]
         return fine[(slice(None), slice(None), *cuts)]
 
     def write(self, region: Region, out: Tensor) -> None:
@@ -478,9 +471,8 @@ class TransposedConv(Node):
         y = self.function(x, self.weight, self.bias, self.stride, 0, 0, self.groups)
         # Output voxel 0 of y is voxel a * stride - padding of the whole.
         cuts, pads = [], []
-        for (lo, hi), (a, _), s, p, n in zip(
-            region, has, self.stride, self.padding, y.shape[2:], strict=True
-        ):
+        axes = zip(region, has, self.stride, self.padding, y.shape[2:], strict=True)
+        for (lo, hi), (a, _), s, p, n in axes:
             start = lo - (a * s - p)
             cuts.append(slice(start, min(start + hi - lo, n)))
             pads.append(max(start + hi - lo - n, 0))
@@ -580,9 +572,8 @@ class Moments:
         """Mean and variance per channel, shared within each of `groups` groups of channels."""
         mean = self.mean.view(groups, -1)
         shared = mean.mean(1, keepdim=True)
-        variance = (self.m2.view(groups, -1) / self.count + (mean - shared) ** 2).mean(
-            1, keepdim=True
-        )
+        variance = self.m2.view(groups, -1) / self.count + (mean - shared) ** 2
+        variance = variance.mean(1, keepdim=True)
         size = mean.shape[1]
         return shared.expand(-1, size).reshape(-1), variance.expand(-1, size).reshape(-1)
 

@@ -37,10 +37,8 @@ def convolve(
     if few(weight, stride) and len(weight) <= 2:
         return conv_to_few(x, weight, bias, padding)
     if winograd.fits(weight, stride) and x.shape[2] + 2 * padding[0] >= 4:
-        size = [
-            n + 2 * p + 1 - k
-            for n, p, k in zip(x.shape[2:], padding, weight.shape[2:], strict=True)
-        ]
+        axes = zip(x.shape[2:], padding, weight.shape[2:], strict=True)
+        size = [n + 2 * p + 1 - k for n, p, k in axes]
         y = empty_like(x, size, len(weight))
         convolve_into(y, x, weight, bias, padding, together=together)
         return y
@@ -203,18 +201,14 @@ def few_backward(grad: Tensor, x: Tensor, weight: Tensor, padding: Axes) -> Tens
     """Gradient of the weights between few channels and many, as one matrix product."""
     kernel, dims = weight.shape[2:], range(2, weight.dim())
     if weight.shape[1] <= 2:  # what each tap sees of the input, times the gradient
-        seen, many = (
-            unfold(F.pad(x, [p for p in reversed(padding) for _ in range(2)]), kernel),
-            grad,
-        )
+        around = [p for p in reversed(padding) for _ in range(2)]
+        seen, many = unfold(F.pad(x, around), kernel), grad
     else:  # the taps of a gradient run backwards
         far = [k - 1 - p for k, p in zip(reversed(kernel), reversed(padding), strict=True)]
         seen, many = unfold(F.pad(grad, [p for p in far for _ in range(2)]), kernel), x
-    product = (seen @ many.movedim(1, -1).reshape(-1, many.shape[1])).view(
-        *kernel, -1, len(many[0])
-    )
-    product = product.permute(-1, -2, *range(len(kernel)))
-    return product if weight.shape[1] <= 2 else product.transpose(0, 1).flip(*dims)
+    sums = seen @ many.movedim(1, -1).reshape(-1, many.shape[1])
+    sums = sums.view(*kernel, -1, len(many[0])).permute(-1, -2, *range(len(kernel)))
+    return sums if weight.shape[1] <= 2 else sums.transpose(0, 1).flip(*dims)
 
 
 def unfold(x: Tensor, kernel: Sequence[int]) -> Tensor:

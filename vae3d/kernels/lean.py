@@ -14,14 +14,11 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Generic, TypeGuard, TypeVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from vae3d.kernels.convolutions import Conv
 from vae3d.kernels.winograd import Maybe
-
-FUNCTION: dict[type, Callable[..., Tensor]] = {nn.Conv2d: F.conv2d, nn.Conv3d: F.conv3d}
 
 S = TypeVar("S")
 # What is computed before a convolution, the convolution, and the state of autocast.
@@ -81,8 +78,7 @@ class PreparedConv(torch.autograd.Function):
         """Return `layer(prepare(x))`."""
         ctx.save_for_backward(x, weight, *parameters)
         ctx.step, (prepare, layer, _) = step, step
-        options = (layer.stride, layer.padding, layer.dilation, layer.groups)
-        return FUNCTION[type(layer)](prepare(x), weight, bias, *options)
+        return layer._conv_forward(prepare(x), weight, bias)
 
     @staticmethod
     @once_differentiable

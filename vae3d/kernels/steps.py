@@ -150,7 +150,7 @@ def convolve(
     x: Tensor,
     *,
     norm_act: Preparation | None = None,
-    padding: Ends | None = None,
+    padding: Ends = (),
     residual: Tensor | None = None,
     overwrite: bool = False,
 ) -> Tensor:
@@ -160,12 +160,13 @@ def convolve(
         layer: The convolution; where it has no fast path it is called, whatever it is.
         x: `(B, C, *spatial)`.
         norm_act: Norm and activation before it; None for neither.
-        padding: Zeros before and after each axis, in place of the layer's own padding.
+        padding: Zeros before and after each axis, in place of the layer's own padding; empty for
+            that.
         residual: Added to the output; None for nothing.
         overwrite: Whether the sum may take the memory of `residual`.
     """
     if not is_fast(layer, x):
-        if padding is not None:
+        if padding:
             x = F.pad(x, [*chain(*reversed(padding))])
         x = layer(x) if norm_act is None else prepared(norm_act, layer, x, norm_act.parameters())
         return x if residual is None else x + residual
@@ -412,10 +413,8 @@ class Backward:
     def __init__(self, weight: Tensor, step: Step, compute: torch.dtype):
         self.weight, self.step, self.compute = weight, step, compute
         self.flipped = channels_last(weight.transpose(0, 1).flip(*range(2, weight.dim())))
-        kernel = weight.shape[2:]
-        self.padding = tuple(
-            (k - 1 - near, k - 1 - far) for k, (near, far) in zip(kernel, step.padding, strict=True)
-        )
+        axes = zip(weight.shape[2:], step.padding, strict=True)
+        self.padding = tuple((k - 1 - near, k - 1 - far) for k, (near, far) in axes)
 
     def gather(self, grad: Tensor, start: int, stop: int, target: Tensor) -> None:
         """Write rows `start` to `stop` of the input's gradient to `target`, for stride 1."""
