@@ -87,10 +87,8 @@ def global_attention(run: Run, module: attention.GlobalAttention, node: Node) ->
     """Keys and values of every voxel are held; queries come in chunks."""
     node, normed = _normed(run, module, node)
     device, dtype = home_of(node)
-    keys, values = (
-        torch.empty(*node.shape, module.qkv.out_features // 3, device=device, dtype=dtype)
-        for _ in range(2)
-    )
+    shape = (*node.shape, module.qkv.out_features // 3)
+    keys, values = (torch.empty(shape, device=device, dtype=dtype) for _ in range(2))
     run.fixed_bytes += keys.nbytes + values.nbytes
     for region in run.sweep(normed):
         part = normed.read(region)
@@ -98,10 +96,8 @@ def global_attention(run: Run, module: attention.GlobalAttention, node: Node) ->
             tokens = rearrange(project(module, number, part), "1 h n d -> n (h d)")
             where = tuple(slice(*r) for r in region)
             whole[where] = tokens.view_as(whole[where])
-    k, v = (
-        rearrange(t.flatten(0, -2), "n (h d) -> 1 h n d", h=module.num_heads)
-        for t in (keys, values)
-    )
+    tokens_of = (t.flatten(0, -2) for t in (keys, values))
+    k, v = (rearrange(t, "n (h d) -> 1 h n d", h=module.num_heads) for t in tokens_of)
 
     def mix(q: Tensor, region: Region) -> Tensor:
         if module.bias is None:

@@ -154,10 +154,9 @@ def weights_gradient(
     if has_fast_gradients(x):
         return _backward(grad, x, weight, padding, stride, weights=True)
     x = F.pad(x, (0, 0, 0, 0, padding[0], padding[0]))
-    planes = [
-        _backward(images(grad), rows, plane, padding[1:], stride[1:], weights=True)
-        for rows, plane in planes_seen(x, weight, stride, grad.shape[2])
-    ]
+    options = (padding[1:], stride[1:], True)
+    seen = planes_seen(x, weight, stride, grad.shape[2])
+    planes = [_backward(images(grad), rows, plane, *options) for rows, plane in seen]
     return torch.stack(planes, 2)
 
 

@@ -56,8 +56,7 @@ def prepared_conv(
     """
     kind = x.device.type
     autocast = kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)
-    step = prepare, layer, autocast
-    return PreparedConv.apply(step, x, layer.weight, layer.bias, *parameters)
+    return PreparedConv.apply((prepare, layer, autocast), x, layer.weight, layer.bias, *parameters)
 
 
 class Context(FunctionCtx, Generic[S]):
