@@ -6,7 +6,7 @@ from functools import partial
 import pytest
 import torch
 from monai.networks.nets import AutoencoderKL
-from test_fast_paths import CONV, GROUPS, MODELS, SHAPE, randomize, values_and_gradients
+from test_steps import CONV, GROUPS, MODELS, SHAPE, randomize, values_and_gradients
 from torch import nn
 
 from vae3d.kernels import lean, steps
@@ -27,10 +27,10 @@ def no_fast_paths(monkeypatch):
 
 def count_lean_steps(monkeypatch):
     """A list that grows by one with each step."""
-    steps, apply = [], lean.PreparedConv.apply
-    count = lambda *a: (steps.append(1), apply(*a))[1]  # noqa: E731
+    taken, apply = [], lean.PreparedConv.apply
+    count = lambda *a: (taken.append(1), apply(*a))[1]  # noqa: E731
     monkeypatch.setattr(lean.PreparedConv, "apply", count)
-    return steps
+    return taken
 
 
 def equal_bits(function, inputs, parameters):
@@ -47,7 +47,7 @@ def test_every_model_gives_the_bits_of_the_plain_layers(make, precision, monkeyp
     half = precision == torch.bfloat16
     dtype = torch.float32 if half else precision
     vae, x = vae.to(dtype), torch.randn(2, vae.in_channels, *SHAPE[vae.spatial_dims], dtype=dtype)
-    steps = count_lean_steps(monkeypatch)
+    taken = count_lean_steps(monkeypatch)
 
     def recon(x):
         with torch.autocast("cpu", precision) if half else nullcontext():
@@ -56,7 +56,7 @@ def test_every_model_gives_the_bits_of_the_plain_layers(make, precision, monkeyp
 
     used = [p for n, p in vae.named_parameters() if "quant_conv_log_sigma" not in n]
     assert equal_bits(recon, [x], used)
-    assert len(steps) > 2
+    assert len(taken) > 2
 
 
 @pytest.mark.parametrize("norm", [GROUPS, InstanceNorm, RMSNorm, NoNorm])
@@ -64,10 +64,10 @@ def test_every_model_gives_the_bits_of_the_plain_layers(make, precision, monkeyp
 @pytest.mark.parametrize("options", [dict(stride=2), dict(dilation=2, groups=4), dict(bias=False)])
 def test_every_norm_and_convolution_gives_the_bits_of_the_layers(norm, dims, options, monkeypatch):
     layers = nn.ModuleList([NormAct(norm(8), "silu"), CONV[dims](8, 12, 3, padding=1, **options)])
-    steps = count_lean_steps(monkeypatch)
+    taken = count_lean_steps(monkeypatch)
     x = torch.randn(2, 8, *SHAPE[dims])
     assert equal_bits(partial(steps.run, layers), [x], list(randomize(layers).parameters()))
-    assert len(steps) == 1
+    assert len(taken) == 1
 
 
 @pytest.mark.parametrize("frozen", ["input", "weights", "norm"])
@@ -121,7 +121,7 @@ def test_in_bfloat16_a_fraction_of_what_monai_and_the_layers_keep_is_kept():
 
 
 def test_norms_with_a_state_and_hooked_layers_run_as_layers(monkeypatch):
-    steps = count_lean_steps(monkeypatch)
+    taken = count_lean_steps(monkeypatch)
     x = torch.randn(2, 8, *SHAPE[3], requires_grad=True)
 
     class Counting(GroupNorm):
@@ -136,7 +136,7 @@ def test_norms_with_a_state_and_hooked_layers_run_as_layers(monkeypatch):
     up = InterpUp(8, 2, 3)
     up.conv.register_forward_hook(lambda *_: seen.append(1))
     up(x)
-    assert seen == [1, 1] and not steps
+    assert seen == [1, 1] and not taken
 
 
 def test_weights_get_gradients_from_a_second_use_under_one_autocast():
@@ -170,17 +170,17 @@ def test_on_a_gpu_the_numbers_are_those_of_the_layers(layout):
 
 
 def test_without_gradients_the_layers_run(monkeypatch):
-    steps = count_lean_steps(monkeypatch)
+    taken = count_lean_steps(monkeypatch)
     with torch.no_grad():
         randomize(ResBlock(8, 12, 3, GROUPS, "silu"))(torch.randn(1, 8, *SHAPE[3]))
-    assert not steps
+    assert not taken
 
 
 def test_on_the_meta_device_the_layers_run(monkeypatch):
-    steps = count_lean_steps(monkeypatch)
+    taken = count_lean_steps(monkeypatch)
     block = ResBlock(8, 12, 3, GROUPS, "silu").to("meta")
     assert block(torch.empty(1, 8, *SHAPE[3], device="meta")).shape == (1, 12, *SHAPE[3])
-    assert not steps
+    assert not taken
 
 
 @pytest.mark.parametrize("mode", ["block", "level"])

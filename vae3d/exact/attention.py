@@ -7,19 +7,31 @@ windows needs the whole windows that a region touches.
 Axes: c channels, n m tokens, h heads, d e channels of a head.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from torch import Tensor
+from torch import Tensor, nn
 
-from vae3d.exact.nodes import Node, Region, Sum, clip, home_of
+from vae3d.exact.nodes import Moments, Node, Region, Sum, clip, home_of
 from vae3d.kernels.memory import channels_last
 from vae3d.models import attention
 from vae3d.models.norm import wide
 
 QUERIES = 4096  # of global attention at a time
+Mix = Callable[[Tensor, Region], Tensor]
+
+
+class Run(Protocol):
+    """What the functions here need of the executor, which imports them."""
+
+    fixed_bytes: int
+
+    def walk(self, module: nn.Module, node: Node) -> Node: ...  # noqa: D102
+    def sweep(self, node: Node) -> Iterator[Region]: ...  # noqa: D102
+    def settle(self, node: Node) -> tuple[Node, Moments]: ...  # noqa: D102
 
 
 class Update(Node):
@@ -31,27 +43,27 @@ class Update(Node):
         mix: Maps queries `(1, H, n, D)` of a region, and the region, to mixed values.
     """
 
-    def __init__(self, normed: Node, module, mix: Callable[[Tensor, Region], Tensor]):
+    def __init__(self, normed: Node, module: attention.Attention, mix: Mix):
         super().__init__(normed.channels, normed.shape, normed)
         self.module, self.mix = module, mix
 
-    def read(self, region):  # noqa: D102 - said in Node
+    def read(self, region: Region) -> Tensor:  # noqa: D102 - said in Node
         values = self.sources[0].read(region)
         q = project(self.module, 0, values)
         return finish(self.module, self.mix(q, region), values.shape)
 
-    def operations(self):  # noqa: D102
+    def operations(self) -> float:  # noqa: D102
         return 1e9  # of global attention; it counts as dear
 
 
 class WindowUpdate(Node):
     """What attention in windows adds: a region is computed from the whole windows that it meets."""
 
-    def __init__(self, normed: Node, module):
+    def __init__(self, normed: Node, module: attention.PatchAttention):
         super().__init__(normed.channels, normed.shape, normed)
         self.module = module
 
-    def needs(self, region):  # noqa: D102
+    def needs(self, region: Region) -> Region:  # noqa: D102
         wants = []
         for (lo, hi), w, s in zip(region, self.module.window, self.module.shift, strict=True):
             # The module counts windows from its grid's origin, so that is a multiple of a window.
@@ -59,7 +71,7 @@ class WindowUpdate(Node):
             wants.append((max(first, 0) // w * w, last))
         return clip(tuple(wants), self.shape)
 
-    def read(self, region):  # noqa: D102
+    def read(self, region: Region) -> Tensor:  # noqa: D102
         has = self.needs(region)
         values = self.sources[0].read(has)
         q, k, v = (project(self.module, part, values) for part in range(3))
@@ -67,18 +79,16 @@ class WindowUpdate(Node):
         cuts = [slice(lo - a, hi - a) for (lo, hi), (a, _) in zip(region, has, strict=True)]
         return y[(slice(None), slice(None), *cuts)]
 
-    def operations(self):  # noqa: D102
+    def operations(self) -> float:  # noqa: D102
         return 1e9
 
 
-def global_attention(run, module: attention.GlobalAttention, node: Node) -> Node:
+def global_attention(run: Run, module: attention.GlobalAttention, node: Node) -> Node:
     """Keys and values of every voxel are held; queries come in chunks."""
     node, normed = _normed(run, module, node)
     device, dtype = home_of(node)
-    keys, values = (
-        torch.empty(*node.shape, module.qkv.out_features // 3, device=device, dtype=dtype)
-        for _ in range(2)
-    )
+    shape = (*node.shape, module.qkv.out_features // 3)
+    keys, values = (torch.empty(shape, device=device, dtype=dtype) for _ in range(2))
     run.fixed_bytes += keys.nbytes + values.nbytes
     for region in run.sweep(normed):
         part = normed.read(region)
@@ -86,10 +96,8 @@ def global_attention(run, module: attention.GlobalAttention, node: Node) -> Node
             tokens = rearrange(project(module, number, part), "1 h n d -> n (h d)")
             where = tuple(slice(*r) for r in region)
             whole[where] = tokens.view_as(whole[where])
-    k, v = (
-        rearrange(t.flatten(0, -2), "n (h d) -> 1 h n d", h=module.num_heads)
-        for t in (keys, values)
-    )
+    tokens_of = (t.flatten(0, -2) for t in (keys, values))
+    k, v = (rearrange(t, "n (h d) -> 1 h n d", h=module.num_heads) for t in tokens_of)
 
     def mix(q: Tensor, region: Region) -> Tensor:
         if module.bias is None:
@@ -104,24 +112,23 @@ def global_attention(run, module: attention.GlobalAttention, node: Node) -> Node
     return _with_residual(module, Update(normed, module, mix), node)
 
 
-def linear_attention(run, module: attention.LinearAttention, node: Node) -> Node:
+def linear_attention(run: Run, module: attention.LinearAttention, node: Node) -> Node:
     """One pass sums `softmax(k)^T v` over the volume, scaled by the largest key so far."""
     node, normed = _normed(run, module, node)
-    largest = total = context = None
+    sums: tuple[Tensor, Tensor, Tensor] | None = None
     for region in run.sweep(normed):
         part = normed.read(region)
         k, v = (project(module, number, part) for number in (1, 2))
         k = wide(k)
         peak = k.amax(2, keepdim=True)  # (1, H, 1, D)
-        if largest is not None:
-            peak = torch.maximum(peak, largest)
-            shrink = (largest - peak).exp()
-            total, context = total * shrink, context * shrink.transpose(2, 3)
+        peak = peak if sums is None else torch.maximum(peak, sums[0])
         weights = (k - peak).exp()
-        more = torch.einsum("bhnd,bhne->bhde", weights, v.to(k.dtype))
-        total = weights.sum(2, keepdim=True) + (0 if total is None else total)
-        context = more if context is None else context + more
-        largest = peak
+        context = torch.einsum("bhnd,bhne->bhde", weights, v.to(k.dtype))
+        total = weights.sum(2, keepdim=True)
+        if sums is not None:
+            shrink = (sums[0] - peak).exp()
+            total, context = total + sums[1] * shrink, context + sums[2] * shrink.transpose(2, 3)
+        sums = peak, total, context
     context = context / total.transpose(2, 3)
 
     def mix(q: Tensor, region: Region) -> Tensor:
@@ -130,7 +137,7 @@ def linear_attention(run, module: attention.LinearAttention, node: Node) -> Node
     return _with_residual(module, Update(normed, module, mix), node)
 
 
-def patch_attention(run, module: attention.PatchAttention, node: Node) -> Node:
+def patch_attention(run: Run, module: attention.PatchAttention, node: Node) -> Node:
     """Windows do not see each other: nothing is gathered."""
     node, normed = _normed(run, module, node)
     return _with_residual(module, WindowUpdate(normed, module), node)
@@ -151,7 +158,7 @@ def finish(module: attention.Attention, mixed: Tensor, shape: Sequence[int]) -> 
     return channels_last(tokens.transpose(1, 2).reshape(shape))
 
 
-def query_chunks(region: Region):
+def query_chunks(region: Region) -> Iterator[tuple[list[slice], int]]:
     """Parts of a region, row by row of its first axis, and the queries in each."""
     (lo, hi), *rest = region
     row = 1
@@ -163,9 +170,9 @@ def query_chunks(region: Region):
         yield [slice(start, stop), *(slice(*r) for r in rest)], (stop - start) * row
 
 
-def _normed(run, module: attention.Attention, node: Node) -> tuple[Node, Node]:
+def _normed(run: Run, module: attention.Attention, node: Node) -> tuple[Node, Node]:
     """The layer's input, settled, and its norm."""
-    node = run.settle(node)
+    node, _ = run.settle(node)
     return node, run.walk(module.norm, node)
 
 

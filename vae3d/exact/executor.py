@@ -21,6 +21,7 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +29,9 @@ from torch import Tensor, nn
 from vae3d.exact.attention import global_attention, linear_attention, patch_attention
 from vae3d.exact.nodes import (
     GRAIN,
+    Array,
     Conv,
+    Home,
     Kept,
     Local,
     Moments,
@@ -48,13 +51,17 @@ from vae3d.exact.nodes import (
     nodes_of,
     whole_of,
 )
+from vae3d.kernels import convolutions
+from vae3d.kernels.convolutions import Axes, ConvT, Ends
 from vae3d.kernels.memory import CHANNELS_LAST, channels_last, held_heap, trim
 from vae3d.models import attention, blocks, custom_vae, downsample, norm, upsample
+from vae3d.models.custom_vae import CustomVAE
 from vae3d.models.posterior import DiagonalGaussian
 
 ROWS = 16  # of the first axis in a tile, at most
 SMALLEST = (4, 32, 32)  # tile in voxels
 CACHE = 32 << 20  # bytes
+Folder = str | Path | None
 CHEAP = 256  # operations per value below which computing again is faster than storing
 
 # What a subclass may not override if the handler of its base is to hold for it.
@@ -64,7 +71,12 @@ OVERRIDES = ("forward", "normalize", "update", "mix")
 @torch.no_grad()
 @held_heap()
 def encode_exact(
-    vae: nn.Module, volume, memory_gb: float | None = None, *, tile=None, scratch_dir=None
+    vae: CustomVAE,
+    volume: Array,
+    memory_gb: float | None = None,
+    *,
+    tile: Axes | None = None,
+    scratch_dir: Folder = None,
 ) -> DiagonalGaussian:
     """Posterior of a whole volume, equal to that of one full pass, in bounded memory.
 
@@ -85,8 +97,8 @@ def encode_exact(
     check_axes("volume", volume.shape, vae.in_channels, vae.spatial_dims)
     run = Executor(memory_gb, tile, scratch_dir)
     shape = [-(-n // f) * f for n, f in zip(volume.shape[1:], vae.factor, strict=True)]
-    node = Source(volume, shape, *_home(vae))
-    node = run.walk(vae.quant_conv, run.walk(vae.encoder, node))
+    node = run.walk(vae.encoder, Source(volume, shape, *_home(vae)))
+    node = run.walk(vae.quant_conv, node)
     moments = torch.empty(1, node.channels, *node.shape, device=_home(vae)[0])
     for region, values in run.slabs(node):
         moments[(slice(None), slice(None), *(slice(*r) for r in region))] = values
@@ -97,15 +109,15 @@ def encode_exact(
 @torch.no_grad()
 @held_heap()
 def decode_exact(
-    vae: nn.Module,
-    z,
+    vae: CustomVAE,
+    z: Array,
     memory_gb: float | None = None,
     *,
-    out=None,
-    size=None,
-    tile=None,
-    scratch_dir=None,
-):
+    out: Array | None = None,
+    size: Sequence[int] | None = None,
+    tile: Axes | None = None,
+    scratch_dir: Folder = None,
+) -> Any:
     """Reconstruction of a whole latent, equal to that of one full pass, in bounded memory.
 
     Args:
@@ -139,8 +151,8 @@ def decode_exact(
         inside = clip(region, size)
         if all(lo < hi for lo, hi in inside):
             values = values[0][(slice(None), *(slice(hi - lo) for lo, hi in inside))].float()
-            values = values.to(out.device) if isinstance(out, Tensor) else values.cpu().numpy()
-            out[(slice(None), *(slice(*r) for r in inside))] = values
+            where = (slice(None), *(slice(*r) for r in inside))
+            out[where] = values.to(out.device) if isinstance(out, Tensor) else values.cpu()
     return out
 
 
@@ -165,7 +177,7 @@ def check_budget(memory_gb: float | None) -> None:
         raise ValueError(f"memory_gb is {memory_gb}; give a positive number of GiB")
 
 
-def _home(vae: nn.Module) -> tuple[torch.device, torch.dtype]:
+def _home(vae: nn.Module) -> Home:
     parameter = next(vae.parameters())
     return parameter.device, parameter.dtype
 
@@ -183,7 +195,9 @@ class Executor:
         scratch_dir: Where activations go that fit no other way; None for the system's place.
     """
 
-    def __init__(self, memory_gb: float | None = None, tile=None, scratch_dir=None):
+    def __init__(
+        self, memory_gb: float | None = None, tile: Axes | None = None, scratch_dir: Folder = None
+    ):
         check_budget(memory_gb)
         if memory_gb is None:
             import psutil
@@ -204,8 +218,8 @@ class Executor:
                 getattr(cls, name, None) is getattr(type(module), name, None) for name in OVERRIDES
             ):
                 return HANDLERS[cls](self, module, node)
-        if hasattr(module, "halo"):
-            return _local(self, module, node, module.halo)
+        if (halo := getattr(module, "halo", None)) is not None:
+            return _local(self, module, node, halo)
         warnings.warn(
             f"exact mode runs {type(module).__name__} on the whole volume at once: "
             "it has no handler and declares no `halo`"
@@ -284,17 +298,17 @@ class Executor:
         for region in self.sweep(node, self.going([node])):
             yield region, node.read(region)
 
-    def settle(self, node: Node) -> Node:
-        """Gather a node's statistics, storing it where the budget allows; the node to read then.
+    def settle(self, node: Node) -> tuple[Node, Moments]:
+        """Gather a node's statistics, storing it where the budget allows: what to read then, these.
 
         What a stored node was computed from is given back on the way, unless it is waited for.
         """
         if node.moments is not None:
-            return node
+            return node, node.moments
         node = node if isinstance(node, (Stored, Kept)) else Kept(node)
         moved, size, folder = self.to_store(node)
         going = self.going(moved) if moved else []
-        stores = [Stored(n.channels, n.shape, *home_of(n), folder) for n in moved]
+        stores = [Stored(n.channels, n.shape, home_of(n), folder) for n in moved]
         self.live += stores
         moments = Moments(node.channels)
         sources = [n.sources[0] for n in moved] or [node]
@@ -305,7 +319,7 @@ class Executor:
         for n, stored in zip(moved, stores, strict=True):
             n.sources = (stored,)
         node.moments = moments
-        return node
+        return node, moments
 
     def to_store(self, node: Node) -> tuple[list[Kept], list[int] | None, Path | None]:
         """What to store while a node is computed, in tiles of which size (None: largest), where.
@@ -315,12 +329,12 @@ class Executor:
         or that does not fit, with smaller tiles neither; but of two dear nodes in a row one is, if
         need be in a file.
         """
-        if node.operations() < CHEAP:
+        if node.operations() < CHEAP or not isinstance(node, Kept):
             return [], None, None
-        beside = self.waiting[-1:]
         choices = [[node]]
-        if beside and self.worth_storing(beside[0], node):
-            choices.insert(0, [node, *beside])
+        for shortcut in self.waiting[-1:]:
+            if isinstance(shortcut, Kept) and self.worth_storing(shortcut, node):
+                choices.insert(0, [node, shortcut])
         sizes = (self.tile_size(node, part) for part in (1, 2))
         for nodes, size in itertools.product(choices, sizes):
             if self.fits(nodes, size):
@@ -329,9 +343,9 @@ class Executor:
             return [node], None, self.scratch_dir
         return [], None, None
 
-    def worth_storing(self, shortcut: Node, node: Node) -> bool:
+    def worth_storing(self, shortcut: Kept, node: Node) -> bool:
         """Whether storing a shortcut beside a node saves memory or dear computation."""
-        if not isinstance(shortcut, Kept) or shortcut.is_stored or shortcut.shape != node.shape:
+        if shortcut.is_stored or shortcut.shape != node.shape:
             return False
         inputs = set(leaves_of(shortcut)) - {s for w in self.waiting[:-1] for s in leaves_of(w)}
         saves = sum(s.held_bytes() for s in inputs) >= shortcut.bytes()
@@ -358,7 +372,7 @@ class Executor:
 
     def hold(self, values: Tensor) -> Stored:
         """Store a whole tensor `(1, C, *shape)`."""
-        stored = Stored(values.shape[1], values.shape[2:], values.device, values.dtype)
+        stored = Stored(values.shape[1], values.shape[2:], (values.device, values.dtype))
         stored.part(whole_of(stored.shape)).copy_(values)
         self.live.append(stored)
         return stored
@@ -377,9 +391,8 @@ class Executor:
 
 def tiles(node: Node, size: Sequence[int]) -> list[list[Region]]:
     """The tiles of a node by rows of the first axis."""
-    edges = [
-        [(a, min(a + s, n)) for a in range(0, n, s)] for n, s in zip(node.shape, size, strict=True)
-    ]
+    axes = zip(node.shape, size, strict=True)
+    edges = [[(a, min(a + s, n)) for a in range(0, n, s)] for n, s in axes]
     return [[(rows, *rest) for rest in itertools.product(*edges[1:])] for rows in edges[0]]
 
 
@@ -401,26 +414,26 @@ def keep(node: Node, overlap: int = 0) -> Node:
 # Handlers: how each class of module extends the graph --------------------------------------------
 
 
-def _same(run: Executor, module, node: Node) -> Node:
+def _same(run: Executor, module: nn.Module, node: Node) -> Node:
     return node
 
 
-def _chain(run: Executor, module, node: Node) -> Node:
+def _chain(run: Executor, module: nn.Sequential, node: Node) -> Node:
     for layer in module:
         node = run.walk(layer, node)
     return node
 
 
-def _pointwise(run: Executor, module, node: Node) -> Node:
+def _pointwise(run: Executor, module: nn.Module, node: Node) -> Node:
     return Pointwise(keep(node), module)
 
 
-def _block(run: Executor, module, node: Node) -> Node:
+def _block(run: Executor, module: blocks.Block, node: Node) -> Node:
     """`shortcut(x) + body(x)`; the body is read first, it has the larger halo."""
     if module.shortcut is None:
         return run.walk(module.body, node)
     first = getattr(module.body[0], "norm", module.body[0])
-    node = run.settle(node) if isinstance(first, norm.GroupNorm) else keep(node)
+    node = run.settle(node)[0] if isinstance(first, norm.GroupNorm) else keep(node)
     shortcut = keep(run.walk(module.shortcut, node))
     run.waiting.append(shortcut)
     body = run.walk(module.body, node)
@@ -428,24 +441,20 @@ def _block(run: Executor, module, node: Node) -> Node:
     return Sum(body, shortcut)
 
 
-def _conv(run: Executor, module, node: Node) -> Node:
+def _conv(run: Executor, module: convolutions.Conv, node: Node, padding: Ends = ()) -> Node:
     overlap = module.dilation[0] * (module.kernel_size[0] - 1) + 1 - module.stride[0]
-    return Conv(keep(node, max(overlap, 0)), module)
+    return Conv(keep(node, max(overlap, 0)), module, padding)
 
 
-def _conv_transpose(run: Executor, module, node: Node) -> Node:
-    return TransposedConv(
-        keep(node, module.kernel_size[0] // module.stride[0]),
-        channels_last(module.weight),
-        module.bias,
-        module.stride,
-        module.padding,
-        module.output_padding,
-        module.groups,
-    )
+def _conv_transpose(run: Executor, module: ConvT, node: Node) -> Node:
+    pads = zip(convolutions.zeros_of(module), module.output_padding, strict=True)
+    padding = [(near, far - extra) for (near, far), extra in pads]
+    node = keep(node, module.kernel_size[0] // module.stride[0])
+    weight = channels_last(module.weight)
+    return TransposedConv(node, weight, module.bias, module.stride, padding, module.groups)
 
 
-def _local(run: Executor, module, node: Node, halo=0) -> Node:
+def _local(run: Executor, module: nn.Module, node: Node, halo: int | Axes = 0) -> Node:
     """A module of limited reach: it is run on tiles with a halo, clipped to the volume."""
     dims = len(node.shape)
     halo = (halo,) * dims if isinstance(halo, int) else tuple(halo)
@@ -457,25 +466,21 @@ def _local(run: Executor, module, node: Node, halo=0) -> Node:
     return Local(keep(node, 2 * halo[0]), module, halo, probe.shape[1], shrink, grow)
 
 
-def _reach_one(run: Executor, module, node: Node) -> Node:
+def _reach_one(run: Executor, module: nn.Module, node: Node) -> Node:
     return _local(run, module, node, halo=1)
 
 
-def _conv_down(run: Executor, module, node: Node) -> Node:
-    conv = _conv(run, module.conv, node)
-    if module.far_padding is None:
-        return conv
-    near, far = module.far_padding[-2::-2], module.far_padding[-1::-2]
-    return Conv(conv.sources[0], module.conv, near, far)
+def _conv_down(run: Executor, module: downsample.ConvDown, node: Node) -> Node:
+    return _conv(run, module.conv, node, module.far_padding)
 
 
-def _interp_up(run: Executor, module, node: Node) -> Node:
+def _interp_up(run: Executor, module: upsample.InterpUp, node: Node) -> Node:
     if module.mode == "nearest" and not isinstance(module.conv, nn.Identity):
         if max(module.factor) == 2:
             return UpsampledConv(keep(node, 2), module.conv, module.factor)
         weight = fold_nearest(module.conv.weight, module.factor)
-        padding = module.conv.padding
-        return TransposedConv(keep(node, 2), weight, module.conv.bias, module.factor, padding)
+        padding = convolutions.zeros_of(module.conv)
+        return TransposedConv(keep(node, 2), weight, module.conv.bias, module.factor, padding, 1)
 
     def grow(x: Tensor) -> Tensor:
         return upsample.interpolate(x, module.factor, module.mode)
@@ -486,31 +491,31 @@ def _interp_up(run: Executor, module, node: Node) -> Node:
     return run.walk(module.conv, node)
 
 
-def _transpose_up(run: Executor, module, node: Node) -> Node:
+def _transpose_up(run: Executor, module: upsample.TransposeUp, node: Node) -> Node:
     return run.walk(module.conv, node)
 
 
-def _norm_act(run: Executor, module, node: Node) -> Node:
+def _norm_act(run: Executor, module: norm.NormAct, node: Node) -> Node:
     normed = run.walk(module.norm, node)
     if isinstance(normed, Scaled):
         return Scaled(normed.sources[0], normed.scale, normed.shift, module.act)
     return Pointwise(normed, module.act)
 
 
-def _group_norm(run: Executor, module, node: Node) -> Node:
+def _group_norm(run: Executor, module: norm.GroupNorm, node: Node) -> Node:
     """With the statistics of the whole volume a group norm is an affine map per channel."""
-    node = run.settle(node)
-    mean, variance = node.moments.of_groups(module.num_groups)
+    node, moments = run.settle(node)
+    mean, variance = moments.of_groups(module.num_groups)
     return _affine(module, node, mean, variance)
 
 
-def _batch_norm(run: Executor, module, node: Node) -> Node:
+def _batch_norm(run: Executor, module: norm.BatchNorm, node: Node) -> Node:
     return _affine(module, node, module.running_mean, module.running_var)
 
 
-def _affine(module, node: Node, mean: Tensor, variance: Tensor) -> Node:
-    """`(x - mean) / sqrt(variance + eps) * weight + bias` as one multiplication and addition."""
-    scale = module.weight.double().cpu() / torch.sqrt(variance.double().cpu() + module.eps)
+def _affine(module: norm.GroupNorm | norm.BatchNorm, node: Node, mean: Tensor, var: Tensor) -> Node:
+    """`(x - mean) / sqrt(var + eps) * weight + bias` as one multiplication and addition."""
+    scale = module.weight.double().cpu() / torch.sqrt(var.double().cpu() + module.eps)
     shift = module.bias.double().cpu() - mean.double().cpu() * scale
     return Scaled(node, scale.to(module.weight), shift.to(module.bias))
 
@@ -538,7 +543,8 @@ def fold_nearest(weight: Tensor, factor: Sequence[int]) -> Tensor:
     return channels_last(folded.to(weight.dtype))
 
 
-HANDLERS: dict[type, Callable[[Executor, nn.Module, Node], Node]] = {
+# The key is the class that the handler takes.
+HANDLERS: dict[type, Callable[[Executor, Any, Node], Node]] = {
     nn.Sequential: _chain,
     custom_vae.Chain: _chain,
     nn.Identity: _same,

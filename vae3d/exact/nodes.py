@@ -13,6 +13,7 @@ import mmap
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -20,9 +21,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vae3d.kernels import convolutions, steps, winograd
+from vae3d.kernels.convolutions import Axes, Ends, Maybe
 from vae3d.kernels.memory import CHANNELS_LAST, channels_last, private_pages
 
+Array = Tensor | np.ndarray  # a memory map too
+Function = Callable[[Tensor], Tensor]
+Home = tuple[torch.device, torch.dtype]
 Region = tuple[tuple[int, int], ...]
+N = TypeVar("N", bound="Node")
 
 BLOCK = 4096  # voxels whose variance is summed in float32; longer blocks lose digits
 GRAIN = mmap.PAGESIZE  # bytes: memory is given back in pages
@@ -78,20 +84,26 @@ class Node:
         return 4 * self.channels * math.prod(sizes)
 
 
-class Source(Node):
-    """The input volume `(C, *spatial)`; voxels past its end repeat the last ones."""
+class Leaf(Node):
+    """An end of the pull: its values are there."""
 
     fresh = False
 
-    def __init__(self, volume, shape: Sequence[int], device, dtype):
-        super().__init__(volume.shape[0], shape)
-        self.volume, self.device, self.dtype = volume, device, dtype
+    def __init__(self, channels: int, shape: Axes, home: Home):
+        super().__init__(channels, shape)
+        self.device, self.dtype = home
 
-    def read(self, region):
-        inside = [
-            (min(lo, n - 1), min(hi, n))
-            for (lo, hi), n in zip(region, self.volume.shape[1:], strict=True)
-        ]
+
+class Source(Leaf):
+    """The input volume `(C, *spatial)`; voxels past its end repeat the last ones."""
+
+    def __init__(self, volume: Array, shape: Axes, device: torch.device, dtype: torch.dtype):
+        super().__init__(volume.shape[0], shape, (device, dtype))
+        self.volume = volume
+
+    def read(self, region: Region) -> Tensor:
+        axes = zip(region, self.volume.shape[1:], strict=True)
+        inside = [(min(lo, n - 1), min(hi, n)) for (lo, hi), n in axes]
         part = self.volume[(slice(None), *(slice(*r) for r in inside))]
         if not isinstance(part, Tensor):
             part = torch.from_numpy(np.array(part))
@@ -102,17 +114,15 @@ class Source(Node):
         return channels_last(part)
 
 
-class Stored(Node):
+class Stored(Leaf):
     """A tensor kept in host memory, or in a file that is mapped, channels innermost.
 
     Its memory grows as it is written, and rows are given back as its last reader passes them.
     """
 
-    fresh = False
-
-    def __init__(self, channels, shape, device, dtype, folder: Path | None = None):
-        super().__init__(channels, shape)
-        self.device, self.dtype, self.in_file = device, dtype, folder is not None
+    def __init__(self, channels: int, shape: Axes, home: Home, folder: Path | None = None):
+        super().__init__(channels, shape, home)
+        self.in_file = folder is not None
         size = self.rows_bytes(self.shape[0])
         if self.in_file:
             with tempfile.TemporaryFile(dir=folder) as file:
@@ -120,7 +130,8 @@ class Stored(Node):
                 self.pages = mmap.mmap(file.fileno(), size)
         else:
             self.pages = private_pages(size)
-        self.values = torch.frombuffer(self.pages, dtype=dtype).view(1, *shape, -1).movedim(-1, 1)
+        flat = torch.frombuffer(self.pages, dtype=self.dtype)
+        self.values = flat.view(1, *shape, -1).movedim(-1, 1)
         self.first, self.past = 0, 0  # rows in use
         self.lowest: int | None = None  # first row read by the tiles at hand
 
@@ -129,7 +140,7 @@ class Stored(Node):
         self.past = max(self.past, region[0][1])
         return self.values[(slice(None), slice(None), *(slice(*r) for r in region))]
 
-    def read(self, region):
+    def read(self, region: Region) -> Tensor:
         lo = region[0][0]
         self.lowest = lo if self.lowest is None else min(self.lowest, lo)
         part = self.values[(slice(None), slice(None), *(slice(*r) for r in region))]
@@ -150,20 +161,21 @@ class Stored(Node):
 
     def free(self) -> None:
         """Give everything back."""
-        self.values = self.pages = None
+        del self.values, self.pages
+        self.first = self.past
 
     def held_bytes(self) -> int:
         """Bytes in memory now."""
-        return 0 if self.in_file or self.pages is None else self.rows_bytes(self.past - self.first)
+        return 0 if self.in_file else self.rows_bytes(self.past - self.first)
 
     def rows_bytes(self, rows: int) -> int:
         """Bytes of some rows."""
         return rows * self.dtype.itemsize * self.channels * math.prod(self.shape[1:])
 
-    def peak_bytes(self, region):
+    def peak_bytes(self, region: Region) -> int:
         return 0
 
-    def new_bytes(self, region):
+    def new_bytes(self, region: Region) -> int:
         return 0
 
 
@@ -187,19 +199,17 @@ class Kept(Node):
         """Whether its values lie in storage."""
         return isinstance(self.sources[0], Stored)
 
-    def read(self, region):
+    def read(self, region: Region) -> Tensor:
         source, ((lo, hi), *rest) = self.sources[0], region
         if self.is_stored:
             return source.read(region)
         if self.region is not None and contains(self.region, region):
-            _, values = self.columns[self.region[1:]]
-            where = [
-                slice(lo - a, hi - a) for (lo, hi), (a, _) in zip(region, self.region, strict=True)
-            ]
-            return values[(slice(None), slice(None), *where)]
+            _, held = self.columns[self.region[1:]]
+            axes = zip(region, self.region, strict=True)
+            where = [slice(lo - a, hi - a) for (lo, hi), (a, _) in axes]
+            return held[(slice(None), slice(None), *where)]
         a, values = self.columns.get(tuple(rest), (0, None))
-        b = a if values is None else a + values.shape[2]
-        if hi <= a or lo >= b:
+        if values is None or hi <= a or lo >= (b := a + values.shape[2]):
             values = source.read(region)
         elif lo < a or hi > b:
             first, last = max(lo, a), min(hi, b)
@@ -229,10 +239,10 @@ class Kept(Node):
         self.columns.clear()
         self.region = None
 
-    def peak_bytes(self, region):
+    def peak_bytes(self, region: Region) -> int:
         return max(self.sources[0].peak_bytes(region), 2 * self.new_bytes(region))
 
-    def new_bytes(self, region):
+    def new_bytes(self, region: Region) -> int:
         return self.sources[0].new_bytes(region)
 
     def between_bytes(self) -> int:
@@ -245,16 +255,14 @@ class Pointwise(Node):
 
     fresh = False  # an identity gives back what it was given
 
-    def __init__(
-        self, source: Node, function: Callable[[Tensor], Tensor], channels: int | None = None
-    ):
-        super().__init__(channels or source.channels, source.shape, source)
+    def __init__(self, source: Node, function: Function):
+        super().__init__(source.channels, source.shape, source)
         self.function = function
 
-    def read(self, region):
+    def read(self, region: Region) -> Tensor:
         return self.function(self.sources[0].read(region))
 
-    def operations(self):
+    def operations(self) -> float:
         return super().operations() + 8
 
 
@@ -267,14 +275,14 @@ class Scaled(Node):
         self.scale, self.shift = scale.reshape(1, -1, *dims), shift.reshape(1, -1, *dims)
         if hasattr(act, "inplace"):
             act = copy.copy(act)
-            act.inplace = True
+            act.__dict__["inplace"] = True
         self.act = act
 
-    def read(self, region):
+    def read(self, region: Region) -> Tensor:
         x = torch.addcmul(self.shift, self.sources[0].read(region), self.scale)
         return x if self.act is None else self.act(x)
 
-    def operations(self):
+    def operations(self) -> float:
         return super().operations() + 8
 
 
@@ -284,45 +292,43 @@ class Sum(Node):
     def __init__(self, body: Node, shortcut: Node):
         super().__init__(body.channels, body.shape, body, shortcut)
 
-    def read(self, region):
+    def read(self, region: Region) -> Tensor:
         body, shortcut = (s.read(region) for s in self.sources)
         return body.add_(shortcut) if self.sources[0].fresh else body + shortcut
 
-    def write(self, region, out):
+    def write(self, region: Region, out: Tensor) -> None:
         body, shortcut = (s.read(region) for s in self.sources)
         if out.device == body.device:
             torch.add(body, shortcut, out=out)
         else:
             out.copy_(body + shortcut)
 
-    def operations(self):
+    def operations(self) -> float:
         return sum(s.operations() for s in self.sources)
 
 
 class Conv(Node):
     """A convolution with zeros beyond the volume, near and far padding per axis."""
 
-    def __init__(self, source: Node, module: nn.Module, pad_near=None, pad_far=None):
+    def __init__(self, source: Node, module: convolutions.Conv, padding: Ends = ()):
         self.weight, self.bias = channels_last(module.weight), module.bias
         self.stride, self.dilation, self.groups = module.stride, module.dilation, module.groups
-        self.near = tuple(module.padding if pad_near is None else pad_near)
-        self.far = tuple(self.near if pad_far is None else pad_far)
-        self.reach = [
-            d * (k - 1) + 1 for d, k in zip(module.dilation, module.kernel_size, strict=True)
-        ]
-        axes = zip(source.shape, self.near, self.far, self.reach, self.stride, strict=True)
-        shape = [(n + a + b - r) // s + 1 for n, a, b, r, s in axes]
+        self.padding = padding or convolutions.zeros_of(module)
+        kernel = zip(module.dilation, module.kernel_size, strict=True)
+        self.reach = [d * (k - 1) + 1 for d, k in kernel]
+        axes = zip(source.shape, self.padding, self.reach, self.stride, strict=True)
+        shape = [(n + sum(ends) - r) // s + 1 for n, ends, r, s in axes]
         super().__init__(module.out_channels, shape, source)
 
     def _wants(self, region: Region) -> Region:
         """Input voxels, those beyond the volume included."""
-        axes = zip(region, self.stride, self.near, self.reach, strict=True)
-        return tuple((lo * s - p, (hi - 1) * s - p + r) for (lo, hi), s, p, r in axes)
+        axes = zip(region, self.stride, self.padding, self.reach, strict=True)
+        return tuple((lo * s - p, (hi - 1) * s - p + r) for (lo, hi), s, (p, _), r in axes)
 
-    def needs(self, region):
+    def needs(self, region: Region) -> Region:
         return clip(self._wants(region), self.sources[0].shape)
 
-    def read(self, region):
+    def read(self, region: Region) -> Tensor:
         wants, has = self._wants(region), self.needs(region)
         x = channels_last(self.sources[0].read(has))
         missing = [(a - lo, hi - b) for (lo, hi), (a, b) in zip(wants, has, strict=True)]
@@ -338,7 +344,7 @@ class Conv(Node):
         cuts = [slice(p, n - q) for (p, q), n in zip(spare, y.shape[2:], strict=True)]
         return y[(slice(None), slice(None), *cuts)]
 
-    def peak_bytes(self, region):
+    def peak_bytes(self, region: Region) -> int:
         inner, sums = self.needs(region), 0
         if (
             self.groups == 1
@@ -349,13 +355,15 @@ class Conv(Node):
         held = self.sources[0].new_bytes(inner) + self.new_bytes(region)
         return max(super().peak_bytes(region), held + sums)
 
-    def operations(self):
+    def operations(self) -> float:
         taps = self.weight[0].numel()
         volume = math.prod(self.stride) * self.sources[0].channels / self.channels
         return 2 * taps + self.sources[0].operations() * volume
 
 
-def convolve(x, weight, bias, padding, stride, dilation, groups) -> Tensor:
+def convolve(
+    x: Tensor, weight: Tensor, bias: Maybe, padding: Axes, stride: Axes, dilation: Axes, groups: int
+) -> Tensor:
     """A convolution of channels-last input; on the CPU by oneDNN directly.
 
     PyTorch's own choice for small float32 tiles is a kernel that takes up to six times as long.
@@ -373,37 +381,34 @@ class UpsampledConv(Node):
     It is computed on the coarse grid, one small convolution per phase, see `steps.Phases`.
     """
 
-    def __init__(self, source: Node, conv: nn.Module, factor: Sequence[int]):
+    def __init__(self, source: Node, conv: convolutions.Conv, factor: Axes):
         self.factor = tuple(factor)
         shape = [n * f for n, f in zip(source.shape, factor, strict=True)]
         super().__init__(conv.out_channels, shape, source)
-        self.phases = steps.Phases(None, conv.weight, self.factor, conv.weight.dtype)
+        self.phases = steps.Phases(conv.weight, self.factor, conv.weight.dtype)
         self.bias = None if conv.bias is None else conv.bias.repeat(self.phases.per_row)
 
     def _cover(self, region: Region) -> Region:
         """Coarse voxels under a region."""
-        return tuple(
-            (lo // f, -(-hi // f)) for (lo, hi), f in zip(region, self.factor, strict=True)
-        )
+        axes = zip(region, self.factor, strict=True)
+        return tuple((lo // f, -(-hi // f)) for (lo, hi), f in axes)
 
-    def needs(self, region):
+    def needs(self, region: Region) -> Region:
         wants = tuple((lo - 1, hi + 1) for lo, hi in self._cover(region))
         return clip(wants, self.sources[0].shape)
 
-    def read(self, region):
+    def read(self, region: Region) -> Tensor:
         cover = self._cover(region)
         size = [(hi - lo) * f for (lo, hi), f in zip(cover, self.factor, strict=True)]
         device, dtype = home_of(self)
         shape, layout = (1, self.channels, *size), CHANNELS_LAST[2 + len(size)]
         fine = torch.empty(shape, device=device, dtype=dtype, memory_format=layout)
         self._fill(fine, cover, region[0])
-        cuts = [
-            slice(lo - a * f, hi - a * f)
-            for (lo, hi), (a, _), f in zip(region, cover, self.factor, strict=True)
-        ]
+        axes = zip(region, cover, self.factor, strict=True)
+        cuts = [slice(lo - a * f, hi - a * f) for (lo, hi), (a, _), f in axes]
         return fine[(slice(None), slice(None), *cuts)]
 
-    def write(self, region, out):
+    def write(self, region: Region, out: Tensor) -> None:
         edges = zip(region, self.factor, strict=True)
         if any(edge % f for r, f in edges for edge in r) or out.device != home_of(self)[0]:
             out.copy_(self.read(region))
@@ -428,47 +433,46 @@ class UpsampledConv(Node):
                 for target, grid in self.phases.pairs(fine, start, stop, phase, y):
                     target.copy_(grid)
 
-    def operations(self):
+    def operations(self) -> float:
         taps = 2 * self.phases.weights[0][0].numel()
         grown = self.sources[0].channels / self.channels / math.prod(self.factor)
         return taps + self.sources[0].operations() * grown
 
-    def peak_bytes(self, region):
+    def peak_bytes(self, region: Region) -> int:
         return super().peak_bytes(region) + self.bytes(region) // self.factor[0]
 
 
 class TransposedConv(Node):
     """A transposed convolution; also a nearest upsampling folded into the convolution after it.
 
-    Factors of two have the faster `UpsampledConv`.
+    Factors of two have the faster `UpsampledConv`. `padding` is cut off at both ends of each axis.
     """
 
-    def __init__(self, source: Node, weight, bias, stride, padding, output_padding=None, groups=1):
-        self.weight, self.bias, self.groups = weight, bias, groups
-        self.stride, self.padding = tuple(stride), tuple(padding)
-        self.kernel = tuple(weight.shape[2:])
-        extra = output_padding or (0,) * len(self.stride)
-        axes = zip(source.shape, self.stride, self.padding, self.kernel, extra, strict=True)
-        shape = [(n - 1) * s - 2 * p + k + e for n, s, p, k, e in axes]
+    def __init__(
+        self, source: Node, weight: Tensor, bias: Maybe, stride: Axes, padding: Ends, groups: int
+    ):
+        self.weight, self.bias, self.stride, self.groups = weight, bias, stride, groups
+        self.padding, self.kernel = [near for near, _ in padding], weight.shape[2:]
+        axes = zip(source.shape, stride, padding, self.kernel, strict=True)
+        shape = [(n - 1) * s - near - far + k for n, s, (near, far), k in axes]
         super().__init__(weight.shape[1] * groups, shape, source)
         self.function = F.conv_transpose3d if len(shape) == 3 else F.conv_transpose2d
 
-    def needs(self, region):
+    def needs(self, region: Region) -> Region:
         axes = zip(region, self.stride, self.padding, self.kernel, strict=True)
         wants = tuple(
             (-(-(lo + p - k + 1) // s), (hi - 1 + p) // s + 1) for (lo, hi), s, p, k in axes
         )
         return clip(wants, self.sources[0].shape)
 
-    def read(self, region):
+    def read(self, region: Region) -> Tensor:
         has = self.needs(region)
         x = channels_last(self.sources[0].read(has))
         y = self.function(x, self.weight, self.bias, self.stride, 0, 0, self.groups)
         # Output voxel 0 of y is voxel a * stride - padding of the whole.
         cuts, pads = [], []
-        for (lo, hi), (a, _), s, p, n in zip(
-            region, has, self.stride, self.padding, y.shape[2:], strict=True
-        ):
+        axes = zip(region, has, self.stride, self.padding, y.shape[2:], strict=True)
+        for (lo, hi), (a, _), s, p, n in axes:
             start = lo - (a * s - p)
             cuts.append(slice(start, min(start + hi - lo, n)))
             pads.append(max(start + hi - lo - n, 0))
@@ -481,7 +485,7 @@ class TransposedConv(Node):
                     y.narrow(axis, y.shape[axis] - q, q).copy_(bias)
         return y
 
-    def operations(self):
+    def operations(self) -> float:
         taps = 2 * self.weight[:, 0].numel() / math.prod(self.stride)
         return taps + self.sources[0].operations() * self.sources[0].channels / self.channels
 
@@ -500,14 +504,14 @@ class Local(Node):
         grow: Output voxels per input voxel, per axis.
     """
 
-    def __init__(self, source: Node, module, halo, channels: int, shrink=None, grow=None):
-        dims = len(source.shape)
-        self.module, self.halo = module, (halo,) * dims if isinstance(halo, int) else tuple(halo)
-        self.shrink, self.grow = shrink or (1,) * dims, grow or (1,) * dims
+    def __init__(
+        self, source: Node, module: Function, halo: Axes, channels: int, shrink: Axes, grow: Axes
+    ):
+        self.module, self.halo, self.shrink, self.grow = module, halo, shrink, grow
         axes = zip(source.shape, self.shrink, self.grow, strict=True)
         super().__init__(channels, [n // s * g for n, s, g in axes], source)
 
-    def needs(self, region):
+    def needs(self, region: Region) -> Region:
         axes = zip(region, self.shrink, self.grow, self.halo, strict=True)
         wants = []
         for (lo, hi), s, g, h in axes:
@@ -515,14 +519,14 @@ class Local(Node):
             wants.append((lo // g * s - h, -(-hi // g) * s + h))
         return clip(tuple(wants), self.sources[0].shape)
 
-    def read(self, region):
+    def read(self, region: Region) -> Tensor:
         has = self.needs(region)
         y = self.module(self.sources[0].read(has))
         axes = zip(region, has, self.shrink, self.grow, strict=True)
         cuts = [slice(lo - a // s * g, hi - a // s * g) for (lo, hi), (a, _), s, g in axes]
         return channels_last(y[(slice(None), slice(None), *cuts)])
 
-    def operations(self):
+    def operations(self) -> float:
         return 1e9  # unknown, so it counts as dear
 
 
@@ -568,14 +572,13 @@ class Moments:
         """Mean and variance per channel, shared within each of `groups` groups of channels."""
         mean = self.mean.view(groups, -1)
         shared = mean.mean(1, keepdim=True)
-        variance = (self.m2.view(groups, -1) / self.count + (mean - shared) ** 2).mean(
-            1, keepdim=True
-        )
+        variance = self.m2.view(groups, -1) / self.count + (mean - shared) ** 2
+        variance = variance.mean(1, keepdim=True)
         size = mean.shape[1]
         return shared.expand(-1, size).reshape(-1), variance.expand(-1, size).reshape(-1)
 
 
-def nodes_of(node: Node, kind: type) -> list:
+def nodes_of(node: Node, kind: type[N]) -> list[N]:
     """All nodes of a class that a node is computed from, itself included."""
     found = [node] if isinstance(node, kind) else []
     for source in node.sources:
@@ -588,9 +591,9 @@ def leaves_of(node: Node) -> list[Stored]:
     return nodes_of(node, Stored)
 
 
-def home_of(node: Node) -> tuple[torch.device, torch.dtype]:
+def home_of(node: Node) -> Home:
     """Device and dtype that a node is computed in."""
-    while node.sources:
+    while not isinstance(node, Leaf):
         node = node.sources[0]
     return node.device, node.dtype
 

@@ -6,21 +6,29 @@ products serve where it wastes its width, and Winograd's sums where they pay.
 A slab is `(1, C, *n)`, channels last; `padding` has one number per axis, zeros at both ends.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import product
 from math import prod
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from vae3d.kernels import winograd
 from vae3d.kernels.memory import CHANNELS_LAST, channels_last, images
+from vae3d.kernels.winograd import Axes, Maybe
+
+Conv = nn.Conv2d | nn.Conv3d
+ConvT = nn.ConvTranspose2d | nn.ConvTranspose3d
+Ends = Sequence[tuple[int, int]]  # a number before and one after each axis
+Pairs = Iterator[tuple[Tensor, Tensor]]
 
 SLOW_KERNEL = 20480  # PyTorch leaves oneDNN for this many values of (c, x, y) or fewer
 
 
-def convolve(x, weight, bias, padding, stride=None, together: int = 2) -> Tensor:
+def convolve(
+    x: Tensor, weight: Tensor, bias: Maybe, padding: Axes, stride: Axes = (), together: int = 2
+) -> Tensor:
     """Convolution of a slab; `together` as in `convolve_into`."""
     stride = stride or (1,) * len(padding)
     if pointwise(weight, stride):
@@ -29,10 +37,8 @@ def convolve(x, weight, bias, padding, stride=None, together: int = 2) -> Tensor
     if few(weight, stride) and len(weight) <= 2:
         return conv_to_few(x, weight, bias, padding)
     if winograd.fits(weight, stride) and x.shape[2] + 2 * padding[0] >= 4:
-        size = [
-            n + 2 * p + 1 - k
-            for n, p, k in zip(x.shape[2:], padding, weight.shape[2:], strict=True)
-        ]
+        axes = zip(x.shape[2:], padding, weight.shape[2:], strict=True)
+        size = [n + 2 * p + 1 - k for n, p, k in axes]
         y = empty_like(x, size, len(weight))
         convolve_into(y, x, weight, bias, padding, together=together)
         return y
@@ -40,7 +46,14 @@ def convolve(x, weight, bias, padding, stride=None, together: int = 2) -> Tensor
 
 
 def convolve_into(
-    target, x, weight, bias, padding, stride=None, onto=None, together: int = 2
+    target: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Maybe,
+    padding: Axes,
+    stride: Axes = (),
+    onto: Maybe = None,
+    together: int = 2,
 ) -> None:
     """Convolution of a slab into `target`, added to `onto` (which may be `target`) if given.
 
@@ -59,8 +72,8 @@ def convolve_into(
         together = together if target.shape[2] >= together else 2
         some = winograd.convolve_four if together == 4 else winograd.convolve_two
         done = target.shape[2] // together * together
-        parts = [(None if t is None else t[:, :, :done]) for t in (target, onto)]
-        some(parts[0], x, weight, bias, padding, parts[1])
+        first = None if onto is None else onto[:, :, :done]
+        some(target[:, :, :done], x, weight, bias, padding, first)
         if done < target.shape[2]:
             last = None if onto is None else onto[:, :, done:]
             convolve_into(target[:, :, done:], x[:, :, done:], weight, bias, padding, stride, last)
@@ -84,18 +97,27 @@ def convolve_into(
         )  # fmt: skip
 
 
-def pointwise(weight: Tensor, stride: Sequence[int]) -> bool:
+def pointwise(weight: Tensor, stride: Axes) -> bool:
     """Whether a convolution is a matrix product of voxels and weights."""
     return weight[0, 0].numel() == 1 and max(stride) == 1
 
 
-def few(weight: Tensor, stride: Sequence[int]) -> bool:
+def zeros_of(layer: Conv | ConvT) -> tuple[tuple[int, int], ...]:
+    """Zeros that a convolution adds before and after each axis, also where they go by a name."""
+    if not isinstance(layer.padding, str):
+        return tuple((p, p) for p in layer.padding)
+    axes = zip(layer.dilation, layer.kernel_size, strict=True)
+    sums = [d * (k - 1) * (layer.padding == "same") for d, k in axes]
+    return tuple((n // 2, n - n // 2) for n in sums)
+
+
+def few(weight: Tensor, stride: Axes) -> bool:
     """Whether one end has so few channels that oneDNN, which takes sixteen at a time, is wasted."""
     low, high = sorted(weight.shape[:2])
     return low <= 2 and high >= 16 and max(stride) == 1 and weight.dtype == torch.float32
 
 
-def conv_to_few(x, weight, bias, padding) -> Tensor:
+def conv_to_few(x: Tensor, weight: Tensor, bias: Maybe, padding: Axes) -> Tensor:
     """Convolution to few channels: every voxel times the weights of each tap, then shifted sums."""
     out, channels, *kernel = weight.shape
     grid = x.shape[2:]
@@ -112,7 +134,9 @@ def conv_to_few(x, weight, bias, padding) -> Tensor:
     return channels_last(y[None])
 
 
-def weights_gradient(grad, x, weight, padding, stride=None) -> Tensor:
+def weights_gradient(
+    grad: Tensor, x: Tensor, weight: Tensor, padding: Axes, stride: Axes = ()
+) -> Tensor:
     """Gradient of the weights of a slab's convolution."""
     stride = stride or (1,) * len(padding)
     if pointwise(weight, stride):
@@ -130,14 +154,13 @@ def weights_gradient(grad, x, weight, padding, stride=None) -> Tensor:
     if has_fast_gradients(x):
         return _backward(grad, x, weight, padding, stride, weights=True)
     x = F.pad(x, (0, 0, 0, 0, padding[0], padding[0]))
-    planes = [
-        _backward(images(grad), rows, plane, padding[1:], stride[1:], weights=True)
-        for rows, plane in planes_seen(x, weight, stride, grad.shape[2])
-    ]
+    options = (padding[1:], stride[1:], True)
+    seen = planes_seen(x, weight, stride, grad.shape[2])
+    planes = [_backward(images(grad), rows, plane, *options) for rows, plane in seen]
     return torch.stack(planes, 2)
 
 
-def input_gradient(grad, x, weight, padding, stride) -> Tensor:
+def input_gradient(grad: Tensor, x: Tensor, weight: Tensor, padding: Axes, stride: Axes) -> Tensor:
     """Gradient of the input of a slab's convolution."""
     if has_fast_gradients(x):
         return _backward(grad, x, weight, padding, stride, weights=False)
@@ -152,7 +175,7 @@ def has_fast_gradients(x: Tensor) -> bool:
     return x.dim() == 4 or prod(x.shape[:4]) > SLOW_KERNEL
 
 
-def planes_seen(x, weight, stride, count: int):
+def planes_seen(x: Tensor, weight: Tensor, stride: Axes, count: int) -> Pairs:
     """Each plane of the weights along x, with the rows of a padded slab that it sees.
 
     For gradients of small slabs: as batches of 2D convolutions they have fast kernels at any size.
@@ -162,7 +185,9 @@ def planes_seen(x, weight, stride, count: int):
         yield images(x)[start : start + span : stride[0]], plane
 
 
-def _backward(grad, x, weight, padding, stride, weights: bool) -> Tensor:
+def _backward(
+    grad: Tensor, x: Tensor, weight: Tensor, padding: Axes, stride: Axes, weights: bool
+) -> Tensor:
     """Gradient of the weights, or else of the input, as PyTorch computes it."""
     zeros, ones = (0,) * len(padding), (1,) * len(padding)
     return torch.ops.aten.convolution_backward(
@@ -171,22 +196,18 @@ def _backward(grad, x, weight, padding, stride, weights: bool) -> Tensor:
     )[int(weights)]  # fmt: skip
 
 
-def few_backward(grad, x, weight, padding) -> Tensor:
+def few_backward(grad: Tensor, x: Tensor, weight: Tensor, padding: Axes) -> Tensor:
     """Gradient of the weights between few channels and many, as one matrix product."""
     kernel, dims = weight.shape[2:], range(2, weight.dim())
     if weight.shape[1] <= 2:  # what each tap sees of the input, times the gradient
-        seen, many = (
-            unfold(F.pad(x, [p for p in reversed(padding) for _ in range(2)]), kernel),
-            grad,
-        )
+        around = [p for p in reversed(padding) for _ in range(2)]
+        seen, many = unfold(F.pad(x, around), kernel), grad
     else:  # the taps of a gradient run backwards
         far = [k - 1 - p for k, p in zip(reversed(kernel), reversed(padding), strict=True)]
         seen, many = unfold(F.pad(grad, [p for p in far for _ in range(2)]), kernel), x
-    product = (seen @ many.movedim(1, -1).reshape(-1, many.shape[1])).view(
-        *kernel, -1, len(many[0])
-    )
-    product = product.permute(-1, -2, *range(len(kernel)))
-    return product if weight.shape[1] <= 2 else product.transpose(0, 1).flip(*dims)
+    sums = seen @ many.movedim(1, -1).reshape(-1, many.shape[1])
+    sums = sums.view(*kernel, -1, len(many[0])).permute(-1, -2, *range(len(kernel)))
+    return sums if weight.shape[1] <= 2 else sums.transpose(0, 1).flip(*dims)
 
 
 def unfold(x: Tensor, kernel: Sequence[int]) -> Tensor:
@@ -198,7 +219,7 @@ def unfold(x: Tensor, kernel: Sequence[int]) -> Tensor:
     return x.flatten(0, dims).flatten(1)
 
 
-def pad_uneven(slab: Tensor, pads: Sequence[tuple[int, int]]) -> tuple[Tensor, list[int]]:
+def pad_uneven(slab: Tensor, pads: Ends) -> tuple[Tensor, list[int]]:
     """Pad what differs between the two ends of an axis; return what is left to pad at both."""
     left = [min(pair) for pair in pads]
     extra = [(near - p, far - p) for (near, far), p in zip(pads, left, strict=True)]
@@ -211,7 +232,7 @@ def empty_like(slab: Tensor, size: Sequence[int], channels: int = 0) -> Tensor:
     return torch.empty(shape, dtype=slab.dtype, device=slab.device, memory_format=layout)
 
 
-def surround(slab: Tensor, zeros: Sequence[tuple[int, int]]) -> Tensor:
+def surround(slab: Tensor, zeros: Ends) -> Tensor:
     """A slab with zeros before and after each axis; `F.pad` would write all of it twice."""
     if not any(map(any, zeros)):
         return slab

@@ -10,23 +10,29 @@ The CPU has faster steps of its own (`steps.py`); a compiled network leaves this
 Axes: b batch, c channels, x y z space.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from typing import Generic, TypeGuard, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
+from torch.autograd.function import FunctionCtx, once_differentiable
 
-FUNCTION = {nn.Conv2d: nn.functional.conv2d, nn.Conv3d: nn.functional.conv3d}
+from vae3d.kernels.convolutions import Conv
+from vae3d.kernels.winograd import Maybe
+
+S = TypeVar("S")
+# What is computed before a convolution, the convolution, and the state of autocast.
+Plan = tuple[Callable[[Tensor], Tensor], Conv, tuple[str, torch.dtype, bool]]
 
 
-def is_lean(layer: nn.Module, x: Tensor) -> bool:
+def is_lean(layer: nn.Module, x: Tensor) -> TypeGuard[Conv]:
     """Whether `prepared_conv` serves this layer and input: something is to be differentiated."""
     return (
         not torch.compiler.is_compiling()
         and torch.amp.is_autocast_available(x.device.type)  # not on the meta device
         and not torch.jit.is_tracing()
         and not torch._C._are_functorch_transforms_active()
-        and type(layer) in FUNCTION
+        and (type(layer) is nn.Conv2d or type(layer) is nn.Conv3d)
         and torch.is_grad_enabled()
         and (x.requires_grad or layer.weight.requires_grad)
         and layer.padding_mode == "zeros"
@@ -36,7 +42,7 @@ def is_lean(layer: nn.Module, x: Tensor) -> bool:
 
 def prepared_conv(
     prepare: Callable[[Tensor], Tensor],
-    layer: nn.Conv2d | nn.Conv3d,
+    layer: Conv,
     x: Tensor,
     parameters: Iterable[nn.Parameter] = (),
 ) -> Tensor:
@@ -48,41 +54,51 @@ def prepared_conv(
         x: `(B, C, *spatial)`.
         parameters: Those of `prepare`.
     """
-    return PreparedConv.apply(x, layer.weight, layer.bias, prepare, layer, *parameters)
+    kind = x.device.type
+    autocast = kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)
+    return PreparedConv.apply((prepare, layer, autocast), x, layer.weight, layer.bias, *parameters)
+
+
+class Context(FunctionCtx, Generic[S]):
+    """What the forward pass of a step leaves to its backward pass."""
+
+    step: S
+    saved_tensors: tuple[Tensor, ...]
+    needs_input_grad: tuple[bool, ...]
 
 
 class PreparedConv(torch.autograd.Function):
     """A convolution of something that is computed again in the backward pass."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, prepare, layer, *parameters):
+    def forward(
+        ctx: Context[Plan], step: Plan, x: Tensor, weight: Tensor, bias: Maybe, *parameters: Tensor
+    ) -> Tensor:
         """Return `layer(prepare(x))`."""
         ctx.save_for_backward(x, weight, *parameters)
-        ctx.prepare, ctx.layer, ctx.bias = prepare, layer, None if bias is None else bias.shape
-        kind = x.device.type
-        ctx.autocast = kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)
-        options = (layer.stride, layer.padding, layer.dilation, layer.groups)
-        return FUNCTION[type(layer)](prepare(x), weight, bias, *options)
+        ctx.step, (prepare, layer, _) = step, step
+        return layer._conv_forward(prepare(x), weight, bias)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad):
+    def backward(ctx: Context[Plan], grad: Tensor) -> tuple[Maybe, ...]:
         """Return the gradient of every argument of `forward`."""
         x, weight, *parameters = ctx.saved_tensors
-        need_x, need_w, need_b, _, _, *need_p = ctx.needs_input_grad
-        layer, zeros = ctx.layer, (0,) * (grad.dim() - 2)
-        with torch.enable_grad(), torch.autocast(*ctx.autocast):
+        _, need_x, need_w, need_b, *need_p = ctx.needs_input_grad
+        (prepare, layer, autocast), zeros = ctx.step, (0,) * (grad.dim() - 2)
+        sizes = None if layer.bias is None else layer.bias.shape
+        with torch.enable_grad(), torch.autocast(*autocast):
             x = x.detach().requires_grad_(need_x)
-            prepared = ctx.prepare(x)
+            prepared = prepare(x)
         grad_y, grad_w, grad_b = torch.ops.aten.convolution_backward(
-            grad, prepared.detach().to(grad.dtype), weight.to(grad.dtype), ctx.bias,
+            grad, prepared.detach().to(grad.dtype), weight.to(grad.dtype), sizes,
             layer.stride, layer.padding, layer.dilation, False, zeros, layer.groups,
             [prepared.requires_grad, need_w, need_b],
         )  # fmt: skip
         wanted = [t for t, need in zip((x, *parameters), (need_x, *need_p), strict=True) if need]
-        found = iter(())
+        found: Iterator[Tensor] = iter(())
         if wanted:
             found = iter(torch.autograd.grad(prepared, wanted, grad_y.to(prepared.dtype)))
         grad_x, *grads = (next(found) if need else None for need in (need_x, *need_p))
         grad_w, grad_b = (None if g is None else g.to(weight.dtype) for g in (grad_w, grad_b))
-        return grad_x, grad_w, grad_b, None, None, *grads
+        return None, grad_x, grad_w, grad_b, *grads

@@ -114,7 +114,7 @@ class Pages:
     used it: tensors here, gradients, or slabs in the heap.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.free: dict[int, list[mmap.mmap]] = defaultdict(list)  # by size [bytes]
         self.kept = self.most = 0  # bytes: free here; in use by the process at its peak
         self.lock = RLock()  # tensors die anywhere, also within `take`

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import reduce
 from itertools import chain, pairwise, product
-from typing import NamedTuple
+from typing import NamedTuple, TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +26,8 @@ from torch.amp import custom_bwd, custom_fwd
 from torch.autograd.function import once_differentiable
 
 from vae3d.kernels import convolutions
-from vae3d.kernels.lean import is_lean, prepared_conv
+from vae3d.kernels.convolutions import Axes, Conv, Ends, Maybe, Pairs
+from vae3d.kernels.lean import Context, is_lean, prepared_conv
 from vae3d.kernels.memory import channels_last, empty, release
 
 SLAB_BYTES = 4 << 20  # per thread, float32; larger than the cache is slower, smaller repeats halos
@@ -78,7 +79,7 @@ def plain() -> Iterator[None]:
 
 
 def run(
-    layers: Sequence[nn.Module],
+    layers: Iterable[nn.Module],
     x: Tensor,
     residual: Tensor | None = None,
     overwrite: bool = False,
@@ -93,8 +94,8 @@ def run(
     """
     layers = list(layers)
     while layers:
-        norm_act = layers.pop(0) if fusible(layers, x) else None
-        layer = layers.pop(0)
+        norm_act = preparation(layers, x)
+        layer, *layers = layers if norm_act is None else layers[1:]
         if norm_act is not None or is_fast(layer, x):
             last = residual if not layers else None
             x = convolve(layer, x, norm_act=norm_act, residual=last, overwrite=overwrite)
@@ -104,24 +105,24 @@ def run(
     return x if residual is None else x + residual
 
 
-def fusible(layers: Sequence[nn.Module], x: Tensor) -> bool:
-    """Whether the first two layers are a preparation and its convolution, as one step."""
+def preparation(layers: Sequence[nn.Module], x: Tensor) -> Preparation | None:
+    """The first layer, if it prepares for the convolution after it and both can be one step."""
     if len(layers) < 2 or not isinstance(layers[0], Preparation) or torch.compiler.is_compiling():
-        return False
-    before, layer = layers[:2]
+        return None
+    before, layer = layers[0], layers[1]
     if any(map(hooked, (*before.modules(), layer))):
-        return False
+        return None
     if is_fast(layer, x):
-        return before.group_norm_act() is not None and set(layer.stride) == {1}
-    return before.repeatable() and is_lean(layer, x)
+        return before if before.group_norm_act() and set(layer.stride) == {1} else None
+    return before if before.repeatable() and is_lean(layer, x) else None
 
 
-def is_fast(layer: nn.Module, x: Tensor) -> bool:
+def is_fast(layer: nn.Module, x: Tensor) -> TypeGuard[Conv]:
     """Whether `convolve` has a fast path for this layer and input here and now."""
     return (
         # First: what follows breaks torch.compile's graph, and then its rest would be compiled.
         not torch.compiler.is_compiling()
-        and type(layer) in (nn.Conv2d, nn.Conv3d)
+        and (type(layer) is nn.Conv2d or type(layer) is nn.Conv3d)
         and _enabled
         and type(x) in (Tensor, nn.Parameter)
         and x.device.type == "cpu"
@@ -145,26 +146,27 @@ def hooked(layer: nn.Module) -> bool:
 
 
 def convolve(
-    layer: nn.Conv2d | nn.Conv3d,
+    layer: nn.Module,
     x: Tensor,
     *,
     norm_act: Preparation | None = None,
-    padding: Sequence[tuple[int, int]] | None = None,
+    padding: Ends = (),
     residual: Tensor | None = None,
     overwrite: bool = False,
 ) -> Tensor:
     """`layer(pad(norm_act(x))) + residual`.
 
     Args:
-        layer: The convolution.
+        layer: The convolution; where it has no fast path it is called, whatever it is.
         x: `(B, C, *spatial)`.
         norm_act: Norm and activation before it; None for neither.
-        padding: Zeros before and after each axis, in place of the layer's own padding.
+        padding: Zeros before and after each axis, in place of the layer's own padding; empty for
+            that.
         residual: Added to the output; None for nothing.
         overwrite: Whether the sum may take the memory of `residual`.
     """
     if not is_fast(layer, x):
-        if padding is not None:
+        if padding:
             x = F.pad(x, [*chain(*reversed(padding))])
         x = layer(x) if norm_act is None else prepared(norm_act, layer, x, norm_act.parameters())
         return x if residual is None else x + residual
@@ -173,15 +175,15 @@ def convolve(
     norm = norm_act.group_norm_act() if norm_act is not None else None
     step = Step(
         layer.stride,
-        tuple(padding or ((p, p) for p in layer.padding)),
+        tuple(padding or convolutions.zeros_of(layer)),
         dtype,
         overwrite and fused is not None and fused is channels_last(fused),
         2 if torch.is_grad_enabled() else 4,  # rows together
         *((norm.num_groups, norm.eps, norm.act) if norm else ()),
     )
-    gamma, beta = (norm.weight, norm.bias) if norm else (None, None)
+    affine = (norm.weight, norm.bias) if norm else ()
     with torch.autocast("cpu", enabled=False):
-        out = NormActConv.apply(x, layer.weight, layer.bias, gamma, beta, fused, step)
+        out = NormActConv.apply(step, x, layer.weight, layer.bias, fused, *affine)
     return out if residual is fused else out + residual
 
 
@@ -214,7 +216,7 @@ class Step(NamedTuple):
     together: int = 2  # rows that a convolution makes at once; more round more, see winograd.py
     groups: int = 0  # 0: no norm and no activation
     eps: float = 0.0
-    act: nn.Module | None = None
+    act: nn.Module = nn.Identity()
 
 
 class NormActConv(torch.autograd.Function):
@@ -226,25 +228,28 @@ class NormActConv(torch.autograd.Function):
 
     @staticmethod
     @custom_fwd(device_type="cpu")
-    def forward(ctx, x, weight, bias, gamma, beta, residual, step: Step):
+    def forward(
+        ctx: Context[Step],
+        step: Step,
+        x: Tensor,
+        weight: Tensor,
+        bias: Maybe,
+        residual: Maybe,
+        *affine: Tensor,
+    ) -> Tensor:
         """Return `conv(act(norm(x))) + residual`."""
         x = channels_last(x)
-        stats = statistics(x, step.groups) if step.groups else None
-        ctx.save_for_backward(x, weight, gamma, beta, *(stats or ()))
+        scaling = (*affine, *statistics(x, step.groups)) if affine else ()
+        ctx.save_for_backward(x, weight, *scaling)
         ctx.step = step
-        ctx.residual_like = residual is not None
         compute = compute_dtype(step.dtype)
         w, b = channels_last(weight.to(compute)), None if bias is None else bias.to(compute)
-        size = [
-            (n + sum(pad) - k) // s + 1
-            for n, pad, k, s in zip(
-                x.shape[2:], step.padding, w.shape[2:], step.stride, strict=True
-            )
-        ]
-        out = residual if step.overwrite else empty((len(x), len(w), *size), step.dtype)
+        axes = zip(x.shape[2:], step.padding, w.shape[2:], step.stride, strict=True)
+        shape = (len(x), len(w), *((n + sum(pad) - k) // s + 1 for n, pad, k, s in axes))
+        out = empty(shape, step.dtype) if residual is None or not step.overwrite else residual
         if step.overwrite:
-            ctx.mark_dirty(residual)
-        norm = Slabs(x, step, gamma, beta, stats, compute)
+            ctx.mark_dirty(out)
+        norm = Slabs(x, step, scaling, compute)
         for n, start, stop in slabs(out, x, step.together):
             _, y, pad = norm.read(n, *reach(start, stop, w, step), keep=False)
             target = out[n : n + 1, :, start:stop]
@@ -254,34 +259,33 @@ class NormActConv(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
     @custom_bwd(device_type="cpu")
-    def backward(ctx, grad):
+    @once_differentiable
+    def backward(ctx: Context[Step], grad: Tensor) -> tuple[Maybe, ...]:
         """Return the gradient of every argument of `forward`."""
-        x, weight, gamma, beta, *stats = ctx.saved_tensors
+        x, weight, *scaling = ctx.saved_tensors
         step, grad = ctx.step, channels_last(grad)
         compute = compute_dtype(step.dtype)
         w = channels_last(weight.to(compute))
-        need_x, need_w, need_b = ctx.needs_input_grad[:3]
-        need_x = need_x or any(ctx.needs_input_grad[3:5])
+        _, need_x, need_w, need_b, need_residual, *need_affine = ctx.needs_input_grad
         grad_w = torch.zeros_like(weight, dtype=torch.float32) if need_w else None
         grad_b = torch.zeros(len(weight)) if need_b else None
-        grad_x = empty(x.shape, x.dtype) if need_x else None
+        grad_x = empty(x.shape, x.dtype) if need_x or any(need_affine) else None
         strided = max(step.stride) > 1
-        if need_x and strided:
+        if grad_x is not None and strided:
             grad_x.zero_()
-        norm = Slabs(x, step, gamma, beta, stats, compute)
+        norm = Slabs(x, step, scaling, compute)
         back = Backward(w, step, compute)
         sums = torch.zeros(2, *x.shape[:2], dtype=torch.float64)  # of dn * normalized, of dn
         for n, start, stop in slabs(grad, x):
             lo, hi = reach(start, stop, w, step)
-            normalized, y, pad = norm.read(n, lo, hi, keep=need_x)
+            normalized, y, pad = norm.read(n, lo, hi, keep=grad_x is not None)
             g = grad[n : n + 1, :, start:stop].to(compute)
-            if need_b:
+            if grad_b is not None:
                 grad_b += g.sum([0, *range(2, g.dim())], dtype=torch.float32)
-            if need_w:
+            if grad_w is not None:
                 grad_w += convolutions.weights_gradient(g, y, w, pad, step.stride)
-            if not need_x:
+            if grad_x is None:
                 continue
             if strided:
                 back.scatter(g, y, pad, grad_x[n : n + 1], lo, hi)
@@ -290,31 +294,37 @@ class NormActConv(torch.autograd.Function):
             own = target.dtype == (torch.float32 if step.groups else compute)
             wide = target if own else norm.buffer("gradient", stop - start)
             back.gather(grad[n : n + 1], start, stop, wide)
-            if step.groups:
+            if normalized is not None:
                 inner = normalized[:, :, start - lo :][:, :, : stop - start]
                 act_backward(step.act, inner, wide)
             if wide is not target:
                 target.copy_(wide)
             if step.groups:
                 sums[:, n] += norm.sums(n, start, stop, target)
-        grad_gamma, grad_beta = sums.sum(1).to(gamma.dtype) if step.groups else (None, None)
-        if step.groups and ctx.needs_input_grad[0]:
+        grads = sums.sum(1).to(scaling[0].dtype) if scaling else ()
+        if grad_x is not None and scaling and need_x:
             norm.finish(grad_x, sums)
-        residual = grad if ctx.residual_like else None
-        grad_w = grad_w.to(weight.dtype) if need_w else None
-        grad_b = grad_b.to(weight.dtype) if need_b else None
-        return grad_x, grad_w, grad_b, grad_gamma, grad_beta, residual, None
+        grad_w = None if grad_w is None else grad_w.to(weight.dtype)
+        grad_b = None if grad_b is None else grad_b.to(weight.dtype)
+        return None, grad_x, grad_w, grad_b, grad if need_residual else None, *grads
 
 
 class Slabs:
-    """Reads slabs of `x`, normalized and activated where the step has a norm."""
+    """Reads slabs of `x`, normalized and activated where the step has a norm.
 
-    def __init__(self, x, step, gamma, beta, stats, compute):
+    Args:
+        x: `(B, C, *spatial)`.
+        step: What is done.
+        scaling: Scale and shift of the norm, `(C,)`, then mean and variance, `(B, C)`; or nothing.
+        compute: Dtype of what is read.
+    """
+
+    def __init__(self, x: Tensor, step: Step, scaling: Sequence[Tensor], compute: torch.dtype):
         self.x, self.step, self.compute = x, step, compute
-        self.memory = {}
-        if step.groups:
+        self.memory: dict[str, Tensor] = {}
+        if scaling:
+            gamma, beta, self.mean, self.var = scaling
             self.gamma, self.beta = gamma.float(), beta.float()
-            self.mean, self.var = stats  # (B, C) each
 
     def buffer(self, name: str, rows: int, dtype: torch.dtype = torch.float32) -> Tensor:
         """Memory for a slab, the same at every call."""
@@ -400,13 +410,11 @@ class Slabs:
 class Backward:
     """Gradient of a convolution with respect to its input, by slabs."""
 
-    def __init__(self, weight, step, compute):
+    def __init__(self, weight: Tensor, step: Step, compute: torch.dtype):
         self.weight, self.step, self.compute = weight, step, compute
         self.flipped = channels_last(weight.transpose(0, 1).flip(*range(2, weight.dim())))
-        kernel = weight.shape[2:]
-        self.padding = tuple(
-            (k - 1 - near, k - 1 - far) for k, (near, far) in zip(kernel, step.padding, strict=True)
-        )
+        axes = zip(weight.shape[2:], step.padding, strict=True)
+        self.padding = tuple((k - 1 - near, k - 1 - far) for k, (near, far) in axes)
 
     def gather(self, grad: Tensor, start: int, stop: int, target: Tensor) -> None:
         """Write rows `start` to `stop` of the input's gradient to `target`, for stride 1."""
@@ -416,13 +424,13 @@ class Backward:
         slab, pad = convolutions.pad_uneven(slab.to(self.compute), pads)
         convolutions.convolve_into(target, slab, self.flipped, None, pad)
 
-    def scatter(self, g: Tensor, y: Tensor, pad, target: Tensor, lo: int, hi: int) -> None:
+    def scatter(self, g: Tensor, y: Tensor, pad: Axes, target: Tensor, lo: int, hi: int) -> None:
         """Add the gradient of rows `lo` to `hi` of the input to `target`, for any stride."""
         dx = convolutions.input_gradient(g, y, self.weight, pad, self.step.stride)
         _, pads = rows(target, lo, hi, self.step.padding)
         extra = [(near - p, far - p) for (near, far), p in zip(pads, pad, strict=True)]
         inner = [slice(near, n - far) for (near, far), n in zip(extra, dx.shape[2:], strict=True)]
-        target[:, :, max(lo, 0) : min(hi, target.shape[2])] += dx[(..., *inner)]
+        target[:, :, max(lo, 0) : hi] += dx[(slice(None), slice(None), *inner)]
 
 
 class UpsampleConv(torch.autograd.Function):
@@ -435,18 +443,20 @@ class UpsampleConv(torch.autograd.Function):
 
     @staticmethod
     @custom_fwd(device_type="cpu")
-    def forward(ctx, x, weight, bias, factor, dtype):
+    def forward(
+        ctx: Context[Axes], factor: Axes, x: Tensor, weight: Tensor, bias: Maybe, dtype: torch.dtype
+    ) -> Tensor:
         """Return `conv(upsample(x))`."""
         x = channels_last(x)
         ctx.save_for_backward(x, weight)
-        ctx.factor, ctx.dtype = factor, dtype
-        up = Phases(x, weight, factor, compute_dtype(dtype))
+        ctx.step = factor
+        up = Phases(weight, factor, compute_dtype(dtype))
         b = None if bias is None else bias.to(up.compute).repeat(up.per_row)
         size = [n * f for n, f in zip(x.shape[2:], factor, strict=True)]
         out = empty((len(x), len(weight), *size), dtype)
         for n, start, stop in slabs(x, out):
             for phase, w in enumerate(up.weights):
-                slab, pad = up.read(n, start, stop, phase)
+                slab, pad = up.read(x[n : n + 1], start, stop, phase)
                 y = convolutions.convolve(slab, w, b, pad)
                 for target, grid in up.pairs(out[n : n + 1], start, stop, phase, y):
                     target.copy_(grid)
@@ -454,14 +464,14 @@ class UpsampleConv(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
     @custom_bwd(device_type="cpu")
-    def backward(ctx, grad):
+    @once_differentiable
+    def backward(ctx: Context[Axes], grad: Tensor) -> tuple[Maybe, ...]:
         """Return the gradient of every argument of `forward`."""
         x, weight = ctx.saved_tensors
         grad = channels_last(grad)
-        up = Phases(x, weight, ctx.factor, compute_dtype(ctx.dtype))
-        need_x, need_w, need_b = ctx.needs_input_grad[:3]
+        up = Phases(weight, ctx.step, compute_dtype(grad.dtype))
+        _, need_x, need_w, need_b, _ = ctx.needs_input_grad
         grad_x = empty(x.shape, x.dtype).zero_() if need_x else None
         grads_w = [torch.zeros_like(w, dtype=torch.float32) for w in up.weights]
         grad_b = torch.zeros(len(weight)) if need_b else None
@@ -470,29 +480,29 @@ class UpsampleConv(torch.autograd.Function):
             lo, hi = start - up.offset(phase) - w.shape[2] + 1, stop - up.offset(phase)
             g = up.grid(grad[n : n + 1], lo, hi, phase)
             inner = channels_last(g[:, :, start - lo : stop - lo])
-            if need_b:
+            if grad_b is not None:
                 total = inner.sum([0, *range(2, g.dim())], dtype=torch.float32)
                 grad_b += total.view(up.per_row, -1).sum(0)
             if need_w:
-                slab, pad = up.read(n, start, stop, phase)
+                slab, pad = up.read(x[n : n + 1], start, stop, phase)
                 grads_w[phase] += convolutions.weights_gradient(inner, slab, w, pad)
-            if need_x:
+            if grad_x is not None:
                 flipped = channels_last(w.transpose(0, 1).flip(*range(2, w.dim())))
                 pad = [0, *(k - 2 for k in w.shape[3:])]
                 target = grad_x[n : n + 1, :, start:stop]
                 convolutions.convolve_into(target, g, flipped, None, pad, onto=target)
             del g, inner  # before the next ones are made
         grad_w = up.unfold(grads_w).to(weight.dtype) if need_w else None
-        grad_b = grad_b.to(weight.dtype) if need_b else None
+        grad_b = None if grad_b is None else grad_b.to(weight.dtype)
         release(x)
-        return grad_x, grad_w, grad_b, None, None
+        return None, grad_x, grad_w, grad_b, None
 
 
 class Phases:
     """The convolutions of a coarse grid that equal a convolution of the upsampled one."""
 
-    def __init__(self, x, weight, factor, compute):
-        self.x, self.factor, self.compute = x, factor, compute
+    def __init__(self, weight: Tensor, factor: Axes, compute: torch.dtype):
+        self.factor, self.compute = factor, compute
         fold = reduce(torch.kron, (FOLD[f] for f in factor))  # (phases, taps, weights)
         self.fold = fold.to(weight.device)
         self.per_row = torch.Size(factor[1:]).numel()
@@ -513,19 +523,19 @@ class Phases:
         """Coarse row, relative to its own, that the first tap of an x-phase reads."""
         return phase - 1
 
-    def read(self, n: int, start: int, stop: int, phase: int) -> tuple[Tensor, list[int]]:
-        """Rows that an x-phase needs for rows `start` to `stop`, and the padding of y and z."""
+    def read(self, x: Tensor, start: int, stop: int, phase: int) -> tuple[Tensor, list[int]]:
+        """Coarse rows that an x-phase needs for rows `start` to `stop`, and padding of y and z."""
         lo = start + self.offset(phase)
         hi = stop + self.offset(phase) + self.weights[phase].shape[2] - 1
-        slab, pads = rows(self.x[n : n + 1], lo, hi, [(1, 1)] * len(self.factor))
+        slab, pads = rows(x, lo, hi, [(1, 1)] * len(self.factor))
         return convolutions.pad_uneven(slab.to(self.compute), pads)
 
-    def pairs(self, fine: Tensor, start: int, stop: int, phase: int, y: Tensor):
+    def pairs(self, fine: Tensor, start: int, stop: int, phase: int, y: Tensor) -> Pairs:
         """Views of the fine volume and of the coarse output that belong together."""
         fx = self.factor[0]
         fine = fine[:, :, fx * start + phase : fx * stop : fx]
-        shifts = torch.cartesian_prod(*(torch.arange(f) for f in self.factor[1:]))
-        shifts = shifts.view(self.per_row, -1).tolist()
+        grids = torch.cartesian_prod(*(torch.arange(f) for f in self.factor[1:]))
+        shifts = grids.view(self.per_row, -1).tolist()
         for p, part in zip(shifts, y.chunk(self.per_row, 1), strict=True):
             grid = fine
             for axis, (shift, f) in enumerate(zip(p, self.factor[1:], strict=True), start=3):
@@ -536,8 +546,8 @@ class Phases:
 
     def grid(self, grad: Tensor, lo: int, hi: int, phase: int) -> Tensor:
         """Gradient of rows `lo` to `hi` of an x-phase's output; zero outside the volume."""
-        rows_in = self.x.shape[2]
-        size = [n + f - 1 for n, f in zip(self.x.shape[3:], self.factor[1:], strict=True)]
+        rows_in, *others = (n // f for n, f in zip(grad.shape[2:], self.factor, strict=True))
+        size = [n + f - 1 for n, f in zip(others, self.factor[1:], strict=True)]
         shape = (1, self.per_row * grad.shape[1], hi - lo, *size)
         out = empty(shape, self.compute).zero_()
         first, last = max(lo, 0), min(hi, rows_in)
@@ -547,7 +557,7 @@ class Phases:
         return out
 
 
-def upsample_convolve(layer: nn.Conv2d | nn.Conv3d, x: Tensor, factor: Sequence[int]) -> Tensor:
+def upsample_convolve(layer: Conv, x: Tensor, factor: Sequence[int]) -> Tensor:
     """`layer(nearest upsampling of x)` for factors of one and two; see `UpsampleConv`.
 
     Args:
@@ -557,7 +567,7 @@ def upsample_convolve(layer: nn.Conv2d | nn.Conv3d, x: Tensor, factor: Sequence[
     """
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
     with torch.autocast("cpu", enabled=False):
-        return UpsampleConv.apply(x, layer.weight, layer.bias, tuple(factor), dtype)
+        return UpsampleConv.apply(factor, x, layer.weight, layer.bias, dtype)
 
 
 def statistics(x: Tensor, groups: int) -> tuple[Tensor, Tensor]:
@@ -610,7 +620,7 @@ def reach(start: int, stop: int, weight: Tensor, step: Step) -> tuple[int, int]:
     return start * stride - near, (stop - 1) * stride - near + weight.shape[2]
 
 
-def rows(x: Tensor, lo: int, hi: int, padding) -> tuple[Tensor, list[tuple[int, int]]]:
+def rows(x: Tensor, lo: int, hi: int, padding: Ends) -> tuple[Tensor, list[tuple[int, int]]]:
     """Rows of `x` that exist between `lo` and `hi`, and the zeros to add around every axis."""
     size = x.shape[2]
     outside = (max(-lo, 0), max(hi - size, 0))

@@ -17,7 +17,7 @@ and a row that is not finite spoils its group of four: for inference only.
 Slabs are `(1, C, rows, Y, Z)`, float32, channels last.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -27,8 +27,11 @@ from vae3d.kernels.memory import images
 
 PAYS_FROM = 32  # channels
 
+Axes = Sequence[int]  # one number per axis
+Maybe = Tensor | None
 
-def fits(weight: Tensor, stride: Sequence[int]) -> bool:
+
+def fits(weight: Tensor, stride: Axes) -> bool:
     """Whether a convolution is of the kind that this module makes faster."""
     return (
         weight.dim() == 5
@@ -39,14 +42,16 @@ def fits(weight: Tensor, stride: Sequence[int]) -> bool:
     )
 
 
-def pad_rows(x: Tensor, padding: Sequence[int]) -> tuple[Tensor, tuple[int, ...]]:
+def pad_rows(x: Tensor, padding: Axes) -> tuple[Tensor, tuple[int, ...]]:
     """Pad a slab's rows; the slab and the padding left to do."""
     if padding[0]:
         x = F.pad(x, (0, 0, 0, 0, padding[0], padding[0]))
     return x, (0, *padding[1:])
 
 
-def convolve_two(target: Tensor, x: Tensor, weight: Tensor, bias, padding, onto=None) -> None:
+def convolve_two(
+    target: Tensor, x: Tensor, weight: Tensor, bias: Maybe, padding: Axes, onto: Maybe = None
+) -> None:
     """Convolve a slab into `target`, `(1, C', rows, Y, Z)`, added to `onto` if it is given.
 
     Args:
@@ -73,7 +78,9 @@ def convolve_two(target: Tensor, x: Tensor, weight: Tensor, bias, padding, onto=
     add_convolution(odd, far(), planes[3], bias, options)
 
 
-def convolve_four(target: Tensor, x: Tensor, weight: Tensor, bias, padding, onto=None) -> None:
+def convolve_four(
+    target: Tensor, x: Tensor, weight: Tensor, bias: Maybe, padding: Axes, onto: Maybe = None
+) -> None:
     """The same by F(4, 3), with the points 0, 1, -1, 2, -2 and infinity.
 
     With s the sum and e the difference of the products m at a point and its negative:
@@ -99,7 +106,7 @@ def convolve_four(target: Tensor, x: Tensor, weight: Tensor, bias, padding, onto
     d0, d1, d2, d3, d4, d5 = (images(x)[i : i + 4 * count - 3 : 4] for i in range(6))
     even, odd = (torch.empty_like(d0, memory_format=torch.channels_last) for _ in range(2))
 
-    def at_both(point: int, bias=None) -> tuple[Tensor, Tensor]:
+    def at_both(point: int, bias: Maybe = None) -> tuple[Tensor, Tensor]:
         """Products at a point and its negative, from `even` and `odd`."""
         there = torch.mkldnn_convolution(even.add_(odd), planes[point], bias, *options)
         seen = even.sub_(odd, alpha=2)
@@ -125,14 +132,14 @@ def convolve_four(target: Tensor, x: Tensor, weight: Tensor, bias, padding, onto
     add_convolution(y3, odd, planes["infinity"], None, options)
 
 
-def add_convolution(rows: Tensor, seen: Tensor, plane: Tensor, bias, options) -> None:
+def add_convolution(rows: Tensor, seen: Tensor, plane: Tensor, bias: Maybe, options: tuple) -> None:
     """Add a 2D convolution to `rows`."""
     torch.ops.mkldnn._convolution_pointwise_.binary(
         rows, seen, plane, bias, *options, "add", 1.0, None, [], ""
     )
 
 
-def weights_gradient(grad: Tensor, x: Tensor, weight: Tensor, padding) -> Tensor:
+def weights_gradient(grad: Tensor, x: Tensor, weight: Tensor, padding: Axes) -> Tensor:
     """Gradient of the weights from that of the output, the transpose of `convolve_two`.
 
     Args:
@@ -170,12 +177,12 @@ def planes_of_four(weight: Tensor) -> dict[int | str, Tensor]:
     """The six planes of F(4, 3), by point."""
     w0, w1, w2 = weight.unbind(2)
     one, two = (w0 + w2) / -6, w0 / 24 + w2 / 6
-    planes = {0: w0 / 4, 1: one - w1 / 6, -1: one + w1 / 6, 2: two + w1 / 12, -2: two - w1 / 12}
-    planes["infinity"] = w2
+    planes: dict[int | str, Tensor] = {0: w0 / 4, "infinity": w2}
+    planes |= {1: one - w1 / 6, -1: one + w1 / 6, 2: two + w1 / 12, -2: two - w1 / 12}
     return {k: p.contiguous(memory_format=torch.channels_last) for k, p in planes.items()}
 
 
-def sums_of(x: Tensor, pairs: int):
+def sums_of(x: Tensor, pairs: int) -> tuple[Callable[[], Tensor], ...]:
     """The four sums of input rows, each computed when it is called, in memory they share."""
     d0, d1, d2, d3 = (images(x)[i : i + 2 * pairs - 1 : 2] for i in range(4))
     memory = torch.empty_like(d0, memory_format=torch.channels_last)

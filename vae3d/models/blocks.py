@@ -60,7 +60,7 @@ class ResBlock(Block):
         dropout: float = 0.0,
         zero_init: bool = False,
     ):
-        layers = OrderedDict()
+        layers: OrderedDict[str, nn.Module] = OrderedDict()
         layers["norm1"] = NormAct(norm(in_channels), act)
         layers["conv1"] = conv(spatial_dims, in_channels, out_channels, 3)
         layers["norm2"] = NormAct(norm(out_channels), act)
@@ -93,7 +93,7 @@ class ConvBlock(Block):
         act: str,
         dropout: float = 0.0,
     ):
-        layers = OrderedDict()
+        layers: OrderedDict[str, nn.Module] = OrderedDict()
         layers["conv1"] = conv(spatial_dims, in_channels, out_channels, 3)
         layers["norm1"] = NormAct(norm(out_channels), act)
         if dropout:
@@ -133,7 +133,7 @@ class ConvNeXtBlock(Block):
         if kernel % 2 == 0:
             raise ValueError(f"kernel={kernel} must be odd, so that the size stays")
         hidden = expansion * out_channels
-        layers = OrderedDict()
+        layers: OrderedDict[str, nn.Module] = OrderedDict()
         layers["depthwise"] = conv(
             spatial_dims, in_channels, in_channels, kernel, groups=in_channels
         )

@@ -3,12 +3,14 @@
 Axes: b batch, c channels, x y z space in storage order; 2D is `(B, C, X, Y)`, 3D `(B, C, X, Y, Z)`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from torch import nn
 
-CONV = {2: nn.Conv2d, 3: nn.Conv3d}
-CONV_TRANSPOSE = {2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
+from vae3d.kernels.convolutions import Conv, ConvT
+
+CONV: dict[int, Callable[..., Conv]] = {2: nn.Conv2d, 3: nn.Conv3d}
+CONV_TRANSPOSE: dict[int, Callable[..., ConvT]] = {2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
 
 
 def conv(
@@ -18,7 +20,7 @@ def conv(
     kernel: int | Sequence[int] = 3,
     stride: int | Sequence[int] = 1,
     groups: int = 1,
-) -> nn.Module:
+) -> Conv:
     """Convolution that keeps the size at stride 1 (odd kernels, zero padding).
 
     Args:

@@ -5,14 +5,15 @@ Axes: b batch, c channels, x y z space in storage order; 2D is `(B, C, X, Y)`, 3
 
 import copy
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib import import_module
+from itertools import islice
 from math import prod
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -29,7 +30,11 @@ from vae3d.models.posterior import DiagonalGaussian, LogVarianceHead, PosteriorH
 from vae3d.models.spec import Described
 from vae3d.models.upsample import InterpUp, Up
 
-OUTPUTS = {"none": nn.Identity, "tanh": nn.Tanh, "sigmoid": nn.Sigmoid}
+T = TypeVar("T")
+OUTPUTS: dict[str, type[nn.Module]] = {"none": nn.Identity, "tanh": nn.Tanh, "sigmoid": nn.Sigmoid}
+Layers = list[nn.Module]
+MakeAttention = Callable[..., Attention] | None
+Level = tuple[int, tuple[int, ...], int, MakeAttention]  # width, factor, blocks, attention
 Checkpointing = Literal["none", "block", "level"]
 
 
@@ -56,15 +61,14 @@ class Chain(nn.Sequential):
 
     def levels(self) -> Iterator[nn.Sequential]:
         """The groups of layers that the chain was made of, empty ones too."""
-        start = 0
+        layers = iter(self)
         for size in self.level_sizes:
-            yield self[start : start + size]
-            start += size
+            yield nn.Sequential(*islice(layers, size))
 
-    def blocks(self) -> Iterator[Sequence[nn.Module]]:
+    def blocks(self) -> Sequence[Layers]:
         """Every layer by itself, but the closing norm and convolution, one step, together."""
-        yield from ([layer] for layer in self[:-2])
-        yield self[-2:]
+        layers = list(self)
+        return [*([layer] for layer in layers[:-2]), layers[-2:]]
 
     def __getitem__(self, index: int | slice) -> nn.Module:
         """One layer, or a plain `nn.Sequential` of several."""
@@ -191,28 +195,29 @@ class CustomVAE(Described, nn.Module):
         self.latent_channels = latent_channels
         self.latent_scale, self.latent_shift = latent_scale, latent_shift
         z_channels = z_channels or latent_channels
-        factors = per_level(factors or (1,) + (2,) * (levels - 1), levels, "factors")
-        factors = [per_axis(factor, spatial_dims, "factors") for factor in factors]
-        self.factor = tuple(prod(axis) for axis in zip(*factors, strict=True))
+        given: Sequence[int | tuple[int, ...]] = factors or (1,) + (2,) * (levels - 1)
+        shrink = [per_axis(f, spatial_dims, "factors") for f in per_level(given, levels, "factors")]
+        self.factor = tuple(prod(axis) for axis in zip(*shrink, strict=True))
         blocks = per_level(num_res_blocks, levels, "num_res_blocks")
         decoder_blocks = per_level(decoder_res_blocks or blocks, levels, "decoder_res_blocks")
         if min(*blocks, *decoder_blocks) < 0:
             raise ValueError(f"num_res_blocks is {num_res_blocks}; give 0 or more")
-        attended = per_level(attention_levels or (False,) * levels, levels, "attention_levels")
-        if any(attended) and attention is None:
+        marked = per_level(attention_levels or (False,) * levels, levels, "attention_levels")
+        if any(marked) and attention is None:
             raise ValueError("attention_levels marks a level, but attention names no class")
+        attentions = [attention if mark else None for mark in marked]
 
         self.head = posterior()
         moments = self.head.num_moments
         encoder_out = z_channels * (moments if double_z else 1)
-        parts = _Parts(
-            spatial_dims, block, down, up, norm, act, act_before_out, attention, mid_attention
-        )
+        parts = _Parts(spatial_dims, block, down, up, norm, act, act_before_out, mid_attention)
         stem_channels = stem_channels or channels[0]
+        shrinking = list(zip(channels, shrink, blocks, attentions, strict=True))
+        growing = list(zip(channels, shrink, decoder_blocks, attentions, strict=True))
         self.encoder = Chain(
             [
                 [conv(spatial_dims, in_channels, stem_channels)],
-                *parts.shrinking_levels(stem_channels, channels, factors, blocks, attended),
+                *parts.shrinking_levels(stem_channels, shrinking),
                 parts.bottleneck(channels[-1]) if encoder_mid else [],
                 parts.ending(channels[-1], encoder_out),
             ]
@@ -221,11 +226,12 @@ class CustomVAE(Described, nn.Module):
             [
                 [conv(spatial_dims, z_channels, channels[-1])],
                 parts.bottleneck(channels[-1]) if decoder_mid else [],
-                *parts.growing_levels(channels, factors, decoder_blocks, attended),
+                *parts.growing_levels(channels[-1], reversed(growing)),
                 parts.ending(channels[0], self.out_channels),
             ]
         )
-        self.quant_conv = self.post_quant_conv = nn.Identity()
+        self.quant_conv: nn.Module = nn.Identity()
+        self.post_quant_conv: nn.Module = self.quant_conv
         if quant_conv:
             self.quant_conv = conv(spatial_dims, encoder_out, moments * latent_channels, 1)
             self.post_quant_conv = conv(spatial_dims, latent_channels, z_channels, 1)
@@ -238,7 +244,7 @@ class CustomVAE(Described, nn.Module):
     @property
     def last_layer(self) -> nn.Parameter:
         """Weight of the output convolution, at which adversarial losses balance their gradients."""
-        return self.decoder[-1].weight
+        return cast(nn.Parameter, self.decoder[-1].weight)
 
     def set_checkpointing(self, mode: Checkpointing) -> None:
         """Trade time for memory in training: recompute activations in the backward pass.
@@ -312,7 +318,7 @@ class CustomVAE(Described, nn.Module):
 
     def crop(self, recon: Tensor, x: Tensor) -> Tensor:
         """Cut `recon` to the spatial size of `x`, the inverse of `pad`."""
-        return recon[(..., *(slice(n) for n in x.shape[2:]))]
+        return recon[(slice(None), slice(None), *(slice(n) for n in x.shape[2:]))]
 
     def draw(self, posterior: DiagonalGaussian, sample: bool | None = None) -> Tensor:
         """Sample or mean of `posterior`; None follows the training mode."""
@@ -343,52 +349,49 @@ class _Parts:
     norm: Callable[[int], Norm]
     act: str
     act_before_out: bool
-    attention: Callable[..., Attention] | None
-    mid_attention: Callable[..., Attention] | None
+    mid_attention: MakeAttention
 
-    def blocks(self, width_in: int, width: int, count: int, attended: bool) -> list[nn.Module]:
-        """`count` blocks, each followed by attention where the level is `attended`."""
-        layers = []
+    def blocks(self, width_in: int, width: int, count: int, attention: MakeAttention) -> Layers:
+        """`count` blocks, each followed by attention where the level has it."""
+        layers: Layers = []
         for n in range(count):
             layers.append(self.make_block(width if n else width_in, width))
-            if attended:
-                layers.append(self.attention(width, self.spatial_dims, self.norm))
+            if attention is not None:
+                layers.append(attention(width, self.spatial_dims, self.norm))
         return layers
 
     def make_block(self, width_in: int, width: int) -> Block:
         """One block."""
         return self.block(width_in, width, self.spatial_dims, self.norm, self.act)
 
-    def shrinking_levels(self, stem: int, channels, factors, counts, attended) -> Iterator:
+    def shrinking_levels(self, width_in: int, levels: Iterable[Level]) -> Iterator[Layers]:
         """Levels of the encoder, finest first: down layer, blocks."""
-        widths_in = (stem, *channels)
-        levels = zip(widths_in, channels, factors, counts, attended, strict=False)
-        for width_in, width, factor, count, attend in levels:
+        for width, factor, count, attention in levels:
             down = [self.down(width_in, factor, self.spatial_dims)] if prod(factor) > 1 else []
-            yield down + self.blocks(width_in, width, count, attend)
+            yield [*down, *self.blocks(width_in, width, count, attention)]
+            width_in = width
 
-    def growing_levels(self, channels, factors, counts, attended) -> Iterator:
+    def growing_levels(self, width_in: int, levels: Iterable[Level]) -> Iterator[Layers]:
         """Levels of the decoder, coarsest first: blocks, up layer."""
-        widths_in = (*channels[1:], channels[-1])
-        levels = list(zip(widths_in, channels, factors, counts, attended, strict=True))
-        for width_in, width, factor, count, attend in reversed(levels):
+        for width, factor, count, attention in levels:
             up = [self.up(width, factor, self.spatial_dims)] if prod(factor) > 1 else []
-            yield self.blocks(width_in, width, count, attend) + up
+            yield [*self.blocks(width_in, width, count, attention), *up]
+            width_in = width
 
-    def bottleneck(self, width: int) -> list[nn.Module]:
+    def bottleneck(self, width: int) -> Layers:
         """Block, attention where there is one, block."""
-        layers = [self.make_block(width, width), self.make_block(width, width)]
+        layers: Layers = [self.make_block(width, width), self.make_block(width, width)]
         if self.mid_attention:
             layers.insert(1, self.mid_attention(width, self.spatial_dims, self.norm))
         return layers
 
-    def ending(self, width: int, width_out: int) -> list[nn.Module]:
+    def ending(self, width: int, width_out: int) -> Layers:
         """Norm, activation and the last convolution of a half."""
         norm = NormAct(self.norm(width), self.act if self.act_before_out else "none")
         return [norm, conv(self.spatial_dims, width, width_out)]
 
 
-def per_level(value, levels: int, name: str) -> tuple:
+def per_level(value: int | Sequence[T], levels: int, name: str) -> tuple[int | T, ...]:
     """One entry per level from one value or a sequence of `levels` values."""
     values = (value,) * levels if isinstance(value, int) else tuple(value)
     if len(values) != levels:

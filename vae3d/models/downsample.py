@@ -11,6 +11,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from vae3d.kernels.convolutions import Ends
 from vae3d.kernels.steps import convolve
 from vae3d.models.conv import conv, per_axis
 
@@ -73,19 +74,16 @@ class ConvDown(Down):
         kernel = tuple(max(3, f) for f in self.factor)
         self.conv = conv(spatial_dims, channels, channels, kernel, self.factor)
         self.conv.padding = tuple(1 if f < 3 else 0 for f in self.factor)
-        self.far_padding = None
+        self.far_padding: Ends = ()
         if padding == "asymmetric":
             # Near and far zeros per axis; an axis that keeps its size stays symmetric.
             sizes = zip(kernel, self.factor, strict=True)
-            pairs = [(0, k - f) if f > 1 else (1, 1) for k, f in sizes]
-            self.far_padding = tuple(n for pair in reversed(pairs) for n in pair)
+            self.far_padding = tuple((0, k - f) if f > 1 else (1, 1) for k, f in sizes)
             self.conv.padding = (0,) * spatial_dims
 
     def forward(self, x: Tensor) -> Tensor:
         """Map `(B, C, *spatial)` to `(B, C, *spatial / factor)`."""
-        pad = self.far_padding  # last axis first, as `F.pad` has it
-        padding = None if pad is None else tuple(zip(pad[-2::-2], pad[-1::-2], strict=True))
-        return convolve(self.conv, x, padding=padding)
+        return convolve(self.conv, x, padding=self.far_padding)
 
 
 class PoolDown(Down):

@@ -6,6 +6,7 @@ Axes: b batch, c channels, x y z space.
 """
 
 import threading
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -15,7 +16,9 @@ from torch.distributed.nn.functional import all_reduce
 
 from vae3d.kernels.steps import GroupNormAct, Preparation
 
-ACTIVATIONS = {
+T = TypeVar("T")
+
+ACTIVATIONS: dict[str, type[nn.Module]] = {
     "silu": nn.SiLU,
     "relu": nn.ReLU,
     "leaky_relu": nn.LeakyReLU,
@@ -93,6 +96,9 @@ class BatchNorm(Norm):
         eps: Added to the variance.
         momentum: Weight of a new batch in the running statistics, which evaluation uses.
     """
+
+    running_mean: Tensor
+    running_var: Tensor
 
     def __init__(self, channels: int, eps: float = 1e-5, momentum: float = 0.1):
         super().__init__(channels)
@@ -193,9 +199,9 @@ class NormAct(Preparation):
     def group_norm_act(self) -> GroupNormAct | None:
         """The parts of a group norm and its activation; None for another norm."""
         norm = self.norm
-        if type(self) is not NormAct or type(norm) not in (GroupNorm, InstanceNorm):
-            return None
-        return GroupNormAct(norm.num_groups, norm.eps, norm.weight, norm.bias, self.act)
+        if type(self) is NormAct and (type(norm) is GroupNorm or type(norm) is InstanceNorm):
+            return GroupNormAct(norm.num_groups, norm.eps, norm.weight, norm.bias, self.act)
+        return None
 
 
 def activation(name: str) -> nn.Module:
@@ -203,7 +209,7 @@ def activation(name: str) -> nn.Module:
     return named(ACTIVATIONS, name, "act")()
 
 
-def named(choices: dict, name: str, option: str):
+def named(choices: dict[str, T], name: str, option: str) -> T:
     """Look `name` up, or say which names there are.
 
     Args:
@@ -235,8 +241,8 @@ class recomputing:
     (for the adaptive weight of an adversarial loss) is repeated as often.
     """
 
-    def __enter__(self):
+    def __enter__(self) -> None:
         _state.recomputing = True
 
-    def __exit__(self, *_):
+    def __exit__(self, *_: object) -> None:
         _state.recomputing = False

@@ -14,7 +14,7 @@ Axes: b batch, c channels, x y z space.
 import math
 from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, Self, overload
 
 import torch
 from torch import Tensor, nn
@@ -169,6 +169,12 @@ class AutoencoderKL(CustomVAE):
             **options,
         )
 
+    @overload
+    def encode(self, x: Tensor, normalize: Literal[False] = False) -> DiagonalGaussian: ...
+
+    @overload
+    def encode(self, x: Tensor, normalize: bool) -> DiagonalGaussian | Tensor: ...
+
     def encode(self, x: Tensor, normalize: bool = False) -> DiagonalGaussian | Tensor:
         """Posterior of `x`, or its scaled latent for a diffusion model.
 
@@ -284,7 +290,7 @@ class MonaiVAE(CustomVAE):
         self.register_load_state_dict_pre_hook(_accept_monai_names)
 
     @classmethod
-    def from_config(cls, config: dict[str, Any]) -> "MonaiVAE":
+    def from_config(cls, config: dict[str, Any]) -> Self:
         """Build from a dictionary of MONAI's arguments.
 
         Args:
@@ -469,7 +475,7 @@ class MaisiVAE(MonaiVAE):
         )
 
     @classmethod
-    def from_config(cls, config: dict[str, Any]) -> "MaisiVAE":
+    def from_config(cls, config: dict[str, Any]) -> Self:
         """Build from a dictionary of MAISI's arguments.
 
         Args:

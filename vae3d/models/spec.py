@@ -7,7 +7,7 @@ import importlib
 import inspect
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar, Self
 
 
 class Described:
@@ -15,13 +15,15 @@ class Described:
 
     # Arguments that say where initial weights come from, not what the object is.
     not_in_spec: tuple[str, ...] = ()
+    __signature__: ClassVar[inspect.Signature]  # without `self`
+    _arguments: dict[str, Any]
 
     def __init_subclass__(cls, **kwargs: Any):
         super().__init_subclass__(**kwargs)
         own = inspect.signature(cls.__init__)
         cls.__signature__ = own.replace(parameters=list(own.parameters.values())[1:])
 
-    def __new__(cls, *args: Any, **kwargs: Any):
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
         """Remember the arguments of `__init__`."""
         self = super().__new__(cls)
         # copy and pickle call this without arguments and restore the dictionary afterwards.
@@ -61,7 +63,7 @@ def describe(factory: Any) -> Any:
     )
 
 
-def _describe_class(cls: type, given: dict[str, Any]) -> dict[str, Any]:
+def _describe_class(cls: Callable[..., object], given: dict[str, Any]) -> dict[str, Any]:
     """Name of the class and its arguments, defaults included so that later versions agree."""
     parameters = inspect.signature(cls).parameters.values()
     args = {p.name: p.default for p in parameters if p.default is not p.empty} | given

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from vae3d.kernels.convolutions import Conv
 from vae3d.kernels.steps import is_fast, prepared, upsample_convolve
 from vae3d.models.conv import CONV_TRANSPOSE, conv, per_axis
 from vae3d.models.downsample import Resampling, cell_sizes, check_haar
@@ -48,6 +49,8 @@ class InterpUp(Up):
         mode: `nearest` (Stable Diffusion, MONAI) or `linear` (MAISI; corners not aligned).
         conv_after: False leaves the convolution out.
     """
+
+    conv: Conv | nn.Identity
 
     def __init__(
         self,
@@ -90,16 +93,13 @@ class TransposeUp(Up):
     ):
         super().__init__(channels, factor, spatial_dims)
         kernels = self.factor if kernel is None else per_axis(kernel, spatial_dims, "kernel")
-        if any(k < f for k, f in zip(kernels, self.factor, strict=True)):
+        axes = list(zip(kernels, self.factor, strict=True))
+        if any(k < f for k, f in axes):
             raise ValueError(
                 f"kernel={kernel} leaves holes at factor {self.factor}; make it larger"
             )
-        padding = tuple(
-            (k - 1) // 2 if k != f else 0 for k, f in zip(kernels, self.factor, strict=True)
-        )
-        missing = tuple(
-            f - k + 2 * p for f, k, p in zip(self.factor, kernels, padding, strict=True)
-        )
+        padding = tuple((k - 1) // 2 if k != f else 0 for k, f in axes)
+        missing = tuple(f - k + 2 * p for (k, f), p in zip(axes, padding, strict=True))
         self.conv = CONV_TRANSPOSE[spatial_dims](
             channels, channels, kernels, self.factor, padding, missing
         )
