@@ -4,7 +4,7 @@ write_run_report(["runs/a", "runs/b"], "report.html")
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -118,7 +118,7 @@ def find(run: RunData, name: str | None = None) -> list[tuple[str, str]]:
     ]
 
 
-def _broken_numbers(run: RunData):
+def _broken_numbers(run: RunData) -> Iterator[tuple[str, str]]:
     for key in sorted({k for row in run.rows for k, v in row.items() if v is None}):
         steps, values = run.column(key)
         lost = [s for s, v in zip(steps, values, strict=True) if v is None]
@@ -145,7 +145,7 @@ def _broken_numbers(run: RunData):
         )
 
 
-def _validation(run: RunData):
+def _validation(run: RunData) -> Iterator[tuple[str, str]]:
     key = next((k for k in ("val/psnr", "val/mae") if run.values(k)), None)
     if key is None:
         return
@@ -174,7 +174,7 @@ def _validation(run: RunData):
         yield "good", f"{best_text}."
 
 
-def _latent_health(run: RunData):
+def _latent_health(run: RunData) -> Iterator[tuple[str, str]]:
     active = run.values("latent/active_channels")
     channels = run.values("latent/channels")
     if active and channels and active[-1] < channels[-1]:
@@ -196,7 +196,7 @@ def _latent_health(run: RunData):
         )
 
 
-def _speed(run: RunData):
+def _speed(run: RunData) -> Iterator[tuple[str, str]]:
     wait = run.values("perf/data_wait")
     if wait and median(wait) > 0.1:
         yield (
@@ -277,7 +277,7 @@ def _curves(runs: Sequence[RunData]) -> list[str]:
     return sections
 
 
-def _flat(runs, key) -> bool:
+def _flat(runs: Sequence[RunData], key: str) -> bool:
     """A constant is a sentence, not a curve."""
     values = [v for run in runs for v in run.values(key)]
     return len(values) > 1 and min(values) == max(values)
@@ -385,7 +385,7 @@ def _differences(runs: Sequence[RunData]) -> str:
     return page.section("What differs between the runs", page.table(rows, "option"))
 
 
-def _flatten(value, prefix="") -> dict:
+def _flatten(value: object, prefix: str = "") -> dict[str, object]:
     if isinstance(value, dict) and value:
         return {
             k: v for n, item in value.items() for k, v in _flatten(item, f"{prefix}{n}.").items()

@@ -12,9 +12,10 @@ their distribution per channel.
 Measuring leaves the global random state alone, so a run with probes trains as one without.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal, Protocol
 
 import numpy as np
 import torch
@@ -38,7 +39,36 @@ from vae3d.tracking.media import (
 NOISE = (0.0, 0.25, 0.5, 1.0, 2.0)  # multiples of the posterior's std
 BETWEEN = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)  # share of the second volume
 DRAWS = 6
+Slices = dict[str | int, np.ndarray]  # by label; a number is not drawn
 ACTIVE_NATS = 0.01  # a channel with less KL per latent element says nothing about its input
+
+
+class Posterior(Protocol):
+    """What a volume is encoded to: a Gaussian for each latent element."""
+
+    @property
+    def mean(self) -> torch.Tensor:
+        """`(B, C, *spatial)`."""
+
+    @property
+    def std(self) -> torch.Tensor:
+        """Same shape."""
+
+    def kl(self, reduction: Literal["none"]) -> torch.Tensor:
+        """KL divergence of each latent element from N(0, 1) [nats]."""
+
+
+class Autoencoder(Protocol):
+    """What the probes ask of a model."""
+
+    def parameters(self) -> Iterator[torch.nn.Parameter]:
+        """Weights, which say where and how precise the model is."""
+
+    def encode(self, x: torch.Tensor) -> Posterior:
+        """Posterior of `(B, C, *spatial)`."""
+
+    def decode(self, z: torch.Tensor) -> torch.Tensor:
+        """Reconstruction of a latent."""
 
 
 @dataclass
@@ -107,7 +137,7 @@ class LatentProbes:
         self.data_range, self.seed = data_range, seed
 
     @torch.no_grad()
-    def measure(self, vae: torch.nn.Module) -> Measured:
+    def measure(self, vae: Autoencoder) -> Measured:
         """Encode the volumes and decode all probes, one at a time; slices go to the CPU.
 
         Args:
@@ -123,7 +153,7 @@ class LatentProbes:
         def decode(z: torch.Tensor) -> np.ndarray:
             return _middle(vae.decode(z.to(like.dtype))[0, 0].float())
 
-        def draw(shape) -> torch.Tensor:
+        def draw(shape: torch.Size) -> torch.Tensor:
             return torch.randn(shape, generator=noise).to(like.device)
 
         first, last = means[:1], means[-1:]
@@ -161,7 +191,7 @@ class LatentProbes:
         folder.mkdir(parents=True, exist_ok=True)
         between = zip((f"{t:.0%}" for t in BETWEEN), measured.between, strict=False)
         noise = zip((f"s {s:g}" for s in NOISE), measured.noise, strict=True)
-        rows = {
+        rows: dict[str, dict[str, Slices]] = {
             "noise": {"mean + s x std": dict(noise)},
             "between": {"between two volumes": dict(between)},
             "draws": {
@@ -178,7 +208,7 @@ class LatentProbes:
             for name, picture in pictures.items()
         }
 
-    def _strip(self, rows: dict[str, dict], width: int = 150) -> np.ndarray:
+    def _strip(self, rows: Mapping[str, Slices], width: int = 150) -> np.ndarray:
         """Rows of gray slices, a title above each row and a label in each slice."""
         lo, hi = self.data_range
         size = self._size(next(iter(next(iter(rows.values())).values())).shape, width)
@@ -260,7 +290,15 @@ def draw_channels(measured: Measured, scale: int = 2) -> np.ndarray:
     return np.asarray(canvas.resize(size, Image.Resampling.LANCZOS))
 
 
-def _histogram(pen, box, values, low: float, high: float, active: bool, normal: bool) -> None:
+def _histogram(
+    pen: ImageDraw.ImageDraw,
+    box: Sequence[float],
+    values: np.ndarray,
+    low: float,
+    high: float,
+    active: bool,
+    normal: bool,
+) -> None:
     """Bars of the density of `values`, what lies outside in the outermost; N(0, 1) as a line."""
     left, top, right, bottom = box
     edges = np.linspace(low, high, 65)
