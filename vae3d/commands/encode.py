@@ -148,9 +148,7 @@ def open_volumes(
     return store.subset(chosen), parts
 
 
-def header(
-    store: VolumeStore, index: int, factor: list[int], made_by: dict, parts: dict
-) -> dict[str, Any]:
+def header(store: VolumeStore, index: int, factor: list[int], made_by: dict, parts: dict) -> dict:
     """What a latent file says beside its tensors."""
     from vae3d.stage2.latents import latent_affine
 

@@ -14,12 +14,14 @@ from loaders.whole import write_text
 if TYPE_CHECKING:
     import numpy as np
     import torch
-    from torch import Tensor
 
     from vae3d.inference.reconstruct import Coding
     from vae3d.models.custom_vae import CustomVAE
     from vae3d.stage2.latents import LatentStore
     from vae3d.stage2.prior import Kind
+
+    Drawn = tuple[torch.Tensor, dict]  # a latent, and what to note down about it
+    Shown = tuple[np.ndarray, dict]  # a picture, and the same
 
 
 def sample(
@@ -184,9 +186,7 @@ class FromGaussian:
 
         self.prior, self.template = GaussianPrior(store, kind), store.infos[0]
 
-    def draw(
-        self, shape: Sequence[int], seed: int, number: int, _device: torch.device
-    ) -> tuple[Tensor, dict]:
+    def draw(self, shape: Sequence[int], seed: int, number: int, _device: torch.device) -> Drawn:
         """Latent number `number` and what to note down about it."""
         from vae3d.stage2.latents import keyed_generator
 
@@ -205,15 +205,8 @@ class FromDiffusion:
         **solving: solver, steps and guidance of `LatentDiffusion.sample`.
     """
 
-    def __init__(
-        self,
-        path: str,
-        ema: bool,
-        trust: Sequence[str],
-        label: str | None,
-        condition: str | None,
-        **solving: Any,
-    ):
+    def __init__(self, path: str, ema: bool, trust: Sequence[str], label: str | None,
+                 condition: str | None, **solving: Any):  # fmt: skip
         import torch
 
         from vae3d.stage2.diffusion import LatentDiffusion
@@ -234,9 +227,7 @@ class FromDiffusion:
                 raise ValueError(f"{path}: trained without --condition, so it cannot take one")
             self.condition = LatentStore(condition)
 
-    def draw(
-        self, shape: Sequence[int], seed: int, number: int, device: torch.device
-    ) -> tuple[Tensor, dict]:
+    def draw(self, shape: Sequence[int], seed: int, number: int, device: torch.device) -> Drawn:
         """Latent number `number` and what to note down about it."""
         import torch
 
@@ -276,7 +267,7 @@ class Writer:
         intensity = template.get("intensity", "unit")
         self.data_range = {"unit": (0.0, 1.0), "symmetric": (-1.0, 1.0)}.get(intensity)
 
-    def write(self, name: str, number: int, z: Tensor, facts: dict) -> tuple[np.ndarray, dict]:
+    def write(self, name: str, number: int, z: torch.Tensor, facts: dict) -> Shown:
         """Decode a latent, write the volume and its GIF; return its picture and the facts."""
         from loaders import write_volume
         from loaders.store import undo
@@ -301,7 +292,7 @@ class Writer:
         print(f"{folder / stem}.nii.gz  {seconds:.1f} s", flush=True)
         return three_slices(*view), facts
 
-    def finish(self, done: dict[tuple[str, int], tuple[np.ndarray, dict]]) -> None:
+    def finish(self, done: dict[tuple[str, int], Shown]) -> None:
         """Write samples.json and the contact sheet over the samples of all ranks."""
         from vae3d.stage2.sheet import contact_sheet
         from vae3d.tracking.media import write_png

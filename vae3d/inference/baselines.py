@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from functools import cached_property
 from math import prod
 from pathlib import Path
+from typing import Self
 
 import torch
 import torch.nn.functional as F
@@ -45,9 +46,7 @@ class BlockPCA:
         self.factor, self.mean, self.components = tuple(factor), mean, components
 
     @classmethod
-    def fit(
-        cls, volumes: Iterable[Tensor], factor: Sequence[int], num_components: int
-    ) -> "BlockPCA":
+    def fit(cls, volumes: Iterable[Tensor], factor: Sequence[int], num_components: int) -> Self:
         """Fit on at most 20,000 blocks of each volume (C, *spatial), drawn with a fixed seed."""
         generator = torch.Generator().manual_seed(0)
         count, total, square = 0, *torch.zeros(2, dtype=torch.float64)

@@ -131,9 +131,7 @@ class Evaluator:
             write_text(self.out_dir / "rows" / f"{case_stem(case)}.json", text)
         return row
 
-    def measure(
-        self, index: int, x: Tensor, recon: Tensor, mean: Tensor, logvar: Tensor
-    ) -> dict[str, float]:
+    def measure(self, index: int, x: Tensor, recon: Tensor, mean: Tensor, logvar: Tensor) -> dict:
         """All columns of a volume but its name."""
         width = self.data_range
         row = {name: metric(x, recon, width) for name, metric in METRICS.items()}
@@ -239,9 +237,7 @@ class Evaluator:
             )
 
 
-def seam_picture(
-    x: Tensor, recon: Tensor, faces: Sequence[Sequence[int]], data_range: float
-) -> np.ndarray:
+def seam_picture(x: Tensor, recon: Tensor, faces: list[list[int]], data_range: float) -> np.ndarray:
     """The error of the middle slice, white at 10 % of the range, under the tile grid in orange.
 
     Args:

@@ -55,13 +55,8 @@ def ssim(x: Tensor, recon: Tensor, data_range: float, mask: Tensor | None = None
     return _ssim_means(x, recon, data_range, mask)[0]
 
 
-def ms_ssim(
-    x: Tensor,
-    recon: Tensor,
-    data_range: float,
-    mask: Tensor | None = None,
-    weights: Sequence[float] = MS_SSIM_WEIGHTS,
-) -> float:
+def ms_ssim(x: Tensor, recon: Tensor, data_range: float, mask: Tensor | None = None,
+            weights: Sequence[float] = MS_SSIM_WEIGHTS) -> float:  # fmt: skip
     """Multi-scale SSIM (Wang et al. 2003): contrast and structure at several scales.
 
     A volume that is too small for all scales (a window of 11 voxels at 1/16 size) uses the finer
@@ -127,9 +122,7 @@ def seam_score(
     return (sums[1] / counts[1]) / (sums[0] / counts[0])
 
 
-def latent_summary(
-    mean: Tensor, logvar: Tensor, num_values: int, latent_bits: int
-) -> dict[str, float]:
+def latent_summary(mean: Tensor, logvar: Tensor, num_values: int, latent_bits: int) -> dict:
     """What a posterior says: how far from the prior, how spread, how large.
 
     Args:

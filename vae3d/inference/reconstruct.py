@@ -43,7 +43,7 @@ class Coding:
 
     mode: str = "full"
     patch_size: Sequence[int] | None = None
-    overlap: float | Sequence = 0.5
+    overlap: float | int | Sequence = 0.5
     blend: str = "hann"
     batch_size: int = 1
     memory_gb: float | None = None
@@ -129,10 +129,8 @@ class Coding:
         if self.mode == "full":
             x = forward(z[None])[0]
         else:
-            tile, overlap = (
-                [n // f for n, f in zip(sizes, vae.factor, strict=True)]
-                for sizes in self._tiling(vae)
-            )
+            tiling = self._tiling(vae)
+            tile, overlap = ([n // f for n, f in zip(s, vae.factor, strict=True)] for s in tiling)
             options = (overlap, self.blend, self.batch_size)
             x = stitch(forward, z, tile, *options, scale=list(vae.factor))
         check_size(size, x.shape[1:])

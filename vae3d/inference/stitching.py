@@ -28,6 +28,8 @@ from vae3d.kernels.memory import private_pages
 CACHED = 1 << 17  # blend weights that are computed at a time, to stay in the processor's cache
 
 Tiles = torch.Tensor | tuple[torch.Tensor, ...]
+Overlap = float | int | Sequence  # a fraction of the patch or voxels, one or one per axis
+Scale = float | Fraction | Sequence
 T = TypeVar("T", torch.Tensor, tuple[torch.Tensor, ...])
 
 
@@ -105,7 +107,7 @@ def _per_axis(value: float | Fraction | Sequence, dims: int, name: str) -> tuple
 
 
 def overlap_voxels(
-    patch_size: Sequence[int], overlap: float | Sequence, unit: Sequence[int]
+    patch_size: Sequence[int], overlap: Overlap, unit: Sequence[int]
 ) -> tuple[int, ...]:
     """Overlap per axis in voxels, a multiple of `unit` and smaller than the patch.
 
@@ -168,16 +170,9 @@ class Stitcher:
         streaming: Allocate segments when their first tile comes, free them in `pop`.
     """
 
-    def __init__(
-        self,
-        shape: Sequence[int],
-        patch_size: int | Sequence[int],
-        overlap: float | Sequence = 0.5,
-        blend: str = "hann",
-        scale: float | Fraction | Sequence = 1,
-        unit: int | Sequence[int] = 1,
-        streaming: bool = False,
-    ):
+    def __init__(self, shape: Sequence[int], patch_size: int | Sequence[int],
+                 overlap: Overlap = 0.5, blend: str = "hann", scale: Scale = 1,
+                 unit: int | Sequence[int] = 1, streaming: bool = False):  # fmt: skip
         dims = len(shape)
         self.patch_size = _per_axis(patch_size, dims, "patch_size")
         self.scale = tuple(
@@ -401,13 +396,8 @@ def add_batch(stitcher: Stitcher, corners: Sequence[tuple[int, ...]], out: Tiles
         stitcher.add(corner, tile[0] if isinstance(out, torch.Tensor) else tile)
 
 
-def tile_faces(
-    shape: Sequence[int],
-    patch_size: int | Sequence[int],
-    overlap: float | Sequence = 0.5,
-    blend: str = "hann",
-    unit: int | Sequence[int] = 1,
-) -> list[list[int]]:
+def tile_faces(shape: Sequence[int], patch_size: int | Sequence[int], overlap: Overlap = 0.5,
+               blend: str = "hann", unit: int | Sequence[int] = 1) -> list[list[int]]:  # fmt: skip
     """Per axis the voxels at which a tile begins or ends inside the volume.
 
     Args:
@@ -429,11 +419,11 @@ def stitch(
     fn: Callable[[torch.Tensor], T],
     volume: Volume,
     patch_size: Sequence[int],
-    overlap: float | Sequence = 0.5,
+    overlap: Overlap = 0.5,
     blend: str = "hann",
     batch_size: int = 1,
     *,
-    scale: float | Fraction | Sequence = 1,
+    scale: Scale = 1,
     out: Any = None,
 ) -> T:
     """Apply `fn` tile by tile and blend; equals `fn(volume)` where `fn` is local.
@@ -497,11 +487,11 @@ def iter_slabs(
     fn: Callable[[torch.Tensor], Tiles],
     volume: Volume,
     patch_size: Sequence[int],
-    overlap: float | Sequence = 0.5,
+    overlap: Overlap = 0.5,
     blend: str = "hann",
     batch_size: int = 1,
     *,
-    scale: float | Fraction | Sequence = 1,
+    scale: Scale = 1,
 ) -> Iterator[tuple[slice, Tiles]]:
     """Like `stitch`, but hands out finished slabs in order: (rows of the first axis, slab).
 

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from vae3d.losses.slices import draw_slices, mean_over_slices, take_slices
 
 # The batches that a discriminator judges, and the function that averages one value for each.
-Views = tuple[list[Tensor], Callable[[list[Tensor]], Tensor]]
+Judged = tuple[list[Tensor], Callable[[list[Tensor]], Tensor]]
+Views = Callable[[Tensor, int], Judged]
 
 # Each as printed in its paper, on raw logits: (discriminator of real, of fake, generator of fake).
 CRITERIA: dict[str, tuple[Callable[[Tensor], Tensor], ...]] = {
@@ -108,12 +109,7 @@ class Critic(nn.Module):
     """
 
     def __init__(
-        self,
-        net: Discriminator,
-        criterion: str,
-        views: Callable[[Tensor, int], Views],
-        r1_weight: float,
-        r1_every: int,
+        self, net: Discriminator, criterion: str, views: Views, r1_weight: float, r1_every: int
     ):
         super().__init__()
         self.net = net
@@ -283,7 +279,7 @@ class Adversarial(nn.Module):
         parameters = {name: p.detach() for name, p in self.critic.net.named_parameters()}
         return torch.func.functional_call(self.critic.net, parameters, (batch,))
 
-    def _views(self, volume: Tensor, step: int) -> Views:
+    def _views(self, volume: Tensor, step: int) -> Judged:
         """Return the batches to judge, and the function that averages one value for each."""
         if volume.shape[1] != self.in_channels:
             raise ValueError(

@@ -95,14 +95,8 @@ class VAELoss(nn.Module):
             self.terms[term.name] = term
         self.adversarial = adversarial() if adversarial is not None else None
 
-    def forward(
-        self,
-        x: Tensor,
-        recon: Tensor,
-        posterior: DiagonalGaussian,
-        step: int,
-        last_layer: Tensor | None = None,
-    ) -> dict[str, Tensor]:
+    def forward(self, x: Tensor, recon: Tensor, posterior: DiagonalGaussian, step: int,
+                last_layer: Tensor | None = None) -> dict[str, Tensor]:  # fmt: skip
         """Return the named terms and their weighted total `loss`, for the generator's update.
 
         Args:

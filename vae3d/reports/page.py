@@ -20,6 +20,7 @@ WIDTH, HEIGHT = 420, 210  # of a chart, in its own units
 LEFT, RIGHT, TOP, BOTTOM = 52, 12, 12, 26
 
 Range = tuple[float, float, float]  # mean, lowest, highest
+Thin = list[tuple[float, Range | None]]  # x, range of the finite y there
 
 
 @dataclass
@@ -246,13 +247,7 @@ class _Axis:
     """Maps values to pixels; `ticks` are round values with their texts."""
 
     def __init__(
-        self,
-        low: float,
-        high: float,
-        start: float,
-        end: float,
-        log: bool = False,
-        margin: float = 0.0,
+        self, low: float, high: float, start: int, end: int, log: bool = False, margin: float = 0.0
     ):
         if low == high:  # a single value still needs a scale
             low, high = low - abs(low) * 0.05 - 1e-12, high + abs(high) * 0.05 + 1e-12
@@ -305,10 +300,10 @@ def _grid(x_axis: _Axis, y_axis: _Axis) -> str:
     return "".join(parts)
 
 
-def _thin(series: Series, most: int = 180) -> list[tuple[float, Range | None]]:
+def _thin(series: Series, most: int = 180) -> Thin:
     """At most `most` points (x, range of y); None where no value is finite."""
     size = max(1, math.ceil(len(series.x) / most))
-    thin: list[tuple[float, Range | None]] = []
+    thin: Thin = []
     for start in range(0, len(series.x), size):
         ys = [y for y in series.y[start : start + size] if y is not None]
         x = series.x[min(start + size, len(series.x)) - 1]
@@ -316,9 +311,7 @@ def _thin(series: Series, most: int = 180) -> list[tuple[float, Range | None]]:
     return thin
 
 
-def _lines(
-    thin: list[tuple[float, Range | None]], x_axis: _Axis, y_axis: _Axis, color: str, banded: bool
-) -> list[str]:
+def _lines(thin: Thin, x_axis: _Axis, y_axis: _Axis, color: str, banded: bool) -> list[str]:
     """The line, cut where values are missing, and the band of the raw values behind it."""
     runs: list[list[tuple[float, Range]]] = [[]]
     for x, ys in thin:

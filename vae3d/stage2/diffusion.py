@@ -24,12 +24,7 @@ from vae3d.stage2.latents import Statistics
 try:
     from monai.inferers import DiffusionInferer
     from monai.networks.nets import DiffusionModelUNet
-    from monai.networks.schedulers import (
-        DDIMScheduler,
-        DDPMScheduler,
-        RFlowScheduler,
-        Scheduler,
-    )
+    from monai.networks.schedulers import DDIMScheduler, DDPMScheduler, RFlowScheduler, Scheduler
 except ModuleNotFoundError as error:
     raise ValueError(
         f"latent diffusion needs {error.name}; install it with: pip install 'vae3d[ldm]'"
@@ -77,15 +72,9 @@ class DiffusionUNet(DiffusionModelUNet):
         except (TypeError, ValueError) as error:  # an unknown key, or sizes that do not fit
             raise ValueError(f"unet: {error}") from error
 
-    def forward(
-        self,
-        x: Tensor,
-        timesteps: Tensor,
-        context: Tensor | None = None,
-        class_labels: Tensor | None = None,
-        *residuals: Any,
-        **named: Any,
-    ) -> Tensor:
+    def forward(self, x: Tensor, timesteps: Tensor, context: Tensor | None = None,
+                class_labels: Tensor | None = None, *residuals: Any, **named: Any,
+                ) -> Tensor:  # fmt: skip
         """Predict from noisy latents.
 
         Args:
@@ -100,8 +89,7 @@ class DiffusionUNet(DiffusionModelUNet):
             context = x.new_zeros(len(x), 1, self.context_dim)
         factor = 2 ** (len(self.block_out_channels) - 1)
         pad = [n for size in reversed(x.shape[2:]) for n in (0, -size % factor)]
-        x_in = F.pad(x, pad)
-        out = super().forward(x_in, timesteps, context, class_labels, *residuals, **named)
+        out = super().forward(F.pad(x, pad), timesteps, context, class_labels, *residuals, **named)
         return out[(slice(None), slice(None), *(slice(n) for n in x.shape[2:]))]
 
     @property
@@ -339,7 +327,7 @@ class LatentDiffusion(Described, nn.Module):
         if not 1 <= steps <= self.num_train_timesteps:
             raise ValueError(f"steps {steps} must lie between 1 and {self.num_train_timesteps}")
         scheduler = self._scheduler(chosen, steps)
-        guided = partial(self._guided, label, condition, guidance)
+        guided = partial(self._guided, label=label, condition=condition, guidance=guidance)
         kind = noise.device.type
         as_called = (torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
 
@@ -355,14 +343,8 @@ class LatentDiffusion(Described, nn.Module):
             z = sampler.sample(noise, solve, verbose=False)
         return z * _as_channels(self.latent_std, z) + _as_channels(self.latent_mean, z)
 
-    def _guided(
-        self,
-        label: Tensor | None,
-        condition: Tensor | None,
-        guidance: float,
-        x: Tensor,
-        timesteps: Tensor,
-    ) -> Tensor:
+    def _guided(self, x: Tensor, timesteps: Tensor, *, label: Tensor | None,
+                condition: Tensor | None, guidance: float) -> Tensor:  # fmt: skip
         """Prediction with classifier-free guidance (Ho & Salimans 2022, equation 6)."""
 
         def predict(label: Tensor | None, condition: Tensor | None) -> Tensor:

@@ -194,8 +194,7 @@ class Statistics:
         Args:
             parts: One dictionary of `moments` per file.
         """
-        files, count = 0, 0
-        mean = squares = noise = np.zeros(1)
+        files, count, mean, squares, noise = 0, 0, *np.zeros((3, 1))
         for part in parts:
             files += 1
             added, total = part["count"], count + part["count"]

@@ -112,15 +112,12 @@ def scroll(
 
 
 def _panel(
-    plane: np.ndarray,
-    spacing_mm: Sequence[float],
-    data_range: tuple[float, float],
-    px_per_mm: float,
+    plane: np.ndarray, spacing: Sequence[float], ends: tuple[float, float], px_per_mm: float
 ) -> np.ndarray:
     """A plane in true proportions, uint8 `(h, w, 3)`."""
-    low, high = data_range
+    low, high = ends
     width, height = (
-        max(2, round(n * mm * px_per_mm)) for n, mm in zip(plane.shape, spacing_mm, strict=True)
+        max(2, round(n * mm * px_per_mm)) for n, mm in zip(plane.shape, spacing, strict=True)
     )
     values = (upright(plane.astype(np.float32)) - low) / (high - low)
     return gray_colors(resize(values, (width, height)))

@@ -137,17 +137,9 @@ class _Scene:
     `panel_px` is the longest side of the largest plane; of those that cut the axis `cut` if given.
     """
 
-    def __init__(
-        self,
-        x: np.ndarray,
-        recon: np.ndarray,
-        spacing_mm: Sequence[float] | None,
-        data_range: tuple[float, float],
-        error_scale: float,
-        window_hu: tuple[float, float] | None,
-        panel_px: int,
-        cut: int = 3,
-    ):
+    def __init__(self, x: np.ndarray, recon: np.ndarray, spacing_mm: Sequence[float] | None,
+                 data_range: tuple[float, float], error_scale: float,
+                 window_hu: tuple[float, float] | None, panel_px: int, cut: int = 3):  # fmt: skip
         self.x, self.recon = (np.asarray(v, dtype=np.float32) for v in (x, recon))
         if self.x.shape != self.recon.shape or self.x.ndim not in (3, 4):
             raise ValueError(
@@ -208,7 +200,7 @@ class _Scene:
                 canvas.paste(panel, (left + (width - w) // 2, y))
             self._label(pen, (GAP + (width - w) // 2, y, w, h), row)
             y += h + GAP
-        self._foot(canvas, pen, y - GAP + 5, dict(zip(columns, lefts, strict=True)), width)
+        self._foot(canvas, y - GAP + 5, dict(zip(columns, lefts, strict=True)), width)
         return np.asarray(canvas)
 
     def _label(self, pen: ImageDraw.ImageDraw, box: tuple[int, int, int, int], row: Row) -> None:
@@ -220,16 +212,9 @@ class _Scene:
         for side, at in zip(SIDES[plane], (x + 4, x + w - 12), strict=True):
             pen.text((at, y + h // 2 - 7), side, FAINT, font(11), stroke_width=1, stroke_fill=0)
 
-    def _foot(
-        self,
-        canvas: Image.Image,
-        pen: ImageDraw.ImageDraw,
-        y: int,
-        lefts: dict[str, int],
-        width: int,
-    ) -> None:
+    def _foot(self, canvas: Image.Image, y: int, lefts: dict[str, int], width: int) -> None:
         """Gray window and ruler under the first column, error scale under its own."""
-        unit = " HU" if self.window_hu else ""
+        pen, unit = ImageDraw.Draw(canvas), " HU" if self.window_hu else ""
         lo, hi = self.window_hu or (self.lo, self.hi)
         error = self.error * (hi - lo) / (self.hi - self.lo)
         ramp = np.repeat(np.linspace(0, 1, 56, dtype=np.float32)[None], 8, axis=0)

@@ -290,15 +290,8 @@ def draw_channels(measured: Measured, scale: int = 2) -> np.ndarray:
     return np.asarray(canvas.resize(size, Image.Resampling.LANCZOS))
 
 
-def _histogram(
-    pen: ImageDraw.ImageDraw,
-    box: Sequence[float],
-    values: np.ndarray,
-    low: float,
-    high: float,
-    active: bool,
-    normal: bool,
-) -> None:
+def _histogram(pen: ImageDraw.ImageDraw, box: list[int], values: np.ndarray, low: float,
+               high: float, active: bool, normal: bool) -> None:  # fmt: skip
     """Bars of the density of `values`, what lies outside in the outermost; N(0, 1) as a line."""
     left, top, right, bottom = box
     edges = np.linspace(low, high, 65)
