@@ -131,10 +131,8 @@ def open_volumes(
 
     of_run = dict(state["config"]["data"])
     of_run |= {"preprocess": Preprocess.of_checkpoint(state["preprocess"], source.preprocess)}
-    of_run |= {
-        "root": source.root or of_run["root"],
-        "cache_dir": source.cache_dir or of_run["cache_dir"],
-    }
+    for name in ("root", "cache_dir"):
+        of_run[name] = getattr(source, name) or of_run[name]
     store, _ = open_data(DataConfig(**of_run))
     parts = {id: part for part, ids in (state["split"] or {}).items() for id in ids}
     if split == "all":

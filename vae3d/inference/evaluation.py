@@ -73,9 +73,8 @@ class Evaluator:
         """Hash of what the numbers of a volume depend on."""
         parts = {
             "version": VERSION,
-            **{
-                k: v for k, v in self.facts.items() if k != "checkpoint"
-            },  # its bytes, not its place
+            # The checkpoint's bytes, not its place.
+            **{k: v for k, v in self.facts.items() if k != "checkpoint"},
             "how": {k: v for k, v in self.how.items() if k not in ("batch_size", "memory_gb")},
             "volume": self.store.meta(index)["key"],
             "data_range": self.store.data_range,
@@ -104,9 +103,8 @@ class Evaluator:
         stem = case_stem(self.store.ids[index])
         record = self.out_dir / "rows" / f"{stem}.json"
         wanted = [self.out_dir / "recon" / f"{stem}.nii.gz"] * self.save_recon
-        wanted += [
-            self.out_dir / "media" / f"{stem}.{kind}" for kind in ("png", "gif", "mp4")
-        ] * self.media
+        kinds = ("png", "gif", "mp4") * self.media
+        wanted += [self.out_dir / "media" / f"{stem}.{kind}" for kind in kinds]
         if not record.is_file() or not all(path.is_file() for path in wanted):
             return None
         try:
@@ -141,18 +139,16 @@ class Evaluator:
         row |= self._original_units(index, x, recon)
         row |= latent_summary(mean, logvar, math.prod(x.shape[1:]), self.latent_bits)
         if self.how["mode"] == "patch":
-            row["seam_score"] = seam_score(
-                x, recon, self.faces(x.shape[1:]), self.factor(x.ndim - 1)
-            )
+            faces, factor = self.faces(x.shape[1:]), self.factor(x.ndim - 1)
+            row["seam_score"] = seam_score(x, recon, faces, factor)
             if self.patch_gap:
                 exact = autoencode(self.vae, x, **{**self.how, "mode": "exact"})[0]
                 row["patch_gap"] = psnr(exact, recon, width)
         if self.perceptual is not None:
             device = next(self.vae.parameters()).device
             with torch.no_grad():
-                row["perceptual"] = float(
-                    self.perceptual(x[None].to(device), recon[None].to(device))
-                )
+                distance = self.perceptual(x[None].to(device), recon[None].to(device))
+            row["perceptual"] = float(distance)
         return row
 
     def foreground(self, index: int, x: Tensor) -> Tensor:

@@ -193,12 +193,8 @@ def _ssim_means(
     windows = [_gaussian_window(min(11, n if n % 2 else n - 1)) for n in x.shape[1:]]
     c1, c2 = (0.01 * data_range) ** 2, (0.03 * data_range) ** 2
     if mask is not None:
-        mask = mask[
-            tuple(
-                slice(len(w) // 2, n - len(w) // 2)
-                for w, n in zip(windows, mask.shape, strict=True)
-            )
-        ]
+        sides = zip(windows, mask.shape, strict=True)
+        mask = mask[tuple(slice(len(w) // 2, n - len(w) // 2) for w, n in sides)]
     totals, count = [0.0, 0.0], 0
     for rows in _slabs(x.shape[1] - len(windows[0]) + 1):
         window = slice(rows.start, rows.stop + len(windows[0]) - 1)

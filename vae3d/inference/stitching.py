@@ -117,9 +117,8 @@ def overlap_voxels(
         unit: Starts are multiples of this many voxels.
     """
     result = []
-    for p, o, u in zip(
-        patch_size, _per_axis(overlap, len(patch_size), "overlap"), unit, strict=True
-    ):
+    overlaps = _per_axis(overlap, len(patch_size), "overlap")
+    for p, o, u in zip(patch_size, overlaps, unit, strict=True):
         fraction = isinstance(o, float)
         voxels = round(o * p) if fraction and math.isfinite(o) else o
         if not 0 <= voxels < p or (fraction and o >= 1):
@@ -175,9 +174,8 @@ class Stitcher:
                  unit: int | Sequence[int] = 1, streaming: bool = False):  # fmt: skip
         dims = len(shape)
         self.patch_size = _per_axis(patch_size, dims, "patch_size")
-        self.scale = tuple(
-            Fraction(s).limit_denominator(4096) for s in _per_axis(scale, dims, "scale")
-        )
+        scales = _per_axis(scale, dims, "scale")
+        self.scale = tuple(Fraction(s).limit_denominator(4096) for s in scales)
         units = zip(self.scale, _per_axis(unit, dims, "unit"), strict=True)
         unit = [math.lcm(s.denominator, u) for s, u in units]
         check_patch(self.patch_size, unit)
@@ -201,14 +199,11 @@ class Stitcher:
         ends = {edge for span in self.spans[0] for edge in (span.lo, span.hi)} if streaming else ()
         self.segments = list(itertools.pairwise(sorted({0, self.shape[0], *ends})))
         # Hundreds of float32 additions per voxel (overlap 0.75 and more) would round to over 1e-6.
-        most = math.prod(
-            _most_overlapping(axis, n) for axis, n in zip(self.spans, self.shape, strict=True)
-        )
+        axes = zip(self.spans, self.shape, strict=True)
+        most = math.prod(_most_overlapping(axis, n) for axis, n in axes)
         self._accumulator = torch.float64 if most > 27 and blend != "crop" else torch.float32
         self.seen = np.zeros([len(s) for s in self.starts], dtype=bool)
-        self._index = {
-            c: i for i, c in zip(np.ndindex(*self.seen.shape), self.corners(), strict=True)
-        }
+        self._index = dict(zip(self.corners(), np.ndindex(*self.seen.shape), strict=True))
         self._whole: list[torch.Tensor] = []
         self._parts: dict[int, list[torch.Tensor]] = {}
         self._weights: dict[tuple, torch.Tensor] = {}  # memory of those at hand, by device, dtype
@@ -295,10 +290,8 @@ class Stitcher:
         return torch.zeros(shape, dtype=dtype, device=like.device)
 
     def _finish(self, parts: list[torch.Tensor]) -> Tiles:
-        parts = [
-            p.to(torch.promote_types(d, torch.float32))
-            for p, d in zip(parts, self._dtypes, strict=True)
-        ]
+        dtypes = [torch.promote_types(dtype, torch.float32) for dtype in self._dtypes]
+        parts = [part.to(dtype) for part, dtype in zip(parts, dtypes, strict=True)]
         return parts[0] if self._single else tuple(parts)
 
     def pop(self) -> Iterator[tuple[slice, Tiles]]:

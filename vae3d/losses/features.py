@@ -216,9 +216,8 @@ class MonaiNetwork(FeatureNetwork):
         try:
             loss = PerceptualLoss(self.spatial_dims, name, is_fake_3d=False, channel_wise=volume)
         except OptionalImportError as error:
-            raise ValueError(
-                f"{name} needs more packages: pip install lpips torchvision"
-            ) from error
+            needed = "pip install lpips torchvision"
+            raise ValueError(f"{name} needs more packages: {needed}") from error
         self.network = loss.perceptual_function
 
     @property

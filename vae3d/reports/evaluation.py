@@ -147,15 +147,13 @@ def _views(media: Path, rows: Sequence[dict], case: str) -> list[str]:
     for row in rows:
         picture, seams, clip = (media / f"{stems[row[case]]}{kind}" for kind in kinds)
         parts = [page.image(picture, f"planes of {row[case]}")] if picture in embedded else []
-        parts += (
-            [page.image(seams, f"error and patches of {row[case]}")] if seams in embedded else []
-        )
+        if seams in embedded:
+            parts.append(page.image(seams, f"error and patches of {row[case]}"))
         parts += [page.video(clip)] if clip in embedded else []
         links = [p for p in (picture, seams, clip) if p.is_file() and p not in embedded]
         if parts or links:
-            numbers = "  ".join(
-                f"{k} {page.number(v)}" for k, v in row.items() if isinstance(v, float)
-            )
+            measured = ((k, v) for k, v in row.items() if isinstance(v, float))
+            numbers = "  ".join(f"{k} {page.number(v)}" for k, v in measured)
             linked = " ".join(
                 f'<a href="media/{page.escape(p.name.replace("%", "%25"))}">{p.suffix[1:]}</a>'
                 for p in links

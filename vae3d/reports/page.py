@@ -177,9 +177,8 @@ def chart(title: str, series: Sequence[Series], log: bool | None = None, caption
         thin = _thin(s)
         color = f"var(--c{s.color % COLORS})"
         parts += _lines(thin, x_axis, y_axis, color, banded=len(thin) < len(s.x))
-        data.append(
-            {"name": s.name, "color": color, "points": [[x, ys and ys[0]] for x, ys in thin]}
-        )
+        means = [[x, ys and ys[0]] for x, ys in thin]
+        data.append({"name": s.name, "color": color, "points": means})
     note = " ".join(filter(None, ["log" if log else "", caption]))
     about = escape(f"{title}: {_in_words(series)}")
     geometry = json.dumps(

@@ -136,13 +136,11 @@ def _broken_numbers(run: RunData) -> Iterator[tuple[str, str]]:
     norms = run.values("train/norm/generator")
     tail = norms[len(norms) // 2 :]
     if len(tail) >= 10 and max(tail) > 20 * median(tail):
-        yield (
-            "warn",
-            (
-                f"The gradient norm jumped to {page.number(max(tail))}, its median is "
-                f"{page.number(median(tail))}: look for the step in the curve."
-            ),
+        text = (
+            f"The gradient norm jumped to {page.number(max(tail))}, its median is "
+            f"{page.number(median(tail))}: look for the step in the curve."
         )
+        yield "warn", text
 
 
 def _validation(run: RunData) -> Iterator[tuple[str, str]]:
@@ -157,13 +155,11 @@ def _validation(run: RunData) -> Iterator[tuple[str, str]]:
     best_text = f"{key} was best at step {page.number(steps[best])} ({page.number(values[best])})"
     lost = sign * (values[best] - values[-1]) / (abs(values[best]) or 1)
     if len(values) >= 4 and best < 0.7 * (len(values) - 1) and lost > 0.02:
-        yield (
-            "warn",
-            (
-                f"{best_text} and is {page.number(values[-1])} now: the run got worse. "
-                "<code>checkpoints/best.pt</code> holds the best weights."
-            ),
+        text = (
+            f"{best_text} and is {page.number(values[-1])} now: the run got worse. "
+            "<code>checkpoints/best.pt</code> holds the best weights."
         )
+        yield "warn", text
         return
     quarter = values[-max(2, len(values) // 4) :]
     gained = sign * (quarter[-1] - quarter[0])
@@ -178,34 +174,28 @@ def _latent_health(run: RunData) -> Iterator[tuple[str, str]]:
     active = run.values("latent/active_channels")
     channels = run.values("latent/channels")
     if active and channels and active[-1] < channels[-1]:
-        yield (
-            "warn",
-            (
-                f"{page.number(active[-1])} of {page.number(channels[-1])} latent channels are "
-                "active: lower the KL weight, or save latent_channels."
-            ),
+        text = (
+            f"{page.number(active[-1])} of {page.number(channels[-1])} latent channels are "
+            "active: lower the KL weight, or save latent_channels."
         )
+        yield "warn", text
     std = run.values("latent/mean_std")
     if std and not 0.5 < std[-1] < 2:
-        yield (
-            "warn",
-            (
-                f"The latents have a standard deviation of {page.number(std[-1])}; a second stage "
-                "wants about 1: set latent_scale."
-            ),
+        text = (
+            f"The latents have a standard deviation of {page.number(std[-1])}; a second stage "
+            "wants about 1: set latent_scale."
         )
+        yield "warn", text
 
 
 def _speed(run: RunData) -> Iterator[tuple[str, str]]:
     wait = run.values("perf/data_wait")
     if wait and median(wait) > 0.1:
-        yield (
-            "warn",
-            (
-                f"The device waits {median(wait):.0%} of the time for data: raise --threads, "
-                "or keep the cache on a faster disk."
-            ),
+        text = (
+            f"The device waits {median(wait):.0%} of the time for data: raise --threads, "
+            "or keep the cache on a faster disk."
         )
+        yield "warn", text
 
 
 def _progress(run: RunData) -> str:
@@ -256,14 +246,7 @@ def _curves(runs: Sequence[RunData]) -> list[str]:
     sections = []
     for prefix in [*GROUPS, *sorted({k.split("/")[0] for k in keys} - set(GROUPS))]:
         charts = [
-            page.chart(
-                key,
-                [
-                    page.Series(r.name, *r.column(key), i)
-                    for i, r in enumerate(runs)
-                    if r.values(key)
-                ],
-            )
+            _chart(runs, key)
             for key in ordered
             if key.split("/")[0] == prefix and not _flat(runs, key)
         ]
@@ -275,6 +258,11 @@ def _curves(runs: Sequence[RunData]) -> list[str]:
         body = f'<div class="charts">{"".join(charts)}</div>' if charts else ""
         sections.append(page.section(GROUPS.get(prefix, prefix), body, note=note))
     return sections
+
+
+def _chart(runs: Sequence[RunData], key: str) -> str:
+    with_key = ((i, run) for i, run in enumerate(runs) if run.values(key))
+    return page.chart(key, [page.Series(run.name, *run.column(key), i) for i, run in with_key])
 
 
 def _flat(runs: Sequence[RunData], key: str) -> bool:

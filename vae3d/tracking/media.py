@@ -24,12 +24,8 @@ PLANES = (("axial", 2), ("coronal", 1), ("sagittal", 0))  # name, axis that the 
 BACKGROUND = (11, 12, 16)
 TEXT = (235, 237, 242)
 FAINT = (139, 145, 158)
-SIDES = {
-    "axial": "LR",
-    "coronal": "LR",
-    "sagittal": "PA",
-    "image": "  ",
-}  # left and right of the picture
+# Left and right of the picture.
+SIDES = {"axial": "LR", "coronal": "LR", "sagittal": "PA", "image": "  "}
 GAP = 10  # pixels between panels
 FOOT = 24
 # Error colors from -scale to +scale: ice, blue, background, orange, sand.

@@ -128,9 +128,8 @@ class LatentProbes:
             raise ValueError("latent probes need at least one volume")
         self.patches = [cut_patch(torch.as_tensor(x), patch_size) for x in volumes]
         if len({x.shape for x in self.patches}) > 1:  # whole volumes of different sizes
-            smallest = [
-                min(sizes) for sizes in zip(*[x.shape[1:] for x in self.patches], strict=True)
-            ]
+            shapes = [x.shape[1:] for x in self.patches]
+            smallest = [min(sizes) for sizes in zip(*shapes, strict=True)]
             self.patches = [cut_patch(x, smallest) for x in self.patches]
         dims = self.patches[0].ndim - 1
         self.spacing = tuple(spacing_mm)[:dims] if spacing_mm is not None else (1.0,) * dims
@@ -161,11 +160,8 @@ class LatentProbes:
         values = means.transpose(0, 1).flatten(1)  # (C, n)
         center, root = _fit(values)
         z_prior = [draw(first.shape) for _ in range(DRAWS)]
-        z_fitted = [
-            torch.einsum("ij,bj...->bi...", root, z)
-            + center.reshape(1, -1, *(1,) * (first.ndim - 2))
-            for z in z_prior
-        ]
+        center = center.reshape(1, -1, *(1,) * (first.ndim - 2))
+        z_fitted = [torch.einsum("ij,bj...->bi...", root, z) + center for z in z_prior]
         stds, kl = (t.transpose(0, 1).flatten(1) for t in (stds, kl))
         return Measured(
             numbers={
@@ -233,15 +229,11 @@ class LatentProbes:
         size = self._size(measured.latents[0].shape, width)
         rows = -(-len(measured.latents) // columns)
         wide = min(len(measured.latents), columns)
-        canvas = Image.new(
-            "RGB",
-            even(max(GAP + wide * (size[0] + GAP), 330), 34 + rows * (size[1] + GAP)),
-            BACKGROUND,
-        )
+        whole = even(max(GAP + wide * (size[0] + GAP), 330), 34 + rows * (size[1] + GAP))
+        canvas = Image.new("RGB", whole, BACKGROUND)
         pen = ImageDraw.Draw(canvas)
-        pen.text(
-            (GAP, GAP - 2), f"posterior mean per channel, -{end:.3g} to +{end:.3g}", TEXT, font(13)
-        )
+        title = f"posterior mean per channel, -{end:.3g} to +{end:.3g}"
+        pen.text((GAP, GAP - 2), title, TEXT, font(13))
         for c, values in enumerate(measured.latents):
             x = GAP + c % columns * (size[0] + GAP)
             y = 30 + c // columns * (size[1] + GAP)
@@ -282,9 +274,8 @@ def draw_channels(measured: Measured, scale: int = 2) -> np.ndarray:
             box = [v * scale for v in (left, bottom - h, left + w, bottom)]
             _histogram(pen, box, values[c], low, high, active, normal=k == 0)
             mean, std = values[c].mean(), values[c].std()
-            text = (
-                f"channel {c}   mean {mean:+.2f}   std {std:.2f}" if k == 0 else f"mean {mean:.3g}"
-            )
+            both = f"channel {c}   mean {mean:+.2f}   std {std:.2f}"
+            text = both if k == 0 else f"mean {mean:.3g}"
             text += "   inactive" if k == 2 and not active else ""
             pen.text((left * scale, (bottom + 5) * scale), text, FAINT, font(11 * scale))
     return np.asarray(canvas.resize(size, Image.Resampling.LANCZOS))
