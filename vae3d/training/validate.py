@@ -83,7 +83,8 @@ class Validation:
         x = torch.from_numpy(self.store.read(index))
         if recon is None:
             mode = "full" if self.patch_size is None else "patch"
-            recon = reconstruct(network, x, mode, patch_size=self.patch_size, overlap=self.overlap)
+            patches = {"patch_size": self.patch_size, "overlap": self.overlap}
+            recon = reconstruct(network, x, mode=mode, **patches)
         return x, recon
 
     def show(self, network: CustomVAE, step: int, tracker: Tracker | None, folder: Path) -> None:
