@@ -31,6 +31,7 @@ test-slow: $(STAMP)
 style: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 check: style test
 

@@ -29,7 +29,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[0] = str(ROOT)  # not this folder, see loaders.py beside it
 
 ARCHITECTURE = {
     "channels": [32, 64, 128],

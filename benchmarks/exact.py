@@ -19,12 +19,10 @@ import time
 from pathlib import Path
 
 import torch
+from peak import PeakMemory
 
-sys.path[0] = str(Path(__file__).resolve().parents[1])  # benchmarks/loaders.py is not `loaders`
-
-from benchmarks.peak import PeakMemory  # noqa: E402
-from vae3d.exact.executor import decode_exact, encode_exact  # noqa: E402
-from vae3d.models.presets import MonaiVAE  # noqa: E402
+from vae3d.exact.executor import decode_exact, encode_exact
+from vae3d.models.presets import MonaiVAE
 
 NETWORK = dict(
     spatial_dims=3,

@@ -39,15 +39,13 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-sys.path[0] = str(Path(__file__).resolve().parents[1])  # not this folder, see loaders.py beside it
-
-from vae3d.commands.plan import largest_patch  # noqa: E402
-from vae3d.kernels import steps  # noqa: E402
-from vae3d.kernels.memory import CHANNELS_LAST  # noqa: E402
-from vae3d.kernels.steps import plain  # noqa: E402
-from vae3d.models import upsample  # noqa: E402
-from vae3d.models.presets import VAEModel  # noqa: E402
-from vae3d.models.upsample import InterpUp  # noqa: E402
+from vae3d.commands.plan import largest_patch
+from vae3d.kernels import steps
+from vae3d.kernels.memory import CHANNELS_LAST
+from vae3d.kernels.steps import plain
+from vae3d.models import upsample
+from vae3d.models.presets import VAEModel
+from vae3d.models.upsample import InterpUp
 
 CONFIG = {
     "in_channels": 1,

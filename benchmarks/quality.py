@@ -32,12 +32,9 @@ import torch.nn.functional as F
 from monai.networks.nets import AutoencoderKL
 from torch import nn
 
-# Python puts a script's folder first, where benchmarks/loaders.py would hide the package.
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from evaluate import EvaluationData, evaluate
 from loaders.whole import write_text
-from train_3d import train_3d
+from vae3d import train_3d
+from vae3d.commands.evaluate import EvaluationData, evaluate
 from vae3d.config import main, parse
 from vae3d.inference.metrics import METRICS
 from vae3d.models.custom_vae import CustomVAE

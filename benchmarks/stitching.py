@@ -15,15 +15,12 @@ import statistics
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import torch
+from peak import PeakMemory
 
-sys.path[0] = str(Path(__file__).resolve().parents[1])  # benchmarks/loaders.py is not `loaders`
-
-from benchmarks.peak import PeakMemory  # noqa: E402
-from vae3d.inference.stitching import Stitcher, iter_slabs, stitch  # noqa: E402
+from vae3d.inference.stitching import Stitcher, iter_slabs, stitch
 
 SIZES = {"small": ((256, 256, 192), (96, 96, 96)), "large": ((512, 512, 384), (128, 128, 128))}
 

@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import os
 import statistics
-import sys
 import tempfile
 import time
 from inspect import signature
@@ -28,18 +27,17 @@ from threading import get_native_id
 import numpy as np
 import torch
 
-sys.path[0] = str(Path(__file__).resolve().parents[1])  # not this folder, see loaders.py beside it
-
-from loaders import PatchLoader, Preprocess, VolumeStore  # noqa: E402
-from train_3d import train_3d  # noqa: E402
-from vae3d.losses.vae_loss import VAELoss  # noqa: E402
-from vae3d.models.custom_vae import CustomVAE  # noqa: E402
-from vae3d.tracking.tracker import Tracker  # noqa: E402
-from vae3d.training.checkpoint import Checkpoints  # noqa: E402
-from vae3d.training.distributed import World  # noqa: E402
-from vae3d.training.task import VAETask  # noqa: E402
-from vae3d.training.trainer import Trainer  # noqa: E402
-from vae3d.training.validate import Validation  # noqa: E402
+from loaders import PatchLoader, Preprocess, VolumeStore
+from vae3d import train_3d
+from vae3d.losses.vae_loss import VAELoss
+from vae3d.models.custom_vae import CustomVAE
+from vae3d.tracking.tracker import Tracker
+from vae3d.training.checkpoint import Checkpoints
+from vae3d.training.distributed import World
+from vae3d.training.options import Loop
+from vae3d.training.task import VAETask
+from vae3d.training.trainer import Trainer
+from vae3d.training.validate import Validation
 
 TARGET = 0.02
 GPU_STEP_S = 0.1
@@ -116,7 +114,7 @@ def make_trainer(folder: Path, store: VolumeStore) -> Trainer:
     validation = Validation(store, World(), DEFAULT["patch_size"], *shown)
     return Trainer(
         VAETask(CustomVAE(), VAELoss()), loader, Checkpoints(folder / "checkpoints"), World(),
-        tracker, max_steps=DEFAULT["max_steps"], validate=validation,
+        tracker, loop=Loop(max_steps=DEFAULT["max_steps"], amp="off"), validate=validation,
         show=lambda network, step: validation.show(network, step, tracker, folder / "media"),
     )  # fmt: skip
 

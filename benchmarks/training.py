@@ -14,26 +14,25 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import sys
 import tempfile
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 
-sys.path[0] = str(Path(__file__).resolve().parents[1])  # not this folder, see loaders.py beside it
-
-from loaders import PatchLoader, Preprocess, VolumeStore  # noqa: E402
-from vae3d.losses.vae_loss import VAELoss  # noqa: E402
-from vae3d.models.custom_vae import CustomVAE  # noqa: E402
-from vae3d.models.norm import GroupNorm  # noqa: E402
-from vae3d.tracking.tracker import Tracker  # noqa: E402
-from vae3d.training.checkpoint import Checkpoints  # noqa: E402
-from vae3d.training.distributed import World  # noqa: E402
-from vae3d.training.task import VAETask  # noqa: E402
-from vae3d.training.trainer import Trainer  # noqa: E402
+from loaders import PatchLoader, Preprocess, VolumeStore
+from vae3d.losses.vae_loss import VAELoss
+from vae3d.models.custom_vae import CustomVAE
+from vae3d.models.norm import GroupNorm
+from vae3d.tracking.tracker import Tracker
+from vae3d.training.checkpoint import Checkpoints
+from vae3d.training.distributed import World
+from vae3d.training.options import Loop
+from vae3d.training.task import VAETask
+from vae3d.training.trainer import Trainer
 
 TARGET = 0.97
 PATCH = (32, 32, 32)
@@ -106,10 +105,10 @@ def trainer_loop(store, steps: int, folder: Path) -> tuple[float, float]:
     tracker = Tracker(folder, "offline")
     trainer = Trainer(
         make_task(), make_loader(store), Checkpoints(folder / "checkpoints"), World(), tracker,
-        max_steps=1, lr=1e-4, log_every=10, save_every=0,
+        loop=Loop(max_steps=1, lr=1e-4, warmup_steps=0, save_every=0, amp="off"),
     )  # fmt: skip
     trainer.fit()
-    trainer.max_steps = steps + 1
+    trainer.loop = replace(trainer.loop, max_steps=steps + 1)
     before = trainer.samples
     settle()
     clock = Clock()

@@ -5,42 +5,43 @@
 Names are imported when first used, so that `from loaders import DataConfig` costs nothing.
 """
 
+# ruff: noqa: F401
 from importlib import import_module
+from typing import TYPE_CHECKING
 
-_HOME = {
-    "Volume": "readers",
-    "BrokenVolume": "readers",
-    "READERS": "readers",
-    "read_volume": "readers",
-    "write_volume": "readers",
-    "Subject": "splits",
-    "find_subjects": "splits",
-    "split_subjects": "splits",
-    "Preprocess": "preprocess",
-    "VolumeStore": "store",
-    "SliceStore": "slices",
-    "DataConfig": "config",
-    "open_data": "config",
-    "PatchGrid": "patches",
-    "Sampler": "patches",
-    "UniformCorners": "patches",
-    "ForegroundCorners": "patches",
-    "LabelCorners": "patches",
-    "PatchLoader": "loader",
-    "PatchDataset": "loader",
-    "Batch": "loader",
-    "broken_files": "check",
-    "Augment": "preprocess",
-    "write_demo": "demo",
+if TYPE_CHECKING:  # the same names for those who read types and run no __getattr__
+    from loaders.check import broken_files
+    from loaders.config import DataConfig, open_data
+    from loaders.demo import write_demo
+    from loaders.loader import Batch, PatchDataset, PatchLoader
+    from loaders.patches import ForegroundCorners, LabelCorners, PatchGrid, Sampler, UniformCorners
+    from loaders.preprocess import Augment, Preprocess
+    from loaders.readers import READERS, BrokenVolume, Volume, read_volume, write_volume
+    from loaders.slices import SliceStore
+    from loaders.splits import Subject, find_subjects, split_subjects
+    from loaders.store import VolumeStore
+
+_NAMES = {
+    "readers": ("Volume", "BrokenVolume", "READERS", "read_volume", "write_volume"),
+    "splits": ("Subject", "find_subjects", "split_subjects"),
+    "preprocess": ("Preprocess", "Augment"),
+    "store": ("VolumeStore",),
+    "slices": ("SliceStore",),
+    "config": ("DataConfig", "open_data"),
+    "patches": ("PatchGrid", "Sampler", "UniformCorners", "ForegroundCorners", "LabelCorners"),
+    "loader": ("PatchLoader", "PatchDataset", "Batch"),
+    "check": ("broken_files",),
+    "demo": ("write_demo",),
 }
+_HOME = {name: module for module, names in _NAMES.items() for name in names}
 __all__ = list(_HOME)
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> object:
     if name not in _HOME:
         raise AttributeError(f"module 'loaders' has no attribute {name!r}")
     return getattr(import_module(f"loaders.{_HOME[name]}"), name)
 
 
-def __dir__():
+def __dir__() -> list[str]:
     return sorted([*globals(), *_HOME])

@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -32,6 +32,8 @@ from loaders.preprocess import (
 from loaders.readers import BrokenVolume, Volume, Volumes4D, read_volume
 from loaders.splits import Subject
 from loaders.whole import sweep, whole_file
+
+Task = TypeVar("Task")
 
 FORMAT = 1  # part of every key: raise it when what lies in the cache changes its meaning
 NUM_POINTS = 1024  # voxels remembered for the samplers
@@ -148,10 +150,8 @@ class Builder:
             if found["min"] == found["max"]:
                 raise BrokenVolume(subject.paths[0], f"all voxels are {found['min']:g}")
             quick = np.searchsorted(PERCENTILES, np.array(QUICK) - 1e-6)
-            found["percentiles"] = {
-                str(p): float(table[i]) for p, i in zip(QUICK, quick, strict=True)
-            }
-            stats.append(found)
+            percentiles = {str(p): float(table[i]) for p, i in zip(QUICK, quick, strict=True)}
+            stats.append({**found, "percentiles": percentiles})
             tables.append(table)
         threshold = (stats[0]["foreground_threshold"] - offset[0]) / scale[0]
         stored, undo = to_store_grid(volume, self.preprocess, threshold)
@@ -318,7 +318,7 @@ def stamp(path: Path) -> list:
     try:
         statuses = [os.stat(file) for file in files_of(path)]
     except OSError as error:
-        raise BrokenVolume(path, error.strerror) from error
+        raise BrokenVolume(path, error.strerror or str(error)) from error
     return [[status.st_size, status.st_mtime_ns] for status in statuses]
 
 
@@ -370,7 +370,7 @@ def num_threads() -> int:
     return min(8, os.cpu_count() or 1)
 
 
-def progress_bar(tasks: list, title: str, show: bool) -> Iterator:
+def progress_bar(tasks: list[Task], title: str, show: bool) -> Iterator[Task]:
     """Iterate with a bar on a terminal, silently elsewhere."""
     if not (show and sys.stderr.isatty()):
         yield from tasks

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 
@@ -43,7 +44,7 @@ class CompressedArray:
         self.path = path
         self._handles = threading.local()  # a blosc2 handle has one decompression state
 
-    def __getitem__(self, slices) -> np.ndarray:
+    def __getitem__(self, slices: tuple[slice, ...]) -> np.ndarray:
         handle = getattr(self._handles, "array", None)
         if handle is None:
             blosc2 = require()
@@ -52,7 +53,7 @@ class CompressedArray:
         return np.asarray(handle[slices])
 
 
-def require():
+def require() -> ModuleType:
     """Import blosc2, or say how to get it."""
     try:
         import blosc2

@@ -4,10 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 from loaders.patches import Sampler, UniformCorners
-from loaders.preprocess import Preprocess
+from loaders.preprocess import Augment, Preprocess
+
+if TYPE_CHECKING:
+    from loaders.slices import SliceStore
+    from loaders.store import VolumeStore
+
+Split = dict[str, list[str]]  # train, val and test -> the ids of their volumes
 
 
 @dataclass
@@ -48,8 +54,6 @@ class DataConfig:
 
     def loader_options(self) -> dict[str, Any]:
         """Return what the training loader takes from here: sampler, balance, augmentation."""
-        from loaders.preprocess import Augment
-
         return {
             "sampler": self.sampler,
             "balance_by": self.balance_by,
@@ -57,7 +61,17 @@ class DataConfig:
         }
 
 
-def open_data(config: DataConfig, spatial_dims: int = 3, split: dict[str, list[str]] | None = None):
+@overload
+def open_data(
+    config: DataConfig, spatial_dims: Literal[3] = 3, split: Split | None = None
+) -> tuple[VolumeStore, Split]: ...
+@overload
+def open_data(
+    config: DataConfig, spatial_dims: int, split: Split | None = None
+) -> tuple[VolumeStore | SliceStore, Split]: ...
+def open_data(
+    config: DataConfig, spatial_dims: int = 3, split: Split | None = None
+) -> tuple[VolumeStore | SliceStore, Split]:
     """Find the volumes, split them by subject, and bring them into the cache.
 
     Args:
@@ -104,5 +118,5 @@ def open_data(config: DataConfig, spatial_dims: int = 3, split: dict[str, list[s
     skipped = {row[0] for row in store.skipped}
     split = {name: [id for id in ids if id not in skipped] for name, ids in split.items()}
     if spatial_dims == 2:
-        store = SliceStore(store, config.slice_axis, config.num_slices)
+        return SliceStore(store, config.slice_axis, config.num_slices), split
     return store, split

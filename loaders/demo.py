@@ -54,8 +54,8 @@ def write_demo(
         )
         for path, volume in zip(paths, made, strict=True):
             write_volume(path, volume)
-    recipe["sizes"] = [path.stat().st_size for path in paths]
-    write_text(done, json.dumps(recipe, indent=2) + "\n")
+    sizes = [path.stat().st_size for path in paths]
+    write_text(done, json.dumps(recipe | {"sizes": sizes}, indent=2) + "\n")
     return paths
 
 
@@ -64,7 +64,7 @@ def load_template() -> Volume:
     from scipy import ndimage
 
     found = importlib.util.find_spec("nilearn")
-    if found is None:
+    if found is None or not found.submodule_search_locations:
         raise ValueError("demo data need nilearn: pip install 'vae3d[demo]'")
     data = Path(found.submodule_search_locations[0]) / "datasets" / "data"
     volumes = [

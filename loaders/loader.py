@@ -9,7 +9,7 @@ import itertools
 import sys
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -18,9 +18,10 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from loaders.patches import Sampler, UniformCorners, plan_epoch
+from loaders.patches import Sampler, Store, UniformCorners, plan_epoch
 
 Patching = Literal["full", "random_parts"] | None
+Jobs = Iterator[tuple[int, range]]  # (where the next job begins, samples to read)
 
 
 @dataclass
@@ -52,7 +53,7 @@ class PatchPlan:
 
     def __init__(
         self,
-        store,
+        store: Store,
         patch_size: Sequence[int] | None = None,
         patching: Patching = "random_parts",
         patches_per_volume: int = 8,
@@ -64,15 +65,16 @@ class PatchPlan:
         dims = store.spatial_shapes.shape[1]
         if patching not in ("full", "random_parts", None):
             raise ValueError(f"patching is {patching!r}: use full, random_parts or null")
+        self.patch_size: tuple[int, ...] | None = None
         if patching is not None:
             if patch_size is None or len(patch_size) != dims or min(patch_size) < 1:
                 raise ValueError(f"patch_size is {patch_size}: give {dims} sizes of at least 1")
             if patches_per_volume < 1:
                 raise ValueError(f"patches_per_volume is {patches_per_volume}: use 1 or more")
+            self.patch_size = tuple(int(p) for p in patch_size)
         if seed < 0:
             raise ValueError(f"seed is {seed}: use 0 or more")
         self.store, self.patching, self.seed = store, patching, seed
-        self.patch_size = None if patching is None else tuple(int(p) for p in patch_size)
         self.patches_per_volume = patches_per_volume
         self.sampler, self.augment = sampler(), augment
         self.groups = None
@@ -85,10 +87,10 @@ class PatchPlan:
         self._lock = threading.Lock()
         self.rows_per_epoch = len(self.table(0))
 
-    def __getstate__(self):
+    def __getstate__(self) -> dict[str, object]:
         return {k: v for k, v in self.__dict__.items() if k != "_lock"} | {"_tables": {}}
 
-    def __setstate__(self, state):
+    def __setstate__(self, state: dict[str, object]) -> None:
         self.__dict__.update(state)
         self._lock = threading.Lock()
 
@@ -153,7 +155,7 @@ def references(arrays: list[np.ndarray]) -> list[int]:
     return [sys.getrefcount(array) for array in arrays]
 
 
-def read_patch(store, volume: int, corner: Sequence[int], out: np.ndarray) -> None:
+def read_patch(store: Store, volume: int, corner: Sequence[int], out: np.ndarray) -> None:
     """Fill `out` (C, *patch); what lies beyond the volume's high end is reflected into it."""
     slices, inside = [], True
     for low, size, n in zip(corner, out.shape[1:], store.shape(volume)[1:], strict=True):
@@ -200,7 +202,7 @@ class PatchLoader:
 
     def __init__(
         self,
-        store,
+        store: Store,
         patch_size: Sequence[int] | None = None,
         patching: Patching = "random_parts",
         patches_per_volume: int = 8,
@@ -254,11 +256,7 @@ class PatchLoader:
     def state_dict(self) -> dict[str, Any]:
         """Return where the consumer is; what was read ahead does not count."""
         plan = self.plan
-        return {
-            "samples": self.samples,
-            "seed": plan.seed,
-            "rows_per_epoch": plan.rows_per_epoch,
-        }
+        return {"samples": self.samples, "seed": plan.seed, "rows_per_epoch": plan.rows_per_epoch}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Let the next iteration go on where `state_dict` was taken, on any number of ranks."""
@@ -330,7 +328,7 @@ class PatchLoader:
                 return image if len(samples) == self.batch_size else image[: len(samples)]
         return torch.empty(self.plan.image_shape(samples))
 
-    def _from_threads(self, jobs: Iterator) -> Iterator[tuple[int, Batch]]:
+    def _from_threads(self, jobs: Jobs) -> Generator[tuple[int, Batch], None, None]:
         """Read batches ahead in threads; none is left when the iterator is closed."""
         pool = ThreadPoolExecutor(self.threads, "patches")
         try:
@@ -350,7 +348,7 @@ class PatchLoader:
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 
-    def _from_processes(self, jobs: Iterator) -> Iterator[tuple[int, Batch]]:
+    def _from_processes(self, jobs: Jobs) -> Generator[tuple[int, Batch], None, None]:
         """Read and augment batches ahead in processes, where global random state is their own."""
         jobs, order = itertools.tee(jobs)
         loader = torch.utils.data.DataLoader(
@@ -367,7 +365,7 @@ class PatchLoader:
             yield after, batch
 
 
-class _Batches(torch.utils.data.Dataset):
+class _Batches(torch.utils.data.Dataset[Batch]):
     """Whole batches by their samples, for worker processes."""
 
     def __init__(self, plan: PatchPlan):
@@ -377,7 +375,7 @@ class _Batches(torch.utils.data.Dataset):
         return self.plan.batch(samples)
 
 
-class PatchDataset(torch.utils.data.Dataset):
+class PatchDataset(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
     """The same plan as a map-style dataset, for `torch.utils.data.DataLoader`.
 
     Item i is row i of the epoch's plan, already shuffled: leave the DataLoader's shuffle off. Call
@@ -389,7 +387,7 @@ class PatchDataset(torch.utils.data.Dataset):
         **options: As `PatchPlan`: patching, patches_per_volume, seed, sampler, balance_by, augment.
     """
 
-    def __init__(self, store, patch_size: Sequence[int] | None = None, **options):
+    def __init__(self, store: Store, patch_size: Sequence[int] | None = None, **options: Any):
         self.plan = PatchPlan(store, patch_size, **options)
         self.epoch = 0
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
+from typing import Protocol
 
 import numpy as np
 
@@ -88,6 +89,43 @@ def axis_starts(size: int, patch: int, overlap: float | int, multiple: int) -> n
 # Samplers for patching="random_parts".
 
 
+class Store(Protocol):
+    """What loaders and samplers ask of a `VolumeStore` or `SliceStore`; items are (C, *spatial)."""
+
+    spatial_shapes: np.ndarray  # (number of items, dims)
+
+    def __len__(self) -> int: ...
+
+    @property
+    def ids(self) -> list[str]:
+        """Names of the items."""
+
+    @property
+    def num_channels(self) -> int:
+        """Channels of every item."""
+
+    def shape(self, index: int) -> tuple[int, ...]:
+        """(C, *spatial) of an item."""
+
+    def spacing_mm(self, index: int) -> tuple[float, ...]:
+        """Voxel size in millimeters."""
+
+    def labels(self, index: int) -> dict[str, str]:
+        """Return the manifest's further columns of an item."""
+
+    def read(self, index: int, slices: Sequence[slice]) -> np.ndarray:
+        """Return float32 voxels (C, *shape of the slices)."""
+
+    def read_into(self, index: int, slices: Sequence[slice], out: np.ndarray) -> None:
+        """Read as `read` into a float32 buffer."""
+
+    def foreground_points(self, index: int) -> np.ndarray:
+        """Return remembered foreground voxels (N, dims)."""
+
+    def label_points(self, index: int) -> dict[int, np.ndarray]:
+        """Return remembered voxels (N, dims) of each label."""
+
+
 class Sampler:
     """Draws patch corners; subclass it for another way to choose them.
 
@@ -96,7 +134,7 @@ class Sampler:
     """
 
     def corners(
-        self, store, volumes: np.ndarray, patch_size: Sequence[int], rng: np.random.Generator
+        self, store: Store, volumes: np.ndarray, patch_size: Sequence[int], rng: np.random.Generator
     ) -> np.ndarray:
         """Draw one corner for each entry of `volumes`.
 
@@ -119,7 +157,9 @@ class UniformCorners(Sampler):
     voxels at the border would hardly ever be seen.
     """
 
-    def corners(self, store, volumes, patch_size, rng):
+    def corners(
+        self, store: Store, volumes: np.ndarray, patch_size: Sequence[int], rng: np.random.Generator
+    ) -> np.ndarray:
         """See `Sampler`."""
         shapes, patch = store.spatial_shapes[volumes], np.array(patch_size)
         corners = rng.integers(-(patch // 2), shapes - patch // 2 + 1)
@@ -138,12 +178,16 @@ class ForegroundCorners(Sampler):
             raise ValueError(f"probability is {probability}: use 0 to 1")
         self.probability = probability
 
-    def centers(self, store, volume: int, count: int, rng: np.random.Generator) -> np.ndarray:
+    def centers(
+        self, store: Store, volume: int, count: int, rng: np.random.Generator
+    ) -> np.ndarray:
         """Draw patch centers (count, dims) in a volume; none where it has nothing to offer."""
         points = store.foreground_points(volume)
         return points[rng.integers(0, len(points), count)] if len(points) else points
 
-    def corners(self, store, volumes, patch_size, rng):
+    def corners(
+        self, store: Store, volumes: np.ndarray, patch_size: Sequence[int], rng: np.random.Generator
+    ) -> np.ndarray:
         """See `Sampler`."""
         corners = UniformCorners().corners(store, volumes, patch_size, rng)
         patch, shapes = np.array(patch_size), store.spatial_shapes
@@ -175,7 +219,9 @@ class LabelCorners(ForegroundCorners):
             raise ValueError(f"weights are {weights}: give weights of at least 0")
         self.weights = weights
 
-    def centers(self, store, volume: int, count: int, rng: np.random.Generator) -> np.ndarray:
+    def centers(
+        self, store: Store, volume: int, count: int, rng: np.random.Generator
+    ) -> np.ndarray:
         """See `ForegroundCorners`."""
         points = store.label_points(volume)
         weights = {
@@ -194,7 +240,7 @@ class LabelCorners(ForegroundCorners):
 
 
 def plan_epoch(
-    store,
+    store: Store,
     patch_size: Sequence[int] | None,
     patching: str | None,
     patches_per_volume: int,
@@ -214,18 +260,18 @@ def plan_epoch(
         groups: Group of each volume, to make the groups equally frequent.
     """
     volumes = np.arange(len(store))
-    if patching == "random_parts":
+    if patch_size is None or patching is None:
+        corners = np.zeros_like(store.spatial_shapes)
+    elif patching == "random_parts":
         volumes = np.repeat(volumes, patches_per_volume)
         volumes = volumes[arranged(volumes, groups, rng)]
         corners = sampler.corners(store, volumes, patch_size, rng)
         return np.concatenate([volumes[:, None], corners], 1).astype(np.int32)
-    if patching == "full":
+    else:
         shapes, kind = np.unique(store.spatial_shapes, axis=0, return_inverse=True)
         grids = [PatchGrid(shape, patch_size).corners() for shape in shapes.tolist()]
         volumes = np.repeat(volumes, [len(grids[k]) for k in kind.ravel()])
         corners = np.concatenate([grids[k] for k in kind.ravel()])
-    else:
-        corners = np.zeros_like(store.spatial_shapes)
     table = np.concatenate([volumes[:, None], corners], 1).astype(np.int32)
     return table[arranged(volumes, groups, rng)]
 

@@ -11,14 +11,17 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from loaders.readers import Volume, ras_axes
+
+if TYPE_CHECKING:
+    import torch
 
 # Percentiles that are measured when a volume is built: steps of 0.1, in the tails of 0.01.
 PERCENTILES = np.unique(
@@ -51,7 +54,7 @@ class Preprocess:
     crop_margin_mm: float = 0.0
     pad_to_multiple: int = 1
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("spacing_mm", "window_hu", "percentiles"):  # YAML and JSON bring lists
             if getattr(self, name) is not None:
                 value = tuple(float(v) for v in getattr(self, name))
@@ -120,7 +123,9 @@ class Preprocess:
         intensity = ("window_hu", "percentiles", "intensity")
         return {k: v for k, v in self.to_dict().items() if k not in intensity}
 
-    def mapping(self, stats: dict[str, Any], quantile) -> tuple[float, float, float, float]:
+    def mapping(
+        self, stats: dict[str, Any], quantile: Callable[[float], float]
+    ) -> tuple[float, float, float, float]:
         """Return gain, bias, low and high of `clip(intensity * gain + bias, low, high)`.
 
         Args:
@@ -148,7 +153,9 @@ class Preprocess:
 # Statistics of the source, on all of its voxels.
 
 
-def statistics(data: np.ndarray, scale: float, offset: float) -> tuple[dict[str, Any], np.ndarray]:
+def statistics(
+    data: np.ndarray, scale: float, offset: float
+) -> tuple[dict[str, float], np.ndarray]:
     """Measure one channel (X, Y, Z) of stored numbers.
 
     Returns:
@@ -201,7 +208,9 @@ def distribution(data: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return sums[present] / counts[present], counts[present]
 
 
-def quantiles_of(values, cumulated, data, scale, offset) -> np.ndarray:
+def quantiles_of(
+    values: np.ndarray, cumulated: np.ndarray, data: np.ndarray, scale: float, offset: float
+) -> np.ndarray:
     """Quantiles as numpy's (linear): exact from counted integers, sorted for anything else."""
     if data.dtype.kind not in "iu" or len(values) != len(cumulated) or len(values) == 4096:
         percent = PERCENTILES if scale > 0 else 100 - PERCENTILES
@@ -300,7 +309,8 @@ def from_store_grid(volume: Volume, record: dict[str, Any], background: float) -
     data = volume.data
     if "axes" in record:
         back = [0, *(1 + int(n) for n in np.argsort(record["axes"]))]
-        data = np.flip(data, [1 + a for a in range(3) if record["flips"][a]]).transpose(back)
+        flipped = tuple(1 + a for a, flip in enumerate(record["flips"]) if flip)
+        data = np.flip(data, flipped).transpose(back)
     return Volume(np.ascontiguousarray(data), np.array(record["source_affine"]))
 
 
@@ -356,7 +366,9 @@ def resample(
     return Volume(out.astype(dtype, copy=False), affine, volume.scale, volume.offset)
 
 
-def foreground_box(volume: Volume, threshold: float, margin_mm: float):
+def foreground_box(
+    volume: Volume, threshold: float, margin_mm: float
+) -> tuple[list[int], list[int]]:
     """Return the corners (low, high) of the box of foreground plus a margin, in voxels."""
     data = volume.data[0]
     mask = data > threshold if volume.scale > 0 else data < threshold
@@ -412,7 +424,9 @@ class Augment:
                 raise ValueError(f"data.augment: {name}: {error}") from error
         self.transform = torchio.Compose(made)
 
-    def __call__(self, patch, key: tuple[int, ...], spacing_mm: tuple[float, ...]):
+    def __call__(
+        self, patch: torch.Tensor, key: tuple[int, ...], spacing_mm: tuple[float, ...]
+    ) -> torch.Tensor:
         """Return the transformed patch (C, *patch), of the same shape."""
         import torch
         import torchio
@@ -422,7 +436,7 @@ class Augment:
         affine = np.diag([*spacing_mm, *(1.0,) * (4 - len(spacing_mm))])
         subject = torchio.Subject(image=torchio.ScalarImage(tensor=image.clone(), affine=affine))
         with isolated_random_state(key):
-            out = self.transform(subject)["image"].data
+            out = self.transform(subject).get_first_image().data
         out = out[..., 0] if flat else out
         if out.shape != patch.shape:
             names = ", ".join(type(t).__name__ for t in self.transform.transforms)

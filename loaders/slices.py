@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from loaders.preprocess import Preprocess
 from loaders.readers import Volume
 from loaders.store import VolumeStore, undo
 
@@ -37,7 +39,8 @@ class SliceStore:
         depths = volumes.spatial_shapes[:, axis]
         self.ends = np.cumsum(depths)
         self.kept = [other for other in range(3) if other != axis]
-        self.spatial_shapes = np.repeat(volumes.spatial_shapes[:, self.kept], depths, axis=0)
+        shapes = volumes.spatial_shapes[:, self.kept]
+        self.spatial_shapes: np.ndarray = np.repeat(shapes, depths, axis=0)
 
     def __len__(self) -> int:
         return int(self.ends[-1]) if len(self.ends) else 0
@@ -65,7 +68,7 @@ class SliceStore:
         return self.volumes.data_range
 
     @property
-    def preprocess(self):
+    def preprocess(self) -> Preprocess:
         """What was done to the volumes."""
         return self.volumes.preprocess
 
@@ -76,12 +79,14 @@ class SliceStore:
 
     def shape(self, index: int) -> tuple[int, int, int]:
         """(C, X, Y) of a slice."""
-        return self.num_channels, *(int(n) for n in self.spatial_shapes[index])
+        x, y = (int(n) for n in self.spatial_shapes[index])
+        return self.num_channels, x, y
 
     def spacing_mm(self, index: int) -> tuple[float, float]:
         """Pixel size in millimeters."""
         spacing = self.volumes.spacing_mm(self.locate(index)[0])
-        return tuple(spacing[axis] for axis in self.kept)
+        x, y = (spacing[axis] for axis in self.kept)
+        return x, y
 
     def labels(self, index: int) -> dict[str, str]:
         """Return the manifest's further columns of the slice's volume."""
@@ -96,7 +101,7 @@ class SliceStore:
         """Return the slices of these volumes; `ids` are those of the volumes."""
         return SliceStore(self.volumes.subset(ids), self.axis, self.num_slices)
 
-    def write_skipped(self, folder) -> None:
+    def write_skipped(self, folder: str | Path) -> None:
         """See `VolumeStore.write_skipped`."""
         self.volumes.write_skipped(folder)
 
@@ -131,10 +136,9 @@ class SliceStore:
         record = self.volumes.undo_record(volume)
         if tuple(x.shape[1:]) != self.shape(index)[1:]:
             raise ValueError(f"got {tuple(x.shape[1:])}, the slice is {self.shape(index)[1:]}")
-        record["geometry"] = {"source_affine": np.array(record["affine"])}
-        record["geometry"]["source_affine"][:3, 3] += (
-            record["geometry"]["source_affine"][:3, self.axis] * number
-        )
+        affine = np.array(record["affine"])
+        affine[:3, 3] += affine[:3, self.axis] * number
+        record["geometry"] = {"source_affine": affine}
         return undo(np.expand_dims(np.asarray(x, np.float32), 1 + self.axis), record)
 
     def foreground_points(self, index: int) -> np.ndarray:

@@ -69,18 +69,17 @@ class VolumeStore:
         self.cache_dir = Path(cache_dir)
         self.preprocess = preprocess
         self.skipped = list(skipped)  # (id, path, reason) of broken volumes
-        self.spatial_shapes = np.array([entry.shape[1:] for entry in self.entries], int).reshape(
-            -1, 3
-        )
+        shapes = [entry.shape[1:] for entry in self.entries]
+        self.spatial_shapes: np.ndarray = np.array(shapes, int).reshape(-1, 3)
         self.array = lru_cache(OPEN_VOLUMES)(self._open)
 
     def __len__(self) -> int:
         return len(self.entries)
 
-    def __getstate__(self):
+    def __getstate__(self) -> dict[str, object]:
         return {k: v for k, v in self.__dict__.items() if k != "array"}
 
-    def __setstate__(self, state):
+    def __setstate__(self, state: dict[str, object]) -> None:
         self.__dict__.update(state)
         self.array = lru_cache(OPEN_VOLUMES)(self._open)
 
@@ -236,7 +235,8 @@ class VolumeStore:
             meta = self.meta(index)
             found = draw_labels(read_volume(path), meta["undo"], path, int(entry.key[:8], 16))
             buffer = io.BytesIO()
-            np.savez(buffer, **{str(label): points for label, points in found.items()})
+            arrays: dict[str, Any] = {str(label): points for label, points in found.items()}
+            np.savez(buffer, **arrays)  # Any: one of its keywords is a flag, no array
             with exclusive(self.cache_dir):
                 write_whole(self.cache_dir / name, buffer.getvalue())
         with np.load(self.cache_dir / name) as archive:
@@ -288,7 +288,7 @@ class VolumeStore:
         builder = Builder(cache_dir, preprocess, nan, volumes_4d, backend)
         known = builder.recall(subjects)
         missing = [subject for subject in subjects if subject.id not in known]
-        skipped = []
+        skipped: list[tuple[str, str, str]] = []
         if missing:
             try:
                 cache_dir.mkdir(parents=True, exist_ok=True)
@@ -384,9 +384,13 @@ def as_subjects(subjects_or_paths: Sequence[Subject | str | Path]) -> list[Subje
     items = list(subjects_or_paths)
     if not items:
         raise ValueError("no volumes given")
-    if all(isinstance(item, Subject) for item in items):
-        return items
-    paths = [Path(os.path.abspath(item)) for item in items]
+    subjects = [item for item in items if isinstance(item, Subject)]
+    given = [item for item in items if not isinstance(item, Subject)]
+    if not given:
+        return subjects
+    if subjects:
+        raise ValueError(f"give subjects or paths, not both: {given[0]} is a path")
+    paths = [Path(os.path.abspath(path)) for path in given]
     base = Path(os.path.commonpath([path.parent for path in paths]))
     return [Subject(id, (path,)) for id, path in zip(names_of(paths, base), paths, strict=True)]
 
@@ -420,7 +424,7 @@ def open_entry(
     mappings, ranges = [], []
     for channel, stats in enumerate(meta["statistics"]):
 
-        def quantile(percent: float, channel=channel, stats=stats) -> float:
+        def quantile(percent: float, channel: int = channel, stats: Any = stats) -> float:
             if str(percent) in stats["percentiles"]:
                 return stats["percentiles"][str(percent)]
             table = np.load(cache_dir / f"{meta['key']}.quantiles.npy")
@@ -437,16 +441,11 @@ def open_entry(
                 f"intensities {stats['min']:g} to {stats['max']:g} lie outside window_hu "
                 f"{preprocess.window_hu}: are they Hounsfield units?",
             )
+    columns = np.array(mappings, np.float32).T
     return Entry(
-        subject,
-        meta["key"],
-        meta["file"],
-        tuple(meta["shape"]),
-        np.dtype(meta["dtype"]),
-        meta["start"],
-        tuple(meta["spacing_mm"]),
-        *(np.array(column, np.float32) for column in zip(*mappings, strict=True)),
+        subject, meta["key"], meta["file"], tuple(meta["shape"]), np.dtype(meta["dtype"]),
+        meta["start"], tuple(meta["spacing_mm"]), columns[0], columns[1], columns[2], columns[3],
         raw=all(mapping == (1.0, 0.0, -np.inf, np.inf) for mapping in mappings),
         lowest=float(np.min(ranges)),
         highest=float(np.max(ranges)),
-    )
+    )  # fmt: skip

@@ -1,9 +1,10 @@
-"""Files that appear whole or not at all."""
+"""Files, and folders of them, that appear whole or not at all."""
 
 from __future__ import annotations
 
 import os
 import secrets
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,7 +21,7 @@ def whole_file(path: str | Path, durable: bool = False) -> Iterator[Path]:
     go by the suffix.
 
     Args:
-        path: The file to make or replace; its folder is made when missing.
+        path: The file to make or replace, or a folder to make; its own folder is made when missing.
         durable: Wait until the disk has the bytes before the name moves, and then the name, so
             that this holds for a power cut too.
 
@@ -37,6 +38,8 @@ def whole_file(path: str | Path, durable: bool = False) -> Iterator[Path]:
             fsync(temporary)
         os.replace(temporary, path)
     finally:
+        if temporary.is_dir():
+            shutil.rmtree(temporary)
         temporary.unlink(missing_ok=True)
     if durable and os.name == "posix":  # elsewhere a folder cannot be opened
         fsync(path.parent)

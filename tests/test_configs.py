@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from train_3d import check_sizes, train_3d
 from vae3d import config
+from vae3d.commands.train import check_sizes, train_3d
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 

@@ -16,9 +16,9 @@ import numpy as np
 import pytest
 import torch
 
-from evaluate import EvaluationData, choose_subjects, evaluate
 from loaders import DataConfig, Preprocess, VolumeStore, find_subjects
 from train_3d import train_3d
+from vae3d.commands.evaluate import EvaluationData, choose_subjects, evaluate
 from vae3d.config import main
 from vae3d.inference.metrics import psnr
 from vae3d.inference.reconstruct import autoencode, reconstruct

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+import loaders
+
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = sorted(
     path
@@ -48,12 +50,12 @@ ONE_PLACE = {
     "imageio": {"vae3d/tracking/media.py"},
     "imageio_ffmpeg": {"vae3d/tracking/media.py"},
     "torchio": {"loaders/preprocess.py"},
-    "nibabel": {"loaders/readers.py"},
-    "SimpleITK": {"loaders/readers.py"},
-    "pydicom": {"loaders/readers.py"},
-    "tifffile": {"loaders/readers.py"},
+    "nibabel": {"loaders/readers/nifti.py"},
+    "SimpleITK": {"loaders/readers/dicom.py"},
+    "pydicom": {"loaders/readers/dicom.py"},
+    "tifffile": {"loaders/readers/tiff.py"},
     "blosc2": {"loaders/compressed.py"},
-    "isal": {"loaders/readers.py"},
+    "isal": {"loaders/readers/common.py"},
     "nilearn": {"loaders/demo.py"},
     "monai": {"vae3d/stage2/diffusion.py", "vae3d/losses/features.py"},
     "lightning": {"vae3d/training/lit.py"},
@@ -109,7 +111,7 @@ def test_the_table_of_rooms_has_no_way_back():
 def test_no_two_files_import_each_other_round_any_number_of_corners():
     modules = {dotted_name(path): path for path in SOURCES}
     graph = {
-        name: {found for module, _ in imports(path) if (found := resolve(module, modules)) != name}
+        name: {module for module, _ in imports(path) if module in modules} - {name}
         for name, path in modules.items()
     }
     order, open_ = [], []
@@ -119,7 +121,7 @@ def test_no_two_files_import_each_other_round_any_number_of_corners():
         if name in order:
             return
         open_.append(name)
-        for other in sorted(graph[name] - {None, "vae3d", "loaders"}):
+        for other in sorted(graph[name] - {"vae3d", "loaders"}):
             visit(other)
         order.append(open_.pop())
 
@@ -129,9 +131,12 @@ def test_no_two_files_import_each_other_round_any_number_of_corners():
     assert len(order) >= len(modules) - 2
 
 
-def resolve(module: str, modules: dict[str, Path]) -> str | None:
-    """The file that `import module` reads; `from room import file` names the file."""
-    return module if module in modules else None
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_the_architecture_and_its_kernels_know_torch_and_einops_alone(path):
+    if room(dotted_name(path)) not in ("kernels", "models"):
+        pytest.skip("another room")
+    known = {*sys.stdlib_module_names, "torch", "einops", "vae3d"}
+    assert {module.split(".")[0] for module, _ in imports(path)} <= known
 
 
 def test_the_architecture_opens_one_door_to_its_weights():
@@ -152,6 +157,13 @@ def test_each_library_is_imported_in_its_one_place(path):
     for module, line in imports(path):
         homes = ONE_PLACE.get(module.split(".")[0])
         assert homes is None or name in homes, f"{name}:{line} imports {module}; {homes} may"
+
+
+def test_the_front_door_of_loaders_shows_type_checkers_the_names_that_it_opens():
+    tree = ast.parse((ROOT / "loaders" / "__init__.py").read_text(encoding="utf-8"))
+    (block,) = [node for node in tree.body if isinstance(node, ast.If)]
+    shown = {(node.module, name.name) for node in block.body for name in node.names}
+    assert shown == {(f"loaders.{module}", name) for name, module in loaders._HOME.items()}
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))

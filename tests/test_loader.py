@@ -385,7 +385,7 @@ def test_first_batch_is_quick(store):
     next(iter(one))
     assert (
         time.perf_counter() - start < 0.5
-    )  # 0.05 s on a machine of our own: benchmarks/loaders.py
+    )  # 0.05 s on a machine of our own: benchmarks/patches.py
 
 
 def test_map_style_dataset_follows_the_same_plan(store):

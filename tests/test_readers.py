@@ -15,15 +15,8 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 
-from loaders.readers import (
-    LPS_TO_RAS,
-    READERS,
-    BrokenVolume,
-    Volume,
-    read_volume,
-    volume_suffix,
-    write_volume,
-)
+from loaders.readers import READERS, BrokenVolume, Volume, read_volume, volume_suffix, write_volume
+from loaders.readers.common import LPS_TO_RAS
 
 SHAPE = (5, 6, 7)
 AFFINE = np.array([[0, -1.5, 0, 10], [2, 0, 0, -20], [0, 0, 3, 5], [0, 0, 0, 1.0]])

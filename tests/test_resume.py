@@ -26,7 +26,7 @@ GAN = partial(
 
 
 def trainer_of(folder, max_steps, state=None, **options):
-    options = dict(loss=GAN, log_every=2, warmup_steps=2, schedule="constant") | options
+    options = dict(loss=GAN, log_every=2, warmup_steps=2, lr_schedule="constant") | options
     trainer = toy_trainer(folder, max_steps=max_steps, **options)
     if state is not None:
         trainer.load_state_dict(state)

@@ -271,6 +271,7 @@ def _gradients(world, latents):
     from vae3d.stage2.diffusion import LatentDiffusion
     from vae3d.stage2.task import LatentTask
     from vae3d.training.checkpoint import Checkpoints
+    from vae3d.training.options import Loop
     from vae3d.training.trainer import Trainer
 
     torch.manual_seed(0)
@@ -285,7 +286,8 @@ def _gradients(world, latents):
     task = LatentTask(model, store, "sex", conditions)
     loader = PatchLoader(store, patching=None, batch_size=4 // world.size, rank=world.rank,
                          world_size=world.size, threads=0)  # fmt: skip
-    trainer = Trainer(task, loader, Checkpoints(Path(latents) / "none"), world, max_steps=1)
+    files, loop = Checkpoints(Path(latents) / "none"), Loop(max_steps=1, amp="off")
+    trainer = Trainer(task, loader, files, world, loop=loop)
     terms = trainer.backward([next(loader.stream())])
     loss = world.sum_(terms["loss"].clone())
     grads = {n: p.grad for n, p in model.named_parameters()}

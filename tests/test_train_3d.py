@@ -25,7 +25,6 @@ from train_3d import train_3d
 from vae3d.config import parse
 from vae3d.losses.adversarial import PatchDiscriminator
 from vae3d.tracking.tracker import read_metrics
-from vae3d.training import trainer
 from vae3d.training.checkpoint import load_checkpoint
 from vae3d.training.run import differences, with_new_options
 
@@ -232,7 +231,7 @@ def test_the_precision_is_the_devices_own_and_a_resumed_run_keeps_it(
     parsed = parse(train_3d, [*options, "--amp", "null", "--val_every", "0"])
     parsed["data"].root = str(volumes)
     for own, max_steps in (("bf16", 1), ("off", 2)):  # continued on a machine without its units
-        monkeypatch.setattr(trainer, "native_amp", lambda device, own=own: own)
+        monkeypatch.setattr("vae3d.training.run.native_amp", lambda device, own=own: own)
         assert train_3d(**parsed | {"max_steps": max_steps}) == 0
         assert load_checkpoint(tmp_path / "run")["amp"] == "bf16"
     assert train_3d(**parsed | {"fresh": True}) == 0

@@ -1,6 +1,7 @@
 import copy
 import math
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -12,8 +13,8 @@ from toys import ToyBatch, ToyLoader, on_ranks, tiny_vae, toy_trainer
 
 from vae3d.losses.kl import KL
 from vae3d.losses.vae_loss import VAELoss
+from vae3d.training.precision import LossScaler, native_amp
 from vae3d.training.task import Task, VAETask, noise_of_sample
-from vae3d.training.trainer import LossScaler, native_amp
 
 
 def weights(trainer):
@@ -133,7 +134,7 @@ def test_learning_rate_follows_the_schedule_and_counts_updates_not_micro_batches
 
 
 def test_updates_equal_plain_adamw_with_clipping(tmp_path):
-    trainer = toy_trainer(tmp_path, max_steps=3, schedule="constant", clip_norm=0.5)
+    trainer = toy_trainer(tmp_path, max_steps=3, lr_schedule="constant", clip_norm=0.5)
     task = VAETask(tiny_vae(), VAELoss())
     optimizer = torch.optim.AdamW(task.parameters(), 1e-2, (0.9, 0.99), 1e-3, weight_decay=0.0)
     loader = ToyLoader().stream()
@@ -191,7 +192,7 @@ def test_a_bad_step_changes_neither_weights_nor_moments_nor_average(tmp_path):
     before = copy.deepcopy(
         (weights(trainer), trainer.ema.shadow, trainer.optimizers["generator"].state_dict())
     )
-    trainer.max_steps = 3
+    trainer.loop = replace(trainer.loop, max_steps=3)
     trainer.fit()
     assert float(trainer.skipped) == 1
     for p, q in zip(before[0], weights(trainer), strict=True):

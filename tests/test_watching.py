@@ -22,8 +22,8 @@ from vae3d.reports.run import write_run_report
 from vae3d.tracking.tracker import read_metrics, read_tables
 from vae3d.training import validate
 from vae3d.training.distributed import World
+from vae3d.training.precision import native_amp
 from vae3d.training.run import Run
-from vae3d.training.trainer import native_amp
 
 NOTEBOOK = Path(__file__).resolve().parents[1] / "examples" / "visualize_reconstruction.ipynb"
 KINDS = ("png", "gif", "mp4", "input_gif", "input_mp4", "recon_gif", "recon_mp4")

@@ -5,7 +5,7 @@ import multiprocessing
 import os
 import socket
 import traceback
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 
 import torch
@@ -15,6 +15,7 @@ from vae3d.models.custom_vae import CustomVAE
 from vae3d.models.norm import GroupNorm
 from vae3d.training.checkpoint import Checkpoints
 from vae3d.training.distributed import World, open_world
+from vae3d.training.options import Loop
 from vae3d.training.task import VAETask
 from vae3d.training.trainer import Trainer
 
@@ -84,9 +85,12 @@ def toy_trainer(folder, world=None, loss=VAELoss, loader=None, task=None, batch_
     """A trainer on toy data that logs every step; `.tracker` is a Recorder."""
     world = world or World()
     loader = loader or ToyLoader(10, batch_size, world.rank, world.size)
-    defaults = dict(max_steps=8, lr=1e-2, log_every=1, save_every=100, ema_decay=0.9)
+    defaults = dict(max_steps=8, lr=1e-2, warmup_steps=0, log_every=1, save_every=100)
+    options = defaults | dict(ema_decay=0.9, amp="off") | options
+    loop = Loop(**{f.name: options.pop(f.name) for f in fields(Loop) if f.name in options})
     task = task or VAETask(tiny_vae(), loss(), seed=0)
-    trainer = Trainer(task, loader, Checkpoints(folder), world, Recorder(), **(defaults | options))
+    files = Checkpoints(folder)
+    trainer = Trainer(task, loader, files, world, Recorder(), loop=loop, **options)
     for group in trainer.optimizers["generator"].param_groups:
         group["eps"] = 1e-3  # else Adam blows up the rounding of gradients that are zero
     return trainer

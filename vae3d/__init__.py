@@ -4,15 +4,19 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from vae3d.commands.evaluate import evaluate
+    from vae3d.commands.train import train_3d
     from vae3d.inference.stitching import stitch
     from vae3d.models.custom_vae import CustomVAE
     from vae3d.training.checkpoint import load_model
 
-__all__ = ["CustomVAE", "load_model", "stitch"]
+__all__ = ["CustomVAE", "evaluate", "load_model", "stitch", "train_3d"]
 __version__ = "0.1.0"
 
 _HOMES = {
     "CustomVAE": "vae3d.models.custom_vae",
+    "evaluate": "vae3d.commands.evaluate",
+    "train_3d": "vae3d.commands.train",
     "load_model": "vae3d.training.checkpoint",
     "stitch": "vae3d.inference.stitching",
 }

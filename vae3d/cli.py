@@ -6,23 +6,38 @@ import sys
 from importlib import import_module
 
 COMMANDS = {
-    # command: (module, what it does)
-    "demo-data": (
-        "vae3d.commands.demo_data",
-        "write a small set of brain-like volumes",
+    # command: (module.function of vae3d.commands, what it does)
+    "demo-data": ("demo_data.demo_data", "write a small set of brain-like volumes"),
+    "check-data": (
+        "check_data.check_data",
+        "list every broken file of a data set and why",
     ),
-    "check-data": ("vae3d.commands.check_data", "list every broken file of a data set and why"),
-    "prepare": ("vae3d.commands.prepare", "build the volume cache ahead of training"),
-    "patches": ("vae3d.commands.patches", "write a contact sheet of random training patches"),
-    "plan": ("vae3d.commands.plan", "show parameters, latent shape and memory before training"),
-    "train": ("train_3d", "train a VAE"),
-    "evaluate": ("evaluate", "reconstruct volumes with a trained VAE and measure them"),
-    "report": ("vae3d.commands.report", "write one HTML page on one or several runs"),
-    "convert": ("vae3d.commands.convert", "bring weights in from other libraries, or out to them"),
-    "encode": ("vae3d.commands.encode", "write the latents of volumes"),
-    "decode": ("vae3d.commands.decode", "turn latents back into volumes"),
-    "train-ldm": ("vae3d.commands.train_ldm", "train a latent diffusion model on encoded latents"),
-    "sample": ("vae3d.commands.sample", "draw new volumes"),
+    "prepare": ("prepare.prepare", "build the volume cache ahead of training"),
+    "patches": (
+        "patches.patches",
+        "write a contact sheet of random training patches",
+    ),
+    "plan": (
+        "plan.plan",
+        "show parameters, latent shape and memory before training",
+    ),
+    "train": ("train.train_3d", "train a VAE"),
+    "evaluate": (
+        "evaluate.evaluate",
+        "reconstruct volumes with a trained VAE and measure them",
+    ),
+    "report": ("report.report", "write one HTML page on one or several runs"),
+    "convert": (
+        "convert.convert",
+        "bring weights in from other libraries, or out to them",
+    ),
+    "encode": ("encode.encode", "write the latents of volumes"),
+    "decode": ("decode.decode", "turn latents back into volumes"),
+    "train-ldm": (
+        "train_ldm.train_ldm",
+        "train a latent diffusion model on encoded latents",
+    ),
+    "sample": ("sample.sample", "draw new volumes"),
 }
 
 
@@ -40,6 +55,6 @@ def main(argv: list[str] | None = None) -> None:
 
     from vae3d import config
 
-    module = COMMANDS[name][0]  # its function bears the module's own name
-    function = getattr(import_module(module), module.rpartition(".")[2])
-    config.main(function, rest, prog=f"vae3d {name}")
+    module, function = COMMANDS[name][0].split(".")
+    command = getattr(import_module(f"vae3d.commands.{module}"), function)
+    config.main(command, rest, prog=f"vae3d {name}")

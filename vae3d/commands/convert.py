@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -131,7 +130,7 @@ def read(
     return read_model(state, hints, layout, ignore_keys)
 
 
-def diffusers_hints(hints: Hints, config: dict) -> Hints:
+def diffusers_hints(hints: Hints, config: dict[str, Any]) -> Hints:
     """Complete the user's hints from diffusers' config.json.
 
     Args:
@@ -159,6 +158,7 @@ def write(vae: CustomVAE, target: Path, to: str, preprocess: Preprocess) -> None
         to: `vae3d`, `monai` or `diffusers`.
         preprocess: Kept in a checkpoint of vae3d.
     """
+    from loaders.whole import whole_file
     from vae3d.training.checkpoint import write_atomic
     from vae3d.weights.convert import export_diffusers, export_monai_state
     from vae3d.weights.hub import RECIPE, write_state
@@ -167,27 +167,18 @@ def write(vae: CustomVAE, target: Path, to: str, preprocess: Preprocess) -> None
     if target.suffix not in suffixes:
         kinds = " or ".join(f"a {s} file" if s else "a folder (no suffix)" for s in suffixes)
         raise ValueError(f"{target}: --to {to} writes {kinds}")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".unfinished-{target.name}")
-    try:
+    with whole_file(target) as temporary:
         if to == "monai":
             write_state(temporary, export_monai_state(vae))
         elif to == "diffusers":
             state, config = export_diffusers(vae)
-            temporary.mkdir(exist_ok=True)
+            temporary.mkdir()
             write_state(temporary / DIFFUSERS_WEIGHTS[0], state)
             (temporary / RECIPE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         elif target.suffix:
             write_atomic(temporary, checkpoint_of(vae, preprocess))
         else:
             vae.save_pretrained(temporary)
-        temporary.rename(target)
-    except BaseException:
-        if temporary.is_dir():
-            shutil.rmtree(temporary)
-        else:
-            temporary.unlink(missing_ok=True)
-        raise
 
 
 def checkpoint_of(vae: CustomVAE, preprocess: Preprocess) -> dict[str, Any]:

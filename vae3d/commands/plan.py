@@ -34,12 +34,12 @@ def plan(
     """
     import torch
 
-    from train_3d import check_sizes, train_3d
+    from vae3d.commands.train import check_sizes, train_3d
     from vae3d.config import parse
     from vae3d.training.distributed import open_world
     from vae3d.training.memory import Trial, budget_bytes
+    from vae3d.training.precision import native_amp
     from vae3d.training.task import VAETask
-    from vae3d.training.trainer import native_amp
 
     options = parse(train_3d, ["--config", recipe, "--data.root", "-", "--out_dir", "-"])
     patch = tuple(patch_size or options["patch_size"])

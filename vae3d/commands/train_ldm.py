@@ -5,9 +5,11 @@ The loop, checkpoints, resuming, averaging and tracking are those of the first s
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
+
+from vae3d.training.options import Loop, as_options, spread
 
 
 @dataclass
@@ -37,6 +39,19 @@ class UNet:
     use_flash_attention: bool = True
 
 
+@dataclass(frozen=True, kw_only=True)
+class LatentLoop(Loop):
+    """The options of the loop as they suit latents, which are small and cheap."""
+
+    max_steps: int = 20000
+    lr: float = 1e-4
+    warmup_steps: int = 200
+    val_volumes: int = 16
+    media_every: int = 2000
+    media_volumes: int = 4
+
+
+@spread
 def train_ldm(
     latents: str,
     /,
@@ -45,7 +60,7 @@ def train_ldm(
     *,
     process: Literal["flow", "ddpm"] = "flow",
     prediction: Literal["epsilon", "v", "sample"] | None = None,
-    schedule: Literal["linear_beta", "scaled_linear_beta", "cosine"] = "scaled_linear_beta",
+    noise_schedule: Literal["linear_beta", "scaled_linear_beta", "cosine"] = "scaled_linear_beta",
     time_sampling: Literal["uniform", "logit_normal"] = "uniform",
     label: str | None = None,
     condition: str | None = None,
@@ -53,35 +68,9 @@ def train_ldm(
     condition_dropout: float = 0.1,
     crop: tuple[int, ...] | None = None,
     batch_size: int = 4,
-    grad_accum: int = 1,
-    max_steps: int = 20000,
-    lr: float = 1e-4,
-    warmup_steps: int = 200,
-    lr_schedule: Literal["cosine", "linear", "constant"] = "cosine",
-    weight_decay: float = 0.0,
-    betas: tuple[float, float] = (0.9, 0.99),
-    clip_norm: float = 1.0,
-    ema_decay: float = 0.999,
-    amp: Literal["off", "bf16", "fp16"] | None = None,
-    seed: int = 0,
-    log_every: int = 10,
-    val_every: int = 500,
-    val_volumes: int = 16,
-    media_every: int = 2000,
-    media_volumes: int = 4,
     vae: str | None = None,
-    save_every: int = 500,
-    keep_checkpoints: int = 2,
-    max_hours: float | None = None,
-    early_stop: int | None = None,
-    max_bad_steps: int = 10,
-    wandb: Literal["online", "offline", "disabled"] | None = None,
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto",
-    threads: int = 2,
-    timeout_minutes: float = 30.0,
     trust: tuple[str, ...] = (),
-    fresh: bool = False,
-    force: bool = False,
+    loop: LatentLoop,
 ) -> int:
     """Train a diffusion model on latents that `vae3d encode` wrote.
 
@@ -97,7 +86,7 @@ def train_ldm(
         unet: The network.
         process: flow (rectified flow) | ddpm.
         prediction: epsilon | v | sample; null for v with flow and epsilon with ddpm.
-        schedule: Noise schedule of ddpm.
+        noise_schedule: Noise schedule of ddpm.
         time_sampling: uniform | logit_normal (more often in the middle), for training times.
         label: Manifest column whose values become classes.
         condition: Folder of further latents of the same subjects, attended to by cross-attention.
@@ -105,41 +94,14 @@ def train_ldm(
         condition_dropout: Part of the samples trained without label and condition, for guidance.
         crop: Train on random crops of this size [latent voxels]; null for whole latents.
         batch_size: Latents in a micro-batch on each rank [latents].
-        grad_accum: Micro-batches of one update.
-        max_steps: Updates in all [steps].
-        lr: Peak learning rate of AdamW.
-        warmup_steps: Linear rise of the learning rate [steps].
-        lr_schedule: cosine | linear | constant, the way down after the rise.
-        weight_decay: Decay of kernels and matrices; norms and biases have none.
-        betas: Decay of AdamW's mean gradient and mean squared gradient.
-        clip_norm: Longer gradients are shortened to this norm; 0 for never.
-        ema_decay: Decay of the averaged weights, which validation and sampling use; 0 for none.
-        amp: off | bf16 | fp16, precision of convolutions and matrix products; null for bf16 where
-            the device multiplies it natively, else off.
-        seed: Seed of weights, order, posterior draws, noise and times.
-        log_every: Interval of numbers in metrics.jsonl and W&B [steps].
-        val_every: Interval of validation [steps]; 0 for none.
-        val_volumes: Validate on at most this many latents, always the same.
-        media_every: Interval of sample pictures [steps]; 0 for none.
-        media_volumes: Samples in a picture.
         vae: Run folder or checkpoint of the VAE, for the pictures; null for the one that encoded.
-        save_every: Interval of checkpoints [steps].
-        keep_checkpoints: Step files that are kept beside best and last, at least 2.
-        max_hours: Save and end with exit code 0 after this time [h]; null for no limit.
-        early_stop: End after so many validations without a better one; null for never.
-        max_bad_steps: End after so many steps in a row that are not finite [steps].
-        wandb: online | offline | disabled; null for online with a WANDB_API_KEY, else offline.
-        device: auto | cpu | cuda | mps.
-        threads: Threads that read latents ahead on each rank.
-        timeout_minutes: How long a rank waits for one that does not answer [min].
         trust: Module prefixes besides vae3d whose classes the VAE may import.
-        fresh: Remove the checkpoints in out_dir and begin anew.
-        force: Continue although options that change the training have changed.
+        loop: Each option of the loop by its own name, see `vae3d.training.options`.
 
     Returns:
-        Exit code: 0 done or out of time, 143 after SIGTERM, 130 after SIGINT.
+        Exit code: 0 done or out of time, 143 after SIGTERM, 130 after SIGINT, 138 after SIGUSR1.
     """
-    options = dict(locals())
+    call = as_options(locals())
 
     import torch
 
@@ -147,25 +109,27 @@ def train_ldm(
     from vae3d.stage2.diffusion import LatentDiffusion
     from vae3d.stage2.latents import read_index
     from vae3d.stage2.task import Guide, LatentTask, LatentValidation
-    from vae3d.tracking.tracker import Tracker
     from vae3d.training.distributed import open_world
     from vae3d.training.run import Run
-    from vae3d.training.trainer import Trainer, native_amp
+    from vae3d.training.trainer import Trainer
 
-    with open_world(device, timeout_minutes) as world, Run(out_dir, world, keep_checkpoints) as run:
-        config, state = run.begin(train_ldm, options, fresh, force)
-        amp = world.broadcast(amp or (state and state["amp"]) or native_amp(world.device))
+    with (
+        open_world(loop.device, loop.timeout_minutes) as world,
+        Run(out_dir, world, loop.keep_checkpoints) as run,
+    ):
+        config, state = run.begin(train_ldm, call, loop.fresh, loop.force)
+        loop = replace(loop, amp=run.precision(loop.amp, state))
         train, held_out, guides = open_latents(latents, condition)
         check_crop(crop, train, condition)
 
-        torch.manual_seed(seed)
+        torch.manual_seed(loop.seed)
         model = LatentDiffusion(
             latent_channels=train.shape(0)[0] // 2,
             spatial_dims=len(train.shape(0)) - 1,
             unet=asdict(unet or UNet()),
             process=process,
             prediction=prediction,
-            schedule=schedule,
+            schedule=noise_schedule,
             time_sampling=time_sampling,
             classes=classes_of(train, label),
             condition_channels=guides[0].shape(0)[0] // 2 if condition else None,
@@ -174,32 +138,30 @@ def train_ldm(
         )
         model.set_statistics(train.statistics, guides[0].statistics if condition else None)
         model.to(world.device)
-        task = LatentTask(model, train, label, guides[0], seed)
+        task = LatentTask(model, train, label, guides[0], loop.seed)
         loader = PatchLoader(
             train,
             patch_size=crop,
             patching="random_parts" if crop else None,
             patches_per_volume=1,
             batch_size=batch_size,
-            seed=seed,
+            seed=loop.seed,
             rank=world.rank,
             world_size=world.size,
-            threads=threads,
+            threads=loop.threads,
             pin=world.device.type == "cuda",
         )
         validation = show = None
         if held_out:
             guide = Guide(model, held_out, label, guides[1])
-            validation = LatentValidation(held_out, guide, world, val_volumes)
-        tracker = None
-        if world.is_main:
-            tracker = Tracker(out_dir, wandb, config=config, run_id=state and state["wandb_id"])
+            validation = LatentValidation(held_out, guide, world, loop.val_volumes)
+        tracker = run.track(loop, config, state)
         index = read_index(latents)
         if vae is None and Path(index["vae"]).is_file():
             vae = index["vae"]
-        if media_every and vae:
+        if loop.media_every and vae:
             folder = Path(out_dir) / "media"
-            show = Pictures(vae, trust, train, task.guide, tracker, folder, media_volumes)
+            show = Pictures(vae, trust, train, task.guide, tracker, folder, loop.media_volumes)
 
         trainer = Trainer(
             task,
@@ -207,23 +169,7 @@ def train_ldm(
             run.checkpoints,
             world,
             tracker,
-            max_steps=max_steps,
-            lr=lr,
-            schedule=lr_schedule,
-            warmup_steps=warmup_steps,
-            weight_decay=weight_decay,
-            betas=betas,
-            grad_accum=grad_accum,
-            clip_norm=clip_norm,
-            amp=amp,
-            ema_decay=ema_decay,
-            log_every=log_every,
-            val_every=val_every if validation else 0,
-            media_every=media_every if show else 0,
-            save_every=save_every,
-            max_hours=max_hours,
-            early_stop=early_stop,
-            max_bad_steps=max_bad_steps,
+            loop=loop,
             validate=validation,
             monitor="val/loss",
             show=show,

@@ -15,6 +15,7 @@ _HOMES = {
     "autoencode": "reconstruct",
     "METRICS": "metrics",
 }
+__all__ = list(_HOMES)
 
 
 def __getattr__(name: str) -> Any:

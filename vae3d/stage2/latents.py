@@ -397,6 +397,14 @@ class LatentStore:
         """Read as `read` into a float32 buffer."""
         out[...] = self.read(index, slices)
 
+    def foreground_points(self, index: int) -> np.ndarray:
+        """Refuse: no voxels of foreground or labels are remembered with latents."""
+        raise ValueError("latents know no foreground and no labels: sample them by UniformCorners")
+
+    def label_points(self, index: int) -> dict[int, np.ndarray]:
+        """See `foreground_points`."""
+        raise ValueError("latents know no foreground and no labels: sample them by UniformCorners")
+
     def _open(self, index: int) -> np.ndarray:
         latent = read_latent(self.paths[index])
         return torch.cat([latent.mean, latent.logvar]).numpy()

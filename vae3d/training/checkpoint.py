@@ -40,6 +40,7 @@ class Checkpoints:
         self.keep = keep
         self.written: list[str] = []  # step files of this run, oldest first; survives a resume
         self.resumed_from: str | None = None
+        self.newest: tuple[Path, dict[str, Any]] | None = None  # found, read, not yet resumed
 
     def sweep(self) -> None:
         """Remove temporaries that killed runs have left. Only for who holds the run's lock."""
@@ -73,24 +74,29 @@ class Checkpoints:
         last = self.folder / "last.pt"
         if last.exists() and not any(last.samefile(path) for path in candidates):
             candidates.append(last)
-        skipped, valid = [], []
+        skipped = []
+        self.newest = None
         for path in candidates:
-            if valid and path != last:
+            if self.newest and path != last:
                 continue  # an older step
             try:
-                valid.append((load_checkpoint(path)["step"], path))
+                state = load_checkpoint(path)
             except ValueError as error:
                 skipped.append(str(error))
-        if not valid and skipped:
+                continue
+            if not self.newest or state["step"] > self.newest[1]["step"]:
+                self.newest = path, state
+        if not self.newest and skipped:
             raise ValueError(
                 f"{self.folder}: no checkpoint is readable ({'; '.join(skipped)}); "
                 "restore one, or begin anew with --fresh"
             )
-        return (max(valid)[1] if valid else None), skipped
+        return (self.newest[0] if self.newest else None), skipped
 
     def resume(self, path: Path) -> dict[str, Any]:
-        """Load `path` to go on from; it is never rotated away by this process."""
-        state = load_checkpoint(path)
+        """Take the state in `path` to go on from; it is never rotated away by this process."""
+        found, self.newest = self.newest, None
+        state = found[1] if found and found[0] == path else load_checkpoint(path)
         self.written = [name for name in state["written"] if (self.folder / name).exists()]
         self.resumed_from = path.name
         return state

@@ -11,8 +11,8 @@ import torch
 
 from loaders import Batch
 from vae3d.kernels.memory import pages
+from vae3d.training.precision import autocast
 from vae3d.training.task import Task
-from vae3d.training.trainer import AMP
 
 CPU_SHARE = 0.7  # of the free memory; the rest is for reading ahead and for other programs
 
@@ -52,7 +52,7 @@ class Trial:
             corner = torch.zeros(n, len(self.sample_shape) - 1, dtype=torch.long)
             index = torch.arange(n)
             batch = Batch(image, index, corner, index)
-            with torch.autocast(self.device.type, AMP[self.amp], enabled=self.amp != "off"):
+            with autocast(self.device, self.amp):
                 task(batch, 0)["loss"].backward()
             del moments
         return peak.bytes

@@ -13,8 +13,12 @@ from typing import Any
 
 from loaders.whole import write_text
 from vae3d.config import config_dict, save_config
+from vae3d.tracking.console import Console
+from vae3d.tracking.tracker import Tracker
 from vae3d.training.checkpoint import Checkpoints
 from vae3d.training.distributed import World
+from vae3d.training.options import Loop
+from vae3d.training.precision import native_amp
 
 # May differ between a run and its continuation: they say how long, how watched and where, not what.
 HARMLESS = {
@@ -115,6 +119,39 @@ class Run:
                 say(f"continuing {path} from step {state['step']}")
         self.call = fn, kwargs
         return config, state
+
+    def precision(self, amp: str | None, state: dict[str, Any] | None) -> str:
+        """Settle `--amp`: what was asked for, what the run began with, or what suits the device.
+
+        Args:
+            amp: off | bf16 | fp16 | None.
+            state: Checkpoint to continue from, or None.
+        """
+        begun_with = state["amp"] if state else None
+        return self.world.broadcast(amp or begun_with or native_amp(self.world.device))
+
+    def track(
+        self,
+        loop: Loop,
+        config: dict[str, Any],
+        state: dict[str, Any] | None,
+        about: dict[str, str] | None = None,
+    ) -> Tracker | None:
+        """Open the tracker on the rank that writes; None on the others.
+
+        Args:
+            loop: Says whether W&B is online.
+            config: What the dashboard shows as the configuration.
+            state: Checkpoint to continue from, or None.
+            about: Facts for the terminal.
+        """
+        if not self.world.is_main:
+            return None
+        if about:
+            with Console(loop.max_steps) as console:
+                console.summary(about, title=str(self.folder))
+        run_id = state["wandb_id"] if state else None
+        return Tracker(self.folder, loop.wandb, config=config, run_id=run_id)
 
     def fit(self, trainer: Any, state: dict[str, Any] | None) -> int:
         """Train, then let the tracker finish what is under way.

@@ -11,7 +11,6 @@ import random
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager, nullcontext
-from inspect import signature
 from itertools import islice
 from typing import Any
 
@@ -22,18 +21,20 @@ from torch.distributed.tensor.experimental import implicit_replication
 from torch.nn.parallel import DistributedDataParallel
 
 from vae3d.config import check_at_least
-from vae3d.kernels.steps import compute_dtype
 from vae3d.tracking.console import Console
 from vae3d.tracking.tracker import Tracker
+from vae3d.training.bad_steps import first_bad
 from vae3d.training.checkpoint import Checkpoints, versions
 from vae3d.training.distributed import Interrupt, World
 from vae3d.training.ema import EMA
+from vae3d.training.optimizers import adamw, distributed, gradients, parts_of
+from vae3d.training.options import Loop
+from vae3d.training.precision import LossScaler, autocast
 from vae3d.training.schedule import lr_scale
 from vae3d.training.sharding import part, parts_of_optimizer, shard, whole
 from vae3d.training.task import Task
 from vae3d.weights.hub import check_fit
 
-AMP = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 TIME_IS_UP, NO_PROGRESS = 1, 2  # reasons to stop that are not signals; the run then exits 0
 
 
@@ -47,30 +48,13 @@ class Trainer:
         checkpoints: Where checkpoints go.
         world: The ranks of this run.
         tracker: Takes the numbers; None on ranks that do not write.
-        max_steps: Optimizer updates in all [steps].
-        lr: Peak learning rate of AdamW.
-        schedule: cosine | linear | constant.
-        warmup_steps: Linear rise of the learning rate [steps].
-        weight_decay: Decay of matrices and kernels; norms and biases have none.
-        betas: AdamW's decay of gradient and squared gradient.
-        discriminator_lr: Learning rate of the discriminator; None for `lr`.
-        grad_accum: Micro-batches of one update.
-        clip_norm: Gradients are scaled down to this norm; 0 for no clipping.
-        amp: off | bf16 | fp16, precision of the networks.
+        loop: How it is trained, with an `amp` that is settled.
+        discriminator_lr: Learning rate of the discriminator; None for the generator's.
         sharding: ddp (each rank has all weights) | fsdp (each rank has a part of them).
-        ema_decay: Decay of the averaged weights, 0 for none.
-        log_every: Steps between two lines of numbers.
-        val_every: Steps between two validations; 0 for none.
-        media_every: Steps between two sets of pictures; 0 for none.
-        save_every: Steps between two checkpoints.
-        max_hours: Save and stop after this time [h]; None for no limit.
-        early_stop: Stop after this many validations without a better one; None for never.
-        max_bad_steps: Stop after this many steps in a row with a loss or gradient that is not
-            finite.
         validate: `validate(network, step) -> numbers`, the same on all ranks; called with EMA
-            weights.
+            weights. None for no validation.
         monitor: The number of `validate` that decides which checkpoint is best; lower is better.
-        show: `show(network, step)`, writes pictures.
+        show: `show(network, step)`, writes pictures; None for none.
         sources: `sources(batch) -> names` of the volumes in a batch, to name a bad one.
         record: Plain data kept in each checkpoint: spec, config, preprocess, split.
     """
@@ -83,65 +67,42 @@ class Trainer:
         world: World | None = None,
         tracker: Tracker | None = None,
         *,
-        max_steps: int,
-        lr: float = 1e-4,
-        schedule: str = "cosine",
-        warmup_steps: int = 0,
-        weight_decay: float = 0.0,
-        betas: tuple[float, float] = (0.9, 0.99),
+        loop: Loop,
         discriminator_lr: float | None = None,
-        grad_accum: int = 1,
-        clip_norm: float = 1.0,
-        amp: str = "off",
         sharding: str = "ddp",
-        ema_decay: float = 0.999,
-        log_every: int = 10,
-        val_every: int = 0,
-        media_every: int = 0,
-        save_every: int = 500,
-        max_hours: float | None = None,
-        early_stop: int | None = None,
-        max_bad_steps: int = 10,
         validate: Callable[[nn.Module, int], dict[str, float]] | None = None,
         monitor: str = "val/mae",
         show: Callable[[nn.Module, int], None] | None = None,
         sources: Callable[[Any], list[str]] | None = None,
         record: dict[str, Any] | None = None,
     ):
-        check_at_least(1, max_steps=max_steps, grad_accum=grad_accum, log_every=log_every)
-        check_at_least(1, early_stop=early_stop, max_bad_steps=max_bad_steps)
-        check_at_least(0, val_every=val_every, media_every=media_every, save_every=save_every)
-        check_at_least(0, warmup_steps=warmup_steps, clip_norm=clip_norm, max_hours=max_hours)
-        check_at_least(0, lr=lr, discriminator_lr=discriminator_lr, weight_decay=weight_decay)
-        for beta in betas:
-            if not 0 <= beta < 1:
-                raise ValueError(f"--betas must be at least 0 and below 1, not {list(betas)}")
+        check_at_least(0, discriminator_lr=discriminator_lr)
+        if loop.amp is None:
+            raise ValueError("Trainer takes an `amp` that is settled: off, bf16 or fp16")
         self.task, self.loader, self.world, self.tracker = task, loader, world or World(), tracker
-        self.max_steps, self.grad_accum, self.clip_norm = max_steps, grad_accum, clip_norm
-        self.schedule, self.warmup_steps = schedule, warmup_steps
-        self.log_every, self.val_every = log_every, val_every
-        self.media_every, self.save_every = media_every, save_every
-        self.max_hours, self.early_stop = max_hours, early_stop
-        self.max_bad_steps = max_bad_steps
+        self.checkpoints, self.loop, self.amp = checkpoints, loop, loop.amp
         self.validate_network, self.monitor = validate, monitor
+        self.val_every = loop.val_every if validate else 0
+        self.media_every = loop.media_every if show else 0
         self.show, self.sources, self.record = show, sources, record or {}
-        self.amp, self.device = amp, self.world.device
+        self.device = self.world.device
         self.free_reads = self.device.type == "cpu"  # no queue of kernels to wait for
-        self.checkpoints = checkpoints
 
-        rates = {"generator": lr, "discriminator": discriminator_lr or lr}
         self.sharded = sharding == "fsdp" and self.world.size > 1
         if self.sharded:
             shard(task, self.world)
-        self.networks, self.optimizers = {}, {}
-        for name, (module, params) in _parts(task).items():
-            self.optimizers[name] = _adamw(params, rates[name], betas, weight_decay)
-            self.networks[name] = module
+        parts = parts_of(task)
+        rates = {"generator": loop.lr, "discriminator": discriminator_lr or loop.lr}
+        self.rates = {name: rates[name] for name in parts}
+        self.optimizers = {
+            name: adamw(params, rates[name], loop.betas, loop.weight_decay)
+            for name, (_, params) in parts.items()
+        }
+        self.networks = {name: module for name, (module, _) in parts.items()}
         if self.world.size > 1 and not self.sharded:
-            self._distribute()
-        self.rates = {name: rates[name] for name in self.optimizers}
-        self.ema = EMA(task.network, ema_decay) if ema_decay else None
-        self.scaler = LossScaler(self.device, enabled=amp == "fp16")
+            self.networks = distributed(task, self.networks)
+        self.ema = EMA(task.network, loop.ema_decay) if loop.ema_decay else None
+        self.scaler = LossScaler(self.device, enabled=self.amp == "fp16")
 
         self.step, self.samples = 0, 0
         self.best, self.stale = float("inf"), 0
@@ -149,31 +110,31 @@ class Trainer:
         self.bad_in_row = torch.zeros((), device=self.device)
         self.meter: dict[str, Tensor] = {}
         self.started, self.waited = time.monotonic(), 0.0
-        self.console = Console(max_steps, enabled=False)
+        self.console = Console(loop.max_steps, enabled=False)
 
     # The loop
 
     def fit(self) -> int:
         """Train from the present step to `max_steps`; return the exit code, 0 when done."""
-        self.console = Console(self.max_steps, self.step, enabled=self.world.is_main)
+        self.console = Console(self.loop.max_steps, self.step, enabled=self.world.is_main)
         self._clock()
         with ExitStack() as stack:
             interrupt = stack.enter_context(Interrupt())
             stack.callback(self.console.close)
             stack.enter_context(self.world.naming_the_missing(lambda: self.step))
             batches = stack.enter_context(closing(self.loader.stream()))
-            while self.step < self.max_steps and not self.without_progress():
+            while self.step < self.loop.max_steps and not self.without_progress():
                 window = self.fetch(batches)
                 terms = self.backward(window)
                 self.update(terms, window)
                 self.step += 1
-                if self.due(self.log_every):
+                if self.due(self.loop.log_every):
                     self.log()
                 better = self.due(self.val_every) and self.validate()
                 if self.due(self.media_every):
                     self.picture()
                 stop = self.world.max_int(interrupt.exit_code or self.wish_to_stop())
-                if stop or better or self.due(self.save_every):
+                if stop or better or self.due(self.loop.save_every):
                     self.save(best=better)
                 if stop:
                     return stop if stop > NO_PROGRESS else 0
@@ -182,23 +143,26 @@ class Trainer:
     def fetch(self, batches: Iterator[Any]) -> list[Any]:
         """The micro-batches of the next step; the time spent waiting for them is counted."""
         begun = time.monotonic()
-        window = list(islice(batches, self.grad_accum))
+        window = list(islice(batches, self.loop.grad_accum))
         self.waited += time.monotonic() - begun
         return window
 
     def due(self, every: int) -> bool:
         """Whether what happens `every` so many steps happens now; it does at the last one."""
-        return every > 0 and (self.step % every == 0 or self.step == self.max_steps)
+        return every > 0 and (self.step % every == 0 or self.step == self.loop.max_steps)
 
     def wish_to_stop(self) -> int:
         """Why this rank would stop by itself, 0 when it would not."""
-        if self.max_hours is not None and time.monotonic() - self.started > 3600 * self.max_hours:
+        if (
+            self.loop.max_hours is not None
+            and time.monotonic() - self.started > 3600 * self.loop.max_hours
+        ):
             return TIME_IS_UP
         return NO_PROGRESS if self.without_progress() else 0
 
     def without_progress(self) -> bool:
         """Whether validation has not improved for as long as `early_stop` allows."""
-        return self.early_stop is not None and self.stale >= self.early_stop
+        return self.loop.early_stop is not None and self.stale >= self.loop.early_stop
 
     # One step
 
@@ -225,7 +189,7 @@ class Trainer:
             network.set_requires_gradient_sync(last)
         sync = last or not isinstance(network, DistributedDataParallel)
         with nullcontext() if sync else network.no_sync():
-            with self._autocast():
+            with autocast(self.device, self.amp):
                 if name == "generator":
                     values = network(batch.to(self.device), self.step)
                     loss = values["loss"]
@@ -244,13 +208,13 @@ class Trainer:
         bad = ~torch.stack([v for v in terms.values()]).isfinite().all()
         for name in active:
             optimizer = self.optimizers[name]
-            norm = torch.nn.utils.get_total_norm(_grads(optimizer))
+            norm = torch.nn.utils.get_total_norm(gradients(optimizer))
             norms[name] = whole(norm) / self.scaler.factor
             bad = bad | ~norms[name].isfinite()
             # The fused kernel divides by this as it reads the gradients: no pass for clipping.
             optimizer.grad_scale = self.scaler.factor
-            if self.clip_norm:
-                excess = (norms[name] + 1e-6) / self.clip_norm
+            if self.loop.clip_norm:
+                excess = (norms[name] + 1e-6) / self.loop.clip_norm
                 optimizer.grad_scale = optimizer.grad_scale * excess.clamp(min=1.0)
         bad = self.world.max_(bad.float())
         for name in active:
@@ -270,7 +234,7 @@ class Trainer:
         self.bad_in_row = (self.bad_in_row + 1) * bad
         measured = terms | {f"norm/{name}": norm / self.world.size for name, norm in norms.items()}
         self._measure(measured, bad)
-        if self.free_reads or (self.step + 1) % self.log_every == 0:
+        if self.free_reads or (self.step + 1) % self.loop.log_every == 0:
             self._stop_if_hopeless(window)
 
     def _mixing(self):
@@ -281,9 +245,9 @@ class Trainer:
         """Factor of the schedule on the learning rates at this step."""
         return lr_scale(
             self.step,
-            schedule=self.schedule,
-            warmup_steps=self.warmup_steps,
-            max_steps=self.max_steps,
+            schedule=self.loop.lr_schedule,
+            warmup_steps=self.loop.warmup_steps,
+            max_steps=self.loop.max_steps,
         )
 
     # Numbers and pictures
@@ -358,12 +322,9 @@ class Trainer:
         """Lend the network in eval mode with its averaged weights."""
         with self.ema.applied() if self.ema else nullcontext(), torch.inference_mode():
             self.task.network.eval()
-            with self._autocast():
+            with autocast(self.device, self.amp):
                 yield self.task.network
             self.task.network.train()
-
-    def _autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, AMP[self.amp], enabled=self.amp != "off")
 
     # Checkpoints
 
@@ -418,148 +379,19 @@ class Trainer:
 
     # Ranks and failures
 
-    def _distribute(self) -> None:
-        """Wrap each part by itself. DDP leaves out what is frozen: each parameter has one owner."""
-        discriminator = self.task.discriminator
-        for name, module in self.networks.items():
-            if name == "generator" and discriminator is not None:
-                discriminator.requires_grad_(False)
-            self.networks[name] = DistributedDataParallel(
-                module, gradient_as_bucket_view=True, **_KEEP_BUFFERS
-            )
-            if discriminator is not None:
-                discriminator.requires_grad_(True)
-
     def _stop_if_hopeless(self, window: list[Any]) -> None:
-        if int(self.bad_in_row) < self.max_bad_steps:
+        if int(self.bad_in_row) < self.loop.max_bad_steps:
             return
-        found = self.world.gather(self._first_bad(window))
+        again = not self.sharded  # running one rank's window would need all ranks
+        found = self.world.gather(
+            first_bad(self.task, window, self.step, self.device, self.amp, self.sources, again)
+        )
         where = "; ".join(f"rank {r}: {text}" for r, text in enumerate(found) if text)
         raise ValueError(
-            f"{self.max_bad_steps} steps in a row, up to step {self.step + 1}, had a loss or "
+            f"{self.loop.max_bad_steps} steps in a row, up to step {self.step + 1}, had a loss or "
             f"gradient that is not finite ({where or 'it did not come back when run again'}); "
             "lower --lr, use --amp bf16 or off, or mend the file. The checkpoints are untouched"
         )
-
-    def _first_bad(self, window: list[Any]) -> str:
-        """Run the window again and name the first tensor that is not finite, and its volumes."""
-        for batch in window:
-            batch = batch.to(self.device)
-            names = f" for {', '.join(self.sources(batch))}" if self.sources else ""
-            if not batch.image.isfinite().all():
-                return f"the input is not finite{names}"
-            if self.sharded:
-                continue  # running one rank's window needs all ranks
-            bad: list[str] = []
-            hooks = [
-                module.register_forward_hook(_watch(bad, name))
-                for name, module in self.task.named_modules()
-                if not list(module.children())
-            ]
-            with self._autocast():
-                values = self.task(batch, self.step)
-            for hook in hooks:
-                hook.remove()
-            bad += [name for name, value in values.items() if not value.isfinite().all()]
-            if bad:
-                return f"first {bad[0]}{names}"
-            values["loss"].backward()
-            for name, p in self.task.named_parameters():
-                if p.grad is not None and not p.grad.isfinite().all():
-                    return f"first the gradient of {name}{names}"
-        return ""
-
-
-def native_amp(device: torch.device) -> str:
-    """Precision that trains fast at no risk: bf16 where a device multiplies it natively, or off.
-
-    Args:
-        device: Where the training is.
-    """
-    if device.type == "cuda":
-        fits = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        fits = device.type == "cpu" and compute_dtype(torch.bfloat16) == torch.bfloat16
-    return "bf16" if fits else "off"
-
-
-class LossScaler:
-    """Keeps float16 gradients in range: doubles after 2000 good steps, halves after a bad one.
-
-    The rule of `torch.amp.GradScaler`, without reading the device: the trainer divides by `factor`
-    while it clips.
-
-    Args:
-        device: Where the factor lives.
-        enabled: Otherwise the factor is 1 and stays so.
-    """
-
-    def __init__(self, device: torch.device, enabled: bool):
-        self.enabled = enabled
-        self.factor = torch.tensor(65536.0 if enabled else 1.0, device=device)
-        self.good_steps = torch.zeros((), device=device)
-
-    def scale(self, loss: Tensor) -> Tensor:
-        """Return the loss to call backward on."""
-        return loss * self.factor if self.enabled else loss
-
-    def update(self, bad: Tensor) -> None:
-        """Move the factor after a step; `bad` is 1 where the step was dropped."""
-        if not self.enabled:
-            return
-        self.good_steps = (self.good_steps + 1) * (1 - bad)
-        grow = self.good_steps >= 2000
-        self.factor = torch.where(bad > 0, self.factor / 2, self.factor * (1 + grow.float()))
-        self.good_steps = torch.where(grow, 0.0, self.good_steps)
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """Factor and count, for a checkpoint."""
-        return {"factor": self.factor, "good_steps": self.good_steps}
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Continue from a checkpoint, unless precision was changed meanwhile."""
-        if self.enabled:
-            self.factor = state["factor"].to(self.factor.device)
-            self.good_steps = state["good_steps"].to(self.factor.device)
-
-
-# Buffers change in `after_step` alone, the same on every rank; torch 2.13 renamed the switch.
-_KEEP_BUFFERS = (
-    {"forward_sync_buffers": False}
-    if "forward_sync_buffers" in signature(DistributedDataParallel.__init__).parameters
-    else {"broadcast_buffers": False}
-)
-
-
-def _parts(task: Task) -> dict[str, tuple[nn.Module, list[nn.Parameter]]]:
-    """The modules that have an optimizer each, with the parameters it owns."""
-    discriminator = task.discriminator
-    theirs = list(discriminator.parameters()) if discriminator is not None else []
-    owned = {id(p) for p in theirs}
-    ours = [p for p in task.parameters() if p.requires_grad and id(p) not in owned]
-    parts = {"generator": (task, ours)}
-    return parts | {"discriminator": (discriminator, theirs)} if theirs else parts
-
-
-def _adamw(params, lr: float, betas: tuple[float, float], decay: float) -> torch.optim.AdamW:
-    """AdamW that decays kernels and matrices, not norms and biases."""
-    groups = [
-        {"params": [p for p in params if p.ndim > 1], "weight_decay": decay},
-        {"params": [p for p in params if p.ndim <= 1], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr, betas, fused=True)
-
-
-def _grads(optimizer: torch.optim.Optimizer) -> list[Tensor]:
-    return [p.grad for g in optimizer.param_groups for p in g["params"] if p.grad is not None]
-
-
-def _watch(bad: list[str], name: str) -> Callable:
-    def hook(_module, _inputs, output):
-        if isinstance(output, Tensor) and not bad and not output.isfinite().all():
-            bad.append(f"the output of {name}")
-
-    return hook
 
 
 def _rng_state(device: torch.device) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """Patches per CPU-second of every way to read patches from disk, as ratios, in one run.
 
-    python benchmarks/loaders.py                          # store build, 64^3 and 96^3, all peers
-    python benchmarks/loaders.py --quick                  # fewer volumes
-    python benchmarks/loaders.py --sizes 96 --only nnunet # one size, rows whose name holds a word
+    python benchmarks/patches.py                          # store build, 64^3 and 96^3, all peers
+    python benchmarks/patches.py --quick                  # fewer volumes
+    python benchmarks/patches.py --sizes 96 --only nnunet # one size, rows whose name holds a word
 
 Peers come with `pip install -e '.[bench]'`; what is not installed is left out of the table. Volumes
 are 256x256x192 int16 in a warm page cache; every reader returns float32 patches. All readers take
@@ -21,7 +21,6 @@ import itertools
 import os
 import platform
 import resource
-import sys
 import tempfile
 import time
 import warnings
@@ -31,11 +30,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-# Python puts a script's folder first, where this very file would hide the package of its name.
-sys.path[0] = str(Path(__file__).resolve().parents[1])
-
-from loaders import PatchLoader, Preprocess, VolumeStore  # noqa: E402
-from loaders.readers import Volume, write_volume  # noqa: E402
+from loaders import PatchLoader, Preprocess, VolumeStore
+from loaders.readers import Volume, write_volume
 
 SHAPE = (256, 256, 192)
 QUEUE = 64  # patches in TorchIO's queue

@@ -1,0 +1,130 @@
+"""NIfTI and FreeSurfer's MGH; the only importer of nibabel."""
+
+from __future__ import annotations
+
+import gzip
+from pathlib import Path
+
+import numpy as np
+
+from loaders.readers.common import (
+    BrokenVolume,
+    Volume,
+    Volumes4D,
+    codec_of,
+    head,
+    num_items,
+    read_voxels,
+    require_number,
+    to_channels_first,
+)
+from loaders.whole import whole_file
+
+
+def read_nifti(path: Path, volumes_4d: Volumes4D = "error") -> Volume:
+    """NIfTI-1 and NIfTI-2, single file or .hdr/.img pair."""
+    import nibabel
+    from nibabel.spatialimages import HeaderDataError
+
+    codec_of(path)
+    block = head(path, 540)
+    size = int.from_bytes(block[:4], "little"), int.from_bytes(block[:4], "big")
+    if 348 in size and block[344:348] in (b"n+1\0", b"ni1\0"):
+        cls, magic, length = nibabel.Nifti1Header, block[344:347], 348
+    elif 540 in size and block[4:7] in (b"n+2", b"ni2"):
+        cls, magic, length = nibabel.Nifti2Header, block[4:7], 540
+    elif 348 in size and path.suffix.lower() == ".hdr":
+        raise BrokenVolume(path, "is Analyze 7.5, which has no orientation: convert it to NIfTI")
+    else:
+        raise BrokenVolume(path, "has no NIfTI header")
+    if len(block) < length:
+        raise BrokenVolume(path, "truncated header")
+    header = cls(block[:length], endianness=None, check=False)
+    try:
+        dtype, shape = header.get_data_dtype(), header.get_data_shape()
+        affine, (scale, offset) = header.get_best_affine(), header.get_slope_inter()
+    except HeaderDataError as error:
+        raise BrokenVolume(path, f"bad header ({error})") from error
+    if not shape or len(shape) > 7 or min(shape) < 1:
+        raise BrokenVolume(path, f"header claims the shape {shape}")
+    start = int(header["vox_offset"])
+    voxels = path
+    if magic.startswith(b"ni"):
+        voxels = sibling(path, (".img", ".img.gz"))
+    elif start < length:
+        raise BrokenVolume(path, f"header puts the voxels at byte {start}, inside itself")
+    require_number(path, dtype)
+    raw = read_voxels(voxels, dtype, num_items(shape), start=start, codec=codec_of(voxels))
+    data = to_channels_first(path, raw.reshape(shape, order="F"), volumes_4d)
+    # The low three bits of xyzt_units: 1 meter, 2 millimeter, 3 micrometer.
+    affine[:3] *= {1: 1e3, 3: 1e-3}.get(int(header["xyzt_units"]) & 7, 1.0)
+    return Volume(data, affine, 1.0 if scale is None else scale, 0.0 if offset is None else offset)
+
+
+def sibling(path: Path, suffixes: tuple[str, ...]) -> Path:
+    """Return the file beside `path` that differs only in its suffix, whatever its case."""
+    for other in path.parent.iterdir():
+        if other.name.lower() in [(path.stem + suffix).lower() for suffix in suffixes]:
+            return other
+    raise BrokenVolume(path, f"lacks {path.stem}{suffixes[0]} beside it")
+
+
+def read_mgh(path: Path, volumes_4d: Volumes4D = "error") -> Volume:
+    """FreeSurfer .mgh and .mgz."""
+    from nibabel.freesurfer.mghformat import MGHHeader
+
+    block = head(path, 284)
+    if len(block) < 284 or int.from_bytes(block[:4], "big") != 1:
+        raise BrokenVolume(path, "has no MGH header")
+    header = MGHHeader(block, check=False)
+    shape, dtype = tuple(int(n) for n in header["dims"]), header.get_data_dtype()
+    raw = read_voxels(
+        path, dtype, num_items(shape), start=284, codec=codec_of(path), trailing=2**22
+    )
+    data = to_channels_first(path, raw.reshape(shape, order="F"), volumes_4d)
+    return Volume(data, header.get_affine())
+
+
+def write_volume(path: Path | str, volume: Volume) -> None:
+    """Write NIfTI (.nii or .nii.gz) atomically; the same volume gives the same bytes.
+
+    Args:
+        path: Target; folders on the way are made.
+        volume: Stored as it is: dtype, affine (RAS+ millimeters), scale and offset.
+    """
+    import nibabel
+
+    path = Path(path)
+    if not path.name.lower().endswith((".nii", ".nii.gz")):
+        raise ValueError(f"{path}: volumes are written as .nii or .nii.gz")
+    data = volume.data
+    if data.dtype.kind == "b" or data.dtype == np.float16:
+        data = data.astype(np.uint8 if data.dtype.kind == "b" else np.float32)
+    data = data.astype(data.dtype.newbyteorder("<"), copy=False)
+    channels, *shape = data.shape
+    cls = nibabel.Nifti1Header if max(shape) < 2**15 else nibabel.Nifti2Header
+    header = cls(endianness="<")
+    header.set_data_dtype(data.dtype)
+    header.set_data_shape(shape if channels == 1 else (*shape, channels))
+    header.set_qform(volume.affine, code=1, strip_shears=True)
+    header.set_sform(volume.affine, code=1)
+    header.set_xyzt_units("mm", "sec")
+    header["vox_offset"] = header.single_vox_offset
+    header["scl_slope"], header["scl_inter"] = volume.scale, volume.offset
+    header["magic"] = header.single_magic
+    block = header.binaryblock.ljust(header.single_vox_offset, b"\0")
+    with whole_file(path) as temporary, open(temporary, "wb") as raw:
+        if path.name.lower().endswith(".gz"):
+            with gzip.GzipFile("", "wb", compresslevel=3, fileobj=raw, mtime=0) as file:
+                file.write(block + np.moveaxis(data, 0, -1).tobytes("F"))
+        else:
+            raw.write(block + np.moveaxis(data, 0, -1).tobytes("F"))
+
+
+def ras_axes(affine: np.ndarray) -> tuple[list[int], list[bool]]:
+    """Return the source axis for each of X, Y, Z and whether it is then flipped."""
+    from nibabel.orientations import io_orientation
+
+    orientation = io_orientation(affine)
+    axes = [int(np.flatnonzero(orientation[:, 0] == target)[0]) for target in range(3)]
+    return axes, [bool(orientation[axis, 1] < 0) for axis in axes]

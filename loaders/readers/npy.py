@@ -1,0 +1,83 @@
+"""NumPy's formats: .npy and .npz."""
+
+from __future__ import annotations
+
+import zipfile
+import zlib
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+
+from loaders.readers.common import (
+    LARGE,
+    MAX_EXPANSION,
+    BrokenVolume,
+    Volume,
+    Volumes4D,
+    num_items,
+    read_voxels,
+    require_number,
+    to_channels_first,
+)
+
+
+def read_npy(path: Path, volumes_4d: Volumes4D = "error") -> Volume:
+    """A .npy array (X, Y[, Z[, C]]), 1 mm voxels; pickled objects are never loaded."""
+    with open(path, "rb") as file:
+        shape, fortran, dtype = npy_header(path, file)
+        start = file.tell()
+    require_number(path, dtype)
+    raw = read_voxels(path, dtype, num_items(shape), start=start)
+    data = raw.reshape(shape, order="F" if fortran else "C")
+    return Volume(to_channels_first(path, data, volumes_4d))
+
+
+def npy_header(path: Path, file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
+    """Parse the header of a .npy stream without loading anything."""
+    from numpy.lib import format as npy
+
+    try:
+        version = npy.read_magic(file)
+        read = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
+        return read(file)
+    except ValueError as error:
+        raise BrokenVolume(path, f"has no .npy header ({error})") from error
+
+
+def read_npz(path: Path, volumes_4d: Volumes4D = "error") -> Volume:
+    """A .npz with the volume under `data` (or alone) and, if given, `affine` or `spacing_mm`."""
+    try:
+        archive = zipfile.ZipFile(path)
+    except zipfile.BadZipFile as error:
+        raise BrokenVolume(path, f"is not a .npz archive ({error})") from error
+    with archive:
+        names = {Path(name).stem: name for name in archive.namelist()}
+        images = [name for name in names if name not in ("affine", "spacing_mm", "spacing")]
+        if "data" not in names and len(images) != 1:
+            raise BrokenVolume(path, f"holds {sorted(names)}: name the volume 'data'")
+        data = npz_array(path, archive, names["data" if "data" in names else images[0]])
+        affine = np.eye(4)
+        if "affine" in names:
+            affine = npz_array(path, archive, names["affine"]).astype(float)
+        for key in ("spacing_mm", "spacing"):
+            if key in names:
+                affine[:3, :3] = np.diag(npz_array(path, archive, names[key]).astype(float))
+    return Volume(to_channels_first(path, data, volumes_4d), affine)
+
+
+def npz_array(path: Path, archive: zipfile.ZipFile, name: str) -> np.ndarray:
+    """Read one array; its header must fit the archive's table before anything is allocated."""
+    info = archive.getinfo(name)
+    if info.file_size > max(LARGE, info.compress_size * MAX_EXPANSION):
+        raise BrokenVolume(path, f"{name} expands {info.file_size // info.compress_size}-fold")
+    try:
+        with archive.open(info) as file:
+            shape, fortran, dtype = npy_header(path, file)
+            require_number(path, dtype)
+            if file.tell() + num_items(shape) * dtype.itemsize != info.file_size:
+                raise BrokenVolume(path, f"{name} does not hold what its header claims")
+            raw = np.frombuffer(file.read(), dtype)  # to the end: zipfile checks the CRC there
+    except (zipfile.BadZipFile, zlib.error, EOFError) as error:
+        raise BrokenVolume(path, f"damaged archive ({error})") from error
+    return raw.reshape(shape, order="F" if fortran else "C")

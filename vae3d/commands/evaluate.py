@@ -1,0 +1,267 @@
+"""`vae3d evaluate`, `evaluate.py`: checkpoint and volumes -> metrics, pictures, a report."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from loaders import Preprocess
+from vae3d.losses.perceptual import Perceptual
+
+PCA_VOLUMES = 16  # training volumes that the block-PCA baseline is fitted on
+
+
+@dataclass
+class EvaluationData:
+    """Which volumes to evaluate; how they are preprocessed is read from the checkpoint.
+
+    Args:
+        root: Folder (searched below), glob, or CSV/JSON manifest with the column `path`.
+        cache_dir: Where prepared volumes are kept; null for ~/.cache/vae3d (or $VAE3D_CACHE).
+        on_error: Broken file: raise ends the evaluation, skip lists it in skipped.csv.
+        preprocess: What you hold for that of the checkpoint, as a check; null to trust it.
+    """
+
+    root: str
+    cache_dir: str | None = None
+    on_error: Literal["raise", "skip"] = "raise"
+    preprocess: Preprocess | None = None
+
+
+def evaluate(
+    checkpoint: str,
+    data: EvaluationData,
+    out_dir: str = "evaluation",
+    *,
+    mode: Literal["full", "patch", "exact"] = "patch",
+    patch_size: tuple[int, ...] | None = None,
+    overlap: int | float = 0.5,
+    blend: Literal["hann", "gaussian", "average", "crop"] = "hann",
+    batch_size: int = 1,
+    memory_gb: float | None = None,
+    split: Literal["train", "val", "test", "all"] | None = None,
+    limit: int | None = None,
+    ema: bool = True,
+    latent_bits: int = 16,
+    patch_gap: bool = True,
+    baseline: bool = True,
+    perceptual: Callable[[], Perceptual] | None = None,
+    verify: bool = False,
+    save_recon: bool = True,
+    media: bool = True,
+    wandb: Literal["online", "offline", "disabled"] | None = None,
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto",
+    trust: tuple[str, ...] = (),
+) -> None:
+    """Measure how well a trained model reconstructs volumes.
+
+        python evaluate.py --checkpoint runs/a --data.root DIR --mode patch --out_dir out
+        torchrun --nproc_per_node=4 evaluate.py --checkpoint runs/a --data.root DIR --out_dir out
+
+    Writes to out_dir: metrics.csv (a row a volume), summary.json, recon/<case>.nii.gz (original
+    intensities, affine and size), media/<case>.{png,gif,mp4} (input | recon | error), report.html.
+    The same command again continues: finished volumes are kept.
+
+    Args:
+        checkpoint: Run folder or checkpoint file.
+        data: Volumes to evaluate.
+        out_dir: Where the results go.
+        mode: full (one forward pass) | patch (overlapped patches, blended) | exact (equal to full,
+            layer by layer in bounded memory).
+        patch_size: Patch per axis [voxels], multiples of the model's factor; null for training's.
+        overlap: Overlap of neighboring patches: below 1 a fraction of the patch, else [voxels].
+        blend: hann | gaussian | average | crop, how overlapping patches are mixed.
+        batch_size: Patches in a forward pass [patches].
+        memory_gb: Memory budget of mode exact [GiB]; null for half of what is free.
+        split: Subjects of the run's train, val or test part, or all that lie in the folder; null
+            for test, or for all where the run has seen none of them.
+        limit: Evaluate at most this many volumes [volumes]; null for no limit.
+        ema: Use the averaged weights where the run kept some.
+        latent_bits: Bits in which a latent value would be kept, for bits_per_voxel [bit].
+        patch_gap: In mode patch, compute the exact result too, and the PSNR between the two.
+        baseline: Fit a block PCA with as many values as the latent on the run's training volumes.
+        perceptual: Perceptual distance and its network; null for none.
+        verify: Compare the exact and the full pass on a crop first, and print the difference.
+        save_recon: Write the reconstructions as NIfTI.
+        media: Write pictures and clips.
+        wandb: online | offline | disabled; null for online with a WANDB_API_KEY, else offline.
+        device: auto | cpu | cuda | mps.
+        trust: Module prefixes besides vae3d whose classes the checkpoint may import.
+    """
+    from loaders import VolumeStore, find_subjects
+    from vae3d.config import check_at_least
+    from vae3d.inference.evaluation import Evaluator, headline
+    from vae3d.inference.reconstruct import Coding
+    from vae3d.inference.stitching import check_patch, tile_faces
+    from vae3d.tracking.tracker import Tracker
+    from vae3d.training.checkpoint import find_checkpoint, load_checkpoint, load_model
+    from vae3d.training.distributed import open_world
+
+    if isinstance(data, str):
+        data = EvaluationData(data)
+    check_at_least(1, limit=limit, latent_bits=latent_bits)
+    state = load_checkpoint(checkpoint)
+    trained = state["config"]
+    vae = load_model(checkpoint, ema=ema, trust=trust)
+    how = {"mode": mode, "batch_size": batch_size, "memory_gb": memory_gb}
+    how |= {"patch_size": list(patch_size or trained["patch_size"])}
+    how |= {"overlap": overlap, "blend": blend}
+    how |= {k: trained["data"][k] for k in ("slice_axis", "num_slices")}
+    Coding(**how)  # says what is wrong before anything is written
+    if mode == "patch":
+        check_patch(how["patch_size"], vae.factor)
+        tile_faces([1] * vae.spatial_dims, how["patch_size"], overlap, blend)  # overlap < patch
+    file = find_checkpoint(checkpoint)
+    facts = {"checkpoint": str(file), "step": state["step"], "ema": ema}
+    facts["checkpoint_sha256"] = hashlib.sha256(file.read_bytes()).hexdigest()
+    subjects = find_subjects(data.root)
+    chosen = choose_subjects(subjects, state["split"], split)[:limit]
+
+    with open_world(device) as world:
+        vae.to(world.device)
+        options = {"on_error": data.on_error}
+        options |= {k: trained["data"][k] for k in ("nan", "volumes_4d")}
+        preprocess = Preprocess.of_checkpoint(state["preprocess"], data.preprocess)
+        out, pca = Path(out_dir), None
+        with world.main_first():
+            store = VolumeStore.build(chosen, data.cache_dir, preprocess, **options)
+            if baseline:
+                fitted_on = [s for s in subjects if s.id in state["split"].get("train", ())]
+                build = (fitted_on[:PCA_VOLUMES], data.cache_dir, preprocess)
+                pca = block_pca(build, options, vae, how, out)
+        if world.is_main:
+            out.mkdir(parents=True, exist_ok=True)
+            store.write_skipped(out)
+        if verify and world.is_main:
+            print(verify_exact(vae, store))
+        distance = None
+        if perceptual is not None:
+            distance = perceptual().to(world.device)
+            distance.data_range = store.data_range
+        evaluator = Evaluator(
+            vae, store, out, how, facts, latent_bits, patch_gap, pca, distance, save_recon, media
+        )
+        mine = range(world.rank, len(store), world.size)
+        begun, kept = time.monotonic(), 0
+        for done, index in enumerate(mine, start=1):
+            kept += evaluator.finished(index) is not None
+            row = evaluator.volume(index)
+            per_volume = (time.monotonic() - begun) / max(done - kept, 1)
+            left = time.strftime("%H:%M:%S", time.gmtime(per_volume * (len(mine) - done)))
+            print(f"{done}/{len(mine)} {row['case']}: {headline(row)}  eta {left}", flush=True)
+        world.barrier()
+        if not world.is_main:
+            return
+        summary = evaluator.finish()
+        tracker = Tracker(out, wandb, config={**facts, **how})
+        means = {f"eval/{k}": v["mean"] for k, v in summary["metrics"].items()}
+        tracker.log(means, step=state["step"])
+        shown = sorted((out / "media").glob("*.mp4"))[:4] if media else []
+        tracker.log_media({f"eval/{path.stem}": path for path in shown}, step=state["step"])
+        tracker.close()
+        say_results(summary, out)
+
+
+def choose_subjects(subjects: list, split: dict[str, list[str]], wanted: str | None) -> list:
+    """The subjects of one part of the run's split.
+
+    Args:
+        subjects: What lies in the folder.
+        split: Subject ids by part, as saved with the checkpoint.
+        wanted: train | val | test | all; None for test, or all where the run knows none of them.
+    """
+    known = {i for ids in split.values() for i in ids}
+    if wanted is None:
+        wanted = "test" if any(s.id in known for s in subjects) else "all"
+    chosen = [s for s in subjects if wanted == "all" or s.id in split.get(wanted, ())]
+    if not chosen:
+        raise ValueError(
+            f"none of the {len(subjects)} subjects is in the run's {wanted} split; "
+            "choose another with --split val or --split all"
+        )
+    return chosen
+
+
+def block_pca(build: tuple, options: dict, vae, how: dict, out: Path):
+    """The baseline, fitted on the run's training volumes once and kept in the folder.
+
+    Args:
+        build: Subjects, cache folder and preprocessing of the training volumes.
+        options: Further options of `VolumeStore.build`.
+        vae: Says how many values a block has.
+        how: Says along which axis a 2D model is sliced.
+        out: Evaluation folder.
+
+    Returns:
+        A `BlockPCA`; None where no training volume lies in the folder.
+    """
+    import torch
+
+    from loaders import VolumeStore
+    from vae3d.inference.baselines import BlockPCA
+
+    if not build[0]:
+        print("no pca_psnr: the run's training volumes are not in data.root")
+        return None
+    factor = list(vae.factor)
+    if vae.spatial_dims == 2:
+        factor.insert(how["slice_axis"], 1)
+    store = VolumeStore.build(*build, **options)
+    fitted_on = [store.meta(i)["key"] for i in range(len(store))]
+    key = json.dumps([fitted_on, factor, vae.latent_channels])
+    path = out / f"block_pca_{hashlib.sha256(key.encode()).hexdigest()[:8]}.pt"
+    if not path.is_file():
+        volumes = (torch.from_numpy(store.read(i)) for i in range(len(store)))
+        out.mkdir(parents=True, exist_ok=True)
+        BlockPCA.fit(volumes, factor, vae.latent_channels).save(path)
+    return BlockPCA.load(path)
+
+
+def verify_exact(vae, store, size: int = 64) -> str:
+    """Compare the exact and the full pass on a crop from the middle of the first volume.
+
+    Args:
+        vae: The model.
+        store: Volumes.
+        size: Longest side of the crop in voxels.
+
+    Returns:
+        A line with the largest difference as a part of the output's range.
+    """
+    import torch
+
+    from vae3d.exact.executor import decode_exact, encode_exact
+
+    shape = store.shape(0)[1:]
+    cut = [slice((n - min(n, size)) // 2, (n + min(n, size)) // 2) for n in shape]
+    x = torch.from_numpy(store.read(0, cut)).to(next(vae.parameters()).device)
+    if vae.spatial_dims == 2:
+        x = x.select(-1, x.shape[-1] // 2).repeat(vae.in_channels // x.shape[0], 1, 1)
+    tile = [16] * vae.spatial_dims
+    with torch.no_grad():
+        full, posterior = vae(x[None], sample_posterior=False)
+    exact = encode_exact(vae, x, tile=tile)
+    recon = decode_exact(vae, exact.mean, size=x.shape[1:], tile=tile).to(full)
+    worst = max(
+        float((a - b).abs().max() / (b.max() - b.min()))
+        for a, b in ((recon, full[0]), (exact.mean, posterior.mean[0]))
+    )
+    sizes = " x ".join(map(str, x.shape[1:]))
+    return f"verify: exact and full pass differ by at most {worst:.1e} of the range on {sizes}"
+
+
+def say_results(summary: dict, out: Path) -> None:
+    """Print the headline metrics and where to look."""
+    for name in ("psnr", "ssim", "mae", "pooled_psnr", "pca_psnr", "seam_score", "patch_gap"):
+        if name in summary["metrics"]:
+            value = summary["metrics"][name]
+            print(f"{name:<12} {value['mean']:.4g} (sd {value['sd']:.2g}, n {value['n']})")
+    print(f"report: {out / 'report.html'}")
+    for kind in ("gif", "mp4"):
+        for path in sorted((out / "media").glob(f"*.{kind}"))[:1]:
+            print(f"{kind}: {path}")

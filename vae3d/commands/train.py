@@ -1,0 +1,232 @@
+"""`vae3d train`, `train_3d.py`: from a signature to a trained VAE, top to bottom."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from loaders import DataConfig, Preprocess
+from vae3d.losses.vae_loss import VAELoss
+from vae3d.models.custom_vae import Checkpointing, CustomVAE
+from vae3d.training.options import Loop, as_options, spread
+
+if TYPE_CHECKING:
+    from loaders import VolumeStore
+    from vae3d.training.distributed import World
+    from vae3d.training.task import VAETask
+
+
+@spread
+def train_3d(
+    data: DataConfig,
+    out_dir: str,
+    model: Callable[[], CustomVAE] = CustomVAE,
+    loss: Callable[[], VAELoss] = VAELoss,
+    *,
+    patching: Literal["full", "random_parts"] | None = "random_parts",
+    patch_size: tuple[int, ...] = (64, 64, 64),
+    patches_per_volume: int = 8,
+    batch_size: int | Literal["auto"] = 2,
+    discriminator_lr: float | None = None,
+    sharding: Literal["ddp", "fsdp"] = "ddp",
+    channels_last: bool = False,
+    compile: bool = False,
+    checkpointing: Checkpointing = "none",
+    init_from: str | None = None,
+    loop: Loop,
+) -> int:
+    """Train a VAE on volumes, cut into patches or whole.
+
+        python train_3d.py --config configs/train/demo.yaml --data.root DIR --out_dir runs/a
+        torchrun --nproc_per_node=2 train_3d.py --config ... --data.root DIR --out_dir runs/a
+
+    The same command again resumes from the newest checkpoint.
+
+    Args:
+        data: Which volumes and how they are normalized.
+        out_dir: Run folder: config.yaml, split.json, metrics.jsonl, checkpoints/, media/, wandb/.
+        model: The network and its options.
+        loss: The terms of the loss and their weights.
+        patching: null (whole volumes) | full (every patch of a grid) | random_parts.
+        patch_size: Patch per axis [voxels], a multiple of the model's factor.
+        patches_per_volume: Random patches of a volume in one epoch [patches].
+        batch_size: Patches in a micro-batch on each rank [patches]; auto for the most that fit.
+        discriminator_lr: Learning rate of the discriminator; null for lr.
+        sharding: ddp | fsdp (weights cut over the ranks, for models that outgrow a GPU).
+        channels_last: Keep channels innermost in memory; faster on recent GPUs and CPUs.
+        compile: Compile encoder and decoder with torch.compile.
+        checkpointing: none | block | level, what the backward pass computes again to save memory.
+        init_from: Weights to begin with, not read again on resuming: a run folder, a checkpoint, a
+            folder of save_pretrained, or a file in any layout that vae3d convert knows.
+        loop: Each option of the loop by its own name, see `vae3d.training.options`.
+
+    Returns:
+        Exit code: 0 done or out of time, 143 after SIGTERM, 130 after SIGINT, 138 after SIGUSR1.
+    """
+    if isinstance(data, str):
+        data = DataConfig(data)
+    call = as_options(locals())
+
+    import torch
+
+    from loaders import PatchLoader, open_data
+    from vae3d.training.distributed import World, open_world
+    from vae3d.training.facts import facts
+    from vae3d.training.run import Run
+    from vae3d.training.task import VAETask
+    from vae3d.training.trainer import Trainer
+    from vae3d.training.validate import Validation
+
+    torch.manual_seed(loop.seed)
+    vae = model()
+    check_sizes(vae, patching, patch_size)
+    vae.set_checkpointing(checkpointing)
+    with (
+        open_world(loop.device, loop.timeout_minutes) as world,
+        Run(out_dir, world, loop.keep_checkpoints) as run,
+    ):
+        config, state = run.begin(train_3d, call, loop.fresh, loop.force)
+        loop = replace(loop, amp=run.precision(loop.amp, state))
+        if init_from and state is None:
+            begin_with(vae, init_from, data.preprocess, world)
+        innermost = torch.channels_last_3d if vae.spatial_dims == 3 else torch.channels_last
+        vae.to(world.device, memory_format=innermost if channels_last else torch.preserve_format)
+        if compile:
+            vae.encoder.compile()
+            vae.decoder.compile()
+        task = VAETask(vae, loss().to(world.device), loop.seed)
+
+        with world.main_first():
+            store, split = open_data(data, vae.spatial_dims, split=state and state["split"])
+        split = world.broadcast(split)
+        run.write_json("split.json", split)
+        training, held_out = store.subset(split["train"]), store.subset(split["val"])
+        if batch_size == "auto" and state:
+            batch_size = state["batch_size"]
+        elif batch_size == "auto":
+            sample = whole_shape(training) if patching is None else patch_size
+            batch_size = largest_batch(task, sample, loop.amp, world)
+        loader = PatchLoader(
+            training,
+            patch_size=patch_size,
+            patching=patching,
+            patches_per_volume=patches_per_volume,
+            batch_size=batch_size,
+            seed=loop.seed,
+            rank=world.rank,
+            world_size=world.size,
+            threads=loop.threads,
+            pin=world.device.type == "cuda",
+            **data.loader_options(),
+        )
+        if world.is_main:
+            store.write_skipped(out_dir)
+        # Sharded weights need all ranks at each volume; then no rank has volumes of its own.
+        validation = Validation(
+            held_out,
+            World(device=world.device) if sharding == "fsdp" else world,
+            None if patching is None else patch_size,
+            loop.val_volumes,
+            loop.media_volumes,
+        )
+        about = facts(vae, store, split, loader, world, loop.grad_accum, loop.amp)
+        tracker = run.track(loop, {**config, "about": about}, state, about)
+
+        def show(network: torch.nn.Module, step: int) -> None:
+            if tracker or sharding == "fsdp":
+                validation.show(network, step, tracker, Path(out_dir) / "media")
+
+        trainer = Trainer(
+            task,
+            loader,
+            run.checkpoints,
+            world,
+            tracker,
+            loop=loop,
+            discriminator_lr=discriminator_lr,
+            sharding=sharding,
+            validate=validation if len(held_out) else None,
+            show=show if len(held_out) else None,
+            sources=lambda batch: sorted({loader.store.ids[i] for i in batch.volume.tolist()}),
+            record={
+                "spec": vae.spec,
+                "config": config,
+                "split": split,
+                "preprocess": data.preprocess.to_dict(),
+                "batch_size": batch_size,
+            },
+        )
+        return run.fit(trainer, state)
+
+
+def check_sizes(vae: CustomVAE, patching: str | None, patch_size: tuple[int, ...]) -> None:
+    """Refuse a patch that the model cannot shrink by its factor.
+
+    Args:
+        vae: The model.
+        patching: null | full | random_parts.
+        patch_size: Patch per axis [voxels].
+    """
+    if patching is None:
+        return
+    if len(patch_size) != vae.spatial_dims:
+        raise ValueError(
+            f"--patch_size {list(patch_size)} has {len(patch_size)} axes, the model has "
+            f"{vae.spatial_dims}; give one size per axis"
+        )
+    for size, factor in zip(patch_size, vae.factor, strict=True):
+        if size <= 0 or size % factor:
+            raise ValueError(
+                f"--patch_size {list(patch_size)} is no multiple of the model's factor "
+                f"{list(vae.factor)}; {size} could be {max(size // factor, 1) * factor}"
+            )
+
+
+def begin_with(vae: CustomVAE, init_from: str, preprocess: Preprocess, world: World) -> None:
+    """Fill a network with the weights that `--init_from` names.
+
+    Says in one line where they were trained on volumes that were prepared in another way; that may
+    be meant (another organ, another modality), so it stops nothing.
+
+    Args:
+        vae: The network.
+        init_from: A run folder, a checkpoint, a folder of save_pretrained, or a file.
+        preprocess: What this run does to its volumes.
+        world: The ranks; the main one speaks.
+    """
+    from vae3d.training.checkpoint import find_weights
+    from vae3d.weights.convert import load_weights
+    from vae3d.weights.hub import read_state
+
+    weights = find_weights(init_from)
+    load_weights(vae, weights)
+    trained = read_state(weights).get("preprocess")  # only a checkpoint of ours knows
+    difference = trained and preprocess.difference(Preprocess.from_dict(trained))
+    if difference and world.is_main:
+        print(f"{weights}: trained with another data.preprocess: here {difference}", flush=True)
+
+
+def whole_shape(store: VolumeStore) -> tuple[int, ...]:
+    """Return the largest extent of the volumes along each axis."""
+    shapes = [store.shape(i)[1:] for i in range(len(store))]
+    return tuple(max(sizes) for sizes in zip(*shapes, strict=True))
+
+
+def largest_batch(task: VAETask, sample: tuple[int, ...], amp: str, world: World) -> int:
+    """Find the largest batch that fits on every rank, by trying.
+
+    Args:
+        task: What is trained.
+        sample: Spatial shape of a sample [voxels].
+        amp: off | bf16 | fp16.
+        world: The ranks.
+    """
+    from vae3d.training.memory import Trial
+
+    trial = Trial(task, (task.network.in_channels, *sample), amp)
+    size = min(n for (n,) in world.gather_ints(trial.largest_batch()))
+    if world.is_main:
+        print(f"batch_size auto: {size} on each rank", flush=True)
+    return size

@@ -1,0 +1,61 @@
+"""The parts of a task that are trained, each with an optimizer, and what DDP makes of them."""
+
+from __future__ import annotations
+
+from inspect import signature
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from vae3d.training.task import Task
+
+# Buffers change in `after_step` alone, the same on every rank; torch 2.13 renamed the switch.
+_KEEP_BUFFERS = (
+    {"forward_sync_buffers": False}
+    if "forward_sync_buffers" in signature(DistributedDataParallel.__init__).parameters
+    else {"broadcast_buffers": False}
+)
+
+
+def parts_of(task: Task) -> dict[str, tuple[nn.Module, list[nn.Parameter]]]:
+    """The modules that have an optimizer each, with the parameters it owns."""
+    discriminator = task.discriminator
+    theirs = list(discriminator.parameters()) if discriminator is not None else []
+    owned = {id(p) for p in theirs}
+    ours = [p for p in task.parameters() if p.requires_grad and id(p) not in owned]
+    parts = {"generator": (task, ours)}
+    return parts | {"discriminator": (discriminator, theirs)} if theirs else parts
+
+
+def adamw(params, lr: float, betas: tuple[float, float], decay: float) -> torch.optim.AdamW:
+    """AdamW that decays kernels and matrices, not norms and biases."""
+    groups = [
+        {"params": [p for p in params if p.ndim > 1], "weight_decay": decay},
+        {"params": [p for p in params if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr, betas, fused=True)
+
+
+def gradients(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    """The gradients that an optimizer is about to use."""
+    return [p.grad for g in optimizer.param_groups for p in g["params"] if p.grad is not None]
+
+
+def distributed(task: Task, networks: dict[str, nn.Module]) -> dict[str, nn.Module]:
+    """Wrap each part by itself. DDP leaves out what is frozen: each parameter has one owner.
+
+    Args:
+        task: What is trained.
+        networks: Its parts by name.
+    """
+    wrapped: dict[str, nn.Module] = {}
+    for name, module in networks.items():
+        if name == "generator" and task.discriminator is not None:
+            task.discriminator.requires_grad_(False)
+        wrapped[name] = DistributedDataParallel(
+            module, gradient_as_bucket_view=True, **_KEEP_BUFFERS
+        )
+        if task.discriminator is not None:
+            task.discriminator.requires_grad_(True)
+    return wrapped

@@ -1,0 +1,135 @@
+"""The options of the loop, declared once, and how a command gets them as options of its own."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+import re
+import typing
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Any, Literal
+
+from vae3d.config import check_at_least
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loop:
+    """What every training run can be told, whatever it trains.
+
+    Args:
+        grad_accum: Micro-batches of one update; update size is batch_size x grad_accum x ranks.
+        max_steps: Updates in all [steps].
+        lr: Peak learning rate of AdamW.
+        warmup_steps: Linear rise of the learning rate [steps].
+        lr_schedule: cosine | linear | constant, the way down after the rise.
+        weight_decay: Decay of kernels and matrices; norms and biases have none.
+        betas: Decay of AdamW's mean gradient and mean squared gradient.
+        clip_norm: Longer gradients are shortened to this norm; 0 for never.
+        ema_decay: Decay of the averaged weights, which validation and users see; 0 for none.
+        amp: off | bf16 | fp16, precision of convolutions and matrix products; null for bf16 where
+            the device multiplies it natively, else off.
+        seed: Seed of weights, order of the data, and noise.
+        log_every: Interval of numbers in metrics.jsonl and W&B [steps].
+        val_every: Interval of validation [steps]; 0 for none.
+        val_volumes: Validate on at most this many volumes (or latents), always the same.
+        media_every: Interval of pictures and clips [steps]; 0 for none.
+        media_volumes: Validation volumes (or samples) that are pictured.
+        save_every: Interval of checkpoints [steps].
+        keep_checkpoints: Step files that are kept beside best and last, at least 2.
+        max_hours: Save and end with exit code 0 after this time [h]; null for no limit.
+        early_stop: End after so many validations without a better one; null for never.
+        max_bad_steps: End after so many steps in a row that are not finite [steps].
+        wandb: online | offline | disabled; null for online with a WANDB_API_KEY, else offline.
+        device: auto | cpu | cuda | mps.
+        threads: Threads that read the data ahead on each rank.
+        timeout_minutes: How long a rank waits for one that does not answer [min].
+        fresh: Remove the checkpoints in out_dir and begin anew.
+        force: Continue although options that change the training have changed.
+    """
+
+    grad_accum: int = 1
+    max_steps: int = 10000
+    lr: float = 2e-4
+    warmup_steps: int = 100
+    lr_schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    weight_decay: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.99)
+    clip_norm: float = 1.0
+    ema_decay: float = 0.999
+    amp: Literal["off", "bf16", "fp16"] | None = None
+    seed: int = 0
+    log_every: int = 10
+    val_every: int = 500
+    val_volumes: int = 8
+    media_every: int = 1000
+    media_volumes: int = 2
+    save_every: int = 500
+    keep_checkpoints: int = 2
+    max_hours: float | None = None
+    early_stop: int | None = None
+    max_bad_steps: int = 10
+    wandb: Literal["online", "offline", "disabled"] | None = None
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    threads: int = 2
+    timeout_minutes: float = 30.0
+    fresh: bool = False
+    force: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuse numbers out of range, before anything is read or written."""
+        at_least_one = ("max_steps", "grad_accum", "log_every", "early_stop", "max_bad_steps")
+        check_at_least(1, **{name: getattr(self, name) for name in at_least_one})
+        check_at_least(0, val_every=self.val_every, media_every=self.media_every)
+        check_at_least(0, save_every=self.save_every, warmup_steps=self.warmup_steps)
+        check_at_least(0, clip_norm=self.clip_norm, max_hours=self.max_hours)
+        check_at_least(0, lr=self.lr, weight_decay=self.weight_decay)
+        for beta in self.betas:
+            if not 0 <= beta < 1:
+                raise ValueError(f"--betas must be at least 0 and below 1, not {list(self.betas)}")
+
+
+def spread(function: Callable[..., int]) -> Callable[..., int]:
+    """Give `function` an option for each field of its last parameter, `loop`, in its place.
+
+    Signature, annotations and docstring become those of a function that declares them all, so that
+    help(), the command line and YAML show them, and a caller writes `max_steps=1000`.
+
+    Args:
+        function: Its keyword-only parameter `loop` is a `Loop` or a subclass.
+    """
+    hints = typing.get_type_hints(function)
+    group = hints.pop("loop")
+    known = typing.get_type_hints(group)
+    names = [field.name for field in fields(group)]
+
+    @functools.wraps(function)
+    def flat(*args: Any, **options: Any) -> int:
+        loop = group(**{name: options.pop(name) for name in names if name in options})
+        return function(*args, loop=loop, **options)
+
+    own = [p for p in inspect.signature(function).parameters.values() if p.name != "loop"]
+    own = [p.replace(annotation=hints[p.name]) for p in own]
+    keyword = functools.partial(inspect.Parameter, kind=inspect.Parameter.KEYWORD_ONLY)
+    theirs = [
+        keyword(field.name, default=field.default, annotation=known[field.name])
+        for field in fields(group)
+    ]
+    flat.__signature__ = inspect.Signature([*own, *theirs], return_annotation=int)  # type: ignore[attr-defined]
+    flat.__annotations__ = hints | {name: known[name] for name in names}
+    _, lines = inspect.cleandoc(Loop.__doc__ or "").split("Args:\n")
+    flat.__doc__ = re.sub(r" *loop: .*", lines, inspect.cleandoc(function.__doc__ or ""))
+    del flat.__wrapped__  # type: ignore[attr-defined] # what stands behind has other parameters
+    return flat
+
+
+def as_options(arguments: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a function that `spread` has wrapped, as its caller could have given them.
+
+    Args:
+        arguments: Its `locals()`, before anything else is in there.
+    """
+    loop = arguments["loop"]
+    own = {name: value for name, value in arguments.items() if name != "loop"}
+    return own | {field.name: getattr(loop, field.name) for field in dataclasses.fields(loop)}
