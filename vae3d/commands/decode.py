@@ -4,7 +4,13 @@ from __future__ import annotations
 
 from dataclasses import fields
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from vae3d.inference.reconstruct import Coding
+    from vae3d.models.custom_vae import CustomVAE
 
 
 def decode(
@@ -63,7 +69,7 @@ def decode(
             print(write_nifti(Path(out_dir), path.stem, x, latent.info["source"]["undo"]))
 
 
-def coding_of(made_by: dict, **given):
+def coding_of(made_by: dict, **given: Any) -> Coding:
     """The `Coding` with which some latents were made.
 
     Args:
@@ -77,7 +83,7 @@ def coding_of(made_by: dict, **given):
     return Coding(**kept | {k: v for k, v in given.items() if v is not None})
 
 
-def load_encoder(checkpoint: str, made_by: dict, trust: tuple[str, ...] = ()):
+def load_encoder(checkpoint: str, made_by: dict, trust: tuple[str, ...] = ()) -> CustomVAE:
     """Load the VAE that wrote some latents; refuse another one.
 
     Args:
@@ -86,10 +92,11 @@ def load_encoder(checkpoint: str, made_by: dict, trust: tuple[str, ...] = ()):
         trust: Module prefixes whose classes may be imported.
     """
     from vae3d.commands.encode import weights_hash
+    from vae3d.models.custom_vae import CustomVAE
     from vae3d.training.checkpoint import load_model
 
     vae = load_model(checkpoint, ema=made_by["ema"], trust=trust)
-    if weights_hash(vae) != made_by["checkpoint"]:
+    if not isinstance(vae, CustomVAE) or weights_hash(vae) != made_by["checkpoint"]:
         raise ValueError(
             f"{checkpoint}: not the weights that wrote the latents (theirs are of step "
             f"{made_by['step']}); name that checkpoint, or encode again"
@@ -97,7 +104,7 @@ def load_encoder(checkpoint: str, made_by: dict, trust: tuple[str, ...] = ()):
     return vae
 
 
-def write_nifti(folder: Path, name: str, x, record: dict) -> Path:
+def write_nifti(folder: Path, name: str, x: Tensor, record: dict) -> Path:
     """Write `(C, X, Y, Z)` normalized intensities as NIfTI in the source's grid and intensities.
 
     Args:

@@ -6,9 +6,14 @@ import hashlib
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from loaders import Preprocess
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from loaders import VolumeStore
 
 
 @dataclass
@@ -69,12 +74,15 @@ def encode(
 
     from loaders.whole import sweep
     from vae3d.inference.reconstruct import Coding
+    from vae3d.models.custom_vae import CustomVAE
     from vae3d.stage2.latents import latent_path, write_index, write_latent
     from vae3d.training.checkpoint import find_checkpoint, load_checkpoint, load_model
     from vae3d.training.distributed import open_world
 
     state = load_checkpoint(checkpoint)
     vae = load_model(checkpoint, ema=ema, trust=trust)
+    if not isinstance(vae, CustomVAE):
+        raise ValueError(f"{checkpoint}: holds a {type(vae).__name__}, not a VAE")
     slicing = {k: state["config"]["data"][k] for k in ("slice_axis", "num_slices")}
     patch_size = tuple(patch_size or state["config"]["patch_size"])
     coding = Coding(mode, patch_size, overlap, blend, memory_gb=memory_gb, **slicing)
@@ -106,7 +114,9 @@ def encode(
             report(folder, write_index(folder, made_by, str(find_checkpoint(checkpoint).resolve())))
 
 
-def open_volumes(state: dict[str, Any], source: VolumeSource, split: str = "all"):
+def open_volumes(
+    state: dict[str, Any], source: VolumeSource, split: str = "all"
+) -> tuple[VolumeStore, dict[str, str]]:
     """Open volumes as the run read them.
 
     Args:
@@ -121,10 +131,8 @@ def open_volumes(state: dict[str, Any], source: VolumeSource, split: str = "all"
 
     of_run = dict(state["config"]["data"])
     of_run |= {"preprocess": Preprocess.of_checkpoint(state["preprocess"], source.preprocess)}
-    of_run |= {
-        "root": source.root or of_run["root"],
-        "cache_dir": source.cache_dir or of_run["cache_dir"],
-    }
+    for name in ("root", "cache_dir"):
+        of_run[name] = getattr(source, name) or of_run[name]
     store, _ = open_data(DataConfig(**of_run))
     parts = {id: part for part, ids in (state["split"] or {}).items() for id in ids}
     if split == "all":
@@ -138,7 +146,7 @@ def open_volumes(state: dict[str, Any], source: VolumeSource, split: str = "all"
     return store.subset(chosen), parts
 
 
-def header(store, index: int, factor: list[int], made_by: dict, parts: dict) -> dict[str, Any]:
+def header(store: VolumeStore, index: int, factor: list[int], made_by: dict, parts: dict) -> dict:
     """What a latent file says beside its tensors."""
     from vae3d.stage2.latents import latent_affine
 
@@ -158,7 +166,7 @@ def header(store, index: int, factor: list[int], made_by: dict, parts: dict) -> 
     }
 
 
-def _finished(folder: Path, store, index: int, made_by: dict, overwrite: bool) -> bool:
+def _finished(folder: Path, store: VolumeStore, index: int, made_by: dict, overwrite: bool) -> bool:
     """Whether the latent of a volume lies there, whole and up to date."""
     from vae3d.stage2.latents import latent_path, read_info
 
@@ -181,7 +189,7 @@ def _finished(folder: Path, store, index: int, made_by: dict, overwrite: bool) -
     return info["source"]["fingerprint"] == store.meta(index)["key"]
 
 
-def weights_hash(model) -> str:
+def weights_hash(model: nn.Module) -> str:
     """Hash of a model's weights: the same in every file, and under later versions of its class."""
     digest = hashlib.sha256()
     for name, value in sorted(model.state_dict().items()):

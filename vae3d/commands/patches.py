@@ -5,9 +5,12 @@ from __future__ import annotations
 import csv
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from loaders import DataConfig
+
+if TYPE_CHECKING:
+    import numpy as np
 
 GAP = 2  # pixels between patches
 
@@ -60,7 +63,7 @@ def patches(
     print(f"{n} patches of {len(store)} volumes in {path}, their corners in {path.stem}.csv")
 
 
-def planes(patch):
+def planes(patch: np.ndarray) -> np.ndarray:
     """Return the middle planes of a patch (X, Y[, Z]) side by side, front and top up."""
     import numpy as np
 
@@ -73,7 +76,7 @@ def planes(patch):
     )
 
 
-def sheet(tiles):
+def sheet(tiles: list[np.ndarray]) -> np.ndarray:
     """Arrange pictures of one size on a sheet that is about as wide as high, (H, W, 3)."""
     import numpy as np
 

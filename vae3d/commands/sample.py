@@ -5,10 +5,23 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from loaders.whole import write_text
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+
+    from vae3d.inference.reconstruct import Coding
+    from vae3d.models.custom_vae import CustomVAE
+    from vae3d.stage2.latents import LatentStore
+    from vae3d.stage2.prior import Kind
+
+    Drawn = tuple[torch.Tensor, dict]  # a latent, and what to note down about it
+    Shown = tuple[np.ndarray, dict]  # a picture, and the same
 
 
 def sample(
@@ -83,29 +96,31 @@ def sample(
 
     check_at_least(1, n=n)
     check_at_least(0, seed=seed)
+    vae_path, fitted = checkpoint or "", latents or ""
     if ldm is None:
-        if checkpoint is None:
+        if not vae_path:
             raise ValueError("give --checkpoint (a VAE) or --ldm (a diffusion model)")
         if label or condition:
             raise ValueError("--label and --condition need --ldm: Gaussians know neither")
-        latents = latents or fitted_latents(checkpoint, device, trust)
+        fitted = fitted or fitted_latents(vae_path, device, trust)
+    sources: Mapping[str, FromGaussian | FromDiffusion]
+    kinds: tuple[Kind, ...]
     with open_world(device) as world:
         if ldm is not None:
-            chosen = dict(label=label, condition=condition, guidance=guidance)
-            source = FromDiffusion(ldm, ema, trust, solver=solver, steps=steps, **chosen)
-            sources = {"ldm": source}
-            checkpoint = checkpoint or source.vae
+            how = dict(solver=solver, steps=steps, guidance=guidance)
+            diffusion = FromDiffusion(ldm, ema, trust, label, condition, **how)
+            sources = {"ldm": diffusion}
+            vae_path = vae_path or diffusion.vae
         else:
             kinds = ("gaussian", "standard") if grid else ("joint", "gaussian", "standard")
-            kinds = kinds if prior == "all" else (prior,)
-            sources = from_gaussians(latents, kinds)
+            sources = from_gaussians(fitted, kinds if prior == "all" else (prior,))
         template = next(iter(sources.values())).template
         axes = len(template["shape"]) - 1
         if grid and (len(grid) != axes or min(grid) < 1):
             raise ValueError(f"--grid {list(grid)}: give {axes} numbers of latent voxels, each > 0")
-        vae = load_encoder(checkpoint, template["made_by"], trust).to(world.device)
-        how = dict(mode=mode, patch_size=patch_size, overlap=overlap, blend=blend)
-        coding = coding_of(template["made_by"], **how, memory_gb=memory_gb)
+        vae = load_encoder(vae_path, template["made_by"], trust).to(world.device)
+        given = dict(mode=mode, patch_size=patch_size, overlap=overlap, blend=blend)
+        coding = coding_of(template["made_by"], **given, memory_gb=memory_gb)
         writer = Writer(Path(out_dir), template, vae, coding, media)
         shape = (template["shape"][0], *(grid or template["shape"][1:]))
         done = {}
@@ -120,7 +135,9 @@ def sample(
             writer.finish({key: done[key] for key in sorted(done)})
 
 
-def fitted_latents(checkpoint: str, device: str, trust: tuple[str, ...]) -> str:
+def fitted_latents(
+    checkpoint: str, device: Literal["auto", "cpu", "cuda", "mps"], trust: tuple[str, ...]
+) -> str:
     """Folder of the latents of a run's training subjects, encoded now when it is missing."""
     from vae3d.training.checkpoint import find_checkpoint
 
@@ -139,13 +156,13 @@ def fitted_latents(checkpoint: str, device: str, trust: tuple[str, ...]) -> str:
     return str(folder)
 
 
-def from_gaussians(latents: str, kinds: tuple[str, ...]) -> dict[str, FromGaussian]:
+def from_gaussians(latents: str, kinds: tuple[Kind, ...]) -> dict[str, FromGaussian]:
     """One source for each kind of Gaussian; where all are asked for, without one that cannot be."""
     from vae3d.stage2.latents import LatentStore, read_index
 
     parts = {info["split"] for info in read_index(latents)["subjects"].values()}
     store = LatentStore(latents, split="train" if "train" in parts else None)
-    sources = {}
+    sources: dict[str, FromGaussian] = {}
     for kind in kinds:
         try:
             sources[kind] = FromGaussian(store, kind)
@@ -164,12 +181,12 @@ class FromGaussian:
         kind: gaussian | joint | standard.
     """
 
-    def __init__(self, store, kind: str):
+    def __init__(self, store: LatentStore, kind: Kind):
         from vae3d.stage2.prior import GaussianPrior
 
         self.prior, self.template = GaussianPrior(store, kind), store.infos[0]
 
-    def draw(self, shape, seed: int, number: int, _device) -> tuple[Any, dict]:
+    def draw(self, shape: Sequence[int], seed: int, number: int, _device: torch.device) -> Drawn:
         """Latent number `number` and what to note down about it."""
         from vae3d.stage2.latents import keyed_generator
 
@@ -188,16 +205,18 @@ class FromDiffusion:
         **solving: solver, steps and guidance of `LatentDiffusion.sample`.
     """
 
-    def __init__(self, path: str, ema: bool, trust, label, condition, **solving):
+    def __init__(self, path: str, ema: bool, trust: Sequence[str], label: str | None,
+                 condition: str | None, **solving: Any):  # fmt: skip
         import torch
 
+        from vae3d.stage2.diffusion import LatentDiffusion
         from vae3d.stage2.latents import LatentStore
         from vae3d.training.checkpoint import load_checkpoint, load_model
 
-        state = load_checkpoint(path)
-        if "latents" not in state:
+        state, model = load_checkpoint(path), load_model(path, ema=ema, trust=trust)
+        if not isinstance(model, LatentDiffusion):
             raise ValueError(f"{path}: not a run of vae3d train-ldm; a VAE goes to --checkpoint")
-        self.model = load_model(path, ema=ema, trust=trust)
+        self.model = model
         self.vae, self.template = state["latents"]["vae"], state["latents"]["template"]
         self.solving, self.condition = solving, None
         self.label = None
@@ -208,7 +227,7 @@ class FromDiffusion:
                 raise ValueError(f"{path}: trained without --condition, so it cannot take one")
             self.condition = LatentStore(condition)
 
-    def draw(self, shape, seed: int, number: int, device) -> tuple[Any, dict]:
+    def draw(self, shape: Sequence[int], seed: int, number: int, device: torch.device) -> Drawn:
         """Latent number `number` and what to note down about it."""
         import torch
 
@@ -240,7 +259,7 @@ class Writer:
         media: Whether to write pictures.
     """
 
-    def __init__(self, out_dir: Path, template: dict, vae, coding, media: bool):
+    def __init__(self, out_dir: Path, template: dict, vae: CustomVAE, coding: Coding, media: bool):
         self.out_dir, self.template, self.vae = out_dir, template, vae
         self.coding, self.media = coding, media
         factor = template["factor"]
@@ -248,7 +267,7 @@ class Writer:
         intensity = template.get("intensity", "unit")
         self.data_range = {"unit": (0.0, 1.0), "symmetric": (-1.0, 1.0)}.get(intensity)
 
-    def write(self, name: str, number: int, z, facts: dict) -> tuple[Any, dict]:
+    def write(self, name: str, number: int, z: torch.Tensor, facts: dict) -> Shown:
         """Decode a latent, write the volume and its GIF; return its picture and the facts."""
         from loaders import write_volume
         from loaders.store import undo
@@ -273,7 +292,7 @@ class Writer:
         print(f"{folder / stem}.nii.gz  {seconds:.1f} s", flush=True)
         return three_slices(*view), facts
 
-    def finish(self, done: dict[tuple[str, int], tuple[Any, dict]]) -> None:
+    def finish(self, done: dict[tuple[str, int], Shown]) -> None:
         """Write samples.json and the contact sheet over the samples of all ranks."""
         from vae3d.stage2.sheet import contact_sheet
         from vae3d.tracking.media import write_png
@@ -286,6 +305,6 @@ class Writer:
         if self.media:
             print(write_png(self.out_dir / "sheet.png", contact_sheet(rows)))
 
-    def range_of(self, x) -> tuple[float, float]:
+    def range_of(self, x: np.ndarray) -> tuple[float, float]:
         """Intensities drawn black and white: the model's range, or with z-scores the sample's."""
         return self.data_range or (float(x.min()), float(x.max()))

@@ -6,6 +6,7 @@ Names are imported on first use, so that importing the package costs nothing.
 """
 
 from importlib import import_module
+from typing import Any
 
 _HOMES = {
     "stitch": "stitching",
@@ -17,7 +18,7 @@ _HOMES = {
 __all__ = list(_HOMES)
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> Any:
     """Import a public name from its module."""
     if name not in _HOMES:
         raise AttributeError(f"module 'vae3d.inference' has no attribute {name!r}")

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from functools import cached_property
 from math import prod
 from pathlib import Path
+from typing import Self
 
 import torch
 import torch.nn.functional as F
@@ -45,10 +46,10 @@ class BlockPCA:
         self.factor, self.mean, self.components = tuple(factor), mean, components
 
     @classmethod
-    def fit(cls, volumes: Iterable[Tensor], factor: Sequence[int], num_components: int):
+    def fit(cls, volumes: Iterable[Tensor], factor: Sequence[int], num_components: int) -> Self:
         """Fit on at most 20,000 blocks of each volume (C, *spatial), drawn with a fixed seed."""
         generator = torch.Generator().manual_seed(0)
-        count, total, square = 0, 0.0, 0.0
+        count, total, square = 0, *torch.zeros(2, dtype=torch.float64)
         for x in volumes:
             blocks = _blocks(_pad(x, factor), factor)[0]
             picks = torch.randperm(len(blocks), generator=generator)[:BLOCKS_PER_VOLUME]

@@ -11,6 +11,7 @@ import io
 import json
 import math
 import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -18,12 +19,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from loaders.whole import write_text
 from vae3d.inference.baselines import BlockPCA, pooled
 from vae3d.inference.metrics import FOREGROUND, METRICS, latent_summary, psnr, seam_score
 from vae3d.inference.reconstruct import Coding, autoencode
 from vae3d.inference.stitching import tile_faces
+from vae3d.models.custom_vae import CustomVAE
 from vae3d.reports.evaluation import write_report
 from vae3d.tracking.media import case_stem, save_views, write_png
 
@@ -48,7 +51,7 @@ class Evaluator:
         media: Write pictures and clips.
     """
 
-    vae: torch.nn.Module
+    vae: CustomVAE
     store: Any
     out_dir: Path
     how: dict[str, Any]
@@ -70,9 +73,8 @@ class Evaluator:
         """Hash of what the numbers of a volume depend on."""
         parts = {
             "version": VERSION,
-            **{
-                k: v for k, v in self.facts.items() if k != "checkpoint"
-            },  # its bytes, not its place
+            # The checkpoint's bytes, not its place.
+            **{k: v for k, v in self.facts.items() if k != "checkpoint"},
             "how": {k: v for k, v in self.how.items() if k not in ("batch_size", "memory_gb")},
             "volume": self.store.meta(index)["key"],
             "data_range": self.store.data_range,
@@ -101,9 +103,8 @@ class Evaluator:
         stem = case_stem(self.store.ids[index])
         record = self.out_dir / "rows" / f"{stem}.json"
         wanted = [self.out_dir / "recon" / f"{stem}.nii.gz"] * self.save_recon
-        wanted += [
-            self.out_dir / "media" / f"{stem}.{kind}" for kind in ("png", "gif", "mp4")
-        ] * self.media
+        kinds = ("png", "gif", "mp4") * self.media
+        wanted += [self.out_dir / "media" / f"{stem}.{kind}" for kind in kinds]
         if not record.is_file() or not all(path.is_file() for path in wanted):
             return None
         try:
@@ -128,7 +129,7 @@ class Evaluator:
             write_text(self.out_dir / "rows" / f"{case_stem(case)}.json", text)
         return row
 
-    def measure(self, index: int, x, recon, mean, logvar) -> dict:
+    def measure(self, index: int, x: Tensor, recon: Tensor, mean: Tensor, logvar: Tensor) -> dict:
         """All columns of a volume but its name."""
         width = self.data_range
         row = {name: metric(x, recon, width) for name, metric in METRICS.items()}
@@ -138,21 +139,19 @@ class Evaluator:
         row |= self._original_units(index, x, recon)
         row |= latent_summary(mean, logvar, math.prod(x.shape[1:]), self.latent_bits)
         if self.how["mode"] == "patch":
-            row["seam_score"] = seam_score(
-                x, recon, self.faces(x.shape[1:]), self.factor(x.ndim - 1)
-            )
+            faces, factor = self.faces(x.shape[1:]), self.factor(x.ndim - 1)
+            row["seam_score"] = seam_score(x, recon, faces, factor)
             if self.patch_gap:
                 exact = autoencode(self.vae, x, **{**self.how, "mode": "exact"})[0]
                 row["patch_gap"] = psnr(exact, recon, width)
         if self.perceptual is not None:
             device = next(self.vae.parameters()).device
             with torch.no_grad():
-                row["perceptual"] = float(
-                    self.perceptual(x[None].to(device), recon[None].to(device))
-                )
+                distance = self.perceptual(x[None].to(device), recon[None].to(device))
+            row["perceptual"] = float(distance)
         return row
 
-    def foreground(self, index: int, x: torch.Tensor) -> torch.Tensor:
+    def foreground(self, index: int, x: Tensor) -> Tensor:
         """Voxels above Otsu's threshold of the source's first channel, as the loaders say."""
         record, statistics = self.store.undo_record(index), self.store.meta(index)["statistics"][0]
         stored = (statistics["foreground_threshold"] - record["offset"][0]) / record["scale"][0]
@@ -162,7 +161,7 @@ class Evaluator:
         """Voxels of a cell of the latent grid, per axis of a volume of `dims` axes."""
         return Coding(**self.how).factor(self.vae, dims)
 
-    def faces(self, shape) -> list[list[int]]:
+    def faces(self, shape: Sequence[int]) -> list[list[int]]:
         """Per axis of a volume the voxels at which patches begin or end."""
         how = self.how
         if self.vae.spatial_dims == len(shape):
@@ -186,7 +185,7 @@ class Evaluator:
         write_report(self.out_dir)
         return summary
 
-    def _check_channels(self, x) -> None:
+    def _check_channels(self, x: Tensor) -> None:
         wanted = self.vae.in_channels
         slices = self.how["num_slices"] if self.vae.spatial_dims == 2 else 1
         if x.shape[0] * slices != wanted:
@@ -195,26 +194,26 @@ class Evaluator:
                 "(data.root or --checkpoint is another data set's)"
             )
 
-    def _baselines(self, x) -> dict:
+    def _baselines(self, x: Tensor) -> dict[str, float]:
         factor = self.factor(x.ndim - 1)
         row = {"pooled_psnr": psnr(x, pooled(x, factor), self.data_range)}
         if self.pca is not None:
             row["pca_psnr"] = psnr(x, self.pca(x), self.data_range)
         return row
 
-    def _original_units(self, index: int, x, recon) -> dict:
+    def _original_units(self, index: int, x: Tensor, recon: Tensor) -> dict[str, float]:
         """Errors in the intensities of the source file (HU for CT): the mapping is linear."""
         record = self.store.undo_record(index)
         steps = [s / g for s, g in zip(record["scale"], record["gain"], strict=True)]
-        steps = torch.tensor([steps[min(c, len(steps) - 1)] for c in range(len(x))])
-        steps = steps.abs().reshape(-1, *[1] * (x.ndim - 1)).float()
-        a, b = x * steps, recon * steps
+        factors = torch.tensor([steps[min(c, len(steps) - 1)] for c in range(len(x))])
+        factors = factors.abs().reshape(-1, *[1] * (x.ndim - 1)).float()
+        a, b = x * factors, recon * factors
         return {
             "mae_original": METRICS["mae"](a, b, 1.0),
             "rmse_original": math.sqrt(METRICS["mse"](a, b, 1.0)),
         }
 
-    def _write_files(self, index: int, x, recon, row) -> None:
+    def _write_files(self, index: int, x: Tensor, recon: Tensor, row: dict) -> None:
         case = row["case"]
         if self.save_recon:
             from loaders import write_volume
@@ -234,7 +233,7 @@ class Evaluator:
             )
 
 
-def seam_picture(x, recon, faces, data_range: float) -> np.ndarray:
+def seam_picture(x: Tensor, recon: Tensor, faces: list[list[int]], data_range: float) -> np.ndarray:
     """The error of the middle slice, white at 10 % of the range, under the tile grid in orange.
 
     Args:
@@ -283,7 +282,7 @@ def write_csv(path: Path, rows: list[dict]) -> None:
     write_text(path, text.getvalue())
 
 
-def _finite(value):
+def _finite(value: object) -> object:
     """JSON knows no infinity: numbers that are not finite become null."""
     if isinstance(value, dict):
         return {k: _finite(v) for k, v in value.items()}

@@ -21,7 +21,7 @@ MS_SSIM_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
 SLAB = 16  # rows of the first axis that are worked on at a time
 
 
-def check_pair(x, recon, mask=None) -> None:
+def check_pair(x: Tensor, recon: Tensor, mask: Tensor | None = None) -> None:
     """Raise ValueError unless a volume, its reconstruction and a mask are of the same size."""
     if x.shape != recon.shape:
         raise ValueError(f"x has shape {tuple(x.shape)}, recon {tuple(recon.shape)}")
@@ -29,23 +29,23 @@ def check_pair(x, recon, mask=None) -> None:
         raise ValueError(f"mask has shape {tuple(mask.shape)}, not {tuple(x.shape[1:])}")
 
 
-def mae(x, recon, data_range: float, mask=None) -> float:
+def mae(x: Tensor, recon: Tensor, data_range: float, mask: Tensor | None = None) -> float:
     """Mean absolute error, in the units of x."""
     return _mean(x, recon, mask, lambda d: d.abs())
 
 
-def mse(x, recon, data_range: float, mask=None) -> float:
+def mse(x: Tensor, recon: Tensor, data_range: float, mask: Tensor | None = None) -> float:
     """Mean squared error, in the squared units of x."""
     return _mean(x, recon, mask, lambda d: d.square())
 
 
-def psnr(x, recon, data_range: float, mask=None) -> float:
+def psnr(x: Tensor, recon: Tensor, data_range: float, mask: Tensor | None = None) -> float:
     """Peak signal-to-noise ratio in dB: 10 log10(data_range^2 / MSE); inf for equal volumes."""
     error = mse(x, recon, data_range, mask)
     return 10 * math.log10(data_range**2 / error) if error else math.inf
 
 
-def ssim(x, recon, data_range: float, mask=None) -> float:
+def ssim(x: Tensor, recon: Tensor, data_range: float, mask: Tensor | None = None) -> float:
     """Structural similarity over all spatial axes (Wang et al. 2004).
 
     Gaussian window of sigma 1.5 and 11 voxels (on a shorter axis the largest odd number that fits),
@@ -55,7 +55,8 @@ def ssim(x, recon, data_range: float, mask=None) -> float:
     return _ssim_means(x, recon, data_range, mask)[0]
 
 
-def ms_ssim(x, recon, data_range: float, mask=None, weights=MS_SSIM_WEIGHTS) -> float:
+def ms_ssim(x: Tensor, recon: Tensor, data_range: float, mask: Tensor | None = None,
+            weights: Sequence[float] = MS_SSIM_WEIGHTS) -> float:  # fmt: skip
     """Multi-scale SSIM (Wang et al. 2003): contrast and structure at several scales.
 
     A volume that is too small for all scales (a window of 11 voxels at 1/16 size) uses the finer
@@ -108,8 +109,8 @@ def seam_score(
     sums, counts = [0.0, 0.0], [0, 0]  # inside, across
     error = recon - x
     for axis, (where, cell) in enumerate(zip(faces, factor or [1] * len(faces), strict=True), 1):
-        profile = error.diff(dim=axis).abs_().transpose(0, axis).flatten(1)
-        profile = profile.mean(1, dtype=torch.float64).tolist()
+        gap = error.diff(dim=axis).abs_().transpose(0, axis).flatten(1).mean(1, dtype=torch.float64)
+        profile = gap.tolist()
         places = {i % cell for i in where}
         inside = {i for i in range(1, len(profile) + 1) if i % cell in places} - set(where)
         if inside:  # else every cell begins a tile, and there is nothing to compare with
@@ -150,7 +151,9 @@ def latent_summary(mean: Tensor, logvar: Tensor, num_values: int, latent_bits: i
     }
 
 
-def _mean(x: Tensor, recon: Tensor, mask, function) -> float:
+def _mean(
+    x: Tensor, recon: Tensor, mask: Tensor | None, function: Callable[[Tensor], Tensor]
+) -> float:
     """Mean in float64 of a function of the difference, over the mask; nan where it is empty."""
     check_pair(x, recon, mask)
     total, count = 0.0, 0
@@ -182,18 +185,16 @@ def _local_mean(v: Tensor, windows: list[list[float]]) -> Tensor:
     return v
 
 
-def _ssim_means(x: Tensor, recon: Tensor, data_range: float, mask) -> tuple[float, float]:
+def _ssim_means(
+    x: Tensor, recon: Tensor, data_range: float, mask: Tensor | None
+) -> tuple[float, float]:
     """Mean SSIM and mean contrast-structure over all windows, or those centered in the mask."""
     check_pair(x, recon, mask)
     windows = [_gaussian_window(min(11, n if n % 2 else n - 1)) for n in x.shape[1:]]
     c1, c2 = (0.01 * data_range) ** 2, (0.03 * data_range) ** 2
     if mask is not None:
-        mask = mask[
-            tuple(
-                slice(len(w) // 2, n - len(w) // 2)
-                for w, n in zip(windows, mask.shape, strict=True)
-            )
-        ]
+        sides = zip(windows, mask.shape, strict=True)
+        mask = mask[tuple(slice(len(w) // 2, n - len(w) // 2) for w, n in sides)]
     totals, count = [0.0, 0.0], 0
     for rows in _slabs(x.shape[1] - len(windows[0]) + 1):
         window = slice(rows.start, rows.stop + len(windows[0]) - 1)
@@ -207,4 +208,4 @@ def _ssim_means(x: Tensor, recon: Tensor, data_range: float, mask) -> tuple[floa
         for i, values in enumerate((similarity, structure)):
             totals[i] += float((values if mask is None else values[:, mask[rows]]).sum())
         count += structure.numel() if mask is None else int(mask[rows].sum()) * len(x)
-    return tuple(t / count if count else math.nan for t in totals)
+    return (totals[0] / count, totals[1] / count) if count else (math.nan, math.nan)

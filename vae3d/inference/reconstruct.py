@@ -12,12 +12,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from vae3d.exact.executor import check_budget, check_size, decode_exact, encode_exact
 from vae3d.inference.stitching import check_patch, overlap_voxels, stitch
+from vae3d.models.custom_vae import CustomVAE
 
 MODES = ("full", "patch", "exact")
 
@@ -48,7 +50,7 @@ class Coding:
     slice_axis: int = 2
     num_slices: int = 1
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.mode not in MODES:
             raise ValueError(f"mode {self.mode!r} is unknown; choose one of {', '.join(MODES)}")
         if self.mode == "patch" and self.patch_size is None:
@@ -66,7 +68,7 @@ class Coding:
         return {k: list(v) if isinstance(v, tuple) else v for k, v in facts.items()}
 
     @torch.no_grad()
-    def encode(self, vae: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+    def encode(self, vae: CustomVAE, x: Tensor) -> tuple[Tensor, Tensor]:
         """Posterior of a volume.
 
         Args:
@@ -82,7 +84,8 @@ class Coding:
             near = torch.arange(len(planes))[:, None] + torch.arange(-half, half + 1)
             stacks = planes[near.clamp(0, len(planes) - 1)].flatten(1, 2)
             parts = [self.encode(vae, stack) for stack in stacks]
-            return tuple(torch.stack(part, axis) for part in zip(*parts, strict=True))
+            mean, logvar = (torch.stack(part, axis) for part in zip(*parts, strict=True))
+            return mean, logvar
         if self.mode == "exact":
             posterior = encode_exact(vae, x, self.memory_gb)
             return posterior.mean.float().to(x.device), posterior.logvar.float().to(x.device)
@@ -92,13 +95,15 @@ class Coding:
             return posterior.mean.float().to(x.device), posterior.logvar.float().to(x.device)
 
         if self.mode == "full":
-            return tuple(part[0] for part in forward(x[None]))
+            mean, logvar = forward(x[None])
+            return mean[0], logvar[0]
         scale = [Fraction(1, f) for f in vae.factor]
-        options = (self._overlap(vae), self.blend, self.batch_size)
-        return stitch(forward, x, self.patch_size, *options, scale=scale)
+        options = (*self._tiling(vae), self.blend, self.batch_size)
+        mean, logvar = stitch(forward, x, *options, scale=scale)
+        return mean, logvar
 
     @torch.no_grad()
-    def decode(self, vae: nn.Module, z: Tensor, size: Sequence[int] | None = None) -> Tensor:
+    def decode(self, vae: CustomVAE, z: Tensor, size: Sequence[int] | None = None) -> Tensor:
         """Reconstruction of a latent.
 
         Args:
@@ -124,14 +129,14 @@ class Coding:
         if self.mode == "full":
             x = forward(z[None])[0]
         else:
-            overlap = [n // f for n, f in zip(self._overlap(vae), vae.factor, strict=True)]
-            tile = [n // f for n, f in zip(self.patch_size, vae.factor, strict=True)]
+            tiling = self._tiling(vae)
+            tile, overlap = ([n // f for n, f in zip(s, vae.factor, strict=True)] for s in tiling)
             options = (overlap, self.blend, self.batch_size)
             x = stitch(forward, z, tile, *options, scale=list(vae.factor))
         check_size(size, x.shape[1:])
         return x[(slice(None), *(slice(n) for n in size))]
 
-    def factor(self, vae: nn.Module, dims: int) -> list[int]:
+    def factor(self, vae: CustomVAE, dims: int) -> list[int]:
         """Voxels per latent voxel and axis; a 2D model does not shrink the axis that is sliced.
 
         Args:
@@ -143,12 +148,13 @@ class Coding:
             factor.insert(self.slice_axis, 1)
         return factor
 
-    def _overlap(self, vae: nn.Module) -> tuple[int, ...]:
-        """Overlap in voxels, whole latent voxels, so that both ways have the same tiles."""
+    def _tiling(self, vae: CustomVAE) -> tuple[Sequence[int], Sequence[int]]:
+        """Patch and overlap in whole latent voxels, so that both ways have the same tiles."""
+        assert self.patch_size is not None  # said on the way in, in mode patch
         check_patch(self.patch_size, vae.factor)
-        return overlap_voxels(self.patch_size, self.overlap, vae.factor)
+        return self.patch_size, overlap_voxels(self.patch_size, self.overlap, vae.factor)
 
-    def _middle(self, vae: nn.Module, plane: Tensor) -> Tensor:
+    def _middle(self, vae: CustomVAE, plane: Tensor) -> Tensor:
         """Of a reconstruction of neighboring slices `(n C, X, Y)`, the middle one."""
         if len(plane) < vae.in_channels:
             return plane  # the model gives one slice for several
@@ -157,7 +163,7 @@ class Coding:
         return plane[first : first + channels]
 
 
-def reconstruct(vae: nn.Module, x: Tensor, mode: str = "patch", **how) -> Tensor:
+def reconstruct(vae: CustomVAE, x: Tensor, mode: str = "patch", **how: Any) -> Tensor:
     """The reconstruction of one volume through the posterior mean.
 
     Args:
@@ -173,7 +179,7 @@ def reconstruct(vae: nn.Module, x: Tensor, mode: str = "patch", **how) -> Tensor
 
 
 def autoencode(
-    vae: nn.Module, x: Tensor, mode: str = "patch", **how
+    vae: CustomVAE, x: Tensor, mode: str = "patch", **how: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Reconstruct one volume through the posterior mean, and return the posterior as well.
 
@@ -191,5 +197,5 @@ def autoencode(
     return coding.decode(vae, mean, x.shape[1:]), mean, logvar
 
 
-def _home(vae: nn.Module) -> torch.device:
+def _home(vae: CustomVAE) -> torch.device:
     return next(vae.parameters()).device

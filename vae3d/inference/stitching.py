@@ -11,10 +11,12 @@ Axes: c channels, then 2 or 3 spatial axes. The volume is (C, X, Y, Z); tiles ar
 
 import itertools
 import math
+import operator
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
-from typing import NamedTuple
+from functools import reduce
+from typing import Any, NamedTuple, Protocol, TypeVar, cast
 
 import numpy as np
 import torch
@@ -26,6 +28,19 @@ from vae3d.kernels.memory import private_pages
 CACHED = 1 << 17  # blend weights that are computed at a time, to stay in the processor's cache
 
 Tiles = torch.Tensor | tuple[torch.Tensor, ...]
+Overlap = float | int | Sequence  # a fraction of the patch or voxels, one or one per axis
+Scale = float | Fraction | Sequence
+T = TypeVar("T", torch.Tensor, tuple[torch.Tensor, ...])
+
+
+class Volume(Protocol):
+    """A tensor, or anything that slices to an array, such as a memory map."""
+
+    @property
+    def shape(self) -> Sequence[int]:
+        """`(C, *spatial)`."""
+
+    def __getitem__(self, region: Any, /) -> Any: ...
 
 
 def _hann(n: int) -> np.ndarray:
@@ -64,14 +79,15 @@ def axis_spans(size: int, tile: int, starts: Sequence[int], blend: str) -> list[
     """
     if blend not in BLENDS:
         raise ValueError(f"blend {blend!r} is unknown; choose one of {', '.join(BLENDS)}")
-    if BLENDS[blend] is None:
+    make_window = BLENDS[blend]
+    if make_window is None:
         inner = [(a + tile + b) // 2 for a, b in itertools.pairwise(starts)]
         edges = [0, *inner, size]
         return [
             Span(lo, hi, lo - s, None)
             for s, (lo, hi) in zip(starts, itertools.pairwise(edges), strict=True)
         ]
-    window = BLENDS[blend](tile).astype(np.float64)
+    window = make_window(tile).astype(np.float64)
     total = np.zeros(size)
     for s in starts:
         total[s : s + tile] += window[: size - s]
@@ -83,14 +99,16 @@ def axis_spans(size: int, tile: int, starts: Sequence[int], blend: str) -> list[
     return spans
 
 
-def _per_axis(value, dims: int, name: str) -> tuple:
+def _per_axis(value: float | Fraction | Sequence, dims: int, name: str) -> tuple:
     values = tuple(value) if isinstance(value, Sequence) else (value,) * dims
     if len(values) != dims:
         raise ValueError(f"{name} {values} has {len(values)} entries, the volume has {dims} axes")
     return values
 
 
-def overlap_voxels(patch_size: Sequence[int], overlap, unit: Sequence[int]) -> tuple[int, ...]:
+def overlap_voxels(
+    patch_size: Sequence[int], overlap: Overlap, unit: Sequence[int]
+) -> tuple[int, ...]:
     """Overlap per axis in voxels, a multiple of `unit` and smaller than the patch.
 
     Args:
@@ -99,9 +117,8 @@ def overlap_voxels(patch_size: Sequence[int], overlap, unit: Sequence[int]) -> t
         unit: Starts are multiples of this many voxels.
     """
     result = []
-    for p, o, u in zip(
-        patch_size, _per_axis(overlap, len(patch_size), "overlap"), unit, strict=True
-    ):
+    overlaps = _per_axis(overlap, len(patch_size), "overlap")
+    for p, o, u in zip(patch_size, overlaps, unit, strict=True):
         fraction = isinstance(o, float)
         voxels = round(o * p) if fraction and math.isfinite(o) else o
         if not 0 <= voxels < p or (fraction and o >= 1):
@@ -152,14 +169,13 @@ class Stitcher:
         streaming: Allocate segments when their first tile comes, free them in `pop`.
     """
 
-    def __init__(
-        self, shape, patch_size, overlap=0.5, blend="hann", scale=1, unit=1, streaming: bool = False
-    ):
+    def __init__(self, shape: Sequence[int], patch_size: int | Sequence[int],
+                 overlap: Overlap = 0.5, blend: str = "hann", scale: Scale = 1,
+                 unit: int | Sequence[int] = 1, streaming: bool = False):  # fmt: skip
         dims = len(shape)
         self.patch_size = _per_axis(patch_size, dims, "patch_size")
-        self.scale = tuple(
-            Fraction(s).limit_denominator(4096) for s in _per_axis(scale, dims, "scale")
-        )
+        scales = _per_axis(scale, dims, "scale")
+        self.scale = tuple(Fraction(s).limit_denominator(4096) for s in scales)
         units = zip(self.scale, _per_axis(unit, dims, "unit"), strict=True)
         unit = [math.lcm(s.denominator, u) for s, u in units]
         check_patch(self.patch_size, unit)
@@ -183,15 +199,12 @@ class Stitcher:
         ends = {edge for span in self.spans[0] for edge in (span.lo, span.hi)} if streaming else ()
         self.segments = list(itertools.pairwise(sorted({0, self.shape[0], *ends})))
         # Hundreds of float32 additions per voxel (overlap 0.75 and more) would round to over 1e-6.
-        most = math.prod(
-            _most_overlapping(axis, n) for axis, n in zip(self.spans, self.shape, strict=True)
-        )
+        axes = zip(self.spans, self.shape, strict=True)
+        most = math.prod(_most_overlapping(axis, n) for axis, n in axes)
         self._accumulator = torch.float64 if most > 27 and blend != "crop" else torch.float32
         self.seen = np.zeros([len(s) for s in self.starts], dtype=bool)
-        self._index = {
-            c: i for i, c in zip(np.ndindex(*self.seen.shape), self.corners(), strict=True)
-        }
-        self._whole: list[torch.Tensor] | None = None
+        self._index = dict(zip(self.corners(), np.ndindex(*self.seen.shape), strict=True))
+        self._whole: list[torch.Tensor] = []
         self._parts: dict[int, list[torch.Tensor]] = {}
         self._weights: dict[tuple, torch.Tensor] = {}  # memory of those at hand, by device, dtype
         self._popped = 0
@@ -235,11 +248,12 @@ class Stitcher:
         target = out[(*rows, *(slice(s.lo, s.hi) for s in rest))]
         source = tile[(slice(None), *(slice(s.offset, s.offset + s.hi - s.lo) for s in spans))]
         source = source.detach().to(out.dtype)
-        if x.weight is None:
+        weights = [s.weight.to(out) for s in spans if s.weight is not None]
+        if not weights:
             target.copy_(source)
             return
-        along, *others = (s.weight.to(out) for s in spans)
-        plane = math.prod(torch.meshgrid(*others, indexing="ij"))
+        along, *others = weights
+        plane = reduce(operator.mul, torch.meshgrid(*others, indexing="ij"))
         # A few rows at a time: their weights stay in the cache, and take little memory.
         step = max(1, CACHED // plane.numel()) if out.device.type == "cpu" else len(along)
         step = min(step, len(along))
@@ -247,11 +261,11 @@ class Stitcher:
         if memory is None or memory.numel() < step * plane.numel():
             memory = out.new_empty(step * plane.numel())
             self._weights[out.device, out.dtype] = memory
-        weights = memory[: step * plane.numel()].view(step, *plane.shape)
+        products = memory[: step * plane.numel()].view(step, *plane.shape)
         along = along.view(-1, *[1] * plane.ndim)
         parts = (t.split(step, d) for t, d in ((target, 1), (source, 1), (along, 0)))
         for into, values, factors in zip(*parts, strict=True):
-            into.addcmul_(values, torch.mul(factors, plane, out=weights[: len(factors)]))
+            into.addcmul_(values, torch.mul(factors, plane, out=products[: len(factors)]))
 
     def _segment(self, number: int, like: tuple[torch.Tensor, ...]) -> list[torch.Tensor]:
         """The accumulators of one segment, one per output, allocated at first use."""
@@ -260,7 +274,7 @@ class Stitcher:
             if self.streaming:
                 self._parts[number] = [self._zeros(t, (hi - lo, *self.shape[1:])) for t in like]
             else:
-                if self._whole is None:
+                if not self._whole:
                     self._whole = [self._zeros(t, self.shape) for t in like]
                 self._parts[number] = [w[:, lo:hi] for w in self._whole]
         return self._parts[number]
@@ -276,17 +290,14 @@ class Stitcher:
         return torch.zeros(shape, dtype=dtype, device=like.device)
 
     def _finish(self, parts: list[torch.Tensor]) -> Tiles:
-        parts = [
-            p.to(torch.promote_types(d, torch.float32))
-            for p, d in zip(parts, self._dtypes, strict=True)
-        ]
+        dtypes = [torch.promote_types(dtype, torch.float32) for dtype in self._dtypes]
+        parts = [part.to(dtype) for part, dtype in zip(parts, dtypes, strict=True)]
         return parts[0] if self._single else tuple(parts)
 
     def pop(self) -> Iterator[tuple[slice, Tiles]]:
         """Finished segments since the last call: (rows of the first axis, (C, rows, ...))."""
-        rows = self.seen.reshape(len(self.seen), -1).all(axis=1)
-        unfinished = int(np.argmin(rows)) if not rows.all() else len(rows)
-        limit = self.spans[0][unfinished].lo if unfinished < len(rows) else self.shape[0]
+        unfinished = next((i for i, row in enumerate(self.seen) if not row.all()), None)
+        limit = self.shape[0] if unfinished is None else self.spans[0][unfinished].lo
         while self._popped < len(self.segments) and self.segments[self._popped][1] <= limit:
             part = self._parts.pop(self._popped)
             where = slice(*self.segments[self._popped])
@@ -321,7 +332,7 @@ def _clip(span: Span, lo: int, hi: int) -> Span:
     return Span(lo, hi, span.offset + lo - span.lo, weight)
 
 
-def _read_tile(volume, corner: Sequence[int], patch_size: Sequence[int]) -> torch.Tensor:
+def _read_tile(volume: Volume, corner: Sequence[int], patch_size: Sequence[int]) -> torch.Tensor:
     """A copy of the tile (C, *patch), edge voxels repeated where it reaches beyond the volume."""
     region = (slice(None), *(slice(c, c + p) for c, p in zip(corner, patch_size, strict=True)))
     part = volume[region]
@@ -337,7 +348,7 @@ def _read_tile(volume, corner: Sequence[int], patch_size: Sequence[int]) -> torc
 
 
 def tile_batches(
-    volume, stitcher: Stitcher, batch_size: int
+    volume: Volume, stitcher: Stitcher, batch_size: int
 ) -> Iterator[tuple[list[tuple[int, ...]], torch.Tensor]]:
     """Corners and copies of the tiles `(B, C, *patch)` of a volume, first axis slowest.
 
@@ -378,7 +389,8 @@ def add_batch(stitcher: Stitcher, corners: Sequence[tuple[int, ...]], out: Tiles
         stitcher.add(corner, tile[0] if isinstance(out, torch.Tensor) else tile)
 
 
-def tile_faces(shape, patch_size, overlap=0.5, blend="hann", unit=1) -> list[list[int]]:
+def tile_faces(shape: Sequence[int], patch_size: int | Sequence[int], overlap: Overlap = 0.5,
+               blend: str = "hann", unit: int | Sequence[int] = 1) -> list[list[int]]:  # fmt: skip
     """Per axis the voxels at which a tile begins or ends inside the volume.
 
     Args:
@@ -397,16 +409,16 @@ def tile_faces(shape, patch_size, overlap=0.5, blend="hann", unit=1) -> list[lis
 
 @torch.no_grad()
 def stitch(
-    fn: Callable[[torch.Tensor], Tiles],
-    volume,
+    fn: Callable[[torch.Tensor], T],
+    volume: Volume,
     patch_size: Sequence[int],
-    overlap: float | int | Sequence = 0.5,
+    overlap: Overlap = 0.5,
     blend: str = "hann",
     batch_size: int = 1,
     *,
-    scale=1,
-    out=None,
-) -> Tiles:
+    scale: Scale = 1,
+    out: Any = None,
+) -> T:
     """Apply `fn` tile by tile and blend; equals `fn(volume)` where `fn` is local.
 
     Args:
@@ -431,11 +443,11 @@ def stitch(
         torch.Size([1, 40, 30, 20])
     """
     dims = len(patch_size)
-    options = dict(overlap=overlap, blend=blend, batch_size=batch_size, scale=scale)
+    options = (patch_size, overlap, blend, batch_size)
     if len(volume.shape) == dims + 2:
         parts = [
-            stitch(fn, v, patch_size, **options, out=None if out is None else out[i])
-            for i, v in enumerate(volume)
+            stitch(fn, volume[i], *options, scale=scale, out=None if out is None else out[i])
+            for i in range(volume.shape[0])
         ]
         if out is not None:
             return out
@@ -448,8 +460,10 @@ def stitch(
             f"(C, {', '.join('XYZ'[:dims])})"
         )
     if out is not None:
-        size = Stitcher(volume.shape[1:], patch_size, overlap, blend, scale).shape
-        for where, slab in iter_slabs(fn, volume, patch_size, **options):
+        size: tuple[int, ...] = Stitcher(volume.shape[1:], patch_size, overlap, blend, scale).shape
+        for where, slab in iter_slabs(fn, volume, *options, scale=scale):
+            if not isinstance(slab, torch.Tensor):
+                raise ValueError("out takes one result, fn returns several")
             if tuple(out.shape) != (len(slab), *size):
                 raise ValueError(f"out has shape {tuple(out.shape)}, not {(len(slab), *size)}")
             out[:, where] = slab if isinstance(out, torch.Tensor) else slab.cpu().numpy()
@@ -459,18 +473,18 @@ def stitch(
     for corners, tiles in tile_batches(volume, stitcher, batch_size):
         add_batch(stitcher, corners, fn(tiles))
         del tiles  # their memory serves the next batch
-    return stitcher.result()
+    return cast(T, stitcher.result())
 
 
 def iter_slabs(
     fn: Callable[[torch.Tensor], Tiles],
-    volume,
+    volume: Volume,
     patch_size: Sequence[int],
-    overlap: float | int | Sequence = 0.5,
+    overlap: Overlap = 0.5,
     blend: str = "hann",
     batch_size: int = 1,
     *,
-    scale=1,
+    scale: Scale = 1,
 ) -> Iterator[tuple[slice, Tiles]]:
     """Like `stitch`, but hands out finished slabs in order: (rows of the first axis, slab).
 

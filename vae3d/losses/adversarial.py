@@ -18,6 +18,10 @@ from torch import Tensor, nn
 
 from vae3d.losses.slices import draw_slices, mean_over_slices, take_slices
 
+# The batches that a discriminator judges, and the function that averages one value for each.
+Judged = tuple[list[Tensor], Callable[[list[Tensor]], Tensor]]
+Views = Callable[[Tensor, int], Judged]
+
 # Each as printed in its paper, on raw logits: (discriminator of real, of fake, generator of fake).
 CRITERIA: dict[str, tuple[Callable[[Tensor], Tensor], ...]] = {
     # Lim & Ye 2017, eq. 3 and 4
@@ -72,9 +76,9 @@ class PatchDiscriminator(Discriminator):
         widths = [channels * min(2**i, 8) for i in range(num_layers + 1)]
         blocks = [[conv(in_channels, widths[0], 4, stride=2, padding=1), nn.LeakyReLU(0.2)]]
         for i, (before, after) in enumerate(pairwise(widths), 1):
-            down = {"kernel_size": 4, "stride": 2} if i < num_layers else {"kernel_size": 3}
+            size, stride = (4, 2) if i < num_layers else (3, 1)
             norm = nn.GroupNorm(norm_groups, after) if norm_groups else nn.Identity()
-            blocks.append([conv(before, after, **down, padding=1), norm, nn.LeakyReLU(0.2)])
+            blocks.append([conv(before, after, size, stride, 1), norm, nn.LeakyReLU(0.2)])
         self.blocks = nn.ModuleList(nn.Sequential(*block) for block in blocks)
         self.head = conv(widths[-1], 1, 3, padding=1)
         self.smallest = 2**num_layers
@@ -104,7 +108,9 @@ class Critic(nn.Module):
         r1_every: Steps between two R1 penalties, each multiplied by this number.
     """
 
-    def __init__(self, net: Discriminator, criterion: str, views, r1_weight: float, r1_every: int):
+    def __init__(
+        self, net: Discriminator, criterion: str, views: Views, r1_weight: float, r1_every: int
+    ):
         super().__init__()
         self.net = net
         self.criterion = criterion
@@ -240,7 +246,9 @@ class Adversarial(nn.Module):
             out["feature_matching"] = self.feature_matching_weight
         return out
 
-    def measure(self, others: Tensor, adversarial: Tensor, last_layer: Tensor, recon: Tensor):
+    def measure(
+        self, others: Tensor, adversarial: Tensor, last_layer: Tensor, recon: Tensor
+    ) -> None:
         """Add up the last layer's gradients from the other terms and from the adversarial one.
 
         The micro-batches' gradients are weighted by their number of samples, so that their sum is
@@ -271,7 +279,7 @@ class Adversarial(nn.Module):
         parameters = {name: p.detach() for name, p in self.critic.net.named_parameters()}
         return torch.func.functional_call(self.critic.net, parameters, (batch,))
 
-    def _views(self, volume: Tensor, step: int):
+    def _views(self, volume: Tensor, step: int) -> Judged:
         """Return the batches to judge, and the function that averages one value for each."""
         if volume.shape[1] != self.in_channels:
             raise ValueError(

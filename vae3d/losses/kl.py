@@ -56,7 +56,9 @@ class KL(Term):
         self._moments: Tensor | None = None  # of this step's micro-batches
         self._last_moments: Tensor | None = None
 
-    def forward(self, x: Tensor | None, recon: Tensor | None, posterior, step: int = 0) -> Tensor:
+    def forward(
+        self, x: Tensor | None, recon: Tensor | None, posterior: DiagonalGaussian, step: int = 0
+    ) -> Tensor:
         """Return the mean KL per latent element, a scalar in nats."""
         posterior = DiagonalGaussian(posterior.mean.float(), posterior.logvar.float())
         self._measure(posterior.mean.detach(), posterior.logvar.detach())
@@ -79,7 +81,7 @@ class KL(Term):
         if self.target_std is not None:
             if dist.is_available() and dist.is_initialized():
                 dist.all_reduce(moments)
-            steered = self._steer(*_spread(moments))
+            steered = self._steer(self.target_std, *_spread(moments))
             self.factor.copy_(torch.where(moments.isfinite().all(), steered, self.factor))
         self._last_moments = moments
 
@@ -102,13 +104,13 @@ class KL(Term):
         if self.training and torch.is_grad_enabled():
             self._moments = moments if self._moments is None else self._moments + moments
 
-    def _steer(self, std: Tensor, alive: Tensor) -> Tensor:
+    def _steer(self, target: float, std: Tensor, alive: Tensor) -> Tensor:
         """Return the new factor: integral control of log(weight) by log(std / target).
 
         Dead channels have the standard deviation of the prior whatever the weight, so only live
         ones count; where none lives, the weight is too large.
         """
-        gap = (std / self.target_std).log()
+        gap = (std / target).log()
         gap = torch.where(alive, gap, 0).sum() / alive.sum().clamp_min(1)
         gap = torch.where(alive.any(), gap, -1.0)
         log_factor = self.factor.log() + self.target_rate * gap

@@ -6,15 +6,15 @@ differences weighted per channel, averaged over space and summed over layers.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Literal
+from collections.abc import Callable, Sequence
+from typing import Literal, Self
 
 import torch
 from torch import Tensor
 
 from vae3d.losses.features import DeepBet, FeatureNetwork
 from vae3d.losses.slices import draw_slices, mean_over_slices, take_slices
-from vae3d.losses.term import Term
+from vae3d.losses.term import Term, add_up
 
 EPS = 1e-6  # under the root: at a zero feature vector its gradient would be NaN
 
@@ -64,7 +64,7 @@ class Perceptual(Term):
         """The frozen network."""
         return self._network[0]
 
-    def forward(self, x: Tensor, recon: Tensor, posterior=None, step: int = 0) -> Tensor:
+    def forward(self, x: Tensor, recon: Tensor, posterior: object = None, step: int = 0) -> Tensor:
         """Return the distance, mean over samples, channels and slices."""
         dims = self.network.spatial_dims
         if x.ndim == 2 + dims:
@@ -82,14 +82,14 @@ class Perceptual(Term):
         with torch.no_grad():
             wanted = self.network(x)
         got = self.network(recon)
-        weights = self.network.layer_weights or [1.0] * len(got)
+        weights: Sequence[Tensor | float] = self.network.layer_weights or [1.0] * len(got)
         with torch.autocast(x.device.type, enabled=False):
-            return sum(
+            return add_up(
                 (w * (_unit(a) - _unit(b)).square()).sum(1).mean()
                 for w, a, b in zip(weights, wanted, got, strict=True)
             )
 
-    def _apply(self, fn, recurse: bool = True):
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Move the network along with `.to(device)`."""
         self.network._apply(fn)
         return super()._apply(fn, recurse)

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from vae3d.losses.term import Term
+from vae3d.losses.term import Term, add_up
 
 
 class Pointwise(Term):
@@ -21,7 +21,7 @@ class Pointwise(Term):
         """Return the distance of each voxel, same shape as `error = recon - x`."""
         raise NotImplementedError
 
-    def forward(self, x: Tensor, recon: Tensor, posterior=None, step: int = 0) -> Tensor:
+    def forward(self, x: Tensor, recon: Tensor, posterior: object = None, step: int = 0) -> Tensor:
         """Return the mean distance over samples, channels and voxels."""
         return self.pointwise(recon - x).mean()
 
@@ -97,7 +97,7 @@ class LearnedVariance(Term):
         """Inverse variance that other distances in intensity space are multiplied with."""
         return (-self.logvar).exp().mean()
 
-    def forward(self, x: Tensor, recon: Tensor, posterior=None, step: int = 0) -> Tensor:
+    def forward(self, x: Tensor, recon: Tensor, posterior: object = None, step: int = 0) -> Tensor:
         """Return the negative log-likelihood, mean over samples, channels and voxels."""
         distance = self.base.pointwise(recon - x).transpose(0, 1).flatten(1).mean(1)  # (c,)
         if len(self.logvar) not in (1, len(distance)):
@@ -137,7 +137,7 @@ class SSIM(Term):
         kernel = torch.ones(window) if sigma is None else torch.exp(-0.5 * (taps / sigma) ** 2)
         self.kernel = (kernel / kernel.sum()).tolist()
 
-    def forward(self, x: Tensor, recon: Tensor, posterior=None, step: int = 0) -> Tensor:
+    def forward(self, x: Tensor, recon: Tensor, posterior: object = None, step: int = 0) -> Tensor:
         """Return 1 - SSIM, mean over samples, channels and windows."""
         maps = torch.stack((x, recon, x * x, recon * recon, x * recon))
         mean_x, mean_r, xx, rr, xr = self._smooth(maps.flatten(0, 1)).unflatten(0, (5, -1))
@@ -174,14 +174,14 @@ class GradientDifference(Term):
         super().__init__(weight)
         self.power = power
 
-    def forward(self, x: Tensor, recon: Tensor, posterior=None, step: int = 0) -> Tensor:
+    def forward(self, x: Tensor, recon: Tensor, posterior: object = None, step: int = 0) -> Tensor:
         """Return | |dx| - |drecon| |^power, mean over voxels, then over axes."""
         axes = [axis for axis in range(2, x.ndim) if x.shape[axis] > 1]
         gaps = (
             (x.diff(dim=axis).abs() - recon.diff(dim=axis).abs()).abs().pow(self.power).mean()
             for axis in axes
         )
-        return sum(gaps) / len(axes)
+        return add_up(gaps) / len(axes)
 
 
 class FocalFrequency(Term):
@@ -196,7 +196,7 @@ class FocalFrequency(Term):
         super().__init__(weight)
         self.alpha = alpha
 
-    def forward(self, x: Tensor, recon: Tensor, posterior=None, step: int = 0) -> Tensor:
+    def forward(self, x: Tensor, recon: Tensor, posterior: object = None, step: int = 0) -> Tensor:
         """Return the weighted squared distance, mean over samples, channels and frequencies."""
         axes = tuple(range(2, x.ndim))
         gap = torch.fft.fftn(recon - x, dim=axes, norm="ortho")

@@ -7,6 +7,8 @@ import random
 import torch
 from torch import Tensor
 
+from vae3d.losses.term import add_up
+
 
 def draw_slices(
     spatial_shape: tuple[int, ...], num_slices: int, step: int, seed: int = 0
@@ -38,4 +40,4 @@ def take_slices(volume: Tensor, picks: list[list[int]]) -> list[Tensor]:
 def mean_over_slices(values: list[Tensor], picks: list[list[int]]) -> Tensor:
     """Average one value for each axis, weighted by its number of slices."""
     counts = [len(indices) for indices in picks if indices]
-    return sum(n * value for n, value in zip(counts, values, strict=True)) / sum(counts)
+    return add_up(n * value for n, value in zip(counts, values, strict=True)) / sum(counts)

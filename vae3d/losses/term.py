@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import operator
 import re
+from collections.abc import Iterable
+from functools import reduce
 
 from torch import Tensor, nn
+
+from vae3d.models.posterior import DiagonalGaussian
 
 
 class Term(nn.Module):
@@ -19,12 +24,10 @@ class Term(nn.Module):
     Attributes:
         autocast: Whether the term runs under the caller's autocast. Formulas stay in float32
             (False); terms that run a network set True and bring their own float32 islands.
-        precision: Inverse variance of the likelihood, where the term is one (`LearnedVariance`).
         scalars: What else the term measured in its last call, detached, for the log.
     """
 
     autocast = False
-    precision: float | Tensor = 1.0
 
     def __init__(self, weight: float = 1.0):
         super().__init__()
@@ -38,7 +41,12 @@ class Term(nn.Module):
         """Name of the term in logs and dashboards: its class in snake case."""
         return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", type(self).__name__).lower()
 
-    def forward(self, x: Tensor, recon: Tensor, posterior, step: int) -> Tensor:
+    @property
+    def precision(self) -> float | Tensor:
+        """Inverse variance of the likelihood, where the term is one (`LearnedVariance`)."""
+        return 1.0
+
+    def forward(self, x: Tensor, recon: Tensor, posterior: DiagonalGaussian, step: int) -> Tensor:
         """Return the unweighted term.
 
         Args:
@@ -55,3 +63,8 @@ class Term(nn.Module):
 
     def after_step(self) -> None:
         """Update what the term controls, once an optimizer update; every rank calls it."""
+
+
+def add_up(values: Iterable[Tensor]) -> Tensor:
+    """Sum of one or more tensors; Python's own `sum` begins from an int."""
+    return reduce(operator.add, values)

@@ -38,8 +38,9 @@ parameters, so it leaves no gradient there, frozen or not.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, ItemsView
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -48,7 +49,18 @@ from vae3d.losses.adversarial import Adversarial, Critic
 from vae3d.losses.kl import KL
 from vae3d.losses.perceptual import Perceptual
 from vae3d.losses.reconstruction import L1
-from vae3d.losses.term import Term
+from vae3d.losses.term import Term, add_up
+from vae3d.models.posterior import DiagonalGaussian
+
+
+class Terms(nn.ModuleDict):
+    """Terms by name."""
+
+    if TYPE_CHECKING:  # what ModuleDict knows as modules
+
+        def __getitem__(self, key: str) -> Term: ...
+        def items(self) -> ItemsView[str, Term]:
+            """Names and terms."""
 
 
 class VAELoss(nn.Module):
@@ -71,7 +83,7 @@ class VAELoss(nn.Module):
         extra: list[Callable[[], Term]] | None = None,
     ):
         super().__init__()
-        self.terms = nn.ModuleDict({"recon": recon(), "kl": kl()})
+        self.terms = Terms({"recon": recon(), "kl": kl()})
         if perceptual is not None:
             self.terms["perceptual"] = perceptual()
         for make in extra or []:
@@ -83,9 +95,8 @@ class VAELoss(nn.Module):
             self.terms[term.name] = term
         self.adversarial = adversarial() if adversarial is not None else None
 
-    def forward(
-        self, x: Tensor, recon: Tensor, posterior, step: int, last_layer: Tensor | None = None
-    ) -> dict[str, Tensor]:
+    def forward(self, x: Tensor, recon: Tensor, posterior: DiagonalGaussian, step: int,
+                last_layer: Tensor | None = None) -> dict[str, Tensor]:  # fmt: skip
         """Return the named terms and their weighted total `loss`, for the generator's update.
 
         Args:
@@ -109,15 +120,15 @@ class VAELoss(nn.Module):
             # Under a learned variance both distances are of one likelihood, as in latent diffusion.
             weights["perceptual"] = weights["perceptual"] * self.terms["recon"].precision
         if self.adversarial is not None:
-            others = sum(weights[name] * values[name] for name in values if name != "kl")
+            others = add_up(weights[name] * values[name] for name in values if name != "kl")
             game = self.adversarial(x, recon, step)
             values |= game
             weights |= self.adversarial.weights()
             measured["adversarial_weight"] = recon.new_zeros(()) + weights["adversarial"]
-            if self._measures(step):
+            if self._measures(self.adversarial, step):
                 assert last_layer is not None, "an adaptive weight needs last_layer=vae.last_layer"
                 self.adversarial.measure(others, game["adversarial"], last_layer, recon)
-        total = sum(weights[name] * values[name] for name in values)
+        total = add_up(weights[name] * values[name] for name in values)
         # Detached: a trainer that adds them up over an epoch keeps no graph alive.
         return {name: value.detach() for name, value in values.items()} | measured | {"loss": total}
 
@@ -141,7 +152,9 @@ class VAELoss(nn.Module):
             step: Number of optimizer updates done before this one.
             wrapped: `self.discriminator` inside DDP; itself when None.
         """
-        return (wrapped or self.discriminator)(x, recon.detach(), step)
+        critic = wrapped or self.discriminator
+        assert critic is not None, "a loss without an adversarial term has no discriminator"
+        return critic(x, recon.detach(), step)
 
     def generator_parameters(self) -> list[nn.Parameter]:
         """Return the loss's own parameters that the generator's optimizer updates."""
@@ -149,17 +162,16 @@ class VAELoss(nn.Module):
 
     def after_step(self) -> None:
         """Update controllers, once per optimizer update and on every rank."""
-        for term in self.terms.values():
+        for _, term in self.terms.items():
             term.after_step()
         if self.adversarial is not None:
             self.adversarial.after_step()
 
-    def _measures(self, step: int) -> bool:
+    def _measures(self, game: Adversarial, step: int) -> bool:
         """Tell whether this pass counts for the adaptive weight: a training pass in the game."""
-        game = self.adversarial
         return game.adaptive and game.active(step) and self.training and torch.is_grad_enabled()
 
 
-def _float32(device_type: str, unless: bool):
+def _float32(device_type: str, unless: bool) -> AbstractContextManager[object]:
     """Leave autocast for formulas; terms that run a network stay under the caller's."""
     return nullcontext() if unless else torch.autocast(device_type, enabled=False)

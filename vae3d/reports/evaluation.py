@@ -8,6 +8,7 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TypeGuard
 
 from loaders.whole import write_text
 from vae3d.reports import page
@@ -90,7 +91,7 @@ def find(rows: Sequence[dict], metrics: Sequence[str], leading: str | None) -> l
     return found
 
 
-def _outliers(rows, metric, values, case) -> list:
+def _outliers(rows: Sequence[dict], metric: str, values: list[float], case: str) -> list:
     """Volumes beyond the quartiles by more than 1.5 of their distance, on the bad side."""
     low, high = values[len(values) // 4], values[-1 - len(values) // 4]
     reach = 1.5 * (high - low)
@@ -105,7 +106,7 @@ def _outliers(rows, metric, values, case) -> list:
     return [("warn", f"{len(far)} {plural} far from the others in {metric}: {names}.")]
 
 
-def _headline(rows, metrics) -> list[tuple[str, str, str]]:
+def _headline(rows: Sequence[dict], metrics: Sequence[str]) -> list[tuple[str, str, str]]:
     facts = [("volumes", str(len(rows)), "")]
     for metric in metrics[:6]:
         values = [r[metric] for r in rows if _finite(r[metric])]
@@ -116,7 +117,7 @@ def _headline(rows, metrics) -> list[tuple[str, str, str]]:
     return facts
 
 
-def _spread(rows, metrics, case) -> str:
+def _spread(rows: Sequence[dict], metrics: Sequence[str], case: str) -> str:
     better = dict.fromkeys(HIGHER_IS_BETTER, "higher") | dict.fromkeys(LOWER_IS_BETTER, "lower")
     charts = (
         page.dots(m, {r[case]: r[m] for r in rows if _finite(r[m])}, better.get(m, ""))
@@ -125,19 +126,19 @@ def _spread(rows, metrics, case) -> str:
     return f'<div class="charts">{"".join(charts)}</div>'
 
 
-def _worst_first(rows, metric):
+def _worst_first(rows: Sequence[dict], metric: str | None) -> list[dict]:
     if metric is None:
         return list(rows)
     sign = -1 if metric in LOWER_IS_BETTER else 1
     return sorted(rows, key=lambda r: sign * r[metric] if _finite(r[metric]) else -math.inf)
 
 
-def _views(media: Path, rows, case) -> list[str]:
+def _views(media: Path, rows: Sequence[dict], case: str) -> list[str]:
     """Picture and clip of each volume; what does not fit the size of a page is linked instead."""
     stems = {row[case]: case_stem(row[case]) for row in rows}
     kinds = (".png", ".seams.png", ".mp4")  # .seams: the error with the patch grid over it
     wanted = [media / f"{stem}{kind}" for kind in kinds for stem in stems.values()]
-    room, embedded = MAX_EMBEDDED_BYTES, set()
+    room, embedded = MAX_EMBEDDED_BYTES, set[Path]()
     for path in wanted:
         if path.is_file() and path.stat().st_size <= room:
             room -= path.stat().st_size
@@ -146,15 +147,13 @@ def _views(media: Path, rows, case) -> list[str]:
     for row in rows:
         picture, seams, clip = (media / f"{stems[row[case]]}{kind}" for kind in kinds)
         parts = [page.image(picture, f"planes of {row[case]}")] if picture in embedded else []
-        parts += (
-            [page.image(seams, f"error and patches of {row[case]}")] if seams in embedded else []
-        )
+        if seams in embedded:
+            parts.append(page.image(seams, f"error and patches of {row[case]}"))
         parts += [page.video(clip)] if clip in embedded else []
         links = [p for p in (picture, seams, clip) if p.is_file() and p not in embedded]
         if parts or links:
-            numbers = "  ".join(
-                f"{k} {page.number(v)}" for k, v in row.items() if isinstance(v, float)
-            )
+            measured = ((k, v) for k, v in row.items() if isinstance(v, float))
+            numbers = "  ".join(f"{k} {page.number(v)}" for k, v in measured)
             linked = " ".join(
                 f'<a href="media/{page.escape(p.name.replace("%", "%25"))}">{p.suffix[1:]}</a>'
                 for p in links
@@ -176,12 +175,12 @@ def _how(summary: dict) -> dict[str, str]:
     }
 
 
-def _parsed(text: str):
+def _parsed(text: str) -> float | str:
     try:
         return float(text)
     except (TypeError, ValueError):
         return text
 
 
-def _finite(value) -> bool:
+def _finite(value: object) -> TypeGuard[float]:
     return isinstance(value, float) and math.isfinite(value)

@@ -12,11 +12,15 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeGuard
 
 MIME = {".png": "image/png", ".gif": "image/gif", ".mp4": "video/mp4", ".webp": "image/webp"}
 COLORS = 6  # --c0 ... --c5 of the style sheet, for runs
 WIDTH, HEIGHT = 420, 210  # of a chart, in its own units
 LEFT, RIGHT, TOP, BOTTOM = 52, 12, 12, 26
+
+Range = tuple[float, float, float]  # mean, lowest, highest
+Thin = list[tuple[float, Range | None]]  # x, range of the finite y there
 
 
 @dataclass
@@ -87,14 +91,14 @@ def table(rows: Sequence[Mapping], first: str | None = None) -> str:
         return ""
     columns = list(rows[0])
 
-    def numeric(value):
+    def numeric(value: object) -> TypeGuard[int | float]:
         return isinstance(value, (int, float)) and not isinstance(value, bool)
 
-    def head(column):
+    def head(column: str) -> str:
         side = ' class="n"' if any(numeric(row.get(column)) for row in rows) else ""
         return f"<th{side}>{escape(str(column))}</th>"
 
-    def cell(column, value):
+    def cell(column: str, value: object) -> str:
         if numeric(value):
             return f'<td class="n" data-v="{value}">{number(value)}</td>'
         tag = "th" if column == first else "td"
@@ -173,9 +177,8 @@ def chart(title: str, series: Sequence[Series], log: bool | None = None, caption
         thin = _thin(s)
         color = f"var(--c{s.color % COLORS})"
         parts += _lines(thin, x_axis, y_axis, color, banded=len(thin) < len(s.x))
-        data.append(
-            {"name": s.name, "color": color, "points": [[x, mean] for x, mean, _, _ in thin]}
-        )
+        means = [[x, ys and ys[0]] for x, ys in thin]
+        data.append({"name": s.name, "color": color, "points": means})
     note = " ".join(filter(None, ["log" if log else "", caption]))
     about = escape(f"{title}: {_in_words(series)}")
     geometry = json.dumps(
@@ -242,7 +245,9 @@ def escape(text: str) -> str:
 class _Axis:
     """Maps values to pixels; `ticks` are round values with their texts."""
 
-    def __init__(self, low, high, start, end, log=False, margin=0.0):
+    def __init__(
+        self, low: float, high: float, start: int, end: int, log: bool = False, margin: float = 0.0
+    ):
         if low == high:  # a single value still needs a scale
             low, high = low - abs(low) * 0.05 - 1e-12, high + abs(high) * 0.05 + 1e-12
         if margin:
@@ -294,38 +299,37 @@ def _grid(x_axis: _Axis, y_axis: _Axis) -> str:
     return "".join(parts)
 
 
-def _thin(series: Series, most: int = 180) -> list[tuple]:
-    """At most `most` points (x, mean, lowest, highest); None where no value is finite."""
+def _thin(series: Series, most: int = 180) -> Thin:
+    """At most `most` points (x, range of y); None where no value is finite."""
     size = max(1, math.ceil(len(series.x) / most))
-    thin = []
+    thin: Thin = []
     for start in range(0, len(series.x), size):
         ys = [y for y in series.y[start : start + size] if y is not None]
         x = series.x[min(start + size, len(series.x)) - 1]
-        thin.append((x, sum(ys) / len(ys), min(ys), max(ys)) if ys else (x, None, None, None))
+        thin.append((x, (sum(ys) / len(ys), min(ys), max(ys)) if ys else None))
     return thin
 
 
-def _lines(thin, x_axis, y_axis, color, banded) -> list[str]:
+def _lines(thin: Thin, x_axis: _Axis, y_axis: _Axis, color: str, banded: bool) -> list[str]:
     """The line, cut where values are missing, and the band of the raw values behind it."""
-    runs, run = [], []
-    for point in [*thin, (0, None, None, None)]:
-        if point[1] is not None:
-            run.append(point)
-        elif run:
-            runs.append(run)
-            run = []
+    runs: list[list[tuple[float, Range]]] = [[]]
+    for x, ys in thin:
+        if ys is not None:
+            runs[-1].append((x, ys))
+        elif runs[-1]:
+            runs.append([])
     parts = []
-    for run in runs:
-        line = " ".join(f"{x_axis(x):.1f},{y_axis(mean):.1f}" for x, mean, _, _ in run)
+    for run in filter(None, runs):
+        line = " ".join(f"{x_axis(x):.1f},{y_axis(mean):.1f}" for x, (mean, _, _) in run)
         if banded and len(run) > 1:
-            above = [f"{x_axis(x):.1f},{y_axis(high):.1f}" for x, _, _, high in run]
-            below = [f"{x_axis(x):.1f},{y_axis(low):.1f}" for x, _, low, _ in reversed(run)]
+            above = [f"{x_axis(x):.1f},{y_axis(high):.1f}" for x, (_, _, high) in run]
+            below = [f"{x_axis(x):.1f},{y_axis(low):.1f}" for x, (_, low, _) in reversed(run)]
             parts.append(
                 f'<polygon points="{" ".join(above + below)}" style="fill:{color}" class="band"/>'
             )
         if len(run) == 1:
-            x, y = line.split(",")
-            parts.append(f'<circle cx="{x}" cy="{y}" r="3" style="fill:{color}"/>')
+            cx, cy = line.split(",")
+            parts.append(f'<circle cx="{cx}" cy="{cy}" r="3" style="fill:{color}"/>')
         else:
             parts.append(f'<polyline points="{line}" style="stroke:{color}"/>')
     return parts

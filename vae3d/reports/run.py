@@ -4,7 +4,7 @@ write_run_report(["runs/a", "runs/b"], "report.html")
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -118,7 +118,7 @@ def find(run: RunData, name: str | None = None) -> list[tuple[str, str]]:
     ]
 
 
-def _broken_numbers(run: RunData):
+def _broken_numbers(run: RunData) -> Iterator[tuple[str, str]]:
     for key in sorted({k for row in run.rows for k, v in row.items() if v is None}):
         steps, values = run.column(key)
         lost = [s for s, v in zip(steps, values, strict=True) if v is None]
@@ -136,16 +136,14 @@ def _broken_numbers(run: RunData):
     norms = run.values("train/norm/generator")
     tail = norms[len(norms) // 2 :]
     if len(tail) >= 10 and max(tail) > 20 * median(tail):
-        yield (
-            "warn",
-            (
-                f"The gradient norm jumped to {page.number(max(tail))}, its median is "
-                f"{page.number(median(tail))}: look for the step in the curve."
-            ),
+        text = (
+            f"The gradient norm jumped to {page.number(max(tail))}, its median is "
+            f"{page.number(median(tail))}: look for the step in the curve."
         )
+        yield "warn", text
 
 
-def _validation(run: RunData):
+def _validation(run: RunData) -> Iterator[tuple[str, str]]:
     key = next((k for k in ("val/psnr", "val/mae") if run.values(k)), None)
     if key is None:
         return
@@ -157,13 +155,11 @@ def _validation(run: RunData):
     best_text = f"{key} was best at step {page.number(steps[best])} ({page.number(values[best])})"
     lost = sign * (values[best] - values[-1]) / (abs(values[best]) or 1)
     if len(values) >= 4 and best < 0.7 * (len(values) - 1) and lost > 0.02:
-        yield (
-            "warn",
-            (
-                f"{best_text} and is {page.number(values[-1])} now: the run got worse. "
-                "<code>checkpoints/best.pt</code> holds the best weights."
-            ),
+        text = (
+            f"{best_text} and is {page.number(values[-1])} now: the run got worse. "
+            "<code>checkpoints/best.pt</code> holds the best weights."
         )
+        yield "warn", text
         return
     quarter = values[-max(2, len(values) // 4) :]
     gained = sign * (quarter[-1] - quarter[0])
@@ -174,38 +170,32 @@ def _validation(run: RunData):
         yield "good", f"{best_text}."
 
 
-def _latent_health(run: RunData):
+def _latent_health(run: RunData) -> Iterator[tuple[str, str]]:
     active = run.values("latent/active_channels")
     channels = run.values("latent/channels")
     if active and channels and active[-1] < channels[-1]:
-        yield (
-            "warn",
-            (
-                f"{page.number(active[-1])} of {page.number(channels[-1])} latent channels are "
-                "active: lower the KL weight, or save latent_channels."
-            ),
+        text = (
+            f"{page.number(active[-1])} of {page.number(channels[-1])} latent channels are "
+            "active: lower the KL weight, or save latent_channels."
         )
+        yield "warn", text
     std = run.values("latent/mean_std")
     if std and not 0.5 < std[-1] < 2:
-        yield (
-            "warn",
-            (
-                f"The latents have a standard deviation of {page.number(std[-1])}; a second stage "
-                "wants about 1: set latent_scale."
-            ),
+        text = (
+            f"The latents have a standard deviation of {page.number(std[-1])}; a second stage "
+            "wants about 1: set latent_scale."
         )
+        yield "warn", text
 
 
-def _speed(run: RunData):
+def _speed(run: RunData) -> Iterator[tuple[str, str]]:
     wait = run.values("perf/data_wait")
     if wait and median(wait) > 0.1:
-        yield (
-            "warn",
-            (
-                f"The device waits {median(wait):.0%} of the time for data: raise --threads, "
-                "or keep the cache on a faster disk."
-            ),
+        text = (
+            f"The device waits {median(wait):.0%} of the time for data: raise --threads, "
+            "or keep the cache on a faster disk."
         )
+        yield "warn", text
 
 
 def _progress(run: RunData) -> str:
@@ -256,14 +246,7 @@ def _curves(runs: Sequence[RunData]) -> list[str]:
     sections = []
     for prefix in [*GROUPS, *sorted({k.split("/")[0] for k in keys} - set(GROUPS))]:
         charts = [
-            page.chart(
-                key,
-                [
-                    page.Series(r.name, *r.column(key), i)
-                    for i, r in enumerate(runs)
-                    if r.values(key)
-                ],
-            )
+            _chart(runs, key)
             for key in ordered
             if key.split("/")[0] == prefix and not _flat(runs, key)
         ]
@@ -277,7 +260,12 @@ def _curves(runs: Sequence[RunData]) -> list[str]:
     return sections
 
 
-def _flat(runs, key) -> bool:
+def _chart(runs: Sequence[RunData], key: str) -> str:
+    with_key = ((i, run) for i, run in enumerate(runs) if run.values(key))
+    return page.chart(key, [page.Series(run.name, *run.column(key), i) for i, run in with_key])
+
+
+def _flat(runs: Sequence[RunData], key: str) -> bool:
     """A constant is a sentence, not a curve."""
     values = [v for run in runs for v in run.values(key)]
     return len(values) > 1 and min(values) == max(values)
@@ -385,7 +373,7 @@ def _differences(runs: Sequence[RunData]) -> str:
     return page.section("What differs between the runs", page.table(rows, "option"))
 
 
-def _flatten(value, prefix="") -> dict:
+def _flatten(value: object, prefix: str = "") -> dict[str, object]:
     if isinstance(value, dict) and value:
         return {
             k: v for n, item in value.items() for k, v in _flatten(item, f"{prefix}{n}.").items()

@@ -1,7 +1,7 @@
 """Second stage: latents on disk and diffusion over them."""
 
 from importlib import import_module
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from vae3d.stage2.diffusion import DiffusionUNet, LatentDiffusion, create_condition_projector
@@ -17,7 +17,7 @@ _HOMES = {
 }
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> Any:
     """Import a public name on first use: MONAI takes seconds."""
     if name not in _HOMES:
         raise AttributeError(f"module 'vae3d.stage2' has no attribute {name!r}")

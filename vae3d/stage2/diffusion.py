@@ -1,4 +1,4 @@
-"""Latent diffusion with MONAI's network, schedulers and inferer (only importer of MONAI here).
+"""Latent diffusion with MONAI's network, schedulers and sampler (only importer of MONAI here).
 
 `LatentDiffusion` holds everything of the second stage that trains or that sampling needs: UNet,
 condition projector, null token, class names, statistics of the latents. It is one module, so all
@@ -24,7 +24,7 @@ from vae3d.stage2.latents import Statistics
 try:
     from monai.inferers import DiffusionInferer
     from monai.networks.nets import DiffusionModelUNet
-    from monai.networks.schedulers import DDIMScheduler, DDPMScheduler, RFlowScheduler
+    from monai.networks.schedulers import DDIMScheduler, DDPMScheduler, RFlowScheduler, Scheduler
 except ModuleNotFoundError as error:
     raise ValueError(
         f"latent diffusion needs {error.name}; install it with: pip install 'vae3d[ldm]'"
@@ -58,7 +58,7 @@ class DiffusionUNet(DiffusionModelUNet):
             >>> unet(z, timesteps=t, context=torch.randn(1, 7, 64)).shape
             torch.Size([1, 4, 10, 9])
         """
-        required = ("spatial_dims", "in_channels", "out_channels", "channels")
+        required: tuple[str, ...] = ("spatial_dims", "in_channels", "out_channels", "channels")
         required += ("attention_levels", "num_head_channels")
         if missing := [key for key in required if key not in config]:
             raise ValueError(f"unet: {', '.join(missing)} missing from the configuration")
@@ -72,7 +72,9 @@ class DiffusionUNet(DiffusionModelUNet):
         except (TypeError, ValueError) as error:  # an unknown key, or sizes that do not fit
             raise ValueError(f"unet: {error}") from error
 
-    def forward(self, x: Tensor, timesteps: Tensor, context=None, class_labels=None, **residuals):
+    def forward(self, x: Tensor, timesteps: Tensor, context: Tensor | None = None,
+                class_labels: Tensor | None = None, *residuals: Any, **named: Any,
+                ) -> Tensor:  # fmt: skip
         """Predict from noisy latents.
 
         Args:
@@ -80,14 +82,15 @@ class DiffusionUNet(DiffusionModelUNet):
             timesteps: `(B,)`, from 0 (data) to the number of training steps (noise).
             context: `(B, N, D)` tokens for the cross-attention; none is one token of zeros.
             class_labels: `(B,)` integers.
-            **residuals: ControlNet residuals, as in MONAI.
+            *residuals: ControlNet residuals, as in MONAI.
+            **named: The same by name.
         """
         if self.with_conditioning and context is None:
             context = x.new_zeros(len(x), 1, self.context_dim)
         factor = 2 ** (len(self.block_out_channels) - 1)
         pad = [n for size in reversed(x.shape[2:]) for n in (0, -size % factor)]
-        out = super().forward(F.pad(x, pad), timesteps, context, class_labels, **residuals)
-        return out[(..., *(slice(n) for n in x.shape[2:]))]
+        out = super().forward(F.pad(x, pad), timesteps, context, class_labels, *residuals, **named)
+        return out[(slice(None), slice(None), *(slice(n) for n in x.shape[2:]))]
 
     @property
     def context_dim(self) -> int:
@@ -155,6 +158,9 @@ class LatentDiffusion(Described, nn.Module):
         condition_dropout: Part of the samples that are trained without label and condition, as
             classifier-free guidance needs.
     """
+
+    latent_mean: Tensor
+    latent_std: Tensor
 
     def __init__(
         self,
@@ -250,13 +256,9 @@ class LatentDiffusion(Described, nn.Module):
         timesteps = time * self.num_train_timesteps
         if self.process == "ddpm":
             timesteps = timesteps.long()
-        prediction = DiffusionInferer(scheduler)(
-            inputs=z,
-            diffusion_model=partial(self.unet, class_labels=self._labels(label, keep, len(z))),
-            noise=noise,
-            timesteps=timesteps,
-            condition=self.context(condition, keep),
-        )
+        noisy = scheduler.add_noise(z, noise, timesteps)
+        labels, context = self._labels(label, keep, len(z)), self.context(condition, keep)
+        prediction = self.unet(noisy, timesteps, context, labels)
         return F.mse_loss(prediction.float(), self._target(z, noise, timesteps))
 
     def _target(self, z: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
@@ -316,34 +318,36 @@ class LatentDiffusion(Described, nn.Module):
             guidance: Classifier-free guidance: 1 for none, 0 ignores label and condition, above 1
                 follows them more closely.
         """
-        solver = solver or SOLVERS[self.process][0]
-        if solver not in SOLVERS[self.process]:
+        chosen = solver or SOLVERS[self.process][0]
+        if chosen not in SOLVERS[self.process]:
             raise ValueError(
-                f"solver {solver!r} does not solve {self.process}; choose one of "
+                f"solver {chosen!r} does not solve {self.process}; choose one of "
                 + ", ".join(SOLVERS[self.process])
             )
         if not 1 <= steps <= self.num_train_timesteps:
             raise ValueError(f"steps {steps} must lie between 1 and {self.num_train_timesteps}")
-        scheduler = self._scheduler(solver, steps)
+        scheduler = self._scheduler(chosen, steps)
         guided = partial(self._guided, label=label, condition=condition, guidance=guidance)
         kind = noise.device.type
         as_called = (torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
 
-        def model(x: Tensor, timesteps: Tensor, context=None) -> Tensor:
+        def model(x: Tensor, timesteps: Tensor, context: None = None) -> Tensor:
             with torch.autocast(kind, *as_called):
                 return guided(x, timesteps)
 
-        if solver == "heun":
-            model = partial(_heun, model, scheduler)
+        # MONAI's types ask for a network, where any function will do.
+        sampler: Any = DiffusionInferer(scheduler)
+        solve = partial(_heun, model, scheduler) if chosen == "heun" else model
         # Under autocast is the network alone: MONAI's times are float64, which it does not know.
         with torch.autocast(kind, enabled=False):
-            z = DiffusionInferer(scheduler).sample(noise, model, verbose=False)
+            z = sampler.sample(noise, solve, verbose=False)
         return z * _as_channels(self.latent_std, z) + _as_channels(self.latent_mean, z)
 
-    def _guided(self, x: Tensor, timesteps: Tensor, *, label, condition, guidance):
+    def _guided(self, x: Tensor, timesteps: Tensor, *, label: Tensor | None,
+                condition: Tensor | None, guidance: float) -> Tensor:  # fmt: skip
         """Prediction with classifier-free guidance (Ho & Salimans 2022, equation 6)."""
 
-        def predict(label, condition):
+        def predict(label: Tensor | None, condition: Tensor | None) -> Tensor:
             labels = self._labels(label, None, len(x))
             context = self.context(condition)
             if context is not None:
@@ -357,14 +361,14 @@ class LatentDiffusion(Described, nn.Module):
         without = predict(None, None)
         return without + guidance * (predict(label, condition) - without)
 
-    def _scheduler(self, solver: str, steps: int | None = None):
+    def _scheduler(self, solver: str, steps: int | None = None) -> Scheduler:
         """MONAI's scheduler for training or for a solver. Latents are never clipped to [-1, 1]."""
         total = self.num_train_timesteps
         if self.process == "flow":
-            scheduler = RFlowScheduler(total, use_discrete_timesteps=False)
+            flow = RFlowScheduler(total, use_discrete_timesteps=False)
             if steps is not None:
-                scheduler.set_timesteps(steps)
-            return scheduler
+                flow.set_timesteps(steps)
+            return flow
         options: dict[str, Any] = dict(
             num_train_timesteps=total,
             schedule=self.schedule,
@@ -373,11 +377,11 @@ class LatentDiffusion(Described, nn.Module):
         )
         if self.schedule == "scaled_linear_beta":
             options |= dict(beta_start=0.0015, beta_end=0.0195)  # as in Rombach et al. 2022
-        if solver != "ddim":
+        if solver != "ddim" or steps is None:
             return DDPMScheduler(**options)
         if total % steps:
             divisors = [n for n in range(1, total + 1) if total % n == 0]
-            nearest = min(divisors, key=lambda n: abs(n - steps))
+            nearest = min((abs(n - steps), n) for n in divisors)[1]
             raise ValueError(
                 f"steps must divide {total} for ddim; {steps} does not, {nearest} does"
             )
@@ -393,7 +397,9 @@ class LatentDiffusion(Described, nn.Module):
         return (z - _as_channels(mean, z)) / _as_channels(std, z)
 
 
-def _heun(model: Callable, scheduler: RFlowScheduler, x: Tensor, timesteps: Tensor, context=None):
+def _heun(
+    model: Callable, scheduler: Scheduler, x: Tensor, timesteps: Tensor, context: None = None
+) -> Tensor:
     """Mean of the velocity here and where Euler's step would lead: second order."""
     velocity = model(x, timesteps)
     later = scheduler.timesteps[scheduler.timesteps < timesteps.item()]

@@ -18,7 +18,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -27,6 +27,9 @@ from torch.utils.data import Dataset
 
 from loaders.whole import whole_file, write_text
 from vae3d.tracking.media import case_stem
+
+if TYPE_CHECKING:
+    from safetensors import safe_open
 
 FORMAT = "vae3d latents 1"
 INDEX = "latents.json"
@@ -191,7 +194,7 @@ class Statistics:
         Args:
             parts: One dictionary of `moments` per file.
         """
-        files, count, mean, squares, noise = 0, 0, 0.0, 0.0, 0.0
+        files, count, mean, squares, noise = 0, 0, *np.zeros((3, 1))
         for part in parts:
             files += 1
             added, total = part["count"], count + part["count"]
@@ -418,10 +421,10 @@ def _plain(tensor: Tensor) -> Tensor:
 
 
 def _checksum(mean: Tensor, logvar: Tensor) -> int:
-    return zlib.crc32(logvar.numpy(), zlib.crc32(mean.numpy()))
+    return zlib.crc32(logvar.numpy().data, zlib.crc32(mean.numpy().data))
 
 
-def _open(path: str | Path):
+def _open(path: str | Path) -> safe_open:
     from safetensors import SafetensorError, safe_open
 
     if not Path(path).is_file():
@@ -434,7 +437,7 @@ def _open(path: str | Path):
         ) from error
 
 
-def _header(file, path: str | Path) -> dict[str, Any]:
+def _header(file: safe_open, path: str | Path) -> dict[str, Any]:
     info = json.loads((file.metadata() or {}).get("vae3d", "{}"))
     if info.get("format") != FORMAT:
         raise ValueError(f"{path}: a safetensors file, but not one that vae3d encode wrote")

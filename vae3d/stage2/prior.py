@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
+from functools import reduce
 from typing import Literal
 
 import torch
@@ -10,6 +12,7 @@ from torch import Tensor
 
 from vae3d.stage2.latents import LatentStore
 
+Kind = Literal["gaussian", "joint", "standard"]
 PRIORS = ("gaussian", "joint", "standard")
 
 
@@ -27,7 +30,7 @@ class GaussianPrior:
         kind: gaussian | joint | standard.
     """
 
-    def __init__(self, store: LatentStore, kind: Literal["gaussian", "joint", "standard"]):
+    def __init__(self, store: LatentStore, kind: Kind):
         if kind not in PRIORS:
             raise ValueError(f"prior {kind!r} is unknown; choose one of {', '.join(PRIORS)}")
         self.store, self.kind = store, kind
@@ -39,7 +42,7 @@ class GaussianPrior:
                     f"{len(store)} on {len(shapes)} grids: use --prior gaussian"
                 )
             means = [self._posterior(i)[0] for i in range(len(store))]
-            self.center = sum(means) / len(means)
+            self.center = reduce(operator.add, means) / len(means)
 
     def draw(self, shape: Sequence[int], generator: torch.Generator) -> Tensor:
         """Draw a latent `(C, *spatial)` as the VAE decodes it.
@@ -70,4 +73,5 @@ class GaussianPrior:
         return z + variance.sqrt() * torch.randn(z.shape, generator=generator)
 
     def _posterior(self, index: int) -> tuple[Tensor, Tensor]:
-        return torch.from_numpy(self.store.read(index)).chunk(2)
+        mean, logvar = torch.from_numpy(self.store.read(index)).chunk(2)
+        return mean, logvar

@@ -111,11 +111,13 @@ def scroll(
     return frames
 
 
-def _panel(plane: np.ndarray, spacing_mm, data_range, px_per_mm: float) -> np.ndarray:
+def _panel(
+    plane: np.ndarray, spacing: Sequence[float], ends: tuple[float, float], px_per_mm: float
+) -> np.ndarray:
     """A plane in true proportions, uint8 `(h, w, 3)`."""
-    low, high = data_range
-    size = tuple(
-        max(2, round(n * mm * px_per_mm)) for n, mm in zip(plane.shape, spacing_mm, strict=True)
+    low, high = ends
+    width, height = (
+        max(2, round(n * mm * px_per_mm)) for n, mm in zip(plane.shape, spacing, strict=True)
     )
     values = (upright(plane.astype(np.float32)) - low) / (high - low)
-    return gray_colors(resize(values, size))
+    return gray_colors(resize(values, (width, height)))

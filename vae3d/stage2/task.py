@@ -28,6 +28,8 @@ class LatentTask(Task):
         seed: Seed of posterior draws, noise, times and dropped conditions.
     """
 
+    network: LatentDiffusion
+
     def __init__(
         self,
         model: LatentDiffusion,
@@ -90,18 +92,14 @@ class Guide:
         label = None if self.numbers is None else self.numbers[volumes].to(device)
         if self.conditions is None:
             return label, None
-        means = [self.condition(int(i)) for i in volumes]
+        both = [self.conditions.read(int(i)) for i in volumes]
+        means = [latent[: len(latent) // 2] for latent in both]
         if len({mean.shape for mean in means}) > 1:
             raise ValueError(
                 "condition latents of one batch differ in size; use --batch_size 1 (and more "
                 "--grad_accum)"
             )
         return label, torch.from_numpy(np.stack(means)).to(device)
-
-    def condition(self, index: int) -> np.ndarray:
-        """Posterior mean of a subject's condition, `(C, *grid)`."""
-        both = self.conditions.read(index)
-        return both[: len(both) // 2]
 
 
 class LatentValidation:

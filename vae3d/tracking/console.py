@@ -15,7 +15,10 @@ import threading
 import time
 import warnings
 from collections.abc import Mapping
-from typing import IO
+from typing import IO, TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.progress import Progress, ProgressColumn, Task, TaskID
 
 TERMS = ("loss", "recon", "kl", "perceptual", "adversarial", "discriminator_loss")
 MEMORY = (("perf/gpu_memory_gb", "GPU"), ("perf/cpu_memory_gb", "RAM"))
@@ -44,10 +47,12 @@ class Console:
 
         self.total, self.start, self.enabled = total_steps, start_step, enabled
         self.every_s, self._next_line = every_s, 0.0
-        self._begun, self._progress, self._task = time.monotonic(), None, None
+        self._begun, self._text = time.monotonic(), ""
+        self._shown: tuple[Progress, TaskID] | None = None
         self.terminal = Terminal(file=stream or sys.stderr, highlight=False, soft_wrap=True)
         self.live = enabled and self.terminal.is_terminal
-        self._warned, self._lock = set(), threading.Lock()
+        self._warned: set[str] = set()
+        self._lock = threading.Lock()
         self._showwarning = warnings.showwarning
         warnings.showwarning = self._warn
 
@@ -66,7 +71,9 @@ class Console:
             return
         text = in_short(metrics or {})
         if self.live:
-            self._bar().update(self._task, completed=step, **({"text": text} if text else {}))
+            progress, task = self._bar()
+            self._text = text or self._text
+            progress.update(task, completed=step, text=self._text)
         elif text and (time.monotonic() >= self._next_line or step >= self.total):
             self._next_line = time.monotonic() + self.every_s
             line = f"step {step}/{self.total}  {text}  {self._time_left(step)}"
@@ -75,23 +82,23 @@ class Console:
     def print(self, line: str) -> None:
         """Print a line above the progress line."""
         if self.enabled:
-            (self._progress.console if self._progress else self.terminal).print(line, markup=False)
+            (self._shown[0].console if self._shown else self.terminal).print(line, markup=False)
 
     def close(self) -> None:
         """Leave the progress line as it is, give the terminal and the warnings back."""
-        if self._progress is not None:
-            self._progress.stop()
-            self._progress = None
+        if self._shown is not None:
+            self._shown[0].stop()
+            self._shown = None
         if warnings.showwarning == self._warn:
             warnings.showwarning = self._showwarning
 
     def __enter__(self) -> "Console":
         return self
 
-    def __exit__(self, *exc) -> None:
+    def __exit__(self, *exc: object) -> None:
         self.close()
 
-    def _warn(self, message, category, filename, lineno, file=None, line=None) -> None:
+    def _warn(self, message: Warning | str, *where: object, **how: object) -> None:
         text = " ".join(str(message).split())
         with self._lock:  # the media and W&B threads warn too
             known = text in self._warned
@@ -99,11 +106,11 @@ class Console:
         if not known:
             self.print(f"warning: {text}")
 
-    def _bar(self):
-        if self._progress is None:
+    def _bar(self) -> "tuple[Progress, TaskID]":
+        if self._shown is None:
             from rich.progress import BarColumn, Progress, TextColumn
 
-            self._progress = Progress(
+            progress = Progress(
                 TextColumn("{task.completed:.0f}/{task.total:.0f}", style="bold"),
                 BarColumn(bar_width=24),
                 TextColumn("{task.fields[text]}", markup=False),
@@ -111,11 +118,10 @@ class Console:
                 console=self.terminal,
                 refresh_per_second=4,
             )
-            self._task = self._progress.add_task(
-                "", total=self.total, completed=self.start, text=""
-            )
-            self._progress.start()
-        return self._progress
+            task = progress.add_task("", total=self.total, completed=self.start, text="")
+            self._shown = progress, task
+            progress.start()
+        return self._shown
 
     def _time_left(self, step: int) -> str:
         """Time to the end at the mean speed since the start, a resume counted from its own."""
@@ -126,13 +132,13 @@ class Console:
         return f"eta {left // 3600:d}:{left // 60 % 60:02d}:{left % 60:02d}"
 
 
-def _TimeLeft(console: Console):
+def _TimeLeft(console: Console) -> "ProgressColumn":
     """A column of rich's progress line; a function because rich is imported late."""
     from rich.progress import ProgressColumn
     from rich.text import Text
 
     class TimeLeft(ProgressColumn):
-        def render(self, task):
+        def render(self, task: "Task") -> Text:
             return Text(console._time_left(int(task.completed)), style="bold")
 
     return TimeLeft()

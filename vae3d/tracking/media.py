@@ -8,9 +8,10 @@ so pictures of two steps or two runs can be compared. Panels keep true proportio
 
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property, lru_cache
 from pathlib import Path
+from typing import TypedDict, Unpack
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -23,12 +24,8 @@ PLANES = (("axial", 2), ("coronal", 1), ("sagittal", 0))  # name, axis that the 
 BACKGROUND = (11, 12, 16)
 TEXT = (235, 237, 242)
 FAINT = (139, 145, 158)
-SIDES = {
-    "axial": "LR",
-    "coronal": "LR",
-    "sagittal": "PA",
-    "image": "  ",
-}  # left and right of the picture
+# Left and right of the picture.
+SIDES = {"axial": "LR", "coronal": "LR", "sagittal": "PA", "image": "  "}
 GAP = 10  # pixels between panels
 FOOT = 24
 # Error colors from -scale to +scale: ice, blue, background, orange, sand.
@@ -37,9 +34,20 @@ ERROR_COLORS = np.array(
 )
 
 
+Row = tuple[int, str, int, int]  # channel, plane, axis that it cuts, slice
+
+
+class View(TypedDict, total=False):
+    """How a pair of volumes is drawn, see `three_planes`."""
+
+    error_scale: float
+    window_hu: tuple[float, float] | None
+    title: str
+
+
 def three_planes(
-    x,
-    recon,
+    x: np.ndarray,
+    recon: np.ndarray,
     spacing_mm: Sequence[float] | None = None,
     data_range: tuple[float, float] = (0.0, 1.0),
     *,
@@ -75,8 +83,8 @@ def three_planes(
 
 
 def scroll_frames(
-    x,
-    recon,
+    x: np.ndarray,
+    recon: np.ndarray,
     spacing_mm: Sequence[float] | None = None,
     data_range: tuple[float, float] = (0.0, 1.0),
     *,
@@ -125,7 +133,9 @@ class _Scene:
     `panel_px` is the longest side of the largest plane; of those that cut the axis `cut` if given.
     """
 
-    def __init__(self, x, recon, spacing_mm, data_range, error_scale, window_hu, panel_px, cut=3):
+    def __init__(self, x: np.ndarray, recon: np.ndarray, spacing_mm: Sequence[float] | None,
+                 data_range: tuple[float, float], error_scale: float,
+                 window_hu: tuple[float, float] | None, panel_px: int, cut: int = 3):  # fmt: skip
         self.x, self.recon = (np.asarray(v, dtype=np.float32) for v in (x, recon))
         if self.x.shape != self.recon.shape or self.x.ndim not in (3, 4):
             raise ValueError(
@@ -162,11 +172,10 @@ class _Scene:
     def panel_size(self, axis: int) -> tuple[int, int]:
         """Width and height in pixels of a plane that cuts `axis`."""
         a, b = (i for i in range(3) if i != axis) if len(self.shape) == 3 else (0, 1)
-        return tuple(
-            max(2, round(self.shape[i] * self.spacing[i] * self.px_per_mm)) for i in (a, b)
-        )
+        width, height = (self.shape[i] * self.spacing[i] * self.px_per_mm for i in (a, b))
+        return max(2, round(width)), max(2, round(height))
 
-    def draw(self, rows, columns, title) -> np.ndarray:
+    def draw(self, rows: Sequence[Row], columns: Sequence[str], title: str) -> np.ndarray:
         """Rows (channel, plane, axis, index) under the column names, the scales at the foot."""
         sizes = [self.panel_size(axis) for _, _, axis, _ in rows]
         width = max(w for w, _ in sizes)
@@ -180,27 +189,28 @@ class _Scene:
         for left, column in zip(lefts, columns, strict=True):
             pen.text((left, top - 19), column, TEXT, font(13))
         y = top
-        for (channel, plane, axis, index), (w, h) in zip(rows, sizes, strict=True):
+        for row, (w, h) in zip(rows, sizes, strict=True):
+            channel, _, axis, index = row
             for left, column in zip(lefts, columns, strict=True):
                 panel = Image.fromarray(self.panel(column, channel, axis, index))
                 canvas.paste(panel, (left + (width - w) // 2, y))
-            self._label(pen, (GAP + (width - w) // 2, y, w, h), plane, axis, index, channel)
+            self._label(pen, (GAP + (width - w) // 2, y, w, h), row)
             y += h + GAP
-        self._foot(canvas, pen, y - GAP + 5, dict(zip(columns, lefts, strict=True)), width)
+        self._foot(canvas, y - GAP + 5, dict(zip(columns, lefts, strict=True)), width)
         return np.asarray(canvas)
 
-    def _label(self, pen, box, plane, axis, index, channel):
+    def _label(self, pen: ImageDraw.ImageDraw, box: tuple[int, int, int, int], row: Row) -> None:
         """Plane, slice and patient sides on the first panel of a row."""
-        x, y, w, h = box
+        (x, y, w, h), (channel, plane, axis, index) = box, row
         parts = [] if plane == "image" else [f"{plane}  {'xyz'[axis]} {index}"]
         parts += [f"channel {channel}"] if len(self.x) > 1 else []
         pen.text((x + 4, y + 3), "  ".join(parts), TEXT, font(11), stroke_width=1, stroke_fill=0)
         for side, at in zip(SIDES[plane], (x + 4, x + w - 12), strict=True):
             pen.text((at, y + h // 2 - 7), side, FAINT, font(11), stroke_width=1, stroke_fill=0)
 
-    def _foot(self, canvas, pen, y, lefts, width):
+    def _foot(self, canvas: Image.Image, y: int, lefts: dict[str, int], width: int) -> None:
         """Gray window and ruler under the first column, error scale under its own."""
-        unit = " HU" if self.window_hu else ""
+        pen, unit = ImageDraw.Draw(canvas), " HU" if self.window_hu else ""
         lo, hi = self.window_hu or (self.lo, self.hi)
         error = self.error * (hi - lo) / (self.hi - self.lo)
         ramp = np.repeat(np.linspace(0, 1, 56, dtype=np.float32)[None], 8, axis=0)
@@ -222,13 +232,13 @@ class _Scene:
 def save_views(
     folder: Path | str,
     case: str,
-    x,
-    recon,
+    x: np.ndarray,
+    recon: np.ndarray,
     spacing_mm: Sequence[float] | None = None,
     data_range: tuple[float, float] = (0.0, 1.0),
     *,
     separate: bool = False,
-    **view,
+    **view: Unpack[View],
 ) -> dict[str, Path]:
     """Write `<case>.png` (three planes), `<case>.gif` and `<case>.mp4` (scroll-throughs).
 
@@ -279,7 +289,8 @@ def write_gif(path: Path | str, frames: Iterable[np.ndarray], fps: float = 12.0)
 
     By Pillow itself: imageio, which calls it, would search for a palette again in every frame.
     """
-    few = [Image.fromarray(f).quantize(palette=gif_palette(), dither=0) for f in frames]
+    colors, dither = gif_palette(), Image.Dither.NONE
+    few = [Image.fromarray(f).quantize(palette=colors, dither=dither) for f in frames]
     how = {"save_all": True, "append_images": few[1:], "duration": 1000 / fps, "loop": 0}
     return _replace(path, lambda temporary: few[0].save(temporary, "GIF", **how))
 
@@ -288,7 +299,7 @@ def write_mp4(path: Path | str, frames: Iterable[np.ndarray], fps: float = 12.0)
     """Write uint8 frames `(H, W, 3)` of even height and width as H.264 that browsers play."""
     from imageio import v2 as imageio
 
-    def write(temporary):
+    def write(temporary: Path) -> None:
         mp4 = imageio.get_writer(
             temporary,
             format="FFMPEG",
@@ -308,7 +319,7 @@ def write_mp4(path: Path | str, frames: Iterable[np.ndarray], fps: float = 12.0)
     return _replace(path, write)
 
 
-def _replace(path, write) -> Path:
+def _replace(path: Path | str, write: Callable[[Path], object]) -> Path:
     """A reader, or a kill, never meets a half-written file."""
     with whole_file(path) as temporary:
         write(temporary)
@@ -355,7 +366,9 @@ def resize(picture: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     return np.asarray(Image.fromarray(picture).resize(size, Image.Resampling.BICUBIC))
 
 
-def color_scale(canvas, corner, colors, low: str, high: str) -> int:
+def color_scale(
+    canvas: Image.Image, corner: tuple[int, int], colors: np.ndarray, low: str, high: str
+) -> int:
     """Draw `low [colors] high` from `corner`; returns where it ends."""
     pen = ImageDraw.Draw(canvas)
     x, y = corner
@@ -390,6 +403,6 @@ def even(width: int, height: int) -> tuple[int, int]:
 
 
 @lru_cache
-def font(size: int):
+def font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
     """Pillow's own font, so that pictures look the same on every machine."""
     return ImageFont.load_default(size)

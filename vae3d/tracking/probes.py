@@ -12,9 +12,10 @@ their distribution per channel.
 Measuring leaves the global random state alone, so a run with probes trains as one without.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal, Protocol
 
 import numpy as np
 import torch
@@ -38,7 +39,36 @@ from vae3d.tracking.media import (
 NOISE = (0.0, 0.25, 0.5, 1.0, 2.0)  # multiples of the posterior's std
 BETWEEN = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)  # share of the second volume
 DRAWS = 6
+Slices = dict[str | int, np.ndarray]  # by label; a number is not drawn
 ACTIVE_NATS = 0.01  # a channel with less KL per latent element says nothing about its input
+
+
+class Posterior(Protocol):
+    """What a volume is encoded to: a Gaussian for each latent element."""
+
+    @property
+    def mean(self) -> torch.Tensor:
+        """`(B, C, *spatial)`."""
+
+    @property
+    def std(self) -> torch.Tensor:
+        """Same shape."""
+
+    def kl(self, reduction: Literal["none"]) -> torch.Tensor:
+        """KL divergence of each latent element from N(0, 1) [nats]."""
+
+
+class Autoencoder(Protocol):
+    """What the probes ask of a model."""
+
+    def parameters(self) -> Iterator[torch.nn.Parameter]:
+        """Weights, which say where and how precise the model is."""
+
+    def encode(self, x: torch.Tensor) -> Posterior:
+        """Posterior of `(B, C, *spatial)`."""
+
+    def decode(self, z: torch.Tensor) -> torch.Tensor:
+        """Reconstruction of a latent."""
 
 
 @dataclass
@@ -98,16 +128,15 @@ class LatentProbes:
             raise ValueError("latent probes need at least one volume")
         self.patches = [cut_patch(torch.as_tensor(x), patch_size) for x in volumes]
         if len({x.shape for x in self.patches}) > 1:  # whole volumes of different sizes
-            smallest = [
-                min(sizes) for sizes in zip(*[x.shape[1:] for x in self.patches], strict=True)
-            ]
+            shapes = [x.shape[1:] for x in self.patches]
+            smallest = [min(sizes) for sizes in zip(*shapes, strict=True)]
             self.patches = [cut_patch(x, smallest) for x in self.patches]
         dims = self.patches[0].ndim - 1
         self.spacing = tuple(spacing_mm)[:dims] if spacing_mm is not None else (1.0,) * dims
         self.data_range, self.seed = data_range, seed
 
     @torch.no_grad()
-    def measure(self, vae: torch.nn.Module) -> Measured:
+    def measure(self, vae: Autoencoder) -> Measured:
         """Encode the volumes and decode all probes, one at a time; slices go to the CPU.
 
         Args:
@@ -123,7 +152,7 @@ class LatentProbes:
         def decode(z: torch.Tensor) -> np.ndarray:
             return _middle(vae.decode(z.to(like.dtype))[0, 0].float())
 
-        def draw(shape) -> torch.Tensor:
+        def draw(shape: torch.Size) -> torch.Tensor:
             return torch.randn(shape, generator=noise).to(like.device)
 
         first, last = means[:1], means[-1:]
@@ -131,11 +160,8 @@ class LatentProbes:
         values = means.transpose(0, 1).flatten(1)  # (C, n)
         center, root = _fit(values)
         z_prior = [draw(first.shape) for _ in range(DRAWS)]
-        z_fitted = [
-            torch.einsum("ij,bj...->bi...", root, z)
-            + center.reshape(1, -1, *(1,) * (first.ndim - 2))
-            for z in z_prior
-        ]
+        center = center.reshape(1, -1, *(1,) * (first.ndim - 2))
+        z_fitted = [torch.einsum("ij,bj...->bi...", root, z) + center for z in z_prior]
         stds, kl = (t.transpose(0, 1).flatten(1) for t in (stds, kl))
         return Measured(
             numbers={
@@ -161,7 +187,7 @@ class LatentProbes:
         folder.mkdir(parents=True, exist_ok=True)
         between = zip((f"{t:.0%}" for t in BETWEEN), measured.between, strict=False)
         noise = zip((f"s {s:g}" for s in NOISE), measured.noise, strict=True)
-        rows = {
+        rows: dict[str, dict[str, Slices]] = {
             "noise": {"mean + s x std": dict(noise)},
             "between": {"between two volumes": dict(between)},
             "draws": {
@@ -178,7 +204,7 @@ class LatentProbes:
             for name, picture in pictures.items()
         }
 
-    def _strip(self, rows: dict[str, dict], width: int = 150) -> np.ndarray:
+    def _strip(self, rows: Mapping[str, Slices], width: int = 150) -> np.ndarray:
         """Rows of gray slices, a title above each row and a label in each slice."""
         lo, hi = self.data_range
         size = self._size(next(iter(next(iter(rows.values())).values())).shape, width)
@@ -203,15 +229,11 @@ class LatentProbes:
         size = self._size(measured.latents[0].shape, width)
         rows = -(-len(measured.latents) // columns)
         wide = min(len(measured.latents), columns)
-        canvas = Image.new(
-            "RGB",
-            even(max(GAP + wide * (size[0] + GAP), 330), 34 + rows * (size[1] + GAP)),
-            BACKGROUND,
-        )
+        whole = even(max(GAP + wide * (size[0] + GAP), 330), 34 + rows * (size[1] + GAP))
+        canvas = Image.new("RGB", whole, BACKGROUND)
         pen = ImageDraw.Draw(canvas)
-        pen.text(
-            (GAP, GAP - 2), f"posterior mean per channel, -{end:.3g} to +{end:.3g}", TEXT, font(13)
-        )
+        title = f"posterior mean per channel, -{end:.3g} to +{end:.3g}"
+        pen.text((GAP, GAP - 2), title, TEXT, font(13))
         for c, values in enumerate(measured.latents):
             x = GAP + c % columns * (size[0] + GAP)
             y = 30 + c // columns * (size[1] + GAP)
@@ -252,15 +274,15 @@ def draw_channels(measured: Measured, scale: int = 2) -> np.ndarray:
             box = [v * scale for v in (left, bottom - h, left + w, bottom)]
             _histogram(pen, box, values[c], low, high, active, normal=k == 0)
             mean, std = values[c].mean(), values[c].std()
-            text = (
-                f"channel {c}   mean {mean:+.2f}   std {std:.2f}" if k == 0 else f"mean {mean:.3g}"
-            )
+            both = f"channel {c}   mean {mean:+.2f}   std {std:.2f}"
+            text = both if k == 0 else f"mean {mean:.3g}"
             text += "   inactive" if k == 2 and not active else ""
             pen.text((left * scale, (bottom + 5) * scale), text, FAINT, font(11 * scale))
     return np.asarray(canvas.resize(size, Image.Resampling.LANCZOS))
 
 
-def _histogram(pen, box, values, low: float, high: float, active: bool, normal: bool) -> None:
+def _histogram(pen: ImageDraw.ImageDraw, box: list[int], values: np.ndarray, low: float,
+               high: float, active: bool, normal: bool) -> None:  # fmt: skip
     """Bars of the density of `values`, what lies outside in the outermost; N(0, 1) as a line."""
     left, top, right, bottom = box
     edges = np.linspace(low, high, 65)

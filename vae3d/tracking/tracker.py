@@ -26,9 +26,13 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 from loaders.whole import write_text
+
+if TYPE_CHECKING:
+    import wandb
 
 SECRET = re.compile(r"api_?key|token|secret|passw|credential|private_?key", re.IGNORECASE)
 URL_LOGIN = re.compile(r"(?<=://)[^/@\s]+@")
@@ -165,7 +169,7 @@ class Tracker:
                 return False
             self._pending_bytes += size
 
-        def job():
+        def job() -> None:
             try:
                 self.log_media(make(*args, **kwargs), step)
             finally:
@@ -187,7 +191,7 @@ class Tracker:
     def __enter__(self) -> "Tracker":
         return self
 
-    def __exit__(self, *exc) -> None:
+    def __exit__(self, *exc: object) -> None:
         self.close()
 
     def _write(self, name: str, row: Mapping) -> None:
@@ -205,7 +209,8 @@ class _Wandb:
 
     def __init__(self, mode: str, timeout_s: float):
         self.mode, self.timeout_s = mode, timeout_s
-        self.run, self.failures, self.finished, self.refusal = None, 0, False, ""
+        self.run: wandb.Run | None = None
+        self.failures, self.finished, self.refusal = 0, False, ""
         self.worker = _Worker("wandb", size=4096)
 
     def start(self, content: dict, where: dict) -> None:
@@ -222,7 +227,7 @@ class _Wandb:
             warnings.warn(f"W&B cannot be reached ({_reason(error)}); this run is offline")
             self._init(wandb, "offline", content, where)
 
-    def _init(self, wandb, mode: str, content: dict, where: dict) -> None:
+    def _init(self, wandb: ModuleType, mode: str, content: dict, where: dict) -> None:
         settings = wandb.Settings(
             init_timeout=self.timeout_s,
             finish_timeout=self.timeout_s,
@@ -234,11 +239,12 @@ class _Wandb:
             disable_git=True,  # a remote's URL may hold a password
             x_disable_meta=True,  # it would store the command line, host and user
         )
-        self.run = wandb.init(
+        run = wandb.init(
             mode=mode, resume="allow", reinit="create_new", settings=settings, **content, **where
         )
-        self.run.define_metric("step")
-        self.run.define_metric("*", step_metric="step")
+        self.run = run
+        run.define_metric("step")
+        run.define_metric("*", step_metric="step")
 
     def call(self, call: Callable) -> None:
         if self.run is None:
@@ -304,7 +310,7 @@ class _Worker:
         self.thread = threading.Thread(target=self._run, name=f"vae3d-{name}", daemon=True)
         self.thread.start()
 
-    def put(self, call: Callable, *args) -> bool:
+    def put(self, call: Callable, *args: object) -> bool:
         try:
             self.calls.put_nowait((call, args))
         except queue.Full:
@@ -426,7 +432,7 @@ def code_version() -> dict[str, str]:
     return version
 
 
-def _panel(wandb, path: Path):
+def _panel(wandb: ModuleType, path: Path) -> "wandb.Image | wandb.Video":
     if path.suffix == ".png":
         return wandb.Image(str(path))
     return wandb.Video(str(path), format=path.suffix[1:])

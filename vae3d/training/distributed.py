@@ -195,7 +195,7 @@ class Interrupt:
     process at once. Use as a context manager; outside the main thread signals stay as they are.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.exit_code = 0
         self._since = 0.0
         self._before: dict[int, Any] = {}
@@ -205,11 +205,11 @@ class Interrupt:
             self._before = {s: signal.signal(s, self._handle) for s in EXIT_CODES}
         return self
 
-    def __exit__(self, *_exc) -> None:
+    def __exit__(self, *_exc: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
-    def _handle(self, number: int, _frame) -> None:
+    def _handle(self, number: int, _frame: object) -> None:
         if self.exit_code:
             if "TORCHELASTIC_RUN_ID" in os.environ and time.monotonic() - self._since < ECHO_S:
                 return

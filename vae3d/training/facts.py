@@ -8,9 +8,11 @@ from typing import Any
 
 import torch
 
+from vae3d.models.custom_vae import CustomVAE
+
 
 def facts(
-    vae: torch.nn.Module,
+    vae: CustomVAE,
     store: Any,
     split: dict[str, list[str]],
     loader: Any,

@@ -16,7 +16,10 @@ from typing import Any
 import lightning
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
+from vae3d.losses.vae_loss import VAELoss
+from vae3d.models.custom_vae import CustomVAE
 from vae3d.training.task import VAETask
 
 ADAMW = partial(torch.optim.AdamW, lr=1e-4)
@@ -39,16 +42,16 @@ class LitVAE(lightning.LightningModule):
         seed: Seed of the posterior's noise.
     """
 
+    updates: Tensor
+
     def __init__(
         self,
-        model: nn.Module,
-        loss: nn.Module | None = None,
-        optimizer: Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer] = ADAMW,
+        model: CustomVAE,
+        loss: VAELoss | None = None,
+        optimizer: Callable[[Iterable[nn.Parameter]], Optimizer] = ADAMW,
         discriminator_optimizer: Callable | None = None,
         seed: int = 0,
     ):
-        from vae3d.losses.vae_loss import VAELoss
-
         super().__init__()
         self.model = model
         self.loss = VAELoss() if loss is None else loss
@@ -71,7 +74,7 @@ class LitVAE(lightning.LightningModule):
             terms = task(batch, step)
             self._log("train", terms, batch)
             return terms["loss"]
-        generator, critic = self.optimizers()
+        generator, critic = _flat(self.optimizers())
         terms = task(batch, step)
         self._update(generator, terms["loss"])
         if task.discriminator_active(step):
@@ -88,16 +91,16 @@ class LitVAE(lightning.LightningModule):
         terms = {"mae": (recon - x).abs().mean(), "mse": (recon - x).square().mean()}
         self._log("val", terms | {"kl": posterior.kl()}, batch)
 
-    def configure_optimizers(self):
+    def configure_optimizers(self) -> Optimizer | list[Optimizer]:
         """One optimizer for the model and the loss's own parameters, one for a discriminator."""
         parameters = [*self.model.parameters(), *self.loss.generator_parameters()]
         generator = self.make_optimizer(parameters)
-        if self.automatic_optimization:
+        critic = self.loss.discriminator
+        if critic is None:
             return generator
-        critic = self.make_discriminator_optimizer(self.loss.discriminator.parameters())
-        return [generator, critic]
+        return [generator, self.make_discriminator_optimizer(critic.parameters())]
 
-    def optimizer_step(self, *args, **kwargs) -> None:
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Count the updates that Lightning drives; the schedules of the loss follow them."""
         super().optimizer_step(*args, **kwargs)
         self._after_update()
@@ -114,7 +117,7 @@ class LitVAE(lightning.LightningModule):
             return batch.to(device)
         return super().transfer_batch_to_device(batch, device, _index)
 
-    def _update(self, optimizer, loss: Tensor) -> None:
+    def _update(self, optimizer: Optimizer, loss: Tensor) -> None:
         optimizer.zero_grad()
         self.manual_backward(loss)
         optimizer.step()

@@ -81,7 +81,7 @@ class Trial:
             )
         return min(fits, most)
 
-    def _search(self, budget: int, most: int) -> int:
+    def _search(self, budget: float, most: int) -> int:
         """Double until a batch does not fit, then halve the interval down to an eighth."""
         fits, size = 0, 1
         while size <= most and self._fits(size, budget):
@@ -91,7 +91,7 @@ class Trial:
             fits, size = (middle, size) if self._fits(middle, budget) else (fits, middle)
         return fits
 
-    def _fits(self, batch_size: int, budget: int) -> bool:
+    def _fits(self, batch_size: int, budget: float) -> bool:
         try:
             return self.peak_bytes(batch_size) <= budget
         except torch.OutOfMemoryError:
@@ -120,7 +120,7 @@ class _Peak:
         self._thread.start()
         return self
 
-    def __exit__(self, *exc) -> None:
+    def __exit__(self, *exc: object) -> None:
         if self.device.type == "cuda":
             self.bytes = torch.cuda.max_memory_allocated(self.device)
             return

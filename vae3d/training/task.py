@@ -6,10 +6,14 @@ The loop in `trainer.py` knows nothing else about a task, so both stages share i
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from vae3d.losses.vae_loss import VAELoss
+from vae3d.models.custom_vae import CustomVAE
 
 
 class Task(nn.Module):
@@ -17,11 +21,14 @@ class Task(nn.Module):
 
     Attributes:
         network: The module whose weights are averaged (EMA), saved as `model` and given to users.
-        discriminator: A second network with its own optimizer, or None.
     """
 
     network: nn.Module
-    discriminator: nn.Module | None = None
+
+    @property
+    def discriminator(self) -> nn.Module | None:
+        """A second network with its own optimizer, or None."""
+        return None
 
     def forward(self, batch: Any, step: int) -> dict[str, Tensor]:
         """Return named scalars, among them `loss`, each a mean over the samples of the batch.
@@ -68,12 +75,14 @@ class VAETask(Task):
         seed: Seed of the posterior's noise.
     """
 
-    def __init__(self, model: nn.Module, loss: nn.Module, seed: int = 0):
+    network: CustomVAE
+
+    def __init__(self, model: CustomVAE, loss: VAELoss, seed: int = 0):
         super().__init__()
         self.network = model
         self.loss = loss
         self.seed = seed
-        self._pair: tuple[Tensor, Tensor] | None = None
+        self._pair: tuple[Tensor, ...] = ()  # the last batch and its reconstruction
 
     @property
     def discriminator(self) -> nn.Module | None:
@@ -91,7 +100,7 @@ class VAETask(Task):
             ]
         )
         recon = self.network.decode(posterior.mean + posterior.std * noise)
-        recon = recon[(..., *(slice(n) for n in x.shape[2:]))]
+        recon = self.network.crop(recon, x)
         self._pair = (x, recon.detach())
         return self.loss(x, recon, posterior, step, last_layer=self.network.last_layer)
 
@@ -99,9 +108,10 @@ class VAETask(Task):
         """Whether the adversarial term has started."""
         return self.loss.discriminator_active(step)
 
-    def discriminator_loss(self, step: int, discriminator: nn.Module) -> dict[str, Tensor]:
+    def discriminator_loss(self, step: int, discriminator: nn.Module | None) -> dict[str, Tensor]:
         """Return the discriminator's terms on the last batch and its detached reconstruction."""
-        return self.loss.discriminator_loss(*self._pair, step, discriminator)
+        x, recon = self._pair
+        return self.loss.discriminator_loss(x, recon, step, discriminator)
 
     def after_step(self) -> None:
         """Update the controllers of the loss."""
@@ -128,7 +138,7 @@ class VAETask(Task):
 
 
 def noise_of_sample(
-    shape: torch.Size, seed: int, step: int, index: int, device: torch.device
+    shape: Sequence[int], seed: int, step: int, index: int, device: torch.device
 ) -> Tensor:
     """Standard normal noise that depends on the sample and the step, not on who draws it.
 

@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, Unpack
 
 import torch
-from torch import nn
 
 from vae3d.config import check_at_least
 from vae3d.inference.metrics import mae, psnr
 from vae3d.inference.reconstruct import reconstruct
-from vae3d.tracking.media import save_views
+from vae3d.models.custom_vae import CustomVAE
+from vae3d.tracking.media import View, save_views
 from vae3d.tracking.probes import LatentProbes
 from vae3d.tracking.tracker import Tracker
 from vae3d.training.distributed import World
@@ -58,7 +58,7 @@ class Validation:
             min(hands, key=len).append(i)
         return hands[self.world.rank]
 
-    def __call__(self, network: nn.Module, step: int) -> dict[str, float]:
+    def __call__(self, network: CustomVAE, step: int) -> dict[str, float]:
         """Return val/mae and val/psnr, means over the volumes, the same on every rank.
 
         The peak of the PSNR is the width of the store's data range. `rows` keeps the scores of
@@ -77,18 +77,17 @@ class Validation:
         return {f"val/{name}": fmean(row[name] for row in self.rows) for name in ("mae", "psnr")}
 
     def reconstruct(
-        self, network: nn.Module, index: int, recon: torch.Tensor | None = None
+        self, network: CustomVAE, index: int, recon: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return a volume `(C, X, Y, Z)` and its reconstruction, `recon` if given, on the CPU."""
         x = torch.from_numpy(self.store.read(index))
         if recon is None:
-            how = {"mode": "full"}
-            if self.patch_size is not None:
-                how = {"mode": "patch", "patch_size": self.patch_size, "overlap": self.overlap}
-            recon = reconstruct(network, x, **how)
+            mode = "full" if self.patch_size is None else "patch"
+            patches = {"patch_size": self.patch_size, "overlap": self.overlap}
+            recon = reconstruct(network, x, mode=mode, **patches)
         return x, recon
 
-    def show(self, network: nn.Module, step: int, tracker: Tracker | None, folder: Path) -> None:
+    def show(self, network: CustomVAE, step: int, tracker: Tracker | None, folder: Path) -> None:
         """Write input | recon | error of the shown volumes, and probes of the latents.
 
         The forward passes happen here, as far as validation has not just done them; drawing and
@@ -131,7 +130,7 @@ class Validation:
         return preprocess.window_hu if preprocess.intensity in ("unit", "symmetric") else None
 
 
-def _views(folder: Path, case: str, *args, **view) -> dict[str, Path]:
+def _views(folder: Path, case: str, *pair: Any, **view: Unpack[View]) -> dict[str, Path]:
     """Write a case's picture and clips; return them by the name of their panel."""
-    files = save_views(folder, case, *args, separate=True, **view)
+    files = save_views(folder, case, *pair, separate=True, **view)
     return {f"views/{case}/{kind}": path for kind, path in files.items()}

@@ -251,7 +251,7 @@ def fill(vae: CustomVAE, state: State, layout: Layout, report: Report) -> None:
     rows = layout.rows(vae)
     target = vae.state_dict()
     # Shapes are compared under their names, before anything is renamed.
-    expected = {}
+    expected: State = {}
     for row in rows:
         shape = (*target[row.ours].shape, *(1,) * row.ones)
         shape = (shape[0] // len(row.theirs), *shape[1:])
@@ -399,12 +399,12 @@ def kernel_profile(layer: torch.nn.Module, how: str) -> Tensor:
         layer: The convolution.
         how: `center` or `mean`.
     """
-    size, stride = layer.kernel_size[-1], layer.stride[-1]
-    if isinstance(layer, torch.nn.ConvTranspose3d):
+    if not isinstance(layer, torch.nn.Conv3d):
         raise ValueError("transposed convolutions cannot be inflated")
+    size, stride = layer.kernel_size[-1], layer.stride[-1]
     if how == "mean":
         return torch.full((size,), 1 / size)
-    first = layer.padding[-1]  # the tap on the first voxel of the cell
+    first = int(layer.padding[-1])  # the tap on the first voxel of the cell
     profile = torch.zeros(size)
     profile[first : first + stride] = 1 / stride
     return profile

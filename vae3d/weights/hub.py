@@ -37,7 +37,7 @@ class HubFolder(PyTorchModelHubMixin):
         (save_directory / RECIPE).write_text(recipe + "\n", encoding="utf-8")
 
     @classmethod
-    def _from_pretrained(
+    def _from_pretrained(  # type: ignore[override]  # the network itself, not its folder
         cls,
         *,
         model_id: str,

@@ -18,6 +18,7 @@ from vae3d.models.downsample import Down
 from vae3d.models.norm import NormAct
 from vae3d.models.upsample import TransposeUp, Up
 
+Parts = dict[str, dict[str, str | tuple[str, ...]]]  # by kind of layer: our name of a part, theirs
 Place = tuple[str, nn.Module, str, str]  # our prefix, layer, their prefix, kind of layer
 
 
@@ -49,7 +50,7 @@ class Layout:
 
     name: str
     places: Callable[[CustomVAE], Iterator[Place]]
-    parts: dict[str, dict[str, str | tuple[str, ...]]] = field(repr=False)
+    parts: Parts = field(repr=False)
     convolved: bool = False
 
     def rows(self, vae: CustomVAE) -> list[Row]:
@@ -179,7 +180,7 @@ class LevelNames:
         yield levels[-1][1], "conv_out"
 
 
-def block_parts(conv: str, shortcut: str) -> dict[str, str]:
+def block_parts(conv: str, shortcut: str) -> dict[str, str | tuple[str, ...]]:
     """Parts of a residual block where a convolution is called `conv1` plus `conv`."""
     return {
         "body.norm1.norm": "norm1",
@@ -190,16 +191,16 @@ def block_parts(conv: str, shortcut: str) -> dict[str, str]:
     }
 
 
-SHARED = {
+SHARED: Parts = {
     "norm": {"norm": ""},
     "quant_conv": {"": "quant_conv"},
     "post_quant_conv": {"": "post_quant_conv"},
 }
-MONAI_QUANT = {
+MONAI_QUANT: Parts = {
     "quant_conv": {"": ("quant_conv_mu.conv", "quant_conv_log_sigma.conv")},
     "post_quant_conv": {"": "post_quant_conv.conv"},
 }
-MONAI_ATTENTION = {
+MONAI_ATTENTION: Parts = {
     "attention": {
         "norm": "norm",
         "qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),

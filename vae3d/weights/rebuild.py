@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
 from math import gcd
-from typing import Literal
+from typing import Literal, NoReturn
 
 from torch import Tensor
 
@@ -28,7 +28,7 @@ from vae3d.weights.layouts import (
 class Weights(dict[str, Tensor]):
     """Tensors by name; a name that is asked for and not there is the file's fault."""
 
-    def __missing__(self, name: str):
+    def __missing__(self, name: str) -> NoReturn:
         raise ValueError(f"the weights lack {name}; the file is incomplete or of another network")
 
 
@@ -78,9 +78,9 @@ def build_monai(state: Weights, layout: Layout, hints: Hints) -> MonaiVAE:
     transpose = any(".deconv." in name for name in state) or hints.use_convtranspose
     # GenerativeModels' transposed convolutions have MAISI's kernel, 3.
     three = layout is MAISI or (layout in (GENERATIVE_01, GENERATIVE_02) and transpose)
-    options = {("num_channels" if three else "channels"): channels}
-    return (MaisiVAE if three else MonaiVAE)(
-        spatial_dims=stem.dim() - 2,
+    maisi, monai = partial(MaisiVAE, num_channels=channels), partial(MonaiVAE, channels=channels)
+    return (maisi if three else monai)(
+        spatial_dims=dims_of(stem),
         in_channels=stem.shape[1],
         out_channels=state[end].shape[0],
         latent_channels=state["quant_conv_mu.conv.weight"].shape[0],
@@ -93,7 +93,6 @@ def build_monai(state: Weights, layout: Layout, hints: Hints) -> MonaiVAE:
         use_convtranspose=transpose,
         include_fc=any(re.search(r"\.(out_proj|proj_attn|proj_out)\.", name) for name in state),
         use_combined_linear=any(".attn.qkv." in name for name in state),
-        **options,
     )
 
 
@@ -189,7 +188,7 @@ def build_compvis(state: Weights, layout: Layout, hints: Hints) -> AutoencoderKL
         z_channels=z_channels,
         embed_dim=state["post_quant_conv.weight"].shape[1] if quant else z_channels,
         double_z=state["encoder.conv_out.weight"].shape[0] == 2 * z_channels,
-        spatial_dims=stem.dim() - 2,
+        spatial_dims=dims_of(stem),
         attn_type="linear" if has(r"to_qkv") else "vanilla" if mid or attended else "none",
         mid_attention=mid,
         resamp_with_conv=len(levels) == 1 or has(r"(downsample|downsamplers\.0)\.conv\."),
@@ -202,6 +201,13 @@ def build_compvis(state: Weights, layout: Layout, hints: Hints) -> AutoencoderKL
 
 def _has(state: Weights, pattern: str) -> bool:
     return any(re.search(pattern, name) for name in state)
+
+
+def dims_of(kernel: Tensor) -> Literal[2, 3]:
+    """Spatial axes of a convolution's weight, `(C_out, C_in, *kernel)`."""
+    if kernel.dim() not in (4, 5):
+        raise ValueError(f"a first convolution of shape {tuple(kernel.shape)}; ours are 2D or 3D")
+    return 2 if kernel.dim() == 4 else 3
 
 
 def asked(value: int | None, name: str, channels: Sequence[int]) -> int:
