@@ -1,7 +1,7 @@
 """Train variational autoencoders on 3D and 2D volumes that do not fit."""
 
 from importlib import import_module
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from vae3d.commands.evaluate import evaluate
@@ -22,7 +22,7 @@ _HOMES = {
 }
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> Any:
     """Import a public name from its room on first use, so that `import vae3d` costs nothing."""
     if name not in _HOMES:
         raise AttributeError(f"module 'vae3d' has no attribute {name!r}")

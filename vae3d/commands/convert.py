@@ -146,7 +146,10 @@ def diffusers_hints(hints: Hints, config: dict[str, Any]) -> Hints:
         "latent_scale": config.get("scaling_factor"),
         "latent_shift": config.get("shift_factor"),
     }
-    return replace(hints, **{k: v for k, v in found.items() if getattr(hints, k) is None})
+    for name, value in found.items():
+        if getattr(hints, name) is None:
+            hints = replace(hints, **{name: value})
+    return hints
 
 
 def write(vae: CustomVAE, target: Path, to: str, preprocess: Preprocess) -> None:

@@ -7,11 +7,17 @@ import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from loaders import Preprocess
 from vae3d.losses.perceptual import Perceptual
+
+if TYPE_CHECKING:
+    from loaders import Subject, VolumeStore
+    from vae3d.inference.baselines import BlockPCA
+    from vae3d.models.custom_vae import CustomVAE
 
 PCA_VOLUMES = 16  # training volumes that the block-PCA baseline is fitted on
 
@@ -108,32 +114,44 @@ def evaluate(
     state = load_checkpoint(checkpoint)
     trained = state["config"]
     vae = load_model(checkpoint, ema=ema, trust=trust)
-    how = {"mode": mode, "batch_size": batch_size, "memory_gb": memory_gb}
-    how |= {"patch_size": list(patch_size or trained["patch_size"])}
-    how |= {"overlap": overlap, "blend": blend}
-    how |= {k: trained["data"][k] for k in ("slice_axis", "num_slices")}
-    Coding(**how)  # says what is wrong before anything is written
+    patch = list(patch_size or trained["patch_size"])
+    coding = Coding(  # says what is wrong before anything is written
+        mode=mode,
+        patch_size=patch,
+        overlap=overlap,
+        blend=blend,
+        batch_size=batch_size,
+        memory_gb=memory_gb,
+        slice_axis=trained["data"]["slice_axis"],
+        num_slices=trained["data"]["num_slices"],
+    )
+    how = vars(coding)
     if mode == "patch":
-        check_patch(how["patch_size"], vae.factor)
-        tile_faces([1] * vae.spatial_dims, how["patch_size"], overlap, blend)  # overlap < patch
+        check_patch(patch, vae.factor)
+        tile_faces([1] * vae.spatial_dims, patch, overlap, blend)  # overlap < patch
     file = find_checkpoint(checkpoint)
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
     facts = {"checkpoint": str(file), "step": state["step"], "ema": ema}
-    facts["checkpoint_sha256"] = hashlib.sha256(file.read_bytes()).hexdigest()
+    facts["checkpoint_sha256"] = digest
     subjects = find_subjects(data.root)
     chosen = choose_subjects(subjects, state["split"], split)[:limit]
 
     with open_world(device) as world:
         vae.to(world.device)
-        options = {"on_error": data.on_error}
-        options |= {k: trained["data"][k] for k in ("nan", "volumes_4d")}
-        preprocess = Preprocess.of_checkpoint(state["preprocess"], data.preprocess)
+        open_store = partial(
+            VolumeStore.build,
+            cache_dir=data.cache_dir,
+            preprocess=Preprocess.of_checkpoint(state["preprocess"], data.preprocess),
+            on_error=data.on_error,
+            nan=trained["data"]["nan"],
+            volumes_4d=trained["data"]["volumes_4d"],
+        )
         out, pca = Path(out_dir), None
         with world.main_first():
-            store = VolumeStore.build(chosen, data.cache_dir, preprocess, **options)
+            store = open_store(chosen)
             if baseline:
                 fitted_on = [s for s in subjects if s.id in state["split"].get("train", ())]
-                build = (fitted_on[:PCA_VOLUMES], data.cache_dir, preprocess)
-                pca = block_pca(build, options, vae, how, out)
+                pca = block_pca(open_store, fitted_on[:PCA_VOLUMES], vae, coding.slice_axis, out)
         if world.is_main:
             out.mkdir(parents=True, exist_ok=True)
             store.write_skipped(out)
@@ -167,7 +185,9 @@ def evaluate(
         say_results(summary, out)
 
 
-def choose_subjects(subjects: list, split: dict[str, list[str]], wanted: str | None) -> list:
+def choose_subjects(
+    subjects: list[Subject], split: dict[str, list[str]], wanted: str | None
+) -> list[Subject]:
     """The subjects of one part of the run's split.
 
     Args:
@@ -187,14 +207,20 @@ def choose_subjects(subjects: list, split: dict[str, list[str]], wanted: str | N
     return chosen
 
 
-def block_pca(build: tuple, options: dict, vae, how: dict, out: Path):
+def block_pca(
+    open_store: Callable[[list[Subject]], VolumeStore],
+    subjects: list[Subject],
+    vae: CustomVAE,
+    slice_axis: int,
+    out: Path,
+) -> BlockPCA | None:
     """The baseline, fitted on the run's training volumes once and kept in the folder.
 
     Args:
-        build: Subjects, cache folder and preprocessing of the training volumes.
-        options: Further options of `VolumeStore.build`.
+        open_store: Brings subjects into the cache.
+        subjects: Training volumes.
         vae: Says how many values a block has.
-        how: Says along which axis a 2D model is sliced.
+        slice_axis: Axis along which a 2D model is sliced.
         out: Evaluation folder.
 
     Returns:
@@ -202,16 +228,15 @@ def block_pca(build: tuple, options: dict, vae, how: dict, out: Path):
     """
     import torch
 
-    from loaders import VolumeStore
     from vae3d.inference.baselines import BlockPCA
 
-    if not build[0]:
+    if not subjects:
         print("no pca_psnr: the run's training volumes are not in data.root")
         return None
     factor = list(vae.factor)
     if vae.spatial_dims == 2:
-        factor.insert(how["slice_axis"], 1)
-    store = VolumeStore.build(*build, **options)
+        factor.insert(slice_axis, 1)
+    store = open_store(subjects)
     fitted_on = [store.meta(i)["key"] for i in range(len(store))]
     key = json.dumps([fitted_on, factor, vae.latent_channels])
     path = out / f"block_pca_{hashlib.sha256(key.encode()).hexdigest()[:8]}.pt"
@@ -222,7 +247,7 @@ def block_pca(build: tuple, options: dict, vae, how: dict, out: Path):
     return BlockPCA.load(path)
 
 
-def verify_exact(vae, store, size: int = 64) -> str:
+def verify_exact(vae: CustomVAE, store: VolumeStore, size: int = 64) -> str:
     """Compare the exact and the full pass on a crop from the middle of the first volume.
 
     Args:
@@ -255,7 +280,7 @@ def verify_exact(vae, store, size: int = 64) -> str:
     return f"verify: exact and full pass differ by at most {worst:.1e} of the range on {sizes}"
 
 
-def say_results(summary: dict, out: Path) -> None:
+def say_results(summary: dict[str, Any], out: Path) -> None:
     """Print the headline metrics and where to look."""
     for name in ("psnr", "ssim", "mae", "pooled_psnr", "pca_psnr", "seam_score", "patch_gap"):
         if name in summary["metrics"]:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    import torch
 
 
 def plan(
@@ -95,7 +98,7 @@ def largest_patch(
     return (edge,) * len(factor) if edge else None
 
 
-def count(module) -> float:
+def count(module: torch.nn.Module) -> float:
     """Millions of parameters."""
     return sum(p.numel() for p in module.parameters()) / 1e6
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vae3d.training.precision import autocast
+from vae3d.training.precision import Amp, autocast
 from vae3d.training.task import Task
 
 
@@ -17,7 +17,7 @@ def first_bad(
     window: Sequence[Any],
     step: int,
     device: torch.device,
-    amp: str,
+    amp: Amp,
     sources: Callable[[Any], list[str]] | None = None,
     run_again: bool = True,
 ) -> str:
@@ -45,7 +45,7 @@ def first_bad(
     return ""
 
 
-def first_in_batch(task: Task, batch: Any, step: int, device: torch.device, amp: str) -> str:
+def first_in_batch(task: Task, batch: Any, step: int, device: torch.device, amp: Amp) -> str:
     """Name the first output, term or gradient of one batch that is not finite, if there is one."""
     bad: list[str] = []
     hooks = [
@@ -67,8 +67,8 @@ def first_in_batch(task: Task, batch: Any, step: int, device: torch.device, amp:
     return ""
 
 
-def _watch(bad: list[str], name: str) -> Callable:
-    def hook(_module, _inputs, output):
+def _watch(bad: list[str], name: str) -> Callable[..., None]:
+    def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
         if isinstance(output, Tensor) and not bad and not output.isfinite().all():
             bad.append(f"the output of {name}")
 

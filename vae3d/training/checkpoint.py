@@ -14,12 +14,15 @@ import re
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from loaders.whole import sweep, whole_file
 from vae3d.weights.hub import check_archive, load_strictly
+
+if TYPE_CHECKING:
+    from vae3d.models.custom_vae import CustomVAE
 
 FORMAT = 1
 STEP_FILE = re.compile(r"step_(\d+)\.pt")
@@ -127,7 +130,7 @@ def write_atomic(path: Path, state: dict[str, Any]) -> None:
     except BaseException as error:
         # torch hides a full disk behind "unexpected pos"; the real reason is further down the chain
         reason = _os_error(error)
-        if reason is None or reason.filename:
+        if reason is None or reason.errno is None or reason.filename:
             raise
         raise OSError(reason.errno, os.strerror(reason.errno), str(path)) from error
 
@@ -170,8 +173,8 @@ def find_checkpoint(path: str | Path) -> Path:
     raise ValueError(f"{path}: no such checkpoint or run folder")
 
 
-def load_model(path: str | Path, ema: bool = True, trust: Iterable[str] = ()) -> torch.nn.Module:
-    """Rebuild a trained network in eval mode on the CPU.
+def load_model(path: str | Path, ema: bool = True, trust: Iterable[str] = ()) -> CustomVAE:
+    """Rebuild a trained VAE in eval mode on the CPU.
 
     Args:
         path: Run folder, checkpoint file, or a folder that `save_pretrained` wrote.
@@ -181,12 +184,26 @@ def load_model(path: str | Path, ema: bool = True, trust: Iterable[str] = ()) ->
     Example:
         >>> vae = load_model("runs/a")  # doctest: +SKIP
     """
-    from vae3d.models.spec import build
+    from vae3d.models.custom_vae import CustomVAE
 
     if (Path(path) / "config.json").is_file():
-        from vae3d.models.custom_vae import CustomVAE
-
         return CustomVAE.from_pretrained(path, trust=tuple(trust))
+    model = load_network(path, ema, trust)
+    if not isinstance(model, CustomVAE):
+        raise ValueError(f"{path}: holds a {type(model).__name__}, not a VAE; give the VAE's run")
+    return model
+
+
+def load_network(path: str | Path, ema: bool = True, trust: Iterable[str] = ()) -> torch.nn.Module:
+    """Rebuild what a run trained, a VAE or a diffusion model, in eval mode on the CPU.
+
+    Args:
+        path: Run folder or checkpoint file.
+        ema: Take the averaged weights where the run kept some.
+        trust: Module prefixes besides `vae3d` whose classes may be imported.
+    """
+    from vae3d.models.spec import build
+
     state = load_checkpoint(path)
     model = build(state["spec"], trust=tuple(trust))
     weights = state["ema"] if ema and state.get("ema") else state["model"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from inspect import signature
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from vae3d.training.task import Task
 
 # Buffers change in `after_step` alone, the same on every rank; torch 2.13 renamed the switch.
-_KEEP_BUFFERS = (
+_KEEP_BUFFERS: dict[str, Any] = (
     {"forward_sync_buffers": False}
     if "forward_sync_buffers" in signature(DistributedDataParallel.__init__).parameters
     else {"broadcast_buffers": False}
@@ -24,17 +25,33 @@ def parts_of(task: Task) -> dict[str, tuple[nn.Module, list[nn.Parameter]]]:
     theirs = list(discriminator.parameters()) if discriminator is not None else []
     owned = {id(p) for p in theirs}
     ours = [p for p in task.parameters() if p.requires_grad and id(p) not in owned]
-    parts = {"generator": (task, ours)}
-    return parts | {"discriminator": (discriminator, theirs)} if theirs else parts
+    parts: dict[str, tuple[nn.Module, list[nn.Parameter]]] = {"generator": (task, ours)}
+    if discriminator is not None and theirs:
+        parts["discriminator"] = discriminator, theirs
+    return parts
 
 
-def adamw(params, lr: float, betas: tuple[float, float], decay: float) -> torch.optim.AdamW:
+class FusedAdamW(torch.optim.AdamW):
+    """AdamW whose kernel divides the gradients as it reads them, and can drop a step by itself.
+
+    Attributes:
+        grad_scale: What the gradients are divided by.
+        found_inf: 1 where the step is dropped, else 0.
+    """
+
+    grad_scale: Tensor
+    found_inf: Tensor
+
+
+def adamw(
+    params: list[nn.Parameter], lr: float, betas: tuple[float, float], decay: float
+) -> FusedAdamW:
     """AdamW that decays kernels and matrices, not norms and biases."""
     groups = [
         {"params": [p for p in params if p.ndim > 1], "weight_decay": decay},
         {"params": [p for p in params if p.ndim <= 1], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr, betas, fused=True)
+    return FusedAdamW([g for g in groups if g["params"]], lr, betas, fused=True)
 
 
 def gradients(optimizer: torch.optim.Optimizer) -> list[Tensor]:

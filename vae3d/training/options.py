@@ -12,6 +12,7 @@ from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 from vae3d.config import check_at_least
+from vae3d.training.precision import Amp
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +59,7 @@ class Loop:
     betas: tuple[float, float] = (0.9, 0.99)
     clip_norm: float = 1.0
     ema_decay: float = 0.999
-    amp: Literal["off", "bf16", "fp16"] | None = None
+    amp: Amp | None = None
     seed: int = 0
     log_every: int = 10
     val_every: int = 500
@@ -116,7 +117,7 @@ def spread(function: Callable[..., int]) -> Callable[..., int]:
         keyword(field.name, default=field.default, annotation=known[field.name])
         for field in fields(group)
     ]
-    flat.__signature__ = inspect.Signature([*own, *theirs], return_annotation=int)  # type: ignore[attr-defined]
+    flat.__signature__ = inspect.Signature([*own, *theirs], return_annotation=int)
     flat.__annotations__ = hints | {name: known[name] for name in names}
     _, lines = inspect.cleandoc(Loop.__doc__ or "").split("Args:\n")
     flat.__doc__ = re.sub(r" *loop: .*", lines, inspect.cleandoc(function.__doc__ or ""))

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
 from vae3d.kernels.steps import compute_dtype
 
-AMP = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+Amp = Literal["off", "bf16", "fp16"]
+AMP: dict[Amp, torch.dtype] = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def autocast(device: torch.device, amp: str) -> torch.autocast:
+def autocast(device: torch.device, amp: Amp) -> torch.autocast:
     """Context in which the networks run in the precision `amp`.
 
     Args:
@@ -20,7 +23,7 @@ def autocast(device: torch.device, amp: str) -> torch.autocast:
     return torch.autocast(device.type, AMP[amp], enabled=amp != "off")
 
 
-def native_amp(device: torch.device) -> str:
+def native_amp(device: torch.device) -> Amp:
     """Precision that trains fast at no risk: bf16 where a device multiplies it natively, or off.
 
     Args:

@@ -18,7 +18,7 @@ from vae3d.tracking.tracker import Tracker
 from vae3d.training.checkpoint import Checkpoints
 from vae3d.training.distributed import World
 from vae3d.training.options import Loop
-from vae3d.training.precision import native_amp
+from vae3d.training.precision import Amp, native_amp
 
 # May differ between a run and its continuation: they say how long, how watched and where, not what.
 HARMLESS = {
@@ -72,7 +72,7 @@ class Run:
             self.checkpoints.sweep()
         return self
 
-    def __exit__(self, *exc) -> None:
+    def __exit__(self, *exc: object) -> None:
         self._stack.close()
 
     def begin(
@@ -120,7 +120,7 @@ class Run:
         self.call = fn, kwargs
         return config, state
 
-    def precision(self, amp: str | None, state: dict[str, Any] | None) -> str:
+    def precision(self, amp: Amp | None, state: dict[str, Any] | None) -> Amp:
         """Settle `--amp`: what was asked for, what the run began with, or what suits the device.
 
         Args:
@@ -242,5 +242,5 @@ class _Lock:
         self.file.flush()
         return self
 
-    def __exit__(self, *exc) -> None:
+    def __exit__(self, *exc: object) -> None:
         self.file.close()

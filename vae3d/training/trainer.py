@@ -10,13 +10,14 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
 from itertools import islice
 from typing import Any
 
 import psutil
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor.experimental import implicit_replication
 from torch.nn.parallel import DistributedDataParallel
 
@@ -70,9 +71,9 @@ class Trainer:
         loop: Loop,
         discriminator_lr: float | None = None,
         sharding: str = "ddp",
-        validate: Callable[[nn.Module, int], dict[str, float]] | None = None,
+        validate: Callable[[Any, int], dict[str, float]] | None = None,
         monitor: str = "val/mae",
-        show: Callable[[nn.Module, int], None] | None = None,
+        show: Callable[[Any, int], None] | None = None,
         sources: Callable[[Any], list[str]] | None = None,
         record: dict[str, Any] | None = None,
     ):
@@ -81,10 +82,11 @@ class Trainer:
             raise ValueError("Trainer takes an `amp` that is settled: off, bf16 or fp16")
         self.task, self.loader, self.world, self.tracker = task, loader, world or World(), tracker
         self.checkpoints, self.loop, self.amp = checkpoints, loop, loop.amp
-        self.validate_network, self.monitor = validate, monitor
+        self.monitor, self.sources, self.record = monitor, sources, record or {}
         self.val_every = loop.val_every if validate else 0
         self.media_every = loop.media_every if show else 0
-        self.show, self.sources, self.record = show, sources, record or {}
+        self.validate_network = validate or (lambda network, step: {})
+        self.show = show or (lambda network, step: None)
         self.device = self.world.device
         self.free_reads = self.device.type == "cpu"  # no queue of kernels to wait for
 
@@ -183,12 +185,14 @@ class Trainer:
                 self._accumulate("discriminator", last, batch, count / total, terms)
         return terms
 
-    def _accumulate(self, name: str, last: bool, batch, share: float, terms: dict) -> None:
+    def _accumulate(
+        self, name: str, last: bool, batch: Any, share: float, terms: dict[str, Tensor]
+    ) -> None:
         network = self.networks[name]
-        if self.sharded:
+        if isinstance(network, FSDPModule):
             network.set_requires_gradient_sync(last)
-        sync = last or not isinstance(network, DistributedDataParallel)
-        with nullcontext() if sync else network.no_sync():
+        ddp = network if isinstance(network, DistributedDataParallel) else None
+        with ddp.no_sync() if ddp and not last else nullcontext():
             with autocast(self.device, self.amp):
                 if name == "generator":
                     values = network(batch.to(self.device), self.step)
@@ -237,7 +241,7 @@ class Trainer:
         if self.free_reads or (self.step + 1) % self.loop.log_every == 0:
             self._stop_if_hopeless(window)
 
-    def _mixing(self):
+    def _mixing(self) -> AbstractContextManager[None]:
         """Context in which scalars go with sharded tensors."""
         return implicit_replication() if self.sharded else nullcontext()
 
