@@ -201,6 +201,18 @@ class Blur(nn.Module):
         return self.conv(x)
 
 
+@pytest.mark.parametrize("options", [{"dilation": 2}, {"kernel_size": 4}])
+def test_padding_by_name_is_that_of_the_layer(options):
+    class Named(blocks.Block):
+        def __init__(self, channels, out_channels, spatial_dims, norm, act):
+            conv = nn.Conv3d(
+                channels, out_channels, **{"kernel_size": 3, "padding": "same", **options}
+            )
+            super().__init__(nn.Sequential(conv), None)
+
+    assert_exact(tiny(block=Named))
+
+
 def test_a_custom_module_that_declares_its_halo_is_tiled():
     vae = tiny()
     vae.decoder.insert(2, Blur(8, 1, 3, halo=2))
