@@ -28,7 +28,7 @@ def load_yaml(text: str) -> Any:
     try:
         return yaml.load(text, _Strict)
     except (ValueError, LookupError, AttributeError) as error:  # a tag on what it does not fit
-        raise yaml.YAMLError(f"a value that is none of its type ({error})") from error
+        raise yaml.YAMLError(f"a value that does not fit its type ({error})") from error
 
 
 def read_yaml(path: Path) -> Any:
@@ -43,20 +43,16 @@ def read_yaml(path: Path) -> Any:
         raise ValueError(f"{path}: not a YAML file that can be read ({error})") from error
 
 
-def load_json(text: str, name: object) -> Any:
-    """Return what a JSON text says.
-
-    Args:
-        text: The text.
-        name: The file, for the message.
+def read_json(path: Path) -> Any:
+    """Return what a JSON file says.
 
     Raises:
         ValueError: Not JSON, or nested too deeply.
     """
     try:
-        return json.loads(text)
+        return json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{name}: not JSON ({error})") from error
+        raise ValueError(f"{path}: not JSON that can be read ({error})") from error
 
 
 class _Strict(yaml.SafeLoader):
@@ -76,20 +72,20 @@ class _Strict(yaml.SafeLoader):
         self.depth = 0
         self.extent: dict[yaml.Node, tuple[int, int]] = {}  # values in a node, levels below it
 
-    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node:
         """Measure each node before anything is made of it; PyYAML recurses into the nodes."""
-        if not self.check_event(yaml.AliasEvent):  # an alias is the node that it stands for
-            self.depth += 1
-            check_extent(1, self.depth)
-            node = super().compose_node(parent, index)
-            self.depth -= 1
+        anchor = self.peek_event().anchor if self.check_event(yaml.AliasEvent) else None
+        self.depth += 1
+        check_extent(1, self.depth)
+        node = super().compose_node(parent, index)
+        assert node is not None
+        self.depth -= 1
+        if anchor is None:
             self.extent[node] = self.measure(node)
-        else:
-            name = self.peek_event().anchor
-            node = super().compose_node(parent, index)
-            if node not in self.extent:
-                raise yaml.YAMLError(f"the alias *{name} stands for something that holds it")
-        check_extent(self.extent[node][0], self.depth + self.extent[node][1])
+        elif node not in self.extent:
+            raise yaml.YAMLError(f"the alias *{anchor} stands for something that holds it")
+        size, levels = self.extent[node]
+        check_extent(size, self.depth + 1 + levels)
         return node
 
     def measure(self, node: yaml.Node) -> tuple[int, int]:
@@ -101,7 +97,7 @@ class _Strict(yaml.SafeLoader):
         size = 1 + sum(size for size, _ in extents)
         return size, max((1 + levels for _, levels in extents), default=0)
 
-    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         """Refuse a key that is written twice; one that comes in by `<<` is no second time."""
         node = super().compose_mapping_node(anchor)
         seen: set[tuple[str, str]] = set()

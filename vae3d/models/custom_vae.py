@@ -4,6 +4,7 @@ Axes: b batch, c channels, x y z space in storage order; 2D is `(B, C, X, Y)`, 3
 """
 
 import copy
+import json
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
@@ -290,7 +291,10 @@ class CustomVAE(Described, nn.Module):
         """
         from vae3d.models.hub import HubFolder
 
-        vae = HubFolder.from_pretrained(name, trust=trust, **options)
+        try:
+            vae = HubFolder.from_pretrained(name, trust=trust, **options)
+        except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+            raise ValueError(f"{name}: its config.json is damaged ({error})") from error
         if not isinstance(vae, cls):
             raise ValueError(f"{name} holds a {type(vae).__name__}, not a {cls.__name__}")
         return vae
