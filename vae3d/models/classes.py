@@ -32,8 +32,10 @@ def buildable(hint: Any) -> set[type]:
     inside = typing.get_args(hint)
     if typing.get_origin(hint) is not collections.abc.Callable:
         return {cls for argument in inside for cls in buildable(argument)}
-    base = inside[-1] if inside else None
-    return {base} if isinstance(base, type) and base.__module__ != "builtins" else set()
+    base = inside[-1] if inside else Any
+    if not isinstance(base, type) or base.__module__ in ("builtins", "typing"):
+        return set()
+    return {base}
 
 
 def names_class(path: object, bases: tuple[type, ...]) -> bool:
