@@ -44,11 +44,14 @@ from vae3d.models.spec import describe
 MISTAKE = 2  # exit code when the user's input is at fault
 INTERRUPTED = 130  # exit code after Ctrl-C, 128 + SIGINT
 MAX_NUMBER = 100  # characters
+LONG_LINE = 1500  # characters of a message; jsonargparse repeats the whole value
 
 jsonargparse.set_loader("strict_yaml", load_yaml, exceptions=(yaml.YAMLError,))
 
 
-def main(fn: Callable[..., int | None], argv: list[str] | None = None, prog: str | None = None):
+def main(
+    fn: Callable[..., int | None], argv: list[str] | None = None, prog: str | None = None
+) -> NoReturn:
     """Run `fn` from the command line and exit with its code.
 
     A `ValueError` raised by this project, or an `OSError` that names a file, is the user's
@@ -164,9 +167,23 @@ def _import_class(path: object, *options: Any, **more: Any) -> Any:
         if isinstance(found, type) and issubclass(found, bases):
             return found
     raise ImportError(
-        f"{path} is no class that a socket takes (nothing was built of it); give a class under the"
-        " base class of the socket, written as a `class` statement in a module that can be imported"
+        f"{path} is no class that a socket takes; give one that is written as a `class` statement"
+        " under the socket's base class"
     )
+
+
+@dataclasses.dataclass
+class _Free:
+    """Hides plain data from jsonargparse, which takes any `class_path: ...` for a class."""
+
+    data: Any
+
+
+def _free_value(value: Any, hint: Any, out: bool, handed_over: bool, *_: Any, **__: Any) -> Any:
+    """Keep what stands where any value may stand as it is: hidden, and in the end plain again."""
+    data = value.data if isinstance(value, _Free) else value
+    hide = isinstance(data, (dict, list)) and not out and not handed_over
+    return _Free(data) if hide else data
 
 
 def _number(text: str) -> Any:
@@ -192,8 +209,8 @@ def _while_parsing(name: str, ours: Callable[..., Any], *modules: ModuleType) ->
 
 # jsonargparse imports whatever a value names, and has no setting against it that knows of sockets.
 _import_object = _while_parsing("import_object", _import_class, _typehints, _actions)
-# It builds a class of `class_path: ...` where any value may stand; here that is plain data.
-_while_parsing("adapt_classes_any", lambda value, *_, **__: value, _typehints)
+# It builds a class of `class_path: ...` where any value may stand, and reads text in text as YAML.
+_while_parsing("adapt_classes_any", _free_value, _typehints)
 _while_parsing("is_importable_module_path", lambda path: False, _typehints)
 _basic_load = _while_parsing("basic_json_or_yaml_load", _number, _typehints)
 
@@ -290,7 +307,10 @@ def _is_users_mistake(error: Exception) -> bool:
     return any(raised_in.is_relative_to(home / name) for name in ours)
 
 
-def _one_line(error: Exception) -> str:
+def _one_line(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-    return " ".join(str(error).split())
+    text = " ".join(str(error).split())
+    return (
+        text if len(text) < LONG_LINE else f"{text[: LONG_LINE // 2]} ... {text[-LONG_LINE // 2 :]}"
+    )
