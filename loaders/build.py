@@ -71,7 +71,7 @@ class Builder:
             return {}
         try:
             self.digests |= json.loads((self.cache_dir / "sources.json").read_text())
-        except (FileNotFoundError, ValueError):  # ValueError: torn by a crash of the machine
+        except (FileNotFoundError, ValueError, RecursionError):  # torn by a crash of the machine
             return {}
         found = {}
         for subject in subjects:
@@ -106,7 +106,7 @@ class Builder:
             meta = json.loads((self.cache_dir / f"{key}.json").read_text())
             if os.path.getsize(self.cache_dir / meta["file"]) == meta["num_bytes"]:
                 return meta
-        except (FileNotFoundError, ValueError, KeyError):
+        except (FileNotFoundError, ValueError, KeyError, RecursionError):
             pass  # not built, or torn by a crash of the machine: it is built again
         return None
 

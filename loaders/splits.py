@@ -143,7 +143,7 @@ def manifest_subjects(manifest: Path) -> list[Subject]:
             rows = json.loads(text)
         else:
             rows = list(csv.DictReader(text.splitlines()))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:  # RecursionError: nested without end
         raise ValueError(f"{manifest}: cannot be read ({error})") from error
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise ValueError(f"{manifest}: must be a list of objects with the key 'path'")

@@ -93,6 +93,82 @@ def test_classes_that_are_gone_are_the_users_mistake():
         build({"class_path": "vae3d.models.nowhere.Block", "init_args": {}})
 
 
+SPEC = CustomVAE(channels=(4,), norm=partial(GroupNorm, num_groups=4)).spec
+
+
+def with_block(path, **args):
+    return SPEC | {
+        "init_args": SPEC["init_args"] | {"block": {"class_path": path, "init_args": args}}
+    }
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "vae3d.config.main",
+        "vae3d.config.partial",
+        "vae3d.config.os.system",
+        "vae3d.training.distributed.subprocess.run",
+        "vae3d.commands.demo_data.demo_data",
+        "vae3d.tracking.tracker.Tracker",
+        "vae3d.models.norm.GroupNorm",
+        "vae3d.models.custom_vae.Described",
+        "vae3d.load_model",
+    ],
+)
+def test_a_checkpoint_names_classes_of_its_sockets_and_no_function(path, tmp_path):
+    with pytest.raises(ValueError, match="a class of Block"):
+        build(with_block(path, out_dir=str(tmp_path / "made")))
+    if not path.endswith("Described"):
+        with pytest.raises(ValueError, match="a class of Described"):
+            build({"class_path": path, "init_args": {"out_dir": str(tmp_path / "made")}})
+    assert not (tmp_path / "made").exists()
+
+
+def test_trust_alone_imports_nothing_that_is_no_class_of_the_socket(tmp_path, monkeypatch):
+    (tmp_path / "trap_of_a_checkpoint.py").write_text(
+        "raise SystemExit('imported')\nclass Evil: ..."
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    spec = with_block("trap_of_a_checkpoint.Evil")
+    for trust in ((), ["trap_of_a_checkpoint"]):
+        with pytest.raises(ValueError, match="trap_of_a_checkpoint"):
+            build(spec, trust=trust)
+
+
+class Keeper(CustomVAE):
+    """A network that keeps plain data, and a class where it has no socket."""
+
+    def __init__(self, channels: tuple[int, ...] = (32,), kept: dict | None = None):
+        super().__init__(channels=channels)
+        self.kept = kept
+
+
+def test_a_free_value_of_a_recipe_stays_plain_data():
+    kept = {"class_path": "vae3d.models.blocks.ResBlock", "init_args": {}}
+    for value in (kept, {"class_path": "os.system", "init_args": {"command": "exit 1"}}):
+        vae = Keeper(kept=value)
+        assert build(vae.spec, trust=[__name__]).kept == value
+
+
+@pytest.mark.parametrize(
+    "damage", [None, [], {"class_path": None, "init_args": {}}, {"init_args": {}}]
+)
+def test_a_damaged_recipe_is_the_users_mistake(damage):
+    with pytest.raises(ValueError, match="the model"):
+        build(damage)
+
+
+def test_a_recipe_nested_without_end_is_the_users_mistake():
+    spec = []
+    for _ in range(100_000):
+        spec = [spec]
+    with pytest.raises(ValueError, match="nested too deeply"):
+        build(SPEC | {"init_args": {"channels": spec}})
+    while spec:  # taken apart by hand: freed as a whole it would recurse
+        spec = spec[0]
+
+
 def test_what_cannot_be_saved_is_refused():
     with pytest.raises(ValueError, match="cannot be saved"):
         describe(partial(CustomVAE, block=lambda *a: ResBlock(*a)))

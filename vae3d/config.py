@@ -20,28 +20,38 @@ import atexit
 import dataclasses
 import inspect
 import os
-import re
 import sys
 import traceback
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NoReturn
 
 import docstring_parser
 import jsonargparse
 import yaml
+from jsonargparse import _actions, _typehints
 
+from loaders.texts import load_yaml
 from loaders.whole import write_text
+from vae3d.models.classes import buildable, names_class
 from vae3d.models.spec import describe
 
 MISTAKE = 2  # exit code when the user's input is at fault
 INTERRUPTED = 130  # exit code after Ctrl-C, 128 + SIGINT
-MAX_ALIASES = 100  # a hand-written YAML has a few; thousands are an expansion bomb
+MAX_NUMBER = 100  # characters
+LONG_LINE = 1500  # characters of a message; jsonargparse repeats the whole value
+
+jsonargparse.set_loader("strict_yaml", load_yaml, exceptions=(yaml.YAMLError,))
 
 
-def main(fn: Callable[..., int | None], argv: list[str] | None = None, prog: str | None = None):
+def main(
+    fn: Callable[..., int | None], argv: list[str] | None = None, prog: str | None = None
+) -> NoReturn:
     """Run `fn` from the command line and exit with its code.
 
     A `ValueError` raised by this project, or an `OSError` that names a file, is the user's
@@ -102,13 +112,9 @@ def parse(fn: Callable, argv: list[str] | None = None, prog: str | None = None) 
         ValueError: An unknown or missing key, or a value of the wrong type.
     """
     parser = _parser(fn, prog)
-    try:
+    with _parsing():
         given = parser.parse_args(_flags_as_options(fn, sys.argv[1:] if argv is None else argv))
         kwargs = dict(vars(parser.instantiate_classes(given)))
-    except jsonargparse.ArgumentError as error:
-        raise ValueError(_one_line(error)) from error
-    except UnicodeDecodeError as error:
-        raise ValueError(f"--config: not a text file ({_one_line(error)})") from error
     kwargs.pop("config", None)
     return {name: _plain_sockets(value) for name, value in kwargs.items()}
 
@@ -128,11 +134,8 @@ def config_dict(fn: Callable, kwargs: dict[str, Any]) -> dict[str, Any]:
     """
     parser = _parser(fn)
     given = {name: _plain(value) for name, value in kwargs.items()}
-    try:
-        complete = parser.parse_object(given)
-    except jsonargparse.ArgumentError as error:
-        raise ValueError(_one_line(error)) from error
-    config = yaml.safe_load(parser.dump(complete, skip_none=False))
+    with _parsing():
+        config = yaml.safe_load(parser.dump(parser.parse_object(given), skip_none=False))
     config.pop("config", None)
     return config
 
@@ -142,56 +145,96 @@ def save_config(path: Path, fn: Callable, kwargs: dict[str, Any]) -> None:
     write_text(path, yaml.safe_dump(config_dict(fn, kwargs), sort_keys=False, allow_unicode=True))
 
 
-class _StrictLoader(yaml.SafeLoader):
-    """Safe YAML without its surprises: lost duplicates, `1e-3` as text, dates, alias bombs."""
+class _Parser(jsonargparse.ArgumentParser):
+    """Takes note of what may be built, also for the parsers of the classes that sockets take."""
 
-    yaml_implicit_resolvers = {  # noqa: RUF012 - PyYAML's own protocol
-        first: [
-            (tag, regexp)
-            for tag, regexp in pairs
-            if not tag.endswith((":timestamp", ":float", ":bool"))
-        ]
-        for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
-    }
-    num_aliases = 0
-
-    def compose_node(self, parent, index):
-        if self.check_event(yaml.AliasEvent):
-            self.num_aliases += 1
-            if self.num_aliases > MAX_ALIASES:
-                raise yaml.YAMLError(f"more than {MAX_ALIASES} aliases in one file")
-        return super().compose_node(parent, index)
-
-    def construct_mapping(self, node, deep=False):
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise yaml.YAMLError(f"key {key!r} is given twice, line {node.start_mark.line + 1}")
-        return super().construct_mapping(node, deep)
+    def add_argument(self, *args: Any, **kwargs: Any) -> argparse.Action:
+        """Add an argument; jsonargparse copies this method for its groups."""
+        action = super().add_argument(*args, **kwargs)
+        _buildable.update(buildable(kwargs.get("type") or getattr(action, "_typehint", None)))
+        return action
 
 
-# YAML 1.1 asks a float for a dot; people and NumPy write 1e-3.
-_StrictLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(
-        r"^[-+]?(?:(?:[0-9]+\.[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?|[0-9]+[eE][-+]?[0-9]+"
-        r"|\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"
-    ),
-    list("-+0123456789."),
-)
-# `amp: off` is a word, not False.
-_StrictLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:bool", re.compile("^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF")
-)
-jsonargparse.set_loader(
-    "strict_yaml", lambda text: yaml.load(text, _StrictLoader), exceptions=(yaml.YAMLError,)
-)
+_buildable: set[type] = set()  # jsonargparse keeps a class's parser, so this outlives a call
+_in_a_parser = ContextVar("_in_a_parser", default=False)
+
+
+def _import_class(path: object, *options: Any, **more: Any) -> Any:
+    """Import what a recipe names, if a socket takes it; jsonargparse would import anything."""
+    bases = tuple(_buildable)
+    if names_class(path, bases):
+        found = _import_object(path, *options, **more)
+        if isinstance(found, type) and issubclass(found, bases):
+            return found
+    raise ImportError(
+        f"{path} is no class that a socket takes; give one that is written as a `class` statement"
+        " under the socket's base class"
+    )
+
+
+@dataclasses.dataclass
+class _Free:
+    """Hides plain data from jsonargparse, which takes any `class_path: ...` for a class."""
+
+    data: Any
+
+
+def _free_value(value: Any, hint: Any, out: bool, handed_over: bool, *_: Any, **__: Any) -> Any:
+    """Keep what stands where any value may stand as it is: hidden, and in the end plain again."""
+    data = value.data if isinstance(value, _Free) else value
+    hide = isinstance(data, (dict, list)) and not out and not handed_over
+    return _Free(data) if hide else data
+
+
+def _number(text: str) -> Any:
+    """Read a number, true, false or null out of a text; text in a text is not read as YAML."""
+    return _basic_load(text) if len(text) < MAX_NUMBER else text
+
+
+def _while_parsing(name: str, ours: Callable[..., Any], *modules: ModuleType) -> Any:
+    """Put `ours` in the place of a function of jsonargparse, for our parsers only.
+
+    Returns:
+        The function of jsonargparse.
+    """
+    theirs = getattr(modules[0], name)
+
+    def chosen(*args: Any, **kwargs: Any) -> Any:
+        return (ours if _in_a_parser.get() else theirs)(*args, **kwargs)
+
+    for module in modules:
+        setattr(module, name, chosen)
+    return theirs
+
+
+# jsonargparse imports whatever a value names, and has no setting against it that knows of sockets.
+_import_object = _while_parsing("import_object", _import_class, _typehints, _actions)
+# It builds a class of `class_path: ...` where any value may stand, and reads text in text as YAML.
+_while_parsing("adapt_classes_any", _free_value, _typehints)
+_while_parsing("is_importable_module_path", lambda path: False, _typehints)
+_basic_load = _while_parsing("basic_json_or_yaml_load", _number, _typehints)
+
+
+@contextmanager
+def _parsing() -> Iterator[None]:
+    """Put our rules for imports in force, and tell what jsonargparse cannot read in one line."""
+    token = _in_a_parser.set(True)
+    try:
+        yield
+    except jsonargparse.ArgumentError as error:
+        raise ValueError(_one_line(error)) from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--config: not a text file ({_one_line(error)})") from error
+    except RecursionError as error:
+        raise ValueError("the options are nested too deeply") from error
+    finally:
+        _in_a_parser.reset(token)
 
 
 def _parser(fn: Callable, prog: str | None = None) -> jsonargparse.ArgumentParser:
     """Build the parser of `fn`: `--config` files first, then one option per parameter."""
     positional = _positional(fn)
-    parser = jsonargparse.ArgumentParser(
+    parser = _Parser(
         prog=prog,
         usage=" ".join(["%(prog)s", *(name.upper() for name in positional), "[options]"]),
         description=inspect.cleandoc(fn.__doc__ or "").split("\n\nArgs:")[0],
@@ -264,7 +307,10 @@ def _is_users_mistake(error: Exception) -> bool:
     return any(raised_in.is_relative_to(home / name) for name in ours)
 
 
-def _one_line(error: Exception) -> str:
+def _one_line(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-    return " ".join(str(error).split())
+    text = " ".join(str(error).split())
+    return (
+        text if len(text) < LONG_LINE else f"{text[: LONG_LINE // 2]} ... {text[-LONG_LINE // 2 :]}"
+    )

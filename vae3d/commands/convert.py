@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from loaders import Preprocess
+from loaders.texts import read_json
 
 if TYPE_CHECKING:
     from vae3d.models.custom_vae import CustomVAE
@@ -113,10 +114,7 @@ def read(
     if source.is_dir() and not (source / RECIPE).is_file():
         return load_model(source, trust=trust), Report("vae3d")
     if source.is_dir():
-        try:
-            recipe = json.loads((source / RECIPE).read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"{source / RECIPE}: not JSON ({error})") from error
+        recipe = read_json(source / RECIPE)
         if "class_path" in recipe:
             return CustomVAE.from_pretrained(source, trust=trust), Report("vae3d")
         hints = diffusers_hints(hints, recipe)

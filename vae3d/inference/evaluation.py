@@ -110,7 +110,7 @@ class Evaluator:
         try:
             content = json.loads(record.read_text())
             key, row = content["key"], content["row"]
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
+        except (json.JSONDecodeError, KeyError, TypeError, RecursionError) as error:
             raise ValueError(f"{record}: damaged ({error}); delete it, it is made again") from error
         return row if key == self.key(index) else None
 

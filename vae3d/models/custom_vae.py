@@ -4,6 +4,7 @@ Axes: b batch, c channels, x y z space in storage order; 2D is `(B, C, X, Y)`, 3
 """
 
 import copy
+import json
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
@@ -303,7 +304,10 @@ class CustomVAE(Described, nn.Module):
             trust: Prefixes of modules beside `vae3d` that may be imported.
             **options: Those of `huggingface_hub.ModelHubMixin.from_pretrained`.
         """
-        vae = door().HubFolder.from_pretrained(name, trust=trust, **options)
+        try:
+            vae = door().HubFolder.from_pretrained(name, trust=trust, **options)
+        except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+            raise ValueError(f"{name}: its config.json is damaged ({error})") from error
         if not isinstance(vae, cls):
             raise ValueError(f"{name} holds a {type(vae).__name__}, not a {cls.__name__}")
         return vae

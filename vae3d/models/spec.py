@@ -1,13 +1,17 @@
 """A model's recipe as plain data: which classes, with which arguments. Needs no torch.
 
-`{"class_path": "vae3d.models.custom_vae.CustomVAE", "init_args": {...}}`, nested for sockets.
+`{"class_path": "vae3d.models.custom_vae.CustomVAE", "init_args": {...}}`, nested for sockets: the
+arguments typed `Callable[..., Base]`. What a class may be is known by the base before its module is
+imported; the same two keys at any other argument are plain data.
 """
 
 import importlib
 import inspect
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, get_type_hints
+
+from vae3d.models.classes import buildable, names_class
 
 
 class Described:
@@ -18,7 +22,7 @@ class Described:
     __signature__: ClassVar[inspect.Signature]  # without `self`
     _arguments: dict[str, Any]
 
-    def __init_subclass__(cls, **kwargs: Any):
+    def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         own = inspect.signature(cls.__init__)
         cls.__signature__ = own.replace(parameters=list(own.parameters.values())[1:])
@@ -46,7 +50,7 @@ def describe(factory: Any) -> Any:
     Returns:
         `{"class_path": ..., "init_args": {...}}`; plain values come back as they are.
     """
-    if isinstance(factory, partial):
+    if isinstance(factory, partial) and isinstance(factory.func, type):
         given = inspect.signature(factory.func).bind_partial(*factory.args, **factory.keywords)
         return _describe_class(factory.func, given.arguments)
     if inspect.isclass(factory):
@@ -78,37 +82,75 @@ def build(spec: dict[str, Any], trust: Sequence[str] = ()) -> Any:
         spec: What `describe` returned.
         trust: Prefixes of modules beside `vae3d` that may be imported, such as `my_lab`.
     """
-    return factory(spec, trust)()
+    try:
+        make = factory(spec, trust, (Described,))
+    except RecursionError as error:
+        raise ValueError("the model's recipe is nested too deeply; is it damaged?") from error
+    return make()
 
 
-def factory(spec: dict[str, Any], trust: Sequence[str] = ()) -> Callable[..., Any]:
+def factory(
+    spec: Any, trust: Sequence[str] = (), bases: tuple[type, ...] = (object,)
+) -> Callable[..., Any]:
     """Turn a description back into a partial of its class.
 
     Args:
         spec: What `describe` returned.
         trust: Prefixes of modules beside `vae3d` that may be imported.
+        bases: What the class must derive from, one of them.
     """
-    args = {name: _revive(value, trust) for name, value in spec["init_args"].items()}
-    return partial(_import_class(spec["class_path"], trust), **args)
+    if not _is_spec(spec):
+        raise ValueError("the model's recipe is damaged: no class_path and init_args in a part")
+    cls = _import_class(spec["class_path"], trust, bases)
+    args = spec["init_args"]
+    sockets = _sockets(cls) if any(map(_holds_spec, args.values())) else {}
+    return partial(cls, **{k: _revive(v, trust, sockets.get(k, ())) for k, v in args.items()})
 
 
-def _revive(value: Any, trust: Sequence[str]) -> Any:
-    if isinstance(value, dict) and set(value) == {"class_path", "init_args"}:
-        return factory(value, trust)
-    return tuple(_revive(v, trust) for v in value) if isinstance(value, (list, tuple)) else value
+def _is_spec(value: Any) -> bool:
+    return isinstance(value, dict) and set(value) == {"class_path", "init_args"}
 
 
-def _import_class(path: str, trust: Sequence[str]) -> type:
-    """Import `module.Class`, if its module is ours or trusted by name."""
-    module, _, name = path.rpartition(".")
+def _holds_spec(value: Any) -> bool:
+    return any(map(_holds_spec, value)) if isinstance(value, (list, tuple)) else _is_spec(value)
+
+
+def _sockets(cls: type) -> dict[str, tuple[type, ...]]:
+    """Bases of what each socket of a class takes; where there is no socket, a recipe is data."""
+    try:
+        hints = get_type_hints(inspect.getattr_static(cls, "__init__"))
+    except (NameError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"the types of the arguments of {cls.__module__}.{cls.__qualname__}: {error}"
+        ) from error
+    return {name: tuple(buildable(hint)) for name, hint in hints.items()}
+
+
+def _revive(value: Any, trust: Sequence[str], bases: tuple[type, ...]) -> Any:
+    if bases and _is_spec(value):
+        return factory(value, trust, bases)
+    if isinstance(value, (list, tuple)):
+        return tuple(_revive(v, trust, bases) for v in value)
+    return value
+
+
+def _import_class(path: str, trust: Sequence[str], bases: tuple[type, ...]) -> type:
+    """Import `module.Class`, if its module is ours or trusted by name and it is of a base."""
+    module, _, name = str(path).rpartition(".")
     if not any(module == p or module.startswith(f"{p}.") for p in ("vae3d", *trust)):
         prefix = module.split(".")[0]
         raise ValueError(
             f"the model uses {path}, which is not part of vae3d; if you trust that code, allow it"
             f" with --trust {prefix}"
         )
+    what = " or ".join(sorted(base.__name__ for base in bases))
+    refused = f"the model uses {path}, which cannot be imported as a class of {what}"
+    if not names_class(path, bases):  # nothing is imported that this does not know to be one
+        raise ValueError(refused)
     try:
         cls = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
-        raise ValueError(f"the model uses {path}, which cannot be imported: {error}") from error
+        raise ValueError(f"{refused}: {error}") from error
+    if not (isinstance(cls, type) and issubclass(cls, bases)):
+        raise ValueError(refused)
     return cls

@@ -4,12 +4,12 @@ write_report("out")        # reads metrics.csv, summary.json and media/, writes 
 """
 
 import csv
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TypeGuard
 
+from loaders.texts import read_json
 from loaders.whole import write_text
 from vae3d.reports import page
 from vae3d.tracking.media import case_stem
@@ -33,7 +33,7 @@ def write_report(out_dir: Path | str) -> Path:
     for name in ("metrics.csv", "summary.json"):
         if not (out_dir / name).is_file():
             raise ValueError(f"{out_dir}: holds no {name}; is it an evaluation folder?")
-    summary = json.loads((out_dir / "summary.json").read_text())
+    summary = read_json(out_dir / "summary.json")
     rows, metrics = read_rows(out_dir / "metrics.csv")
     if not rows:
         raise ValueError(f"{out_dir / 'metrics.csv'}: no volumes")

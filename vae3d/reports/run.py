@@ -13,6 +13,7 @@ from urllib.parse import unquote
 
 import yaml
 
+from loaders.texts import read_yaml
 from loaders.whole import write_text
 from vae3d.reports import page
 from vae3d.tracking.tracker import read_metrics, read_tables, redact
@@ -99,7 +100,7 @@ def read_run(folder: Path) -> RunData:
         folder=folder,
         rows=read_metrics(metrics),
         tables=read_tables(tables) if tables.is_file() else {},
-        config=yaml.safe_load(config.read_text(encoding="utf-8")) if config.is_file() else {},
+        config=read_yaml(config) if config.is_file() else {},
     )
 
 

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from loaders.texts import read_json
 from loaders.whole import whole_file, write_text
 from vae3d.tracking.media import case_stem
 
@@ -275,9 +276,9 @@ def read_index(folder: str | Path) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(f"{path}: missing; write or finish the folder with vae3d encode")
     try:
-        index = json.loads(path.read_text(encoding="utf-8"))
+        index = read_json(path)
     except ValueError as error:
-        raise ValueError(f"{path}: not JSON ({error}); run vae3d encode again") from error
+        raise ValueError(f"{error}; run vae3d encode again") from error
     if not isinstance(index, dict) or index.get("format") != FORMAT:
         raise ValueError(f"{path}: not an index of latents; run vae3d encode again")
     return index
@@ -438,7 +439,10 @@ def _open(path: str | Path) -> safe_open:
 
 
 def _header(file: safe_open, path: str | Path) -> dict[str, Any]:
-    info = json.loads((file.metadata() or {}).get("vae3d", "{}"))
+    try:
+        info = json.loads((file.metadata() or {}).get("vae3d", "{}"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: its header is damaged ({error}); encode again") from error
     if info.get("format") != FORMAT:
         raise ValueError(f"{path}: a safetensors file, but not one that vae3d encode wrote")
     return info

@@ -470,7 +470,7 @@ def _read_lines(path: Path | str) -> Iterable[dict]:
     for line in Path(path).read_text(encoding="utf-8").splitlines():
         try:
             row = json.loads(line)
-        except json.JSONDecodeError:
+        except (json.JSONDecodeError, RecursionError):
             continue  # cut by a kill
         if isinstance(row, dict) and "step" in row:
             yield row
