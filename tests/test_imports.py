@@ -19,13 +19,14 @@ SOURCES = sorted(
 # What each room may import beside itself: rooms above it in this table, never below.
 ROOMS = {
     "loaders": set(),
+    "recipes": set(),  # vae3d/recipes.py
     "kernels": set(),
     "models": {"kernels"},
     "losses": {"models"},
     "weights": {"models"},
     "exact": {"kernels", "models"},
     "tracking": {"loaders"},
-    "config": {"loaders", "models"},  # vae3d/config.py: signatures to command lines
+    "config": {"loaders", "models", "recipes"},  # vae3d/config.py: signatures to command lines
     "reports": {"loaders", "tracking"},
     "inference": {"loaders", "kernels", "models", "exact", "tracking", "reports"},
     "training": {

@@ -1,12 +1,14 @@
 """Recipes: a network's classes and arguments as plain data, and back."""
 
 import copy
+import inspect
 import json
 import pickle
 import subprocess
 import sys
 from functools import partial
 
+import docstring_parser
 import pytest
 import torch
 
@@ -17,7 +19,7 @@ from vae3d.models.downsample import HaarDown
 from vae3d.models.norm import GroupNorm, RMSNorm
 from vae3d.models.posterior import SoftplusHead
 from vae3d.models.presets import AutoencoderKL, MonaiVAE, T1LightVAE
-from vae3d.models.spec import build, describe, factory
+from vae3d.models.spec import Described, build, describe, factory
 from vae3d.models.upsample import TransposeUp
 
 NETWORKS = {
@@ -184,3 +186,15 @@ def test_sockets_come_back_as_factories():
 def test_recipes_need_no_torch():
     code = "import sys, vae3d.models.spec; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_every_class_tells_all_its_arguments_be_it_in_the_words_of_its_base():
+    import vae3d.models.presets
+    import vae3d.stage2.diffusion  # noqa: F401
+
+    classes = [Described]
+    for cls in classes:
+        classes += cls.__subclasses__()
+    for cls in (c for c in classes[1:] if c.__module__.startswith("vae3d.")):
+        told = [p.arg_name for p in docstring_parser.parse(cls.__doc__).params]
+        assert sorted(told) == sorted(inspect.signature(cls).parameters), cls

@@ -20,10 +20,11 @@ import atexit
 import dataclasses
 import inspect
 import os
+import re
 import sys
 import traceback
 import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import partial
@@ -40,11 +41,20 @@ from loaders.texts import load_yaml
 from loaders.whole import write_text
 from vae3d.models.classes import buildable, names_class
 from vae3d.models.spec import describe
+from vae3d.recipes import find_recipe
 
 MISTAKE = 2  # exit code when the user's input is at fault
 INTERRUPTED = 130  # exit code after Ctrl-C, 128 + SIGINT
 MAX_NUMBER = 100  # characters
 LONG_LINE = 1500  # characters of a message; jsonargparse repeats the whole value
+
+# Options of old, in recipes, command lines and runs that are resumed: what they are called today,
+# or in a sentence what became of them.
+FORMER = {
+    "train_3d": {"schedule": "lr_schedule"},
+    "train_ldm": {"schedule": "noise_schedule"},
+}
+RECIPES = {"train_3d": "train", "train_ldm": "ldm"}  # folder of configs/ that --config looks into
 
 jsonargparse.set_loader("strict_yaml", load_yaml, exceptions=(yaml.YAMLError,))
 
@@ -112,11 +122,36 @@ def parse(fn: Callable, argv: list[str] | None = None, prog: str | None = None) 
         ValueError: An unknown or missing key, or a value of the wrong type.
     """
     parser = _parser(fn, prog)
+    argv = _spelled_out(fn, sys.argv[1:] if argv is None else argv)
     with _parsing():
-        given = parser.parse_args(_flags_as_options(fn, sys.argv[1:] if argv is None else argv))
-        kwargs = dict(vars(parser.instantiate_classes(given)))
-    kwargs.pop("config", None)
-    return {name: _plain_sockets(value) for name, value in kwargs.items()}
+        kwargs = dict(vars(parser.instantiate_classes(parser.parse_args(argv))))
+        if any(kwargs[old] is not None for old in FORMER.get(fn.__name__, {})):
+            said = parser.parse_args(argv, defaults=False)
+            kwargs = up_to_date(fn, kwargs, [name for name in kwargs if name in said])
+    known = inspect.signature(fn).parameters
+    return {name: _plain_sockets(value) for name, value in kwargs.items() if name in known}
+
+
+def up_to_date(fn: Callable, options: dict[str, Any], said: Container[str] = ()) -> dict[str, Any]:
+    """Bring options of old to their names of today, each with a line on what became of it.
+
+    Args:
+        fn: The function that the options are for.
+        options: Its options by name, old names among them.
+        said: Names of today that were given themselves; they win.
+    """
+    options = dict(options)
+    for old, today in FORMER.get(fn.__name__, {}).items():
+        value = options.pop(old, None)
+        if value is None:
+            continue
+        renamed = today in inspect.signature(fn).parameters
+        if renamed and today not in said:
+            options[today] = value
+        if os.environ.get("RANK", "0") == "0":
+            what = f"is called {today} today" if renamed else today
+            print(f"option {old}: {what}", file=sys.stderr)
+    return options
 
 
 def check_at_least(low: float, **options: float | None) -> None:
@@ -136,8 +171,9 @@ def config_dict(fn: Callable, kwargs: dict[str, Any]) -> dict[str, Any]:
     given = {name: _plain(value) for name, value in kwargs.items()}
     with _parsing():
         config = yaml.safe_load(parser.dump(parser.parse_object(given), skip_none=False))
-    config.pop("config", None)
-    return config
+    return {
+        name: value for name, value in config.items() if name in inspect.signature(fn).parameters
+    }
 
 
 def save_config(path: Path, fn: Callable, kwargs: dict[str, Any]) -> None:
@@ -250,18 +286,32 @@ def _parser(fn: Callable, prog: str | None = None) -> jsonargparse.ArgumentParse
         one = typing.get_args(hints[name])[0] if many else hints[name]
         parser.add_argument(name, type=one, help=helps[name], **many)
     parser.add_function_arguments(fn, skip=set(positional), sub_configs=True)
+    for old, today in FORMER.get(fn.__name__, {}).items():
+        hint = typing.get_type_hints(fn).get(today, Any)
+        parser.add_argument(f"--{old}", type=hint | None, default=None, help=argparse.SUPPRESS)
     return parser
 
 
-def _flags_as_options(fn: Callable, argv: list[str]) -> list[str]:
-    """Let `--fresh` stand for `--fresh=true`."""
+def _spelled_out(fn: Callable, argv: list[str]) -> list[str]:
+    """Let `--fresh` stand for `--fresh=true`, and the name of a recipe for its file."""
     hints = typing.get_type_hints(fn)
     flags = {f"--{name}" for name, hint in hints.items() if hint is bool}
-    following = [*argv, ""][1:]
-    return [
-        f"{arg}=true" if arg in flags and after.lower() not in ("true", "false") else arg
-        for arg, after in zip(argv, following, strict=True)
-    ]
+    folders = {
+        "--config": RECIPES.get(fn.__name__),
+        "--model": "model" if "model" in hints else None,
+    }
+    spelled: list[str] = []
+    for before, arg, after in zip(["", *argv], argv, [*argv, ""][1:], strict=False):
+        option, equals, value = arg.partition("=") if arg.startswith("--") else (before, "", arg)
+        folder = folders.get(option) if equals or not arg.startswith("--") else None
+        # A class has capitals or dots, a text of YAML has more than letters.
+        if folder and (option == "--config" or re.fullmatch("[a-z][a-z0-9_]*", value)):
+            value = find_recipe(folder, value) if value != "null" else value
+            arg = f"{option}={value}" if equals else value
+        if arg in flags and after.lower() not in ("true", "false"):
+            arg = f"{arg}=true"
+        spelled.append(arg)
+    return spelled
 
 
 def _positional(fn: Callable) -> list[str]:

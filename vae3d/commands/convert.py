@@ -105,14 +105,14 @@ def read(
         trust: Prefixes of modules whose classes may be imported.
     """
     from vae3d.models.custom_vae import CustomVAE
-    from vae3d.training.checkpoint import load_model
+    from vae3d.training.checkpoint import load_vae
     from vae3d.weights.convert import Report, read_model
     from vae3d.weights.hub import RECIPE, read_state
 
     if not source.exists():
         raise ValueError(f"{source}: no such file or folder")
     if source.is_dir() and not (source / RECIPE).is_file():
-        return load_model(source, trust=trust), Report("vae3d")
+        return load_vae(source, trust=trust), Report("vae3d")
     if source.is_dir():
         recipe = read_json(source / RECIPE)
         if "class_path" in recipe:
@@ -124,7 +124,7 @@ def read(
         source = present[0]
     state = read_state(source)
     if "spec" in state:
-        return load_model(source, trust=trust), Report("vae3d")
+        return load_vae(source, trust=trust), Report("vae3d")
     return read_model(state, hints, layout, ignore_keys)
 
 
@@ -139,15 +139,12 @@ def diffusers_hints(hints: Hints, config: dict[str, Any]) -> Hints:
         raise ValueError(f"config.json is of a {config.get('_class_name')}, not an AutoencoderKL")
     if config.get("act_fn", "silu") not in ("silu", "swish"):
         raise ValueError(f"act_fn {config['act_fn']} is not of this network, which has silu")
-    found = {
+    found: dict[str, Any] = {
         "norm_num_groups": config.get("norm_num_groups"),
         "latent_scale": config.get("scaling_factor"),
         "latent_shift": config.get("shift_factor"),
     }
-    for name, value in found.items():
-        if getattr(hints, name) is None:
-            hints = replace(hints, **{name: value})
-    return hints
+    return replace(hints, **{k: v for k, v in found.items() if getattr(hints, k) is None})
 
 
 def write(vae: CustomVAE, target: Path, to: str, preprocess: Preprocess) -> None:

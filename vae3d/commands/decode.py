@@ -92,11 +92,10 @@ def load_encoder(checkpoint: str, made_by: dict, trust: tuple[str, ...] = ()) ->
         trust: Module prefixes whose classes may be imported.
     """
     from vae3d.commands.encode import weights_hash
-    from vae3d.models.custom_vae import CustomVAE
-    from vae3d.training.checkpoint import load_model
+    from vae3d.training.checkpoint import load_vae
 
-    vae = load_model(checkpoint, ema=made_by["ema"], trust=trust)
-    if not isinstance(vae, CustomVAE) or weights_hash(vae) != made_by["checkpoint"]:
+    vae = load_vae(checkpoint, ema=made_by["ema"], trust=trust)
+    if weights_hash(vae) != made_by["checkpoint"]:
         raise ValueError(
             f"{checkpoint}: not the weights that wrote the latents (theirs are of step "
             f"{made_by['step']}); name that checkpoint, or encode again"

@@ -74,15 +74,12 @@ def encode(
 
     from loaders.whole import sweep
     from vae3d.inference.reconstruct import Coding
-    from vae3d.models.custom_vae import CustomVAE
     from vae3d.stage2.latents import latent_path, write_index, write_latent
-    from vae3d.training.checkpoint import find_checkpoint, load_checkpoint, load_model
+    from vae3d.training.checkpoint import find_checkpoint, load_checkpoint, load_vae
     from vae3d.training.distributed import open_world
 
     state = load_checkpoint(checkpoint)
-    vae = load_model(checkpoint, ema=ema, trust=trust)
-    if not isinstance(vae, CustomVAE):
-        raise ValueError(f"{checkpoint}: holds a {type(vae).__name__}, not a VAE")
+    vae = load_vae(checkpoint, ema=ema, trust=trust)
     slicing = {k: state["config"]["data"][k] for k in ("slice_axis", "num_slices")}
     patch_size = tuple(patch_size or state["config"]["patch_size"])
     coding = Coding(mode, patch_size, overlap, blend, memory_gb=memory_gb, **slicing)

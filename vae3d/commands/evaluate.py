@@ -105,7 +105,7 @@ def evaluate(
     from vae3d.inference.reconstruct import Coding
     from vae3d.inference.stitching import check_patch, tile_faces
     from vae3d.tracking.tracker import Tracker
-    from vae3d.training.checkpoint import find_checkpoint, load_checkpoint, load_model
+    from vae3d.training.checkpoint import find_checkpoint, load_checkpoint, load_vae
     from vae3d.training.distributed import open_world
 
     if isinstance(data, str):
@@ -113,7 +113,7 @@ def evaluate(
     check_at_least(1, limit=limit, latent_bits=latent_bits)
     state = load_checkpoint(checkpoint)
     trained = state["config"]
-    vae = load_model(checkpoint, ema=ema, trust=trust)
+    vae = load_vae(checkpoint, ema=ema, trust=trust)
     patch = list(patch_size or trained["patch_size"])
     coding = Coding(  # says what is wrong before anything is written
         mode=mode,

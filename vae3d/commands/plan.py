@@ -21,14 +21,14 @@ def plan(
 ) -> None:
     """Show parameters, latent shape and memory of a training recipe, before a run is begun.
 
-        vae3d plan configs/train/ixi_t1.yaml
-        vae3d plan configs/train/ixi_t1.yaml --patch_size '[96,96,96]' --memory_gb 24
+        vae3d plan ixi_t1
+        vae3d plan ixi_t1 --patch_size '[96,96,96]' --memory_gb 24
 
     Memory is measured by taking a training step on this device; the patch that fits is
     extrapolated from two patch sizes.
 
     Args:
-        recipe: YAML file with the options of train_3d.py, or a run's config.yaml.
+        recipe: YAML file with the options of train_3d.py, a run's config.yaml, or a recipe's name.
         patch_size: Patch per axis [voxels]; null for the recipe's.
         batch_size: Patches in a micro-batch; null for the recipe's.
         memory_gb: Memory that a patch has to fit into [GB]; null for all of the GPU, or most of
@@ -39,11 +39,13 @@ def plan(
 
     from vae3d.commands.train import check_sizes, train_3d
     from vae3d.config import parse
+    from vae3d.recipes import find_recipe
     from vae3d.training.distributed import open_world
     from vae3d.training.memory import Trial, budget_bytes
     from vae3d.training.precision import native_amp
     from vae3d.training.task import VAETask
 
+    recipe = find_recipe("train", recipe)
     options = parse(train_3d, ["--config", recipe, "--data.root", "-", "--out_dir", "-"])
     patch = tuple(patch_size or options["patch_size"])
     if batch_size is None:

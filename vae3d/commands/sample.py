@@ -211,9 +211,9 @@ class FromDiffusion:
 
         from vae3d.stage2.diffusion import LatentDiffusion
         from vae3d.stage2.latents import LatentStore
-        from vae3d.training.checkpoint import load_checkpoint, load_network
+        from vae3d.training.checkpoint import load_checkpoint, load_model
 
-        state, model = load_checkpoint(path), load_network(path, ema=ema, trust=trust)
+        state, model = load_checkpoint(path), load_model(path, ema=ema, trust=trust)
         if not isinstance(model, LatentDiffusion):
             raise ValueError(f"{path}: not a run of vae3d train-ldm; a VAE goes to --checkpoint")
         self.model = model

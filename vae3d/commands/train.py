@@ -13,8 +13,9 @@ from vae3d.models.custom_vae import Checkpointing, CustomVAE
 from vae3d.training.options import Loop, as_options, spread
 
 if TYPE_CHECKING:
-    from loaders import VolumeStore
+    from loaders.patches import Store
     from vae3d.training.distributed import World
+    from vae3d.training.precision import Amp
     from vae3d.training.task import VAETask
 
 
@@ -88,11 +89,12 @@ def train_3d(
         Run(out_dir, world, loop.keep_checkpoints) as run,
     ):
         config, state = run.begin(train_3d, call, loop.fresh, loop.force)
-        loop = replace(loop, amp=run.precision(loop.amp, state))
+        amp = run.precision(loop.amp, state)
         if init_from and state is None:
             begin_with(vae, init_from, data.preprocess, world)
         innermost = torch.channels_last_3d if vae.spatial_dims == 3 else torch.channels_last
-        vae.to(world.device, memory_format=innermost if channels_last else torch.preserve_format)
+        layout = innermost if channels_last else torch.preserve_format
+        vae.to(world.device, memory_format=layout)  # type: ignore[call-overload]
         if compile:
             vae.encoder.compile()
             vae.decoder.compile()
@@ -103,17 +105,19 @@ def train_3d(
         split = world.broadcast(split)
         run.write_json("split.json", split)
         training, held_out = store.subset(split["train"]), store.subset(split["val"])
-        if batch_size == "auto" and state:
-            batch_size = state["batch_size"]
-        elif batch_size == "auto":
+        if batch_size != "auto":
+            batch = batch_size
+        elif state:
+            batch = state["batch_size"]
+        else:
             sample = whole_shape(training) if patching is None else patch_size
-            batch_size = largest_batch(task, sample, loop.amp, world)
+            batch = largest_batch(task, sample, amp, world)
         loader = PatchLoader(
             training,
             patch_size=patch_size,
             patching=patching,
             patches_per_volume=patches_per_volume,
-            batch_size=batch_size,
+            batch_size=batch,
             seed=loop.seed,
             rank=world.rank,
             world_size=world.size,
@@ -131,10 +135,10 @@ def train_3d(
             loop.val_volumes,
             loop.media_volumes,
         )
-        about = facts(vae, store, split, loader, world, loop.grad_accum, loop.amp)
+        about = facts(vae, store, split, loader, world, loop.grad_accum, amp)
         tracker = run.track(loop, {**config, "about": about}, state, about)
 
-        def show(network: torch.nn.Module, step: int) -> None:
+        def show(network: CustomVAE, step: int) -> None:
             if tracker or sharding == "fsdp":
                 validation.show(network, step, tracker, Path(out_dir) / "media")
 
@@ -144,7 +148,7 @@ def train_3d(
             run.checkpoints,
             world,
             tracker,
-            loop=loop,
+            loop=replace(loop, amp=amp),
             discriminator_lr=discriminator_lr,
             sharding=sharding,
             validate=validation if len(held_out) else None,
@@ -155,7 +159,7 @@ def train_3d(
                 "config": config,
                 "split": split,
                 "preprocess": data.preprocess.to_dict(),
-                "batch_size": batch_size,
+                "batch_size": batch,
             },
         )
         return run.fit(trainer, state)
@@ -208,13 +212,13 @@ def begin_with(vae: CustomVAE, init_from: str, preprocess: Preprocess, world: Wo
         print(f"{weights}: trained with another data.preprocess: here {difference}", flush=True)
 
 
-def whole_shape(store: VolumeStore) -> tuple[int, ...]:
+def whole_shape(store: Store) -> tuple[int, ...]:
     """Return the largest extent of the volumes along each axis."""
     shapes = [store.shape(i)[1:] for i in range(len(store))]
     return tuple(max(sizes) for sizes in zip(*shapes, strict=True))
 
 
-def largest_batch(task: VAETask, sample: tuple[int, ...], amp: str, world: World) -> int:
+def largest_batch(task: VAETask, sample: tuple[int, ...], amp: Amp, world: World) -> int:
     """Find the largest batch that fits on every rank, by trying.
 
     Args:

@@ -7,9 +7,15 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from vae3d.training.options import Loop, as_options, spread
+
+if TYPE_CHECKING:
+    from vae3d.stage2.diffusion import LatentDiffusion
+    from vae3d.stage2.latents import LatentStore
+    from vae3d.stage2.task import Guide
+    from vae3d.tracking.tracker import Tracker
 
 
 @dataclass
@@ -119,26 +125,26 @@ def train_ldm(
     ):
         config, state = run.begin(train_ldm, call, loop.fresh, loop.force)
         loop = replace(loop, amp=run.precision(loop.amp, state))
-        train, held_out, guides = open_latents(latents, condition)
+        train, held_out, (given, held_out_given) = open_latents(latents, condition)
         check_crop(crop, train, condition)
 
         torch.manual_seed(loop.seed)
         model = LatentDiffusion(
             latent_channels=train.shape(0)[0] // 2,
-            spatial_dims=len(train.shape(0)) - 1,
+            spatial_dims=2 if len(train.shape(0)) == 3 else 3,
             unet=asdict(unet or UNet()),
             process=process,
             prediction=prediction,
             schedule=noise_schedule,
             time_sampling=time_sampling,
             classes=classes_of(train, label),
-            condition_channels=guides[0].shape(0)[0] // 2 if condition else None,
+            condition_channels=given.shape(0)[0] // 2 if given else None,
             cross_attention_dim=cross_attention_dim,
             condition_dropout=condition_dropout,
         )
-        model.set_statistics(train.statistics, guides[0].statistics if condition else None)
+        model.set_statistics(train.statistics, given.statistics if given else None)
         model.to(world.device)
-        task = LatentTask(model, train, label, guides[0], loop.seed)
+        task = LatentTask(model, train, label, given, loop.seed)
         loader = PatchLoader(
             train,
             patch_size=crop,
@@ -153,7 +159,7 @@ def train_ldm(
         )
         validation = show = None
         if held_out:
-            guide = Guide(model, held_out, label, guides[1])
+            guide = Guide(model, held_out, label, held_out_given)
             validation = LatentValidation(held_out, guide, world, loop.val_volumes)
         tracker = run.track(loop, config, state)
         index = read_index(latents)
@@ -189,7 +195,9 @@ def train_ldm(
         return run.fit(trainer, state)
 
 
-def open_latents(latents: str, condition: str | None):
+def open_latents(
+    latents: str, condition: str | None
+) -> tuple[LatentStore, LatentStore | None, tuple[LatentStore | None, LatentStore | None]]:
     """Open training and validation latents, and the conditions of both.
 
     Args:
@@ -206,11 +214,11 @@ def open_latents(latents: str, condition: str | None):
     held_out = LatentStore(latents, split="val") if {"train", "val"} <= parts else None
     if condition is None:
         return train, held_out, (None, None)
-    conditions = [store and LatentStore(condition, store.ids) for store in (train, held_out)]
-    return train, held_out, tuple(conditions)
+    held_out_condition = LatentStore(condition, held_out.ids) if held_out else None
+    return train, held_out, (LatentStore(condition, train.ids), held_out_condition)
 
 
-def check_crop(crop: tuple[int, ...] | None, store, condition: str | None) -> None:
+def check_crop(crop: tuple[int, ...] | None, store: LatentStore, condition: str | None) -> None:
     """Refuse crops that cannot be trained on."""
     if crop is None:
         return
@@ -220,15 +228,16 @@ def check_crop(crop: tuple[int, ...] | None, store, condition: str | None) -> No
         raise ValueError(f"--crop {list(crop)}: latents have {len(store.shape(0)) - 1} axes")
 
 
-def classes_of(store, label: str | None) -> tuple[str, ...]:
+def classes_of(store: LatentStore, label: str | None) -> tuple[str, ...]:
     """The values of a manifest column among the training subjects."""
     if label is None:
         return ()
-    names = {store.labels(i).get(label) for i in range(len(store))} - {None}
+    found = (store.labels(i).get(label) for i in range(len(store)))
+    names = {name for name in found if name is not None}
     if not names:
-        known = {key for i in range(len(store)) for key in store.labels(i)}
-        known = ", ".join(sorted(known)) or "no labels"
-        raise ValueError(f"--label {label}: no subject has it; the latents know {known}")
+        known = sorted({key for i in range(len(store)) for key in store.labels(i)})
+        there = ", ".join(known) or "no labels"
+        raise ValueError(f"--label {label}: no subject has it; the latents know {there}")
     if len(names) > 100:
         raise ValueError(f"--label {label} has {len(names)} values; classes must be few")
     return tuple(sorted(names))
@@ -247,7 +256,16 @@ class Pictures:
         count: Samples in a picture.
     """
 
-    def __init__(self, vae: str, trust, store, guide, tracker, folder: Path, count: int):
+    def __init__(
+        self,
+        vae: str,
+        trust: tuple[str, ...],
+        store: LatentStore,
+        guide: Guide,
+        tracker: Tracker | None,
+        folder: Path,
+        count: int,
+    ):
         from vae3d.commands.decode import coding_of, load_encoder
 
         self.template: dict[str, Any] = store.infos[0]
@@ -257,7 +275,7 @@ class Pictures:
         self.guide, self.tracker, self.folder = guide, tracker, folder
         self.count = min(count, len(store))
 
-    def __call__(self, network, step: int) -> None:
+    def __call__(self, network: LatentDiffusion, step: int) -> None:
         """Write `samples_<step>.png`. Only the main rank does it."""
         if self.tracker is None:
             return

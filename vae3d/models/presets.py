@@ -29,7 +29,7 @@ from vae3d.models.upsample import InterpUp, TransposeUp
 
 LATENT_SCALE = 0.18215  # one over the standard deviation of Stable Diffusion's latents
 ATTENTION_TYPES = {"vanilla": GlobalAttention, "linear": BareLinearAttention, "none": None}
-# The keys of a CompVis `ddconfig` under our names; `None` where the value changes nothing.
+# The keys of a CompVis `ddconfig` under our names.
 DDCONFIG = {
     "in_channels": "in_channels",
     "out_ch": "out_channels",
@@ -330,10 +330,7 @@ class MeanAndStd(DiagonalGaussian):
 
 
 class VAEModel(MonaiVAE):
-    """MONAI's `AutoencoderKL` with MONAI's calls: `vae(x)` returns `(recon, z_mu, z_sigma)`.
-
-    The arguments are those of `MonaiVAE`.
-    """
+    """MONAI's `AutoencoderKL` with MONAI's calls: `vae(x)` returns `(recon, z_mu, z_sigma)`."""
 
     def encode(self, x: Tensor) -> MeanAndStd:
         """Posterior of `x`, which unpacks as `(z_mu, z_sigma)`."""
@@ -413,20 +410,8 @@ class MaisiVAE(MonaiVAE):
     Weights of one fit the other key by key and reconstruct wrongly; convert them instead.
 
     Args:
-        spatial_dims: 2 or 3.
-        in_channels: Channels of the volume.
-        out_channels: Channels of the reconstruction.
-        latent_channels: Channels of the latent.
         num_channels: Channels of each level, finest first.
-        num_res_blocks: Blocks of each level, one number or one per level.
         attention_levels: One true or false per level; None for no level.
-        norm_num_groups: Groups of the norms.
-        norm_eps: Added to the variance in the norms.
-        with_encoder_nonlocal_attn: Bottleneck with attention in the encoder.
-        with_decoder_nonlocal_attn: Bottleneck with attention in the decoder.
-        include_fc: Linear layer after each attention.
-        use_combined_linear: See `MonaiVAE`.
-        use_flash_attention: Accepted; scaled-dot-product attention always runs.
         use_checkpointing: Recompute activations of each level in the backward pass.
         use_convtranspose: Transposed convolutions (kernel 3) to upsample.
     """
@@ -485,16 +470,7 @@ class MaisiVAE(MonaiVAE):
 
 
 class T1LightVAE(MaisiVAE):
-    """The light MAISI variant for T1 MR: 2.93 M parameters, 112x136x112 to 4x28x34x28.
-
-    Args:
-        in_channels: Channels of the volume.
-        out_channels: Channels of the reconstruction.
-        latent_channels: Channels of the latent.
-        num_channels: Channels of each level, finest first.
-        num_res_blocks: Blocks of each level, one number or one per level.
-        norm_num_groups: Groups of the norms.
-    """
+    """The light MAISI variant for T1 MR: 2.93 M parameters, 112x136x112 to 4x28x34x28."""
 
     def __init__(
         self,

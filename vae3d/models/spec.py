@@ -7,11 +7,15 @@ imported; the same two keys at any other argument are plain data.
 
 import importlib
 import inspect
+import re
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, ClassVar, Self, get_type_hints
 
 from vae3d.models.classes import buildable, names_class
+
+# One argument in a docstring: its name, and its lines with the line break before them.
+ARGUMENT = re.compile(r"(?=\n    (\w+): )(\n    \S.*(?:\n     +\S.*)*)")
 
 
 class Described:
@@ -26,6 +30,7 @@ class Described:
         super().__init_subclass__(**kwargs)
         own = inspect.signature(cls.__init__)
         cls.__signature__ = own.replace(parameters=list(own.parameters.values())[1:])
+        cls.__doc__ = complete_doc(cls)
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
         """Remember the arguments of `__init__`."""
@@ -39,6 +44,22 @@ class Described:
         """What `build` needs to make this object again, as JSON-able data."""
         given = {k: v for k, v in self._arguments.items() if k not in self.not_in_spec}
         return describe(partial(type(self), **given))
+
+
+def complete_doc(cls: type) -> str:
+    """Docstring of a class with what its bases tell of arguments that it shares and does not tell.
+
+    Args:
+        cls: Its docstring may have `Args:` at the end, for what is its own.
+    """
+    doc = inspect.cleandoc(cls.__doc__ or "")
+    told = {name for name, _ in ARGUMENT.findall(doc)}
+    for base in cls.__mro__[1:]:
+        for name, lines in ARGUMENT.findall(inspect.cleandoc(base.__doc__ or "")):
+            if name in inspect.signature(cls).parameters and name not in told:
+                doc += ("" if told else "\n\nArgs:") + lines
+                told.add(name)
+    return doc
 
 
 def describe(factory: Any) -> Any:

@@ -173,8 +173,8 @@ def find_checkpoint(path: str | Path) -> Path:
     raise ValueError(f"{path}: no such checkpoint or run folder")
 
 
-def load_model(path: str | Path, ema: bool = True, trust: Iterable[str] = ()) -> CustomVAE:
-    """Rebuild a trained VAE in eval mode on the CPU.
+def load_model(path: str | Path, ema: bool = True, trust: Iterable[str] = ()) -> torch.nn.Module:
+    """Rebuild a trained network in eval mode on the CPU.
 
     Args:
         path: Run folder, checkpoint file, or a folder that `save_pretrained` wrote.
@@ -185,30 +185,25 @@ def load_model(path: str | Path, ema: bool = True, trust: Iterable[str] = ()) ->
         >>> vae = load_model("runs/a")  # doctest: +SKIP
     """
     from vae3d.models.custom_vae import CustomVAE
+    from vae3d.models.spec import build
 
     if (Path(path) / "config.json").is_file():
         return CustomVAE.from_pretrained(path, trust=tuple(trust))
-    model = load_network(path, ema, trust)
-    if not isinstance(model, CustomVAE):
-        raise ValueError(f"{path}: holds a {type(model).__name__}, not a VAE; give the VAE's run")
-    return model
-
-
-def load_network(path: str | Path, ema: bool = True, trust: Iterable[str] = ()) -> torch.nn.Module:
-    """Rebuild what a run trained, a VAE or a diffusion model, in eval mode on the CPU.
-
-    Args:
-        path: Run folder or checkpoint file.
-        ema: Take the averaged weights where the run kept some.
-        trust: Module prefixes besides `vae3d` whose classes may be imported.
-    """
-    from vae3d.models.spec import build
-
     state = load_checkpoint(path)
     model = build(state["spec"], trust=tuple(trust))
     weights = state["ema"] if ema and state.get("ema") else state["model"]
     load_strictly(model, weights, f"the weights in {path}")
     return model.eval()
+
+
+def load_vae(path: str | Path, ema: bool = True, trust: Iterable[str] = ()) -> CustomVAE:
+    """`load_model`, where nothing but a VAE will do."""
+    from vae3d.models.custom_vae import CustomVAE
+
+    model = load_model(path, ema, trust)
+    if not isinstance(model, CustomVAE):
+        raise ValueError(f"{path}: holds a {type(model).__name__}, not a VAE; give the VAE's run")
+    return model
 
 
 def find_weights(path: str | Path) -> Path:

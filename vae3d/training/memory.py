@@ -11,7 +11,7 @@ import torch
 
 from loaders import Batch
 from vae3d.kernels.memory import pages
-from vae3d.training.precision import autocast
+from vae3d.training.precision import Amp, autocast
 from vae3d.training.task import Task
 
 CPU_SHARE = 0.7  # of the free memory; the rest is for reading ahead and for other programs
@@ -32,7 +32,7 @@ class Trial:
 
     task: Task
     sample_shape: Sequence[int]
-    amp: str = "off"
+    amp: Amp = "off"
 
     @property
     def device(self) -> torch.device:

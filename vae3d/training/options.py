@@ -117,11 +117,12 @@ def spread(function: Callable[..., int]) -> Callable[..., int]:
         keyword(field.name, default=field.default, annotation=known[field.name])
         for field in fields(group)
     ]
-    flat.__signature__ = inspect.Signature([*own, *theirs], return_annotation=int)
+    signature = inspect.Signature([*own, *theirs], return_annotation=int)
+    flat.__signature__ = signature  # type: ignore[attr-defined]
     flat.__annotations__ = hints | {name: known[name] for name in names}
     _, lines = inspect.cleandoc(Loop.__doc__ or "").split("Args:\n")
     flat.__doc__ = re.sub(r" *loop: .*", lines, inspect.cleandoc(function.__doc__ or ""))
-    del flat.__wrapped__  # type: ignore[attr-defined] # what stands behind has other parameters
+    del flat.__wrapped__  # what stands behind has other parameters
     return flat
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from loaders.whole import write_text
-from vae3d.config import config_dict, save_config
+from vae3d.config import config_dict, save_config, up_to_date
 from vae3d.tracking.console import Console
 from vae3d.tracking.tracker import Tracker
 from vae3d.training.checkpoint import Checkpoints
@@ -186,10 +186,12 @@ class Run:
 
 
 def with_new_options(config: dict[str, Any], fn: Callable) -> dict[str, Any]:
-    """Complete a saved configuration by the options that `fn` has got since, at their defaults."""
+    """Bring a saved configuration to today's options: new names, and new ones at their defaults."""
     parameters = inspect.signature(fn).parameters.values()
     plain = (type(None), bool, int, float, str)
-    return {p.name: p.default for p in parameters if isinstance(p.default, plain)} | config
+    return {p.name: p.default for p in parameters if isinstance(p.default, plain)} | up_to_date(
+        fn, config
+    )
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:

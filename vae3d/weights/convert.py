@@ -307,7 +307,7 @@ def export_state(vae: CustomVAE, layout: Layout) -> State:
     return state
 
 
-def export_monai_state(vae: MonaiVAE) -> State:
+def export_monai_state(vae: CustomVAE) -> State:
     """State dict that MONAI's AutoencoderKL (MAISI's for a `MaisiVAE`) loads with strict=True.
 
     Args:
@@ -321,7 +321,7 @@ def export_monai_state(vae: MonaiVAE) -> State:
     return export_state(vae, monai_layout(vae))
 
 
-def export_diffusers(vae: AutoencoderKL) -> tuple[State, dict[str, Any]]:
+def export_diffusers(vae: CustomVAE) -> tuple[State, dict[str, Any]]:
     """State dict and configuration of diffusers' AutoencoderKL.
 
     Args:
