@@ -31,7 +31,7 @@ from vae3d.training.checkpoint import load_checkpoint, load_model
 SHAPE = (20, 14, 12)
 COLUMNS = """psnr ssim mae mse ms_ssim foreground_psnr foreground_ssim foreground_mae mae_original
 rmse_original kl kl_sum latent_mean latent_std posterior_std active_channels bits_per_voxel
-pooled_psnr pca_psnr seam_score patch_gap"""
+lattice_score pooled_psnr pca_psnr pca_equivalent seam_score patch_gap"""
 QUIET = {"device": "cpu", "wandb": "disabled"}
 
 

@@ -6,7 +6,15 @@ import torch
 import torch.nn.functional as F
 
 from vae3d.inference.baselines import BlockPCA, pooled
-from vae3d.inference.metrics import METRICS, latent_summary, ms_ssim, psnr, seam_score, ssim
+from vae3d.inference.metrics import (
+    METRICS,
+    latent_summary,
+    lattice_score,
+    ms_ssim,
+    psnr,
+    seam_score,
+    ssim,
+)
 from vae3d.inference.stitching import stitch, tile_faces
 
 
@@ -131,6 +139,36 @@ def test_volumes_of_two_sizes_are_not_compared(pair, metric):
 def test_means_of_large_offsets_keep_their_digits():
     x = torch.full((1, 64, 64, 64), 1e4)
     assert METRICS["mae"](x, x + 0.5, 1.0) == pytest.approx(0.5, rel=1e-6)
+
+
+def test_lattice_score_is_one_for_noise_and_large_for_a_grid_of_cells():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.rand(1, 64, 60, 96, generator=generator)
+    noisy = x + 0.3 * torch.rand(x.shape, generator=generator)
+    assert lattice_score(x, noisy, (4, 4, 4)) == pytest.approx(1, abs=0.1)
+    cells = noisy + 0.5 * (torch.arange(96) % 4 == 0)
+    assert lattice_score(x, cells, (4, 4, 4)) > 3
+    assert lattice_score(x, cells, (4, 4, 1)) == pytest.approx(1, abs=0.1)  # no cells along z
+    assert lattice_score(x, x, (4, 4, 4)) == pytest.approx(1)
+    assert math.isnan(lattice_score(x, x, (1, 1, 1)))
+    # A blurred image has no grid either: the score is no measure of sharpness.
+    blurred = torch.nn.functional.avg_pool3d(x[None], 3, 1, 1)[0]
+    assert lattice_score(x, blurred, (4, 4, 4)) == pytest.approx(1, abs=0.15)
+
+
+def test_pca_equivalent_counts_the_components_that_do_as_well():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.rand(1, 17, 16, 20, generator=generator)
+    x[0, :, :, 1:] += x[0, :, :, :-1].clone()
+    pca = BlockPCA.fit([x], (2, 2, 2), 6)
+    whole = (slice(None), slice(16))
+    for count in (1, 3, 6):
+        found = pca.equivalent(x[whole], pca(x[whole], count))
+        assert found == pytest.approx(count, abs=1e-3)
+    between = pca.equivalent(x, (pca(x, 2) + pca(x, 3)) / 2)
+    assert 2 < between < 3
+    assert pca.equivalent(x, x) == math.inf  # better than all six of them
+    assert pca.equivalent(x, torch.full_like(x, 9.0)) == 0.0
 
 
 def test_seam_score_is_one_without_seams_and_large_with_them():

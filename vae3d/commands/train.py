@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -75,6 +76,7 @@ def train_3d(
     from loaders import PatchLoader, open_data
     from vae3d.training.distributed import World, open_world
     from vae3d.training.facts import facts
+    from vae3d.training.linear_code import fit_linear_code
     from vae3d.training.run import Run
     from vae3d.training.task import VAETask
     from vae3d.training.trainer import Trainer
@@ -112,19 +114,22 @@ def train_3d(
         else:
             sample = whole_shape(training) if patching is None else patch_size
             batch = largest_batch(task, sample, amp, world)
-        loader = PatchLoader(
+        cut = partial(
+            PatchLoader,
             training,
             patch_size=patch_size,
             patching=patching,
             patches_per_volume=patches_per_volume,
-            batch_size=batch,
             seed=loop.seed,
-            rank=world.rank,
-            world_size=world.size,
             threads=loop.threads,
-            pin=world.device.type == "cuda",
             **data.loader_options(),
         )
+        pin = world.device.type == "cuda"
+        loader = cut(batch_size=batch, rank=world.rank, world_size=world.size, pin=pin)
+        if vae.linear_code is not None and not (state or init_from):
+            seen = cut(batch_size=1)
+            batches = seen.stream() if patching == "random_parts" else seen
+            fit_linear_code(vae, (batch.image[0] for batch in batches), world)
         if world.is_main:
             store.write_skipped(out_dir)
         # Sharded weights need all ranks at each volume; then no rank has volumes of its own.

@@ -103,7 +103,11 @@ def encode_exact(
     for region, values in run.slabs(node):
         moments[(slice(None), slice(None), *(slice(*r) for r in region))] = values
     posterior = vae.head(moments)
-    return DiagonalGaussian(posterior.mean[0], posterior.logvar[0])
+    mean = posterior.mean
+    if vae.linear_code is not None:
+        source = Source(volume, shape, *_home(vae))
+        mean = mean + run.take(run.walk(vae.linear_code.analysis, source)).to(mean)
+    return DiagonalGaussian(mean[0], posterior.logvar[0])
 
 
 @torch.no_grad()
@@ -140,7 +144,11 @@ def decode_exact(
     check_axes("latent", z.shape, vae.latent_channels, vae.spatial_dims)
     run = Executor(memory_gb, tile, scratch_dir)
     node = run.walk(vae.post_quant_conv, Source(z, z.shape[1:], *_home(vae)))
-    node = run.walk(vae.output, run.walk(vae.decoder, node))
+    node = run.walk(vae.decoder, node)
+    if vae.linear_code is not None:
+        code = run.walk(vae.linear_code.synthesis, Source(z, z.shape[1:], *_home(vae)))
+        node = Sum(node, code)
+    node = run.walk(vae.output, node)
     size = tuple(size or node.shape)
     check_size(size, node.shape)
     if out is not None and tuple(out.shape) != (node.channels, *size):

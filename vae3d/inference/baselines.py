@@ -6,6 +6,7 @@ training volumes: the best linear code of that size.
 """
 
 import hashlib
+import math
 import pickle
 from collections.abc import Iterable, Sequence
 from functools import cached_property
@@ -40,31 +41,40 @@ class BlockPCA:
         factor: Voxels of a block per axis.
         mean: Mean block, (C * prod(factor),).
         components: Orthonormal rows, (number kept, C * prod(factor)).
+        std: Standard deviation of the blocks along each of them, (number kept,).
     """
 
-    def __init__(self, factor: Sequence[int], mean: Tensor, components: Tensor):
-        self.factor, self.mean, self.components = tuple(factor), mean, components
+    def __init__(self, factor: Sequence[int], mean: Tensor, components: Tensor, std: Tensor):
+        self.factor, self.mean = tuple(factor), mean
+        self.components, self.std = components, std
 
     @classmethod
-    def fit(cls, volumes: Iterable[Tensor], factor: Sequence[int], num_components: int) -> Self:
-        """Fit on at most 20,000 blocks of each volume (C, *spatial), drawn with a fixed seed."""
+    def fit(
+        cls,
+        volumes: Iterable[Tensor],
+        factor: Sequence[int],
+        num_components: int,
+        most: int = BLOCKS_PER_VOLUME,
+    ) -> Self:
+        """Fit on at most so many blocks of each volume (C, *spatial), drawn with a fixed seed."""
         generator = torch.Generator().manual_seed(0)
         count, total, square = 0, *torch.zeros(2, dtype=torch.float64)
         for x in volumes:
             blocks = _blocks(_pad(x, factor), factor)[0]
-            picks = torch.randperm(len(blocks), generator=generator)[:BLOCKS_PER_VOLUME]
+            picks = torch.randperm(len(blocks), generator=generator)[:most]
             blocks = blocks[picks].double()
             count, total = count + len(blocks), total + blocks.sum(0)
             square = square + blocks.T @ blocks
         mean = total / count
-        _, vectors = torch.linalg.eigh(square / count - mean[:, None] * mean)
-        return cls(factor, mean.float(), vectors.flip(1).T[:num_components].float())
+        variances, vectors = torch.linalg.eigh(square / count - mean[:, None] * mean)
+        std = variances.flip(0)[:num_components].clamp(min=0).sqrt().float()
+        return cls(factor, mean.float(), vectors.flip(1).T[:num_components].float(), std)
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """Code and decode a volume (C, *spatial)."""
+    def __call__(self, x: Tensor, count: int | None = None) -> Tensor:
+        """Code and decode a volume (C, *spatial) by the first `count` components; None for all."""
         blocks, grid = _blocks(_pad(x, self.factor), self.factor)
-        codes = (blocks - self.mean) @ self.components.T
-        recon = codes @ self.components + self.mean
+        kept = self.components[:count]
+        recon = (blocks - self.mean) @ kept.T @ kept + self.mean
         recon = recon.reshape(*grid, x.shape[0], *self.factor)
         dims = len(grid)
         order = [dims, *(i for axis in range(dims) for i in (axis, dims + 1 + axis))]
@@ -72,11 +82,37 @@ class BlockPCA:
         recon = recon.permute(order).reshape(x.shape[0], *sizes)
         return recon[(slice(None), *(slice(n) for n in x.shape[1:]))]
 
+    def equivalent(self, x: Tensor, recon: Tensor) -> float:
+        """How many components have as small a squared error as a reconstruction, interpolated.
+
+        Both are measured over the whole blocks in the volume.
+
+        Args:
+            x: Volume (C, *spatial).
+            recon: Its reconstruction.
+
+        Returns:
+            The number, fractions by the logarithm of the error (that is, by PSNR) between the two
+            next to it; infinity where all components together are worse.
+        """
+        sizes = [n // f * f for n, f in zip(x.shape[1:], self.factor, strict=True)]
+        whole = (slice(None), *map(slice, sizes))
+        blocks = (_blocks(x[whole], self.factor)[0] - self.mean).double()
+        energy = (blocks @ self.components.T.double()).square().sum(0)
+        errors = blocks.square().sum() - torch.cat([torch.zeros(1), energy.cumsum(0)])
+        wanted = (x[whole] - recon[whole]).double().square().sum()
+        better = int((errors > wanted * (1 + 1e-6)).sum())  # counts that are not enough
+        if better == len(errors):
+            return math.inf
+        if better == 0:
+            return 0.0
+        before, after = errors[better - 1 : better + 1].clamp(min=1e-12 * errors[0]).tolist()
+        return better - 1 + math.log(before / max(float(wanted), after)) / math.log(before / after)
+
     def save(self, path: Path) -> None:
         """Write to a file, whole or not at all."""
-        state = {"factor": self.factor, "mean": self.mean, "components": self.components}
         with whole_file(path) as temporary:
-            torch.save(state, temporary)
+            torch.save(vars(self), temporary)
 
     @classmethod
     def load(cls, path: Path) -> "BlockPCA":

@@ -23,7 +23,14 @@ from torch import Tensor
 
 from loaders.whole import write_text
 from vae3d.inference.baselines import BlockPCA, pooled
-from vae3d.inference.metrics import FOREGROUND, METRICS, latent_summary, psnr, seam_score
+from vae3d.inference.metrics import (
+    FOREGROUND,
+    METRICS,
+    latent_summary,
+    lattice_score,
+    psnr,
+    seam_score,
+)
 from vae3d.inference.reconstruct import Coding, autoencode
 from vae3d.inference.stitching import tile_faces
 from vae3d.models.custom_vae import CustomVAE
@@ -133,7 +140,7 @@ class Evaluator:
         """All columns of a volume but its name."""
         width = self.data_range
         row = {name: metric(x, recon, width) for name, metric in METRICS.items()}
-        row |= self._baselines(x)
+        row |= self._baselines(x, recon)
         foreground = self.foreground(index, x)
         row |= {f"foreground_{m}": METRICS[m](x, recon, width, foreground) for m in FOREGROUND}
         row |= self._original_units(index, x, recon)
@@ -194,11 +201,14 @@ class Evaluator:
                 "(data.root or --checkpoint is another data set's)"
             )
 
-    def _baselines(self, x: Tensor) -> dict[str, float]:
-        factor = self.factor(x.ndim - 1)
-        row = {"pooled_psnr": psnr(x, pooled(x, factor), self.data_range)}
+    def _baselines(self, x: Tensor, recon: Tensor) -> dict[str, float]:
+        """Linear codes of the same size, and how many of their numbers would do as well."""
+        factor, channels = self.factor(x.ndim - 1), self.vae.latent_channels
+        row = {"lattice_score": lattice_score(x, recon, factor)}
+        row["pooled_psnr"] = psnr(x, pooled(x, factor), self.data_range)
         if self.pca is not None:
-            row["pca_psnr"] = psnr(x, self.pca(x), self.data_range)
+            row["pca_psnr"] = psnr(x, self.pca(x, channels), self.data_range)
+            row["pca_equivalent"] = self.pca.equivalent(x, recon) / channels
         return row
 
     def _original_units(self, index: int, x: Tensor, recon: Tensor) -> dict[str, float]:

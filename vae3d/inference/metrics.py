@@ -122,6 +122,41 @@ def seam_score(
     return (sums[1] / counts[1]) / (sums[0] / counts[0])
 
 
+def lattice_score(x: Tensor, recon: Tensor, factor: Sequence[int]) -> float:
+    """How much the grid of latent cells shows in a reconstruction: 1 where it does not.
+
+    Power along each axis at the frequencies of the cells (k / factor, k = 1, 2, ... up to half a
+    cycle a voxel) over that at the three next to each on either side (their geometric mean), in the
+    reconstruction over the same in the input; the mean over frequencies and axes.
+
+    Args:
+        x: Volume (C, *spatial).
+        recon: Its reconstruction.
+        factor: Per axis the voxels of a cell of the latent grid.
+
+    Returns:
+        The mean ratio; nan where no axis has cells.
+    """
+    check_pair(x, recon)
+    ratios = []
+    for axis, cell in enumerate(factor, start=1):
+        size = x.shape[axis] // cell * cell  # whole cells, so that their frequencies are bins
+        peaks = [k * size // cell for k in range(1, cell // 2 + 1)]
+        power = [_power(v.narrow(axis, 0, size), axis) for v in (x, recon)] if peaks else []
+        for peak in peaks:
+            near = [n for n in range(peak - 3, peak + 4) if 0 < n <= size // 2 and n not in peaks]
+            ours, theirs = (p[peak] / p[near].log().mean().exp() for p in reversed(power))
+            ratios.append(float(ours / theirs))
+    return sum(ratios) / len(ratios) if ratios else math.nan
+
+
+def _power(v: Tensor, axis: int) -> Tensor:
+    """Power of each frequency along an axis, summed over the lines; never 0."""
+    lines = v.movedim(axis, -1).double()
+    spectrum = torch.fft.rfft(lines - lines.mean(-1, keepdim=True)).abs().square()
+    return spectrum.flatten(0, -2).sum(0).clamp(min=1e-300)
+
+
 def latent_summary(mean: Tensor, logvar: Tensor, num_values: int, latent_bits: int) -> dict:
     """What a posterior says: how far from the prior, how spread, how large.
 

@@ -8,7 +8,7 @@ import json
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from itertools import islice
 from math import prod
@@ -26,6 +26,7 @@ from vae3d.models.attention import Attention
 from vae3d.models.blocks import Block, ResBlock
 from vae3d.models.conv import conv, per_axis
 from vae3d.models.downsample import ConvDown, Down
+from vae3d.models.linear_code import LinearCode
 from vae3d.models.norm import GroupNorm, Norm, NormAct, named, recomputing
 from vae3d.models.posterior import DiagonalGaussian, LogVarianceHead, PosteriorHead
 from vae3d.models.spec import Described
@@ -153,6 +154,8 @@ class CustomVAE(Described, nn.Module):
         stem_channels: Channels after the first convolution; None for those of the first level.
         quant_conv: 1x1 convolutions on both sides of the latent.
         output: Function on the reconstruction: none, tanh or sigmoid.
+        linear_code: A linear code of blocks round both networks, which begin at zero; training
+            fits it to its volumes before the first step. Blocks are cut by `factors`.
         latent_scale: Factor of `encode_stage_2_inputs`, so that latents have unit variance.
         latent_shift: Subtracted before scaling.
     """
@@ -184,6 +187,7 @@ class CustomVAE(Described, nn.Module):
         stem_channels: int | None = None,
         quant_conv: bool = True,
         output: Literal["none", "tanh", "sigmoid"] = "none",
+        linear_code: bool = False,
         latent_scale: float = 1.0,
         latent_shift: float = 0.0,
     ):
@@ -241,6 +245,23 @@ class CustomVAE(Described, nn.Module):
                 "quant_conv=False needs z_channels equal to latent_channels and double_z=True"
             )
         self.output = named(OUTPUTS, output, "output")()
+        self.linear_code: LinearCode | None = None
+        if linear_code:
+            if output != "none" or self.out_channels != in_channels:
+                raise ValueError(
+                    "linear_code reconstructs its input: it takes output none, and no out_channels"
+                    " other than in_channels"
+                )
+            shape = (spatial_dims, in_channels, latent_channels, self.factor)
+            self.linear_code = LinearCode(*shape)
+            self.silence()
+
+    def silence(self) -> None:
+        """Let both networks begin at zero: the mean, not its spread, and the reconstruction."""
+        last = self.encoder[-1] if isinstance(self.quant_conv, nn.Identity) else self.quant_conv
+        for layer, rows in ((last, self.latent_channels), (self.decoder[-1], self.out_channels)):
+            for parameter in layer.parameters():
+                nn.init.zeros_(parameter[:rows])
 
     @property
     def last_layer(self) -> nn.Parameter:
@@ -259,12 +280,19 @@ class CustomVAE(Described, nn.Module):
 
     def encode(self, x: Tensor) -> DiagonalGaussian:
         """Posterior of `(B, C, *spatial)`, padded at the far end to a multiple of `factor`."""
-        return self.head(in_range([self.encoder, self.quant_conv], self.pad(x)))
+        x = self.pad(x)
+        posterior = self.head(in_range([self.encoder, self.quant_conv], x))
+        if self.linear_code is not None:
+            posterior = replace(posterior, mean=posterior.mean + self.linear_code.encode(x))
+        return posterior
 
     def decode(self, z: Tensor) -> Tensor:
         """Reconstruction `(B, out_channels, *spatial * factor)` of a latent `(B, C, *spatial)`."""
         z = z.to(self.last_layer.dtype)  # the posterior is float32, whatever the weights are
-        return self.output(in_range([self.post_quant_conv, self.decoder], z))
+        recon = in_range([self.post_quant_conv, self.decoder], z)
+        if self.linear_code is not None:
+            recon = recon + self.linear_code.decode(z)
+        return self.output(recon)
 
     def forward(
         self, x: Tensor, sample_posterior: bool | None = None

@@ -377,6 +377,8 @@ def inflate(vae: CustomVAE, how: Literal["center", "mean"] = "center") -> Custom
 
     if vae.spatial_dims != 2:
         raise ValueError("only a 2D network can be inflated; this one is 3D")
+    if vae.linear_code is not None:
+        raise ValueError("blocks of a linear code cannot be inflated; train in 3D from the start")
     spec = vae.spec
     spec["init_args"]["spatial_dims"] = 3
     volume = build(spec)

@@ -1,0 +1,76 @@
+"""The best linear code of blocks as a shortcut round the two networks of a VAE.
+
+    mean(x) = A x + encoder(x)          recon(z) = B z + decoder(z)
+
+A and B work on blocks of `factor` voxels that do not overlap. They begin as whitened principal
+components of the training volumes' blocks and both networks begin at zero, so that training starts
+at the reconstruction of the best linear code of its size (Baldi and Hornik, 1989), with latents of
+mean 0 and standard deviation 1, and goes on from there; A and B are weights like all others.
+
+Axes: b batch, c channels, x y z space in storage order.
+"""
+
+from collections.abc import Sequence
+from math import prod
+
+import torch
+from torch import Tensor, nn
+
+from vae3d.models.conv import CONV, CONV_TRANSPOSE
+
+MAX_BLOCK = 4096  # values; principal components of larger blocks take minutes and gigabytes
+
+
+class LinearCode(nn.Module):
+    """A strided convolution to the latent and a transposed one back, each of one block.
+
+    Args:
+        spatial_dims: 2 or 3.
+        channels: Channels of the volume.
+        latent_channels: Channels of the latent; those beyond a block's values begin at zero.
+        factor: Voxels of a block per axis.
+    """
+
+    def __init__(
+        self, spatial_dims: int, channels: int, latent_channels: int, factor: Sequence[int]
+    ):
+        super().__init__()
+        block = tuple(factor)
+        if (values := channels * prod(block)) > MAX_BLOCK:
+            raise ValueError(
+                f"linear_code: a block of {' x '.join(map(str, block))} voxels with {channels}"
+                f" channels has {values} values, {MAX_BLOCK} is the most; shrink less, or set it to"
+                " false"
+            )
+        self.analysis = CONV[spatial_dims](channels, latent_channels, block, block)
+        self.synthesis = CONV_TRANSPOSE[spatial_dims](latent_channels, channels, block, block)
+
+    def encode(self, x: Tensor) -> Tensor:
+        """Code of `(B, C, *spatial)`, sizes that are multiples of the block, in float32."""
+        return self.analysis(x).float() if x.dtype != torch.float64 else self.analysis(x)
+
+    def decode(self, z: Tensor) -> Tensor:
+        """Linear reconstruction `(B, C, *spatial * factor)` of a latent `(B, C', *spatial)`."""
+        return self.synthesis(z)
+
+    @torch.no_grad()
+    def begin(self, mean: Tensor, components: Tensor, std: Tensor) -> None:
+        """Take over principal components, so that codes have mean 0 and standard deviation 1.
+
+        Args:
+            mean: Mean block, `(C * block,)`, channels first.
+            components: Orthonormal rows, `(number, C * block)`, at most the latent's channels.
+            std: Standard deviation of the blocks along each of them, `(number,)`.
+        """
+        kept = len(components)
+        std = std.clamp(min=1e-6 * float(std.max()) or 1.0)[:, None]  # of constant volumes: 0
+        for parameter in self.parameters():
+            parameter.zero_()
+        analysis, synthesis = components / std, components * std
+        self.analysis.weight[:kept] = analysis.view_as(self.analysis.weight[:kept])
+        self.synthesis.weight[:kept] = synthesis.view_as(self.synthesis.weight[:kept])
+        # What is added per channel is the same at every voxel of a block.
+        level = mean.view(self.analysis.in_channels, -1).mean(1)
+        even = level.repeat_interleave(len(mean) // len(level))
+        self.analysis.bias[:kept] = -analysis @ even
+        self.synthesis.bias.copy_(level)
