@@ -128,6 +128,15 @@ def test_precision_layout_copies_and_export_keep_the_numbers(tmp_path):
     assert torch.allclose(exported(x), vae(x)[0], atol=1e-6)
 
 
+def test_it_is_fitted_to_weights_in_any_layout_and_precision():
+    x = smooth()
+    expected = fitted(x).linear_code.state_dict()
+    other = tiny_vae(linear_code=True).to(memory_format=torch.channels_last_3d).double()
+    fit_linear_code(other, [x])
+    for name, value in other.linear_code.state_dict().items():
+        assert torch.equal(value.float(), expected[name])
+
+
 @pytest.mark.parametrize("mode", ["block", "level"])
 def test_checkpointing_changes_no_gradient(mode):
     x = smooth()

@@ -53,7 +53,6 @@ class LinearCode(nn.Module):
         """Linear reconstruction `(B, C, *spatial * factor)` of a latent `(B, C', *spatial)`."""
         return self.synthesis(z)
 
-    @torch.no_grad()
     def begin(self, mean: Tensor, components: Tensor, std: Tensor) -> None:
         """Take over principal components, so that codes have mean 0 and standard deviation 1.
 
@@ -64,13 +63,13 @@ class LinearCode(nn.Module):
         """
         kept = len(components)
         std = std.clamp(min=1e-6 * float(std.max()) or 1.0)[:, None]  # of constant volumes: 0
-        for parameter in self.parameters():
-            parameter.zero_()
-        analysis, synthesis = components / std, components * std
-        self.analysis.weight[:kept] = analysis.view_as(self.analysis.weight[:kept])
-        self.synthesis.weight[:kept] = synthesis.view_as(self.synthesis.weight[:kept])
+        new = {name: torch.zeros(old.shape) for name, old in self.state_dict().items()}
+        blocks = new["analysis.weight"].flatten(1)
         # What is added per channel is the same at every voxel of a block.
         level = mean.view(self.analysis.in_channels, -1).mean(1)
         even = level.repeat_interleave(len(mean) // len(level))
-        self.analysis.bias[:kept] = -analysis @ even
-        self.synthesis.bias.copy_(level)
+        blocks[:kept] = components / std
+        new["analysis.bias"] -= blocks @ even
+        new["synthesis.weight"].flatten(1)[:kept] = components * std
+        new["synthesis.bias"] += level
+        self.load_state_dict(new)
