@@ -5,13 +5,14 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from toys import on_ranks, tiny_vae
+from toys import SHAPE, on_ranks, tiny_vae, toy_trainer
 
 from vae3d.commands.train import train_3d
 from vae3d.exact.executor import decode_exact, encode_exact
 from vae3d.inference.baselines import BlockPCA
 from vae3d.inference.metrics import psnr
 from vae3d.inference.reconstruct import autoencode
+from vae3d.losses.vae_loss import VAELoss
 from vae3d.models.custom_vae import CustomVAE
 from vae3d.models.linear_code import MAX_BLOCK
 from vae3d.models.norm import NoNorm
@@ -19,6 +20,7 @@ from vae3d.models.posterior import FixedStdHead, LogVarianceHead, SoftplusHead
 from vae3d.models.presets import AutoencoderKL, MaisiVAE, MonaiVAE
 from vae3d.training.checkpoint import load_checkpoint, load_model
 from vae3d.training.linear_code import fit_linear_code
+from vae3d.training.task import VAETask
 from vae3d.weights.convert import export_state, inflate
 from vae3d.weights.layouts import DIFFUSERS, MONAI
 
@@ -159,6 +161,31 @@ def test_all_ranks_get_what_the_main_one_has_fitted():
     one, two = on_ranks(2, _rank_fits, smooth())
     assert all(torch.equal(one[name], two[name]) for name in one)
     assert one["analysis.weight"].std() > 0
+
+
+def _rank_trains(world, folder, sharding):
+    task = VAETask(tiny_vae(linear_code=True), VAELoss(), seed=0)
+    images = [smooth(size=SHAPE, seed=n) for n in range(4)]
+    fit_linear_code(task.network, images, world)
+    trainer = toy_trainer(folder, world, task=task, max_steps=3, sharding=sharding, batch_size=2)
+    trainer.fit()
+    return trainer.tracker.losses()
+
+
+@pytest.mark.filterwarnings("ignore:FSDP2-wrapped")
+@pytest.mark.parametrize("sharding", ["ddp", "fsdp"])
+def test_ranks_train_it_as_one_process_does(tmp_path, sharding):
+    task = VAETask(tiny_vae(linear_code=True), VAELoss(), seed=0)
+    fit_linear_code(task.network, [smooth(size=SHAPE, seed=n) for n in range(4)])
+    alone = toy_trainer(tmp_path / "one", task=task, max_steps=3, batch_size=4)
+    alone.fit()
+    for losses in on_ranks(2, _rank_trains, tmp_path / "two", sharding):
+        assert losses == pytest.approx(alone.tracker.losses(), rel=1e-4)
+    saved = load_checkpoint(tmp_path / "two" / "last.pt")
+    assert (
+        "linear_code.analysis.weight" in saved["model"]
+        and "linear_code.synthesis.bias" in saved["ema"]
+    )
 
 
 def test_what_has_no_place_for_it_refuses_by_name():

@@ -121,6 +121,23 @@ def test_evaluation_page_names_what_is_not_finite_and_what_is_far_off(tmp_path):
     assert "warn" not in levels(find_in_evaluation(rows, ["mae"], "mae"))
 
 
+@pytest.mark.parametrize(
+    ("psnr", "lattice", "level", "words"),
+    [
+        (20.0, 1.0, "bad", "average pooling"),
+        (25.0, 1.0, "warn", "linear code"),
+        (30.0, 1.4, "warn", "grid of latent cells"),
+        (30.0, 1.0, "good", "worst psnr"),
+    ],
+)
+def test_evaluation_page_says_when_a_linear_code_would_do_better(psnr, lattice, level, words):
+    row = {"case": "a", "psnr": psnr, "pooled_psnr": 22.0, "pca_psnr": 26.0}
+    row |= {"lattice_score": lattice, "pca_equivalent": float("inf")}
+    found = find_in_evaluation([row], list(row)[1:], "psnr")
+    assert found[0][0] == level and words in found[0][1]
+    assert not any("finite" in text for _, text in found)
+
+
 def test_a_case_called_like_a_number_stays_a_name(tmp_path):
     text = Document(write_report(evaluation_folder(tmp_path, ["007", "1e3"], media=False))).text
     assert "007" in text and "1e3" in text

@@ -291,6 +291,9 @@ def say_results(summary: dict[str, Any], out: Path) -> None:
         if name in summary["metrics"]:
             value = summary["metrics"][name]
             print(f"{name:<14} {value['mean']:.4g} (sd {value['sd']:.2g}, n {value['n']})")
+    beyond = summary["volumes"] - summary["metrics"].get("pca_equivalent", {"n": 0})["n"]
+    if beyond and "pca_psnr" in summary["metrics"]:  # infinite: not in the mean
+        print(f"pca_equivalent > {COMPONENTS} for {beyond} of {summary['volumes']} volumes")
     print(f"report: {out / 'report.html'}")
     for kind in ("gif", "mp4"):
         for path in sorted((out / "media").glob(f"*.{kind}"))[:1]:

@@ -16,6 +16,7 @@ from vae3d.tracking.media import case_stem
 
 HIGHER_IS_BETTER = ("psnr", "ssim", "ms_ssim", "dice", "ncc")
 LOWER_IS_BETTER = ("mae", "mse", "rmse", "lpips", "hfen")
+GRID_SHOWS = 1.15  # lattice_score
 MAX_EMBEDDED_BYTES = 60_000_000  # pictures first, then clips, the worst volumes first
 
 
@@ -73,11 +74,12 @@ def find(rows: Sequence[dict], metrics: Sequence[str], leading: str | None) -> l
     """What to look at first: values that are not finite, volumes far from the others."""
     case = next(iter(rows[0]))
     found = []
-    for metric in metrics:
-        bad = [r[case] for r in rows if not _finite(r[metric])]
+    for metric in metrics:  # pca_equivalent is infinite where no number of components would do
+        bad = [r[case] for r in rows if not _finite(r[metric]) and r[metric] != math.inf]
         if bad:
             named = ", ".join(map(page.escape, bad[:5]))
             found.append(("bad", f"<b>{page.escape(metric)}</b> is not finite for {named}."))
+    found += _against_linear_codes(rows, metrics)
     if leading:
         values = sorted(r[leading] for r in rows if _finite(r[leading]))
         if len(values) >= 5:
@@ -88,6 +90,35 @@ def find(rows: Sequence[dict], metrics: Sequence[str], leading: str | None) -> l
                 ("good", f"The worst {leading} is {page.number(worst[leading])}, of "
                  f"<b>{page.escape(worst[case])}</b>, shown first below.")
             )  # fmt: skip
+    return found
+
+
+def _against_linear_codes(rows: Sequence[dict], metrics: Sequence[str]) -> list:
+    """Whether the model is worth its training: above pooling, above block PCA, without a grid."""
+    means = {
+        m: sum(r[m] for r in rows) / len(rows)
+        for m in ("psnr", "pooled_psnr", "pca_psnr", "lattice_score")
+        if m in metrics and all(_finite(r[m]) for r in rows)
+    }
+    psnr = means.get("psnr", math.inf)
+    remedy = "begin at the best linear code (<code>--model.linear_code true</code>), train longer"
+    found = []
+    if psnr < means.get("pooled_psnr", -math.inf):
+        found.append(
+            ("bad", f"The model has {psnr:.1f} dB, <b>average pooling</b> with fewer numbers "
+             f"{means['pooled_psnr']:.1f} dB: {remedy}, lower <code>--lr</code>, and look whether "
+             "<code>data.preprocess</code> leaves the volumes as you meant them.")
+        )  # fmt: skip
+    elif psnr < means.get("pca_psnr", -math.inf):
+        found.append(
+            ("warn", f"The model has {psnr:.1f} dB, a <b>linear code</b> of the same size (block "
+             f"PCA) {means['pca_psnr']:.1f} dB: {remedy}, or give it more channels.")
+        )  # fmt: skip
+    if means.get("lattice_score", 1.0) > GRID_SHOWS:
+        found.append(
+            ("warn", f"The <b>grid of latent cells</b> shows in the reconstructions (lattice_score "
+             f"{means['lattice_score']:.2f}, 1 is none): train longer, or shrink less.")
+        )  # fmt: skip
     return found
 
 
