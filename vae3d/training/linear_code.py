@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from itertools import islice
-from typing import Any
 
 from torch import Tensor
 
@@ -32,7 +31,7 @@ def fit_linear_code(vae: CustomVAE, patches: Iterable[Tensor], world: World | No
     """
     world = world or World()
     assert vae.linear_code is not None, "a network without linear_code"
-    fitted: tuple[Any, ...] | None = None
+    fitted: tuple[Tensor, Tensor, Tensor] | None = None
     if world.is_main:
         pca = BlockPCA.fit(islice(patches, PATCHES), vae.factor, vae.latent_channels, BLOCKS)
         fitted = pca.mean, pca.components, pca.std
