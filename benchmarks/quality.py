@@ -50,6 +50,7 @@ class MonaiPeer(CustomVAE):
         self, channels: tuple[int, ...], num_res_blocks: int, latent_channels: int, norm_groups: int
     ):
         nn.Module.__init__(self)
+        self.linear_code = None
         self.net = AutoencoderKL(
             spatial_dims=3,
             channels=channels,
