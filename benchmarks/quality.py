@@ -1,18 +1,19 @@
-"""How well does a run of the shipped recipe reconstruct, beside MONAI's AutoencoderKL?
+"""How well does a run of the shipped recipe reconstruct, beside its peers at their best?
 
-    python benchmarks/quality.py --root DIR                     # 1500 steps, factors 4 and 8
-    python benchmarks/quality.py --root DIR --steps 10 --factors '[4]'    # does it run?
+    python benchmarks/quality.py --root DIR                  # the sweep, then 1500 steps, 3 seeds
+    python benchmarks/quality.py --root DIR --steps 10 --sweep_steps 5 --seeds '[0]'   # it runs?
 
-Both networks get one budget: the same volumes and split, patches in the same order, loss,
-optimizer, precision and number of steps, all from the recipe, and the same latents. MONAI's first
-level works at full resolution; it begins with half the recipe's channels, so that its step costs
-about as many processor-seconds. Every network trains in a process of its own, so that its peak
-memory is its own.
-The held-out volumes are reconstructed whole. Average pooling to the same latent grid and trilinear
-upsampling back says what a network has to beat.
+Every network gets its own best learning rate (a sweep of short runs, by PSNR on validation), and
+the same budget: volumes and split, patches in the same order, loss, optimizer, precision and number
+of steps, all from the recipe, and the same latents. MONAI's first level works at full resolution;
+it begins with half the recipe's channels, so that its step costs about as many
+processor-seconds. Every network trains in a process of its own, so that its peak memory is its
+own. The held-out volumes are reconstructed whole. Average pooling to the same latent grid and
+linear upsampling back, and block PCA with as many and twice as many numbers, say what a network has
+to beat.
 
-Writes quality.md (the table), quality.json and quality.svg (validation PSNR over steps) to
-`--out_dir`. The same command again continues where it stopped.
+Writes quality.md (the tables), quality.json and quality.svg (validation PSNR over steps) to
+`--out_dir`, with what there is after each run. The same command again continues where it stopped.
 """
 
 from __future__ import annotations
@@ -28,7 +29,6 @@ from math import log2
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from monai.networks.nets import AutoencoderKL
 from torch import nn
 
@@ -36,11 +36,11 @@ from loaders.whole import write_text
 from vae3d import train_3d
 from vae3d.commands.evaluate import EvaluationData, evaluate
 from vae3d.config import main, parse
+from vae3d.inference.baselines import BlockPCA, pooled
 from vae3d.inference.metrics import METRICS
 from vae3d.models.custom_vae import CustomVAE
 from vae3d.models.posterior import DiagonalGaussian
-
-ROOT = Path(__file__).resolve().parents[1]
+from vae3d.recipes import find_recipe
 
 
 class MonaiPeer(CustomVAE):
@@ -86,57 +86,73 @@ class MonaiPeer(CustomVAE):
         return self.net.decode(z)
 
 
+NETWORKS = ("linear code", "plain", "monai")
+
+
 def quality(
     root: str,
     out_dir: str = "runs/quality",
-    recipe: str = str(ROOT / "configs/train/ixi_t1.yaml"),
+    recipe: str = "ixi_t1",
     steps: int = 1500,
     factors: tuple[int, ...] = (4, 8),
+    rates: tuple[float, ...] = (2e-4, 5e-4, 1e-3, 2e-3),
+    sweep_steps: int = 300,
+    seeds: tuple[int, ...] = (0, 1, 2),
+    networks: tuple[str, ...] = NETWORKS,
     split: str = "test",
     only: str | None = None,
 ) -> None:
-    """Train the recipe's network and MONAI's, and compare them on held-out volumes.
+    """Train the recipe's network, with and without its linear code, and MONAI's, and compare them.
 
     Args:
         root: Folder of volumes.
         out_dir: Where runs and results go.
-        recipe: YAML of `train_3d`.
+        recipe: Recipe of `train_3d`, a name or a file.
         steps: Updates of each network [steps].
-        factors: Shrink factors of the latent per axis; each is a pair of runs.
+        factors: Shrink factors of the latent per axis; each is a set of runs.
+        rates: Learning rates of the sweep; the best on validation is taken for the runs.
+        sweep_steps: Updates of a run of the sweep [steps].
+        seeds: Seeds of the runs; the sweep has the first.
+        networks: Which of them: linear code | plain | monai.
         split: Held-out part: test | val.
-        only: One run, such as `4-vae3d`; what the benchmark calls itself with.
+        only: One run as `factor/network/rate/steps/seed`; what the benchmark calls itself with.
     """
-    out = Path(out_dir)
+    out, recipe = Path(out_dir), find_recipe("train", recipe)
     if only:
-        factor, name = only.split("-")
-        write(
-            out / only / "result.json",
-            run_one(root, out / only, recipe, steps, factor, name, split),
-        )
+        write(out / only / "result.json", run_one(root, out / only, recipe, only, split))
         return
-    rows = []
+    done: list[dict] = []
+
+    def run(*key: object) -> dict:
+        name = "/".join(map(str, key))
+        result = out / name / "result.json"
+        if not result.is_file():
+            options = {"root": root, "out_dir": out_dir, "recipe": recipe, "split": split}
+            flags = [text for k, v in options.items() for text in (f"--{k}", str(v))]
+            subprocess.run([sys.executable, __file__, *flags, "--only", name], check=True)
+        done.append(json.loads(result.read_text()))
+        write(out / "quality.json", done)
+        write_text(out / "quality.md", tables(done, linear, sweep_steps))
+        return done[-1]
+
+    linear = []
     for factor in factors:
-        for name in ("vae3d", "monai"):
-            key = f"{factor}-{name}"
-            done = out / key / "result.json"
-            if not done.is_file() or json.loads(done.read_text())["steps"] != steps:
-                options = {"root": root, "out_dir": out_dir, "recipe": recipe, "steps": steps}
-                options |= {"split": split, "only": key}
-                flags = [
-                    text for name, value in options.items() for text in (f"--{name}", str(value))
-                ]
-                subprocess.run([sys.executable, __file__, *flags], check=True)
-            rows.append(json.loads(done.read_text()))
-        rows.append(pooling(root, recipe, rows[-1]["run"], factor, split))
-    write(out / "quality.json", rows)
-    write_text(out / "quality.md", table(rows))
-    write_text(out / "quality.svg", curves(rows))
-    print(table(rows))
+        for name in networks:
+            sweep = [run(factor, name, rate, sweep_steps, seeds[0]) for rate in rates]
+            best = max(sweep, key=lambda r: r["curve"][-1][1])["rate"]
+            for seed in seeds:
+                run(factor, name, best, steps, seed)
+        linear += linear_codes(root, recipe, done[-1]["run"], factor, split)
+    write_text(out / "quality.md", tables(done, linear, sweep_steps))
+    write_text(out / "quality.svg", curves([r for r in done if r["steps"] == steps]))
+    print(tables(done, linear, sweep_steps))
 
 
-def run_one(root, run: Path, recipe, steps: int, factor: str, name: str, split: str) -> dict:
+def run_one(root: str, run: Path, recipe: str, key: str, split: str) -> dict:
     """Train one network and measure it."""
-    kwargs = options_of(root, recipe, run, steps)
+    factor, name, rate, steps, seed = key.split("/")
+    steps = int(steps)
+    kwargs = options_of(root, recipe, run, steps) | {"lr": float(rate), "seed": int(seed)}
     kwargs["model"] = network(kwargs["model"], int(factor), name)
     start = max((int(file.stem[5:]) for file in run.glob("checkpoints/step_*.pt")), default=0)
     used = time.process_time()
@@ -163,10 +179,12 @@ def run_one(root, run: Path, recipe, steps: int, factor: str, name: str, split: 
     return {
         "factor": int(factor),
         "network": name,
+        "rate": float(rate),
+        "seed": int(seed),
         "run": str(run),
         "steps": steps,
         "parameters": sum(p.numel() for p in kwargs["model"]().parameters()),
-        "metrics": {k: summary["metrics"][k] for k in METRICS},
+        "metrics": summary["metrics"],
         "cpu_s_per_step": used / (steps - start) if steps > start else None,
         "peak_gb": memory / 1e9,
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
@@ -188,54 +206,79 @@ def network(recipe, factor: int, name: str):
     if missing < 0:
         raise ValueError(f"--factors {factor}: the recipe itself shrinks by {recipe().factor}")
     channels = tuple(plan["channels"]) + (plan["channels"][-1],) * missing
-    if name == "vae3d":
-        return partial(
-            recipe, channels=channels, factors=[*plan["factors"]] + [(2, 2, 2)] * missing
-        )
+    if name != "monai":
+        factors = [*plan["factors"]] + [(2, 2, 2)] * missing
+        linear = name == "linear code"
+        return partial(recipe, channels=channels, factors=factors, linear_code=linear)
     channels = (channels[0] // 2, *channels)
     return partial(MonaiPeer, channels, plan["num_res_blocks"], plan["latent_channels"], 8)
 
 
-def pooling(root: str, recipe: str, run: str, factor: int, split: str) -> dict:
-    """Measure average pooling to the latent grid and trilinear upsampling back."""
+def linear_codes(root: str, recipe: str, run: str, factor: int, split: str) -> list[dict]:
+    """Measure average pooling and block PCA with as many and twice as many numbers."""
     from loaders import open_data
 
-    config = options_of(root, recipe, Path(run), 1)["data"]
-    store, _ = open_data(config)
-    store = store.subset(json.loads((Path(run) / "split.json").read_text())[split])
+    options = options_of(root, recipe, Path(run), 1)
+    store, _ = open_data(options["data"])
+    parts = json.loads((Path(run) / "split.json").read_text())
+    training, held_out = store.subset(parts["train"]), store.subset(parts[split])
     lo, hi = store.data_range
-    values = {name: [] for name in METRICS}
-    for i in range(len(store)):
-        x = torch.from_numpy(store.read(i))
-        small = F.avg_pool3d(x[None], factor, ceil_mode=True, count_include_pad=False)
-        size = [n * factor for n in small.shape[2:]]
-        large = F.interpolate(small, size, mode="trilinear")[0]
-        large = large[(..., *(slice(n) for n in x.shape[1:]))]
-        for name, metric in METRICS.items():
-            values[name].append(metric(x, large, hi - lo))
-    metrics = {k: {"mean": statistics.fmean(v), "n": len(v)} for k, v in values.items()}
-    return {"factor": factor, "network": "average pooling", "metrics": metrics}
+    channels, cell = options["model"]().latent_channels, (factor,) * 3
+    read = (torch.from_numpy(training.read(i)) for i in range(len(training)))
+    pca = BlockPCA.fit(read, cell, 2 * channels)
+    codes = {"average pooling": lambda x: pooled(x, cell)}
+    codes |= {f"block PCA, {n} channels": partial(pca, count=n) for n in (channels, 2 * channels)}
+    volumes = [torch.from_numpy(held_out.read(i)) for i in range(len(held_out))]
+    rows = []
+    for name, code in codes.items():
+        pairs = [(x, code(x)) for x in volumes]
+        metrics = {
+            k: {"mean": statistics.fmean(metric(x, recon, hi - lo) for x, recon in pairs)}
+            for k, metric in METRICS.items()
+        }
+        rows.append({"factor": factor, "network": name, "metrics": metrics})
+    return rows
 
 
-def table(rows: list[dict]) -> str:
-    """The results as Markdown."""
-    head = "factor | network | M parameters | PSNR [dB] | SSIM | MAE | CPU s a step | peak GB"
+def tables(done: list[dict], linear: list[dict], sweep_steps: int) -> str:
+    """The results as Markdown: the sweep, then the runs, means over seeds."""
+    sweep = [row for row in done if row["steps"] == sweep_steps]
+    text = f"Validation PSNR [dB] after {sweep_steps} steps, by learning rate:\n\n"
+    text += markdown("factor | network | learning rate | PSNR", [
+        [r["factor"], r["network"], f"{r['rate']:g}", f"{r['curve'][-1][1]:.2f}"] for r in sweep
+    ])  # fmt: skip
+    runs: dict[tuple, list[dict]] = {}
+    for row in done:
+        if row not in sweep:
+            runs.setdefault((row["factor"], row["network"], row["rate"], row["steps"]), []).append(
+                row
+            )
+    lines = []
+    for (factor, name, rate, steps), rows in runs.items():
+        cells = [factor, name, f"{rate:g}", steps, len(rows), f"{rows[0]['parameters'] / 1e6:.2f}"]
+        for metric, form in (("psnr", ".2f"), ("ssim", ".3f"), ("pca_equivalent", ".2f"),
+                             ("lattice_score", ".2f")):  # fmt: skip
+            values = [r["metrics"][metric]["mean"] for r in rows if metric in r["metrics"]]
+            sd = f" ({statistics.stdev(values):{form}})" if len(values) > 1 else ""
+            cells.append(f"{statistics.fmean(values):{form}}{sd}" if values else "")
+        costs = [r["cpu_s_per_step"] for r in rows if r["cpu_s_per_step"]]
+        cells.append(f"{statistics.fmean(costs):.2f}" if costs else "")
+        cells.append(f"{max(r['peak_gb'] for r in rows):.2f}")
+        lines.append(cells)
+    for row in linear:
+        psnr, ssim = (row["metrics"][k]["mean"] for k in ("psnr", "ssim"))
+        lines.append(
+            [row["factor"], row["network"], *[""] * 4, f"{psnr:.2f}", f"{ssim:.3f}"] + [""] * 4
+        )
+    head = "factor | network | learning rate | steps | seeds | M parameters | PSNR [dB] | SSIM"
+    head += " | pca_equivalent | lattice_score | CPU s a step | peak GB"
+    return text + "\nHeld-out volumes, mean (sd over seeds):\n\n" + markdown(head, lines)
+
+
+def markdown(head: str, rows: list[list]) -> str:
+    """A table as Markdown."""
     lines = [f"| {head} |", "| " + " | ".join(["---"] * len(head.split("|"))) + " |"]
-    for row in rows:
-        cells = [row["factor"], row["network"]]
-        cells.append(f"{row['parameters'] / 1e6:.2f}" if "parameters" in row else "")
-        cells += [f"{row['metrics'][k]['mean']:{f}}" for k, f in (("psnr", ".2f"), ("ssim", ".4f"))]
-        cells.append(f"{row['metrics']['mae']['mean']:.4f}")
-        cells += [
-            f"{row[k]:.2f}" if row.get(k) is not None else "" for k in ("cpu_s_per_step", "peak_gb")
-        ]
-        lines.append("| " + " | ".join(map(str, cells)) + " |")
-    first = next(row for row in rows if "steps" in row)
-    count = first["metrics"]["psnr"]["n"]
-    return "\n".join(lines) + (
-        f"\n\n{first['steps']} steps, {count} held-out volumes reconstructed whole, on "
-        f"{first['device']}.\n"
-    )
+    return "\n".join([*lines, *("| " + " | ".join(map(str, row)) + " |" for row in rows)]) + "\n"
 
 
 def curves(rows: list[dict]) -> str:
@@ -259,7 +302,7 @@ def curves(rows: list[dict]) -> str:
         color = colors[i % len(colors)]
         points = " ".join(place(*point) for point in row["curve"])
         parts.append(f'<polyline fill="none" stroke="{color}" stroke-width="2" points="{points}"/>')
-        label = f"{row['network']}, factor {row['factor']}"
+        label = f"{row['network']}, factor {row['factor']}, seed {row['seed']}"
         parts.append(f'<text x="600" y="{40 + 20 * i}" fill="{color}">{label}</text>')
     return "\n".join(parts) + "\n</svg>\n"
 
