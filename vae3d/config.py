@@ -37,7 +37,7 @@ import jsonargparse
 import yaml
 from jsonargparse import _actions, _typehints
 
-from loaders.texts import load_yaml
+from loaders.texts import MAX_NUMBER, load_yaml
 from loaders.whole import write_text
 from vae3d.models.classes import buildable, names_class
 from vae3d.models.spec import describe
@@ -45,7 +45,6 @@ from vae3d.recipes import find_recipe
 
 MISTAKE = 2  # exit code when the user's input is at fault
 INTERRUPTED = 130  # exit code after Ctrl-C, 128 + SIGINT
-MAX_NUMBER = 100  # characters
 LONG_LINE = 1500  # characters of a message; jsonargparse repeats the whole value
 
 # Options of old, in recipes, command lines and runs that are resumed: what they are called today,
