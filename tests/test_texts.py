@@ -92,7 +92,9 @@ def test_a_value_that_its_type_does_not_know_is_refused(text):
     assert refused(f"a: {text}")
 
 
-@pytest.mark.parametrize("text", ["1:" * 400_000 + "1", "0x" + "f" * 5000, "!!float " + "1:" * 9999])
+@pytest.mark.parametrize(
+    "text", ["1:" * 400_000 + "1", "0x" + "f" * 5000, "!!float " + "1:" * 9999]
+)
 def test_a_number_that_is_too_long_to_be_one_is_refused_at_once(text):
     assert "a number of" in refused(f"a: {text}")
 

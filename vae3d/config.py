@@ -39,7 +39,7 @@ from jsonargparse import _actions, _typehints
 
 from loaders.texts import MAX_NUMBER, load_yaml
 from loaders.whole import write_text
-from vae3d.models.classes import buildable, names_class
+from vae3d.models.classes import buildable, import_class
 from vae3d.models.spec import describe
 from vae3d.recipes import find_recipe
 
@@ -194,17 +194,9 @@ _buildable: set[type] = set()  # jsonargparse keeps a class's parser, so this ou
 _in_a_parser = ContextVar("_in_a_parser", default=False)
 
 
-def _import_class(path: object, *options: Any, **more: Any) -> Any:
+def _import_class(path: object, *_: Any, **__: Any) -> type:
     """Import what a recipe names, if a socket takes it; jsonargparse would import anything."""
-    bases = tuple(_buildable)
-    if names_class(path, bases):
-        found = _import_object(path, *options, **more)
-        if isinstance(found, type) and issubclass(found, bases):
-            return found
-    raise ImportError(
-        f"{path} is no class that a socket takes; give one that is written as a `class` statement"
-        " under the socket's base class"
-    )
+    return import_class(path, tuple(_buildable))
 
 
 @dataclasses.dataclass
@@ -243,7 +235,7 @@ def _while_parsing(name: str, ours: Callable[..., Any], *modules: ModuleType) ->
 
 
 # jsonargparse imports whatever a value names, and has no setting against it that knows of sockets.
-_import_object = _while_parsing("import_object", _import_class, _typehints, _actions)
+_while_parsing("import_object", _import_class, _typehints, _actions)
 # It builds a class of `class_path: ...` where any value may stand, and reads text in text as YAML.
 _while_parsing("adapt_classes_any", _free_value, _typehints)
 _while_parsing("is_importable_module_path", lambda path: False, _typehints)
