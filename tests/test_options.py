@@ -34,6 +34,12 @@ def test_an_option_that_is_out_of_range_is_refused_before_anything_is_written(tm
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(("name", "value"), [("lr", "high"), ("betas", 0.5), ("max_steps", 2.5)])
+def test_an_option_of_another_type_is_refused_by_its_name(name, value, tmp_path):
+    with pytest.raises(ValueError, match=name):
+        train_3d(str(tmp_path / "data"), str(tmp_path / "run"), **{name: value})
+
+
 def test_a_name_that_is_no_option_is_refused(tmp_path):
     with pytest.raises(TypeError, match="max_step"):
         train_3d("data", str(tmp_path / "run"), max_step=3)

@@ -28,6 +28,7 @@ from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import partial
+from numbers import Real
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NoReturn
@@ -156,7 +157,7 @@ def up_to_date(fn: Callable, options: dict[str, Any], said: Container[str] = ())
 def check_at_least(low: float, **options: float | None) -> None:
     """Raise ValueError, by the name of the option, for a number below `low`; None passes."""
     for name, value in options.items():
-        if value is not None and not value >= low:
+        if isinstance(value, Real) and not value >= low:
             raise ValueError(f"--{name} is {value}; give {low} or more")
 
 
