@@ -9,9 +9,10 @@ from typing import Any
 
 import yaml
 
-MAX_CHARACTERS = 1_000_000  # of one YAML text; PyYAML reads about as many in a second or two
-MAX_VALUES = 100_000  # after all aliases are replaced by what they stand for
+MAX_CHARACTERS = 1_000_000  # of one YAML text
+MAX_VALUES = 100_000  # after all aliases are replaced by what they stand for; PyYAML takes seconds
 MAX_DEPTH = 100
+MAX_NUMBER = 100  # characters; Python takes quadratic time over what is longer
 
 
 def load_yaml(text: str) -> Any:
@@ -69,14 +70,15 @@ class _Strict(yaml.SafeLoader):
 
     def __init__(self, text: str):
         super().__init__(text)
-        self.depth = 0
+        self.count = self.depth = 0
         self.extent: dict[yaml.Node, tuple[int, int]] = {}  # values in a node, levels below it
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node:
         """Measure each node before anything is made of it; PyYAML recurses into the nodes."""
         anchor = self.peek_event().anchor if self.check_event(yaml.AliasEvent) else None
         self.depth += 1
-        check_extent(1, self.depth)
+        self.count += 1
+        check_extent(self.count, self.depth)
         node = super().compose_node(parent, index)
         assert node is not None
         self.depth -= 1
@@ -96,6 +98,13 @@ class _Strict(yaml.SafeLoader):
         extents = [self.extent[part] for part in parts]
         size = 1 + sum(size for size, _ in extents)
         return size, max((1 + levels for _, levels in extents), default=0)
+
+    def compose_scalar_node(self, anchor: Any) -> yaml.ScalarNode:
+        """Refuse a number that is too long to be one."""
+        node = super().compose_scalar_node(anchor)
+        if node.tag.endswith((":int", ":float")) and len(node.value) > MAX_NUMBER:
+            raise yaml.YAMLError(f"a number of {len(node.value)} characters")
+        return node
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         """Refuse a key that is written twice; one that comes in by `<<` is no second time."""

@@ -24,7 +24,6 @@ from vae3d.stage2.latents import (
     read_info,
     read_latent,
     read_statistics,
-    volume_affine,
     write_index,
     write_latent,
 )
@@ -262,7 +261,6 @@ def test_the_latent_affine_centers_voxels_on_the_block_they_stand_for(factor):
         voxels = block + corner * (*factor, 1)[:3]
         center = np.r_[voxels.mean(0), 1]
         np.testing.assert_allclose(grid @ np.r_[corner, 1], affine @ center)
-    np.testing.assert_allclose(volume_affine(grid, factor), affine)
 
 
 def test_an_unfinished_folder_says_what_is_missing(tmp_path):

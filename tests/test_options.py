@@ -1,5 +1,6 @@
 """Options of the loop: declared once, flat for every user of them, old spellings told."""
 
+import copy
 import inspect
 from dataclasses import fields
 
@@ -31,6 +32,12 @@ def test_an_option_that_is_out_of_range_is_refused_before_anything_is_written(tm
     with pytest.raises(ValueError, match="--betas"):
         Loop(betas=(0.9, 1.0))
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("name", "value"), [("lr", "high"), ("betas", 0.5), ("max_steps", 2.5)])
+def test_an_option_of_another_type_is_refused_by_its_name(name, value, tmp_path):
+    with pytest.raises(ValueError, match=name):
+        train_3d(str(tmp_path / "data"), str(tmp_path / "run"), **{name: value})
 
 
 def test_a_name_that_is_no_option_is_refused(tmp_path):
@@ -74,6 +81,27 @@ def test_a_run_begun_with_an_option_of_old_goes_on():
     old["schedule"] = "constant"
     changed = differences(with_new_options(old, train_3d), today)
     assert changed == ["lr_schedule: constant -> cosine"]
+
+
+def test_a_run_begun_before_a_class_had_an_option_goes_on():
+    """At the option's default, whether it is of the network or of a class in one of its sockets."""
+    today = config.config_dict(train_3d, {"data": {"root": "d"}, "out_dir": "o"})
+    old = copy.deepcopy(today)
+    del old["lr"], old["data"]["nan"]
+    del old["model"]["init_args"]["output"], old["model"]["init_args"]["block"]["init_args"]
+    assert with_new_options(old, train_3d) == today
+    today["model"]["init_args"]["output"] = "tanh"
+    assert differences(with_new_options(old, train_3d), today) == [
+        "model.init_args.output: none -> tanh"
+    ]
+
+
+def test_an_option_of_a_class_that_is_gone_is_a_difference():
+    today = config.config_dict(train_3d, {"data": {"root": "d"}, "out_dir": "o"})
+    old = copy.deepcopy(today)
+    old["model"]["init_args"]["gone"] = 3
+    changed = differences(with_new_options(old, train_3d), today)
+    assert changed == ["model.init_args.gone: 3 -> not set"]
 
 
 def test_recipes_are_found_by_name_from_any_folder_and_a_path_wins(tmp_path, monkeypatch):

@@ -246,6 +246,15 @@ def test_a_socket_refuses_it_however_it_is_given(name, mark, tmp_path):
         refuse(argv)
 
 
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [("NoSuch", "mistyped"), ("my_lab.Mine", "no module my_lab"), ("own_lab.made.Made", "`class`")],
+)
+def test_who_refuses_a_class_says_why(name, why, mark):
+    with pytest.raises(ValueError, match=f"{name} is no class that a socket takes; .*{why}"):
+        config.parse(train_3d, ["--model", name, *NEEDED])
+
+
 @pytest.mark.parametrize("option", ["module", "kind", "made", "function"])
 @pytest.mark.parametrize("name", ["trap", "trap.Evil", "trap.run"])
 def test_no_other_type_of_an_argument_imports_what_a_recipe_names(option, name, mark):

@@ -2,12 +2,12 @@ from itertools import pairwise
 
 import pytest
 
-from vae3d.training.schedule import SCHEDULES, lr_scale
+from vae3d.training.schedule import lr_scale
 
 OPTIONS = dict(warmup_steps=10, max_steps=110)
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
 def test_learning_rate_rises_linearly_and_never_starts_at_zero(schedule):
     rise = [lr_scale(step, schedule=schedule, **OPTIONS) for step in range(11)]
     assert rise[0] == pytest.approx(1 / 11)

@@ -92,6 +92,17 @@ def test_a_value_that_its_type_does_not_know_is_refused(text):
     assert refused(f"a: {text}")
 
 
+@pytest.mark.parametrize(
+    "text", ["1:" * 400_000 + "1", "0x" + "f" * 5000, "!!float " + "1:" * 9999]
+)
+def test_a_number_that_is_too_long_to_be_one_is_refused_at_once(text):
+    assert "a number of" in refused(f"a: {text}")
+
+
+def test_of_more_values_than_there_may_be_the_rest_is_not_read():
+    assert "values" in refused("[" + "1," * 100_000 + "}, which is no YAML")
+
+
 def test_an_endless_text_is_refused_before_it_is_read():
     assert "characters" in refused("a: 1\n" * 1_000_000)
 

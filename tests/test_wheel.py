@@ -32,9 +32,8 @@ def test_no_module_bears_the_name_of_a_function_exported_beside_it():
     import vae3d
     import vae3d.inference
     import vae3d.stage2
-    import vae3d.weights
 
-    for package in (vae3d, loaders, vae3d.inference, vae3d.stage2, vae3d.weights):
+    for package in (vae3d, loaders, vae3d.inference, vae3d.stage2):
         folder = Path(package.__file__).parent
         for name in package.__all__:
             assert not (folder / f"{name}.py").exists() and not (folder / name).exists()

@@ -8,35 +8,17 @@ from importlib import import_module
 COMMANDS = {
     # command: (module.function of vae3d.commands, what it does)
     "demo-data": ("demo_data.demo_data", "write a small set of brain-like volumes"),
-    "check-data": (
-        "check_data.check_data",
-        "list every broken file of a data set and why",
-    ),
+    "check-data": ("check_data.check_data", "list every broken file of a data set and why"),
     "prepare": ("prepare.prepare", "build the volume cache ahead of training"),
-    "patches": (
-        "patches.patches",
-        "write a contact sheet of random training patches",
-    ),
-    "plan": (
-        "plan.plan",
-        "show parameters, latent shape and memory before training",
-    ),
+    "patches": ("patches.patches", "write a contact sheet of random training patches"),
+    "plan": ("plan.plan", "show parameters, latent shape and memory before training"),
     "train": ("train.train_3d", "train a VAE"),
-    "evaluate": (
-        "evaluate.evaluate",
-        "reconstruct volumes with a trained VAE and measure them",
-    ),
+    "evaluate": ("evaluate.evaluate", "reconstruct volumes with a trained VAE and measure them"),
     "report": ("report.report", "write one HTML page on one or several runs"),
-    "convert": (
-        "convert.convert",
-        "bring weights in from other libraries, or out to them",
-    ),
+    "convert": ("convert.convert", "bring weights in from other libraries, or out to them"),
     "encode": ("encode.encode", "write the latents of volumes"),
     "decode": ("decode.decode", "turn latents back into volumes"),
-    "train-ldm": (
-        "train_ldm.train_ldm",
-        "train a latent diffusion model on encoded latents",
-    ),
+    "train-ldm": ("train_ldm.train_ldm", "train a latent diffusion model on encoded latents"),
     "sample": ("sample.sample", "draw new volumes"),
 }
 

@@ -28,6 +28,7 @@ from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import partial
+from numbers import Real
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NoReturn
@@ -37,15 +38,14 @@ import jsonargparse
 import yaml
 from jsonargparse import _actions, _typehints
 
-from loaders.texts import load_yaml
+from loaders.texts import MAX_NUMBER, load_yaml
 from loaders.whole import write_text
-from vae3d.models.classes import buildable, names_class
+from vae3d.models.classes import buildable, import_class
 from vae3d.models.spec import describe
 from vae3d.recipes import find_recipe
 
 MISTAKE = 2  # exit code when the user's input is at fault
 INTERRUPTED = 130  # exit code after Ctrl-C, 128 + SIGINT
-MAX_NUMBER = 100  # characters
 LONG_LINE = 1500  # characters of a message; jsonargparse repeats the whole value
 
 # Options of old, in recipes, command lines and runs that are resumed: what they are called today,
@@ -157,7 +157,7 @@ def up_to_date(fn: Callable, options: dict[str, Any], said: Container[str] = ())
 def check_at_least(low: float, **options: float | None) -> None:
     """Raise ValueError, by the name of the option, for a number below `low`; None passes."""
     for name, value in options.items():
-        if value is not None and not value >= low:
+        if isinstance(value, Real) and not value >= low:
             raise ValueError(f"--{name} is {value}; give {low} or more")
 
 
@@ -195,17 +195,9 @@ _buildable: set[type] = set()  # jsonargparse keeps a class's parser, so this ou
 _in_a_parser = ContextVar("_in_a_parser", default=False)
 
 
-def _import_class(path: object, *options: Any, **more: Any) -> Any:
+def _import_class(path: object, *_: Any, **__: Any) -> type:
     """Import what a recipe names, if a socket takes it; jsonargparse would import anything."""
-    bases = tuple(_buildable)
-    if names_class(path, bases):
-        found = _import_object(path, *options, **more)
-        if isinstance(found, type) and issubclass(found, bases):
-            return found
-    raise ImportError(
-        f"{path} is no class that a socket takes; give one that is written as a `class` statement"
-        " under the socket's base class"
-    )
+    return import_class(path, tuple(_buildable))
 
 
 @dataclasses.dataclass
@@ -244,7 +236,7 @@ def _while_parsing(name: str, ours: Callable[..., Any], *modules: ModuleType) ->
 
 
 # jsonargparse imports whatever a value names, and has no setting against it that knows of sockets.
-_import_object = _while_parsing("import_object", _import_class, _typehints, _actions)
+_while_parsing("import_object", _import_class, _typehints, _actions)
 # It builds a class of `class_path: ...` where any value may stand, and reads text in text as YAML.
 _while_parsing("adapt_classes_any", _free_value, _typehints)
 _while_parsing("is_importable_module_path", lambda path: False, _typehints)

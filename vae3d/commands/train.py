@@ -14,7 +14,6 @@ from vae3d.models.custom_vae import Checkpointing, CustomVAE
 from vae3d.training.options import Loop, as_options, spread
 
 if TYPE_CHECKING:
-    from loaders.patches import Store
     from vae3d.training.distributed import World
     from vae3d.training.precision import Amp
     from vae3d.training.task import VAETask
@@ -75,7 +74,7 @@ def train_3d(
 
     from loaders import PatchLoader, open_data
     from vae3d.training.distributed import World, open_world
-    from vae3d.training.facts import facts
+    from vae3d.training.facts import facts, largest
     from vae3d.training.linear_code import fit_linear_code
     from vae3d.training.run import Run
     from vae3d.training.task import VAETask
@@ -107,13 +106,9 @@ def train_3d(
         split = world.broadcast(split)
         run.write_json("split.json", split)
         training, held_out = store.subset(split["train"]), store.subset(split["val"])
-        if batch_size != "auto":
-            batch = batch_size
-        elif state:
-            batch = state["batch_size"]
-        else:
-            sample = whole_shape(training) if patching is None else patch_size
-            batch = largest_batch(task, sample, amp, world)
+        sample = patch_size if patching else largest(map(training.shape, range(len(training))))[1:]
+        begun_with = state["batch_size"] if state else None
+        batch = settled_batch(batch_size, begun_with, task, sample, amp, world)
         cut = partial(
             PatchLoader,
             training,
@@ -142,11 +137,7 @@ def train_3d(
         )
         about = facts(vae, store, split, loader, world, loop.grad_accum, amp)
         tracker = run.track(loop, {**config, "about": about}, state, about)
-
-        def show(network: CustomVAE, step: int) -> None:
-            if tracker or sharding == "fsdp":
-                validation.show(network, step, tracker, Path(out_dir) / "media")
-
+        show = partial(validation.show, tracker=tracker, folder=Path(out_dir) / "media")
         trainer = Trainer(
             task,
             loader,
@@ -217,21 +208,28 @@ def begin_with(vae: CustomVAE, init_from: str, preprocess: Preprocess, world: Wo
         print(f"{weights}: trained with another data.preprocess: here {difference}", flush=True)
 
 
-def whole_shape(store: Store) -> tuple[int, ...]:
-    """Return the largest extent of the volumes along each axis."""
-    shapes = [store.shape(i)[1:] for i in range(len(store))]
-    return tuple(max(sizes) for sizes in zip(*shapes, strict=True))
-
-
-def largest_batch(task: VAETask, sample: tuple[int, ...], amp: Amp, world: World) -> int:
-    """Find the largest batch that fits on every rank, by trying.
+def settled_batch(
+    asked: int | Literal["auto"],
+    begun_with: int | None,
+    task: VAETask,
+    sample: tuple[int, ...],
+    amp: Amp,
+    world: World,
+) -> int:
+    """The batch that was asked for, or that a run began with; else the largest, found by trying.
 
     Args:
+        asked: `--batch_size`.
+        begun_with: The batch of the run that is continued, or None.
         task: What is trained.
         sample: Spatial shape of a sample [voxels].
         amp: off | bf16 | fp16.
-        world: The ranks.
+        world: The ranks; it has to fit on each.
     """
+    if asked != "auto":
+        return asked
+    if begun_with:
+        return begun_with
     from vae3d.training.memory import Trial
 
     trial = Trial(task, (task.network.in_channels, *sample), amp)

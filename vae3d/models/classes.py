@@ -1,4 +1,4 @@
-"""Whether a dotted name is a class of some base, told before its module is imported. No torch.
+"""Classes by their dotted names: of which base, told before a module is imported. No torch.
 
 Importing a module runs it, so a name from a file is first looked up in the modules that are loaded
 already, and else in the source of its module: the bases of the `class` statement and the `import`
@@ -15,6 +15,7 @@ import sys
 import types
 import typing
 from collections.abc import Iterator
+from importlib import import_module
 from importlib.machinery import ModuleSpec
 from importlib.util import resolve_name
 from typing import Any
@@ -36,6 +37,24 @@ def buildable(hint: Any) -> set[type]:
     if not isinstance(base, type) or base.__module__ in ("builtins", "typing"):
         return set()
     return {base}
+
+
+def import_class(path: object, bases: tuple[type, ...]) -> type:
+    """Import `module.Class`, one of `bases` or a class under one.
+
+    Raises:
+        ImportError: It is none, which is known before anything is imported; or its import fails.
+    """
+    module, _, name = str(path).rpartition(".")
+    found = getattr(import_module(module), name, None) if names_class(path, bases) else None
+    if isinstance(found, type) and issubclass(found, bases):
+        return found
+    why = "give one that is written as a `class` statement under the socket's base class"
+    if not module:
+        why = "is it mistyped? A class of your own is named with its module"
+    elif all(map(str.isidentifier, module.split("."))) and not _find(module):
+        why = f"there is no module {module}"
+    raise ImportError(f"{path} is no class that a socket takes; {why}")
 
 
 def names_class(path: object, bases: tuple[type, ...]) -> bool:

@@ -77,13 +77,16 @@ class Chain(nn.Sequential):
         return nn.Sequential(*list(self)[index]) if isinstance(index, slice) else list(self)[index]
 
 
-def door() -> ModuleType:
-    """The room of weight files, `vae3d.weights`: the one door from the architecture to it.
+def door(file: str) -> ModuleType:
+    """A file of the room of weights, `vae3d.weights`: the one door from the architecture to it.
 
     That room knows every network, so it is entered when a network is asked to read or write
     weights, never on import.
+
+    Args:
+        file: `convert` or `hub`.
     """
-    return import_module("vae3d.weights")
+    return import_module(f"vae3d.weights.{file}")
 
 
 def repetition() -> tuple:
@@ -319,7 +322,7 @@ class CustomVAE(Described, nn.Module):
             **options: Those of `huggingface_hub.ModelHubMixin.save_pretrained`, such as
                 `push_to_hub=True, repo_id="me/my-vae"`.
         """
-        door().HubFolder(self).save_pretrained(folder, **options)
+        door("hub").HubFolder(self).save_pretrained(folder, **options)
 
     @classmethod
     def from_pretrained(
@@ -333,7 +336,7 @@ class CustomVAE(Described, nn.Module):
             **options: Those of `huggingface_hub.ModelHubMixin.from_pretrained`.
         """
         try:
-            vae = door().HubFolder.from_pretrained(name, trust=trust, **options)
+            vae = door("hub").HubFolder.from_pretrained(name, trust=trust, **options)
         except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
             raise ValueError(f"{name}: its config.json is damaged ({error})") from error
         if not isinstance(vae, cls):

@@ -129,7 +129,7 @@ class AutoencoderKL(CustomVAE):
             latent_shift=latent_shift,
         )
         if ckpt_path is not None:
-            door().load_weights(self, ckpt_path, ignore_keys)
+            door("convert").load_weights(self, ckpt_path, ignore_keys)
 
     @classmethod
     def from_ddconfig(
@@ -313,7 +313,7 @@ def _accept_monai_names(module: nn.Module, state: dict, prefix: str, *_: Any) ->
     """Rename a state dict of MONAI, on its way into `load_state_dict`, to our names."""
     if any(key.startswith(f"{prefix}encoder.blocks.") for key in state):
         theirs = {k[len(prefix) :]: state.pop(k) for k in list(state) if k.startswith(prefix)}
-        ours = door().from_monai_state(module, theirs)
+        ours = door("convert").from_monai_state(module, theirs)
         state.update({prefix + key: value for key, value in ours.items()})
 
 

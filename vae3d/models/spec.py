@@ -5,14 +5,13 @@ arguments typed `Callable[..., Base]`. What a class may be is known by the base 
 imported; the same two keys at any other argument are plain data.
 """
 
-import importlib
 import inspect
 import re
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, ClassVar, Self, get_type_hints
 
-from vae3d.models.classes import buildable, names_class
+from vae3d.models.classes import buildable, import_class
 
 # One argument in a docstring: its name, and its lines with the line break before them.
 ARGUMENT = re.compile(r"(?=\n    (\w+): )(\n    \S.*(?:\n     +\S.*)*)")
@@ -157,21 +156,16 @@ def _revive(value: Any, trust: Sequence[str], bases: tuple[type, ...]) -> Any:
 
 def _import_class(path: str, trust: Sequence[str], bases: tuple[type, ...]) -> type:
     """Import `module.Class`, if its module is ours or trusted by name and it is of a base."""
-    module, _, name = str(path).rpartition(".")
+    module = str(path).rpartition(".")[0]
     if not any(module == p or module.startswith(f"{p}.") for p in ("vae3d", *trust)):
         prefix = module.split(".")[0]
         raise ValueError(
             f"the model uses {path}, which is not part of vae3d; if you trust that code, allow it"
             f" with --trust {prefix}"
         )
-    what = " or ".join(sorted(base.__name__ for base in bases))
-    refused = f"the model uses {path}, which cannot be imported as a class of {what}"
-    if not names_class(path, bases):  # nothing is imported that this does not know to be one
-        raise ValueError(refused)
     try:
-        cls = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
+        return import_class(path, bases)
+    except ImportError as error:
+        what = " or ".join(sorted(base.__name__ for base in bases))
+        refused = f"the model uses {path}, which cannot be imported as a class of {what}"
         raise ValueError(f"{refused}: {error}") from error
-    if not (isinstance(cls, type) and issubclass(cls, bases)):
-        raise ValueError(refused)
-    return cls

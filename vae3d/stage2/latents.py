@@ -76,11 +76,6 @@ def latent_affine(affine: Any, factor: Sequence[int]) -> np.ndarray:
     return np.asarray(affine, dtype=np.float64) @ to_voxel
 
 
-def volume_affine(affine: Any, factor: Sequence[int]) -> np.ndarray:
-    """Affine (4, 4) of the volume behind a latent grid, the inverse of `latent_affine`."""
-    return np.asarray(affine, dtype=np.float64) @ np.linalg.inv(latent_affine(np.eye(4), factor))
-
-
 def write_latent(path: Path, mean: Tensor, logvar: Tensor, info: dict[str, Any]) -> None:
     """Write a latent so that `path` is whole or absent at any moment.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -67,7 +67,7 @@ def between(shapes: Sequence[Sequence[int]]) -> str:
     return times(low) if low == high else f"{times(low)} to {times(high)}"
 
 
-def largest(shapes: Sequence[Sequence[int]]) -> tuple[int, ...]:
+def largest(shapes: Iterable[Sequence[int]]) -> tuple[int, ...]:
     """The largest extent of each axis."""
     return tuple(max(axis) for axis in zip(*shapes, strict=True))
 

@@ -86,9 +86,8 @@ class Loop:
         check_at_least(0, save_every=self.save_every, warmup_steps=self.warmup_steps)
         check_at_least(0, clip_norm=self.clip_norm, max_hours=self.max_hours)
         check_at_least(0, lr=self.lr, weight_decay=self.weight_decay)
-        for beta in self.betas:
-            if not 0 <= beta < 1:
-                raise ValueError(f"--betas must be at least 0 and below 1, not {list(self.betas)}")
+        if isinstance(self.betas, (tuple, list)) and not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"--betas must be at least 0 and below 1, not {list(self.betas)}")
 
 
 def spread(function: Callable[..., int]) -> Callable[..., int]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import os
 import socket
@@ -187,11 +186,11 @@ class Run:
 
 def with_new_options(config: dict[str, Any], fn: Callable) -> dict[str, Any]:
     """Bring a saved configuration to today's options: new names, and new ones at their defaults."""
-    parameters = inspect.signature(fn).parameters.values()
-    plain = (type(None), bool, int, float, str)
-    return {p.name: p.default for p in parameters if isinstance(p.default, plain)} | up_to_date(
-        fn, config
-    )
+    config = up_to_date(fn, config)
+    try:
+        return config_dict(fn, config)
+    except ValueError:  # an option of a class is gone: `differences` names it
+        return config
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:

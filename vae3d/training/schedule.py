@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import math
 
-SCHEDULES = ("cosine", "linear", "constant")
-
 
 def lr_scale(
     step: int, *, schedule: str, warmup_steps: int, max_steps: int, final: float = 0.0

@@ -91,8 +91,10 @@ class Validation:
         """Write input | recon | error of the shown volumes, and probes of the latents.
 
         The forward passes happen here, as far as validation has not just done them; drawing and
-        encoding happen on the tracker's thread.
+        encoding happen on the tracker's thread. Nothing happens on a rank of several that has none.
         """
+        if tracker is None and not self.world.is_main:
+            return
         folder = folder / f"step_{step:08d}"
         for i in self.shown:
             x, recon = self.reconstruct(network, i, self.kept.pop((step, i), None))
