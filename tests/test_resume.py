@@ -49,7 +49,8 @@ def same(a, b):
 def losses(*trainers):
     rows = {}
     for trainer in trainers:
-        rows |= {step: row["train/loss"] for step, row in trainer.tracker.rows.items()}
+        logged = {step: row for step, row in trainer.tracker.rows.items() if "train/loss" in row}
+        rows |= {step: row["train/loss"] for step, row in logged.items()}
     return rows
 
 
@@ -82,6 +83,88 @@ def test_a_resumed_run_equals_one_never_stopped(tmp_path, whole, stops):
     got = losses(*trainers)
     assert all(got[step] == loss for step, loss in wanted_losses.items())
     assert same(result(trainers[-1])[1], wanted_state)
+
+
+class Killed(BaseException):
+    """Stands for kill -9: nothing is caught on the way."""
+
+
+def kill(trainer, moment):
+    """Let a trainer die in step 4, at a moment of its looks."""
+    validate, show, note = trainer.validate_network, trainer.show, trainer.note
+
+    def dies(network, step):
+        if step == 4:
+            trainer.note = lambda *_: None  # a kill runs no `finally`
+            raise Killed
+        return (validate if moment == "validation" else show)(network, step)
+
+    def dies_at_the_note(best=False):
+        if trainer.step == 4:
+            if moment == "before the name of the best":
+                trainer.checkpoints.name = lambda *_: None
+                note(best)
+            raise Killed
+        note(best)
+
+    if moment == "validation":
+        trainer.validate_network = dies
+    elif moment == "pictures":
+        trainer.show = dies
+    else:
+        trainer.note = dies_at_the_note
+
+
+@pytest.mark.parametrize(
+    ("moment", "validated", "pictured"),
+    [
+        ("validation", [4, 6, 8, 9], [4, 8, 9]),
+        ("before the note", [4, 6, 8, 9], [4, 8, 9]),
+        ("before the name of the best", [6, 8, 9], [4, 8, 9]),
+        ("pictures", [6, 8, 9], [4, 8, 9]),
+    ],
+)
+def test_a_step_is_saved_before_it_is_looked_at_and_looked_at_once(
+    tmp_path, whole, moment, validated, pictured
+):
+    """The score falls at step 4, so that `best` is at stake too; looking draws random numbers."""
+    seen, shown = [], []
+
+    def validate(network, step):
+        seen.append((step, float(torch.rand(()))))
+        return {"val/mae": {2: 3.0, 4: 1.0}.get(step, 2.0)}
+
+    options = dict(val_every=2, media_every=4, save_every=100, validate=validate)
+    options["show"] = lambda network, step: shown.append((step, random.random()))
+    with pytest.raises(Killed):
+        trainer = trainer_of(tmp_path, 9, **options)
+        kill(trainer, moment)
+        trainer.fit()
+    first, drawn = losses(trainer), dict(seen)
+    seen.clear(), shown.clear()
+    path, _ = trainer.checkpoints.find_latest()
+    again = trainer_of(tmp_path, 9, **options)
+    state = again.checkpoints.resume(path)
+    again.checkpoints.name(path, state["names"])
+    assert state["step"] == 4
+    again.load_state_dict(state)
+    again.fit()
+    assert [step for step, _ in seen] == validated and [step for step, _ in shown] == pictured
+    assert dict(seen).get(4, drawn.get(4)) == drawn.get(4, dict(seen).get(4))
+    assert first | losses(again) == whole[0] and same(result(again)[1], whole[1])
+    assert (again.best, again.stale) == (1.0, 3)
+    assert load_checkpoint(tmp_path / "best.pt")["step"] == 4
+
+
+def test_pictures_that_fail_do_not_end_a_restarted_run_for_ever(tmp_path):
+    def show(network, step):
+        raise TypeError("can't convert cuda:0 device type tensor to numpy")
+
+    options = dict(media_every=4, show=show, loss=VAELoss)
+    with pytest.raises(TypeError, match="cuda:0"):
+        trainer_of(tmp_path, 6, **options).fit()
+    state = trainer_of(tmp_path, 6, **options).checkpoints.resume(tmp_path / "last.pt")
+    assert state["step"] == 4 and state["owed"] == []
 
 
 def without(part, state):

@@ -292,7 +292,7 @@ class Pictures:
             noise = torch.randn(template["shape"], generator=keyed_generator(0, number))
             label, condition = self.guide(torch.tensor([number]), device)
             z = network.sample(noise[None].to(device), 25, None, label, condition)
-            x = self.coding.decode(vae, z[0], template["volume_shape"][1:])
+            x = self.coding.decode(vae, z[0].cpu(), template["volume_shape"][1:])
             pictures.append(three_slices(x.numpy(), spacing))
         self.vae.to("cpu")
         path = self.folder / f"samples_{step:08d}.png"

@@ -37,6 +37,10 @@ def shard(task: Task, world: World) -> None:
         if hasattr(network, name):
             register_fsdp_forward_method(network, name)
     fully_shard(task, mesh=mesh)
+    # torch takes for the root what runs first; the run that resumes may validate the network first.
+    register_fsdp_forward_method(task, "extra_state")
+    task.extra_state()
+    del task.extra_state  # and the class's own again
 
 
 def whole(value: Any) -> Any:
