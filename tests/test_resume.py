@@ -6,12 +6,13 @@ from functools import partial
 
 import pytest
 import torch
-from toys import toy_trainer
+from toys import OnGPU, toy_trainer
 
 from vae3d.losses.adversarial import Adversarial, PatchDiscriminator
 from vae3d.losses.kl import KL
 from vae3d.losses.vae_loss import VAELoss
 from vae3d.training.checkpoint import load_checkpoint
+from vae3d.training.distributed import World
 
 GAN = partial(
     VAELoss,
@@ -187,6 +188,15 @@ def test_the_running_means_of_the_log_are_part_of_the_state(tmp_path, whole):
 
     trainers = stop_and_go(tmp_path, 5, 9, change=forget)
     assert losses(*trainers)[6] != whole[0][6]
+
+
+def test_ranks_send_each_other_tensors_of_the_cpu_only(tmp_path, monkeypatch):
+    """Those of a GPU open a context of half a gigabyte on it in every process that gets them."""
+    trainer, sent = trainer_of(tmp_path, 1), []
+    trainer.meter = {"loss": torch.zeros(2).as_subclass(OnGPU)}
+    monkeypatch.setattr(World, "gather", lambda _, value: sent.append(value) or [value])
+    trainer.state_dict()
+    assert type(sent[0]["meter"]["loss"]) is torch.Tensor
 
 
 def test_float16_continues_with_its_loss_scale(tmp_path):

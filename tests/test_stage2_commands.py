@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from toys import on_ranks
+from toys import OnGPU, on_ranks
 
 from evaluate import evaluate
 from loaders import DataConfig, Preprocess, read_volume, write_volume
@@ -410,16 +410,6 @@ def test_the_checkpoint_holds_unet_projector_statistics_and_classes(home, tmp_pa
 def test_pictures_of_samples_are_drawn_while_training(home, tmp_path):
     ldm(home / "latents", tmp_path, media_every=6, media_volumes=2)
     assert [p.name for p in (tmp_path / "media").iterdir()] == ["samples_00000006.png"]
-
-
-class OnGPU(torch.Tensor):
-    """A tensor that NumPy cannot read before it has been brought to the CPU."""
-
-    def numpy(self):
-        raise TypeError("can't convert cuda:0 device type tensor to numpy")
-
-    def cpu(self):
-        return self.as_subclass(torch.Tensor)
 
 
 def test_pictures_of_samples_are_drawn_from_a_gpu_too(home, tmp_path, monkeypatch):

@@ -508,6 +508,7 @@ def test_compiled_checkpointed_and_channels_last_training_gives_the_same_numbers
         ["--checkpointing", "level"],
         ["--channels_last"],
         ["--compile"],
+        ["--compile", "--checkpointing", "block"],
     ):
         text = run([*argv, *extra, "--fresh"], tmp_path)
         assert losses(tmp_path / "run") == pytest.approx(losses(tmp_path / "plain"), rel=1e-4), text

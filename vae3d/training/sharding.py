@@ -43,14 +43,22 @@ def shard(task: Task, world: World) -> None:
     del task.extra_state  # and the class's own again
 
 
-def whole(value: Any) -> Any:
-    """Gather every sharded tensor of a nested state. All ranks must call it."""
+def whole(value: Any, keep: bool = True) -> Any:
+    """Gather every sharded tensor of a nested state on the CPU. All ranks must call it.
+
+    One at a time, so that the device holds no second whole of the model.
+
+    Args:
+        value: The state.
+        keep: Otherwise this rank only lends its parts, and None stands for what was gathered.
+    """
     if isinstance(value, DTensor):
-        return value.full_tensor()
+        gathered = value.full_tensor()
+        return gathered.cpu() if keep else None
     if isinstance(value, dict):
-        return {key: whole(item) for key, item in value.items()}
+        return {key: whole(item, keep) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return type(value)(whole(item) for item in value)
+        return type(value)(whole(item, keep) for item in value)
     return value
 
 

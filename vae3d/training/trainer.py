@@ -18,6 +18,7 @@ import psutil
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.experimental import implicit_replication
 from torch.nn.parallel import DistributedDataParallel
 
@@ -213,7 +214,8 @@ class Trainer:
         for name in active:
             optimizer = self.optimizers[name]
             norm = torch.nn.utils.get_total_norm(gradients(optimizer))
-            norms[name] = whole(norm) / self.scaler.factor
+            norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+            norms[name] = norm / self.scaler.factor
             bad = bad | ~norms[name].isfinite()
             # The fused kernel divides by this as it reads the gradients: no pass for clipping.
             optimizer.grad_scale = self.scaler.factor
@@ -372,7 +374,13 @@ class Trainer:
             self.checkpoints.note(found, best)
 
     def state_dict(self) -> dict[str, Any]:
-        """All that a bit-exact continuation needs, in types that `weights_only` reads."""
+        """All that a bit-exact continuation needs, in types that `weights_only` reads.
+
+        Sharded tensors are there on the main rank alone.
+        """
+        keep = self.world.is_main
+        # Tensors of a GPU would arrive as such, and open a context on it in every process.
+        meter = {name: pair.cpu() for name, pair in self.meter.items()}
         return {
             **self.record,
             "step": self.step,
@@ -380,15 +388,15 @@ class Trainer:
             "best": self.best,
             "stale": self.stale,
             "owed": list(self.owed),
-            "model": whole(self.task.network.state_dict()),
-            "ema": whole(self.ema.state_dict()) if self.ema else None,
+            "model": whole(self.task.network.state_dict(), keep),
+            "ema": whole(self.ema.state_dict(), keep) if self.ema else None,
             "task": self.task.extra_state(),
-            "optimizers": {name: whole(o.state_dict()) for name, o in self.optimizers.items()},
+            "optimizers": {name: whole(o.state_dict(), keep) for name, o in self.optimizers.items()},
             "amp": self.amp,
             "scaler": self.scaler.state_dict(),
             "skipped": self.skipped,
             "loader": self.loader.state_dict(),
-            "ranks": self.world.gather({"rng": _rng_state(self.device), "meter": self.meter}),
+            "ranks": self.world.gather({"rng": _rng_state(self.device), "meter": meter}),
             "wandb_id": self.tracker.run_id if self.tracker else None,
             "versions": versions(),
         }
