@@ -1,18 +1,23 @@
+import contextlib
 import copy
 import math
 import sys
+import time
 from dataclasses import replace
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from test_resume import GAN
 from torch import nn
 from toys import ToyBatch, ToyLoader, on_ranks, tiny_vae, toy_trainer
 
 from vae3d.losses.kl import KL
 from vae3d.losses.vae_loss import VAELoss
+from vae3d.training import distributed
 from vae3d.training.precision import LossScaler, native_amp
 from vae3d.training.task import Task, VAETask, noise_of_sample
 
@@ -377,6 +382,70 @@ def test_host_reads_no_tensor_between_two_lines_of_numbers(tmp_path, monkeypatch
     assert reads  # the log itself
     between = [r for r in reads if r[0] not in (3, 4, 7, 8)]  # 3 and 7: the look at bad_in_row
     assert not between
+
+
+# Ranks that wait
+
+
+def impatient(world):
+    """As with --timeout_minutes 0.02."""
+    patience = timedelta(seconds=1.2)
+    dist.distributed_c10d._set_pg_timeout(patience, world.control)
+    world.store.set_timeout(patience)
+
+
+def build_for_long(world, answer_s):
+    impatient(world)
+    order, distributed.ANSWER_S = [], answer_s
+    try:
+        with world.main_first():
+            if world.is_main:
+                time.sleep(3)
+            order.append(time.monotonic())
+        with world.main_first():
+            order.append(time.monotonic())
+    except RuntimeError as error:
+        time.sleep(2)  # the first rank keeps the store
+        return str(error)
+    return order
+
+
+def test_ranks_wait_for_the_first_as_long_as_it_answers_however_short_their_patience():
+    first, second = on_ranks(2, build_for_long, 0.1)
+    assert all(mine < theirs for mine, theirs in zip(first, second, strict=True))
+    assert on_ranks(2, build_for_long, 60)[1] == "rank 0 has not answered for 0.02 minutes"
+
+
+def fail_first(world):
+    try:
+        with world.main_first():
+            if world.is_main:
+                raise OSError("no room for the cache")
+    except (ValueError, OSError) as error:
+        time.sleep(2 * world.is_main)  # the first rank keeps the store
+        return str(error)
+
+
+def test_a_failure_of_the_first_rank_ends_the_others_at_once():
+    mine, theirs = on_ranks(2, fail_first)
+    assert mine == "no room for the cache" and theirs.startswith("rank 0 could not")
+
+
+@pytest.mark.parametrize("error", [None, RuntimeError("rank 1 no longer answers")])
+def test_after_an_error_no_rank_waits_for_the_others(error, monkeypatch):
+    """To destroy a group of nccl is to wait for all its ranks; with one lost that has no end."""
+    done = []
+    destroy, abort = dist.destroy_process_group, dist.distributed_c10d._abort_process_group
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: (done.append("destroy"), destroy()))
+    monkeypatch.setattr(
+        dist.distributed_c10d, "_abort_process_group", lambda: (done.append("abort"), abort())
+    )
+    monkeypatch.setattr(dist, "rendezvous", lambda *_, **__: iter([(dist.HashStore(), 0, 1)]))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with contextlib.suppress(RuntimeError), distributed.open_world("cpu"):
+        if error:
+            raise error
+    assert done == (["abort"] if error else ["destroy"]) and not dist.is_initialized()
 
 
 class Regression(Task):

@@ -57,10 +57,11 @@ class Chain(nn.Sequential):
         """Run every layer in order."""
         if self.checkpointing == "none" or not torch.is_grad_enabled():
             return run(self, x)
-        # The compiler plans the repetition itself, and takes no contexts for it.
-        how = {} if torch.compiler.is_compiling() else {"context_fn": repetition}
         for part in self.levels() if self.checkpointing == "level" else self.blocks():
-            x = checkpoint(run, part, x, use_reentrant=False, **how)
+            if torch.compiler.is_compiling():  # it plans the repetition itself, without contexts
+                x = checkpoint(run, part, x, use_reentrant=False)
+            else:
+                x = checkpoint(run, part, x, use_reentrant=False, context_fn=repetition)
         return x
 
     def levels(self) -> Iterator[nn.Sequential]:

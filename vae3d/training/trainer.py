@@ -379,6 +379,7 @@ class Trainer:
         Sharded tensors are there on the main rank alone.
         """
         keep = self.world.is_main
+        optimizers = {name: o.state_dict() for name, o in self.optimizers.items()}
         # Tensors of a GPU would arrive as such, and open a context on it in every process.
         meter = {name: pair.cpu() for name, pair in self.meter.items()}
         return {
@@ -391,7 +392,7 @@ class Trainer:
             "model": whole(self.task.network.state_dict(), keep),
             "ema": whole(self.ema.state_dict(), keep) if self.ema else None,
             "task": self.task.extra_state(),
-            "optimizers": {name: whole(o.state_dict(), keep) for name, o in self.optimizers.items()},
+            "optimizers": whole(optimizers, keep),
             "amp": self.amp,
             "scaler": self.scaler.state_dict(),
             "skipped": self.skipped,
