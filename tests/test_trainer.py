@@ -18,7 +18,9 @@ from toys import ToyBatch, ToyLoader, on_ranks, tiny_vae, toy_trainer
 from vae3d.losses.kl import KL
 from vae3d.losses.vae_loss import VAELoss
 from vae3d.training import distributed
-from vae3d.training.precision import LossScaler, native_amp
+from vae3d.training.distributed import World
+from vae3d.training.precision import LossScaler, faults_of_conv3d, native_amp
+from vae3d.training.run import Run
 from vae3d.training.task import Task, VAETask, noise_of_sample
 
 
@@ -100,8 +102,6 @@ def first_steps(world, batch_size, grad_accum, steps):
 
 
 def test_two_ranks_equal_one_process_with_the_same_global_batch():
-    from vae3d.training.distributed import World
-
     alone, alone_weights, samples = first_steps(World(), 4, 1, 6)
     for per_rank, accum in ((2, 1), (1, 2)):
         for losses, ranks_weights, ranks_samples in on_ranks(2, first_steps, per_rank, accum, 6):
@@ -429,6 +429,30 @@ def fail_first(world):
 def test_a_failure_of_the_first_rank_ends_the_others_at_once():
     mine, theirs = on_ranks(2, fail_first)
     assert mine == "no room for the cache" and theirs.startswith("rank 0 could not")
+
+
+@pytest.mark.parametrize(
+    ("amp", "cudnn", "torch_version", "told"),
+    [
+        ("bf16", 90100, "2.6.0+cu124", ()),
+        ("bf16", 91002, "2.8.0+cu128", ("9.10.2: bf16 can give wrong sums",)),
+        ("bf16", 91002, "2.9.0+cu128", ("wrong sums (pytorch#163539)", "2.9.0: half precision")),
+        ("fp16", 91500, "2.9.0+cu128", ("2.9.0: half precision is slow",)),
+        ("off", 91002, "2.8.0+cu128", ("9.10.2: TF32 can give wrong sums",)),
+        ("off", 91600, "2.10.0+cu128", ()),
+    ],
+)
+def test_known_faults_of_3d_convolutions_are_told_at_the_start(
+    tmp_path, monkeypatch, capsys, amp, cudnn, torch_version, told
+):
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: cudnn)
+    monkeypatch.setattr(torch, "__version__", torch_version)
+    assert faults_of_conv3d(torch.device("cpu"), amp) == []
+    run = Run(tmp_path, World(device=torch.device("cuda")))
+    assert run.precision(amp, None) == amp
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == len(told)
+    assert all(part in line for part, line in zip(told, lines, strict=True))
 
 
 @pytest.mark.parametrize("error", [None, RuntimeError("rank 1 no longer answers")])

@@ -41,7 +41,7 @@ def plan(
     from vae3d.config import parse
     from vae3d.recipes import find_recipe
     from vae3d.training.distributed import open_world
-    from vae3d.training.memory import Trial, budget_bytes
+    from vae3d.training.memory import Trial, budget_bytes, telling_of_memory
     from vae3d.training.precision import native_amp
     from vae3d.training.task import VAETask
 
@@ -54,7 +54,7 @@ def plan(
     check_sizes(vae, "full", patch)
     vae.set_checkpointing(options["checkpointing"])
 
-    with open_world(device) as world:
+    with open_world(device) as world, telling_of_memory("--batch_size", "--patch_size"):
         task = VAETask(vae, options["loss"]()).to(world.device)
         amp, dtype = options["amp"] or native_amp(world.device), torch.float32
         smaller = tuple(max(n // 2 // f, 1) * f for n, f in zip(patch, vae.factor, strict=True))

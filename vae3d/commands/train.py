@@ -77,6 +77,7 @@ def train_3d(
     from vae3d.training.distributed import World, open_world
     from vae3d.training.facts import facts
     from vae3d.training.linear_code import fit_linear_code
+    from vae3d.training.memory import telling_of_memory
     from vae3d.training.run import Run
     from vae3d.training.task import VAETask
     from vae3d.training.trainer import Trainer
@@ -89,6 +90,7 @@ def train_3d(
     with (
         open_world(loop.device, loop.timeout_minutes) as world,
         Run(out_dir, world, loop.keep_checkpoints) as run,
+        telling_of_memory("--batch_size", "--patch_size", "--checkpointing level"),
     ):
         config, state = run.begin(train_3d, call, loop.fresh, loop.force)
         amp = run.precision(loop.amp, state)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -132,6 +133,23 @@ class _Peak:
             self.bytes = max(self.bytes, self._process.memory_info().rss - self._before)
             if self._done.wait(0.002):
                 return
+
+
+@contextmanager
+def telling_of_memory(*options: str) -> Iterator[None]:
+    """Turn running out of GPU memory into one line that names what helps.
+
+    Args:
+        *options: Those that lower the memory that is needed.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        said = ". ".join(str(error).split(". ")[:2])
+        raise ValueError(
+            f"{said}; what helps: {', '.join(options)}, or the environment variable "
+            "PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True, which joins freed pieces"
+        ) from error
 
 
 def budget_bytes(device: torch.device) -> float:

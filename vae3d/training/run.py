@@ -18,7 +18,7 @@ from vae3d.tracking.tracker import Tracker
 from vae3d.training.checkpoint import Checkpoints
 from vae3d.training.distributed import World
 from vae3d.training.options import Loop
-from vae3d.training.precision import Amp, native_amp
+from vae3d.training.precision import Amp, faults_of_conv3d, native_amp
 
 # May differ between a run and its continuation: they say how long, how watched and where, not what.
 HARMLESS = {
@@ -123,12 +123,17 @@ class Run:
     def precision(self, amp: Amp | None, state: dict[str, Any] | None) -> Amp:
         """Settle `--amp`: what was asked for, what the run began with, or what suits the device.
 
+        Faults of this build of torch in that precision are told.
+
         Args:
             amp: off | bf16 | fp16 | None.
             state: Checkpoint to continue from, or None.
         """
         begun_with = state["amp"] if state else None
-        return self.world.broadcast(amp or begun_with or native_amp(self.world.device))
+        settled = self.world.broadcast(amp or begun_with or native_amp(self.world.device))
+        for line in faults_of_conv3d(self.world.device, settled) if self.world.is_main else ():
+            print(line, flush=True)
+        return settled
 
     def track(
         self,
