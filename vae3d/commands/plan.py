@@ -31,8 +31,7 @@ def plan(
         recipe: YAML file with the options of train_3d.py, a run's config.yaml, or a recipe's name.
         patch_size: Patch per axis [voxels]; null for the recipe's.
         batch_size: Patches in a micro-batch; null for the recipe's.
-        memory_gb: Memory that a patch has to fit into [GB]; null for all of the GPU, or most of
-            the free memory of the CPU.
+        memory_gb: Memory that a patch has to fit into [GB]; null for most of what is free.
         device: auto | cpu | cuda | mps.
     """
     import torch
