@@ -199,6 +199,24 @@ def test_ranks_send_each_other_tensors_of_the_cpu_only(tmp_path, monkeypatch):
     assert type(sent[0]["meter"]["loss"]) is torch.Tensor
 
 
+def test_a_run_that_kept_channels_innermost_goes_on_with_contiguous_weights(tmp_path, whole):
+    """What --channels_last wrote; the bytes of the moments go with those of the weights."""
+
+    def innermost(state):
+        def turn(value):
+            if isinstance(value, dict):
+                return {key: turn(item) for key, item in value.items()}
+            five = isinstance(value, torch.Tensor) and value.ndim == 5
+            return value.contiguous(memory_format=torch.channels_last_3d) if five else value
+
+        return {**state, **{key: turn(state[key]) for key in ("model", "ema", "optimizers")}}
+
+    trainers = stop_and_go(tmp_path, 5, 9, change=innermost)
+    assert same(result(trainers[-1])[1], whole[1])
+    moments = trainers[-1].optimizers["generator"].state.values()
+    assert all(value.is_contiguous() for entry in moments for value in entry.values())
+
+
 def test_float16_continues_with_its_loss_scale(tmp_path):
     first = trainer_of(tmp_path, 3, amp="fp16", save_every=1)
     first.scaler.factor = torch.tensor(512.0)

@@ -500,14 +500,13 @@ def test_torchrun_restarts_a_run_whose_rank_died(options, tmp_path):
 
 
 @pytest.mark.slow
-def test_compiled_checkpointed_and_channels_last_training_gives_the_same_numbers(options, tmp_path):
+def test_compiled_and_checkpointed_training_gives_the_same_numbers(options, tmp_path):
     argv = [*options, "--max_steps", "4", "--val_every", "0"]
     run(argv, tmp_path)
     (tmp_path / "run").rename(tmp_path / "plain")
     for extra in (
         ["--checkpointing", "block"],
         ["--checkpointing", "level"],
-        ["--channels_last"],
         ["--compile"],
         ["--compile", "--checkpointing", "block"],
     ):

@@ -63,10 +63,16 @@ def whole(value: Any, keep: bool = True) -> Any:
 
 
 def part(value: Tensor, like: Tensor) -> Tensor:
-    """This rank's part of a whole tensor, cut as `like` is."""
-    if not isinstance(like, DTensor):
+    """This rank's part of a whole tensor, cut as `like` is and laid out in memory as it is.
+
+    The fused optimizer goes through weights and moments in the order of their bytes.
+    """
+    if isinstance(like, DTensor):
+        value = value.to(like.device).contiguous()
+        return distribute_tensor(value, like.device_mesh, like.placements)
+    if value.stride() == like.stride():
         return value
-    return distribute_tensor(value.to(like.device), like.device_mesh, like.placements)
+    return torch.empty_like(like, dtype=value.dtype, device=value.device).copy_(value)
 
 
 def parts_of_optimizer(state: dict[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
