@@ -19,6 +19,7 @@ from vae3d.losses.kl import KL
 from vae3d.losses.vae_loss import VAELoss
 from vae3d.training import distributed
 from vae3d.training.distributed import World
+from vae3d.training.optimizers import FusedAdamW
 from vae3d.training.precision import LossScaler, faults_of_conv3d, native_amp
 from vae3d.training.run import Run
 from vae3d.training.task import Task, VAETask, noise_of_sample
@@ -206,6 +207,30 @@ def test_a_bad_step_changes_neither_weights_nor_moments_nor_average(tmp_path):
     after = trainer.optimizers["generator"].state_dict()["state"]
     for i, entry in before[2]["state"].items():
         assert all(torch.equal(entry[k], after[i][k]) for k in entry)
+
+
+@pytest.mark.parametrize("amp", ["off", "fp16"])
+def test_a_kernel_that_heeds_neither_scale_nor_drop_trains_alike(tmp_path, monkeypatch, amp):
+    """That of MPS: without clipping, and with steps of float16 times 65536, before."""
+
+    def trained(folder):
+        options = dict(loader=Poison({2}), max_steps=5, clip_norm=0.1, amp=amp)
+        trainer = toy_trainer(folder, **options)
+        trainer.fit()
+        assert float(trainer.skipped) == 1
+        return weights(trainer)
+
+    wanted, step, scales = trained(tmp_path / "a"), FusedAdamW.step, []
+
+    def deaf(optimizer):
+        scales.append(getattr(optimizer, "grad_scale", None))
+        return step(optimizer)
+
+    monkeypatch.setattr(FusedAdamW, "kernel_scales", False)
+    monkeypatch.setattr(FusedAdamW, "step", deaf)
+    for p, q in zip(trained(tmp_path / "b"), wanted, strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-7)
+    assert scales == [None] * 4
 
 
 def test_training_goes_on_after_a_bad_step_and_its_numbers_do_not_count(tmp_path):

@@ -227,9 +227,8 @@ class Trainer:
             optimizer = self.optimizers[name]
             for group in optimizer.param_groups:
                 group["lr"] = self.rates[name] * self.lr_scale()
-            optimizer.found_inf = bad  # the fused kernels drop the step where this is 1
             with self._mixing():
-                optimizer.step()
+                optimizer.step_unless(bad)
             optimizer.zero_grad(set_to_none=True)
         if self.ema:
             with self._mixing():
