@@ -16,10 +16,13 @@ import torch
 from toys import tiny_vae, toy_trainer
 
 import vae3d
+from vae3d.config import config_dict
 from vae3d.models.custom_vae import CustomVAE
 from vae3d.models.norm import GroupNorm
 from vae3d.training import checkpoint
 from vae3d.training.checkpoint import Checkpoints, load_checkpoint, load_model, write_atomic
+from vae3d.training.distributed import World
+from vae3d.training.run import Run
 
 
 def state(step):
@@ -76,6 +79,21 @@ def test_a_note_is_of_one_checkpoint_and_torn_it_is_none(run):
     again.note({"owed": []})
     (run / "newest.json").write_text('{"owed": [')
     assert again.resume(path)["owed"] == ["validation"]
+
+
+def test_all_ranks_resume_by_the_note_that_the_first_one_sees(run, monkeypatch):
+    def train(out_dir: str) -> int:
+        """Train."""
+
+    call = {"out_dir": str(run)}
+    saved = state(40) | {"config": config_dict(train, call), "best": 2.0, "stale": 1}
+    Checkpoints(run).save(saved)
+    seen_by_first = {"owed": [], "best": 1.0, "stale": 0, "names": ["last.pt", "best.pt"]}
+    sent = iter([run / "step_00000040.pt", seen_by_first])
+    monkeypatch.setattr(World, "broadcast", lambda *_: next(sent))
+    other = Run(run, World(rank=1, size=2))
+    _, resumed = other.begin(train, call)
+    assert {key: resumed[key] for key in seen_by_first} == seen_by_first
 
 
 def test_keeping_fewer_than_two_is_refused(tmp_path):

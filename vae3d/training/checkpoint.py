@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 STEP_FILE = re.compile(r"step_(\d+)\.pt")
-NOTE = "newest.json"
+NOTE, NOTED = "newest.json", ("best", "stale", "owed", "names")  # a small file, and what is in it
 
 
 class Checkpoints:

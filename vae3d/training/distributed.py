@@ -12,7 +12,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -208,7 +208,8 @@ def open_world(device: str = "auto", timeout_minutes: float = 30.0) -> Iterator[
         yield World(rank, size, where, control, store)
     except BaseException:
         # To destroy a group is to wait for its ranks, of which one may be lost.
-        dist.distributed_c10d._abort_process_group()
+        with suppress(RuntimeError):  # gloo knows nothing to abort in some versions of torch
+            dist.distributed_c10d._abort_process_group()
         raise
     dist.destroy_process_group()
 

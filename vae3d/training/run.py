@@ -15,7 +15,7 @@ from loaders.whole import write_text
 from vae3d.config import config_dict, save_config, up_to_date
 from vae3d.tracking.console import Console
 from vae3d.tracking.tracker import Tracker
-from vae3d.training.checkpoint import Checkpoints
+from vae3d.training.checkpoint import NOTED, Checkpoints
 from vae3d.training.distributed import World
 from vae3d.training.options import Loop
 from vae3d.training.precision import Amp, faults_of_conv3d, native_amp
@@ -108,6 +108,8 @@ class Run:
         path = self.world.broadcast(path)
         state = self.checkpoints.resume(path) if path else None
         if state is not None:
+            # Another machine may still see an older note on the checkpoint than the main rank does.
+            state |= self.world.broadcast({key: state[key] for key in NOTED if key in state})
             changes = differences(with_new_options(state["config"], fn), config)
             if changes and not force:
                 raise ValueError(

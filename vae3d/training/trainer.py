@@ -329,8 +329,9 @@ class Trainer:
         self.console.print(
             f"step {self.step}  " + "  ".join(f"{k} {v:.4g}" for k, v in numbers.items())
         )
-        better = numbers[self.monitor] < self.best
-        self.best = min(self.best, numbers[self.monitor])
+        score = float(numbers[self.monitor])
+        better = score < self.best
+        self.best = min(self.best, score)
         self.stale = 0 if better else self.stale + 1
         self._clock()
         return better
