@@ -16,14 +16,18 @@ import torch
 from toys import tiny_vae, toy_trainer
 
 import vae3d
+from vae3d.config import config_dict
 from vae3d.models.custom_vae import CustomVAE
 from vae3d.models.norm import GroupNorm
 from vae3d.training import checkpoint
 from vae3d.training.checkpoint import Checkpoints, load_checkpoint, load_model, write_atomic
+from vae3d.training.distributed import World
+from vae3d.training.run import Run
 
 
 def state(step):
-    return {"step": step, "model": {"weight": torch.full((64, 64), float(step))}}
+    weight = torch.full((64, 64), float(step))
+    return {"step": step, "owed": ["validation"], "model": {"weight": weight}}
 
 
 def steps(folder):
@@ -34,7 +38,8 @@ def steps(folder):
 def run(tmp_path):
     checkpoints = Checkpoints(tmp_path, keep=2)
     for step in (10, 20, 30):
-        checkpoints.save(state(step), best=step == 20)
+        checkpoints.save(state(step))
+        checkpoints.note({"owed": []}, best=step == 20)
     return tmp_path
 
 
@@ -62,6 +67,33 @@ def test_rotation_spares_the_file_resumed_from_and_files_of_others(run):
     for step in (40, 50, 60):
         checkpoints.save(state(step))
     assert steps(run) == [5, 30, 50, 60]
+
+
+def test_a_note_is_of_one_checkpoint_and_torn_it_is_none(run):
+    again = Checkpoints(run)
+    path, _ = again.find_latest()
+    assert again.resume(path)["owed"] == []
+    assert again.resume(run / "step_00000020.pt")["owed"] == ["validation"]
+    again.save(state(30))  # the same step once more, after a loss of the files beyond 20
+    assert again.resume(path)["owed"] == ["validation"]
+    again.note({"owed": []})
+    (run / "newest.json").write_text('{"owed": [')
+    assert again.resume(path)["owed"] == ["validation"]
+
+
+def test_all_ranks_resume_by_the_note_that_the_first_one_sees(run, monkeypatch):
+    def train(out_dir: str) -> int:
+        """Train."""
+
+    call = {"out_dir": str(run)}
+    saved = state(40) | {"config": config_dict(train, call), "best": 2.0, "stale": 1}
+    Checkpoints(run).save(saved)
+    seen_by_first = {"owed": [], "best": 1.0, "stale": 0, "names": ["last.pt", "best.pt"]}
+    sent = iter([run / "step_00000040.pt", seen_by_first])
+    monkeypatch.setattr(World, "broadcast", lambda *_: next(sent))
+    other = Run(run, World(rank=1, size=2))
+    _, resumed = other.begin(train, call)
+    assert {key: resumed[key] for key in seen_by_first} == seen_by_first
 
 
 def test_keeping_fewer_than_two_is_refused(tmp_path):
@@ -186,7 +218,7 @@ class DiskFull:
 
 @pytest.mark.parametrize("room", [0, 100, 3000, 17000])
 def test_a_full_disk_is_said_and_nothing_is_lost(run, monkeypatch, room):
-    before = {p.name: p.read_bytes() for p in run.glob("*.pt")}
+    before = {p.name: p.read_bytes() for p in run.iterdir()}
     opened = open
     monkeypatch.setattr(checkpoint, "open", lambda *a: DiskFull(opened(*a), room), raising=False)
     with pytest.raises(OSError, match="No space left on device") as caught:
@@ -208,7 +240,9 @@ def test_file_systems_without_hard_links_get_a_copy(run, monkeypatch):
         raise OSError(errno.EPERM, "no links here")
 
     monkeypatch.setattr(os, "link", no_links)
-    Checkpoints(run).save(state(40), best=True)
+    checkpoints = Checkpoints(run)
+    checkpoints.save(state(40))
+    checkpoints.note({}, best=True)
     assert load_checkpoint(run / "last.pt")["step"] == 40
     assert load_checkpoint(run / "best.pt")["step"] == 40
     assert not list(run.glob(".*"))
@@ -224,7 +258,7 @@ def test_checkpoint_is_fsynced_before_it_is_renamed(tmp_path, monkeypatch):
 
 
 def die_at(count, folder):
-    """Save the next checkpoint in this process; die just before the n-th system call of it."""
+    """Save the next checkpoint and name it the best; die just before the n-th system call of it."""
     left = [count]
 
     def deadly(real):
@@ -255,15 +289,22 @@ def die_at(count, folder):
     saved = checkpoints.resume(path)
     saved["step"] += 10
     saved["model"]["weight"] += 10
+    saved["owed"] = ["validation"]
     for name in ("open", "fsync", "link", "replace", "unlink"):
         setattr(os, name, deadly(getattr(os, name)))
     checkpoint.open = DeadlyFile
-    checkpoints.save(saved, best=True)
+    checkpoints.save(saved)
+    checkpoints.note({"owed": []}, best=True)
     os._exit(0)
 
 
 def kill_at_each_call(origin):
-    """Count n = 0, 1, ... until a save outlives its n-th call; after each, all must be well."""
+    """Count n = 0, 1, ... until a save outlives its n-th call; after each, all must be well.
+
+    It is the best where its note was written, whether its name was or not; else it is validated
+    again, and nothing knows it as the best before.
+    """
+    seen = []
     for calls in range(1000):
         folder = shutil.copytree(origin, origin.with_name(f"killed_{calls}"))
         if (child := os.fork()) == 0:
@@ -278,14 +319,19 @@ def kill_at_each_call(origin):
             assert load_checkpoint(folder / name)["step"] <= found["step"]
         again = Checkpoints(folder)  # as a run that goes on does
         again.sweep()
-        again.name(path, again.resume(path)["names"])
+        resumed = again.resume(path)
+        again.name(path, resumed["names"])
+        seen.append((found["step"], resumed["owed"]))
         assert load_checkpoint(folder / "last.pt")["step"] == found["step"]
-        assert load_checkpoint(folder / "best.pt")["step"] == (20 if found["step"] == 30 else 40)
+        best = 40 if seen[-1] == (40, []) else 20
+        assert load_checkpoint(folder / "best.pt")["step"] == best
         assert not list(folder.glob(".*"))
         if status == 0:
             break
         assert os.WTERMSIG(status) == signal.SIGKILL
     assert found["step"] == 40 and steps(folder) == [30, 40]
+    order = [(30, []), (40, ["validation"]), (40, [])]
+    assert [a for a, b in zip(seen, [*seen[1:], None], strict=True) if a != b] == order
     print(calls)
 
 
@@ -302,7 +348,8 @@ def test_a_kill_at_any_system_call_of_a_checkpoint_loses_nothing(run):
 def trained(tmp_path):
     trainer = toy_trainer(tmp_path / "checkpoints", max_steps=3, record={"spec": tiny_vae().spec})
     trainer.fit()
-    trainer.save(best=True)
+    trainer.save()
+    trainer.note(best=True)
     return tmp_path, trainer
 
 

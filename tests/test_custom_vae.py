@@ -11,7 +11,7 @@ from torch import nn
 from vae3d.models.attention import Attention, GlobalAttention, LinearAttention, PatchAttention
 from vae3d.models.blocks import Block
 from vae3d.models.custom_vae import CustomVAE
-from vae3d.models.norm import GroupNorm, NormAct
+from vae3d.models.norm import BatchNorm, GroupNorm, NormAct
 from vae3d.models.upsample import TransposeUp
 
 TINY = {"channels": (4, 8), "norm": partial(GroupNorm, num_groups=4), "num_res_blocks": 1}
@@ -89,6 +89,24 @@ def test_checkpointing_changes_no_bit_with_dropout_attention_and_noise(mode):
         (recon.square().mean() + posterior.kl()).backward()
         results.append([recon, *(p.grad.clone() for p in vae.parameters())])
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("norm", [TINY["norm"], BatchNorm], ids=["group", "batch"])
+@pytest.mark.parametrize("mode", ["block", "level"])
+def test_a_compiled_model_recomputes_too(mode, norm):
+    """With the gradients of the plain one, and running statistics that move once."""
+    torch.manual_seed(0)
+    plain, x = CustomVAE(**TINY | {"norm": norm}), torch.rand(2, 1, 8, 8, 8)
+    vae = copy.deepcopy(plain)
+    vae.set_checkpointing(mode)
+    for chain in (vae.encoder, vae.decoder):
+        chain.compile(backend="aot_eager")
+    for model in (plain, vae):
+        model(x, sample_posterior=False)[0].square().mean().backward()
+    for p, q in zip(plain.parameters(), vae.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-4, atol=1e-6)
+    for p, q in zip(plain.buffers(), vae.buffers(), strict=True):
+        torch.testing.assert_close(p, q)
 
 
 def test_checkpointing_stores_less(monkeypatch):

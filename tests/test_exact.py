@@ -2,6 +2,7 @@
 
 import warnings
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -377,3 +378,9 @@ def test_no_voxel_of_a_decoded_volume_is_left_unwritten():
     for shape in ((3, 15, 12, 9), (1, 30, 12, 9)):
         with pytest.raises(ValueError, match="out has shape"):
             decode_exact(vae, z, size=(15, 12, 9), out=torch.empty(shape))
+
+
+def test_a_device_without_float64_is_refused_by_name():
+    parameter = SimpleNamespace(device=torch.device("mps"), dtype=torch.float32)
+    with pytest.raises(ValueError, match=r"mps does not have; use --device cpu, or --mode patch"):
+        executor._home(SimpleNamespace(parameters=lambda: iter([parameter])))

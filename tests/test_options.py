@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import re
 from dataclasses import fields
 
 import docstring_parser
@@ -70,6 +71,15 @@ def test_an_option_that_is_gone_says_so_and_does_nothing(monkeypatch, capsys):
     assert "anneal" not in parse(train_3d, [*DATA, "--anneal", "true"])
     assert capsys.readouterr().err == "option anneal: gone, the schedule does it\n"
     assert "anneal" not in up_to_date(train_3d, {"anneal": True, "lr": 1.0})
+
+
+def test_channels_last_loads_with_one_line_and_does_nothing(tmp_path, capsys):
+    recipe = tmp_path / "old.yaml"
+    recipe.write_text("channels_last: true\n")
+    assert "channels_last" not in parse(train_3d, ["--config", str(recipe), *DATA])
+    assert re.fullmatch("option channels_last: is gone .*\n", capsys.readouterr().err)
+    today = config.config_dict(train_3d, {"data": {"root": "d"}, "out_dir": "o"})
+    assert not differences(with_new_options(today | {"channels_last": True}, train_3d), today)
 
 
 def test_a_run_begun_with_an_option_of_old_goes_on():

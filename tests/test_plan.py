@@ -2,11 +2,13 @@ import re
 
 import pytest
 import torch
+from test_resume import GAN
 from test_train_3d import TINY
 from toys import SHAPE, tiny_vae
 
 from vae3d.commands.plan import largest_patch, plan
 from vae3d.losses.vae_loss import VAELoss
+from vae3d.models.custom_vae import Chain
 from vae3d.training.memory import Trial
 from vae3d.training.task import VAETask
 
@@ -66,6 +68,55 @@ def test_the_largest_batch_is_the_last_that_stays_in_the_budget(measured, budget
 def test_on_a_gpu_it_is_found_by_trying(measured, budget, fits):
     found = measured._search(budget, most=256)
     assert fits - fits // 8 <= found <= fits
+
+
+class Card:
+    """Stands for torch.cuda: other programs hold 2 GB of 24, this one 1 GB, a sample takes 3 GB."""
+
+    def __init__(self, monkeypatch):
+        self.calls, self.sizes = [], []
+        for name in ("empty_cache", "reset_peak_memory_stats"):
+            monkeypatch.setattr(torch.cuda, name, lambda *_, name=name: self.calls.append(name))
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (21e9, 24e9))
+        monkeypatch.setattr(torch.cuda, "memory_reserved", lambda *_: 1e9)
+        monkeypatch.setattr(torch.cuda, "max_memory_reserved", self.peak)
+        monkeypatch.setattr(Trial, "device", torch.device("cuda"))
+        forward = VAETask.forward
+
+        def counted(task, batch, step):
+            self.sizes.append(len(batch.image))
+            self.calls.append("step")
+            return forward(task, batch, step)
+
+        monkeypatch.setattr(VAETask, "forward", counted)
+
+    def peak(self, *_):
+        self.calls.append("read")
+        return 1e9 + 3e9 * self.sizes[-1]
+
+
+def test_on_a_gpu_two_steps_are_measured_by_what_is_reserved(trial, monkeypatch):
+    card = Card(monkeypatch)
+    assert trial.largest_batch() == 6  # 19 GB of 0.92 x 22
+    assert card.calls[:5] == ["empty_cache", "reset_peak_memory_stats", "step", "step", "read"]
+    assert card.sizes == [1, 1, 2, 2, 4, 4, 8, 8, 6, 6, 7, 7]
+
+
+def test_what_is_measured_is_what_trains(monkeypatch):
+    """Compiled, recomputing and with the discriminator, from the first step on."""
+    task, seen = VAETask(tiny_vae(), GAN()), []
+    task.network.set_checkpointing("block")
+    task.network.decoder._compiled_call_impl = "compiled"
+    monkeypatch.setattr(Chain, "compile", lambda self: seen.append(self))
+    monkeypatch.setattr(torch.compiler, "reset", lambda: seen.append("forgotten"))
+    loss = VAETask.discriminator_loss
+    monkeypatch.setattr(
+        VAETask, "discriminator_loss", lambda *a: seen.append("discriminator") or loss(*a)
+    )
+    Trial(task, (1, *SHAPE)).peak_bytes(1)
+    copied, *rest = seen
+    assert copied is not task.network.decoder and copied.checkpointing == "block"
+    assert rest == ["discriminator", "forgotten"]
 
 
 def test_not_even_one_patch_is_said(measured):

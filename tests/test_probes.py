@@ -108,6 +108,23 @@ def test_fitted_draws_have_the_mean_and_covariance_of_the_latents():
     assert constant.tolist() == [1.0] and zero.abs().max() == 0
 
 
+class OnMPS(torch.Tensor):
+    """A tensor that cannot be float64 where it is."""
+
+    def double(self):
+        raise TypeError("Cannot convert a MPS Tensor to float64 dtype")
+
+    def cpu(self):
+        return self.as_subclass(torch.Tensor)
+
+
+def test_the_fit_is_made_on_the_cpu_where_the_device_has_no_float64():
+    values = torch.randn(3, 50)
+    found = module._fit(values.as_subclass(OnMPS))
+    for ours, theirs in zip(found, module._fit(values), strict=True):
+        assert torch.equal(ours, theirs)
+
+
 def test_measuring_is_repeatable_and_leaves_the_random_state_alone():
     probes, vae = LatentProbes(volumes(8, 8, 8)), Halves()
     before = torch.get_rng_state()

@@ -6,12 +6,13 @@ from functools import partial
 
 import pytest
 import torch
-from toys import toy_trainer
+from toys import OnGPU, toy_trainer
 
 from vae3d.losses.adversarial import Adversarial, PatchDiscriminator
 from vae3d.losses.kl import KL
 from vae3d.losses.vae_loss import VAELoss
 from vae3d.training.checkpoint import load_checkpoint
+from vae3d.training.distributed import World
 
 GAN = partial(
     VAELoss,
@@ -49,7 +50,8 @@ def same(a, b):
 def losses(*trainers):
     rows = {}
     for trainer in trainers:
-        rows |= {step: row["train/loss"] for step, row in trainer.tracker.rows.items()}
+        logged = {step: row for step, row in trainer.tracker.rows.items() if "train/loss" in row}
+        rows |= {step: row["train/loss"] for step, row in logged.items()}
     return rows
 
 
@@ -84,6 +86,88 @@ def test_a_resumed_run_equals_one_never_stopped(tmp_path, whole, stops):
     assert same(result(trainers[-1])[1], wanted_state)
 
 
+class Killed(BaseException):
+    """Stands for kill -9: nothing is caught on the way."""
+
+
+def kill(trainer, moment):
+    """Let a trainer die in step 4, at a moment of its looks."""
+    validate, show, note = trainer.validate_network, trainer.show, trainer.note
+
+    def dies(network, step):
+        if step == 4:
+            trainer.note = lambda *_: None  # a kill runs no `finally`
+            raise Killed
+        return (validate if moment == "validation" else show)(network, step)
+
+    def dies_at_the_note(best=False):
+        if trainer.step == 4:
+            if moment == "before the name of the best":
+                trainer.checkpoints.name = lambda *_: None
+                note(best)
+            raise Killed
+        note(best)
+
+    if moment == "validation":
+        trainer.validate_network = dies
+    elif moment == "pictures":
+        trainer.show = dies
+    else:
+        trainer.note = dies_at_the_note
+
+
+@pytest.mark.parametrize(
+    ("moment", "validated", "pictured"),
+    [
+        ("validation", [4, 6, 8, 9], [4, 8, 9]),
+        ("before the note", [4, 6, 8, 9], [4, 8, 9]),
+        ("before the name of the best", [6, 8, 9], [4, 8, 9]),
+        ("pictures", [6, 8, 9], [4, 8, 9]),
+    ],
+)
+def test_a_step_is_saved_before_it_is_looked_at_and_looked_at_once(
+    tmp_path, whole, moment, validated, pictured
+):
+    """The score falls at step 4, so that `best` is at stake too; looking draws random numbers."""
+    seen, shown = [], []
+
+    def validate(network, step):
+        seen.append((step, float(torch.rand(()))))
+        return {"val/mae": {2: 3.0, 4: 1.0}.get(step, 2.0)}
+
+    options = dict(val_every=2, media_every=4, save_every=100, validate=validate)
+    options["show"] = lambda network, step: shown.append((step, random.random()))
+    with pytest.raises(Killed):
+        trainer = trainer_of(tmp_path, 9, **options)
+        kill(trainer, moment)
+        trainer.fit()
+    first, drawn = losses(trainer), dict(seen)
+    seen.clear(), shown.clear()
+    path, _ = trainer.checkpoints.find_latest()
+    again = trainer_of(tmp_path, 9, **options)
+    state = again.checkpoints.resume(path)
+    again.checkpoints.name(path, state["names"])
+    assert state["step"] == 4
+    again.load_state_dict(state)
+    again.fit()
+    assert [step for step, _ in seen] == validated and [step for step, _ in shown] == pictured
+    assert dict(seen).get(4, drawn.get(4)) == drawn.get(4, dict(seen).get(4))
+    assert first | losses(again) == whole[0] and same(result(again)[1], whole[1])
+    assert (again.best, again.stale) == (1.0, 3)
+    assert load_checkpoint(tmp_path / "best.pt")["step"] == 4
+
+
+def test_pictures_that_fail_do_not_end_a_restarted_run_for_ever(tmp_path):
+    def show(network, step):
+        raise TypeError("can't convert cuda:0 device type tensor to numpy")
+
+    options = dict(media_every=4, show=show, loss=VAELoss)
+    with pytest.raises(TypeError, match="cuda:0"):
+        trainer_of(tmp_path, 6, **options).fit()
+    state = trainer_of(tmp_path, 6, **options).checkpoints.resume(tmp_path / "last.pt")
+    assert state["step"] == 4 and state["owed"] == []
+
+
 def without(part, state):
     """The state with one part as a fresh run has it."""
     fresh = trainer_of("/nowhere", 9).state_dict()
@@ -104,6 +188,33 @@ def test_the_running_means_of_the_log_are_part_of_the_state(tmp_path, whole):
 
     trainers = stop_and_go(tmp_path, 5, 9, change=forget)
     assert losses(*trainers)[6] != whole[0][6]
+
+
+def test_ranks_send_each_other_tensors_of_the_cpu_only(tmp_path, monkeypatch):
+    """Those of a GPU open a context of half a gigabyte on it in every process that gets them."""
+    trainer, sent = trainer_of(tmp_path, 1), []
+    trainer.meter = {"loss": torch.zeros(2).as_subclass(OnGPU)}
+    monkeypatch.setattr(World, "gather", lambda _, value: sent.append(value) or [value])
+    trainer.state_dict()
+    assert type(sent[0]["meter"]["loss"]) is torch.Tensor
+
+
+def test_a_run_that_kept_channels_innermost_goes_on_with_contiguous_weights(tmp_path, whole):
+    """What --channels_last wrote; the bytes of the moments go with those of the weights."""
+
+    def innermost(state):
+        def turn(value):
+            if isinstance(value, dict):
+                return {key: turn(item) for key, item in value.items()}
+            five = isinstance(value, torch.Tensor) and value.ndim == 5
+            return value.contiguous(memory_format=torch.channels_last_3d) if five else value
+
+        return {**state, **{key: turn(state[key]) for key in ("model", "ema", "optimizers")}}
+
+    trainers = stop_and_go(tmp_path, 5, 9, change=innermost)
+    assert same(result(trainers[-1])[1], whole[1])
+    moments = trainers[-1].optimizers["generator"].state.values()
+    assert all(value.is_contiguous() for entry in moments for value in entry.values())
 
 
 def test_float16_continues_with_its_loss_scale(tmp_path):

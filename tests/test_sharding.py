@@ -1,19 +1,27 @@
+import weakref
+
 import pytest
 import torch
-from toys import on_ranks, tiny_vae, toy_trainer
+from torch.distributed.tensor import DTensor
+from toys import OnGPU, on_ranks, tiny_vae, toy_trainer
 
 from vae3d.training.checkpoint import load_checkpoint, write_atomic
 from vae3d.training.distributed import World
 
 
 def sharded(world, folder, steps, resume):
+    def validate(network, step):
+        x = torch.zeros(1, 1, 8, 8, 8)
+        return {"val/mae": float(network.decode(network.encode(x).mean).mean())}
+
     trainer = toy_trainer(
         folder, world, max_steps=steps, sharding="fsdp", save_every=2, grad_accum=2, batch_size=1,
-        validate=lambda network, step: {"val/mae": float(network.training)}, val_every=2,
+        validate=validate, val_every=2,
     )  # fmt: skip
     kinds = {type(p).__name__ for p in trainer.task.network.parameters()}
     if resume:
         trainer.load_state_dict(load_checkpoint(folder / "last.pt"))
+        trainer.owed = ["validation"]  # as after a kill: the sharded weights first run in there
     trainer.fit()
     return trainer.tracker.losses(), kinds == {"DTensor"}
 
@@ -42,6 +50,34 @@ def test_sharded_training_equals_one_process_and_its_checkpoints_are_whole(tmp_p
     write_atomic(tmp_path / "fsdp" / "last.pt", theirs)
     (losses, _), _ = on_ranks(2, sharded, tmp_path / "fsdp", 6, True)
     assert losses == pytest.approx(alone(tmp_path / "longer", 6)[4:], rel=0.05)
+
+
+def gathering(world):
+    """What is gathered for a checkpoint: how many tensors live at once, and on what device."""
+    trainer = toy_trainer("/nowhere", world, max_steps=1, sharding="fsdp", save_every=0)
+    trainer.fit()
+    full_tensor, gathered, most = DTensor.full_tensor, [], 0
+
+    def spy(self):
+        nonlocal most
+        most = max(most, 1 + sum(weak() is not None for weak in gathered))
+        tensor = full_tensor(self).as_subclass(OnGPU)
+        gathered.append(weakref.ref(tensor))
+        return tensor
+
+    DTensor.full_tensor = spy
+    state = trainer.state_dict()
+    kept = [*state["model"].values(), *state["ema"].values()]
+    kept += [v for s in state["optimizers"]["generator"]["state"].values() for v in s.values()]
+    return most, len(gathered), sorted({type(value).__name__ for value in kept})
+
+
+@pytest.mark.filterwarnings("ignore:FSDP2-wrapped")
+def test_a_sharded_checkpoint_is_gathered_one_tensor_at_a_time_for_the_main_rank_alone():
+    (most, count, kinds), (other_most, other_count, other_kinds) = on_ranks(2, gathering)
+    assert most == other_most == 1 and count == other_count > 100
+    assert kinds == ["Tensor"]
+    assert other_kinds == ["NoneType", "Tensor"]  # Adam's counts are no parts of anything
 
 
 def test_sharding_refuses_a_discriminator(tmp_path):

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from toys import on_ranks
+from toys import OnGPU, on_ranks
 
 from evaluate import evaluate
 from loaders import DataConfig, Preprocess, read_volume, write_volume
@@ -23,6 +23,7 @@ from vae3d.commands.sample import sample
 from vae3d.commands.train_ldm import UNet, train_ldm
 from vae3d.models.custom_vae import CustomVAE
 from vae3d.models.norm import GroupNorm
+from vae3d.stage2.diffusion import LatentDiffusion
 from vae3d.stage2.latents import LatentDataset, LatentStore, read_index, read_info, read_latent
 from vae3d.training.checkpoint import load_checkpoint, load_model
 
@@ -268,7 +269,6 @@ def test_a_resumed_run_equals_one_that_was_never_stopped(home, tmp_path):
 
 def _gradients(world, latents):
     from loaders import PatchLoader
-    from vae3d.stage2.diffusion import LatentDiffusion
     from vae3d.stage2.task import LatentTask
     from vae3d.training.checkpoint import Checkpoints
     from vae3d.training.options import Loop
@@ -410,6 +410,13 @@ def test_the_checkpoint_holds_unet_projector_statistics_and_classes(home, tmp_pa
 def test_pictures_of_samples_are_drawn_while_training(home, tmp_path):
     ldm(home / "latents", tmp_path, media_every=6, media_volumes=2)
     assert [p.name for p in (tmp_path / "media").iterdir()] == ["samples_00000006.png"]
+
+
+def test_pictures_of_samples_are_drawn_from_a_gpu_too(home, tmp_path, monkeypatch):
+    sample = LatentDiffusion.sample
+    monkeypatch.setattr(LatentDiffusion, "sample", lambda *a: sample(*a).as_subclass(OnGPU))
+    assert ldm(home / "latents", tmp_path, media_every=2, max_steps=2, media_volumes=1) == 0
+    assert list((tmp_path / "media").iterdir())
 
 
 def test_random_crops_of_latents_train_in_half_precision_too(home, tmp_path):

@@ -22,11 +22,12 @@ import yaml
 from commanded import train_command
 
 from train_3d import train_3d
-from vae3d.config import parse
+from vae3d.config import _is_users_mistake, parse
 from vae3d.losses.adversarial import PatchDiscriminator
 from vae3d.tracking.tracker import read_metrics
 from vae3d.training.checkpoint import load_checkpoint
 from vae3d.training.run import differences, with_new_options
+from vae3d.training.trainer import Trainer
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = """
@@ -499,18 +500,33 @@ def test_torchrun_restarts_a_run_whose_rank_died(options, tmp_path):
 
 
 @pytest.mark.slow
-def test_compiled_checkpointed_and_channels_last_training_gives_the_same_numbers(options, tmp_path):
+def test_compiled_and_checkpointed_training_gives_the_same_numbers(options, tmp_path):
     argv = [*options, "--max_steps", "4", "--val_every", "0"]
     run(argv, tmp_path)
     (tmp_path / "run").rename(tmp_path / "plain")
     for extra in (
         ["--checkpointing", "block"],
         ["--checkpointing", "level"],
-        ["--channels_last"],
         ["--compile"],
+        ["--compile", "--checkpointing", "block"],
     ):
         text = run([*argv, *extra, "--fresh"], tmp_path)
         assert losses(tmp_path / "run") == pytest.approx(losses(tmp_path / "plain"), rel=1e-4), text
+
+
+def test_out_of_gpu_memory_is_one_line_that_names_what_helps(options, tmp_path, monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError(
+            "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 24 GiB"
+        )
+
+    monkeypatch.setattr(Trainer, "backward", full)
+    with pytest.raises(ValueError, match=r"Tried to allocate 2.00 GiB; what helps: ") as caught:
+        train_3d(**parse(train_3d, options))
+    line = str(caught.value)
+    for name in ("--batch_size", "--patch_size", "--checkpointing level", "expandable_segments"):
+        assert name in line
+    assert _is_users_mistake(caught.value) and "\n" not in line
 
 
 def test_batch_size_auto_is_found_once_and_kept_by_a_resume(options, tmp_path):

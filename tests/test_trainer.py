@@ -1,19 +1,27 @@
+import contextlib
 import copy
 import math
 import sys
+import time
 from dataclasses import replace
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from test_resume import GAN
 from torch import nn
 from toys import ToyBatch, ToyLoader, on_ranks, tiny_vae, toy_trainer
 
 from vae3d.losses.kl import KL
 from vae3d.losses.vae_loss import VAELoss
-from vae3d.training.precision import LossScaler, native_amp
+from vae3d.training import distributed
+from vae3d.training.distributed import World
+from vae3d.training.optimizers import FusedAdamW
+from vae3d.training.precision import LossScaler, faults_of_conv3d, native_amp
+from vae3d.training.run import Run
 from vae3d.training.task import Task, VAETask, noise_of_sample
 
 
@@ -95,8 +103,6 @@ def first_steps(world, batch_size, grad_accum, steps):
 
 
 def test_two_ranks_equal_one_process_with_the_same_global_batch():
-    from vae3d.training.distributed import World
-
     alone, alone_weights, samples = first_steps(World(), 4, 1, 6)
     for per_rank, accum in ((2, 1), (1, 2)):
         for losses, ranks_weights, ranks_samples in on_ranks(2, first_steps, per_rank, accum, 6):
@@ -201,6 +207,30 @@ def test_a_bad_step_changes_neither_weights_nor_moments_nor_average(tmp_path):
     after = trainer.optimizers["generator"].state_dict()["state"]
     for i, entry in before[2]["state"].items():
         assert all(torch.equal(entry[k], after[i][k]) for k in entry)
+
+
+@pytest.mark.parametrize("amp", ["off", "fp16"])
+def test_a_kernel_that_heeds_neither_scale_nor_drop_trains_alike(tmp_path, monkeypatch, amp):
+    """That of MPS: without clipping, and with steps of float16 times 65536, before."""
+
+    def trained(folder):
+        options = dict(loader=Poison({2}), max_steps=5, clip_norm=0.1, amp=amp)
+        trainer = toy_trainer(folder, **options)
+        trainer.fit()
+        assert float(trainer.skipped) == 1
+        return weights(trainer)
+
+    wanted, step, scales = trained(tmp_path / "a"), FusedAdamW.step, []
+
+    def deaf(optimizer):
+        scales.append(getattr(optimizer, "grad_scale", None))
+        return step(optimizer)
+
+    monkeypatch.setattr(FusedAdamW, "kernel_scales", False)
+    monkeypatch.setattr(FusedAdamW, "step", deaf)
+    for p, q in zip(trained(tmp_path / "b"), wanted, strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-7)
+    assert scales == [None] * 4
 
 
 def test_training_goes_on_after_a_bad_step_and_its_numbers_do_not_count(tmp_path):
@@ -377,6 +407,94 @@ def test_host_reads_no_tensor_between_two_lines_of_numbers(tmp_path, monkeypatch
     assert reads  # the log itself
     between = [r for r in reads if r[0] not in (3, 4, 7, 8)]  # 3 and 7: the look at bad_in_row
     assert not between
+
+
+# Ranks that wait
+
+
+def impatient(world):
+    """As with --timeout_minutes 0.02."""
+    patience = timedelta(seconds=1.2)
+    dist.distributed_c10d._set_pg_timeout(patience, world.control)
+    world.store.set_timeout(patience)
+
+
+def build_for_long(world, answer_s):
+    impatient(world)
+    order, distributed.ANSWER_S = [], answer_s
+    try:
+        with world.main_first():
+            if world.is_main:
+                time.sleep(3)
+            order.append(time.monotonic())
+        with world.main_first():
+            order.append(time.monotonic())
+    except RuntimeError as error:
+        time.sleep(2)  # the first rank keeps the store
+        return str(error)
+    return order
+
+
+def test_ranks_wait_for_the_first_as_long_as_it_answers_however_short_their_patience():
+    first, second = on_ranks(2, build_for_long, 0.1)
+    assert all(mine < theirs for mine, theirs in zip(first, second, strict=True))
+    assert on_ranks(2, build_for_long, 60)[1] == "rank 0 has not answered for 0.02 minutes"
+
+
+def fail_first(world):
+    try:
+        with world.main_first():
+            if world.is_main:
+                raise OSError("no room for the cache")
+    except (ValueError, OSError) as error:
+        time.sleep(2 * world.is_main)  # the first rank keeps the store
+        return str(error)
+
+
+def test_a_failure_of_the_first_rank_ends_the_others_at_once():
+    mine, theirs = on_ranks(2, fail_first)
+    assert mine == "no room for the cache" and theirs.startswith("rank 0 could not")
+
+
+@pytest.mark.parametrize(
+    ("amp", "cudnn", "torch_version", "told"),
+    [
+        ("bf16", 90100, "2.6.0+cu124", ()),
+        ("bf16", 91002, "2.8.0+cu128", ("9.10.2: bf16 can give wrong sums",)),
+        ("bf16", 91002, "2.9.0+cu128", ("wrong sums (pytorch#163539)", "2.9.0: half precision")),
+        ("fp16", 91500, "2.9.0+cu128", ("2.9.0: half precision is slow",)),
+        ("off", 91002, "2.8.0+cu128", ("9.10.2: TF32 can give wrong sums",)),
+        ("off", 91600, "2.10.0+cu128", ()),
+    ],
+)
+def test_known_faults_of_3d_convolutions_are_told_at_the_start(
+    tmp_path, monkeypatch, capsys, amp, cudnn, torch_version, told
+):
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: cudnn)
+    monkeypatch.setattr(torch, "__version__", torch_version)
+    assert faults_of_conv3d(torch.device("cpu"), amp) == []
+    run = Run(tmp_path, World(device=torch.device("cuda")))
+    assert run.precision(amp, None) == amp
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == len(told)
+    assert all(part in line for part, line in zip(told, lines, strict=True))
+
+
+@pytest.mark.parametrize("error", [None, RuntimeError("rank 1 no longer answers")])
+def test_after_an_error_no_rank_waits_for_the_others(error, monkeypatch):
+    """To destroy a group of nccl is to wait for all its ranks; with one lost that has no end."""
+    done = []
+    destroy, abort = dist.destroy_process_group, dist.distributed_c10d._abort_process_group
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: (done.append("destroy"), destroy()))
+    monkeypatch.setattr(
+        dist.distributed_c10d, "_abort_process_group", lambda: (done.append("abort"), abort())
+    )
+    monkeypatch.setattr(dist, "rendezvous", lambda *_, **__: iter([(dist.HashStore(), 0, 1)]))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with contextlib.suppress(RuntimeError), distributed.open_world("cpu"):
+        if error:
+            raise error
+    assert done == (["abort"] if error else ["destroy"]) and not dist.is_initialized()
 
 
 class Regression(Task):

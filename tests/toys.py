@@ -75,6 +75,16 @@ class Recorder:
         return [row[name] for _, row in sorted(self.rows.items()) if name in row]
 
 
+class OnGPU(torch.Tensor):
+    """A tensor that has to be brought to the CPU before NumPy or another process may have it."""
+
+    def numpy(self):
+        raise TypeError("can't convert cuda:0 device type tensor to numpy")
+
+    def cpu(self):
+        return self.as_subclass(torch.Tensor)
+
+
 def tiny_vae(seed=0, **options):
     torch.manual_seed(seed)
     defaults = dict(channels=(4, 8), num_res_blocks=1, norm=partial(GroupNorm, num_groups=4))

@@ -51,7 +51,10 @@ LONG_LINE = 1500  # characters of a message; jsonargparse repeats the whole valu
 # Options of old, in recipes, command lines and runs that are resumed: what they are called today,
 # or in a sentence what became of them.
 FORMER = {
-    "train_3d": {"schedule": "lr_schedule"},
+    "train_3d": {
+        "schedule": "lr_schedule",
+        "channels_last": "is gone and does nothing; weights stay contiguous",
+    },
     "train_ldm": {"schedule": "noise_schedule"},
 }
 RECIPES = {"train_3d": "train", "train_ldm": "ldm"}  # folder of configs/ that --config looks into

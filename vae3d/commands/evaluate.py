@@ -112,6 +112,7 @@ def evaluate(
     from vae3d.tracking.tracker import Tracker
     from vae3d.training.checkpoint import find_checkpoint, load_checkpoint, load_vae
     from vae3d.training.distributed import open_world
+    from vae3d.training.memory import telling_of_memory
 
     if isinstance(data, str):
         data = EvaluationData(data)
@@ -141,7 +142,8 @@ def evaluate(
     subjects = find_subjects(data.root)
     chosen = choose_subjects(subjects, state["split"], split)[:limit]
 
-    with open_world(device) as world:
+    smaller = ("--mode exact", "--mode patch", "a smaller --patch_size")
+    with open_world(device) as world, telling_of_memory(*smaller):
         vae.to(world.device)
         open_store = partial(
             VolumeStore.build,

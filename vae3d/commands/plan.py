@@ -31,8 +31,7 @@ def plan(
         recipe: YAML file with the options of train_3d.py, a run's config.yaml, or a recipe's name.
         patch_size: Patch per axis [voxels]; null for the recipe's.
         batch_size: Patches in a micro-batch; null for the recipe's.
-        memory_gb: Memory that a patch has to fit into [GB]; null for all of the GPU, or most of
-            the free memory of the CPU.
+        memory_gb: Memory that a patch has to fit into [GB]; null for most of what is free.
         device: auto | cpu | cuda | mps.
     """
     import torch
@@ -41,7 +40,7 @@ def plan(
     from vae3d.config import parse
     from vae3d.recipes import find_recipe
     from vae3d.training.distributed import open_world
-    from vae3d.training.memory import Trial, budget_bytes
+    from vae3d.training.memory import Trial, budget_bytes, telling_of_memory
     from vae3d.training.precision import native_amp
     from vae3d.training.task import VAETask
 
@@ -54,7 +53,7 @@ def plan(
     check_sizes(vae, "full", patch)
     vae.set_checkpointing(options["checkpointing"])
 
-    with open_world(device) as world:
+    with open_world(device) as world, telling_of_memory("--batch_size", "--patch_size"):
         task = VAETask(vae, options["loss"]()).to(world.device)
         amp, dtype = options["amp"] or native_amp(world.device), torch.float32
         smaller = tuple(max(n // 2 // f, 1) * f for n, f in zip(patch, vae.factor, strict=True))

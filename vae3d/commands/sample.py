@@ -93,6 +93,7 @@ def sample(
     from vae3d.commands.decode import coding_of, load_encoder
     from vae3d.config import check_at_least
     from vae3d.training.distributed import open_world
+    from vae3d.training.memory import telling_of_memory
 
     check_at_least(1, n=n)
     check_at_least(0, seed=seed)
@@ -105,7 +106,8 @@ def sample(
         fitted = fitted or fitted_latents(vae_path, device, trust)
     sources: Mapping[str, FromGaussian | FromDiffusion]
     kinds: tuple[Kind, ...]
-    with open_world(device) as world:
+    smaller = ("--mode exact", "--mode patch", "a smaller --patch_size")
+    with open_world(device) as world, telling_of_memory(*smaller):
         if ldm is not None:
             how = dict(solver=solver, steps=steps, guidance=guidance)
             diffusion = FromDiffusion(ldm, ema, trust, label, condition, **how)

@@ -32,7 +32,6 @@ def train_3d(
     batch_size: int | Literal["auto"] = 2,
     discriminator_lr: float | None = None,
     sharding: Literal["ddp", "fsdp"] = "ddp",
-    channels_last: bool = False,
     compile: bool = False,
     checkpointing: Checkpointing = "none",
     init_from: str | None = None,
@@ -56,7 +55,6 @@ def train_3d(
         batch_size: Patches in a micro-batch on each rank [patches]; auto for the most that fit.
         discriminator_lr: Learning rate of the discriminator; null for lr.
         sharding: ddp | fsdp (weights cut over the ranks, for models that outgrow a GPU).
-        channels_last: Keep channels innermost in memory; faster on recent GPUs and CPUs.
         compile: Compile encoder and decoder with torch.compile.
         checkpointing: none | block | level, what the backward pass computes again to save memory.
         init_from: Weights to begin with, not read again on resuming: a run folder, a checkpoint, a
@@ -76,6 +74,7 @@ def train_3d(
     from vae3d.training.distributed import World, open_world
     from vae3d.training.facts import facts, largest
     from vae3d.training.linear_code import fit_linear_code
+    from vae3d.training.memory import telling_of_memory
     from vae3d.training.run import Run
     from vae3d.training.task import VAETask
     from vae3d.training.trainer import Trainer
@@ -88,14 +87,13 @@ def train_3d(
     with (
         open_world(loop.device, loop.timeout_minutes) as world,
         Run(out_dir, world, loop.keep_checkpoints) as run,
+        telling_of_memory("--batch_size", "--patch_size", "--checkpointing level"),
     ):
         config, state = run.begin(train_3d, call, loop.fresh, loop.force)
         amp = run.precision(loop.amp, state)
         if init_from and state is None:
             begin_with(vae, init_from, data.preprocess, world)
-        innermost = torch.channels_last_3d if vae.spatial_dims == 3 else torch.channels_last
-        layout = innermost if channels_last else torch.preserve_format
-        vae.to(world.device, memory_format=layout)  # type: ignore[call-overload]
+        vae.to(world.device)
         if compile:
             vae.encoder.compile()
             vae.decoder.compile()

@@ -116,12 +116,14 @@ def train_ldm(
     from vae3d.stage2.latents import read_index
     from vae3d.stage2.task import Guide, LatentTask, LatentValidation
     from vae3d.training.distributed import open_world
+    from vae3d.training.memory import telling_of_memory
     from vae3d.training.run import Run
     from vae3d.training.trainer import Trainer
 
     with (
         open_world(loop.device, loop.timeout_minutes) as world,
         Run(out_dir, world, loop.keep_checkpoints) as run,
+        telling_of_memory("--batch_size", "--crop", "--unet.channels"),
     ):
         config, state = run.begin(train_ldm, call, loop.fresh, loop.force)
         loop = replace(loop, amp=run.precision(loop.amp, state))
@@ -292,7 +294,7 @@ class Pictures:
             noise = torch.randn(template["shape"], generator=keyed_generator(0, number))
             label, condition = self.guide(torch.tensor([number]), device)
             z = network.sample(noise[None].to(device), 25, None, label, condition)
-            x = self.coding.decode(vae, z[0], template["volume_shape"][1:])
+            x = self.coding.decode(vae, z[0].cpu(), template["volume_shape"][1:])
             pictures.append(three_slices(x.numpy(), spacing))
         self.vae.to("cpu")
         path = self.folder / f"samples_{step:08d}.png"

@@ -187,6 +187,10 @@ def check_budget(memory_gb: float | None) -> None:
 
 def _home(vae: nn.Module) -> Home:
     parameter = next(vae.parameters())
+    if parameter.device.type == "mps":
+        raise ValueError(
+            "mode exact sums in float64, which mps does not have; use --device cpu, or --mode patch"
+        )
     return parameter.device, parameter.dtype
 
 

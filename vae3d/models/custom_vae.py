@@ -58,7 +58,10 @@ class Chain(nn.Sequential):
         if self.checkpointing == "none" or not torch.is_grad_enabled():
             return run(self, x)
         for part in self.levels() if self.checkpointing == "level" else self.blocks():
-            x = checkpoint(run, part, x, use_reentrant=False, context_fn=repetition)
+            if torch.compiler.is_compiling():  # it plans the repetition itself, without contexts
+                x = checkpoint(run, part, x, use_reentrant=False)
+            else:
+                x = checkpoint(run, part, x, use_reentrant=False, context_fn=repetition)
         return x
 
     def levels(self) -> Iterator[nn.Sequential]:

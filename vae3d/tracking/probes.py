@@ -317,10 +317,10 @@ def cut_patch(x: torch.Tensor, size: Sequence[int] | None) -> torch.Tensor:
 
 def _fit(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean `(C,)` and a root `(C, C)` of the covariance of `(C, n)`."""
-    covariance = torch.atleast_2d(torch.cov(values.double()))
-    power, axes = torch.linalg.eigh(covariance.cpu())
+    covariance = torch.atleast_2d(torch.cov(values.cpu().double()))  # MPS has no float64
+    power, axes = torch.linalg.eigh(covariance)
     root = axes * power.clamp(min=0).sqrt()  # the covariance is root @ root.T
-    return values.mean(dim=1), root.to(values)
+    return values.mean(dim=1), root.to(values.dtype).to(values.device)
 
 
 def _middle(volume: torch.Tensor) -> np.ndarray:

@@ -8,9 +8,11 @@ before loading, because `torch.load` alone returns flipped bits without a word.
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import re
+import secrets
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
@@ -18,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from loaders.whole import sweep, whole_file
+from loaders.whole import sweep, whole_file, write_text
 from vae3d.weights.hub import check_archive, load_strictly
 
 if TYPE_CHECKING:
@@ -26,10 +28,14 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 STEP_FILE = re.compile(r"step_(\d+)\.pt")
+NOTE, NOTED = "newest.json", ("best", "stale", "owed", "names")  # a small file, and what is in it
 
 
 class Checkpoints:
     """The checkpoints of one run: `last.pt`, `best.pt` and the newest few `step_XXXXXXXX.pt`.
+
+    A step is saved first and validated then. What validation finds is noted in a small file beside
+    the checkpoints, so that none has to be written twice.
 
     Args:
         folder: Where they lie; made when it is missing.
@@ -44,27 +50,41 @@ class Checkpoints:
         self.written: list[str] = []  # step files of this run, oldest first; survives a resume
         self.resumed_from: str | None = None
         self.newest: tuple[Path, dict[str, Any]] | None = None  # found, read, not yet resumed
+        self.subject = (self.folder / "last.pt", "")  # checkpoint that notes are of, and its mark
 
     def sweep(self) -> None:
         """Remove temporaries that killed runs have left. Only for who holds the run's lock."""
         sweep(self.folder)
 
-    def save(self, state: dict[str, Any], best: bool = False) -> Path:
-        """Write `state` as the step's file, name it `last.pt` (and `best.pt`), then rotate.
+    def save(self, state: dict[str, Any]) -> Path:
+        """Write `state` as the step's file, name it `last.pt`, then rotate.
 
         The names share one file on the disk where the file system has hard links.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / f"step_{state['step']:08d}.pt"
         self.written = [name for name in self.written if name != path.name] + [path.name]
-        names = ["last.pt"] + ["best.pt"] * best
-        write_atomic(path, {"format": FORMAT, **state, "written": self.written, "names": names})
-        self.name(path, names)
+        mark = secrets.token_hex(8)
+        write_atomic(path, {"format": FORMAT, **state, "written": self.written, "mark": mark})
+        self.subject = path, mark
+        self.name(path, ["last.pt"])
         old = [name for name in self.written[: -self.keep] if name != self.resumed_from]
         for name in old:
             (self.folder / name).unlink(missing_ok=True)
         self.written = [name for name in self.written if name not in old]
         return path
+
+    def note(self, found: dict[str, object], best: bool = False) -> None:
+        """Note what is known of the newest checkpoint since it was written; name the best.
+
+        Args:
+            found: Parts of its state that `resume` shall find instead of those in the file.
+            best: Whether it is `best.pt` from now on.
+        """
+        path, mark = self.subject
+        names = ["last.pt", *["best.pt"] * best]
+        write_text(self.folder / NOTE, json.dumps({**found, "names": names, "mark": mark}) + "\n")
+        self.name(path, ["best.pt"] * best)
 
     def find_latest(self) -> tuple[Path | None, list[str]]:
         """Return the valid file with the highest step, and why others were passed over.
@@ -102,7 +122,16 @@ class Checkpoints:
         state = found[1] if found and found[0] == path else load_checkpoint(path)
         self.written = [name for name in state["written"] if (self.folder / name).exists()]
         self.resumed_from = path.name
-        return state
+        self.subject = path, state["mark"]
+        return state | self._noted(state["mark"])
+
+    def _noted(self, mark: str) -> dict[str, object]:
+        """The note on the checkpoint with this mark; {} where there is none, or one on another."""
+        try:
+            note = json.loads((self.folder / NOTE).read_text("utf-8"))
+        except (OSError, ValueError):  # missing, or torn by the disk: the step is validated again
+            return {}
+        return note if isinstance(note, dict) and note.get("mark") == mark else {}
 
     def name(self, path: Path, names: Iterable[str]) -> None:
         """Let these names stand for `path`; a kill may have come between the file and its names."""
@@ -113,8 +142,8 @@ class Checkpoints:
 
     def clear(self) -> None:
         """Forget the run: remove its checkpoints. What --fresh asks for."""
-        for path in self._files():
-            path.unlink()
+        for path in [*self._files(), self.folder / NOTE]:
+            path.unlink(missing_ok=True)
 
     def _files(self) -> list[Path]:
         names = ("last.pt", "best.pt")
@@ -230,7 +259,7 @@ def _upgrade(state: dict[str, Any], path: Path) -> dict[str, Any]:
             f"{path}: format {state['format']} is newer than this program reads ({FORMAT}); "
             "update vae3d"
         )
-    return {"names": ["last.pt"], **state}
+    return {"names": ["last.pt"], "mark": "", "owed": [], **state}
 
 
 def _link_atomic(source: Path, target: Path) -> None:

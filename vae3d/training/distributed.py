@@ -12,7 +12,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -20,6 +20,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+ANSWER_S = 5.0  # a rank that the others wait for says so often that it is alive
 
 
 @dataclass
@@ -31,6 +33,7 @@ class World:
     device: torch.device = torch.device("cpu")  # noqa: RUF009 - immutable
     control: Any = None  # gloo process group for flags and objects
     store: Any = None  # key-value store shared by all ranks, lives in torchrun's agent
+    turns: int = 0  # how often rank 0 went first
 
     @property
     def is_main(self) -> bool:
@@ -89,12 +92,57 @@ class World:
 
     @contextmanager
     def main_first(self) -> Iterator[None]:
-        """Rank 0 does the body before the others: it builds a cache, they find it built."""
-        if not self.is_main:
+        """Rank 0 does the body before the others: it builds a cache, they find it built.
+
+        That may take longer than a rank waits for one that does not answer; so rank 0 answers from
+        a thread while it works.
+        """
+        self.turns += 1
+        key = f"main_first/{self.turns}"
+        if self.size == 1:
+            yield
+        elif self.is_main:
+            with self._answering(key):
+                yield
             self.barrier()
-        yield
-        if self.is_main:
+        else:
+            self._wait_for_main(key)
             self.barrier()
+            yield
+
+    @contextmanager
+    def _answering(self, key: str) -> Iterator[None]:
+        """Count up in the store while the body runs; then say there how it ended."""
+        over = threading.Event()
+
+        def answer() -> None:
+            while not over.wait(ANSWER_S):
+                self.store.add(f"{key}/alive", 1)
+
+        thread = threading.Thread(target=answer, daemon=True)
+        thread.start()
+        outcome = "failed"
+        try:
+            yield
+            outcome = "done"
+        finally:
+            over.set()
+            thread.join()
+            self.store.set(key, outcome)
+
+    def _wait_for_main(self, key: str) -> None:
+        """Wait for what rank 0 does, for as long as it answers."""
+        patience_s = self.store.timeout.total_seconds()
+        heard, since = -1, time.monotonic()
+        while not self.store.check([key]):
+            count = self.store.add(f"{key}/alive", 0)
+            if count != heard:
+                heard, since = count, time.monotonic()
+            elif time.monotonic() - since > patience_s:
+                raise RuntimeError(f"rank 0 has not answered for {patience_s / 60:g} minutes")
+            time.sleep(0.1)
+        if self.store.get(key) != b"done":
+            raise ValueError("rank 0 could not do what the others wait for; it says why")
 
     @contextmanager
     def naming_the_missing(self, step: Callable[[], int]) -> Iterator[None]:
@@ -158,8 +206,12 @@ def open_world(device: str = "auto", timeout_minutes: float = 30.0) -> Iterator[
         if backend != "gloo":
             control = dist.new_group(backend="gloo", timeout=timeout)
         yield World(rank, size, where, control, store)
-    finally:
-        dist.destroy_process_group()
+    except BaseException:
+        # To destroy a group is to wait for its ranks, of which one may be lost.
+        with suppress(RuntimeError):  # gloo knows nothing to abort in some versions of torch
+            dist.distributed_c10d._abort_process_group()
+        raise
+    dist.destroy_process_group()
 
 
 def _device(name: str, local_rank: int) -> torch.device:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -15,13 +16,16 @@ from vae3d.training.precision import Amp, autocast
 from vae3d.training.task import Task
 
 CPU_SHARE = 0.7  # of the free memory; the rest is for reading ahead and for other programs
+GPU_SHARE = 0.92  # the rest is for libraries, other ranks' messages and pieces that fit nothing
+LATE = 10**9  # a step at which every term of the loss has begun
 
 
 @dataclass
 class Trial:
     """Takes forward and backward passes with a copy of a task; weights and optimizer stay as is.
 
-    The copy and two tensors per weight stand for what training keeps besides the weights: average,
+    What runs is what would train: compiled, recomputing and with a discriminator where it is. The
+    copy and two tensors per weight stand for what training keeps besides the weights: average,
     gradients and Adam's moments.
 
     Args:
@@ -42,26 +46,46 @@ class Trial:
     def peak_bytes(self, batch_size: int) -> int:
         """Return the highest memory that training with this batch would have in use [bytes].
 
-        On CUDA all that torch allocates; on the CPU what the process grows by.
+        On CUDA all that torch reserves, in the second step: the first leaves pieces that do not
+        fit the next. On the CPU what the process grows by.
         """
-        with torch.random.fork_rng(), _Peak(self.device) as peak:
+        # Copying forgets what is compiled, and the compiler must forget the size of this batch: for
+        # a second one it makes kernels for any size, and training would get those.
+        compiled = [n for n, m in self.task.named_modules() if m._compiled_call_impl is not None]
+        with ExitStack() as stack:
+            if compiled:
+                stack.callback(torch.compiler.reset)
+            stack.enter_context(torch.random.fork_rng())
+            peak = stack.enter_context(_Peak(self.device))
             task = copy.deepcopy(self.task)
+            for name in compiled:
+                task.get_submodule(name).compile()
             moments = [torch.zeros_like(p) for p in task.parameters() for _ in range(2)]
-            n = batch_size
-            image = torch.rand(n, *self.sample_shape, device=self.device)
-            corner = torch.zeros(n, len(self.sample_shape) - 1, dtype=torch.long)
-            index = torch.arange(n)
-            batch = Batch(image, index, corner, index)
-            with autocast(self.device, self.amp):
-                task(batch, 0)["loss"].backward()
+            for _ in range(2 if self.device.type == "cuda" else 1):
+                self._step(task, batch_size)
+                task.zero_grad(set_to_none=True)
             del moments
         return peak.bytes
+
+    def _step(self, task: Task, n: int) -> None:
+        """Take the passes of one step with a batch of `n` samples of noise."""
+        device = next(task.parameters()).device
+        corner = torch.zeros(n, len(self.sample_shape) - 1, dtype=torch.long)
+        index = torch.arange(n)
+        batch = Batch(torch.rand(n, *self.sample_shape, device=device), index, corner, index)
+        with autocast(self.device, self.amp):
+            loss = task(batch, LATE)["loss"]
+        loss.backward()
+        if task.discriminator is not None and task.discriminator_active(LATE):
+            with autocast(self.device, self.amp):
+                terms = task.discriminator_loss(LATE, task.discriminator)
+            terms["discriminator_loss"].backward()
 
     def largest_batch(self, memory_bytes: int | None = None, most: int = 64) -> int:
         """Return the largest batch size that trains within a memory budget.
 
         Args:
-            memory_bytes: The budget; None for all of the GPU, or most of the free CPU memory.
+            memory_bytes: The budget; None for most of the free memory.
             most: Never more than this.
 
         Raises:
@@ -108,6 +132,7 @@ class _Peak:
 
     def __enter__(self) -> _Peak:
         if self.device.type == "cuda":
+            torch.cuda.empty_cache()  # what other sizes of batch have left is not this one's
             torch.cuda.reset_peak_memory_stats(self.device)
             return self
         import psutil
@@ -122,7 +147,7 @@ class _Peak:
 
     def __exit__(self, *exc: object) -> None:
         if self.device.type == "cuda":
-            self.bytes = torch.cuda.max_memory_allocated(self.device)
+            self.bytes = torch.cuda.max_memory_reserved(self.device)
             return
         self._done.set()
         self._thread.join()
@@ -134,10 +159,28 @@ class _Peak:
                 return
 
 
+@contextmanager
+def telling_of_memory(*options: str) -> Iterator[None]:
+    """Turn running out of GPU memory into one line that names what helps.
+
+    Args:
+        *options: Those that lower the memory that is needed.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        said = ". ".join(str(error).split(". ")[:2])
+        raise ValueError(
+            f"{said}; what helps: {', '.join(options)}, or the environment variable "
+            "PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True, which joins freed pieces"
+        ) from error
+
+
 def budget_bytes(device: torch.device) -> float:
-    """Memory that training may use: all of a GPU, most of the free memory of a CPU [bytes]."""
+    """Memory that training may use: most of what is free, on a GPU with our own [bytes]."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[1]
+        free, _ = torch.cuda.mem_get_info(device)
+        return GPU_SHARE * (free + torch.cuda.memory_reserved(device))
     import psutil
 
     return psutil.virtual_memory().available * CPU_SHARE

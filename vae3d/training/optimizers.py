@@ -42,6 +42,23 @@ class FusedAdamW(torch.optim.AdamW):
     grad_scale: Tensor
     found_inf: Tensor
 
+    @property
+    def kernel_scales(self) -> bool:
+        """Whether the kernel of this device heeds both; that of MPS passes over them."""
+        return self.param_groups[0]["params"][0].device.type != "mps"
+
+    def step_unless(self, bad: Tensor) -> None:
+        """Update by the gradients divided by `grad_scale`; where `bad` is 1, change nothing."""
+        if self.kernel_scales:
+            self.found_inf = bad
+        elif bad:
+            return
+        else:
+            for gradient in gradients(self):
+                gradient.div_(self.grad_scale)
+            del self.grad_scale
+        self.step()
+
 
 def adamw(
     params: list[nn.Parameter], lr: float, betas: tuple[float, float], decay: float

@@ -14,10 +14,10 @@ from loaders.whole import write_text
 from vae3d.config import config_dict, save_config, up_to_date
 from vae3d.tracking.console import Console
 from vae3d.tracking.tracker import Tracker
-from vae3d.training.checkpoint import Checkpoints
+from vae3d.training.checkpoint import NOTED, Checkpoints
 from vae3d.training.distributed import World
 from vae3d.training.options import Loop
-from vae3d.training.precision import Amp, native_amp
+from vae3d.training.precision import Amp, faults_of_conv3d, native_amp
 
 # May differ between a run and its continuation: they say how long, how watched and where, not what.
 HARMLESS = {
@@ -107,6 +107,8 @@ class Run:
         path = self.world.broadcast(path)
         state = self.checkpoints.resume(path) if path else None
         if state is not None:
+            # Another machine may still see an older note on the checkpoint than the main rank does.
+            state |= self.world.broadcast({key: state[key] for key in NOTED if key in state})
             changes = differences(with_new_options(state["config"], fn), config)
             if changes and not force:
                 raise ValueError(
@@ -122,12 +124,17 @@ class Run:
     def precision(self, amp: Amp | None, state: dict[str, Any] | None) -> Amp:
         """Settle `--amp`: what was asked for, what the run began with, or what suits the device.
 
+        Faults of this build of torch in that precision are told.
+
         Args:
             amp: off | bf16 | fp16 | None.
             state: Checkpoint to continue from, or None.
         """
         begun_with = state["amp"] if state else None
-        return self.world.broadcast(amp or begun_with or native_amp(self.world.device))
+        settled = self.world.broadcast(amp or begun_with or native_amp(self.world.device))
+        for line in faults_of_conv3d(self.world.device, settled) if self.world.is_main else ():
+            print(line, flush=True)
+        return settled
 
     def track(
         self,

@@ -37,24 +37,42 @@ def shard(task: Task, world: World) -> None:
         if hasattr(network, name):
             register_fsdp_forward_method(network, name)
     fully_shard(task, mesh=mesh)
+    # torch takes for the root what runs first; the run that resumes may validate the network first.
+    register_fsdp_forward_method(task, "extra_state")
+    task.extra_state()
+    del task.extra_state  # and the class's own again
 
 
-def whole(value: Any) -> Any:
-    """Gather every sharded tensor of a nested state. All ranks must call it."""
+def whole(value: Any, keep: bool = True) -> Any:
+    """Gather every sharded tensor of a nested state on the CPU. All ranks must call it.
+
+    One at a time, so that the device holds no second whole of the model.
+
+    Args:
+        value: The state.
+        keep: Otherwise this rank only lends its parts, and None stands for what was gathered.
+    """
     if isinstance(value, DTensor):
-        return value.full_tensor()
+        gathered = value.full_tensor()
+        return gathered.cpu() if keep else None
     if isinstance(value, dict):
-        return {key: whole(item) for key, item in value.items()}
+        return {key: whole(item, keep) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return type(value)(whole(item) for item in value)
+        return type(value)(whole(item, keep) for item in value)
     return value
 
 
 def part(value: Tensor, like: Tensor) -> Tensor:
-    """This rank's part of a whole tensor, cut as `like` is."""
-    if not isinstance(like, DTensor):
+    """This rank's part of a whole tensor, cut as `like` is and laid out in memory as it is.
+
+    The fused optimizer goes through weights and moments in the order of their bytes.
+    """
+    if isinstance(like, DTensor):
+        value = value.to(like.device).contiguous()
+        return distribute_tensor(value, like.device_mesh, like.placements)
+    if value.stride() == like.stride():
         return value
-    return distribute_tensor(value.to(like.device), like.device_mesh, like.placements)
+    return torch.empty_like(like, dtype=value.dtype, device=value.device).copy_(value)
 
 
 def parts_of_optimizer(state: dict[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:

@@ -18,6 +18,7 @@ import psutil
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.experimental import implicit_replication
 from torch.nn.parallel import DistributedDataParallel
 
@@ -36,7 +37,7 @@ from vae3d.training.sharding import part, parts_of_optimizer, shard, whole
 from vae3d.training.task import Task
 from vae3d.weights.hub import check_fit
 
-TIME_IS_UP, NO_PROGRESS = 1, 2  # reasons to stop that are not signals; the run then exits 0
+TIME_IS_UP = 1  # a reason to stop that is no signal; the run then exits 0
 
 
 class Trainer:
@@ -108,6 +109,7 @@ class Trainer:
 
         self.step, self.samples = 0, 0
         self.best, self.stale = float("inf"), 0
+        self.owed: list[str] = []  # what the present step has yet to get: validation, pictures
         self.skipped = torch.zeros((), device=self.device)
         self.bad_in_row = torch.zeros((), device=self.device)
         self.meter: dict[str, Tensor] = {}
@@ -125,6 +127,7 @@ class Trainer:
             stack.callback(self.console.close)
             stack.enter_context(self.world.naming_the_missing(lambda: self.step))
             batches = stack.enter_context(closing(self.loader.stream()))
+            self.look()  # a kill may have come between the saving and the looking
             while self.step < self.loop.max_steps and not self.without_progress():
                 window = self.fetch(batches)
                 terms = self.backward(window)
@@ -132,14 +135,16 @@ class Trainer:
                 self.step += 1
                 if self.due(self.loop.log_every):
                     self.log()
-                better = self.due(self.val_every) and self.validate()
-                if self.due(self.media_every):
-                    self.picture()
+                looks = {"validation": self.val_every, "pictures": self.media_every}
+                self.owed = [look for look, every in looks.items() if self.due(every)]
                 stop = self.world.max_int(interrupt.exit_code or self.wish_to_stop())
-                if stop or better or self.due(self.loop.save_every):
-                    self.save(best=better)
+                if stop or self.owed or self.due(self.loop.save_every):
+                    self.save()
+                if self.owed and stop <= TIME_IS_UP:  # a signal leaves little time: owed, then
+                    self.look()
+                    stop = stop or self.world.max_int(interrupt.exit_code)
                 if stop:
-                    return stop if stop > NO_PROGRESS else 0
+                    return stop if stop > TIME_IS_UP else 0
         return 0
 
     def fetch(self, batches: Iterator[Any]) -> list[Any]:
@@ -155,12 +160,8 @@ class Trainer:
 
     def wish_to_stop(self) -> int:
         """Why this rank would stop by itself, 0 when it would not."""
-        if (
-            self.loop.max_hours is not None
-            and time.monotonic() - self.started > 3600 * self.loop.max_hours
-        ):
-            return TIME_IS_UP
-        return NO_PROGRESS if self.without_progress() else 0
+        hours = (time.monotonic() - self.started) / 3600
+        return TIME_IS_UP if self.loop.max_hours is not None and hours > self.loop.max_hours else 0
 
     def without_progress(self) -> bool:
         """Whether validation has not improved for as long as `early_stop` allows."""
@@ -213,7 +214,8 @@ class Trainer:
         for name in active:
             optimizer = self.optimizers[name]
             norm = torch.nn.utils.get_total_norm(gradients(optimizer))
-            norms[name] = whole(norm) / self.scaler.factor
+            norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+            norms[name] = norm / self.scaler.factor
             bad = bad | ~norms[name].isfinite()
             # The fused kernel divides by this as it reads the gradients: no pass for clipping.
             optimizer.grad_scale = self.scaler.factor
@@ -225,9 +227,8 @@ class Trainer:
             optimizer = self.optimizers[name]
             for group in optimizer.param_groups:
                 group["lr"] = self.rates[name] * self.lr_scale()
-            optimizer.found_inf = bad  # the fused kernels drop the step where this is 1
             with self._mixing():
-                optimizer.step()
+                optimizer.step_unless(bad)
             optimizer.zero_grad(set_to_none=True)
         if self.ema:
             with self._mixing():
@@ -298,6 +299,25 @@ class Trainer:
             numbers["perf/gpu_memory_gb"] = torch.cuda.max_memory_allocated(self.device) / 1e9
         return numbers
 
+    def look(self) -> None:
+        """Do what the present step owes: validate, then picture.
+
+        The step has been saved before: neither a kill nor an error in here loses training, and the
+        run that resumes does what is still owed. Pictures that end in an error are not tried again,
+        or a restarted run would end at the same step for ever.
+        """
+        if "validation" in self.owed:
+            better = bool(self.val_every) and self.validate()
+            self.owed.remove("validation")
+            self.note(better)
+        if "pictures" in self.owed:
+            try:
+                if self.media_every:
+                    self.picture()
+            finally:
+                self.owed.remove("pictures")
+                self.note()
+
     def validate(self) -> bool:
         """Measure the averaged network; tell whether it is the best so far."""
         with self.averaged() as network:
@@ -309,8 +329,9 @@ class Trainer:
         self.console.print(
             f"step {self.step}  " + "  ".join(f"{k} {v:.4g}" for k, v in numbers.items())
         )
-        better = numbers[self.monitor] < self.best
-        self.best = min(self.best, numbers[self.monitor])
+        score = float(numbers[self.monitor])
+        better = score < self.best
+        self.best = min(self.best, score)
         self.stale = 0 if better else self.stale + 1
         self._clock()
         return better
@@ -323,38 +344,60 @@ class Trainer:
 
     @contextmanager
     def averaged(self) -> Iterator[nn.Module]:
-        """Lend the network in eval mode with its averaged weights."""
-        with self.ema.applied() if self.ema else nullcontext(), torch.inference_mode():
+        """Lend the network in eval mode with its averaged weights.
+
+        Random numbers drawn meanwhile are not missing afterwards: training is the same whether a
+        step was looked at before it was saved, after, or by the run that resumed.
+        """
+        before = _rng_state(self.device)
+        # Sharded weights are gathered into buffers that training then writes to.
+        no_gradients = torch.no_grad() if self.sharded else torch.inference_mode()
+        with self.ema.applied() if self.ema else nullcontext(), no_gradients:
             self.task.network.eval()
             with autocast(self.device, self.amp):
                 yield self.task.network
             self.task.network.train()
+        _set_rng_state(before, self.device)
 
     # Checkpoints
 
-    def save(self, best: bool = False) -> None:
+    def save(self) -> None:
         """Write a checkpoint. All ranks must call it."""
         state = self.state_dict()
         if self.world.is_main:
-            self.checkpoints.save(state, best)
+            self.checkpoints.save(state)
+
+    def note(self, best: bool = False) -> None:
+        """Add what a look has found to the checkpoint of the present step."""
+        if self.world.is_main:
+            found = {"best": self.best, "stale": self.stale, "owed": self.owed}
+            self.checkpoints.note(found, best)
 
     def state_dict(self) -> dict[str, Any]:
-        """All that a bit-exact continuation needs, in types that `weights_only` reads."""
+        """All that a bit-exact continuation needs, in types that `weights_only` reads.
+
+        Sharded tensors are there on the main rank alone.
+        """
+        keep = self.world.is_main
+        optimizers = {name: o.state_dict() for name, o in self.optimizers.items()}
+        # Tensors of a GPU would arrive as such, and open a context on it in every process.
+        meter = {name: pair.cpu() for name, pair in self.meter.items()}
         return {
             **self.record,
             "step": self.step,
             "samples": self.samples,
             "best": self.best,
             "stale": self.stale,
-            "model": whole(self.task.network.state_dict()),
-            "ema": whole(self.ema.state_dict()) if self.ema else None,
+            "owed": list(self.owed),
+            "model": whole(self.task.network.state_dict(), keep),
+            "ema": whole(self.ema.state_dict(), keep) if self.ema else None,
             "task": self.task.extra_state(),
-            "optimizers": {name: whole(o.state_dict()) for name, o in self.optimizers.items()},
+            "optimizers": whole(optimizers, keep),
             "amp": self.amp,
             "scaler": self.scaler.state_dict(),
             "skipped": self.skipped,
             "loader": self.loader.state_dict(),
-            "ranks": self.world.gather({"rng": _rng_state(self.device), "meter": self.meter}),
+            "ranks": self.world.gather({"rng": _rng_state(self.device), "meter": meter}),
             "wandb_id": self.tracker.run_id if self.tracker else None,
             "versions": versions(),
         }
@@ -362,7 +405,7 @@ class Trainer:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a checkpoint, on as many ranks as before or on another number."""
         self.step, self.samples = state["step"], state["samples"]
-        self.best, self.stale = state["best"], state["stale"]
+        self.best, self.stale, self.owed = state["best"], state["stale"], list(state["owed"])
         weights = self.task.network.state_dict()
         check_fit(state["model"], weights, "the weights of the checkpoint")
         self.task.network.load_state_dict(
