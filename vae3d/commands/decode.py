@@ -37,7 +37,8 @@ def decode(
 
     Args:
         latents: Folder that `vae3d encode` wrote, or one of its files.
-        checkpoint: Run folder or checkpoint file of the VAE that encoded them.
+        checkpoint: Run folder, checkpoint file or folder of save_pretrained of the VAE that
+            encoded them, or hf://owner/name.
         out_dir: Where `<subject>.nii.gz` go.
         split: Only subjects of this part of the split.
         mode: full | patch | exact; null for the mode of encoding.

@@ -61,7 +61,7 @@ def train_3d(
         compile: Compile encoder and decoder with torch.compile.
         checkpointing: none | block | level, what the backward pass computes again to save memory.
         init_from: Weights to begin with, not read again on resuming: a run folder, a checkpoint, a
-            folder of save_pretrained, or a file in any layout that vae3d convert knows.
+            folder of save_pretrained, hf://owner/name, or a file in any layout that convert knows.
         loop: Each option of the loop by its own name, see `vae3d.training.options`.
 
     Returns:
@@ -201,17 +201,19 @@ def begin_with(vae: CustomVAE, init_from: str, preprocess: Preprocess, world: Wo
 
     Args:
         vae: The network.
-        init_from: A run folder, a checkpoint, a folder of save_pretrained, or a file.
+        init_from: A run folder, a checkpoint, a folder of save_pretrained, a file, or hf://...
         preprocess: What this run does to its volumes.
         world: The ranks; the main one speaks.
     """
-    from vae3d.training.checkpoint import find_weights
+    from vae3d.training.checkpoint import find_checkpoint
     from vae3d.weights.convert import load_weights
-    from vae3d.weights.hub import read_state
+    from vae3d.weights.hub import read_beside
 
-    weights = find_weights(init_from)
-    load_weights(vae, weights)
-    trained = read_state(weights).get("preprocess")  # only a checkpoint of ours knows
+    weights = find_checkpoint(init_from)
+    report = load_weights(vae, weights)
+    if report.lines and world.is_main:
+        print(f"{weights}: {report.layout} weights", *report.lines, sep="\n  ", flush=True)
+    trained = read_beside(weights).get("preprocess")  # only a checkpoint of ours knows
     difference = trained and preprocess.difference(Preprocess.from_dict(trained))
     if difference and world.is_main:
         print(f"{weights}: trained with another data.preprocess: here {difference}", flush=True)
