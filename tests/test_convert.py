@@ -461,6 +461,18 @@ def test_weights_without_their_recipe_say_what_they_are_and_what_works(tmp_path,
             load_checkpoint(tmp_path / f"monai.{suffix}")
 
 
+def test_the_recipe_is_given_on_the_command_line(tmp_path, capsys):
+    from vae3d.cli import main
+
+    vae = shaken(CustomVAE(channels=(32, 32), num_res_blocks=1))
+    torch.save(below("module.", vae.state_dict()), tmp_path / "w.pt")
+    options = "--model CustomVAE --model.channels [32,32] --model.num_res_blocks 1"
+    with pytest.raises(SystemExit) as stop:
+        main(["convert", str(tmp_path / "w.pt"), str(tmp_path / "vae.pt"), *options.split()])
+    assert not stop.value.code, capsys.readouterr().err
+    same(load_model(tmp_path / "vae.pt"), vae, torch.randn(1, 1, 8, 8, 8))
+
+
 def test_two_networks_in_a_file_are_asked_about(tmp_path):
     vae = shaken(MonaiVAE(**MONAI))
     theirs = export_monai_state(vae)
@@ -726,6 +738,13 @@ def test_training_starts_from_weights_and_resumes_without_them(training, tmp_pat
     shutil.rmtree(start) if start.is_dir() else start.unlink()
     training(model=partial(MonaiVAE, **MONAI), init_from=str(start), max_steps=2)
     assert load_checkpoint(tmp_path / "run" / "checkpoints" / "last.pt")["step"] == 2
+
+
+def test_training_tells_what_it_left_out_of_its_start(training, tmp_path, capsys):
+    state = below("module.", MonaiVAE(**MONAI).state_dict())
+    torch.save({"model": state, "scale_factor": torch.ones(1)}, tmp_path / "w.pt")
+    training(model=partial(MonaiVAE, **MONAI), init_from=str(tmp_path / "w.pt"), max_steps=1)
+    assert "left out, beside the weights (1): scale_factor" in capsys.readouterr().out
 
 
 def test_a_start_that_does_not_fit_or_is_missing_is_told_in_one_line(training, tmp_path):
