@@ -121,7 +121,7 @@ class Preprocess:
                 return wanted
             raise ValueError(
                 "the weights do not tell how their volumes are prepared; say it, for example "
-                "--data.preprocess.intensity unit"
+                "--data.preprocess.intensity unit, or vae.contract = {'preprocess': {}} in Python"
             )
         trained = cls.from_dict(values)
         difference = wanted and wanted.difference(trained)

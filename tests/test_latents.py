@@ -11,20 +11,19 @@ import numpy as np
 import pytest
 import torch
 
+from vae3d.inference.files import latent_affine, volume_affine
 from vae3d.stage2.latents import (
     LatentDataset,
     LatentStore,
     Statistics,
     find_latents,
     keyed_generator,
-    latent_affine,
     latent_path,
     moments,
     read_index,
     read_info,
     read_latent,
     read_statistics,
-    volume_affine,
     write_index,
     write_latent,
 )

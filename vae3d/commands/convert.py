@@ -33,6 +33,7 @@ def convert(
     inflate: Literal["none", "center", "mean"] = "none",
     ignore_keys: tuple[str, ...] = (),
     preprocess: Preprocess | None = None,
+    evaluation: Path | None = None,
     license: str | None = None,
     trust: tuple[str, ...] = (),
 ) -> None:
@@ -71,6 +72,7 @@ def convert(
         ignore_keys: Prefixes of names to leave out.
         preprocess: How the weights want their volumes prepared, which is kept beside them; null for
             what SOURCE says, else for the defaults.
+        evaluation: Folder of `vae3d evaluate` on SOURCE, whose figures go into the model card.
         license: License of the weights, for the model card, such as cc-by-4.0.
         trust: Prefixes of modules besides vae3d whose classes may be imported.
     """
@@ -97,6 +99,8 @@ def convert(
         vae = inflated(vae, inflate)
         report.lines.append(f"inflated to 3D ({inflate})")
     known = complete(vae, preprocess)
+    if evaluation:
+        known["measured"] = figures(evaluation, source)
     if license:
         known["license"] = license
     if to == "vae3d" and not preprocess:
@@ -122,6 +126,21 @@ def complete(vae: CustomVAE, preprocess: Preprocess | None) -> Contract:
         known.setdefault("data", {"num_slices": vae.in_channels})
     known.setdefault("patch_size", [max(64 // f, 1) * f for f in vae.factor])
     return known
+
+
+def figures(evaluation: Path, source: str) -> dict[str, float]:
+    """Means of what `vae3d evaluate` has measured.
+
+    Args:
+        evaluation: Its folder.
+        source: The weights; figures of others are refused.
+    """
+    from vae3d.training.checkpoint import fingerprint
+
+    summary = read_json(evaluation / "summary.json")
+    if summary.get("checkpoint_sha256") != fingerprint(source):
+        raise ValueError(f"{evaluation}: measured {summary.get('checkpoint')}, not {source}")
+    return {name: value["mean"] for name, value in summary["metrics"].items()}
 
 
 def read(

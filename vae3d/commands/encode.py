@@ -150,22 +150,10 @@ def open_volumes(
 
 def header(store: VolumeStore, index: int, factor: list[int], made_by: dict, parts: dict) -> dict:
     """What a latent file says beside its tensors."""
-    from vae3d.stage2.latents import latent_affine
+    from vae3d.inference.files import latent_info
 
-    subject, record = store.ids[index], store.undo_record(index)
-    spacing = zip(store.spacing_mm(index), (*factor, 1), strict=False)
-    return {
-        "subject": subject,
-        "split": parts.get(subject),
-        "labels": dict(store.labels(index)),
-        "affine": latent_affine(record["affine"], factor).tolist(),
-        "spacing_mm": [mm * f for mm, f in spacing],
-        "factor": factor,
-        "volume_shape": list(store.shape(index)),
-        "intensity": store.preprocess.intensity,
-        "source": {"fingerprint": store.meta(index)["key"], "undo": record},
-        "made_by": made_by,
-    }
+    about = {"split": parts.get(store.ids[index]), "labels": dict(store.labels(index))}
+    return {**latent_info(store, index, factor), **about, "made_by": made_by}
 
 
 def _finished(folder: Path, store: VolumeStore, index: int, made_by: dict, overwrite: bool) -> bool:

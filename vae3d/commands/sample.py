@@ -90,8 +90,9 @@ def sample(
         device: auto | cpu | cuda | mps.
         trust: Module prefixes besides vae3d whose classes the checkpoints may import.
     """
-    from vae3d.commands.decode import coding_of, load_encoder
+    from vae3d.commands.decode import load_encoder
     from vae3d.config import check_at_least
+    from vae3d.inference.reconstruct import coding_of
     from vae3d.training.distributed import open_world
 
     check_at_least(1, n=n)

@@ -88,33 +88,30 @@ def described(vae: CustomVAE) -> list[str]:
     known = vae.contract or {}
     axes = ", ".join("XYZ"[: vae.spatial_dims])
     factor = " x ".join(map(str, vae.factor))
-    prepared = known.get("preprocess")
-    lines = [
-        f"# {type(vae).__name__}",
-        "",
-        f"A variational autoencoder in {vae.spatial_dims}D, written by vae3d.",
-        "",
-        "## Takes",
-        "",
-        f"- `(B, {vae.in_channels}, {axes})`, any size; {vae.latent_channels} latent channels, one"
-        f" latent voxel for {factor}",
-        *([f"- {k}: {v}" for k, v in prepared.items()] if prepared else []),
-        "",
-        "## Trained",
-        "",
-        *(
-            f"- {what}: {known[what]}"
-            for what in ("subjects", "step", "patch_size")
-            if what in known
-        ),
-    ]
-    if measured := known.get("measured"):
-        lines += ["", "## Measured", "", "| figure | value |", "| --- | --- |"]
-        lines += [f"| {name} | {value:.4g} |" for name, value in measured.items()]
+    prepared = known.get("preprocess") or {}
     use = ["import vae3d", "", 'vae = vae3d.load_model("<this folder>")']
     if prepared:
         use += ['latent = vae3d.encode_file(vae, "scan.nii.gz")', "vae3d.decode_file(vae, latent)"]
-    return [*lines, "", "## Use", "", "```python", *use, "```"]
+    told = {
+        "training volumes": "subjects",
+        "training steps": "step",
+        "patch [voxels]": "patch_size",
+    }
+    measured = known.get("measured") or {}
+    parts = {
+        "Takes": [
+            f"- `(B, {vae.in_channels}, {axes})` of any size",
+            f"- gives {vae.latent_channels} latent channels, a latent voxel for {factor}",
+            *(f"- {name}: {value}" for name, value in prepared.items()),
+        ],
+        "Trained on": [f"- {what}: {known[k]}" for what, k in told.items() if known.get(k)],
+        "Measured": [f"- {name}: {value:.4g}" for name, value in measured.items()],
+        "Use": ["```python", *use, "```"],
+    }
+    lines = [f"# {type(vae).__name__}", "", "A variational autoencoder, written by vae3d."]
+    for title, part in parts.items():
+        lines += ["", f"## {title}", "", *part] if part else []
+    return lines
 
 
 def from_hub(address: str) -> Path:
