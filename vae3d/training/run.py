@@ -6,13 +6,16 @@ import inspect
 import json
 import os
 import socket
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
+from dataclasses import MISSING, asdict, fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 from loaders.whole import write_text
 from vae3d.config import config_dict, save_config, up_to_date
+from vae3d.models.spec import describe
 from vae3d.tracking.console import Console
 from vae3d.tracking.tracker import Tracker
 from vae3d.training.checkpoint import Checkpoints
@@ -108,7 +111,7 @@ class Run:
         path = self.world.broadcast(path)
         state = self.checkpoints.resume(path) if path else None
         if state is not None:
-            changes = differences(with_new_options(state["config"], fn), config)
+            changes = differences(with_new_options(state["config"], fn, config), config)
             if changes and not force:
                 raise ValueError(
                     f"{self.folder} was begun with other options ({'; '.join(changes)}); "
@@ -185,13 +188,44 @@ class Run:
             write_text(self.folder / name, json.dumps(value, indent=1) + "\n")
 
 
-def with_new_options(config: dict[str, Any], fn: Callable) -> dict[str, Any]:
-    """Bring a saved configuration to today's options: new names, and new ones at their defaults."""
+def with_new_options(
+    config: dict[str, Any], fn: Callable, today: Mapping[str, object] | None = None
+) -> dict[str, Any]:
+    """Bring a saved configuration to today's options: new names, and new ones at their defaults.
+
+    Args:
+        config: As it was saved.
+        fn: The function whose options they are.
+        today: The configuration now, which says what is a class; None for options of `fn` alone.
+    """
     parameters = inspect.signature(fn).parameters.values()
     plain = (type(None), bool, int, float, str)
-    return {p.name: p.default for p in parameters if isinstance(p.default, plain)} | up_to_date(
-        fn, config
-    )
+    defaults = {p.name: p.default for p in parameters if isinstance(p.default, plain)}
+    known, hints = defaults | up_to_date(fn, config), get_type_hints(fn)
+    return {k: _learned(v, (today or {}).get(k), hints.get(k)) for k, v in known.items()}
+
+
+def _learned(old: object, today: object, kind: object = None) -> object:
+    """`old` with the options that its classes have learned since, at their defaults."""
+    if not isinstance(old, dict) or not isinstance(today, dict):
+        return old
+    if isinstance(kind, type) and is_dataclass(kind):
+        hints = get_type_hints(kind)
+        for f in fields(kind):
+            if f.name in old:
+                continue
+            value = f.default if f.default_factory is MISSING else f.default_factory()
+            inner = asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
+            old = {f.name: describe(inner), **old}
+        return {k: _learned(v, today.get(k), hints.get(k)) for k, v in old.items()}
+    path = old.get("class_path")
+    module, _, name = str(path).rpartition(".")
+    cls = getattr(sys.modules.get(module), name, None)  # today's is in use, so it is imported
+    if cls is None or path != today.get("class_path") or "init_args" not in today:
+        return old
+    known = describe(cls)["init_args"] | old.get("init_args", {})
+    args = {k: _learned(v, today["init_args"].get(k)) for k, v in known.items()}
+    return {"class_path": path, "init_args": args}
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
