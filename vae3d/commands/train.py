@@ -103,7 +103,8 @@ def train_3d(
         task = VAETask(vae, loss().to(world.device), loop.seed)
 
         with world.main_first():
-            store, split = open_data(data, vae.spatial_dims, split=state and state["split"])
+            known = state and state["split"]
+            store, split = open_data(data, vae.spatial_dims, known, vae.in_channels)
         split = world.broadcast(split)
         run.write_json("split.json", split)
         training, held_out = store.subset(split["train"]), store.subset(split["val"])
