@@ -16,12 +16,10 @@ from vae3d.commands.decode import decode
 from vae3d.commands.encode import VolumeSource, encode
 from vae3d.commands.evaluate import EvaluationData, evaluate
 from vae3d.commands.sample import sample
-from vae3d.models.presets import AutoencoderKL
 from vae3d.stage2.latents import read_latent
 from vae3d.training.checkpoint import checkpoint_of, load_model, load_vae, write_atomic
-from vae3d.weights.convert import export_diffusers
-from vae3d.weights.hub import write_state
 
+NO_QUANT = {"use_quant_conv": False, "use_post_quant_conv": False}
 PREPARED = Preprocess(percentiles=(0.0, 100.0), intensity="symmetric")
 
 
@@ -205,20 +203,73 @@ def test_every_command_takes_a_repository_of_the_hub(tmp_path, scans, hub, addre
         assert load_model(tmp_path / "vae.pt").contract == vae.contract
 
 
-@pytest.mark.parametrize("what", ["", "/vae", "/vae/diffusion_pytorch_model.safetensors"])
-def test_convert_takes_diffusers_weights_from_the_hub(tmp_path, hub, what):
-    vae = AutoencoderKL(base_ch=4, ch_mult=(1, 2), num_res_blocks=1, num_groups=2, latent_shift=0.1)
-    state, config = export_diffusers(vae)
-    folder = tmp_path / "repo" / ("vae" if what else "")
-    folder.mkdir(parents=True)
-    write_state(folder / "diffusion_pytorch_model.safetensors", state)
-    (folder / "config.json").write_text(json.dumps(config))
-    hub("sd/model", tmp_path / "repo")
-    convert(f"hf://sd/model{what}", tmp_path / "out")
-    again = load_model(tmp_path / "out")
-    assert (again.latent_scale, again.latent_shift) == (vae.latent_scale, 0.1)
-    x = torch.rand(1, 1, 8, 8)
-    torch.testing.assert_close(again(x)[0], vae.eval()(x)[0], rtol=0, atol=1e-5)
+# What the published VAEs differ in, but for their size.
+PUBLISHED = {
+    "SD 1": {"latent_channels": 4, "scaling_factor": 0.18215},
+    "SDXL": {"latent_channels": 4, "scaling_factor": 0.13025},
+    "SD3": {"latent_channels": 16, "scaling_factor": 1.5305, "shift_factor": 0.0609, **NO_QUANT},
+    "FLUX": {"latent_channels": 16, "scaling_factor": 0.3611, "shift_factor": 0.1159, **NO_QUANT},
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+@pytest.mark.parametrize("place", ["", "/vae", "/vae/diffusion_pytorch_model.safetensors"])
+def test_diffusers_weights_come_from_the_hub_and_go_back(tmp_path, hub, name, place):
+    diffusers = pytest.importorskip("diffusers")
+    options = PUBLISHED[name] | {"norm_num_groups": 2, "block_out_channels": (4, 8)}
+    theirs = diffusers.AutoencoderKL(
+        **options,
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+    ).eval()
+    theirs.save_pretrained(tmp_path / "repo" / ("vae" if place else ""))
+    hub("lab/model", tmp_path / "repo")
+    convert(f"hf://lab/model{place}", tmp_path / "ours.pt")
+    ours = load_model(tmp_path / "ours.pt")
+    assert ours.latent_scale == options["scaling_factor"]
+    assert ours.latent_shift == options.get("shift_factor", 0.0)
+    convert(tmp_path / "ours.pt", tmp_path / "back", to="diffusers")
+    back = diffusers.AutoencoderKL.from_pretrained(tmp_path / "back").eval()
+    assert back.config.shift_factor == theirs.config.shift_factor
+    x = torch.rand(1, 3, 16, 8)
+    with torch.no_grad():
+        z = theirs.encode(x).latent_dist.mean
+        for again in (ours.encode(x).mean, back.encode(x).latent_dist.mean):
+            torch.testing.assert_close(again, z, rtol=0, atol=1e-5)
+        for again in (ours.decode(z), back.decode(z).sample):
+            torch.testing.assert_close(again, theirs.decode(z).sample, rtol=0, atol=1e-5)
+
+
+def test_a_single_file_of_maisi_comes_from_the_hub(tmp_path, hub):
+    net = pytest.importorskip("monai.apps.generation.maisi.networks.autoencoderkl_maisi")
+    theirs = net.AutoencoderKlMaisi(
+        spatial_dims=3, in_channels=1, out_channels=1, latent_channels=4, num_channels=(4, 8),
+        num_res_blocks=(1, 1), attention_levels=(False, False), norm_num_groups=2, num_splits=1,
+        with_encoder_nonlocal_attn=False, with_decoder_nonlocal_attn=False, norm_float16=False,
+    ).eval()  # fmt: skip
+    (tmp_path / "repo" / "models").mkdir(parents=True)
+    torch.save(theirs.state_dict(), tmp_path / "repo" / "models" / "autoencoder.pt")
+    hub("lab/maisi", tmp_path / "repo")
+    address = "hf://lab/maisi/models/autoencoder.pt"
+    convert(address, tmp_path / "ours.pt", norm_num_groups=2)
+    x = torch.rand(1, 1, 8, 8, 8)
+    with torch.no_grad():
+        ours, reference = load_model(tmp_path / "ours.pt")(x)[0], theirs.reconstruct(x)
+    torch.testing.assert_close(ours, reference, rtol=0, atol=1e-5)
+
+
+def test_causal_vaes_of_videos_are_refused_by_name(tmp_path):
+    diffusers = pytest.importorskip("diffusers")
+    wan = diffusers.AutoencoderKLWan(
+        base_dim=8, z_dim=4, dim_mult=[1, 1], num_res_blocks=1, temperal_downsample=[True]
+    )
+    wan.save_pretrained(tmp_path / "wan")
+    for path in (tmp_path / "wan", next((tmp_path / "wan").glob("*.safetensors"))):
+        with pytest.raises(ValueError, match="Wan"):
+            convert(path, tmp_path / "out")
+    torch.save(wan.state_dict(), tmp_path / "wan.pt")
+    with pytest.raises(ValueError, match="causal VAE of videos"):
+        convert(tmp_path / "wan.pt", tmp_path / "out")
 
 
 def test_what_the_hub_has_not_is_one_line(tmp_path, hub, monkeypatch):

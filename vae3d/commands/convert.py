@@ -98,13 +98,13 @@ def convert(
     if inflate != "none":
         vae = inflated(vae, inflate)
         report.lines.append(f"inflated to 3D ({inflate})")
+    if to == "vae3d" and not (preprocess or (vae.contract or {}).get("preprocess")):
+        report.lines.append("the defaults of --preprocess go with the weights: they say nothing")
     known = complete(vae, preprocess)
     if evaluation:
         known["measured"] = figures(evaluation, source)
     if license:
         known["license"] = license
-    if to == "vae3d" and not preprocess:
-        report.lines.append(f"prepares volumes by {Preprocess.from_dict(known['preprocess'])}")
     write(vae, target, to)
     parameters = sum(p.numel() for p in vae.parameters())
     print(f"{source}: {report.layout} weights, {parameters / 1e6:.2f} M parameters")

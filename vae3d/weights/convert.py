@@ -157,6 +157,8 @@ def clean(
         cleaned, report = clean(next(iter(inside.values())), ignore_keys, layout, file)
         report.add("left out, beside the weights", tensors)
         return cleaned, report
+    if any(".time_conv." in key for key in names):
+        raise ValueError(f"{file}: a causal VAE of videos (Wan's kind), which is none of ours")
     known = f"known layouts are {', '.join((OURS, *LAYOUTS))}"
     if not tensors:
         keys = ", ".join(map(str, list(state)[:9])) or "nothing"
