@@ -287,15 +287,37 @@ def test_what_the_hub_has_not_is_one_line(tmp_path, hub, monkeypatch):
         convert("hf://me", tmp_path / "out")
 
 
-@pytest.mark.parametrize(
-    "recipe", ["{", "[]", '{"class_path": 3}', "[" * 5000, '{"preprocess": {"spacing_mm": "x"}}']
-)
-def test_a_damaged_recipe_is_one_line(tmp_path, scans, recipe):
-    vae = tiny_vae()
-    vae.save_pretrained(tmp_path / "vae")
-    if "preprocess" in recipe:
-        recipe = json.dumps(vae.spec | json.loads(recipe))
+@pytest.mark.parametrize("recipe", ["{", "[]", "3", '{"class_path": 3}', "[" * 5000])
+def test_a_damaged_recipe_is_one_line(tmp_path, recipe):
+    tiny_vae().save_pretrained(tmp_path / "vae")
     (tmp_path / "vae" / "config.json").write_text(recipe)
+    for command in (load_model, lambda path: convert(path, tmp_path / "out")):
+        with pytest.raises(ValueError) as error:
+            command(tmp_path / "vae")
+        assert "\n" not in str(error.value) and len(str(error.value)) < 1000
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        {"preprocess": {"spacing_mm": "x"}},
+        {"preprocess": {"percentiles": 3}},
+        {"preprocess": {"no": 1}},
+        {"preprocess": [1]},
+        {"data": 5},
+        {"patch_size": ["a"]},
+        {"step": "x"},
+    ],
+    ids=str,
+)
+def test_a_damaged_contract_is_one_line(tmp_path, scans, entry):
+    vae = trained_vae()
+    vae.save_pretrained(tmp_path / "vae")
+    recipe = vae.spec | vae.contract | entry
+    (tmp_path / "vae" / "config.json").write_text(json.dumps(recipe))
     with pytest.raises(ValueError) as error:
         vae3d.encode_file(load_model(tmp_path / "vae"), scans / "0.nii.gz")
     assert "\n" not in str(error.value)
+    data = EvaluationData(str(scans), str(tmp_path / "cache"))
+    with pytest.raises(ValueError):
+        evaluate(str(tmp_path / "vae"), data, str(tmp_path / "out"), mode="full")

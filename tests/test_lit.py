@@ -191,3 +191,14 @@ def test_every_epoch_has_its_own_patches(tmp_path):
     loader = patches()
     assert seen == [batch.corner.tolist() for _ in range(2) for batch in loader]
     assert seen[:4] != seen[4:]
+
+
+def test_a_network_that_cannot_be_told_still_has_checkpoints_of_lightning(tmp_path):
+    lit = lit_vae()
+    lit.model._arguments["norm"] = lambda channels: None  # a socket that only Python knows
+    trainer = lightning_trainer(tmp_path, max_steps=1)
+    trainer.fit(lit, patches())
+    with pytest.warns(UserWarning, match="vae3d cannot load this checkpoint"):
+        trainer.save_checkpoint(tmp_path / "lit.ckpt")
+    with pytest.raises(ValueError, match="without the recipe"):
+        load_checkpoint(tmp_path / "lit.ckpt")

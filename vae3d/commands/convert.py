@@ -138,9 +138,14 @@ def figures(evaluation: Path, source: str) -> dict[str, float]:
     from vae3d.training.checkpoint import fingerprint
 
     summary = read_json(evaluation / "summary.json")
-    if summary.get("checkpoint_sha256") != fingerprint(source):
-        raise ValueError(f"{evaluation}: measured {summary.get('checkpoint')}, not {source}")
-    return {name: value["mean"] for name, value in summary["metrics"].items()}
+    try:
+        means = {name: float(value["mean"]) for name, value in summary["metrics"].items()}
+        measured, digest = summary["checkpoint"], summary["checkpoint_sha256"]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{evaluation / 'summary.json'}: not of vae3d evaluate") from error
+    if digest != fingerprint(source):
+        raise ValueError(f"{evaluation}: measured {measured}, not {source}")
+    return means
 
 
 def read(
@@ -172,6 +177,8 @@ def read(
         return load_vae(path, trust=trust), Report("vae3d")
     if path.is_dir():
         recipe = read_json(path / RECIPE)
+        if not isinstance(recipe, dict):
+            raise ValueError(f"{path / RECIPE}: not the configuration of a network")
         if "class_path" in recipe:
             return load_vae(path, trust=trust), Report("vae3d")
         hints = diffusers_hints(hints, recipe)

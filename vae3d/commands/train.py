@@ -206,15 +206,14 @@ def begin_with(vae: CustomVAE, init_from: str, preprocess: Preprocess, world: Wo
         preprocess: What this run does to its volumes.
         world: The ranks; the main one speaks.
     """
-    from vae3d.training.checkpoint import find_checkpoint
+    from vae3d.training.checkpoint import find_checkpoint, preprocess_of
     from vae3d.weights.convert import load_weights
-    from vae3d.weights.hub import read_beside
 
     weights = find_checkpoint(init_from)
     report = load_weights(vae, weights)
     if report.lines and world.is_main:
         print(f"{weights}: {report.layout} weights", *report.lines, sep="\n  ", flush=True)
-    trained = read_beside(weights).get("preprocess")  # only a checkpoint of ours knows
+    trained = preprocess_of(weights)
     difference = trained and preprocess.difference(Preprocess.from_dict(trained))
     if difference and world.is_main:
         print(f"{weights}: trained with another data.preprocess: here {difference}", flush=True)

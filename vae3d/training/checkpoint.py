@@ -249,6 +249,12 @@ def contract_of(state: dict[str, Any]) -> Contract:
     return contract
 
 
+def preprocess_of(path: Path) -> dict[str, object] | None:
+    """How a file's weights want their volumes prepared; None where it does not tell."""
+    told = (_recipe(path)[1] or {}) if _has_recipe(path) else read_state(path)
+    return told.get("preprocess")
+
+
 def checkpoint_of(
     spec: dict[str, object], weights: dict[str, torch.Tensor], contract: Contract
 ) -> dict[str, object]:
@@ -261,6 +267,7 @@ def checkpoint_of(
     """
     data = DataConfig()
     kept = {k: getattr(data, k) for k in ("root", "cache_dir", "on_error", *READING)}
+    given = {k: v for k, v in contract.get("data", {}).items() if k in READING}
     return {
         "format": FORMAT,
         "step": contract.get("step", 0),
@@ -269,7 +276,7 @@ def checkpoint_of(
         "ema": None,
         "preprocess": contract.get("preprocess"),
         "config": {
-            "data": kept | contract.get("data", {}),
+            "data": kept | given,
             "patch_size": contract.get("patch_size"),
         },
         "split": {"train": [], "val": [], "test": []},
@@ -282,7 +289,7 @@ def fingerprint(path: str | Path) -> str:
     """SHA-256 of a checkpoint's file, with that of the recipe beside it where there is one."""
     path = find_checkpoint(path)
     digest = hashlib.sha256(path.read_bytes())
-    if path.name == WEIGHTS and (path.parent / RECIPE).is_file():
+    if _has_recipe(path):
         digest.update((path.parent / RECIPE).read_bytes())
     return digest.hexdigest()
 
@@ -298,15 +305,24 @@ def versions() -> dict[str, str]:
     }
 
 
+def _has_recipe(path: Path) -> bool:
+    return path.name == WEIGHTS and (path.parent / RECIPE).is_file()
+
+
 def _of_weights(path: Path) -> dict[str, object]:
     """Read the weights and the recipe that `save_pretrained` wrote."""
-    if path.name != WEIGHTS or not (path.parent / RECIPE).is_file():
+    if not _has_recipe(path):
         raise _weights_alone(read_state(path), path)
+    spec, contract = _recipe(path)
+    return checkpoint_of(spec, read_state(path), contract or {})
+
+
+def _recipe(path: Path) -> tuple[dict[str, object], Contract | None]:
+    """Read the recipe and the contract beside a file of weights."""
     recipe = read_json(path.parent / RECIPE)
     if not isinstance(recipe, dict) or not {"class_path", "init_args"} <= set(recipe):
         raise ValueError(f"{path.parent / RECIPE}: no recipe of a network of vae3d")
-    spec, contract = recipe_of(recipe)
-    return checkpoint_of(spec, read_state(path), contract or {})
+    return recipe_of(recipe)
 
 
 def _weights_alone(state: object, path: Path) -> ValueError:

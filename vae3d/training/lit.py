@@ -9,6 +9,7 @@ Losses, noise and the adversarial game are those of `VAETask`, so both trainers 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
@@ -123,8 +124,13 @@ class LitVAE(lightning.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Put beside Lightning's entries what makes it a checkpoint of ours; no tensor twice."""
+        try:
+            spec = self.model.spec
+        except ValueError as error:  # a function in a socket: still a checkpoint of Lightning
+            warnings.warn(f"vae3d cannot load this checkpoint: {error}", stacklevel=2)
+            return
         contract = (self.model.contract or {}) | {"step": int(self.updates)}
-        checkpoint |= checkpoint_of(self.model.spec, self.model.state_dict(), contract)
+        checkpoint |= checkpoint_of(spec, self.model.state_dict(), contract)
 
     def on_train_epoch_start(self) -> None:
         """Tell the loader its epoch, which decides order and patches."""

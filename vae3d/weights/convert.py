@@ -430,8 +430,9 @@ def inflate(vae: CustomVAE, how: Literal["center", "mean"] = "center") -> Custom
     spec = vae.spec
     spec["init_args"]["spatial_dims"] = 3
     volume = build(spec)
-    if vae.contract:  # slices are gone; how intensities are prepared stays
-        volume.contract = {"preprocess": vae.contract.get("preprocess")}
+    if vae.contract:  # slices are gone, and what was measured on them
+        kept = ("preprocess", "license")
+        volume.contract = {k: v for k, v in vae.contract.items() if k in kept}
     target = volume.state_dict()
     modules = dict(volume.named_modules())
     state = {}

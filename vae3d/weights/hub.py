@@ -23,6 +23,16 @@ from vae3d.models.spec import build
 
 WEIGHTS, RECIPE = "model.safetensors", "config.json"
 DIFFUSERS_WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
+# What a contract holds beside the recipe.
+KINDS = {
+    "preprocess": dict,
+    "data": dict,
+    "patch_size": list,
+    "step": int,
+    "subjects": int,
+    "measured": dict,
+    "license": str,
+}
 # A repository of the hub, and a file or folder in it.
 ADDRESS = re.compile(r"(?:hf://)?([\w.-]+/[\w.-]+)/?(.*)")
 
@@ -80,7 +90,12 @@ class HubFolder(PyTorchModelHubMixin):
 def recipe_of(config: dict[str, object]) -> tuple[dict[str, object], Contract | None]:
     """Take a `config.json` apart: the network's recipe, and its contract if there is one."""
     spec = {k: v for k, v in config.items() if k in ("class_path", "init_args")}
-    return spec, {k: v for k, v in config.items() if k not in spec} or None
+    contract = {k: v for k, v in config.items() if k in KINDS and v is not None}
+    for name, value in contract.items():
+        whole = all(isinstance(n, int) for n in value) if isinstance(value, list) else True
+        if not (isinstance(value, KINDS[name]) and whole):
+            raise ValueError(f"{RECIPE}: its {name} is {value!r}, which is damaged")
+    return spec, contract or None
 
 
 def described(vae: CustomVAE) -> list[str]:
@@ -155,14 +170,6 @@ def from_hub(address: str) -> Path:
     raise ValueError(
         f"{address}: not on the Hugging Face Hub, nor in its cache ({told})"
     ) from reason
-
-
-def read_beside(path: Path) -> Contract:
-    """What is told beside weights: their `config.json`, or the other entries of a checkpoint."""
-    recipe = path.parent / RECIPE
-    if path.name == WEIGHTS and recipe.is_file():
-        return json.loads(recipe.read_text(encoding="utf-8"))
-    return read_state(path)
 
 
 def read_state(path: str | Path) -> dict[str, Any]:
