@@ -119,7 +119,8 @@ def described(vae: CustomVAE) -> list[str]:
             f"- gives {vae.latent_channels} latent channels, a latent voxel for {factor}",
             *(f"- {name}: {value}" for name, value in prepared.items()),
         ],
-        "Trained on": [f"- {what}: {known[k]}" for what, k in told.items() if known.get(k)],
+        "Trained on": [f"- {what}: {known[k]}" for what, k in told.items() if known.get(k)]
+        * bool(known.get("step")),
         "Measured": [f"- {name}: {value:.4g}" for name, value in measured.items()],
         "Use": ["```python", *use, "```"],
     }
