@@ -49,6 +49,9 @@ class Builder:
         nan: error or fill.
         volumes_4d: error, channels or first.
         backend: npy or blosc2.
+        in_channels: Channels that the model takes; another number is refused before anything is
+            stored. None takes any.
+        num_slices: Neighboring slices that become channels.
     """
 
     def __init__(
@@ -58,8 +61,11 @@ class Builder:
         nan: str,
         volumes_4d: Volumes4D,
         backend: str = "npy",
+        in_channels: int | None = None,
+        num_slices: int = 1,
     ):
         self.cache_dir, self.preprocess = cache_dir, preprocess
+        self.in_channels, self.num_slices = in_channels, num_slices
         self.nan, self.volumes_4d, self.backend = nan, volumes_4d, backend
         recipe = [FORMAT, preprocess.geometry(), nan, volumes_4d, backend]
         self.recipe = json.dumps(recipe, sort_keys=True)
@@ -78,8 +84,18 @@ class Builder:
             if all(self.remembered(path) for path in subject.paths):
                 meta = self.sidecar(self.key(subject))
                 if meta is not None:
+                    self.check_channels(subject, meta["shape"][0])
                     found[subject.id] = meta
         return found
+
+    def check_channels(self, subject: Subject, channels: int) -> None:
+        """Refuse a volume that the model cannot take."""
+        given = channels * self.num_slices
+        if self.in_channels not in (None, given):
+            raise ValueError(
+                f"{subject.paths[0]}: gives {given} channels, the model takes {self.in_channels}:"
+                f" --model.in_channels {given}"
+            )
 
     def remembered(self, path: Path) -> bool:
         """Whether the digest of a file is known and its size and time are still the same."""
@@ -125,7 +141,8 @@ class Builder:
                     made[subject.id] = task.result()
                 except BrokenVolume as error:
                     if on_error == "raise":
-                        raise
+                        hint = "; --data.on_error skip leaves such volumes out" * (len(tasks) > 1)
+                        raise BrokenVolume(error.path, error.reason + hint) from error
                     skipped.append((subject.id, error.path, error.reason))
         finally:
             pool.shutdown(cancel_futures=True)
@@ -135,6 +152,7 @@ class Builder:
     def build_one(self, subject: Subject) -> dict[str, Any]:
         """Read, check, preprocess and store one volume."""
         volume = read_subject(subject, self.volumes_4d)
+        self.check_channels(subject, len(volume.data))
         volume = storable(volume, subject.paths[0], self.nan)
         key = self.key(subject)
         if (meta := self.sidecar(key)) is not None:  # the same bytes under another name
@@ -240,7 +258,7 @@ def read_subject(subject: Subject, volumes_4d: Volumes4D) -> Volume:
 
 
 def storable(volume: Volume, path: Path, nan: str) -> Volume:
-    """Return native byte order and at most 4 bytes a voxel; NaN and infinity as the policy says."""
+    """Return at most 4 bytes a voxel; NaN and infinity as the policy says."""
     data = volume.data
     kind, size = data.dtype.kind, data.dtype.itemsize
     if kind == "f":
@@ -249,7 +267,9 @@ def storable(volume: Volume, path: Path, nan: str) -> Volume:
         finite = np.isfinite(data)
         if not finite.all():
             bad = data.size - int(finite.sum())
-            if nan == "error" or not finite.any():
+            if bad == data.size:  # as float32; those of the file are not all, see `read_volume`
+                raise BrokenVolume(path, "all voxels are beyond the range of float32")
+            if nan == "error":
                 raise BrokenVolume(
                     path, f"{bad} voxels are NaN or infinite: set data.nan to fill to allow it"
                 )
@@ -260,7 +280,6 @@ def storable(volume: Volume, path: Path, nan: str) -> Volume:
         low, high = int(data.min()), int(data.max())
         fits = low >= -(2**31) and high < 2**31
         data = data.astype(np.int32 if fits else np.float32)
-    data = data.astype(data.dtype.newbyteorder("="), copy=False)
     return Volume(data, volume.affine, volume.scale, volume.offset)
 
 

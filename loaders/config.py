@@ -63,14 +63,23 @@ class DataConfig:
 
 @overload
 def open_data(
-    config: DataConfig, spatial_dims: Literal[3] = 3, split: Split | None = None
+    config: DataConfig,
+    spatial_dims: Literal[3] = 3,
+    split: Split | None = None,
+    in_channels: int | None = None,
 ) -> tuple[VolumeStore, Split]: ...
 @overload
 def open_data(
-    config: DataConfig, spatial_dims: int, split: Split | None = None
+    config: DataConfig,
+    spatial_dims: int,
+    split: Split | None = None,
+    in_channels: int | None = None,
 ) -> tuple[VolumeStore | SliceStore, Split]: ...
 def open_data(
-    config: DataConfig, spatial_dims: int = 3, split: Split | None = None
+    config: DataConfig,
+    spatial_dims: int = 3,
+    split: Split | None = None,
+    in_channels: int | None = None,
 ) -> tuple[VolumeStore | SliceStore, Split]:
     """Find the volumes, split them by subject, and bring them into the cache.
 
@@ -78,6 +87,7 @@ def open_data(
         config: The `--data.*` options.
         spatial_dims: 3 for volumes, 2 for their slices.
         split: Ids of train, val and test, as saved by an earlier run; None to split anew.
+        in_channels: Channels that the model takes, checked before anything is cached; None for any.
 
     Returns:
         (store, split): a `VolumeStore` of all volumes (a `SliceStore` in 2D), and the ids of the
@@ -114,6 +124,8 @@ def open_data(
         volumes_4d=config.volumes_4d,
         backend=config.backend,
         threads=config.threads,
+        in_channels=in_channels,
+        num_slices=config.num_slices if spatial_dims == 2 else 1,
     )
     skipped = {row[0] for row in store.skipped}
     split = {name: [id for id in ids if id not in skipped] for name, ids in split.items()}

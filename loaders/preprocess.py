@@ -82,10 +82,15 @@ class Preprocess:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Preprocess:
         """Rebuild from `to_dict`; a key this version does not know is an error."""
+        if not isinstance(values, dict):
+            raise ValueError(f"preprocess is {values!r}: damaged, or not of vae3d")
         unknown = sorted(set(values) - {field.name for field in fields(cls)})
         if unknown:
             raise ValueError(f"preprocess has unknown keys {unknown}: made by a newer version?")
-        return cls(**values)
+        try:
+            return cls(**values)
+        except TypeError as error:  # a text where a number stands
+            raise ValueError(f"preprocess is damaged ({error})") from error
 
     def difference(self, other: Preprocess) -> str | None:
         """Say in one line what differs from another contract, None where they agree.
@@ -102,13 +107,22 @@ class Preprocess:
         return "; ".join(differing) or None
 
     @classmethod
-    def of_checkpoint(cls, values: dict[str, Any], wanted: Preprocess | None = None) -> Preprocess:
+    def of_checkpoint(
+        cls, values: dict[str, Any] | None, wanted: Preprocess | None = None
+    ) -> Preprocess:
         """Rebuild the contract that a model was trained under; another one is an error.
 
         Args:
-            values: As `to_dict` wrote them into the checkpoint.
+            values: As `to_dict` wrote them into the checkpoint; None where it does not tell.
             wanted: What the user says of the data; None for nothing.
         """
+        if values is None:
+            if wanted is not None:
+                return wanted
+            raise ValueError(
+                "the weights do not tell how their volumes are prepared; say it, for example "
+                "--data.preprocess.intensity unit, or vae.contract = {'preprocess': {}} in Python"
+            )
         trained = cls.from_dict(values)
         difference = wanted and wanted.difference(trained)
         if difference:

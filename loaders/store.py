@@ -263,6 +263,8 @@ class VolumeStore:
         backend: Literal["npy", "blosc2"] = "npy",
         threads: int | None = None,
         progress: bool = True,
+        in_channels: int | None = None,
+        num_slices: int = 1,
     ) -> VolumeStore:
         """Bring every volume into the cache, each once, and open them.
 
@@ -280,12 +282,15 @@ class VolumeStore:
             backend: npy, or blosc2 for half the disk space at a fifth of the speed.
             threads: Volumes built at once; None for one per core, 8 at most.
             progress: Show a bar on a terminal.
+            in_channels: Channels that the model takes; another number is refused before anything is
+                cached. None takes any.
+            num_slices: Neighboring slices that become channels.
         """
         subjects = as_subjects(subjects_or_paths)
         preprocess = preprocess or Preprocess()
         cache_dir = Path(cache_dir or os.environ.get("VAE3D_CACHE") or "~/.cache/vae3d")
         cache_dir = cache_dir.expanduser()
-        builder = Builder(cache_dir, preprocess, nan, volumes_4d, backend)
+        builder = Builder(cache_dir, preprocess, nan, volumes_4d, backend, in_channels, num_slices)
         known = builder.recall(subjects)
         missing = [subject for subject in subjects if subject.id not in known]
         skipped: list[tuple[str, str, str]] = []

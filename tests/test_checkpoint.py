@@ -1,4 +1,5 @@
 import errno
+import gzip
 import io
 import json
 import os
@@ -11,16 +12,27 @@ import sys
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from toys import tiny_vae, toy_trainer
 
 import vae3d
+from loaders import DataConfig, Preprocess
+from vae3d.commands.convert import convert
+from vae3d.commands.evaluate import evaluate
+from vae3d.commands.train import train_3d
 from vae3d.config import config_dict
 from vae3d.models.custom_vae import CustomVAE
 from vae3d.models.norm import GroupNorm
 from vae3d.training import checkpoint
-from vae3d.training.checkpoint import Checkpoints, load_checkpoint, load_model, write_atomic
+from vae3d.training.checkpoint import (
+    Checkpoints,
+    load_checkpoint,
+    load_model,
+    load_vae,
+    write_atomic,
+)
 from vae3d.training.distributed import World
 from vae3d.training.run import Run
 
@@ -179,7 +191,7 @@ def test_pickled_code_is_refused(tmp_path):
 
 def test_other_files_and_missing_ones_are_named(tmp_path):
     torch.save({"weight": torch.ones(2)}, tmp_path / "weights.pt")
-    with pytest.raises(ValueError, match=r"weights.pt: not a checkpoint of vae3d.*convert"):
+    with pytest.raises(ValueError, match=r"weights.pt: not a checkpoint of vae3d.*\(weight, ...\)"):
         load_checkpoint(tmp_path / "weights.pt")
     with pytest.raises(ValueError, match="nowhere: no such checkpoint"):
         load_checkpoint(tmp_path / "nowhere")
@@ -399,3 +411,37 @@ def test_write_atomic_removes_its_temporary_after_any_error(tmp_path):
 
 if __name__ == "__main__":
     kill_at_each_call(Path(sys.argv[1]))
+
+
+def test_a_run_of_an_earlier_version_loads_is_evaluated_and_goes_on(tmp_path, monkeypatch, capsys):
+    """`schedule` is `lr_schedule` since, and there is `linear_code`; see tests/data/README.md."""
+    monkeypatch.chdir(tmp_path)
+    stored = Path(__file__).parent / "data" / "run_of_6fba4f7.pt.gz"
+    checkpoints = tmp_path / "run" / "checkpoints"
+    checkpoints.mkdir(parents=True)
+    (checkpoints / "last.pt").write_bytes(gzip.decompress(stored.read_bytes()))
+    (tmp_path / "data").mkdir()
+    for n in range(3):
+        volume = np.random.default_rng(n).random((8, 8, 8)).astype(np.float32)
+        np.save(tmp_path / "data" / f"{n}.npy", volume)
+    vae = load_vae("run")
+    assert vae.contract["preprocess"]["intensity"] == "symmetric" and vae.contract["step"] == 2
+    evaluate("run", "data", mode="full", media=False)
+    assert len((tmp_path / "evaluation" / "metrics.csv").read_text().splitlines()) == 2
+    convert("run", tmp_path / "folder")
+    x = torch.rand(1, 1, 4, 8, 4)
+    assert torch.equal(load_vae("folder")(x)[0], vae(x)[0])
+    size = dict(channels=(2, 2), num_res_blocks=1, latent_channels=1)
+    model = partial(
+        CustomVAE, **size, norm=partial(GroupNorm, num_groups=1), encoder_mid=False,
+        decoder_mid=False,
+    )  # fmt: skip
+    data = DataConfig("data", cache_dir="cache", preprocess=Preprocess(intensity="symmetric"))
+    options = dict(
+        model=model, patch_size=(4, 4, 4), lr=1e-3, val_every=1, media_every=0, threads=0,
+        wandb="disabled", device="cpu", amp="off",
+    )  # fmt: skip
+    train_3d(data, "run", **options, max_steps=3)
+    assert "from step 2" in capsys.readouterr().out
+    assert load_checkpoint(checkpoints / "last.pt")["step"] == 3
+    train_3d(data, "other", **options, max_steps=1, init_from="folder")

@@ -401,6 +401,94 @@ def test_bare_weights_of_ours_need_their_recipe(tmp_path):
         load_weights(vae, str(tmp_path / "w"))
 
 
+def below(prefix, state):
+    return {f"{prefix}{name}": value for name, value in state.items()}
+
+
+WRAPPINGS = {
+    "ddp": partial(below, "module."),
+    "compile": partial(below, "_orig_mod."),
+    "compile in ddp": partial(below, "module._orig_mod."),
+    "compiled halves": lambda state: {
+        re.sub(r"^(encoder|decoder)\.", r"\1._orig_mod.", name): v for name, v in state.items()
+    },
+    "lightning": lambda state: {
+        "state_dict": below("model.", state) | {"loss.scale.w": torch.ones(1)},
+        "epoch": 3,
+    },
+    "net": partial(below, "net."),
+    "autoencoder": lambda state: {"state_dict": below("autoencoder.", state), "epoch": 3},
+    "a prefix of one's own": partial(below, "lab.vae_3d."),
+    "model": lambda state: {"model": state, "epoch": 3, "optimizer": {"state": {0: {}}}},
+    "number beside": lambda state: {**state, "scale_factor": torch.tensor(0.9)},
+    "number beside the dictionary": lambda state: {"model": state, "scale_factor": torch.ones(1)},
+}
+
+
+@pytest.mark.parametrize("layout", ["vae3d", "MONAI", "diffusers"])
+@pytest.mark.parametrize("wrapping", WRAPPINGS)
+def test_weights_are_found_below_what_trainers_wrap_round_them(tmp_path, layout, wrapping):
+    if layout == "diffusers":
+        make, options = partial(AutoencoderKL, **SD), {"norm_num_groups": 4}
+    else:
+        make, options = partial(MonaiVAE, **MONAI), {"norm_num_groups": 4}
+    vae = shaken(make())
+    state = vae.state_dict() if layout == "vae3d" else export_state(vae, LAYOUTS[layout])
+    path, out = tmp_path / "w.pt", tmp_path / "vae.pt"
+    torch.save(WRAPPINGS[wrapping](state), path)
+    filled = make()
+    report = load_weights(filled, path)
+    convert(path, out, **({"model": make} if layout == "vae3d" else options))
+    for again in (filled.eval(), load_model(out)):
+        same(again, vae, torch.randn(1, 1, *(8,) * vae.spatial_dims))
+    if "number" in wrapping:
+        assert "left out" in report.lines[0] and "scale_factor" in report.lines[0]
+
+
+def test_weights_without_their_recipe_say_what_they_are_and_what_works(tmp_path, capsys):
+    vae = shaken(MonaiVAE(**MONAI))
+    path = tmp_path / "w.pt"
+    torch.save(below("module.", vae.state_dict()), path)
+    for refuse in (load_model, load_checkpoint, lambda path: convert(path, tmp_path / "vae.pt")):
+        with pytest.raises(ValueError) as error:
+            refuse(path)
+        message = str(error.value)
+        assert message.startswith(f"{path}: {len(vae.state_dict())} weights of vae3d without")
+        assert f"vae3d convert {path} vae.pt --model" in message and "\n" not in message
+    for suffix in ("pt", "safetensors"):
+        write_state(tmp_path / f"monai.{suffix}", export_monai_state(vae))
+        with pytest.raises(ValueError, match=f"weights of MONAI; .*vae3d convert .*monai.{suffix}"):
+            load_checkpoint(tmp_path / f"monai.{suffix}")
+
+
+def test_the_recipe_is_given_on_the_command_line(tmp_path, capsys):
+    from vae3d.cli import main
+
+    vae = shaken(CustomVAE(channels=(32, 32), num_res_blocks=1))
+    torch.save(below("module.", vae.state_dict()), tmp_path / "w.pt")
+    options = "--model CustomVAE --model.channels [32,32] --model.num_res_blocks 1"
+    with pytest.raises(SystemExit) as stop:
+        main(["convert", str(tmp_path / "w.pt"), str(tmp_path / "vae.pt"), *options.split()])
+    assert not stop.value.code, capsys.readouterr().err
+    same(load_model(tmp_path / "vae.pt"), vae, torch.randn(1, 1, 8, 8, 8))
+
+
+def test_two_networks_in_a_file_are_asked_about(tmp_path):
+    vae = shaken(MonaiVAE(**MONAI))
+    theirs = export_monai_state(vae)
+    for number, state in enumerate(
+        ({"model": theirs, "ema": theirs}, below("net.", theirs) | below("net_ema.", theirs))
+    ):
+        path = tmp_path / f"{number}.pt"
+        torch.save(state, path)
+        with pytest.raises(ValueError, match=r"holds 2 autoencoders .*--ignore_keys") as error:
+            convert(path, tmp_path / "out", norm_num_groups=4)
+        named = re.search(r"'\[(.*)\]'", str(error.value))[1]
+        assert "ema" in named
+        convert(path, tmp_path / f"out{number}", norm_num_groups=4, ignore_keys=(named,))
+        same(load_model(tmp_path / f"out{number}"), vae, torch.randn(1, 1, 8, 8, 8))
+
+
 def test_ignored_keys_are_named_as_in_the_file_or_without_its_prefixes():
     state = {
         f"first_stage_model.{k}": v for k, v in export_state(AutoencoderKL(**SD), COMPVIS).items()
@@ -650,6 +738,13 @@ def test_training_starts_from_weights_and_resumes_without_them(training, tmp_pat
     shutil.rmtree(start) if start.is_dir() else start.unlink()
     training(model=partial(MonaiVAE, **MONAI), init_from=str(start), max_steps=2)
     assert load_checkpoint(tmp_path / "run" / "checkpoints" / "last.pt")["step"] == 2
+
+
+def test_training_tells_what_it_left_out_of_its_start(training, tmp_path, capsys):
+    state = below("module.", MonaiVAE(**MONAI).state_dict())
+    torch.save({"model": state, "scale_factor": torch.ones(1)}, tmp_path / "w.pt")
+    training(model=partial(MonaiVAE, **MONAI), init_from=str(tmp_path / "w.pt"), max_steps=1)
+    assert "left out, beside the weights (1): scale_factor" in capsys.readouterr().out
 
 
 def test_a_start_that_does_not_fit_or_is_missing_is_told_in_one_line(training, tmp_path):

@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 import torch
 
+from vae3d.inference.files import latent_affine
 from vae3d.stage2.latents import (
     LatentDataset,
     LatentStore,
     Statistics,
     find_latents,
     keyed_generator,
-    latent_affine,
     latent_path,
     moments,
     read_index,

@@ -1,5 +1,6 @@
 """LitVAE under the real lightning.Trainer: same weights, same losses, exact resume."""
 
+import json
 from functools import partial
 
 import lightning
@@ -8,11 +9,15 @@ import pytest
 import torch
 from toys import tiny_vae
 
-from loaders import PatchLoader
+from loaders import PatchLoader, Preprocess, VolumeStore
+from vae3d.commands.convert import convert
+from vae3d.commands.evaluate import evaluate
 from vae3d.losses.adversarial import Adversarial, PatchDiscriminator
 from vae3d.losses.vae_loss import VAELoss
+from vae3d.training.checkpoint import load_checkpoint, load_vae
 from vae3d.training.lit import LitVAE
 from vae3d.training.task import VAETask
+from vae3d.weights.convert import load_weights
 
 OPTIMIZER = partial(torch.optim.AdamW, lr=3e-3)
 
@@ -130,6 +135,39 @@ def test_weights_move_to_and_from_the_vae_without_conversion(tmp_path):
     assert len(names) == len(lit.model.state_dict()) + len(lit.loss.state_dict()) + 1
 
 
+def test_a_checkpoint_carries_recipe_and_contract_and_loads_everywhere(tmp_path):
+    (tmp_path / "data").mkdir()
+    for number, volume in enumerate(MemoryStore().volumes):
+        np.save(tmp_path / "data" / f"{number}.npy", volume[0])
+    prepared = Preprocess(percentiles=(1.0, 99.0), intensity="symmetric")
+    paths = sorted((tmp_path / "data").iterdir())
+    store = VolumeStore.build(paths, tmp_path / "cache", prepared)
+    loader = PatchLoader(store, (8, 4, 8), patches_per_volume=1, batch_size=3, threads=0)
+    lit = lit_vae(adversarial=True)
+    trainer = lightning_trainer(tmp_path, max_steps=4)
+    trainer.fit(lit, loader)
+    path = tmp_path / "lit.ckpt"
+    trainer.save_checkpoint(path)
+    plain = sum(v.nbytes for v in lit.state_dict().values())
+    assert path.stat().st_size < 4.5 * plain + 200_000  # with Adam's; no tensor twice
+
+    state = load_checkpoint(path)
+    assert Preprocess.of_checkpoint(state["preprocess"]) == prepared
+    assert state["config"]["patch_size"] == [8, 4, 8]
+    vae = load_vae(path)
+    assert vae.contract["preprocess"] == prepared.to_dict()
+    x = torch.from_numpy(store.read(0))[None]
+    assert torch.equal(vae(x)[0], lit.model.eval()(x)[0])
+    other = tiny_vae(seed=5)
+    load_weights(other, path)
+    convert(path, tmp_path / "folder")
+    for again in (other.eval(), load_vae(tmp_path / "folder")):
+        assert torch.equal(again(x)[0], vae(x)[0])
+    out = tmp_path / "out"
+    evaluate(str(path), str(tmp_path / "data"), str(out), mode="full", media=False, limit=1)
+    assert json.loads((out / "summary.json").read_text())["data_range"] == [-1, 1]
+
+
 def test_the_loss_is_that_of_our_own_task():
     lit, batch = lit_vae(), next(iter(patches()))
     ours = VAETask(tiny_vae(), VAELoss())
@@ -153,3 +191,14 @@ def test_every_epoch_has_its_own_patches(tmp_path):
     loader = patches()
     assert seen == [batch.corner.tolist() for _ in range(2) for batch in loader]
     assert seen[:4] != seen[4:]
+
+
+def test_a_network_that_cannot_be_told_still_has_checkpoints_of_lightning(tmp_path):
+    lit = lit_vae()
+    lit.model._arguments["norm"] = lambda channels: None  # a socket that only Python knows
+    trainer = lightning_trainer(tmp_path, max_steps=1)
+    trainer.fit(lit, patches())
+    with pytest.warns(UserWarning, match="vae3d cannot load this checkpoint"):
+        trainer.save_checkpoint(tmp_path / "lit.ckpt")
+    with pytest.raises(ValueError, match="without the recipe"):
+        load_checkpoint(tmp_path / "lit.ckpt")

@@ -8,6 +8,7 @@ from dataclasses import fields
 import docstring_parser
 import pytest
 
+from loaders import DataConfig
 from vae3d import config, train_3d
 from vae3d.commands.train_ldm import LatentLoop, train_ldm
 from vae3d.config import parse, up_to_date
@@ -112,6 +113,19 @@ def test_an_option_of_a_class_that_is_gone_is_a_difference():
     old["model"]["init_args"]["gone"] = 3
     changed = differences(with_new_options(old, train_3d), today)
     assert changed == ["model.init_args.gone: 3 -> not set"]
+
+
+def test_a_run_begun_before_classes_learned_an_option_goes_on():
+    today = config.config_dict(train_3d, {"data": DataConfig("d"), "out_dir": "o"})
+    old = copy.deepcopy(today)
+    del old["model"]["init_args"]["linear_code"]
+    del old["model"]["init_args"]["norm"]["init_args"]["eps"]
+    del old["data"]["preprocess"]["pad_to_multiple"], old["data"]["nan"]
+    assert differences(old, today)
+    assert not differences(with_new_options(old, train_3d), today)
+    today["model"]["init_args"]["linear_code"] = today["data"]["nan"] = 3
+    changed = differences(with_new_options(old, train_3d), today)
+    assert changed == ["data.nan: error -> 3", "model.init_args.linear_code: False -> 3"]
 
 
 def test_recipes_are_found_by_name_from_any_folder_and_a_path_wins(tmp_path, monkeypatch):

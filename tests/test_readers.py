@@ -14,6 +14,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import SimpleITK as sitk
+import torch
 
 from loaders.readers import READERS, BrokenVolume, Volume, read_volume, volume_suffix, write_volume
 from loaders.readers.common import LPS_TO_RAS
@@ -71,7 +72,7 @@ def test_nifti_of_every_dtype_and_byte_order(tmp_path, code, order):
     image = nib.Nifti1Image(data, AFFINE, header, dtype=data.dtype)
     nib.save(image, tmp_path / "a.nii.gz")
     volume = read_volume(tmp_path / "a.nii.gz")
-    assert volume.data.dtype == data.dtype
+    assert volume.data.dtype == np.dtype(code)  # native
     assert np.array_equal(volume.data[0], data)
 
 
@@ -402,7 +403,7 @@ def test_bad_nifti_headers_are_told(tmp_path):
     broken(patched(fresh("a.nii"), 0, b"\1\2\3\4"), "no NIfTI header")
     broken(patched(fresh("b.nii"), 70, struct.pack("<h", 32)), "complex64")
     broken(patched(fresh("c.nii"), 70, struct.pack("<h", 128)), "RGB")
-    broken(patched(fresh("d.nii"), 70, struct.pack("<h", 999)))
+    broken(patched(fresh("d.nii"), 70, struct.pack("<h", 9999)), "datatype 9999 is none that is")
     broken(patched(fresh("e.nii"), 42, struct.pack("<h", -5)), "shape")
     broken(patched(fresh("f.nii"), 108, struct.pack("<f", 100.0)), "inside itself")
     broken(patched(fresh("g.nii"), 280, struct.pack("<12f", *([0.0] * 12))), "singular")
@@ -413,6 +414,33 @@ def test_bad_nifti_headers_are_told(tmp_path):
     path = fresh("j.nii")
     path.write_bytes(path.read_bytes() + b"\1" * 10**5)
     broken(path, "more than its header claims")
+
+
+def test_a_bad_mgh_type_is_told(tmp_path):
+    path = tmp_path / "a.mgh"
+    nib.MGHImage(numbers().astype(np.float32), np.eye(4)).to_filename(path)
+    broken(patched(path, 20, struct.pack(">i", 99)), "type 99 is none that is known")
+
+
+def test_arrays_are_of_native_byte_order_and_torch_takes_them(tmp_path):
+    header = nib.Nifti1Header(endianness=">")
+    header.set_data_dtype(">i2")
+    data = numbers().astype(">i2")
+    for name in ("a.nii", "a.nii.gz"):
+        nib.Nifti1Image(data, np.eye(4), header).to_filename(tmp_path / name)
+        volume = read_volume(tmp_path / name)
+        assert torch.from_numpy(np.array(volume.data)).shape == volume.data.shape
+        np.testing.assert_array_equal(volume.data[0], data)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_volume_without_a_finite_voxel_is_broken_and_one_voxel_suffices(tmp_path, value):
+    data = np.full((4, 5, 6), value, np.float32)
+    np.save(tmp_path / "a.npy", data)
+    broken(tmp_path / "a.npy", "all voxels are NaN or infinite")
+    data[3, 4, 5] = 1
+    np.save(tmp_path / "b.npy", data)
+    assert read_volume(tmp_path / "b.npy").data.shape == (1, 4, 5, 6)
 
 
 def test_things_that_are_no_volume_are_told(tmp_path):

@@ -17,6 +17,7 @@ from evaluate import evaluate
 from loaders import DataConfig, Preprocess, read_volume, write_volume
 from loaders.readers import Volume
 from train_3d import train_3d
+from vae3d.commands.convert import convert
 from vae3d.commands.decode import decode
 from vae3d.commands.encode import VolumeSource, encode
 from vae3d.commands.sample import sample
@@ -80,6 +81,28 @@ def ldm(latents, out_dir, **options):
 def losses(run):
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [row["train/loss"] for row in rows if "train/loss" in row]
+
+
+def test_a_run_of_train_ldm_in_a_vaes_place_is_one_line(home, tmp_path):
+    run, data = str(tmp_path / "ldm"), str(home / "volumes")
+    ldm(home / "latents", run, max_steps=1)
+    shutil.copytree(home / "latents", tmp_path / "ldm" / "latents")
+    train = partial(
+        train_3d, DataConfig(data, cache_dir=str(home / "cache")), str(tmp_path / "vae"), TINY,
+        patch_size=(8, 8, 8), wandb="disabled", device="cpu",
+    )  # fmt: skip
+    for command in (
+        partial(evaluate, run, data, str(tmp_path / "out")),
+        partial(encode, run, str(tmp_path / "z"), VolumeSource(data)),
+        partial(decode, str(home / "latents"), run, str(tmp_path / "d")),
+        partial(sample, run, out_dir=str(tmp_path / "s")),
+        partial(train, init_from=run),
+        partial(convert, run, tmp_path / "vae.pt"),
+        partial(convert, tmp_path / "ldm" / "checkpoints" / "last.pt", tmp_path / "vae.pt"),
+    ):
+        with pytest.raises(ValueError, match="holds a LatentDiffusion, not a VAE") as error:
+            command()
+        assert "\n" not in str(error.value)
 
 
 def test_latent_files_say_what_they_belong_to(home):

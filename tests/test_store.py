@@ -202,8 +202,11 @@ except ValueError as error:
 
 def test_broken_file_raises_or_is_skipped_and_listed(paths, tmp_path, capsys):
     paths[1].write_bytes(paths[1].read_bytes()[:-9])
-    with pytest.raises(BrokenVolume, match="s1"):
+    with pytest.raises(BrokenVolume, match=r"s1.*--data\.on_error skip leaves"):
         VolumeStore.build(paths, tmp_path / "cache")
+    with pytest.raises(BrokenVolume) as error:  # nothing would be left
+        VolumeStore.build(paths[1:2], tmp_path / "cache")
+    assert "on_error" not in str(error.value)
     store = VolumeStore.build(paths, tmp_path / "cache", on_error="skip")
     assert store.ids == ["s0", "s2", "s3"] and "1 of 4 volumes skipped" in capsys.readouterr().err
     store.write_skipped(tmp_path)
@@ -216,6 +219,21 @@ def test_broken_file_raises_or_is_skipped_and_listed(paths, tmp_path, capsys):
         path.write_bytes(b"")
     with pytest.raises(ValueError, match="none of the 4"):
         VolumeStore.build(paths, tmp_path / "other", on_error="skip")
+
+
+@pytest.mark.parametrize(("spatial_dims", "takes", "option"), [(3, 2, 1), (2, 1, 3)])
+def test_channels_that_the_model_does_not_take_are_refused_before_caching(
+    paths, tmp_path, spatial_dims, takes, option
+):
+    def config(cache):
+        return DataConfig(str(paths[0].parent), str(tmp_path / cache), num_slices=3)
+
+    with pytest.raises(ValueError, match=f"--model.in_channels {option}$"):
+        open_data(config("new"), spatial_dims, in_channels=takes)
+    assert not list((tmp_path / "new").glob("*.npy"))
+    open_data(config("old"), spatial_dims, in_channels=option)
+    with pytest.raises(ValueError, match=f"gives {option} channels, the model takes {takes}"):
+        open_data(config("old"), spatial_dims, in_channels=takes)
 
 
 @pytest.mark.parametrize("terminal", [True, False])
@@ -239,8 +257,11 @@ def test_constant_and_nan_volumes_follow_the_policy(tmp_path):
     x = store.read(0)
     assert np.isfinite(x).all() and x[0, 0, 0, 0] == 0 and x[0, 1, 1, 1] == 0
     np.save(tmp_path / "all.npy", np.full((5, 5, 5), np.nan))
-    with pytest.raises(BrokenVolume, match="125 voxels"):
+    with pytest.raises(BrokenVolume, match="all voxels are NaN"):
         VolumeStore.build([tmp_path / "all.npy"], tmp_path / "cache", nan="fill")
+    np.save(tmp_path / "huge.npy", np.full((5, 5, 5), 1e300))
+    with pytest.raises(BrokenVolume, match="all voxels are beyond the range"):
+        VolumeStore.build([tmp_path / "huge.npy"], tmp_path / "cache", nan="fill")
 
 
 def test_data_of_another_intensity_contract_is_told(paths, tmp_path, capsys):

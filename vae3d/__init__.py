@@ -6,11 +6,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from vae3d.commands.evaluate import evaluate
     from vae3d.commands.train import train_3d
+    from vae3d.inference.files import decode_file, encode_file
     from vae3d.inference.stitching import stitch
     from vae3d.models.custom_vae import CustomVAE
     from vae3d.training.checkpoint import load_model
 
-__all__ = ["CustomVAE", "evaluate", "load_model", "stitch", "train_3d"]
+__all__ = [
+    "CustomVAE", "decode_file", "encode_file", "evaluate", "load_model", "stitch", "train_3d"
+]  # fmt: skip
 __version__ = "0.1.0"
 
 _HOMES = {
@@ -19,6 +22,8 @@ _HOMES = {
     "train_3d": "vae3d.commands.train",
     "load_model": "vae3d.training.checkpoint",
     "stitch": "vae3d.inference.stitching",
+    "encode_file": "vae3d.inference.files",
+    "decode_file": "vae3d.inference.files",
 }
 
 

@@ -12,6 +12,7 @@ import os
 import re
 import stat
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -54,7 +55,8 @@ def read_volume(path: Path | str, volumes_4d: Volumes4D = "error") -> Volume:
         volumes_4d: What to do with 4D files: error, channels (each volume a channel), or first.
 
     Returns:
-        The volume as stored, (C, X, Y, Z) in the file's own dtype, with its affine.
+        The volume as stored, (C, X, Y, Z) in the file's own dtype but native byte order, with its
+        affine. Some voxels may be NaN or infinite, but not all.
 
     Raises:
         BrokenVolume: In one line the file and the reason, for anything that cannot be trusted.
@@ -81,7 +83,11 @@ def read_volume(path: Path | str, volumes_4d: Volumes4D = "error") -> Volume:
         raise BrokenVolume(path, "affine or intensity scale is not finite")
     if abs(np.linalg.det(volume.affine[:3, :3])) < 1e-12 or volume.scale == 0:
         raise BrokenVolume(path, "affine is singular: two axes point the same way or have no size")
-    return volume
+    data = volume.data.astype(volume.data.dtype.newbyteorder("="), copy=False)
+    # Slice by slice: the first of nearly every volume settles it.
+    if not any(np.isfinite(data[..., z]).any() for z in range(data.shape[3])):
+        raise BrokenVolume(path, "all voxels are NaN or infinite")
+    return replace(volume, data=data)
 
 
 def read_folder(path: Path, volumes_4d: Volumes4D = "error") -> Volume:

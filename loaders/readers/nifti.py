@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -19,6 +20,10 @@ from loaders.readers.common import (
     to_channels_first,
 )
 from loaders.whole import whole_file
+
+if TYPE_CHECKING:
+    from nibabel import Nifti1Header
+    from nibabel.freesurfer.mghformat import MGHHeader
 
 
 def read_nifti(path: Path, volumes_4d: Volumes4D = "error") -> Volume:
@@ -40,8 +45,9 @@ def read_nifti(path: Path, volumes_4d: Volumes4D = "error") -> Volume:
     if len(block) < length:
         raise BrokenVolume(path, "truncated header")
     header = cls(block[:length], endianness=None, check=False)
+    dtype = stored_dtype(path, header, "datatype")
     try:
-        dtype, shape = header.get_data_dtype(), header.get_data_shape()
+        shape = header.get_data_shape()
         affine, (scale, offset) = header.get_best_affine(), header.get_slope_inter()
     except HeaderDataError as error:
         raise BrokenVolume(path, f"bad header ({error})") from error
@@ -61,6 +67,20 @@ def read_nifti(path: Path, volumes_4d: Volumes4D = "error") -> Volume:
     return Volume(data, affine, 1.0 if scale is None else scale, 0.0 if offset is None else offset)
 
 
+def stored_dtype(path: Path, header: Nifti1Header | MGHHeader, name: str) -> np.dtype:
+    """Return the dtype that a header claims.
+
+    Args:
+        path: The file, for the message.
+        header: What stands at its beginning.
+        name: Of the field with the dtype's code.
+    """
+    try:
+        return header.get_data_dtype()
+    except KeyError as error:
+        raise BrokenVolume(path, f"{name} {int(header[name])} is none that is known") from error
+
+
 def sibling(path: Path, suffixes: tuple[str, ...]) -> Path:
     """Return the file beside `path` that differs only in its suffix, whatever its case."""
     for other in path.parent.iterdir():
@@ -77,7 +97,7 @@ def read_mgh(path: Path, volumes_4d: Volumes4D = "error") -> Volume:
     if len(block) < 284 or int.from_bytes(block[:4], "big") != 1:
         raise BrokenVolume(path, "has no MGH header")
     header = MGHHeader(block, check=False)
-    shape, dtype = tuple(int(n) for n in header["dims"]), header.get_data_dtype()
+    shape, dtype = tuple(int(n) for n in header["dims"]), stored_dtype(path, header, "type")
     raw = read_voxels(
         path, dtype, num_items(shape), start=284, codec=codec_of(path), trailing=2**22
     )

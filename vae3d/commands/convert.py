@@ -3,27 +3,28 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from loaders import Preprocess
 from loaders.texts import read_json
+from vae3d.models.custom_vae import CustomVAE
 
 if TYPE_CHECKING:
-    from vae3d.models.custom_vae import CustomVAE
+    from vae3d.models.custom_vae import Contract
     from vae3d.weights.convert import Report
     from vae3d.weights.rebuild import Hints
 
-DIFFUSERS_WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
-
 
 def convert(
-    source: Path,
+    source: str,
     target: Path,
     /,
     to: Literal["vae3d", "monai", "diffusers"] = "vae3d",
     layout: str | None = None,
+    model: Callable[[], CustomVAE] | None = None,
     norm_num_groups: int | None = None,
     norm_eps: float = 1e-6,
     use_convtranspose: bool = False,
@@ -31,27 +32,34 @@ def convert(
     latent_scale: float | None = None,
     inflate: Literal["none", "center", "mean"] = "none",
     ignore_keys: tuple[str, ...] = (),
-    preprocess: Preprocess = Preprocess(),  # noqa: B008 - frozen
+    preprocess: Preprocess | None = None,
+    evaluation: Path | None = None,
+    license: str | None = None,
     trust: tuple[str, ...] = (),
 ) -> None:
     """Convert the weights of an autoencoder between libraries.
 
     The layout of SOURCE is recognized by the names of its weights: vae3d (a run folder, checkpoint
-    or `save_pretrained` folder), MONAI, MAISI, GenerativeModels 0.1 and 0.2, CompVis, diffusers.
-    Every weight must find its place; what is left out or reshaped is printed.
+    or `save_pretrained` folder), MONAI, MAISI, GenerativeModels 0.1 and 0.2, CompVis, diffusers;
+    also below the prefixes that DDP, compile and Lightning put before them. Every weight must find
+    its place; what is left out or reshaped is printed.
 
     Examples:
         vae3d convert autoencoder.pt maisi.pt --norm_num_groups 32 --preprocess.intensity unit
         vae3d convert sd-vae-ft-mse vae3d-from-sd --inflate center
         vae3d convert runs/a autoencoder_for_monai.pt --to monai
+        vae3d convert hf://stabilityai/sd-vae-ft-mse sd.pt --preprocess.intensity symmetric
+        vae3d convert ours_by_ddp.pt vae.pt --model CustomVAE --model.channels '[32,64,128]'
 
     Args:
-        source: File of weights (.safetensors, .pt, .ckpt), or folder.
+        source: File of weights (.safetensors, .pt, .ckpt), folder, or hf://owner/name[/file] of the
+            Hugging Face Hub.
         target: What to write; must not exist. For vae3d a .pt file is a checkpoint that evaluate,
             encode and decode take, and a folder what `from_pretrained` takes. A folder for
             diffusers, a .pt or .safetensors file for monai.
         to: Library to write for.
         layout: Layout of SOURCE, such as "MONAI", where its names are ambiguous.
+        model: The network, as in training, for weights of vae3d alone; null to find it out.
         norm_num_groups: Groups of the norms; the weights do not say it.
         norm_eps: Added to the variance in the norms.
         use_convtranspose: The up layers are transposed convolutions (MAISI and GenerativeModels
@@ -62,10 +70,15 @@ def convert(
         inflate: Make a 3D network of 2D weights: center (a volume that is constant along the new
             axis gives the 2D result) or mean (kernels spread evenly; so only far from the faces).
         ignore_keys: Prefixes of names to leave out.
-        preprocess: How the weights want their volumes prepared; kept in a checkpoint.
+        preprocess: How the weights want their volumes prepared, which is kept beside them; null for
+            what SOURCE says, else for the defaults.
+        evaluation: Folder of `vae3d evaluate` on SOURCE, whose figures go into the model card.
+        license: License of the weights, for the model card, such as cc-by-4.0.
         trust: Prefixes of modules besides vae3d whose classes may be imported.
     """
+    from vae3d.training.checkpoint import find_checkpoint
     from vae3d.weights.convert import inflate as inflated
+    from vae3d.weights.convert import load_weights
     from vae3d.weights.rebuild import Hints
 
     if target.exists():
@@ -77,19 +90,66 @@ def convert(
         proj_attn=proj_attn,
         latent_scale=latent_scale,
     )
-    vae, report = read(source, hints, layout, ignore_keys, trust)
+    if model is not None:
+        vae = model().eval()
+        report = load_weights(vae, find_checkpoint(source), ignore_keys, layout)
+    else:
+        vae, report = read(source, hints, layout, ignore_keys, trust)
     if inflate != "none":
         vae = inflated(vae, inflate)
         report.lines.append(f"inflated to 3D ({inflate})")
-    write(vae, target, to, preprocess)
+    if to == "vae3d" and not (preprocess or (vae.contract or {}).get("preprocess")):
+        report.lines.append("the defaults of --preprocess go with the weights: they say nothing")
+    known = complete(vae, preprocess)
+    if evaluation:
+        known["measured"] = figures(evaluation, source)
+    if license:
+        known["license"] = license
+    write(vae, target, to)
     parameters = sum(p.numel() for p in vae.parameters())
     print(f"{source}: {report.layout} weights, {parameters / 1e6:.2f} M parameters")
     print(*(f"  {line}" for line in report.lines), sep="\n", end="\n" if report.lines else "")
     print(f"{target}: written for {to}, as {type(vae).__name__} with factor {vae.factor}")
 
 
+def complete(vae: CustomVAE, preprocess: Preprocess | None) -> Contract:
+    """Say what `vae` wants of its volumes, as far as nobody has said it.
+
+    Args:
+        vae: The network; its contract is completed.
+        preprocess: What the user says; None for nothing.
+    """
+    known = vae.contract = dict(vae.contract or {})
+    if preprocess or not known.get("preprocess"):
+        known["preprocess"] = (preprocess or Preprocess()).to_dict()
+    if vae.spatial_dims == 2:
+        known.setdefault("data", {"num_slices": vae.in_channels})
+    known.setdefault("patch_size", [max(64 // f, 1) * f for f in vae.factor])
+    return known
+
+
+def figures(evaluation: Path, source: str) -> dict[str, float]:
+    """Means of what `vae3d evaluate` has measured.
+
+    Args:
+        evaluation: Its folder.
+        source: The weights; figures of others are refused.
+    """
+    from vae3d.training.checkpoint import fingerprint
+
+    summary = read_json(evaluation / "summary.json")
+    try:
+        means = {name: float(value["mean"]) for name, value in summary["metrics"].items()}
+        measured, digest = summary["checkpoint"], summary["checkpoint_sha256"]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{evaluation / 'summary.json'}: not of vae3d evaluate") from error
+    if digest != fingerprint(source):
+        raise ValueError(f"{evaluation}: measured {measured}, not {source}")
+    return means
+
+
 def read(
-    source: Path,
+    source: str,
     hints: Hints,
     layout: str | None,
     ignore_keys: tuple[str, ...],
@@ -104,28 +164,32 @@ def read(
         ignore_keys: Prefixes of names to leave out.
         trust: Prefixes of modules whose classes may be imported.
     """
-    from vae3d.models.custom_vae import CustomVAE
     from vae3d.training.checkpoint import load_vae
     from vae3d.weights.convert import Report, read_model
-    from vae3d.weights.hub import RECIPE, read_state
+    from vae3d.weights.hub import DIFFUSERS_WEIGHTS, RECIPE, WEIGHTS, from_hub, read_state
 
-    if not source.exists():
+    path = from_hub(source) if str(source).startswith("hf://") else Path(source)
+    if not path.exists():
         raise ValueError(f"{source}: no such file or folder")
-    if source.is_dir() and not (source / RECIPE).is_file():
-        return load_vae(source, trust=trust), Report("vae3d")
-    if source.is_dir():
-        recipe = read_json(source / RECIPE)
+    if path.name in (WEIGHTS, *DIFFUSERS_WEIGHTS) and (path.parent / RECIPE).is_file():
+        path = path.parent  # what stands beside them belongs to them
+    if path.is_dir() and not (path / RECIPE).is_file():
+        return load_vae(path, trust=trust), Report("vae3d")
+    if path.is_dir():
+        recipe = read_json(path / RECIPE)
+        if not isinstance(recipe, dict):
+            raise ValueError(f"{path / RECIPE}: not the configuration of a network")
         if "class_path" in recipe:
-            return CustomVAE.from_pretrained(source, trust=trust), Report("vae3d")
+            return load_vae(path, trust=trust), Report("vae3d")
         hints = diffusers_hints(hints, recipe)
-        present = [source / name for name in DIFFUSERS_WEIGHTS if (source / name).is_file()]
+        present = [path / name for name in DIFFUSERS_WEIGHTS if (path / name).is_file()]
         if not present:
-            raise ValueError(f"{source}: none of {', '.join(DIFFUSERS_WEIGHTS)} in it")
-        source = present[0]
-    state = read_state(source)
+            raise ValueError(f"{path}: none of {', '.join(DIFFUSERS_WEIGHTS)} in it")
+        path = present[0]
+    state = read_state(path)
     if "spec" in state:
-        return load_vae(source, trust=trust), Report("vae3d")
-    return read_model(state, hints, layout, ignore_keys)
+        return load_vae(path, trust=trust), Report("vae3d")
+    return read_model(state, hints, layout, ignore_keys, path)
 
 
 def diffusers_hints(hints: Hints, config: dict[str, Any]) -> Hints:
@@ -147,19 +211,18 @@ def diffusers_hints(hints: Hints, config: dict[str, Any]) -> Hints:
     return replace(hints, **{k: v for k, v in found.items() if getattr(hints, k) is None})
 
 
-def write(vae: CustomVAE, target: Path, to: str, preprocess: Preprocess) -> None:
+def write(vae: CustomVAE, target: Path, to: str) -> None:
     """Write the network for a library; TARGET appears whole or not at all.
 
     Args:
         vae: The network.
         target: File or folder.
         to: `vae3d`, `monai` or `diffusers`.
-        preprocess: Kept in a checkpoint of vae3d.
     """
     from loaders.whole import whole_file
-    from vae3d.training.checkpoint import write_atomic
+    from vae3d.training.checkpoint import checkpoint_of, write_atomic
     from vae3d.weights.convert import export_diffusers, export_monai_state
-    from vae3d.weights.hub import RECIPE, write_state
+    from vae3d.weights.hub import DIFFUSERS_WEIGHTS, RECIPE, write_state
 
     suffixes = {"vae3d": ("", ".pt"), "monai": (".pt", ".safetensors"), "diffusers": ("",)}[to]
     if target.suffix not in suffixes:
@@ -174,32 +237,6 @@ def write(vae: CustomVAE, target: Path, to: str, preprocess: Preprocess) -> None
             write_state(temporary / DIFFUSERS_WEIGHTS[0], state)
             (temporary / RECIPE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         elif target.suffix:
-            write_atomic(temporary, checkpoint_of(vae, preprocess))
+            write_atomic(temporary, checkpoint_of(vae.spec, vae.state_dict(), vae.contract or {}))
         else:
             vae.save_pretrained(temporary)
-
-
-def checkpoint_of(vae: CustomVAE, preprocess: Preprocess) -> dict[str, Any]:
-    """What a training run would have saved: a checkpoint of step 0 without subjects.
-
-    Args:
-        vae: The network.
-        preprocess: How its volumes are prepared.
-    """
-    from loaders import DataConfig
-    from vae3d.training.checkpoint import FORMAT, versions
-
-    data = DataConfig(num_slices=vae.in_channels if vae.spatial_dims == 2 else 1)
-    kept = ("root", "cache_dir", "on_error", "nan", "volumes_4d", "slice_axis", "num_slices")
-    patch_size = [max(64 // f, 1) * f for f in vae.factor]
-    return {
-        "format": FORMAT,
-        "step": 0,
-        "spec": vae.spec,
-        "model": vae.state_dict(),
-        "ema": None,
-        "preprocess": preprocess.to_dict(),
-        "config": {"data": {k: getattr(data, k) for k in kept}, "patch_size": patch_size},
-        "split": {"train": [], "val": [], "test": []},
-        "versions": versions(),
-    }

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from vae3d.inference.reconstruct import Coding
     from vae3d.models.custom_vae import CustomVAE
 
 
@@ -37,7 +35,8 @@ def decode(
 
     Args:
         latents: Folder that `vae3d encode` wrote, or one of its files.
-        checkpoint: Run folder or checkpoint file of the VAE that encoded them.
+        checkpoint: Run folder, checkpoint file or folder of save_pretrained of the VAE that
+            encoded them, or hf://owner/name.
         out_dir: Where `<subject>.nii.gz` go.
         split: Only subjects of this part of the split.
         mode: full | patch | exact; null for the mode of encoding.
@@ -49,6 +48,7 @@ def decode(
         device: auto | cpu | cuda | mps.
         trust: Module prefixes besides vae3d whose classes the checkpoint may import.
     """
+    from vae3d.inference.reconstruct import coding_of
     from vae3d.stage2.latents import find_latents, read_info, read_latent
     from vae3d.training.distributed import open_world
     from vae3d.training.memory import telling_of_memory
@@ -69,20 +69,6 @@ def decode(
             size = latent.info["volume_shape"][1:]
             x = coding.decode(vae, latent.mean, size)
             print(write_nifti(Path(out_dir), path.stem, x, latent.info["source"]["undo"]))
-
-
-def coding_of(made_by: dict, **given: Any) -> Coding:
-    """The `Coding` with which some latents were made.
-
-    Args:
-        made_by: What the latents say of their origin.
-        **given: Options of `Coding` that shall differ; those that are None do not.
-    """
-    from vae3d.inference.reconstruct import Coding
-
-    names = {field.name for field in fields(Coding)}
-    kept = {k: v for k, v in made_by.items() if k in names}
-    return Coding(**kept | {k: v for k, v in given.items() if v is not None})
 
 
 def load_encoder(checkpoint: str, made_by: dict, trust: tuple[str, ...] = ()) -> CustomVAE:

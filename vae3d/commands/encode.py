@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,7 +56,8 @@ def encode(
     stopped; ranks share the volumes out and write what one process writes.
 
     Args:
-        checkpoint: Run folder or checkpoint file of the VAE.
+        checkpoint: Run folder, checkpoint file or folder of save_pretrained of the VAE, or
+            hf://owner/name.
         out_dir: Folder of the latents.
         data: Volumes to encode.
         split: Subjects of this part of the run's split; all for every volume in the data.
@@ -82,7 +84,8 @@ def encode(
     state = load_checkpoint(checkpoint)
     vae = load_vae(checkpoint, ema=ema, trust=trust)
     slicing = {k: state["config"]["data"][k] for k in ("slice_axis", "num_slices")}
-    patch_size = tuple(patch_size or state["config"]["patch_size"])
+    patch_size = patch_size or state["config"]["patch_size"]
+    patch_size = patch_size and tuple(patch_size)
     coding = Coding(mode, patch_size, overlap, blend, memory_gb=memory_gb, **slicing)
     made_by = {"checkpoint": weights_hash(vae), "step": state["step"], "ema": ema}
     made_by |= coding.facts()
@@ -110,7 +113,9 @@ def encode(
             print(f"{store.ids[index]}: {tuple(mean.shape)}  {left:.0f} s left", flush=True)
         world.barrier()
         if world.is_main:
-            report(folder, write_index(folder, made_by, str(find_checkpoint(checkpoint).resolve())))
+            report(
+                folder, write_index(folder, made_by, os.path.abspath(find_checkpoint(checkpoint)))
+            )
 
 
 def open_volumes(
@@ -147,22 +152,10 @@ def open_volumes(
 
 def header(store: VolumeStore, index: int, factor: list[int], made_by: dict, parts: dict) -> dict:
     """What a latent file says beside its tensors."""
-    from vae3d.stage2.latents import latent_affine
+    from vae3d.inference.files import latent_info
 
-    subject, record = store.ids[index], store.undo_record(index)
-    spacing = zip(store.spacing_mm(index), (*factor, 1), strict=False)
-    return {
-        "subject": subject,
-        "split": parts.get(subject),
-        "labels": dict(store.labels(index)),
-        "affine": latent_affine(record["affine"], factor).tolist(),
-        "spacing_mm": [mm * f for mm, f in spacing],
-        "factor": factor,
-        "volume_shape": list(store.shape(index)),
-        "intensity": store.preprocess.intensity,
-        "source": {"fingerprint": store.meta(index)["key"], "undo": record},
-        "made_by": made_by,
-    }
+    about = {"split": parts.get(store.ids[index]), "labels": dict(store.labels(index))}
+    return {**latent_info(store, index, factor), **about, "made_by": made_by}
 
 
 def _finished(folder: Path, store: VolumeStore, index: int, made_by: dict, overwrite: bool) -> bool:

@@ -79,7 +79,7 @@ def evaluate(
     The same command again continues: finished volumes are kept.
 
     Args:
-        checkpoint: Run folder or checkpoint file.
+        checkpoint: Run folder, checkpoint file, folder of save_pretrained, or hf://owner/name.
         data: Volumes to evaluate.
         out_dir: Where the results go.
         mode: full (one forward pass) | patch (overlapped patches, blended) | exact (equal to full,
@@ -110,7 +110,7 @@ def evaluate(
     from vae3d.inference.reconstruct import Coding
     from vae3d.inference.stitching import check_patch, tile_faces
     from vae3d.tracking.tracker import Tracker
-    from vae3d.training.checkpoint import find_checkpoint, load_checkpoint, load_vae
+    from vae3d.training.checkpoint import find_checkpoint, fingerprint, load_checkpoint, load_vae
     from vae3d.training.distributed import open_world
     from vae3d.training.memory import telling_of_memory
 
@@ -120,10 +120,10 @@ def evaluate(
     state = load_checkpoint(checkpoint)
     trained = state["config"]
     vae = load_vae(checkpoint, ema=ema, trust=trust)
-    patch = list(patch_size or trained["patch_size"])
+    patch = patch_size or trained["patch_size"]
     coding = Coding(  # says what is wrong before anything is written
         mode=mode,
-        patch_size=patch,
+        patch_size=patch and list(patch),
         overlap=overlap,
         blend=blend,
         batch_size=batch_size,
@@ -135,10 +135,8 @@ def evaluate(
     if mode == "patch":
         check_patch(patch, vae.factor)
         tile_faces([1] * vae.spatial_dims, patch, overlap, blend)  # overlap < patch
-    file = find_checkpoint(checkpoint)
-    digest = hashlib.sha256(file.read_bytes()).hexdigest()
-    facts = {"checkpoint": str(file), "step": state["step"], "ema": ema}
-    facts["checkpoint_sha256"] = digest
+    facts = {"checkpoint": str(find_checkpoint(checkpoint)), "step": state["step"], "ema": ema}
+    facts["checkpoint_sha256"] = fingerprint(checkpoint)
     subjects = find_subjects(data.root)
     chosen = choose_subjects(subjects, state["split"], split)[:limit]
 

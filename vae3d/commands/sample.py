@@ -61,8 +61,8 @@ def sample(
     option of its own).
 
     Args:
-        checkpoint: Run folder or checkpoint of the VAE; null for the one that the ldm was trained
-            with.
+        checkpoint: Run folder, checkpoint or folder of save_pretrained of the VAE, or
+            hf://owner/name; null for the one that the ldm was trained with.
         ldm: Run folder or checkpoint of `vae3d train-ldm`; null for Gaussians.
         out_dir: Where the samples go.
         n: Samples of each source.
@@ -90,8 +90,9 @@ def sample(
         device: auto | cpu | cuda | mps.
         trust: Module prefixes besides vae3d whose classes the checkpoints may import.
     """
-    from vae3d.commands.decode import coding_of, load_encoder
+    from vae3d.commands.decode import load_encoder
     from vae3d.config import check_at_least
+    from vae3d.inference.reconstruct import coding_of
     from vae3d.training.distributed import open_world
     from vae3d.training.memory import telling_of_memory
 
@@ -141,7 +142,7 @@ def fitted_latents(
     checkpoint: str, device: Literal["auto", "cpu", "cuda", "mps"], trust: tuple[str, ...]
 ) -> str:
     """Folder of the latents of a run's training subjects, encoded now when it is missing."""
-    from vae3d.training.checkpoint import find_checkpoint
+    from vae3d.training.checkpoint import find_checkpoint, load_checkpoint
 
     path = find_checkpoint(checkpoint)
     run = path.parent.parent if path.parent.name == "checkpoints" else path.parent
@@ -153,6 +154,11 @@ def fitted_latents(
             )
         from vae3d.commands.encode import encode
 
+        if not (load_checkpoint(path).get("split") or {}).get("train"):
+            raise ValueError(
+                f"{checkpoint}: knows no training volumes; write latents of some by vae3d encode"
+                f" --checkpoint {checkpoint} --data.root DIR --out_dir latents, and give --latents"
+            )
         print(f"encoding the training volumes into {folder}", flush=True)
         encode(str(path), str(folder), split="train", device=device, trust=trust)
     return str(folder)

@@ -58,7 +58,7 @@ def train_3d(
         compile: Compile encoder and decoder with torch.compile.
         checkpointing: none | block | level, what the backward pass computes again to save memory.
         init_from: Weights to begin with, not read again on resuming: a run folder, a checkpoint, a
-            folder of save_pretrained, or a file in any layout that vae3d convert knows.
+            folder of save_pretrained, hf://owner/name, or a file in any layout that convert knows.
         loop: Each option of the loop by its own name, see `vae3d.training.options`.
 
     Returns:
@@ -100,7 +100,8 @@ def train_3d(
         task = VAETask(vae, loss().to(world.device), loop.seed)
 
         with world.main_first():
-            store, split = open_data(data, vae.spatial_dims, split=state and state["split"])
+            known = state and state["split"]
+            store, split = open_data(data, vae.spatial_dims, known, vae.in_channels)
         split = world.broadcast(split)
         run.write_json("split.json", split)
         training, held_out = store.subset(split["train"]), store.subset(split["val"])
@@ -190,17 +191,18 @@ def begin_with(vae: CustomVAE, init_from: str, preprocess: Preprocess, world: Wo
 
     Args:
         vae: The network.
-        init_from: A run folder, a checkpoint, a folder of save_pretrained, or a file.
+        init_from: A run folder, a checkpoint, a folder of save_pretrained, a file, or hf://...
         preprocess: What this run does to its volumes.
         world: The ranks; the main one speaks.
     """
-    from vae3d.training.checkpoint import find_weights
+    from vae3d.training.checkpoint import find_checkpoint, preprocess_of
     from vae3d.weights.convert import load_weights
-    from vae3d.weights.hub import read_state
 
-    weights = find_weights(init_from)
-    load_weights(vae, weights)
-    trained = read_state(weights).get("preprocess")  # only a checkpoint of ours knows
+    weights = find_checkpoint(init_from)
+    report = load_weights(vae, weights)
+    if report.lines and world.is_main:
+        print(f"{weights}: {report.layout} weights", *report.lines, sep="\n  ", flush=True)
+    trained = preprocess_of(weights)
     difference = trained and preprocess.difference(Preprocess.from_dict(trained))
     if difference and world.is_main:
         print(f"{weights}: trained with another data.preprocess: here {difference}", flush=True)

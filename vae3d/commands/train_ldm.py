@@ -268,7 +268,8 @@ class Pictures:
         folder: Path,
         count: int,
     ):
-        from vae3d.commands.decode import coding_of, load_encoder
+        from vae3d.commands.decode import load_encoder
+        from vae3d.inference.reconstruct import coding_of
 
         self.template: dict[str, Any] = store.infos[0]
         made_by = self.template["made_by"]

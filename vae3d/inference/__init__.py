@@ -13,6 +13,8 @@ _HOMES = {
     "iter_slabs": "stitching",
     "Stitcher": "stitching",
     "autoencode": "reconstruct",
+    "encode_file": "files",
+    "decode_file": "files",
     "METRICS": "metrics",
 }
 __all__ = list(_HOMES)

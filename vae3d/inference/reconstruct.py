@@ -10,7 +10,7 @@ one half.) A 2D model codes a volume slice by slice; its latent keeps the axis t
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from fractions import Fraction
 from typing import Any
 
@@ -161,6 +161,18 @@ class Coding:
         channels = len(plane) // self.num_slices
         first = self.num_slices // 2 * channels
         return plane[first : first + channels]
+
+
+def coding_of(made_by: dict, **given: Any) -> Coding:
+    """The `Coding` with which some latents were made.
+
+    Args:
+        made_by: What the latents say of their origin.
+        **given: Options of `Coding` that shall differ; those that are None do not.
+    """
+    names = {field.name for field in fields(Coding)}
+    kept = {k: v for k, v in made_by.items() if k in names}
+    return Coding(**kept | {k: v for k, v in given.items() if v is not None})
 
 
 def reconstruct(vae: CustomVAE, x: Tensor, mode: str = "patch", **how: Any) -> Tensor:

@@ -38,6 +38,9 @@ Layers = list[nn.Module]
 MakeAttention = Callable[..., Attention] | None
 Level = tuple[int, tuple[int, ...], int, MakeAttention]  # width, factor, blocks, attention
 Checkpointing = Literal["none", "block", "level"]
+# How weights want their volumes prepared, and where they come from, as plain data: preprocess, data
+# (how files are read), patch_size, step, subjects, measured, license; see `training.checkpoint`.
+Contract = dict[str, Any]
 
 
 class Chain(nn.Sequential):
@@ -201,6 +204,7 @@ class CustomVAE(Described, nn.Module):
         if latent_channels < 1:
             raise ValueError(f"latent_channels is {latent_channels}; give 1 or more")
         levels = len(channels)
+        self.contract: Contract | None = None
         self.spatial_dims, self.in_channels = spatial_dims, in_channels
         self.out_channels = out_channels or in_channels
         self.latent_channels = latent_channels

@@ -62,20 +62,6 @@ def latent_path(folder: str | Path, subject: str) -> Path:
     return Path(folder) / f"{case_stem(subject)}.safetensors"
 
 
-def latent_affine(affine: Any, factor: Sequence[int]) -> np.ndarray:
-    """Affine (4, 4) of a latent grid: voxel 0 is centered on the first `factor` voxels.
-
-    Args:
-        affine: Of the encoded volume, voxel to mm.
-        factor: Voxels per latent voxel, two or three axes.
-    """
-    step = np.ones(3)
-    step[: len(factor)] = factor
-    to_voxel = np.diag([*step, 1.0])
-    to_voxel[:3, 3] = (step - 1) / 2
-    return np.asarray(affine, dtype=np.float64) @ to_voxel
-
-
 def write_latent(path: Path, mean: Tensor, logvar: Tensor, info: dict[str, Any]) -> None:
     """Write a latent so that `path` is whole or absent at any moment.
 

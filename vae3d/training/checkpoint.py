@@ -8,7 +8,9 @@ before loading, because `torch.load` alone returns flipped bits without a word.
 
 from __future__ import annotations
 
+import hashlib
 import json
+import math
 import os
 import platform
 import re
@@ -20,15 +22,27 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from loaders import DataConfig
+from loaders.texts import read_json
 from loaders.whole import sweep, whole_file, write_text
-from vae3d.weights.hub import check_archive, load_strictly
+from vae3d.weights.hub import (
+    RECIPE,
+    WEIGHTS,
+    check_archive,
+    from_hub,
+    load_strictly,
+    read_state,
+    recipe_of,
+)
 
 if TYPE_CHECKING:
-    from vae3d.models.custom_vae import CustomVAE
+    from vae3d.models.custom_vae import Contract, CustomVAE
 
 FORMAT = 1
 STEP_FILE = re.compile(r"step_(\d+)\.pt")
 NOTE, NOTED = "newest.json", ("best", "stale", "owed", "names")  # a small file, and what is in it
+# How files are read, of data.*: part of what a network wants of its volumes.
+READING = ("nan", "volumes_4d", "slice_axis", "num_slices")
 
 
 class Checkpoints:
@@ -165,7 +179,7 @@ def write_atomic(path: Path, state: dict[str, Any]) -> None:
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
-    """Read a checkpoint, or the best (else last) one of a run folder, onto the CPU.
+    """Read a checkpoint, or what stands for one, onto the CPU: see `find_checkpoint`.
 
     Returns:
         At least format, step, spec, model, ema, preprocess, config and split.
@@ -174,6 +188,8 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         ValueError: Missing, damaged, or not a checkpoint of this program.
     """
     path = find_checkpoint(path)
+    if path.suffix == ".safetensors":
+        return _of_weights(path)
     try:
         check_archive(path)
     except ValueError as error:
@@ -183,22 +199,31 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     except Exception as error:  # RuntimeError, UnpicklingError, KeyError ...: torch has no one type
         raise ValueError(f"{path}: not a checkpoint of vae3d, there is code in it") from error
     if not isinstance(state, dict) or not {"format", "step", "model"} <= set(state):
-        raise ValueError(
-            f"{path}: not a checkpoint of vae3d; weights alone are read by vae3d convert"
-        )
+        raise _weights_alone(state, path)
     return _upgrade(state, path)
 
 
 def find_checkpoint(path: str | Path) -> Path:
-    """Return `path` itself, or of a run folder its `best.pt`, else its `last.pt`."""
-    path = Path(path)
+    """Find the file that `path` stands for.
+
+    Args:
+        path: A file; a run folder (its `best.pt`, else its `last.pt`); a folder that
+            `save_pretrained` wrote; `owner/name` or `hf://owner/name` of the Hugging Face Hub.
+    """
+    address, path = str(path), Path(path)
     if path.is_file():
         return path
-    for name in ("checkpoints/best.pt", "checkpoints/last.pt", "best.pt", "last.pt"):
+    for name in ("checkpoints/best.pt", "checkpoints/last.pt", "best.pt", "last.pt", WEIGHTS):
         if (path / name).is_file():
             return path / name
     if path.is_dir():
-        raise ValueError(f"{path}: holds no checkpoints/best.pt or last.pt; is it a run folder?")
+        raise ValueError(
+            f"{path}: holds no checkpoints/best.pt or last.pt; is it a run folder? (one of another"
+            " library is read by vae3d convert)"
+        )
+    # A name that begins like a folder that is here is a slip, not a repository.
+    if address.startswith("hf://") or (address.count("/") == 1 and not path.parent.is_dir()):
+        return from_hub(address)
     raise ValueError(f"{path}: no such checkpoint or run folder")
 
 
@@ -206,7 +231,8 @@ def load_model(path: str | Path, ema: bool = True, trust: Iterable[str] = ()) ->
     """Rebuild a trained network in eval mode on the CPU.
 
     Args:
-        path: Run folder, checkpoint file, or a folder that `save_pretrained` wrote.
+        path: Run folder, checkpoint file, folder that `save_pretrained` wrote, or repository of the
+            Hugging Face Hub.
         ema: Take the averaged weights where the run kept some.
         trust: Module prefixes besides `vae3d` whose classes may be imported.
 
@@ -216,12 +242,12 @@ def load_model(path: str | Path, ema: bool = True, trust: Iterable[str] = ()) ->
     from vae3d.models.custom_vae import CustomVAE
     from vae3d.models.spec import build
 
-    if (Path(path) / "config.json").is_file():
-        return CustomVAE.from_pretrained(path, trust=tuple(trust))
     state = load_checkpoint(path)
     model = build(state["spec"], trust=tuple(trust))
     weights = state["ema"] if ema and state.get("ema") else state["model"]
     load_strictly(model, weights, f"the weights in {path}")
+    if isinstance(model, CustomVAE):
+        model.contract = contract_of(state)
     return model.eval()
 
 
@@ -235,10 +261,66 @@ def load_vae(path: str | Path, ema: bool = True, trust: Iterable[str] = ()) -> C
     return model
 
 
-def find_weights(path: str | Path) -> Path:
-    """File of weights that `path` stands for: a file, a run folder, or one of `save_pretrained`."""
-    file = Path(path) / "model.safetensors"
-    return file if file.is_file() else find_checkpoint(path)
+def contract_of(state: dict[str, Any]) -> Contract:
+    """What the network of a checkpoint wants of its volumes, and where it comes from."""
+    if "contract" in state:
+        return state["contract"]
+    config, split = state.get("config") or {}, state.get("split") or {}
+    contract: Contract = {
+        "preprocess": state.get("preprocess"),
+        "data": {k: v for k, v in config.get("data", {}).items() if k in READING},
+        "patch_size": config.get("patch_size"),
+        "step": state["step"],
+        "subjects": len(split.get("train", ())),
+    }
+    if state.get("best", math.inf) < math.inf:
+        contract["measured"] = {"best val/mae": state["best"]}
+    return contract
+
+
+def preprocess_of(path: Path) -> dict[str, object] | None:
+    """How a file's weights want their volumes prepared; None where it does not tell."""
+    told = (_recipe(path)[1] or {}) if _has_recipe(path) else read_state(path)
+    return told.get("preprocess")
+
+
+def checkpoint_of(
+    spec: dict[str, object], weights: dict[str, torch.Tensor], contract: Contract
+) -> dict[str, object]:
+    """What a training run would have saved, without subjects and optimizers.
+
+    Args:
+        spec: The network's recipe.
+        weights: Its state dict.
+        contract: What it wants of its volumes; what is missing is the default.
+    """
+    data = DataConfig()
+    kept = {k: getattr(data, k) for k in ("root", "cache_dir", "on_error", *READING)}
+    given = {k: v for k, v in contract.get("data", {}).items() if k in READING}
+    return {
+        "format": FORMAT,
+        "step": contract.get("step", 0),
+        "spec": spec,
+        "model": weights,
+        "ema": None,
+        "preprocess": contract.get("preprocess"),
+        "config": {
+            "data": kept | given,
+            "patch_size": contract.get("patch_size"),
+        },
+        "split": {"train": [], "val": [], "test": []},
+        "contract": contract,
+        "versions": versions(),
+    }
+
+
+def fingerprint(path: str | Path) -> str:
+    """SHA-256 of a checkpoint's file, with that of the recipe beside it where there is one."""
+    path = find_checkpoint(path)
+    digest = hashlib.sha256(path.read_bytes())
+    if _has_recipe(path):
+        digest.update((path.parent / RECIPE).read_bytes())
+    return digest.hexdigest()
 
 
 def versions() -> dict[str, str]:
@@ -250,6 +332,46 @@ def versions() -> dict[str, str]:
         "torch": str(torch.__version__),
         "python": platform.python_version(),
     }
+
+
+def _has_recipe(path: Path) -> bool:
+    return path.name == WEIGHTS and (path.parent / RECIPE).is_file()
+
+
+def _of_weights(path: Path) -> dict[str, object]:
+    """Read the weights and the recipe that `save_pretrained` wrote."""
+    if not _has_recipe(path):
+        raise _weights_alone(read_state(path), path)
+    spec, contract = _recipe(path)
+    return checkpoint_of(spec, read_state(path), contract or {})
+
+
+def _recipe(path: Path) -> tuple[dict[str, object], Contract | None]:
+    """Read the recipe and the contract beside a file of weights."""
+    recipe = read_json(path.parent / RECIPE)
+    if not isinstance(recipe, dict) or not {"class_path", "init_args"} <= set(recipe):
+        raise ValueError(f"{path.parent / RECIPE}: no recipe of a network of vae3d")
+    return recipe_of(recipe)
+
+
+def _weights_alone(state: object, path: Path) -> ValueError:
+    """The error about a file that is no checkpoint: what it holds, and the command that helps."""
+    from vae3d.weights.convert import OURS, clean, without_recipe
+
+    try:
+        if not isinstance(state, dict):
+            raise ValueError(f"it holds a {type(state).__name__}")
+        weights, report = clean(state, (), None, path)
+    except ValueError as error:
+        return ValueError(
+            f"{path}: not a checkpoint of vae3d: {str(error).removeprefix(f'{path}: ')}"
+        )
+    if report.layout == OURS:
+        return ValueError(without_recipe(path, len(weights)))
+    return ValueError(
+        f"{path}: not a checkpoint of vae3d but {len(weights)} weights of {report.layout}; make one"
+        f" of them: vae3d convert {path} vae.pt"
+    )
 
 
 def _upgrade(state: dict[str, Any], path: Path) -> dict[str, Any]:

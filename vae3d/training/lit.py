@@ -9,6 +9,7 @@ Losses, noise and the adversarial game are those of `VAETask`, so both trainers 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
@@ -18,8 +19,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from loaders import SliceStore, VolumeStore
 from vae3d.losses.vae_loss import VAELoss
 from vae3d.models.custom_vae import CustomVAE
+from vae3d.training.checkpoint import checkpoint_of
 from vae3d.training.task import VAETask
 
 ADAMW = partial(torch.optim.AdamW, lr=1e-4)
@@ -32,7 +35,8 @@ class LitVAE(lightning.LightningModule):
     With one, both optimizers are driven here (Lightning's manual optimization), one batch an
     update; on several devices use `strategy="ddp_find_unused_parameters_true"`.
 
-    Weights lie under `model.` with the names of `CustomVAE`, those of the loss under `loss.`.
+    Weights lie under `model.` with the names of `CustomVAE`, those of the loss under `loss.`. A
+    checkpoint is one of Lightning and of vae3d: `evaluate`, `encode` and `convert` take it.
 
     Args:
         model: The VAE; `lit.model` is this very object.
@@ -104,6 +108,29 @@ class LitVAE(lightning.LightningModule):
         """Count the updates that Lightning drives; the schedules of the loss follow them."""
         super().optimizer_step(*args, **kwargs)
         self._after_update()
+
+    def on_train_start(self) -> None:
+        """Learn from a loader of ours how its volumes are prepared."""
+        loader = _flat(self.trainer.train_dataloader)[0]
+        store = getattr(loader, "store", None)
+        if self.model.contract is not None or not isinstance(store, (VolumeStore, SliceStore)):
+            return
+        self.model.contract = {"preprocess": store.preprocess.to_dict(), "subjects": len(store)}
+        if isinstance(store, SliceStore):
+            data = {"slice_axis": store.axis, "num_slices": store.num_slices}
+            self.model.contract |= {"data": data, "subjects": len(store.volumes)}
+        if loader.plan.patch_size is not None:
+            self.model.contract["patch_size"] = list(loader.plan.patch_size)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Put beside Lightning's entries what makes it a checkpoint of ours; no tensor twice."""
+        try:
+            spec = self.model.spec
+        except ValueError as error:  # a function in a socket: still a checkpoint of Lightning
+            warnings.warn(f"vae3d cannot load this checkpoint: {error}", stacklevel=2)
+            return
+        contract = (self.model.contract or {}) | {"step": int(self.updates)}
+        checkpoint |= checkpoint_of(spec, self.model.state_dict(), contract)
 
     def on_train_epoch_start(self) -> None:
         """Tell the loader its epoch, which decides order and patches."""

@@ -6,7 +6,7 @@ missing, left over or of another shape is an error, and what is dropped or resha
 """
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -31,10 +31,18 @@ from vae3d.weights.layouts import (
 from vae3d.weights.rebuild import BUILDERS, Hints, Weights
 
 State = dict[str, Tensor]
-# Prefixes that wrappers put before the names, and parts of a checkpoint that are no autoencoder.
-WRAPPERS = ("module.", "_orig_mod.", "first_stage_model.", "autoencoder.", "vae.")
-OURS = "encoder.0.weight"  # a name that only we have
-NOT_THE_MODEL = ("loss.", "discriminator.", "model_ema.")
+OURS = "vae3d"  # our own layout, which needs no renaming
+# The first convolution of each layout: what stands before this name in a file is a prefix.
+FIRST = {
+    OURS: "encoder.0.weight",
+    COMPVIS.name: "encoder.down.0.block.0.conv1.weight",
+    DIFFUSERS.name: "encoder.down_blocks.0.resnets.0.conv1.weight",
+    MAISI.name: "encoder.blocks.0.conv.conv.weight",
+    MONAI.name: "encoder.blocks.0.conv.weight",
+}
+# Compiling, sharding and checkpointing put these anywhere in a name.
+WRAPPER = re.compile(r"(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+NOT_THE_MODEL = ("loss.", "discriminator.", "model_ema.")  # networks beside the autoencoder
 
 
 @dataclass
@@ -60,10 +68,11 @@ class Report:
 
 
 def read_model(
-    state: dict[str, Any],
+    state: Mapping[str, object],
     hints: Hints | None = None,
     layout: str | None = None,
     ignore_keys: Sequence[str] = (),
+    file: str | Path = "FILE",
 ) -> tuple[CustomVAE, Report]:
     """Rebuild a network from another library's weights.
 
@@ -72,16 +81,19 @@ def read_model(
         hints: What the weights do not say; None for nothing.
         layout: Name of the layout; None to recognize it.
         ignore_keys: Prefixes of keys to leave out.
+        file: Where they came from, for messages.
 
     Returns:
         The network in evaluation mode, and what was done.
     """
-    state, report = clean(state, ignore_keys, layout)
+    weights, report = clean(state, ignore_keys, layout, file)
+    if report.layout == OURS:
+        raise ValueError(without_recipe(file, len(weights)))
     source = LAYOUTS[report.layout]
-    state, hints = settle_proj_attn(state, source, hints or Hints(), report)
-    state = modern_names(state, source)
-    vae = BUILDERS[source.name](Weights(state), source, hints)
-    fill(vae, state, source, report)
+    weights, hints = settle_proj_attn(weights, source, hints or Hints(), report)
+    weights = modern_names(weights, source)
+    vae = BUILDERS[source.name](Weights(weights), source, hints)
+    fill(vae, weights, source, report)
     return vae.eval(), report
 
 
@@ -98,11 +110,16 @@ def load_weights(
     """
     state = read_state(path)
     if "spec" in state:  # a checkpoint of ours: the averaged weights where there are some
-        state = state.get("ema") or state["model"]
-    if OURS in state:
+        weights = state.get("ema") or state["model"]
+        if FIRST[OURS] not in weights:
+            name = str(state["spec"].get("class_path")).rpartition(".")[2]
+            raise ValueError(f"{path}: holds a {name}, not a VAE; give the VAE's run")
+        load_strictly(vae, weights, f"the weights in {path}")
+        return Report(OURS)
+    state, report = clean(state, ignore_keys, layout, path)
+    if report.layout == OURS:
         load_strictly(vae, state, f"the weights in {path}")
-        return Report("vae3d")
-    state, report = clean(state, ignore_keys, layout)
+        return report
     source = LAYOUTS[report.layout]
     state, _ = settle_proj_attn(state, source, Hints(), report)
     fill(vae, modern_names(state, source), source, report)
@@ -110,7 +127,10 @@ def load_weights(
 
 
 def clean(
-    state: dict[str, Any], ignore_keys: Sequence[str], layout: str | None
+    state: Mapping[str, object],
+    ignore_keys: Sequence[str],
+    layout: str | None,
+    file: str | Path = "FILE",
 ) -> tuple[State, Report]:
     """Take the autoencoder's tensors out of a checkpoint and recognize their layout.
 
@@ -118,53 +138,86 @@ def clean(
         state: What a file held: weights, or a dictionary with weights inside.
         ignore_keys: Prefixes of keys to leave out.
         layout: Name of the layout; None to recognize it.
+        file: Where they came from, for messages.
     """
-    tensors = {k: v for k, v in state.items() if isinstance(v, Tensor)}
-    if not tensors:
-        inside = {k: v for k, v in state.items() if isinstance(v, dict) and _recognize(_unwrap(v))}
-        if len(inside) != 1:
-            raise ValueError(
-                f"no weights of an autoencoder among {', '.join(map(str, state)) or 'nothing'};"
-                " known layouts are vae3d, " + ", ".join(LAYOUTS)
-            )
-        return clean(next(iter(inside.values())), ignore_keys, layout)
     unwanted = (*NOT_THE_MODEL, *ignore_keys)
-    names = {
-        name: full
-        for name, full in _unwrap(tensors).items()
-        if not name.startswith(unwanted) and not full.startswith(unwanted)
-    }
+    tensors = {str(k): v for k, v in state.items() if isinstance(v, Tensor)}
+    names = unwrap(tensors, unwanted, file)
     name = layout or _recognize(names)
-    if OURS in names and not layout:
-        raise ValueError(
-            "these weights are vae3d's without the recipe of their network; convert the run"
-            " folder, its checkpoint or the folder of save_pretrained"
-        )
-    if name not in LAYOUTS:
+    inside = {
+        k: v
+        for k, v in state.items()
+        if isinstance(v, dict)
+        and not str(k).startswith(unwanted)
+        and _recognize(unwrap(v, unwanted))
+    }
+    if inside and not _recognize(names):
+        if len(inside) > 1:
+            raise ValueError(several(file, inside))
+        cleaned, report = clean(next(iter(inside.values())), ignore_keys, layout, file)
+        report.add("left out, beside the weights", tensors)
+        return cleaned, report
+    if any(".time_conv." in key for key in names):
+        raise ValueError(f"{file}: a causal VAE of videos (Wan's kind), which is none of ours")
+    known = f"known layouts are {', '.join((OURS, *LAYOUTS))}"
+    if not tensors:
+        keys = ", ".join(map(str, list(state)[:9])) or "nothing"
+        raise ValueError(f"{file}: no weights of an autoencoder among {keys}; {known}")
+    if name not in (OURS, *LAYOUTS):
         first = ", ".join(list(names)[:3])
         raise ValueError(
-            f"the names of the weights ({first}, ...) are of no known layout; known are vae3d, "
-            + ", ".join(LAYOUTS)
+            f"{file}: the names of the weights ({first}, ...) are of no known layout; {known}"
         )
     report = Report(name)
     report.add("left out, not of the autoencoder", set(tensors) - set(names.values()))
     return {n: tensors[full] for n, full in names.items()}, report
 
 
-def _unwrap(names: Iterable[str]) -> dict[str, str]:
-    """Names without the prefixes of wrappers, and with them.
+def unwrap(
+    names: Iterable[object], unwanted: tuple[str, ...] = (), file: str | Path | None = None
+) -> dict[str, str]:
+    """Names of the autoencoder's weights without their prefix, and as they stand in the file.
 
-    Where a prefix marks the autoencoder, names without it are left out.
+    The prefix is what stands before the first convolution of a layout, whoever put it there.
+    Left out are names without it, and numbers beside the layers, such as `scale_factor`.
+
+    Args:
+        names: As they stand in the file.
+        unwanted: Beginnings of names to leave out, with the prefix or without.
+        file: Where they came from, to refuse the weights of several networks; None to accept.
     """
-    unwrapped = {name: name for name in names}
-    while True:
-        for prefix in WRAPPERS:
-            inside = {n[len(prefix) :]: f for n, f in unwrapped.items() if n.startswith(prefix)}
-            if inside:
-                unwrapped = inside
-                break
-        else:
-            return unwrapped
+    plain = {WRAPPER.sub("", str(name)): str(name) for name in names}
+    plain = {n: full for n, full in plain.items() if not full.startswith(unwanted)}
+    prefixes = [
+        name[: -len(first)]
+        for name in plain
+        for first in FIRST.values()
+        if f".{name}".endswith(f".{first}")
+    ]
+    prefixes = [p for p in prefixes if not any(f".{u}" in f".{p}" for u in NOT_THE_MODEL)]
+    if not prefixes:
+        return plain
+    if len(prefixes) > 1 and file is not None:
+        raise ValueError(several(file, prefixes))
+    inside = {n[len(prefixes[0]) :]: f for n, f in plain.items() if n.startswith(prefixes[0])}
+    return {n: f for n, f in inside.items() if "." in n and not n.startswith(unwanted)}
+
+
+def several(file: str | Path, places: Iterable[object]) -> str:
+    """Message about a file with more than one autoencoder."""
+    found = sorted(map(str, places), key=lambda place: ("ema" not in place, -len(place)))
+    return (
+        f"{file}: holds {len(found)} autoencoders ({', '.join(p or 'no prefix' for p in found)});"
+        f" leave out all but one: vae3d convert {file} vae.pt --ignore_keys '[{found[0]}]'"
+    )
+
+
+def without_recipe(file: str | Path, count: int) -> str:
+    """Message about weights of ours that do not say which network they are of."""
+    return (
+        f"{file}: {count} weights of vae3d without the recipe of their network; give it as in"
+        f" training: vae3d convert {file} vae.pt --model CustomVAE --model.channels '[32,64,128]'"
+    )
 
 
 def _recognize(names: Iterable[str]) -> str | None:
@@ -174,14 +227,9 @@ def _recognize(names: Iterable[str]) -> str | None:
     def has(pattern: str) -> bool:
         return any(re.search(pattern, name) for name in names)
 
-    if "encoder.down.0.block.0.conv1.weight" in names:
-        return COMPVIS.name
-    if "encoder.down_blocks.0.resnets.0.conv1.weight" in names:
-        return DIFFUSERS.name
-    if "encoder.blocks.0.conv.conv.weight" in names:
-        return MAISI.name
-    if "encoder.blocks.0.conv.weight" not in names:
-        return None
+    found = next((name for name, first in FIRST.items() if first in names), None)
+    if found != MONAI.name:
+        return found
     if has(r"blocks\.\d+\.q\.conv\."):
         return GENERATIVE_01.name
     old_up = has(r"decoder\.blocks\.\d+\.conv\.conv\.weight")
@@ -382,6 +430,9 @@ def inflate(vae: CustomVAE, how: Literal["center", "mean"] = "center") -> Custom
     spec = vae.spec
     spec["init_args"]["spatial_dims"] = 3
     volume = build(spec)
+    if vae.contract:  # slices are gone, and what was measured on them
+        kept = ("preprocess", "license")
+        volume.contract = {k: v for k, v in vae.contract.items() if k in kept}
     target = volume.state_dict()
     modules = dict(volume.named_modules())
     state = {}

@@ -5,6 +5,7 @@ The only importer of huggingface_hub.
 
 import json
 import pickle
+import re
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,13 +13,28 @@ from typing import Any
 
 import safetensors
 import torch
-from huggingface_hub import PyTorchModelHubMixin, hf_hub_download
+from huggingface_hub import ModelCard, ModelCardData, PyTorchModelHubMixin, hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from vae3d.models.custom_vae import Contract, CustomVAE
 from vae3d.models.spec import build
 
 WEIGHTS, RECIPE = "model.safetensors", "config.json"
+DIFFUSERS_WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
+# What a contract holds beside the recipe.
+KINDS = {
+    "preprocess": dict,
+    "data": dict,
+    "patch_size": list,
+    "step": int,
+    "subjects": int,
+    "measured": dict,
+    "license": str,
+}
+# A repository of the hub, and a file or folder in it.
+ADDRESS = re.compile(r"(?:hf://)?([\w.-]+/[\w.-]+)/?(.*)")
 
 
 class HubFolder(PyTorchModelHubMixin):
@@ -28,13 +44,22 @@ class HubFolder(PyTorchModelHubMixin):
         vae: The network; its `spec` becomes `config.json`.
     """
 
-    def __init__(self, vae: nn.Module):
+    def __init__(self, vae: CustomVAE):
         self.vae = vae
 
     def _save_pretrained(self, save_directory: Path) -> None:
         write_state(save_directory / WEIGHTS, self.vae.state_dict())
-        recipe = json.dumps(self.vae.spec, indent=2)
+        recipe = json.dumps(self.vae.spec | (self.vae.contract or {}), indent=2)
         (save_directory / RECIPE).write_text(recipe + "\n", encoding="utf-8")
+
+    def generate_model_card(
+        self, *_: object, license: str | None = None, **more: object
+    ) -> ModelCard:
+        """The README.md of the folder: what is known of the network and nothing else."""
+        license = license or (self.vae.contract or {}).get("license")
+        about = ModelCardData(license=license, library_name="vae3d").to_yaml()
+        lines = [*described(self.vae), *(f"\n{name}: {value}" for name, value in more.items())]
+        return ModelCard("\n".join(["---", about, "---", "", *lines, ""]))
 
     @classmethod
     def _from_pretrained(  # type: ignore[override]  # the network itself, not its folder
@@ -50,7 +75,9 @@ class HubFolder(PyTorchModelHubMixin):
                 f"{model_id}: no {RECIPE} of vae3d there; weights of other libraries are read by"
                 " vae3d convert"
             )
-        vae = build(config, trust)
+        spec, contract = recipe_of(config)
+        vae = build(spec, trust)
+        vae.contract = contract
         folder = Path(model_id)
         if folder.is_dir():
             path = folder / WEIGHTS
@@ -58,6 +85,92 @@ class HubFolder(PyTorchModelHubMixin):
             path = Path(hf_hub_download(model_id, WEIGHTS, **download))
         load_strictly(vae, read_state(path), f"the weights in {path}")
         return vae.eval()
+
+
+def recipe_of(config: dict[str, object]) -> tuple[dict[str, object], Contract | None]:
+    """Take a `config.json` apart: the network's recipe, and its contract if there is one."""
+    spec = {k: v for k, v in config.items() if k in ("class_path", "init_args")}
+    contract = {k: v for k, v in config.items() if k in KINDS and v is not None}
+    for name, value in contract.items():
+        whole = all(isinstance(n, int) for n in value) if isinstance(value, list) else True
+        if not (isinstance(value, KINDS[name]) and whole):
+            raise ValueError(f"{RECIPE}: its {name} is {value!r}, which is damaged")
+    return spec, contract or None
+
+
+def described(vae: CustomVAE) -> list[str]:
+    """Lines of a model card: what a network takes, was trained on and is measured to do."""
+    known = vae.contract or {}
+    axes = ", ".join("XYZ"[: vae.spatial_dims])
+    factor = " x ".join(map(str, vae.factor))
+    prepared = known.get("preprocess") or {}
+    use = ["import vae3d", "", 'vae = vae3d.load_model("<this folder>")']
+    if prepared:
+        use += ['latent = vae3d.encode_file(vae, "scan.nii.gz")', "vae3d.decode_file(vae, latent)"]
+    told = {
+        "training volumes": "subjects",
+        "training steps": "step",
+        "patch [voxels]": "patch_size",
+    }
+    measured = known.get("measured") or {}
+    parts = {
+        "Takes": [
+            f"- `(B, {vae.in_channels}, {axes})` of any size",
+            f"- gives {vae.latent_channels} latent channels, a latent voxel for {factor}",
+            *(f"- {name}: {value}" for name, value in prepared.items()),
+        ],
+        "Trained on": [f"- {what}: {known[k]}" for what, k in told.items() if known.get(k)]
+        * bool(known.get("step")),
+        "Measured": [f"- {name}: {value:.4g}" for name, value in measured.items()],
+        "Use": ["```python", *use, "```"],
+    }
+    lines = [f"# {type(vae).__name__}", "", "A variational autoencoder, written by vae3d."]
+    for title, part in parts.items():
+        lines += ["", f"## {title}", "", *part] if part else []
+    return lines
+
+
+def from_hub(address: str) -> Path:
+    """Bring weights from the Hugging Face Hub into its cache, with the `config.json` beside them.
+
+    Args:
+        address: `owner/name`, also with `hf://` before it and a folder or file behind.
+
+    Returns:
+        The file of weights in the cache; without a network, what the cache holds.
+
+    Raises:
+        ValueError: There is no such repository or file, or it cannot be reached.
+    """
+    found = ADDRESS.fullmatch(address)
+    if not found:
+        raise ValueError(
+            f"{address}: an address of the hub is hf://owner/name or hf://owner/name/file"
+        )
+    repo, inside = found[1], found[2].strip("/")
+    is_file = bool(Path(inside).suffix)
+    folder = str(Path(inside).parent) if is_file else inside
+    names = [Path(inside).name] if is_file else [WEIGHTS, *DIFFUSERS_WEIGHTS]
+
+    def download(name: str) -> Path:
+        where = None if folder in ("", ".") else folder
+        return Path(hf_hub_download(repo, name, subfolder=where))
+
+    try:
+        download(RECIPE)
+    except (OSError, ValueError, EntryNotFoundError):
+        if not is_file:
+            names = names[:1]  # what is missing is told once, below
+    reason: Exception | None = None
+    for name in names:
+        try:
+            return download(name)
+        except (OSError, ValueError, EntryNotFoundError) as error:
+            reason = reason or error
+    told = " ".join(str(reason).split())
+    raise ValueError(
+        f"{address}: not on the Hugging Face Hub, nor in its cache ({told})"
+    ) from reason
 
 
 def read_state(path: str | Path) -> dict[str, Any]:

@@ -1,0 +1,124 @@
+"""A volume's file to its latent and back, in the grid and the intensities of the file.
+
+    vae = vae3d.load_model("runs/a")                 # or a folder or repository of save_pretrained
+    latent = vae3d.encode_file(vae, "scan.nii.gz")   # latent.mean is (C, X, Y, Z)
+    write_volume("again.nii.gz", vae3d.decode_file(vae, latent))
+
+How the file is prepared stands in `vae.contract`, which comes with the weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from loaders import Preprocess, VolumeStore
+from loaders.store import undo
+from vae3d.inference.reconstruct import Coding, coding_of
+
+if TYPE_CHECKING:
+    from loaders import Volume
+    from vae3d.models.custom_vae import CustomVAE
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """The latent of one file.
+
+    Args:
+        mean: Posterior mean, `(C, X, Y, Z)` float32, as the encoder gives it.
+        logvar: Log of the posterior variance, same shape.
+        info: What leads back to the file, and affine and spacing_mm of the latent grid; JSON-able,
+            as in the files of `vae3d encode`.
+    """
+
+    mean: Tensor
+    logvar: Tensor
+    info: dict
+
+
+def encode_file(vae: CustomVAE, path: str | Path, mode: str = "full", **how: object) -> Encoded:
+    """Encode one volume, prepared as those that the network was trained on.
+
+    Args:
+        vae: From `load_model` or `from_pretrained`.
+        path: Any file that `loaders.read_volume` reads.
+        mode: full | patch | exact.
+        **how: Further options of `Coding`.
+    """
+    known = vae.contract or {}
+    data = known.get("data") or {}
+    slicing = {k: data[k] for k in ("slice_axis", "num_slices") if k in data}
+    coding = Coding(mode, **{"patch_size": known.get("patch_size"), **slicing, **how})
+    reading = {k: data[k] for k in ("nan", "volumes_4d") if k in data}
+    prepared = Preprocess.of_checkpoint(known.get("preprocess"))
+    with TemporaryDirectory() as cache:
+        store = VolumeStore.build([path], cache, prepared, progress=False, **reading)
+        x = torch.from_numpy(store.read(0))
+        mean, logvar = coding.encode(vae, x)
+        info = latent_info(store, 0, coding.factor(vae, x.ndim - 1))
+    return Encoded(mean, logvar, {**info, "made_by": coding.facts()})
+
+
+def decode_file(vae: CustomVAE, latent: Encoded, **how: object) -> Volume:
+    """Decode a latent onto the grid of the file that it was made of, in its intensities.
+
+    Args:
+        vae: The network that encoded it.
+        latent: What `encode_file` returned, with its `mean` or another in its place, or what
+            `stage2.latents.read_latent` read.
+        **how: Options of `Coding` that shall differ from those of encoding.
+
+    Returns:
+        Float32 intensities with the file's affine, as `loaders.write_volume` takes them.
+    """
+    coding = coding_of(latent.info["made_by"], **how)
+    x = coding.decode(vae, latent.mean, latent.info["volume_shape"][1:])
+    return undo(x.cpu().numpy(), latent.info["source"]["undo"])
+
+
+def latent_info(store: VolumeStore, index: int, factor: list[int]) -> dict[str, object]:
+    """Where a latent lies in space, and what leads from it back to the file.
+
+    Args:
+        store: Volumes.
+        index: Which of them was encoded.
+        factor: Voxels per latent voxel.
+    """
+    record = store.undo_record(index)
+    spacing = zip(store.spacing_mm(index), (*factor, 1), strict=False)
+    return {
+        "subject": store.ids[index],
+        "affine": latent_affine(record["affine"], factor).tolist(),
+        "spacing_mm": [mm * f for mm, f in spacing],
+        "factor": factor,
+        "volume_shape": list(store.shape(index)),
+        "intensity": store.preprocess.intensity,
+        "source": {"fingerprint": store.meta(index)["key"], "undo": record},
+    }
+
+
+def latent_affine(affine: Any, factor: Sequence[int]) -> np.ndarray:
+    """Affine (4, 4) of a latent grid: voxel 0 is centered on the first `factor` voxels.
+
+    Args:
+        affine: Of the encoded volume, voxel to mm.
+        factor: Voxels per latent voxel, two or three axes.
+    """
+    step = np.ones(3)
+    step[: len(factor)] = factor
+    to_voxel = np.diag([*step, 1.0])
+    to_voxel[:3, 3] = (step - 1) / 2
+    return np.asarray(affine, dtype=np.float64) @ to_voxel
+
+
+def volume_affine(affine: Any, factor: Sequence[int]) -> np.ndarray:
+    """Affine (4, 4) of the volume behind a latent grid, the inverse of `latent_affine`."""
+    return np.asarray(affine, dtype=np.float64) @ np.linalg.inv(latent_affine(np.eye(4), factor))
