@@ -1,3 +1,6 @@
+import multiprocessing
+import os
+import socket
 import weakref
 
 import pytest
@@ -5,6 +8,7 @@ import torch
 from torch.distributed.tensor import DTensor
 from toys import OnGPU, on_ranks, tiny_vae, toy_trainer
 
+from vae3d.training import distributed
 from vae3d.training.checkpoint import load_checkpoint, write_atomic
 from vae3d.training.distributed import World
 
@@ -78,6 +82,28 @@ def test_a_sharded_checkpoint_is_gathered_one_tensor_at_a_time_for_the_main_rank
     assert most == other_most == 1 and count == other_count > 100
     assert kinds == ["Tensor"]
     assert other_kinds == ["NoneType", "Tensor"]  # Adam's counts are no parts of anything
+
+
+def _join_and_leave(pipe, environ):
+    os.environ.update(environ)
+    with distributed.open_world("cpu", timeout_minutes=1) as world:
+        group = world.control
+        world.barrier()
+    pipe.send(any(group is one for one in distributed._groups))
+    os._exit(0)
+
+
+def test_process_groups_outlive_what_was_done_with_them():
+    """Freed by the last model that used them, they now and then waited for Python's lock."""
+    context = multiprocessing.get_context("fork")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        where = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(probe.getsockname()[1]))
+    pipes = [context.Pipe() for _ in range(2)]
+    for rank, (_, theirs) in enumerate(pipes):
+        environ = where | dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2")
+        context.Process(target=_join_and_leave, args=(theirs, environ), daemon=True).start()
+    assert all(ours.poll(60) and ours.recv() for ours, _ in pipes)
 
 
 def test_sharding_refuses_a_discriminator(tmp_path):

@@ -21,6 +21,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+# Process groups stay to the end of the process: to free one is to wait for its threads, holding
+# Python's lock, and they may be waiting for that lock to free the tensors of their last work.
+_groups: list[dist.ProcessGroup] = []
 ANSWER_S = 5.0  # a rank that the others wait for says so often that it is alive
 
 
@@ -207,10 +210,12 @@ def open_world(device: str = "auto", timeout_minutes: float = 30.0) -> Iterator[
             control = dist.new_group(backend="gloo", timeout=timeout)
         yield World(rank, size, where, control, store)
     except BaseException:
+        _groups.extend(dist.distributed_c10d._world.pg_map)
         # To destroy a group is to wait for its ranks, of which one may be lost.
         with suppress(RuntimeError):  # gloo knows nothing to abort in some versions of torch
             dist.distributed_c10d._abort_process_group()
         raise
+    _groups.extend(dist.distributed_c10d._world.pg_map)
     dist.destroy_process_group()
 
 
