@@ -214,6 +214,17 @@ def test_padding_by_name_is_that_of_the_layer(options):
     assert_exact(tiny(block=Named))
 
 
+@pytest.mark.parametrize("mode", ["circular", "replicate", "reflect"])
+def test_padding_that_is_not_zeros_runs_at_once_with_a_message(mode):
+    class Padded(blocks.Block):
+        def __init__(self, channels, out_channels, spatial_dims, norm, act):
+            conv = nn.Conv3d(channels, out_channels, 3, padding=1, padding_mode=mode)
+            super().__init__(nn.Sequential(conv), None)
+
+    with pytest.warns(UserWarning, match=f"padding is {mode}"):
+        assert_exact(tiny(block=Padded))
+
+
 def test_a_custom_module_that_declares_its_halo_is_tiled():
     vae = tiny()
     vae.decoder.insert(2, Blur(8, 1, 3, halo=2))

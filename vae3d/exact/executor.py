@@ -232,10 +232,12 @@ class Executor:
                 return HANDLERS[cls](self, module, node)
         if (halo := getattr(module, "halo", None)) is not None:
             return _local(self, module, node, halo)
-        warnings.warn(
-            f"exact mode runs {type(module).__name__} on the whole volume at once: "
-            "it has no handler and declares no `halo`"
-        )
+        return self.at_once(module, node, "it has no handler and declares no `halo`")
+
+    def at_once(self, module: nn.Module, node: Node, why: str) -> Node:
+        """Run a module on the whole volume, with a message."""
+        name = type(module).__name__
+        warnings.warn(f"exact mode runs {name} on the whole volume at once: {why}")
         return self.hold(module(self.take(node)))
 
     def tile_size(self, node: Node, part: int = 1) -> list[int]:
@@ -454,6 +456,8 @@ def _block(run: Executor, module: blocks.Block, node: Node) -> Node:
 
 
 def _conv(run: Executor, module: convolutions.Conv, node: Node, padding: Ends = ()) -> Node:
+    if module.padding_mode != "zeros":
+        return run.at_once(module, node, f"its padding is {module.padding_mode}, not zeros")
     overlap = module.dilation[0] * (module.kernel_size[0] - 1) + 1 - module.stride[0]
     return Conv(keep(node, max(overlap, 0)), module, padding)
 
