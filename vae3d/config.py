@@ -174,9 +174,8 @@ def config_dict(fn: Callable, kwargs: dict[str, Any]) -> dict[str, Any]:
     given = {name: _plain(value) for name, value in kwargs.items()}
     with _parsing():
         config = yaml.safe_load(parser.dump(parser.parse_object(given), skip_none=False))
-    return {
-        name: value for name, value in config.items() if name in inspect.signature(fn).parameters
-    }
+    known = inspect.signature(fn).parameters
+    return {name: value for name, value in config.items() if name in known}
 
 
 def save_config(path: Path, fn: Callable, kwargs: dict[str, Any]) -> None:

@@ -51,7 +51,7 @@ def decode(
     from vae3d.inference.reconstruct import coding_of
     from vae3d.stage2.latents import find_latents, read_info, read_latent
     from vae3d.training.distributed import open_world
-    from vae3d.training.memory import telling_of_memory
+    from vae3d.training.memory import SMALLER_PASSES, telling_of_memory
 
     path = Path(latents)
     paths = [path] if path.is_file() else find_latents(path, None if split == "all" else split)
@@ -59,8 +59,7 @@ def decode(
     given = dict(mode=mode, patch_size=patch_size, overlap=overlap, blend=blend)
     coding = coding_of(made_by, **given, memory_gb=memory_gb)
     vae = load_encoder(checkpoint, made_by, trust)
-    smaller = ("--mode exact", "--mode patch", "a smaller --patch_size")
-    with open_world(device) as world, telling_of_memory(*smaller):
+    with open_world(device) as world, telling_of_memory(*SMALLER_PASSES):
         vae.to(world.device)
         for path in paths[world.rank :: world.size]:
             latent = read_latent(path)

@@ -79,7 +79,7 @@ def encode(
     from vae3d.stage2.latents import latent_path, write_index, write_latent
     from vae3d.training.checkpoint import find_checkpoint, load_checkpoint, load_vae
     from vae3d.training.distributed import open_world
-    from vae3d.training.memory import telling_of_memory
+    from vae3d.training.memory import SMALLER_PASSES, telling_of_memory
 
     state = load_checkpoint(checkpoint)
     vae = load_vae(checkpoint, ema=ema, trust=trust)
@@ -90,8 +90,7 @@ def encode(
     made_by = {"checkpoint": weights_hash(vae), "step": state["step"], "ema": ema}
     made_by |= coding.facts()
     folder = Path(out_dir)
-    smaller = ("--mode exact", "--mode patch", "a smaller --patch_size")
-    with open_world(device) as world, telling_of_memory(*smaller):
+    with open_world(device) as world, telling_of_memory(*SMALLER_PASSES):
         vae.to(world.device)
         with world.main_first():
             store, parts = open_volumes(state, data or VolumeSource(), split)

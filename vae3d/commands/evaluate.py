@@ -112,7 +112,7 @@ def evaluate(
     from vae3d.tracking.tracker import Tracker
     from vae3d.training.checkpoint import find_checkpoint, fingerprint, load_checkpoint, load_vae
     from vae3d.training.distributed import open_world
-    from vae3d.training.memory import telling_of_memory
+    from vae3d.training.memory import SMALLER_PASSES, telling_of_memory
 
     if isinstance(data, str):
         data = EvaluationData(data)
@@ -140,8 +140,7 @@ def evaluate(
     subjects = find_subjects(data.root)
     chosen = choose_subjects(subjects, state["split"], split)[:limit]
 
-    smaller = ("--mode exact", "--mode patch", "a smaller --patch_size")
-    with open_world(device) as world, telling_of_memory(*smaller):
+    with open_world(device) as world, telling_of_memory(*SMALLER_PASSES):
         vae.to(world.device)
         open_store = partial(
             VolumeStore.build,

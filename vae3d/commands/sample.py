@@ -94,7 +94,7 @@ def sample(
     from vae3d.config import check_at_least
     from vae3d.inference.reconstruct import coding_of
     from vae3d.training.distributed import open_world
-    from vae3d.training.memory import telling_of_memory
+    from vae3d.training.memory import SMALLER_PASSES, telling_of_memory
 
     check_at_least(1, n=n)
     check_at_least(0, seed=seed)
@@ -107,8 +107,7 @@ def sample(
         fitted = fitted or fitted_latents(vae_path, device, trust)
     sources: Mapping[str, FromGaussian | FromDiffusion]
     kinds: tuple[Kind, ...]
-    smaller = ("--mode exact", "--mode patch", "a smaller --patch_size")
-    with open_world(device) as world, telling_of_memory(*smaller):
+    with open_world(device) as world, telling_of_memory(*SMALLER_PASSES):
         if ldm is not None:
             how = dict(solver=solver, steps=steps, guidance=guidance)
             diffusion = FromDiffusion(ldm, ema, trust, label, condition, **how)

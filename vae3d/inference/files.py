@@ -117,8 +117,3 @@ def latent_affine(affine: Any, factor: Sequence[int]) -> np.ndarray:
     to_voxel = np.diag([*step, 1.0])
     to_voxel[:3, 3] = (step - 1) / 2
     return np.asarray(affine, dtype=np.float64) @ to_voxel
-
-
-def volume_affine(affine: Any, factor: Sequence[int]) -> np.ndarray:
-    """Affine (4, 4) of the volume behind a latent grid, the inverse of `latent_affine`."""
-    return np.asarray(affine, dtype=np.float64) @ np.linalg.inv(latent_affine(np.eye(4), factor))

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from vae3d.models.conv import CONV, CONV_TRANSPOSE
+from vae3d.models.norm import wide
 
 MAX_BLOCK = 4096  # values; principal components of larger blocks take minutes and gigabytes
 
@@ -47,7 +48,7 @@ class LinearCode(nn.Module):
 
     def encode(self, x: Tensor) -> Tensor:
         """Code of `(B, C, *spatial)`, sizes that are multiples of the block, in float32."""
-        return self.analysis(x).float() if x.dtype != torch.float64 else self.analysis(x)
+        return wide(self.analysis(x))
 
     def decode(self, z: Tensor) -> Tensor:
         """Linear reconstruction `(B, C, *spatial * factor)` of a latent `(B, C', *spatial)`."""

@@ -142,7 +142,7 @@ class Checkpoints:
     def _noted(self, mark: str) -> dict[str, object]:
         """The note on the checkpoint with this mark; {} where there is none, or one on another."""
         try:
-            note = json.loads((self.folder / NOTE).read_text("utf-8"))
+            note = read_json(self.folder / NOTE)
         except (OSError, ValueError):  # missing, or torn by the disk: the step is validated again
             return {}
         return note if isinstance(note, dict) and note.get("mark") == mark else {}

@@ -17,6 +17,7 @@ from vae3d.training.task import Task
 
 CPU_SHARE = 0.7  # of the free memory; the rest is for reading ahead and for other programs
 GPU_SHARE = 0.92  # the rest is for libraries, other ranks' messages and pieces that fit nothing
+SMALLER_PASSES = ("--mode exact", "--mode patch", "a smaller --patch_size")  # without gradients
 LATE = 10**9  # a step at which every term of the loss has begun
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import inspect
 import re
@@ -133,4 +132,4 @@ def as_options(arguments: dict[str, Any]) -> dict[str, Any]:
     """
     loop = arguments["loop"]
     own = {name: value for name, value in arguments.items() if name != "loop"}
-    return own | {field.name: getattr(loop, field.name) for field in dataclasses.fields(loop)}
+    return own | {field.name: getattr(loop, field.name) for field in fields(loop)}
