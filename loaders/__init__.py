@@ -13,17 +13,21 @@ if TYPE_CHECKING:  # the same names for those who read types and run no __getatt
     from loaders.check import broken_files
     from loaders.config import DataConfig, open_data
     from loaders.demo import write_demo
+    from loaders.find import find_subjects
     from loaders.loader import Batch, PatchDataset, PatchLoader
     from loaders.patches import ForegroundCorners, LabelCorners, PatchGrid, Sampler, UniformCorners
     from loaders.preprocess import Augment, Preprocess
     from loaders.readers import READERS, BrokenVolume, Volume, read_volume, write_volume
     from loaders.slices import SliceStore
-    from loaders.splits import Subject, find_subjects, split_subjects
+    from loaders.splits import split_subjects
     from loaders.store import VolumeStore
+    from loaders.subjects import Subject
 
 _NAMES = {
     "readers": ("Volume", "BrokenVolume", "READERS", "read_volume", "write_volume"),
-    "splits": ("Subject", "find_subjects", "split_subjects"),
+    "subjects": ("Subject",),
+    "find": ("find_subjects",),
+    "splits": ("split_subjects",),
     "preprocess": ("Preprocess", "Augment"),
     "store": ("VolumeStore",),
     "slices": ("SliceStore",),

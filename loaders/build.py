@@ -30,7 +30,7 @@ from loaders.preprocess import (
     to_store_grid,
 )
 from loaders.readers import BrokenVolume, Volume, Volumes4D, read_volume
-from loaders.splits import Subject
+from loaders.subjects import Subject
 from loaders.whole import sweep, whole_file
 
 Task = TypeVar("Task")

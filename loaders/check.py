@@ -5,8 +5,9 @@ from __future__ import annotations
 from concurrent.futures import ThreadPoolExecutor
 
 from loaders.build import num_threads, progress_bar, read_subject, storable
+from loaders.find import find_subjects
 from loaders.readers import BrokenVolume, Volumes4D
-from loaders.splits import Subject, find_subjects
+from loaders.subjects import Subject
 
 
 def broken_files(

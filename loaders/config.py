@@ -100,8 +100,9 @@ def open_data(
         >>> store, split = open_data(DataConfig(root="data/demo"))
         >>> train = store.subset(split["train"])
     """
+    from loaders.find import find_subjects
     from loaders.slices import SliceStore
-    from loaders.splits import find_subjects, split_subjects
+    from loaders.splits import split_subjects
     from loaders.store import VolumeStore
 
     if not config.root:

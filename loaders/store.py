@@ -27,7 +27,7 @@ from loaders.build import Builder, draw_labels, exclusive, stamp, write_whole
 from loaders.compressed import CompressedArray
 from loaders.preprocess import PERCENTILES, Preprocess, from_store_grid
 from loaders.readers import BrokenVolume, Volume, Volumes4D, num_items, read_volume
-from loaders.splits import Subject, names_of
+from loaders.subjects import Subject, names_of
 
 OPEN_VOLUMES = 128  # maps held open: 10,000 volumes must not need 10,000 file descriptors
 

@@ -6,7 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from loaders.splits import Subject, find_subjects, split_subjects
+from loaders.find import find_subjects
+from loaders.splits import split_subjects
+from loaders.subjects import Subject
 
 
 def touch(root: Path, *names: str) -> Path:

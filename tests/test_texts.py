@@ -6,7 +6,7 @@ import time
 import pytest
 import yaml
 
-from loaders.splits import manifest_subjects
+from loaders.manifest import manifest_subjects
 from loaders.texts import load_yaml, read_json, read_yaml
 
 NESTED = "[" * 100_000

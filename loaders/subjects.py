@@ -1,0 +1,64 @@
+"""A subject: one volume to load, its name and what is known about it."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from loaders.readers import volume_suffix
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One volume to load and what is known about it.
+
+    Args:
+        id: Unique name, safe as a file name; from the path relative to the root.
+        paths: One file or DICOM folder; several are stacked as channels.
+        split: train, val or test where the manifest says so.
+        labels: Further manifest columns, for example group or site.
+    """
+
+    id: str
+    paths: tuple[Path, ...]
+    split: str | None = None
+    labels: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def person(self) -> str:
+        """Whose volume it is: all volumes of a person share a split.
+
+        The manifest's `subject` column, else BIDS' `sub-...` in the path, else the volume's id.
+        """
+        bids = re.search(r"sub-[A-Za-z0-9]+", self.id)
+        return self.labels.get("subject") or (bids.group() if bids else self.id)
+
+
+def names_of(paths: list[Path], base: Path) -> list[str]:
+    """Return unique ids: path relative to `base` without suffix, `/` as `__`."""
+
+    def name(path: Path, keep_suffix: bool) -> str:
+        relative = os.path.relpath(path, base)
+        relative = path.name if relative == "." else relative
+        suffix = "" if keep_suffix else (volume_suffix(path) or "")
+        if suffix and not path.is_dir():
+            relative = relative[: -len(suffix)]
+        return relative.replace("..", "").strip("/\\").replace(os.sep, "__")
+
+    short = [name(path, False) for path in paths]
+    # Names are compared as a case-folding disk would, where a.nii and A.nii are one output file.
+    count = Counter(id.casefold() for id in short)
+    long = [
+        id if count[id.casefold()] == 1 else name(path, True)
+        for id, path in zip(short, paths, strict=True)
+    ]
+    count = Counter(id.casefold() for id in long)
+    return [
+        id if count[id.casefold()] == 1
+        else f"{id}-{hashlib.blake2b(str(path).encode(), digest_size=4).hexdigest()}"
+        for id, path in zip(long, paths, strict=True)
+    ]  # fmt: skip
