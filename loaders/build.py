@@ -29,7 +29,7 @@ from loaders.preprocess import (
     statistics,
     to_store_grid,
 )
-from loaders.readers import BrokenVolume, Volume, Volumes4D, read_volume
+from loaders.readers import BrokenVolume, Reading, Volume, read_volume
 from loaders.subjects import Subject
 from loaders.whole import sweep, whole_file
 
@@ -46,8 +46,7 @@ class Builder:
     Args:
         cache_dir: The cache.
         preprocess: Its geometry decides what is stored.
-        nan: error or fill.
-        volumes_4d: error, channels or first.
+        reading: How the files are read.
         backend: npy or blosc2.
         in_channels: Channels that the model takes; another number is refused before anything is
             stored. None takes any.
@@ -58,16 +57,15 @@ class Builder:
         self,
         cache_dir: Path,
         preprocess: Preprocess,
-        nan: str,
-        volumes_4d: Volumes4D,
+        reading: Reading,
         backend: str = "npy",
         in_channels: int | None = None,
         num_slices: int = 1,
     ):
         self.cache_dir, self.preprocess = cache_dir, preprocess
         self.in_channels, self.num_slices = in_channels, num_slices
-        self.nan, self.volumes_4d, self.backend = nan, volumes_4d, backend
-        recipe = [FORMAT, preprocess.geometry(), nan, volumes_4d, backend]
+        self.reading, self.backend = reading, backend
+        recipe = [FORMAT, preprocess.geometry(), reading.nan, reading.volumes_4d, backend]
         self.recipe = json.dumps(recipe, sort_keys=True)
         self.digests: dict[str, list] = {}
 
@@ -151,9 +149,9 @@ class Builder:
 
     def build_one(self, subject: Subject) -> dict[str, Any]:
         """Read, check, preprocess and store one volume."""
-        volume = read_subject(subject, self.volumes_4d)
+        volume = read_subject(subject, self.reading)
         self.check_channels(subject, len(volume.data))
-        volume = storable(volume, subject.paths[0], self.nan)
+        volume = storable(volume, subject.paths[0], self.reading.nan)
         key = self.key(subject)
         if (meta := self.sidecar(key)) is not None:  # the same bytes under another name
             return meta
@@ -240,9 +238,9 @@ def in_c_order(data: np.ndarray) -> np.ndarray:
     return out
 
 
-def read_subject(subject: Subject, volumes_4d: Volumes4D) -> Volume:
+def read_subject(subject: Subject, reading: Reading) -> Volume:
     """Read the files of a subject; several become channels and must share one grid."""
-    volumes = [read_volume(path, volumes_4d) for path in subject.paths]
+    volumes = [read_volume(path, reading) for path in subject.paths]
     first = volumes[0]
     if len(volumes) == 1:
         return first

@@ -6,19 +6,18 @@ from concurrent.futures import ThreadPoolExecutor
 
 from loaders.build import num_threads, progress_bar, read_subject, storable
 from loaders.find import find_subjects
-from loaders.readers import BrokenVolume, Volumes4D
+from loaders.readers import READING, BrokenVolume, Reading
 from loaders.subjects import Subject
 
 
 def broken_files(
-    root: str, nan: str = "error", volumes_4d: Volumes4D = "error", threads: int | None = None
+    root: str, reading: Reading = READING, threads: int | None = None
 ) -> tuple[int, list[BrokenVolume]]:
     """Read every volume to its end, in parallel.
 
     Args:
         root: Folder, glob or manifest.
-        nan: error or fill.
-        volumes_4d: error, channels or first.
+        reading: How the files are read.
         threads: Files read at once; None for one per core, 8 at most.
 
     Returns:
@@ -28,7 +27,7 @@ def broken_files(
 
     def check(subject: Subject) -> BrokenVolume | None:
         try:
-            volume = storable(read_subject(subject, volumes_4d), subject.paths[0], nan)
+            volume = storable(read_subject(subject, reading), subject.paths[0], reading.nan)
             for channel in volume.data:
                 if channel.min() == channel.max():
                     raise BrokenVolume(subject.paths[0], f"all voxels are {channel.flat[0]}")

@@ -10,6 +10,7 @@ from loaders.patches import Sampler, UniformCorners
 from loaders.preprocess import Augment, Preprocess
 
 if TYPE_CHECKING:
+    from loaders.readers import Reading
     from loaders.slices import SliceStore
     from loaders.store import VolumeStore
 
@@ -51,6 +52,13 @@ class DataConfig:
     sampler: Callable[[], Sampler] = UniformCorners
     augment: dict[str, dict[str, Any]] | None = None
     threads: int | None = None
+
+    @property
+    def reading(self) -> Reading:
+        """How the files are read."""
+        from loaders.readers import Reading
+
+        return Reading.of(vars(self))
 
     def loader_options(self) -> dict[str, Any]:
         """Return what the training loader takes from here: sampler, balance, augmentation."""
@@ -121,8 +129,7 @@ def open_data(
         config.cache_dir,
         config.preprocess,
         on_error=config.on_error,
-        nan=config.nan,
-        volumes_4d=config.volumes_4d,
+        reading=config.reading,
         backend=config.backend,
         threads=config.threads,
         in_channels=in_channels,

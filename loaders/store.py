@@ -26,7 +26,7 @@ import torch
 from loaders.build import Builder, draw_labels, exclusive, stamp, write_whole
 from loaders.compressed import CompressedArray
 from loaders.preprocess import PERCENTILES, Preprocess, from_store_grid
-from loaders.readers import BrokenVolume, Volume, Volumes4D, num_items, read_volume
+from loaders.readers import READING, BrokenVolume, Reading, Volume, num_items, read_volume
 from loaders.subjects import Subject, names_of
 
 OPEN_VOLUMES = 128  # maps held open: 10,000 volumes must not need 10,000 file descriptors
@@ -258,8 +258,7 @@ class VolumeStore:
         preprocess: Preprocess | None = None,
         *,
         on_error: Literal["raise", "skip"] = "raise",
-        nan: Literal["error", "fill"] = "error",
-        volumes_4d: Volumes4D = "error",
+        reading: Reading = READING,
         backend: Literal["npy", "blosc2"] = "npy",
         threads: int | None = None,
         progress: bool = True,
@@ -277,8 +276,7 @@ class VolumeStore:
                 else ~/.cache/vae3d.
             preprocess: What is done to each volume; None for the defaults.
             on_error: raise at the first broken file, or skip: list it and go on.
-            nan: error refuses volumes with NaN or infinity; fill puts their lowest intensity.
-            volumes_4d: error, channels or first, for 4D files.
+            reading: How the files are read.
             backend: npy, or blosc2 for half the disk space at a fifth of the speed.
             threads: Volumes built at once; None for one per core, 8 at most.
             progress: Show a bar on a terminal.
@@ -290,7 +288,7 @@ class VolumeStore:
         preprocess = preprocess or Preprocess()
         cache_dir = Path(cache_dir or os.environ.get("VAE3D_CACHE") or "~/.cache/vae3d")
         cache_dir = cache_dir.expanduser()
-        builder = Builder(cache_dir, preprocess, nan, volumes_4d, backend, in_channels, num_slices)
+        builder = Builder(cache_dir, preprocess, reading, backend, in_channels, num_slices)
         known = builder.recall(subjects)
         missing = [subject for subject in subjects if subject.id not in known]
         skipped: list[tuple[str, str, str]] = []

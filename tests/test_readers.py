@@ -16,7 +16,15 @@ import pytest
 import SimpleITK as sitk
 import torch
 
-from loaders.readers import READERS, BrokenVolume, Volume, read_volume, volume_suffix, write_volume
+from loaders.readers import (
+    READERS,
+    BrokenVolume,
+    Reading,
+    Volume,
+    read_volume,
+    volume_suffix,
+    write_volume,
+)
 from loaders.readers.common import LPS_TO_RAS
 
 SHAPE = (5, 6, 7)
@@ -145,7 +153,7 @@ def test_big_endian_nrrd_with_channels_and_no_directions(tmp_path):
     path = tmp_path / "a.nrrd"
     path.write_bytes(header.encode() + gzip.compress(data.tobytes("F")))
     broken(path, "is 4D", "volumes_4d")
-    volume = read_volume(path, volumes_4d="channels")
+    volume = read_volume(path, Reading(volumes_4d="channels"))
     assert np.array_equal(volume.data, data) and volume.spacing_mm == (1, 2, 3)
 
 

@@ -15,7 +15,7 @@ import pytest
 
 import loaders.build
 from loaders import DataConfig, Preprocess, VolumeStore, open_data, read_volume
-from loaders.readers import BrokenVolume, Volume, write_volume
+from loaders.readers import BrokenVolume, Reading, Volume, write_volume
 
 PSR = np.array([[0, 0, 2.0, -90], [-2, 0, 0, 100], [0, 2, 0, -60], [0, 0, 0, 1]])
 
@@ -253,15 +253,17 @@ def test_constant_and_nan_volumes_follow_the_policy(tmp_path):
     np.save(tmp_path / "nan.npy", data)
     with pytest.raises(BrokenVolume, match="2 voxels are NaN or infinite"):
         VolumeStore.build([tmp_path / "nan.npy"], tmp_path / "cache")
-    store = VolumeStore.build([tmp_path / "nan.npy"], tmp_path / "cache", nan="fill")
+    store = VolumeStore.build(
+        [tmp_path / "nan.npy"], tmp_path / "cache", reading=Reading(nan="fill")
+    )
     x = store.read(0)
     assert np.isfinite(x).all() and x[0, 0, 0, 0] == 0 and x[0, 1, 1, 1] == 0
     np.save(tmp_path / "all.npy", np.full((5, 5, 5), np.nan))
     with pytest.raises(BrokenVolume, match="all voxels are NaN"):
-        VolumeStore.build([tmp_path / "all.npy"], tmp_path / "cache", nan="fill")
+        VolumeStore.build([tmp_path / "all.npy"], tmp_path / "cache", reading=Reading(nan="fill"))
     np.save(tmp_path / "huge.npy", np.full((5, 5, 5), 1e300))
     with pytest.raises(BrokenVolume, match="all voxels are beyond the range"):
-        VolumeStore.build([tmp_path / "huge.npy"], tmp_path / "cache", nan="fill")
+        VolumeStore.build([tmp_path / "huge.npy"], tmp_path / "cache", reading=Reading(nan="fill"))
 
 
 def test_data_of_another_intensity_contract_is_told(paths, tmp_path, capsys):

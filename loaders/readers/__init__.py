@@ -17,7 +17,15 @@ from pathlib import Path
 
 import numpy as np
 
-from loaders.readers.common import BrokenVolume, Volume, Volumes4D, num_items, require_number
+from loaders.readers.common import (
+    READING,
+    BrokenVolume,
+    Reading,
+    Volume,
+    Volumes4D,
+    num_items,
+    require_number,
+)  # fmt: skip
 from loaders.readers.dicom import is_dicom, read_dicom
 from loaders.readers.itk import read_meta, read_nrrd
 from loaders.readers.nifti import ras_axes, read_mgh, read_nifti, write_volume
@@ -26,11 +34,11 @@ from loaders.readers.picture import read_picture
 from loaders.readers.tiff import read_tiff
 
 __all__ = [
-    "READERS", "BrokenVolume", "Volume", "Volumes4D", "check_file", "is_dicom", "num_items",
-    "ras_axes", "read_volume", "volume_suffix", "write_volume",
+    "READERS", "READING", "BrokenVolume", "Reading", "Volume", "Volumes4D", "check_file", "is_dicom",
+    "num_items", "ras_axes", "read_volume", "volume_suffix", "write_volume",
 ]  # fmt: skip
 
-READERS: dict[str, Callable[[Path, Volumes4D], Volume]] = {
+READERS: dict[str, Callable[[Path, Reading], Volume]] = {
     ".nii.gz": read_nifti, ".nii": read_nifti, ".hdr": read_nifti,
     ".nrrd": read_nrrd, ".nhdr": read_nrrd, ".mha": read_meta, ".mhd": read_meta,
     ".mgz": read_mgh, ".mgh.gz": read_mgh, ".mgh": read_mgh,
@@ -47,12 +55,12 @@ def volume_suffix(path: Path | str) -> str | None:
     return next((suffix for suffix in READERS if name.endswith(suffix)), None)
 
 
-def read_volume(path: Path | str, volumes_4d: Volumes4D = "error") -> Volume:
+def read_volume(path: Path | str, reading: Reading = READING) -> Volume:
     """Read any supported file, or a folder with a DICOM series or a stack of pictures.
 
     Args:
         path: The file; its suffix decides the reader.
-        volumes_4d: What to do with 4D files: error, channels (each volume a channel), or first.
+        reading: What to do where more than one answer is right, for example with 4D files.
 
     Returns:
         The volume as stored, (C, X, Y, Z) in the file's own dtype but native byte order, with its
@@ -69,7 +77,7 @@ def read_volume(path: Path | str, volumes_4d: Volumes4D = "error") -> Volume:
     suffix = check_file(path)
     reader = read_folder if suffix == "folder" else READERS[suffix]
     try:
-        volume = reader(path, volumes_4d)
+        volume = reader(path, reading)
     except BrokenVolume:
         raise
     except (OSError, EOFError, KeyError, IndexError, OverflowError, MemoryError) as error:
@@ -90,18 +98,18 @@ def read_volume(path: Path | str, volumes_4d: Volumes4D = "error") -> Volume:
     return replace(volume, data=data)
 
 
-def read_folder(path: Path, volumes_4d: Volumes4D = "error") -> Volume:
+def read_folder(path: Path, reading: Reading = READING) -> Volume:
     """A folder with one DICOM series, or with the slices of a stack as TIFF, PNG or JPEG."""
     kinds = (".tif", ".tiff", ".png", ".jpg", ".jpeg")
     files = [file for file in path.iterdir() if not file.name.startswith(".")]
     pictures = [file for file in files if volume_suffix(file) in kinds]
     if not pictures or len(pictures) < len(files) / 2:
-        return read_dicom(path, volumes_4d)
+        return read_dicom(path, reading)
     # slice_2 comes before slice_10.
     pictures.sort(
         key=lambda file: [int(t) if t.isdigit() else t for t in re.split(r"(\d+)", file.name)]
     )
-    slices = [read_volume(file, volumes_4d) for file in pictures]
+    slices = [read_volume(file, reading) for file in pictures]
     first = slices[0]
     for file, one in zip(pictures, slices, strict=True):
         if one.data.shape != first.data.shape or one.data.dtype != first.data.dtype:

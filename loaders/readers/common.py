@@ -11,10 +11,10 @@ import bz2
 import gzip
 import os
 import zlib
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import numpy as np
 
@@ -26,6 +26,32 @@ LARGE = 64 * 2**20
 CHUNK = 2**18
 
 Volumes4D = Literal["error", "channels", "first"]
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How files are read where more than one answer is right.
+
+    Args:
+        nan: NaN or infinite voxels: error, or fill with the volume's lowest intensity.
+        volumes_4d: 4D files: error, channels (each volume a channel) or first.
+    """
+
+    nan: Literal["error", "fill"] = "error"
+    volumes_4d: Volumes4D = "error"
+
+    @classmethod
+    def names(cls) -> tuple[str, ...]:
+        """Names of the options."""
+        return tuple(field.name for field in fields(cls))
+
+    @classmethod
+    def of(cls, told: Mapping[str, Any]) -> Reading:
+        """Take from a record what it tells; what it does not know has its default."""
+        return cls(**{name: told[name] for name in cls.names() if name in told})
+
+
+READING = Reading()
 
 
 class BrokenVolume(ValueError):

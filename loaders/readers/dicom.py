@@ -6,10 +6,17 @@ from pathlib import Path
 
 import numpy as np
 
-from loaders.readers.common import LPS_TO_RAS, BrokenVolume, Volume, Volumes4D, to_channels_first
+from loaders.readers.common import (
+    LPS_TO_RAS,
+    READING,
+    BrokenVolume,
+    Reading,
+    Volume,
+    to_channels_first,
+)
 
 
-def read_dicom(path: Path, volumes_4d: Volumes4D = "error") -> Volume:
+def read_dicom(path: Path, reading: Reading = READING) -> Volume:
     """A folder that holds one DICOM series, or a single multi-frame file; see `dicom_slices`."""
     import SimpleITK as sitk
 
@@ -25,7 +32,7 @@ def read_dicom(path: Path, volumes_4d: Volumes4D = "error") -> Volume:
     direction = np.array(image.GetDirection()).reshape(3, 3)
     affine[:3, :3] = direction * np.array(image.GetSpacing())
     affine[:3, 3] = image.GetOrigin()
-    return Volume(to_channels_first(path, data.T, volumes_4d), LPS_TO_RAS @ affine)
+    return Volume(to_channels_first(path, data.T, reading.volumes_4d), LPS_TO_RAS @ affine)
 
 
 def dicom_slices(folder: Path) -> list[str]:

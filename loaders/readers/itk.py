@@ -9,9 +9,10 @@ import numpy as np
 
 from loaders.readers.common import (
     LPS_TO_RAS,
+    READING,
     BrokenVolume,
+    Reading,
     Volume,
-    Volumes4D,
     num_items,
     read_voxels,
     require_number,
@@ -36,7 +37,7 @@ NRRD_TYPES = {
 }
 
 
-def read_nrrd(path: Path, volumes_4d: Volumes4D = "error") -> Volume:
+def read_nrrd(path: Path, reading: Reading = READING) -> Volume:
     """NRRD, attached (.nrrd) or detached (.nhdr); raw, gzip or bzip2."""
     fields, start = nrrd_fields(path)
     shape = tuple(int(n) for n in fields["sizes"].split())
@@ -63,7 +64,9 @@ def read_nrrd(path: Path, volumes_4d: Volumes4D = "error") -> Volume:
     affine, spatial = nrrd_affine(path, fields, len(shape))
     data = raw.reshape(shape, order="F")
     others = [axis for axis in range(data.ndim) if axis not in spatial]
-    return Volume(to_channels_first(path, data.transpose(*spatial, *others), volumes_4d), affine)
+    return Volume(
+        to_channels_first(path, data.transpose(*spatial, *others), reading.volumes_4d), affine
+    )
 
 
 def nrrd_fields(path: Path) -> tuple[dict[str, str], int]:
@@ -129,7 +132,7 @@ META_TYPES = {
 }  # fmt: skip
 
 
-def read_meta(path: Path, volumes_4d: Volumes4D = "error") -> Volume:
+def read_meta(path: Path, reading: Reading = READING) -> Volume:
     """MetaImage, one file (.mha) or header and voxels apart (.mhd)."""
     fields, start = meta_fields(path)
     shape = tuple(int(n) for n in fields["DimSize"].split())
@@ -152,7 +155,7 @@ def read_meta(path: Path, volumes_4d: Volumes4D = "error") -> Volume:
     else:
         raw = read_voxels(voxels, dtype, count, start=start)
     data = raw.reshape(num_channels, *shape, order="F")  # the channel runs fastest
-    data = to_channels_first(path, np.moveaxis(data, 0, -1), volumes_4d)
+    data = to_channels_first(path, np.moveaxis(data, 0, -1), reading.volumes_4d)
     return Volume(data, meta_affine(fields, len(shape)))
 
 

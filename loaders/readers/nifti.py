@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from loaders.readers.common import (
+    READING,
     BrokenVolume,
+    Reading,
     Volume,
-    Volumes4D,
     codec_of,
     head,
     num_items,
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from nibabel.freesurfer.mghformat import MGHHeader
 
 
-def read_nifti(path: Path, volumes_4d: Volumes4D = "error") -> Volume:
+def read_nifti(path: Path, reading: Reading = READING) -> Volume:
     """NIfTI-1 and NIfTI-2, single file or .hdr/.img pair."""
     import nibabel
     from nibabel.spatialimages import HeaderDataError
@@ -61,7 +62,7 @@ def read_nifti(path: Path, volumes_4d: Volumes4D = "error") -> Volume:
         raise BrokenVolume(path, f"header puts the voxels at byte {start}, inside itself")
     require_number(path, dtype)
     raw = read_voxels(voxels, dtype, num_items(shape), start=start, codec=codec_of(voxels))
-    data = to_channels_first(path, raw.reshape(shape, order="F"), volumes_4d)
+    data = to_channels_first(path, raw.reshape(shape, order="F"), reading.volumes_4d)
     # The low three bits of xyzt_units: 1 meter, 2 millimeter, 3 micrometer.
     affine[:3] *= {1: 1e3, 3: 1e-3}.get(int(header["xyzt_units"]) & 7, 1.0)
     return Volume(data, affine, 1.0 if scale is None else scale, 0.0 if offset is None else offset)
@@ -89,7 +90,7 @@ def sibling(path: Path, suffixes: tuple[str, ...]) -> Path:
     raise BrokenVolume(path, f"lacks {path.stem}{suffixes[0]} beside it")
 
 
-def read_mgh(path: Path, volumes_4d: Volumes4D = "error") -> Volume:
+def read_mgh(path: Path, reading: Reading = READING) -> Volume:
     """FreeSurfer .mgh and .mgz."""
     from nibabel.freesurfer.mghformat import MGHHeader
 
@@ -101,7 +102,7 @@ def read_mgh(path: Path, volumes_4d: Volumes4D = "error") -> Volume:
     raw = read_voxels(
         path, dtype, num_items(shape), start=284, codec=codec_of(path), trailing=2**22
     )
-    data = to_channels_first(path, raw.reshape(shape, order="F"), volumes_4d)
+    data = to_channels_first(path, raw.reshape(shape, order="F"), reading.volumes_4d)
     return Volume(data, header.get_affine())
 
 

@@ -12,9 +12,10 @@ import numpy as np
 from loaders.readers.common import (
     LARGE,
     MAX_EXPANSION,
+    READING,
     BrokenVolume,
+    Reading,
     Volume,
-    Volumes4D,
     num_items,
     read_voxels,
     require_number,
@@ -22,7 +23,7 @@ from loaders.readers.common import (
 )
 
 
-def read_npy(path: Path, volumes_4d: Volumes4D = "error") -> Volume:
+def read_npy(path: Path, reading: Reading = READING) -> Volume:
     """A .npy array (X, Y[, Z[, C]]), 1 mm voxels; pickled objects are never loaded."""
     with open(path, "rb") as file:
         shape, fortran, dtype = npy_header(path, file)
@@ -30,7 +31,7 @@ def read_npy(path: Path, volumes_4d: Volumes4D = "error") -> Volume:
     require_number(path, dtype)
     raw = read_voxels(path, dtype, num_items(shape), start=start)
     data = raw.reshape(shape, order="F" if fortran else "C")
-    return Volume(to_channels_first(path, data, volumes_4d))
+    return Volume(to_channels_first(path, data, reading.volumes_4d))
 
 
 def npy_header(path: Path, file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
@@ -45,7 +46,7 @@ def npy_header(path: Path, file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.d
         raise BrokenVolume(path, f"has no .npy header ({error})") from error
 
 
-def read_npz(path: Path, volumes_4d: Volumes4D = "error") -> Volume:
+def read_npz(path: Path, reading: Reading = READING) -> Volume:
     """A .npz with the volume under `data` (or alone) and, if given, `affine` or `spacing_mm`."""
     try:
         archive = zipfile.ZipFile(path)
@@ -63,7 +64,7 @@ def read_npz(path: Path, volumes_4d: Volumes4D = "error") -> Volume:
         for key in ("spacing_mm", "spacing"):
             if key in names:
                 affine[:3, :3] = np.diag(npz_array(path, archive, names[key]).astype(float))
-    return Volume(to_channels_first(path, data, volumes_4d), affine)
+    return Volume(to_channels_first(path, data, reading.volumes_4d), affine)
 
 
 def npz_array(path: Path, archive: zipfile.ZipFile, name: str) -> np.ndarray:

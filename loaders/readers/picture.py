@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 
-from loaders.readers.common import LARGE, MAX_EXPANSION, BrokenVolume, Volume, Volumes4D
+from loaders.readers.common import LARGE, MAX_EXPANSION, READING, BrokenVolume, Reading, Volume
 
 
-def read_picture(path: Path, volumes_4d: Volumes4D = "error") -> Volume:
+def read_picture(path: Path, reading: Reading = READING) -> Volume:
     """PNG or JPEG -> (C, X, Y, 1), X to the right and Y down; colors become channels."""
     from PIL import Image, UnidentifiedImageError
 

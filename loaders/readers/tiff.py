@@ -11,9 +11,10 @@ import numpy as np
 from loaders.readers.common import (
     LARGE,
     MAX_EXPANSION,
+    READING,
     BrokenVolume,
+    Reading,
     Volume,
-    Volumes4D,
     num_items,
     require_number,
     to_channels_first,
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     import tifffile
 
 
-def read_tiff(path: Path, volumes_4d: Volumes4D = "error") -> Volume:
+def read_tiff(path: Path, reading: Reading = READING) -> Volume:
     """A TIFF image or multi-page stack; voxel size from ImageJ or OME metadata where present."""
     try:
         import tifffile
@@ -54,7 +55,9 @@ def read_tiff(path: Path, volumes_4d: Volumes4D = "error") -> Volume:
             names, data = names + name, data[..., None]
     order = [names.index(name) for name in "XYZ"]
     data = data.transpose(*order, *(i for i in range(data.ndim) if i not in order))
-    leave = "channels" if "S" in axes and data.shape[2] == 1 else volumes_4d  # a color picture
+    leave = (
+        "channels" if "S" in axes and data.shape[2] == 1 else reading.volumes_4d
+    )  # a color picture
     return Volume(to_channels_first(path, data, leave), np.diag([*spacing, 1.0]))
 
 

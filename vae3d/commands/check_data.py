@@ -22,8 +22,9 @@ def check_data(
         threads: Files read at once; null for one per core.
     """
     from loaders.check import broken_files
+    from loaders.readers import Reading
 
-    count, broken = broken_files(root, nan, volumes_4d, threads)
+    count, broken = broken_files(root, Reading(nan, volumes_4d), threads)
     for error in broken:
         print(error)
     print(f"{count - len(broken)} of {count} volumes are sound", file=sys.stderr)

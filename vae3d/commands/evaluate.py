@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from loaders import Preprocess
+from loaders.readers import Reading
 from vae3d.losses.perceptual import Perceptual
 
 if TYPE_CHECKING:
@@ -147,8 +148,7 @@ def evaluate(
             cache_dir=data.cache_dir,
             preprocess=Preprocess.of_checkpoint(state["preprocess"], data.preprocess),
             on_error=data.on_error,
-            nan=trained["data"]["nan"],
-            volumes_4d=trained["data"]["volumes_4d"],
+            reading=Reading.of(trained["data"]),
         )
         out, pca = Path(out_dir), None
         with world.main_first():

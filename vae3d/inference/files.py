@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from loaders import Preprocess, VolumeStore
+from loaders.readers import Reading
 from loaders.store import undo
 from vae3d.inference.reconstruct import Coding, coding_of
 
@@ -57,10 +58,9 @@ def encode_file(vae: CustomVAE, path: str | Path, mode: str = "full", **how: obj
     data = known.get("data") or {}
     slicing = {k: data[k] for k in ("slice_axis", "num_slices") if k in data}
     coding = Coding(mode, **{"patch_size": known.get("patch_size"), **slicing, **how})
-    reading = {k: data[k] for k in ("nan", "volumes_4d") if k in data}
     prepared = Preprocess.of_checkpoint(known.get("preprocess"))
     with TemporaryDirectory() as cache:
-        store = VolumeStore.build([path], cache, prepared, progress=False, **reading)
+        store = VolumeStore.build([path], cache, prepared, progress=False, reading=Reading.of(data))
         x = torch.from_numpy(store.read(0))
         mean, logvar = coding.encode(vae, x)
         info = latent_info(store, 0, coding.factor(vae, x.ndim - 1))

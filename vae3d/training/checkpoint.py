@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from loaders import DataConfig
+from loaders.readers import Reading
 from loaders.texts import read_json
 from loaders.whole import sweep, whole_file, write_text
 from vae3d.weights.hub import (
@@ -42,7 +43,7 @@ FORMAT = 1
 STEP_FILE = re.compile(r"step_(\d+)\.pt")
 NOTE, NOTED = "newest.json", ("best", "stale", "owed", "names")  # a small file, and what is in it
 # How files are read, of data.*: part of what a network wants of its volumes.
-READING = ("nan", "volumes_4d", "slice_axis", "num_slices")
+READING = (*Reading.names(), "slice_axis", "num_slices")
 
 
 class Checkpoints:
