@@ -279,7 +279,9 @@ def test_four_dimensions_need_leave(tmp_path):
     data = numbers(shape=(3, 4, 5, 2))
     path = nifti(tmp_path / "a.nii.gz", data)
     broken(path, "is 4D (3x4x5x2)", "volumes_4d")
-    assert np.array_equal(read_volume(path, "channels").data, np.moveaxis(data, 3, 0))
+    assert np.array_equal(
+        read_volume(path, Reading(volumes_4d="channels")).data, np.moveaxis(data, 3, 0)
+    )
     assert np.array_equal(read_volume(path, "first").data[0], data[..., 0])
     path = nifti(tmp_path / "b.nii.gz", data[..., :1])  # a trailing 1 is no fourth dimension
     assert read_volume(path).data.shape == (1, 3, 4, 5)
@@ -517,7 +519,7 @@ def test_broken_volume_survives_pickling():
 def test_written_volumes_read_back_equal_here_and_in_nibabel(tmp_path, name):
     data = numbers("f4", (2, *SHAPE))
     write_volume(tmp_path / name, Volume(data, AFFINE))
-    volume = read_volume(tmp_path / name, "channels")
+    volume = read_volume(tmp_path / name, Reading(volumes_4d="channels"))
     assert np.array_equal(volume.data, data) and np.allclose(volume.affine, AFFINE, atol=1e-5)
     image = nib.load(tmp_path / name)
     assert np.array_equal(np.moveaxis(np.asarray(image.dataobj), 3, 0), data)

@@ -34,8 +34,8 @@ from loaders.readers.picture import read_picture
 from loaders.readers.tiff import read_tiff
 
 __all__ = [
-    "READERS", "READING", "BrokenVolume", "Reading", "Volume", "Volumes4D", "check_file", "is_dicom",
-    "num_items", "ras_axes", "read_volume", "volume_suffix", "write_volume",
+    "READERS", "READING", "BrokenVolume", "Reading", "Volume", "Volumes4D", "check_file",
+    "is_dicom", "num_items", "ras_axes", "read_volume", "volume_suffix", "write_volume",
 ]  # fmt: skip
 
 READERS: dict[str, Callable[[Path, Reading], Volume]] = {
