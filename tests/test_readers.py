@@ -282,7 +282,7 @@ def test_four_dimensions_need_leave(tmp_path):
     assert np.array_equal(
         read_volume(path, Reading(volumes_4d="channels")).data, np.moveaxis(data, 3, 0)
     )
-    assert np.array_equal(read_volume(path, "first").data[0], data[..., 0])
+    assert np.array_equal(read_volume(path, Reading(volumes_4d="first")).data[0], data[..., 0])
     path = nifti(tmp_path / "b.nii.gz", data[..., :1])  # a trailing 1 is no fourth dimension
     assert read_volume(path).data.shape == (1, 3, 4, 5)
 
