@@ -29,13 +29,23 @@ from loaders.preprocess import (
     statistics,
     to_store_grid,
 )
-from loaders.readers import BrokenVolume, Reading, Volume, read_volume
+from loaders.readers import (
+    BrokenVolume,
+    Reading,
+    Volume,
+    holds_dicom,
+    read_volume,
+    same_grid,
+    split_series,
+)
 from loaders.subjects import Subject
 from loaders.whole import sweep, whole_file
 
 Task = TypeVar("Task")
 
 FORMAT = 1  # part of every key: raise it when what lies in the cache changes its meaning
+# The same for what is read from DICOM: 2 has the rescale and the position of each slice.
+DICOM_FORMAT = "dicom 2"
 NUM_POINTS = 1024  # voxels remembered for the samplers
 QUICK = (0.0, 0.5, 1.0, 2.0, 5.0, 50.0, 95.0, 98.0, 99.0, 99.5, 99.9, 100.0)
 
@@ -66,6 +76,9 @@ class Builder:
         self.in_channels, self.num_slices = in_channels, num_slices
         self.reading, self.backend = reading, backend
         recipe = [FORMAT, preprocess.geometry(), reading.nan, reading.volumes_4d, backend]
+        chosen = reading.chosen()  # options that came later: caches older than they stay valid
+        later = {name: value for name, value in chosen.items() if name not in ("nan", "volumes_4d")}
+        recipe += [later] if later else []
         self.recipe = json.dumps(recipe, sort_keys=True)
         self.digests: dict[str, list] = {}
 
@@ -97,6 +110,7 @@ class Builder:
 
     def remembered(self, path: Path) -> bool:
         """Whether the digest of a file is known and its size and time are still the same."""
+        path, _ = split_series(path)
         known = self.digests.get(os.path.abspath(path))
         try:
             return known is not None and known[:-1] == stamp(path)
@@ -106,11 +120,14 @@ class Builder:
     def key(self, subject: Subject) -> str:
         """Name of a volume in the cache: a hash of its bytes and of the geometry."""
         parts = []
-        for path in subject.paths:
+        for given in subject.paths:
+            path, series = split_series(given)
             if not self.remembered(path):
                 before = stamp(path)
                 self.digests[os.path.abspath(path)] = [*before, digest(path)]
             parts.append(self.digests[os.path.abspath(path)][-1])
+            parts += [DICOM_FORMAT] if holds_dicom(path) else []
+            parts += [series] if series else []
         text = "\n".join([self.recipe, *parts])
         return hashlib.blake2b(text.encode(), digest_size=12).hexdigest()
 
@@ -245,8 +262,8 @@ def read_subject(subject: Subject, reading: Reading) -> Volume:
     if len(volumes) == 1:
         return first
     for path, volume in zip(subject.paths[1:], volumes[1:], strict=True):
-        same = volume.data.shape[1:] == first.data.shape[1:]
-        if not same or not np.allclose(volume.affine, first.affine, atol=1e-3):
+        shapes = first.data.shape[1:], volume.data.shape[1:]
+        if not same_grid(shapes[0], first.affine, shapes[1], volume.affine):
             raise BrokenVolume(path, f"does not share the grid of {subject.paths[0]}")
     kinds = {(volume.data.dtype, volume.scale, volume.offset) for volume in volumes}
     if len(kinds) > 1:  # one array needs one dtype and scale

@@ -3,15 +3,33 @@
 from __future__ import annotations
 
 import glob
+import itertools
 import os
+import sys
+from collections import Counter
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from loaders.manifest import manifest_subjects
-from loaders.readers import READERS, is_dicom, volume_suffix
+from loaders.readers import (
+    DICOM_SUFFIXES,
+    READERS,
+    READING,
+    Dicom,
+    Reading,
+    holds_dicom,
+    is_dicom,
+    object_name,
+    split_series,
+    volume_suffix,
+    volumes_of,
+)
 from loaders.subjects import Subject, names_of
 
+STORES = (".zarr", ".n5")  # folders that are files of a kind
 
-def find_subjects(root: str | Path) -> list[Subject]:
+
+def find_subjects(root: str | Path, reading: Reading = READING) -> list[Subject]:
     """List the volumes under a folder (recursive), of a glob, or of a CSV or JSON manifest.
 
     A manifest has the column `path` (relative to the manifest; several files separated by `;`
@@ -20,6 +38,7 @@ def find_subjects(root: str | Path) -> list[Subject]:
 
     Args:
         root: The folder, glob or manifest.
+        reading: How files are read; with `dicom.series` at `all` each series is a volume.
 
     Returns:
         Volumes sorted by id, or in the manifest's order.
@@ -36,25 +55,28 @@ def find_subjects(root: str | Path) -> list[Subject]:
         paths = [
             path
             for path in map(Path, sorted(glob.glob(str(root), recursive=True)))
-            if volume_suffix(path) or path.is_dir()
+            if volume_suffix(path) or path.is_dir() or asked_is_dicom(path)
         ]
         base = Path(str(root).split("*")[0].split("?")[0].split("[")[0] + "x").parent
-    elif root.is_file() or root.is_symlink():
+    elif root.is_file() or root.is_symlink() or split_series(root)[1]:
         paths, base = [root], root.parent
     else:
         raise ValueError(f"{root}: no such folder, glob or manifest (data.root)")
     if not paths:
         formats = " ".join(READERS)
         raise ValueError(f"{root}: holds no volumes (data.root); formats are {formats}")
-    return [Subject(id, (path,)) for id, path in zip(names_of(paths, base), paths, strict=True)]
+    names = names_of(paths, base)
+    subjects = [Subject(id, (path,)) for id, path in zip(names, paths, strict=True)]
+    return each_series(subjects, reading.dicom) if reading.dicom.series == "all" else subjects
 
 
 def volumes_below(root: Path) -> list[Path]:
     """Walk a folder: files that a reader takes, and folders that hold DICOM slices.
 
-    Dot-files are skipped, links are followed, a loop of links is walked once.
+    DICOM is known by its first bytes, whatever a file is called. What is passed over is told in one
+    line. Dot-files are skipped, links are followed, a loop of links is walked once.
     """
-    found, seen, todo = [], set(), [root]
+    found, passed, seen, todo = [], Passed(), set(), [root]
     while todo:
         folder = todo.pop()
         if (real := os.path.realpath(folder)) in seen:
@@ -65,13 +87,77 @@ def volumes_below(root: Path) -> list[Path]:
         for path in (folder / name for name in names):
             suffix = volume_suffix(path)
             if path.is_dir():
-                todo.append(path)
-            elif suffix == ".dcm":
-                slices = True
-            elif suffix is not None:
+                if path.suffix.lower() in STORES:
+                    passed.files[path.suffix.lower()] += 1
+                else:
+                    todo.append(path)
+            elif suffix not in (None, *DICOM_SUFFIXES):
                 found.append(path)
-            elif not path.suffix and not slices and path.is_file():
-                slices = is_dicom(path)
+            elif asked_is_dicom(path):
+                name = object_name(path)
+                slices = slices or name is None
+                passed.objects.update([name] if name else [])
+            elif path.suffix.lower() in DICOM_SUFFIXES:
+                slices = True  # or broken, which is told when it is read
+            elif not belongs_to_header(path, names):
+                passed.files[path.suffix.lower() or "without suffix"] += 1
         if slices:
             found.append(folder)
+    passed.tell(root)
+    return found
+
+
+def asked_is_dicom(path: Path) -> bool:
+    """Whether a file says that it is DICOM; not one that cannot be opened, or would block."""
+    try:
+        return path.is_file() and is_dicom(path)
+    except OSError:  # not ours to read: it is counted with those that are passed over
+        return False
+
+
+def belongs_to_header(path: Path, names: list[str]) -> bool:
+    """Whether a file beside a header of its name holds the voxels of it."""
+    stem = path.name.split(".")[0]
+    return any(f"{stem}{header}" in names for header in (".hdr", ".mhd", ".nhdr"))
+
+
+@dataclass
+class Passed:
+    """What a walk passes over: files that no reader takes, and DICOM objects without an image.
+
+    Args:
+        files: How many of which suffix.
+        objects: How many of which kind.
+    """
+
+    files: Counter[str] = field(default_factory=Counter)
+    objects: Counter[str] = field(default_factory=Counter)
+
+    def tell(self, root: Path) -> None:
+        """Say it in one line on stderr; nothing where nothing was passed over."""
+        count = self.files.total() + self.objects.total()
+        if count:
+            kinds = [*self.files.most_common(), *self.objects.most_common()]
+            parts = [f"{number} {kind}" for kind, number in kinds[:8]] + ["..."] * (len(kinds) > 8)
+            files = "file" if count == 1 else "files"
+            print(f"{root}: passed over {count} {files}: {', '.join(parts)}", file=sys.stderr)
+
+
+def each_series(subjects: list[Subject], options: Dicom) -> list[Subject]:
+    """Make each series of a DICOM folder that holds several a subject, named by its description."""
+    found, taken = [], {subject.id.casefold() for subject in subjects}
+    for subject in subjects:
+        (path,) = subject.paths
+        series = volumes_of(path, options) if path.is_dir() and holds_dicom(path) else {}
+        if len(series) < 2:
+            found.append(subject)
+            continue
+        for path, name in series.items():
+            id = stem = f"{subject.id}__{name}"
+            for number in itertools.count(2):
+                if id.casefold() not in taken:
+                    break
+                id = f"{stem}_{number}"
+            taken.add(id.casefold())
+            found.append(replace(subject, id=id, paths=(path,)))
     return found

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from loaders.readers import Volume, ras_axes
+from loaders.readers import Volume, ras_axes, same_grid
 
 if TYPE_CHECKING:
     import torch
@@ -355,19 +355,24 @@ def resampled_grid(
 def resample(
     volume: Volume, shape: tuple[int, int, int], affine: np.ndarray, label: bool = False
 ) -> Volume:
-    """Interpolate linearly onto a grid, smoothed first along axes that shrink; keeps the dtype."""
+    """Interpolate linearly onto a grid, smoothed first along axes that shrink; keeps the dtype.
+
+    TorchIO is told of the new grid in voxels of the old one: a shear, which it would not hold,
+    cancels out, and nanometers are no smaller than millimeters.
+    """
     import torch
     import torchio
 
-    if tuple(shape) == volume.data.shape[1:] and np.allclose(affine, volume.affine):
+    if same_grid(volume.data.shape[1:], volume.affine, shape, affine, voxels=0.01):
         return volume
     # Repeat the border: outside the field of view the resampler would put zeros.
     border = 4
     data = np.pad(volume.data, [(0, 0)] + [(border, border)] * 3, "edge").astype(np.float32)
-    wide = volume.affine.copy()
-    wide[:3, 3] -= volume.affine[:3, :3] @ np.full(3, border)
+    in_voxels = np.linalg.solve(volume.affine, affine)
+    wide = np.eye(4)
+    wide[:3, 3] = -border
     transform = torchio.Resample(
-        (tuple(shape), affine),
+        (tuple(shape), in_voxels),
         image_interpolation="nearest" if label else "linear",
         antialias=not label,
     )

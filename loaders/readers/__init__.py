@@ -20,22 +20,28 @@ import numpy as np
 from loaders.readers.common import (
     READING,
     BrokenVolume,
+    Dicom,
     Reading,
     Volume,
     Volumes4D,
+    is_singular,
     num_items,
     require_number,
+    same_grid,
+    split_series,
 )  # fmt: skip
-from loaders.readers.dicom import is_dicom, read_dicom
+from loaders.readers.dicom import DICOM_SUFFIXES, holds_dicom, read_dicom, volumes_of
 from loaders.readers.itk import read_meta, read_nrrd
 from loaders.readers.nifti import ras_axes, read_mgh, read_nifti, write_volume
 from loaders.readers.npy import read_npy, read_npz
 from loaders.readers.picture import read_picture
+from loaders.readers.planes import is_dicom, object_name
 from loaders.readers.tiff import read_tiff
 
 __all__ = [
-    "READERS", "READING", "BrokenVolume", "Reading", "Volume", "Volumes4D", "check_file",
-    "is_dicom", "num_items", "ras_axes", "read_volume", "volume_suffix", "write_volume",
+    "DICOM_SUFFIXES", "READERS", "READING", "BrokenVolume", "Dicom", "Reading", "Volume",
+    "Volumes4D", "check_file", "holds_dicom", "is_dicom", "num_items", "object_name", "ras_axes",
+    "read_volume", "same_grid", "split_series", "volume_suffix", "volumes_of", "write_volume",
 ]  # fmt: skip
 
 READERS: dict[str, Callable[[Path, Reading], Volume]] = {
@@ -59,7 +65,8 @@ def read_volume(path: Path | str, reading: Reading = READING) -> Volume:
     """Read any supported file, or a folder with a DICOM series or a stack of pictures.
 
     Args:
-        path: The file; its suffix decides the reader.
+        path: The file, whose suffix decides the reader; DICOM is known by its first bytes, and one
+            series of a folder is `folder#SeriesInstanceUID`.
         reading: What to do where more than one answer is right, for example with 4D files.
 
     Returns:
@@ -89,7 +96,9 @@ def read_volume(path: Path | str, reading: Reading = READING) -> Volume:
     require_number(path, volume.data.dtype)
     if not (np.isfinite(volume.affine).all() and np.isfinite([volume.scale, volume.offset]).all()):
         raise BrokenVolume(path, "affine or intensity scale is not finite")
-    if abs(np.linalg.det(volume.affine[:3, :3])) < 1e-12 or volume.scale == 0:
+    if volume.scale == 0:
+        raise BrokenVolume(path, "intensity scale is 0: all intensities would be equal")
+    if is_singular(volume.affine):
         raise BrokenVolume(path, "affine is singular: two axes point the same way or have no size")
     data = volume.data.astype(volume.data.dtype.newbyteorder("="), copy=False)
     # Slice by slice: the first of nearly every volume settles it.
@@ -103,7 +112,7 @@ def read_folder(path: Path, reading: Reading = READING) -> Volume:
     kinds = (".tif", ".tiff", ".png", ".jpg", ".jpeg")
     files = [file for file in path.iterdir() if not file.name.startswith(".")]
     pictures = [file for file in files if volume_suffix(file) in kinds]
-    if not pictures or len(pictures) < len(files) / 2:
+    if not pictures or len(pictures) < len(files) / 2 or holds_dicom(path):
         return read_dicom(path, reading)
     # slice_2 comes before slice_10.
     pictures.sort(
@@ -124,6 +133,8 @@ def check_file(path: Path) -> str:
 
     A FIFO would block for ever, so the kind of the file is asked before it is opened.
     """
+    if split_series(path)[1] is not None:
+        return ".dcm"
     try:
         mode = os.stat(path).st_mode
     except OSError as error:
@@ -134,13 +145,14 @@ def check_file(path: Path) -> str:
     if not stat.S_ISREG(mode):
         raise BrokenVolume(path, "is not a regular file (a pipe, socket or device)")
     suffix = volume_suffix(path)
-    if suffix is None:
-        raise BrokenVolume(path, f"unknown format; known are {' '.join(READERS)}")
     try:
         with open(path, "rb") as file:
             start = file.read(256).lstrip().lower()
+        suffix = suffix or (".dcm" if is_dicom(path) else None)
     except OSError as error:
         raise BrokenVolume(path, error.strerror or str(error)) from error
+    if suffix is None:
+        raise BrokenVolume(path, f"unknown format; known are {' '.join(READERS)}")
     if not os.path.getsize(path):
         raise BrokenVolume(path, "is empty (0 bytes)")
     if start.startswith(b"version https://git-lfs"):

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import bz2
 import gzip
+import math
 import os
 import zlib
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -29,16 +30,44 @@ Volumes4D = Literal["error", "channels", "first"]
 
 
 @dataclass(frozen=True)
+class Dicom:
+    """How DICOM slices become a volume where their headers leave a choice.
+
+    Args:
+        tolerance_mm: How far a slice may lie off the even grid of its volume in millimeters; a
+            quarter of the distance of slices at most.
+        gaps: Slices that are missing or unevenly spaced: error, resample (interpolate between
+            neighbors) or longest (keep the longest part without a gap).
+        series: Folders that hold several series: error, largest (the one with most slices) or all
+            (each is a volume, named by its description).
+    """
+
+    tolerance_mm: float = 0.1
+    gaps: Literal["error", "resample", "longest"] = "error"
+    series: Literal["error", "largest", "all"] = "error"
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.tolerance_mm < math.inf:
+            raise ValueError(f"data.dicom.tolerance_mm is {self.tolerance_mm}: use 0 or more")
+        if self.gaps not in ("error", "resample", "longest"):
+            raise ValueError(f"data.dicom.gaps is {self.gaps!r}: use error, resample or longest")
+        if self.series not in ("error", "largest", "all"):
+            raise ValueError(f"data.dicom.series is {self.series!r}: use error, largest or all")
+
+
+@dataclass(frozen=True)
 class Reading:
     """How files are read where more than one answer is right.
 
     Args:
         nan: NaN or infinite voxels: error, or fill with the volume's lowest intensity.
         volumes_4d: 4D files: error, channels (each volume a channel) or first.
+        dicom: Tolerance, gaps and several series of DICOM.
     """
 
     nan: Literal["error", "fill"] = "error"
     volumes_4d: Volumes4D = "error"
+    dicom: Dicom = field(default_factory=Dicom)
 
     @classmethod
     def names(cls) -> tuple[str, ...]:
@@ -48,7 +77,15 @@ class Reading:
     @classmethod
     def of(cls, told: Mapping[str, Any]) -> Reading:
         """Take from a record what it tells; what it does not know has its default."""
-        return cls(**{name: told[name] for name in cls.names() if name in told})
+        known = {name: told[name] for name in cls.names() if name in told}
+        if isinstance(known.get("dicom"), Mapping):  # a record holds plain values
+            known["dicom"] = Dicom(**known["dicom"])
+        return cls(**known)
+
+    def chosen(self) -> dict[str, object]:
+        """Return, as plain values, the options that are not at their defaults."""
+        default = asdict(Reading())
+        return {name: value for name, value in asdict(self).items() if value != default[name]}
 
 
 READING = Reading()
@@ -252,6 +289,41 @@ def to_channels_first(path: Path, data: np.ndarray, volumes_4d: Volumes4D) -> np
     if volumes_4d == "first":
         data = data[..., :1]
     return np.moveaxis(data, 3, 0)  # (C, X, Y, Z)
+
+
+def split_series(path: Path) -> tuple[Path, str | None]:
+    """Take `folder#1.2.3`, one DICOM series of a folder that holds several, apart.
+
+    Returns:
+        Folder and UID of the series; the path itself and None where it names a file or a folder.
+    """
+    folder, mark, series = str(path).rpartition("#")
+    if mark and series and not os.path.lexists(path) and os.path.isdir(folder):
+        return Path(folder), series
+    return path, None
+
+
+def is_singular(affine: np.ndarray) -> bool:
+    """Whether voxels have no volume: measured by that of a box with the same edges, in any unit."""
+    edges = affine[:3, :3]
+    box = np.prod(np.linalg.norm(edges, axis=0))
+    return bool(box == 0 or abs(np.linalg.det(edges)) < 1e-6 * box)
+
+
+def same_grid(
+    shape: tuple[int, ...], affine: np.ndarray, other_shape: tuple[int, ...], other: np.ndarray,
+    voxels: float = 0.1,
+) -> bool:  # fmt: skip
+    """Whether two grids have one shape and place: their corners agree within this part of a voxel.
+
+    Measured in voxels, what is nothing for a head is not taken for nothing under a microscope.
+    """
+    if tuple(shape) != tuple(other_shape):
+        return False
+    corners = np.array([[*corner, 1.0] for corner in np.ndindex(2, 2, 2)]).T
+    corners[:3] *= np.array(shape)[:, None] - 1
+    moved = np.linalg.solve(affine, other @ corners)
+    return bool(np.abs(moved - corners).max() <= voxels)
 
 
 def require_number(path: Path, dtype: np.dtype, name: str = "") -> None:

@@ -18,6 +18,7 @@ from loaders.readers.common import (
     num_items,
     read_voxels,
     require_number,
+    same_grid,
     to_channels_first,
 )
 from loaders.whole import whole_file
@@ -128,6 +129,8 @@ def write_volume(path: Path | str, volume: Volume) -> None:
     header.set_data_dtype(data.dtype)
     header.set_data_shape(shape if channels == 1 else (*shape, channels))
     header.set_qform(volume.affine, code=1, strip_shears=True)
+    if not same_grid(shape, volume.affine, shape, header.get_qform()):
+        header["qform_code"] = 0  # it holds no shear: let nobody take it, the sform is right
     header.set_sform(volume.affine, code=1)
     header.set_xyzt_units("mm", "sec")
     header["vox_offset"] = header.single_vox_offset

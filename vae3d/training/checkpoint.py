@@ -17,6 +17,7 @@ import re
 import secrets
 import shutil
 from collections.abc import Iterable
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -295,8 +296,8 @@ def checkpoint_of(
         weights: Its state dict.
         contract: What it wants of its volumes; what is missing is the default.
     """
-    data = DataConfig()
-    kept = {k: getattr(data, k) for k in ("root", "cache_dir", "on_error", *READING)}
+    data = asdict(DataConfig())
+    kept = {k: data[k] for k in ("root", "cache_dir", "on_error", *READING)}
     given = {k: v for k, v in contract.get("data", {}).items() if k in READING}
     return {
         "format": FORMAT,

@@ -1,0 +1,366 @@
+"""One DICOM file: its header, the planes that it holds and their numbers; may import pydicom.
+
+pydicom reads the headers, and each plane (`Plane`) says where it lies in the patient, where its
+numbers lie on disk, and what they mean: slope and intercept are its own. Numbers that are not
+compressed are read as those of any format; compressed ones are decoded by GDCM, in SimpleITK,
+which this is the only file to import.
+"""
+
+from __future__ import annotations
+
+import re
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from loaders.readers.common import LARGE, MAX_EXPANSION, BrokenVolume, num_items, read_voxels
+
+if TYPE_CHECKING:
+    from pydicom.dataset import Dataset
+
+# What we read of a header: meaning and place of a plane, and how its numbers are written.
+HEADER = [
+    *("SOPClassUID", "Modality", "SeriesInstanceUID", "SeriesDescription", "ProtocolName"),
+    *("SeriesNumber", "InstanceNumber", "ImagePositionPatient", "ImageOrientationPatient"),
+    *("PixelSpacing", "ImagerPixelSpacing", "NominalScannedPixelSpacing", "SliceThickness"),
+    *("SpacingBetweenSlices", "GridFrameOffsetVector", "DetectorInformationSequence"),
+    *("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence", "RescaleSlope"),
+    *("RescaleIntercept", "DoseGridScaling", "ModalityLUTSequence", "SegmentationType"),
+]
+LAYOUT = [
+    *("Rows", "Columns", "NumberOfFrames", "SamplesPerPixel", "PhotometricInterpretation"),
+    *("PlanarConfiguration", "BitsAllocated", "BitsStored", "HighBit", "PixelRepresentation"),
+]
+FLOATS, PIXELS = (0x7FE00008, 0x7FE00009), 0x7FE00010  # tags of the elements with the numbers
+# Objects that hold an image though their class does not say so.
+IMAGES = ("RT Dose", "Segmentation", "Label Map Segmentation", "Parametric Map")
+# Where MONOCHROME1 says that low numbers are white, and numbers have no unit that forbids to turn.
+PROJECTIONS = ("CR", "DX", "IO", "MG", "PX", "RF", "RG", "XA")
+
+
+@dataclass(frozen=True)
+class Pixels:
+    """Where the numbers of a file lie, and how they are written.
+
+    Args:
+        file: The file.
+        start: Byte at which they begin; None where they are compressed.
+        dtype: Of the stored numbers.
+        shape: Frames, rows and columns.
+        bits: Bits allocated, bits stored and the high bit.
+    """
+
+    file: Path
+    start: int | None
+    dtype: np.dtype
+    shape: tuple[int, int, int]
+    bits: tuple[int, int, int]
+
+    def read(self) -> np.ndarray:
+        """Return the stored numbers (frames, rows, columns)."""
+        allocated, stored, high = self.bits
+        count = num_items(self.shape)
+        if allocated == 1:
+            raw = read_voxels(
+                self.file, np.dtype("u1"), -(-count // 8), start=self.start or 0, trailing=2**22
+            )
+            return np.unpackbits(raw, bitorder="little")[:count].reshape(self.shape)
+        if self.start is None:
+            data = decoded(self)
+        else:
+            raw = read_voxels(self.file, self.dtype, count, start=self.start, trailing=2**22)
+            data = raw.reshape(self.shape)
+        if stored < allocated and self.dtype.kind in "iu":  # other bits are overlays, or nothing
+            data = (data << (allocated - 1 - high)) >> (allocated - stored)
+        return data
+
+
+@dataclass(frozen=True)
+class Plane:
+    """One image plane.
+
+    Args:
+        pixels: The numbers of its file.
+        index: Its place among the file's frames.
+        series: UID of its series.
+        name: What the series is called.
+        order: Orders planes at one position: the instance number, or the frame's.
+        position: Center of the first pixel in millimeters (LPS); None where it is not told.
+        edges: (3, 2), steps to the next column and to the next row in millimeters (LPS).
+        thickness: Millimeters to the next plane, as the header says.
+        slope: intensity = stored * slope + intercept.
+        intercept: See slope.
+        lut: Header whose table gives the intensities instead; None for nearly all.
+        segment: Number of the segment that a plane of a binary segmentation shows; 0 for images.
+    """
+
+    pixels: Pixels
+    index: int
+    series: str
+    name: str
+    order: int
+    position: np.ndarray | None
+    edges: np.ndarray
+    thickness: float
+    slope: float
+    intercept: float
+    lut: Dataset | None
+    segment: int
+
+    @property
+    def file(self) -> Path:
+        """The file that holds it."""
+        return self.pixels.file
+
+
+def is_dicom(path: Path) -> bool:
+    """Whether the file has DICOM's magic word at byte 128."""
+    with open(path, "rb") as file:
+        return file.read(132)[128:] == b"DICM"
+
+
+def object_name(path: Path) -> str | None:
+    """Return what a DICOM file holds that is no image, 'RT Structure Set'; None for an image.
+
+    The class stands in the first bytes; only one that the standard does not know takes a look at
+    the header.
+    """
+    from pydicom.uid import UID
+
+    with open(path, "rb") as file:
+        told = re.search(rb"\x02\x00\x02\x00UI..([0-9.]+)", file.read(1024)[132:], re.DOTALL)
+    if told is None:
+        return None  # damaged, which is told when it is read
+    uid = UID(told[1].decode())
+    if uid.name == uid:
+        return None if holds_image(path) else f"private object {uid}"
+    name = uid.name.replace(" Storage", "")
+    return None if "Image" in name or name in IMAGES else name
+
+
+def holds_image(path: Path) -> bool:
+    """Whether the header of a file tells the size of an image."""
+    try:
+        return "Rows" in header_of(path)[0]
+    except BrokenVolume:
+        return True  # which is told when it is read
+
+
+def header_of(path: Path) -> tuple[Dataset, int]:
+    """Return a file's header, what we need of it, and the byte at which its pixels begin.
+
+    The bytes in front of the pixels are the element's tag and length.
+    """
+    from pydicom import dcmread
+    from pydicom.errors import InvalidDicomError
+    from pydicom.uid import DeflatedExplicitVRLittleEndian
+
+    with open(path, "rb") as file:
+        if DeflatedExplicitVRLittleEndian.encode() in file.read(1024):
+            raise BrokenVolume(path, "is a deflated DICOM file: convert it, for example by dcmconv")
+        file.seek(0)
+        try:
+            header = dcmread(
+                file, stop_before_pixels=True, force=True, specific_tags=[*HEADER, *LAYOUT]
+            )
+        except (
+            InvalidDicomError, EOFError, ValueError, KeyError, AttributeError, TypeError,
+            NotImplementedError, OverflowError, RecursionError, struct.error,
+        ) as error:  # fmt: skip
+            raise BrokenVolume(path, f"damaged DICOM file ({error})") from error
+        return header, file.tell()
+
+
+def planes_of(path: Path, required: bool = False) -> list[Plane]:
+    """Return the planes of a file; none for an object without an image, unless one is required."""
+    try:
+        header, end = header_of(path)
+        if "Rows" not in header or "Columns" not in header:
+            if required:
+                raise BrokenVolume(path, "holds no DICOM image")
+            return []
+        pixels = pixels_of(path, header, end)
+        return [plane_of(header, pixels, index) for index in range(pixels.shape[0])]
+    except BrokenVolume:
+        raise
+    except (ValueError, TypeError, IndexError, AttributeError, KeyError, struct.error) as error:
+        raise BrokenVolume(path, f"bad DICOM header ({error})") from error
+
+
+def pixels_of(path: Path, header: Dataset, end: int) -> Pixels:
+    """Say where the numbers lie.
+
+    Args:
+        path: The file.
+        header: Its header.
+        end: Byte at which that ends and the element of the pixels begins.
+    """
+    colors = int(header.get("SamplesPerPixel") or 1)
+    if colors > 1 or header.get("PhotometricInterpretation") == "PALETTE COLOR":
+        raise BrokenVolume(path, "holds colors (RGB): convert it to one intensity per voxel")
+    allocated = int(header.get("BitsAllocated") or 16)
+    stored = int(header.get("BitsStored") or allocated)
+    high = int(header.get("HighBit") or stored - 1)
+    implicit, little = header.original_encoding
+    with open(path, "rb") as file:
+        file.seek(end)
+        start = file.read(12)
+    group, element = struct.unpack("<HH" if little else ">HH", start[:4].ljust(4, b"\0"))
+    tag = group << 16 | element
+    if tag != PIXELS and tag not in FLOATS:
+        raise BrokenVolume(path, "holds no pixels: the file is cut short, or only a header")
+    letter = "f" if tag in FLOATS else "i" if header.get("PixelRepresentation") else "u"
+    syntax = header.file_meta.get("TransferSyntaxUID")
+    if not (0 < stored <= allocated <= 64 and stored - 1 <= high < allocated):
+        raise BrokenVolume(path, f"header claims {stored} bits stored of {allocated}, high {high}")
+    if allocated != 1 and allocated not in (8, 16, 32, 64):
+        raise BrokenVolume(path, f"numbers of {allocated} bits are not supported")
+    frames = int(header.get("NumberOfFrames") or 1)
+    shape = frames, int(header.Rows), int(header.Columns)
+    if min(shape) < 1:
+        raise BrokenVolume(path, f"header claims the shape {shape}")
+    compressed = syntax is not None and syntax.is_transfer_syntax and syntax.is_compressed
+    size = max(allocated // 8, 1)
+    claimed, on_disk = num_items(shape) * size, path.stat().st_size
+    if claimed > max(LARGE, on_disk * MAX_EXPANSION):
+        raise BrokenVolume(path, f"header claims {claimed} bytes but the file holds {on_disk}")
+    dtype = np.dtype(f"{'<' if little else '>'}{letter}{size}")
+    at = None if compressed else end + (8 if implicit else 12)
+    return Pixels(path, at, dtype, shape, (allocated, stored, high))
+
+
+@dataclass(frozen=True)
+class Told:
+    """What a header tells of one frame: what holds for it alone, for all frames, for the file.
+
+    Args:
+        header: Of the file.
+        index: Which frame.
+    """
+
+    header: Dataset
+    index: int
+
+    def value(self, name: str, sequence: str = "") -> object:
+        """Look up a value: in a group of new kinds of files, else where old ones have it."""
+        frames = self.header.get("PerFrameFunctionalGroupsSequence") or []
+        shared = self.header.get("SharedFunctionalGroupsSequence") or []
+        groups = [*frames[self.index : self.index + 1], *shared[:1]]
+        items = [item for group in groups for item in (group.get(sequence) or [])[:1]]
+        items += [self.header, *(self.header.get("DetectorInformationSequence") or [])[:1]]
+        found = (item.get(name) for item in items)
+        return next((value for value in found if value not in (None, "")), None)
+
+    def numbers(self, name: str, sequence: str = "") -> np.ndarray | None:
+        """Look up one number or several; None where they are not told."""
+        value = self.value(name, sequence)
+        return None if value is None else np.atleast_1d(np.array(value, dtype=np.float64))
+
+    def number(self, name: str, default: float, sequence: str = "") -> float:
+        """Look up one number."""
+        found = self.numbers(name, sequence)
+        return default if found is None else float(found[0])
+
+
+def plane_of(header: Dataset, pixels: Pixels, index: int) -> Plane:
+    """Return one frame of a file."""
+    told = Told(header, index)
+    edges = edges_of(told)
+    position = told.numbers("ImagePositionPatient", "PlanePositionSequence")
+    thickness = told.number("SliceThickness", 0, "PixelMeasuresSequence")
+    thickness = told.number("SpacingBetweenSlices", thickness, "PixelMeasuresSequence") or 1.0
+    if pixels.shape[0] > 1 and "PerFrameFunctionalGroupsSequence" not in header:
+        offsets = told.numbers("GridFrameOffsetVector")  # from the position of the first frame
+        offset = index * thickness if offsets is None else offsets[index] - offsets[0]
+        position = (np.zeros(3) if position is None else position) + offset * across(edges)
+    slope, intercept = rescale_of(told, pixels)
+    name = header.get("SeriesDescription") or header.get("ProtocolName")
+    segment = told.number("ReferencedSegmentNumber", 1, "SegmentIdentificationSequence")
+    return Plane(
+        pixels,
+        index,
+        series=str(header.get("SeriesInstanceUID") or "unnamed"),
+        name=str(name or f"{header.get('Modality', 'series')} {header.get('SeriesNumber', '')}"),
+        order=int(told.number("InstanceNumber", 0)) if pixels.shape[0] == 1 else index,
+        position=position,
+        edges=edges,
+        thickness=abs(thickness),
+        slope=slope,
+        intercept=intercept,
+        lut=header if header.get("ModalityLUTSequence") else None,
+        segment=int(segment) if header.get("SegmentationType") == "BINARY" else 0,
+    )
+
+
+def edges_of(told: Told) -> np.ndarray:
+    """Return the steps (3, 2) to the next column and the next row in millimeters (LPS)."""
+    cosines = told.numbers("ImageOrientationPatient", "PlaneOrientationSequence")
+    row, column = np.array([1, 0, 0, 0, 1, 0.0] if cosines is None else cosines).reshape(2, 3)
+    row = row / np.linalg.norm(row)  # rounded cosines are made orthonormal again
+    column = column - row * (row @ column)
+    spacings = (
+        told.numbers(name, "PixelMeasuresSequence")
+        for name in ("PixelSpacing", "ImagerPixelSpacing", "NominalScannedPixelSpacing")
+    )
+    down, right = next((found for found in spacings if found is not None), np.ones(2))
+    return np.stack([row * right, column / np.linalg.norm(column) * down], axis=1)
+
+
+def across(edges: np.ndarray) -> np.ndarray:
+    """Unit vector across a plane."""
+    normal = np.cross(edges[:, 0], edges[:, 1])
+    return normal / np.linalg.norm(normal)
+
+
+def rescale_of(told: Told, pixels: Pixels) -> tuple[float, float]:
+    """Return slope and intercept from stored numbers to intensities of one frame."""
+    slope = told.number("RescaleSlope", 1, "PixelValueTransformationSequence")
+    intercept = told.number("RescaleIntercept", 0, "PixelValueTransformationSequence")
+    modality = told.header.get("Modality")
+    if modality == "RTDOSE":
+        slope, intercept = told.number("DoseGridScaling", slope), 0.0
+    if told.header.get("PhotometricInterpretation") == "MONOCHROME1" and modality in PROJECTIONS:
+        lowest_and_highest = 2 ** pixels.bits[1] - 1 if pixels.dtype.kind == "u" else -1
+        slope, intercept = -slope, intercept + slope * lowest_and_highest
+    return slope, intercept
+
+
+def intensities(stored: np.ndarray, plane: Plane) -> np.ndarray:
+    """Return what the stored numbers of one plane mean."""
+    if plane.lut is not None:
+        from pydicom.pixels import apply_modality_lut
+
+        return apply_modality_lut(stored, plane.lut)
+    return stored * np.float64(plane.slope) + plane.intercept
+
+
+def decoded(pixels: Pixels) -> np.ndarray:
+    """Decode compressed pixels by GDCM, inside SimpleITK.
+
+    It is given the pixels alone: of the original file it would apply a slope of its own choice.
+    """
+    import SimpleITK as sitk
+    from pydicom import Dataset, dcmread, dcmwrite
+    from pydicom.uid import UID
+
+    source = dcmread(pixels.file, force=True, specific_tags=[*LAYOUT, "PixelData"])
+    bare, meta = Dataset(), source.file_meta
+    for element in source:
+        bare.add(element)
+    capture = "1.2.840.10008.5.1.4.1.1.7" + ".3" * (pixels.shape[0] > 1)
+    bare.SOPClassUID = meta.MediaStorageSOPClassUID = UID(capture)
+    bare.SOPInstanceUID = meta.MediaStorageSOPInstanceUID
+    bare.PhotometricInterpretation, bare.file_meta = "MONOCHROME2", meta
+    with TemporaryDirectory() as folder:
+        try:
+            dcmwrite(f"{folder}/pixels.dcm", bare, enforce_file_format=True)
+            image = sitk.ReadImage(f"{folder}/pixels.dcm")
+        except (RuntimeError, ValueError, AttributeError) as error:
+            reason = f"{meta.TransferSyntaxUID.name} cannot be decoded ({str(error)[-200:]})"
+            raise BrokenVolume(pixels.file, reason) from error
+        data = sitk.GetArrayFromImage(image).reshape(pixels.shape)
+    return data.astype(pixels.dtype, copy=False)
