@@ -15,6 +15,7 @@ from loaders.readers import (
     DICOM_SUFFIXES,
     READERS,
     READING,
+    BrokenVolume,
     Dicom,
     Reading,
     holds_dicom,
@@ -148,7 +149,10 @@ def each_series(subjects: list[Subject], options: Dicom) -> list[Subject]:
     found, taken = [], {subject.id.casefold() for subject in subjects}
     for subject in subjects:
         (path,) = subject.paths
-        series = volumes_of(path, options) if path.is_dir() and holds_dicom(path) else {}
+        try:
+            series = volumes_of(path, options) if path.is_dir() and holds_dicom(path) else {}
+        except BrokenVolume:
+            series = {}  # a broken folder stays one volume, which is told when it is read
         if len(series) < 2:
             found.append(subject)
             continue

@@ -12,7 +12,7 @@ import gzip
 import math
 import os
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -311,14 +311,14 @@ def is_singular(affine: np.ndarray) -> bool:
 
 
 def same_grid(
-    shape: tuple[int, ...], affine: np.ndarray, other_shape: tuple[int, ...], other: np.ndarray,
+    shape: Sequence[int], affine: np.ndarray, other_shape: Sequence[int], other: np.ndarray,
     voxels: float = 0.1,
 ) -> bool:  # fmt: skip
     """Whether two grids have one shape and place: their corners agree within this part of a voxel.
 
     Measured in voxels, what is nothing for a head is not taken for nothing under a microscope.
     """
-    if tuple(shape) != tuple(other_shape):
+    if list(shape) != list(other_shape):
         return False
     corners = np.array([[*corner, 1.0] for corner in np.ndindex(2, 2, 2)]).T
     corners[:3] *= np.array(shape)[:, None] - 1

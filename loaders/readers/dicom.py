@@ -7,7 +7,6 @@ read, each by its own rescale.
 from __future__ import annotations
 
 import math
-import re
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -94,11 +93,8 @@ def alike(one: Plane, other: Plane, options: Dicom) -> bool:
 
 def volumes_of(folder: Path, options: Dicom) -> dict[Path, str]:
     """Return path (`folder#uid`, which read_volume takes) and name of each series in a folder."""
-    return {
-        Path(f"{folder}#{series}"): re.sub(r"[^\w.+-]+", "_", planes[0].name).strip("_.")
-        or "series"
-        for series, planes in sorted(series_of(planes_below(folder), options).items())
-    }
+    found = series_of(planes_below(folder), options)
+    return {Path(f"{folder}#{series}"): found[series][0].name for series in sorted(found)}
 
 
 def chosen_planes(path: Path, options: Dicom) -> list[Plane]:
@@ -210,10 +206,8 @@ def evenly(
     if np.abs(height - even).max() > limit and options.gaps != "resample":
         if options.gaps == "error":
             raise BrokenVolume(path, unevenness(stack, steps, usual))
-        parts = np.split(
-            np.arange(len(stack)), np.flatnonzero(np.abs(steps - usual) > 2 * limit) + 1
-        )
-        kept = max(parts, key=len)
+        cuts = np.flatnonzero(np.abs(steps - usual) > 2 * limit) + 1
+        kept = max(np.split(np.arange(len(stack)), cuts), key=len)
         print(f"{path}: {len(kept)} of {len(stack)} slices are without a gap", file=sys.stderr)
         return evenly(path, [stack[n] for n in kept], replace(options, gaps="error"))
     line = points[-1] - points[0]

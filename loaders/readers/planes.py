@@ -87,7 +87,7 @@ class Plane:
         pixels: The numbers of its file.
         index: Its place among the file's frames.
         series: UID of its series.
-        name: What the series is called.
+        name: What the series is called, safe as a file name.
         order: Orders planes at one position: the instance number, or the frame's.
         position: Center of the first pixel in millimeters (LPS); None where it is not told.
         edges: (3, 2), steps to the next column and to the next row in millimeters (LPS).
@@ -279,12 +279,13 @@ def plane_of(header: Dataset, pixels: Pixels, index: int) -> Plane:
         position = (np.zeros(3) if position is None else position) + offset * across(edges)
     slope, intercept = rescale_of(told, pixels)
     name = header.get("SeriesDescription") or header.get("ProtocolName")
+    name = name or f"{header.get('Modality', 'series')} {header.get('SeriesNumber', '')}"
     segment = told.number("ReferencedSegmentNumber", 1, "SegmentIdentificationSequence")
     return Plane(
         pixels,
         index,
         series=str(header.get("SeriesInstanceUID") or "unnamed"),
-        name=str(name or f"{header.get('Modality', 'series')} {header.get('SeriesNumber', '')}"),
+        name=re.sub(r"[^\w.+-]+", "_", str(name)).strip("_.") or "series",
         order=int(told.number("InstanceNumber", 0)) if pixels.shape[0] == 1 else index,
         position=position,
         edges=edges,
