@@ -17,14 +17,25 @@ if TYPE_CHECKING:  # the same names for those who read types and run no __getatt
     from loaders.loader import Batch, PatchDataset, PatchLoader
     from loaders.patches import ForegroundCorners, LabelCorners, PatchGrid, Sampler, UniformCorners
     from loaders.preprocess import Augment, Preprocess
-    from loaders.readers import READERS, BrokenVolume, Reading, Volume, read_volume, write_volume
+    from loaders.readers import (
+        READERS,
+        BrokenVolume,
+        Dicom,
+        Reading,
+        Volume,
+        read_volume,
+        write_volume,
+    )
     from loaders.slices import SliceStore
     from loaders.splits import split_subjects
     from loaders.store import VolumeStore
     from loaders.subjects import Subject
 
 _NAMES = {
-    "readers": ("Volume", "BrokenVolume", "Reading", "READERS", "read_volume", "write_volume"),
+    "readers": (
+        *("Volume", "BrokenVolume", "Reading", "Dicom"),
+        *("READERS", "read_volume", "write_volume"),
+    ),
     "subjects": ("Subject",),
     "find": ("find_subjects",),
     "splits": ("split_subjects",),

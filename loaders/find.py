@@ -135,10 +135,14 @@ class Passed:
     objects: Counter[str] = field(default_factory=Counter)
 
     def tell(self, root: Path) -> None:
-        """Say it in one line on stderr; nothing where nothing was passed over."""
+        """Say it in one line on stderr, once for all ranks; nothing if nothing was passed over."""
         count = self.files.total() + self.objects.total()
-        if count:
-            kinds = [*self.files.most_common(), *self.objects.most_common()]
+        if count and os.environ.get("RANK", "0") == "0":
+            kinds = [
+                (kind, counted[kind])
+                for counted in (self.files, self.objects)
+                for kind in sorted(counted, key=lambda kind: (-counted[kind], kind))
+            ]
             parts = [f"{number} {kind}" for kind, number in kinds[:8]] + ["..."] * (len(kinds) > 8)
             files = "file" if count == 1 else "files"
             print(f"{root}: passed over {count} {files}: {', '.join(parts)}", file=sys.stderr)

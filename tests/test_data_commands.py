@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from dicoms import write_series
 
 from loaders import find_subjects, read_volume, split_subjects
 from loaders.demo import write_demo
@@ -200,3 +201,17 @@ def test_patches_draws_what_training_draws(demo, tmp_path, vae3d):
         for v, corner in zip(batch.volume.tolist(), batch.corner.tolist(), strict=True)
     ]
     assert (tmp_path / "a.csv").read_text().splitlines()[1:] == expected
+
+
+def test_several_dicom_series_in_a_folder_are_told_and_options_take_them(tmp_path, vae3d):
+    folder = write_series(tmp_path / "data" / "p1", 5, SeriesDescription="T1")
+    write_series(folder, 3, series="1.2.9", SeriesDescription="T2")
+    run = vae3d("check-data", tmp_path / "data")
+    assert run.returncode == 2 and "set data.dicom.series to largest or all" in run.stdout
+    run = vae3d("check-data", tmp_path / "data", "--dicom.series", "all")
+    assert run.returncode == 0 and "2 of 2 volumes are sound" in run.stderr
+    prepare = ("prepare", "--data.root", tmp_path / "data", "--data.cache_dir", tmp_path / "c")
+    run = vae3d(*prepare, "--data.dicom", '{"series": "largest", "tolerance_mm": 0.2}')
+    assert run.returncode == 0 and run.stdout.startswith("1 volumes"), run.stderr
+    run = vae3d(*prepare, "--data.dicom.gaps", "fill")
+    assert run.returncode == 2 and "gaps" in run.stderr

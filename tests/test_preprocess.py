@@ -1,5 +1,6 @@
 """Preprocessing: what it does, and that it can be undone."""
 
+import json
 import random
 
 import numpy as np
@@ -223,3 +224,18 @@ def test_augmentation_of_slices_and_its_mistakes():
         Augment({"RandomNoise": {"sdt": 1}})
     with pytest.raises(ValueError, match="must keep the shape"):
         Augment({"Crop": {"cropping": 1}})(torch.rand(1, 8, 8, 8), (0,), (1.0, 1.0, 1.0))
+
+
+@pytest.mark.parametrize("unit", [1.0, 1e-5])
+def test_resampling_is_the_same_in_millimeters_and_in_nanometers(unit):
+    data = np.random.default_rng(0).normal(size=(1, 12, 14, 10)).astype(np.float32)
+    shear = np.array([[1, 0, 0.3, 5], [0, 1.1, -0.8, 7], [0, 0, 2, -9], [0, 0, 0, 1 / unit]]) * unit
+    volume = Volume(data, shear)
+    preprocess = Preprocess(spacing_mm=tuple(np.array(volume.spacing_mm) * (1.3, 0.7, 1.001)))
+    stored, record = to_store_grid(volume, preprocess)
+    straight, _ = to_store_grid(
+        Volume(data), Preprocess(spacing_mm=tuple(np.array([1.3, 0.7, 1.001])))
+    )
+    assert np.allclose(stored.data, straight.data, atol=1e-4) and stored.data.shape[2] == 20
+    back = from_store_grid(stored, json.loads(json.dumps(record)), 0.0)
+    assert np.allclose(back.affine, shear, rtol=1e-9) and back.data.shape == data.shape

@@ -12,9 +12,11 @@ from pathlib import Path
 
 import nibabel as nib
 import numpy as np
+import pydicom
 import pytest
 import SimpleITK as sitk
 import torch
+from dicoms import image, save
 
 from loaders.readers import (
     READERS,
@@ -214,67 +216,6 @@ def test_folder_of_slices_is_a_stack_in_natural_order(tmp_path):
         read_volume(tmp_path)
 
 
-def write_dicom(folder: Path, slices=range(4), series="1.2.3", slope=2, intercept=-1000) -> Path:
-    """Write an axial CT series, file names not in the order of positions."""
-    pydicom = pytest.importorskip("pydicom")
-    from pydicom.dataset import Dataset, FileMetaDataset
-
-    folder.mkdir(exist_ok=True)
-    for number in slices:
-        meta = FileMetaDataset()
-        meta.MediaStorageSOPClassUID = "1.2.840.10008.5.1.4.1.1.2"
-        meta.MediaStorageSOPInstanceUID = f"{series}.{number + 1}"
-        meta.TransferSyntaxUID = "1.2.840.10008.1.2.1"
-        meta.ImplementationClassUID = "1.2.3.4"
-        data = Dataset()
-        data.file_meta = meta
-        data.SOPClassUID, data.SOPInstanceUID = (
-            meta.MediaStorageSOPClassUID,
-            meta.MediaStorageSOPInstanceUID,
-        )
-        data.SeriesInstanceUID, data.StudyInstanceUID, data.Modality = series, "1.2", "CT"
-        data.Rows, data.Columns = 6, 5
-        data.PixelSpacing, data.SliceThickness = [1.5, 0.5], 3
-        data.ImageOrientationPatient = [1, 0, 0, 0, 1, 0]
-        data.ImagePositionPatient = [10, -20, 30 + 3 * number]
-        data.InstanceNumber = number + 1
-        data.RescaleSlope, data.RescaleIntercept = slope, intercept
-        data.SamplesPerPixel, data.PhotometricInterpretation = 1, "MONOCHROME2"
-        data.BitsAllocated, data.BitsStored, data.HighBit, data.PixelRepresentation = 16, 16, 15, 1
-        data.PixelData = (number * 100 + np.arange(30, dtype="<i2")).tobytes()
-        pydicom.dcmwrite(folder / f"{9 - number}", data, enforce_file_format=True)
-    return folder
-
-
-def test_dicom_series_is_sorted_by_position_and_rescaled(tmp_path):
-    volume = read_volume(write_dicom(tmp_path / "series"))
-    assert volume.data.shape == (1, 5, 6, 4)
-    expected = (
-        np.stack([(n * 100 + np.arange(30)).reshape(6, 5).T for n in range(4)], -1) * 2 - 1000
-    )
-    assert np.array_equal(volume.intensities()[0], expected)
-    assert np.allclose(volume.spacing_mm, (0.5, 1.5, 3))
-    assert np.allclose(volume.affine[:3, 3], (-10, 20, 30))
-
-
-def test_mixed_gappy_repeated_and_damaged_dicom_series_are_told(tmp_path):
-    folder = write_dicom(tmp_path / "gap", slices=(0, 1, 3, 4))
-    broken(folder, "gap of 6 mm", "slices are missing")
-    folder = write_dicom(tmp_path / "mixed")
-    write_dicom(tmp_path / "other", slices=(7,), series="1.2.9")
-    (tmp_path / "other" / "2").rename(folder / "other")
-    broken(folder, "mixes 2 series")
-    folder = write_dicom(tmp_path / "twice")
-    (folder / "again").write_bytes((folder / "9").read_bytes())
-    broken(folder, "same position")
-    folder = write_dicom(tmp_path / "cut")
-    (folder / "8").write_bytes((folder / "8").read_bytes()[:-20])
-    with pytest.raises(BrokenVolume, match="cut"):
-        read_volume(folder)
-    (tmp_path / "none").mkdir()
-    broken(tmp_path / "none", "no DICOM files")
-
-
 def test_four_dimensions_need_leave(tmp_path):
     data = numbers(shape=(3, 4, 5, 2))
     path = nifti(tmp_path / "a.nii.gz", data)
@@ -392,6 +333,14 @@ def test_lying_headers_and_bombs_are_refused_in_time_and_memory(tmp_path):
         for _ in range(250):
             file.write(bytes(10**6))
     cases[tmp_path / "a.npz"] = "expands"
+    pixels = np.frombuffer(noise[: 2 * 500 * 500], "<i2").reshape(500, 500)
+    for number, lie in enumerate([{"Rows": 30000, "Columns": 30000}, {"NumberOfFrames": 9999}]):
+        cases[save(image("CT", pixels, **lie), tmp_path / f"{number}.dcm")] = "header claims"
+    run_lengths = image("CT", np.zeros((64, 64), "<i2"))
+    run_lengths.compress(pydicom.uid.RLELossless)
+    for number, (frames, size) in enumerate([(1, 5600), (99999, 64)]):
+        run_lengths.NumberOfFrames, run_lengths.Rows, run_lengths.Columns = frames, size, size
+        cases[save(run_lengths, tmp_path / f"rle{number}.dcm")] = "RLE" if frames == 1 else "claims"
     for (path, words), (message, seconds, megabytes) in zip(
         cases.items(), cost_of_refusing(*cases), strict=True
     ):
@@ -424,6 +373,18 @@ def test_bad_nifti_headers_are_told(tmp_path):
     path = fresh("j.nii")
     path.write_bytes(path.read_bytes() + b"\1" * 10**5)
     broken(path, "more than its header claims")
+
+
+@pytest.mark.parametrize("edge", [8e-6, 65e-6, 1e-3])
+def test_voxels_of_nanometers_are_not_singular_and_flat_ones_are(tmp_path, edge):
+    affine = np.diag([edge, edge, 3 * edge, 1]) @ AFFINE
+    volume = read_volume(nifti(tmp_path / "a.nii", numbers(), affine))
+    assert np.allclose(volume.affine, affine, rtol=1e-5) and volume.spacing_mm[2] > 2.9 * edge
+    np.savez(tmp_path / "b.npz", data=numbers(), spacing_mm=[edge, edge, edge])
+    assert read_volume(tmp_path / "b.npz").spacing_mm == pytest.approx((edge,) * 3)
+    flat = affine.copy()
+    flat[:3, 1] = flat[:3, 0] * 2
+    broken(nifti(tmp_path / "c.nii", numbers(), flat), "singular")
 
 
 def test_a_bad_mgh_type_is_told(tmp_path):

@@ -290,6 +290,12 @@ def test_files_of_a_subject_become_channels_with_their_own_scale(tmp_path):
     other = scan(tmp_path / "other.nii.gz", 2, (9, 9, 9))
     with pytest.raises(BrokenVolume, match="does not share the grid"):
         VolumeStore.build([Subject("p", (t1, other))], tmp_path / "cache")
+    micro = [tmp_path / f"{n}.npz" for n in range(3)]  # of 0.1 micrometers
+    for path, edge in zip(micro, (1e-4, 1e-4, 5e-4), strict=True):
+        np.savez(path, data=np.arange(60.0).reshape(3, 4, 5), spacing_mm=[edge] * 3)
+    VolumeStore.build([Subject("p", tuple(micro[:2]))], tmp_path / "cache")
+    with pytest.raises(BrokenVolume, match=r"2\.npz: does not share the grid"):
+        VolumeStore.build([Subject("p", tuple(micro[1:]))], tmp_path / "cache")
     with pytest.raises(ValueError, match="channels"):
         VolumeStore.build([Subject("p", (t1, t2)), Subject("q", (t1,))], tmp_path / "cache")
 

@@ -8,9 +8,10 @@ which this is the only file to import.
 
 from __future__ import annotations
 
+import os
 import re
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
@@ -48,14 +49,16 @@ class Pixels:
 
     Args:
         file: The file.
-        start: Byte at which they begin; None where they are compressed.
+        start: Byte at which they begin.
+        compressed: Whether they are.
         dtype: Of the stored numbers.
         shape: Frames, rows and columns.
         bits: Bits allocated, bits stored and the high bit.
     """
 
     file: Path
-    start: int | None
+    start: int
+    compressed: bool
     dtype: np.dtype
     shape: tuple[int, int, int]
     bits: tuple[int, int, int]
@@ -66,10 +69,10 @@ class Pixels:
         count = num_items(self.shape)
         if allocated == 1:
             raw = read_voxels(
-                self.file, np.dtype("u1"), -(-count // 8), start=self.start or 0, trailing=2**22
+                self.file, np.dtype("u1"), -(-count // 8), start=self.start, trailing=2**22
             )
             return np.unpackbits(raw, bitorder="little")[:count].reshape(self.shape)
-        if self.start is None:
+        if self.compressed:
             data = decoded(self)
         else:
             raw = read_voxels(self.file, self.dtype, count, start=self.start, trailing=2**22)
@@ -138,7 +141,7 @@ def object_name(path: Path) -> str | None:
     uid = UID(told[1].decode())
     if uid.name == uid:
         return None if holds_image(path) else f"private object {uid}"
-    name = uid.name.replace(" Storage", "")
+    name = uid.name.removesuffix(" Storage")
     return None if "Image" in name or name in IMAGES else name
 
 
@@ -184,7 +187,10 @@ def planes_of(path: Path, required: bool = False) -> list[Plane]:
                 raise BrokenVolume(path, "holds no DICOM image")
             return []
         pixels = pixels_of(path, header, end)
-        return [plane_of(header, pixels, index) for index in range(pixels.shape[0])]
+        frames = range(pixels.shape[0])
+        if "PerFrameFunctionalGroupsSequence" in header:
+            return [plane_of(header, pixels, index) for index in frames]
+        return in_a_row(plane_of(header, pixels, 0), header, len(frames))
     except BrokenVolume:
         raise
     except (ValueError, TypeError, IndexError, AttributeError, KeyError, struct.error) as error:
@@ -224,13 +230,14 @@ def pixels_of(path: Path, header: Dataset, end: int) -> Pixels:
     if min(shape) < 1:
         raise BrokenVolume(path, f"header claims the shape {shape}")
     compressed = syntax is not None and syntax.is_transfer_syntax and syntax.is_compressed
-    size = max(allocated // 8, 1)
-    claimed, on_disk = num_items(shape) * size, path.stat().st_size
-    if claimed > max(LARGE, on_disk * MAX_EXPANSION):
+    claimed, on_disk = -(-num_items(shape) * allocated // 8), path.stat().st_size
+    # A compressed frame has a head of 8 bytes; numbers that are not compressed lie there as such.
+    most = min(max(LARGE, on_disk * MAX_EXPANSION), on_disk // 8 * claimed // frames)
+    if claimed > (most if compressed else on_disk - end):
         raise BrokenVolume(path, f"header claims {claimed} bytes but the file holds {on_disk}")
-    dtype = np.dtype(f"{'<' if little else '>'}{letter}{size}")
-    at = None if compressed else end + (8 if implicit else 12)
-    return Pixels(path, at, dtype, shape, (allocated, stored, high))
+    dtype = np.dtype(f"{'<' if little else '>'}{letter}{max(allocated // 8, 1)}")
+    at = end + (8 if implicit else 12)
+    return Pixels(path, at, compressed, dtype, shape, (allocated, stored, high))
 
 
 @dataclass(frozen=True)
@@ -269,14 +276,9 @@ class Told:
 def plane_of(header: Dataset, pixels: Pixels, index: int) -> Plane:
     """Return one frame of a file."""
     told = Told(header, index)
-    edges = edges_of(told)
     position = told.numbers("ImagePositionPatient", "PlanePositionSequence")
     thickness = told.number("SliceThickness", 0, "PixelMeasuresSequence")
     thickness = told.number("SpacingBetweenSlices", thickness, "PixelMeasuresSequence") or 1.0
-    if pixels.shape[0] > 1 and "PerFrameFunctionalGroupsSequence" not in header:
-        offsets = told.numbers("GridFrameOffsetVector")  # from the position of the first frame
-        offset = index * thickness if offsets is None else offsets[index] - offsets[0]
-        position = (np.zeros(3) if position is None else position) + offset * across(edges)
     slope, intercept = rescale_of(told, pixels)
     name = header.get("SeriesDescription") or header.get("ProtocolName")
     name = name or f"{header.get('Modality', 'series')} {header.get('SeriesNumber', '')}"
@@ -286,15 +288,31 @@ def plane_of(header: Dataset, pixels: Pixels, index: int) -> Plane:
         index,
         series=str(header.get("SeriesInstanceUID") or "unnamed"),
         name=re.sub(r"[^\w.+-]+", "_", str(name)).strip("_.") or "series",
-        order=int(told.number("InstanceNumber", 0)) if pixels.shape[0] == 1 else index,
+        order=index or int(told.number("InstanceNumber", 0)),
         position=position,
-        edges=edges,
+        edges=edges_of(told),
         thickness=abs(thickness),
         slope=slope,
         intercept=intercept,
         lut=header if header.get("ModalityLUTSequence") else None,
         segment=int(segment) if header.get("SegmentationType") == "BINARY" else 0,
     )
+
+
+def in_a_row(first: Plane, header: Dataset, count: int) -> list[Plane]:
+    """Return the frames of an old kind of file, which tells one position and offsets from it."""
+    if count == 1:
+        return [first]
+    offsets = Told(header, 0).numbers("GridFrameOffsetVector")
+    if offsets is None:
+        # Nuclear medicine counts downwards where this is negative.
+        offsets = np.arange(count) * float(header.get("SpacingBetweenSlices") or first.thickness)
+    start = np.zeros(3) if first.position is None else first.position
+    positions = start + np.outer(offsets - offsets[0], across(first.edges))
+    return [
+        replace(first, index=index, order=index, position=positions[index])
+        for index in range(count)
+    ]
 
 
 def edges_of(told: Told) -> np.ndarray:
@@ -314,7 +332,7 @@ def edges_of(told: Told) -> np.ndarray:
 def across(edges: np.ndarray) -> np.ndarray:
     """Unit vector across a plane."""
     normal = np.cross(edges[:, 0], edges[:, 1])
-    return normal / np.linalg.norm(normal)
+    return normal / (np.linalg.norm(normal) or 1.0)  # pixels without a size are told as singular
 
 
 def rescale_of(told: Told, pixels: Pixels) -> tuple[float, float]:
@@ -348,6 +366,7 @@ def decoded(pixels: Pixels) -> np.ndarray:
     from pydicom import Dataset, dcmread, dcmwrite
     from pydicom.uid import UID
 
+    check_fragments(pixels)
     source = dcmread(pixels.file, force=True, specific_tags=[*LAYOUT, "PixelData"])
     bare, meta = Dataset(), source.file_meta
     for element in source:
@@ -365,3 +384,22 @@ def decoded(pixels: Pixels) -> np.ndarray:
             raise BrokenVolume(pixels.file, reason) from error
         data = sitk.GetArrayFromImage(image).reshape(pixels.shape)
     return data.astype(pixels.dtype, copy=False)
+
+
+def check_fragments(pixels: Pixels) -> None:
+    """Walk a compressed stream to its end: decoders fill what is cut off with numbers of their own.
+
+    It is a row of fragments, each behind a tag and its length; the first is a table of contents.
+    """
+    count, size = 0, pixels.file.stat().st_size
+    with open(pixels.file, "rb") as file:
+        file.seek(pixels.start)
+        while (head := file.read(8)) and head[:4] != b"\xfe\xff\xdd\xe0":
+            length = int.from_bytes(head[4:], "little")
+            if head[:4] != b"\xfe\xff\x00\xe0" or file.tell() + length > size:
+                raise BrokenVolume(pixels.file, "truncated: a compressed fragment is cut short")
+            file.seek(length, os.SEEK_CUR)
+            count += 1
+    if count - 1 < pixels.shape[0]:
+        frames = f"{count - 1} compressed fragments for {pixels.shape[0]} frames"
+        raise BrokenVolume(pixels.file, f"truncated: holds {frames}")
