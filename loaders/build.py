@@ -339,6 +339,7 @@ def npy_header(data: np.ndarray) -> bytes:
 
 def files_of(path: Path) -> list[Path]:
     """Return the files a volume is read from: a DICOM folder's, or a header's and its voxels'."""
+    path, _ = split_series(path)
     if path.is_dir():
         return sorted(child for child in path.iterdir() if child.is_file())
     if path.suffix.lower() in (".hdr", ".mhd", ".nhdr"):

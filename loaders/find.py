@@ -28,6 +28,7 @@ from loaders.readers import (
 from loaders.subjects import Subject, names_of
 
 STORES = (".zarr", ".n5")  # folders that are files of a kind
+DETACHED = (".hdr", ".mhd", ".nhdr")  # headers whose voxels lie beside them
 
 
 def find_subjects(root: str | Path, reading: Reading = READING) -> list[Subject]:
@@ -84,6 +85,7 @@ def volumes_below(root: Path) -> list[Path]:
             continue
         seen.add(real)
         names = sorted(entry for entry in os.listdir(folder) if not entry.startswith("."))
+        headers = {name.rpartition(".")[0] for name in names if name.endswith(DETACHED)}
         slices = False
         for path in (folder / name for name in names):
             suffix = volume_suffix(path)
@@ -100,7 +102,7 @@ def volumes_below(root: Path) -> list[Path]:
                 passed.objects.update([name] if name else [])
             elif path.suffix.lower() in DICOM_SUFFIXES:
                 slices = True  # or broken, which is told when it is read
-            elif not belongs_to_header(path, names):
+            elif not any(path.name.startswith(f"{header}.") for header in headers):
                 passed.files[path.suffix.lower() or "without suffix"] += 1
         if slices:
             found.append(folder)
@@ -114,12 +116,6 @@ def asked_is_dicom(path: Path) -> bool:
         return path.is_file() and is_dicom(path)
     except OSError:  # not ours to read: it is counted with those that are passed over
         return False
-
-
-def belongs_to_header(path: Path, names: list[str]) -> bool:
-    """Whether a file beside a header of its name holds the voxels of it."""
-    stem = path.name.split(".")[0]
-    return any(f"{stem}{header}" in names for header in (".hdr", ".mhd", ".nhdr"))
 
 
 @dataclass

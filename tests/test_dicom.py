@@ -435,11 +435,26 @@ def test_a_scout_in_a_series_is_a_part_of_its_own(tmp_path):
     assert read_volume(tmp_path / "a#1.2.3-2").data.shape == (1, 5, 6, 1)
 
 
+def test_a_color_capture_beside_a_series_is_a_series_of_its_own(tmp_path):
+    folder = write_series(tmp_path / "a", 4, SeriesDescription="head")
+    capture = image(
+        "CT", np.zeros((3 * ROWS, COLUMNS), np.uint8), Rows=ROWS, SamplesPerPixel=3,
+        PlanarConfiguration=0, PhotometricInterpretation="RGB", SeriesInstanceUID="1.5",
+        SeriesDescription="dose report",
+    )  # fmt: skip
+    save(capture, folder / "z")
+    with pytest.raises(BrokenVolume, match=r"head \(4\), dose_report \(1\); set data"):
+        read_volume(folder)
+    assert np.array_equal(read_volume(folder, LARGEST).data[0], stack(4))
+    with pytest.raises(BrokenVolume, match="holds colors"):
+        read_volume(tmp_path / "a#1.5")
+
+
 def test_a_broken_folder_does_not_end_the_search_for_series(two_series):
-    write_series(two_series / "p3", 2, SamplesPerPixel=3, PhotometricInterpretation="RGB")
+    write_series(two_series / "p3", 2, BitsAllocated=12, BitsStored=12, HighBit=11)
     assert [subject.id for subject in find_subjects(two_series, ALL)][-1] == "p3"
     count, broken = broken_files(str(two_series), ALL)
-    assert count == 4 and "holds colors" in str(broken[0])
+    assert count == 4 and "12 bits" in str(broken[0])
 
 
 # Finding ------------------------------------------------------------------------------------------

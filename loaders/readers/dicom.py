@@ -201,7 +201,7 @@ def evenly(
     height = (points - points[0]) @ normal
     steps = np.diff(height)
     usual = float(np.median(steps))
-    limit = min(options.tolerance_mm, usual / 4)
+    limit = max(min(options.tolerance_mm, usual / 4), 1e-6 * usual)
     even = np.linspace(0, height[-1], len(stack))
     if np.abs(height - even).max() > limit and options.gaps != "resample":
         if options.gaps == "error":

@@ -54,6 +54,7 @@ class Pixels:
         dtype: Of the stored numbers.
         shape: Frames, rows and columns.
         bits: Bits allocated, bits stored and the high bit.
+        colors: Whether they are colors, or their numbers in a palette.
     """
 
     file: Path
@@ -62,9 +63,12 @@ class Pixels:
     dtype: np.dtype
     shape: tuple[int, int, int]
     bits: tuple[int, int, int]
+    colors: bool
 
     def read(self) -> np.ndarray:
         """Return the stored numbers (frames, rows, columns)."""
+        if self.colors:  # a capture beside a series does no harm: it is told when it is read
+            raise BrokenVolume(self.file, "holds colors (RGB): convert it to one number per voxel")
         allocated, stored, high = self.bits
         count = num_items(self.shape)
         if allocated == 1:
@@ -205,9 +209,8 @@ def pixels_of(path: Path, header: Dataset, end: int) -> Pixels:
         header: Its header.
         end: Byte at which that ends and the element of the pixels begins.
     """
-    colors = int(header.get("SamplesPerPixel") or 1)
-    if colors > 1 or header.get("PhotometricInterpretation") == "PALETTE COLOR":
-        raise BrokenVolume(path, "holds colors (RGB): convert it to one intensity per voxel")
+    colors = int(header.get("SamplesPerPixel") or 1) > 1
+    colors = colors or header.get("PhotometricInterpretation") == "PALETTE COLOR"
     allocated = int(header.get("BitsAllocated") or 16)
     stored = int(header.get("BitsStored") or allocated)
     high = int(header.get("HighBit") or stored - 1)
@@ -237,7 +240,7 @@ def pixels_of(path: Path, header: Dataset, end: int) -> Pixels:
         raise BrokenVolume(path, f"header claims {claimed} bytes but the file holds {on_disk}")
     dtype = np.dtype(f"{'<' if little else '>'}{letter}{max(allocated // 8, 1)}")
     at = end + (8 if implicit else 12)
-    return Pixels(path, at, compressed, dtype, shape, (allocated, stored, high))
+    return Pixels(path, at, compressed, dtype, shape, (allocated, stored, high), colors)
 
 
 @dataclass(frozen=True)
