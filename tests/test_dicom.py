@@ -108,6 +108,29 @@ def test_frames_of_an_enhanced_file_have_their_own_slope_and_place(tmp_path):
         [1, 1, 1, 0], [0, 0, 0, 1]) * [[-10], [20], [30], [0]])  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    "dtype, name", [("<f4", "FloatPixelData"), ("<f8", "DoubleFloatPixelData")]
+)
+def test_a_parametric_map_of_floats_is_read(tmp_path, dtype, name):
+    values = np.random.default_rng(0).normal(size=(3, ROWS, COLUMNS)).astype(dtype)
+    data = image("map", values, **{name: values.tobytes()}, SliceThickness=2)
+    del data.PixelData
+    volume = read_volume(save(data, tmp_path / "a.dcm"))
+    assert np.array_equal(volume.data[0], values.T) and volume.spacing_mm == (0.5, 1.5, 2)
+
+
+def test_frames_of_nuclear_medicine_lie_where_their_detector_says(tmp_path):
+    detector = pydicom.Dataset()
+    detector.ImagePositionPatient, detector.ImageOrientationPatient = [1, 2, 9], [1, 0, 0, 0, 1, 0]
+    frames = np.stack([stored_slice(n) for n in range(3)])
+    data = image(
+        "NM", frames, SpacingBetweenSlices=-4, DetectorInformationSequence=Sequence([detector])
+    )
+    volume = read_volume(save(data, tmp_path / "a.dcm"))
+    assert np.array_equal(volume.data[0], frames[::-1].T)  # counted downwards
+    assert np.allclose(volume.affine[:3, 2:], [[0, -1], [0, -2], [4, 1]])
+
+
 def segmentation(path: Path, segments: list[int], heights: list[float], frames: np.ndarray) -> Path:
     groups = [segment_frame([0, 0, z], n) for z, n in zip(heights, segments, strict=True)]
     data = image(

@@ -211,9 +211,7 @@ def pixels_of(path: Path, header: Dataset, end: int) -> Pixels:
     """
     colors = int(header.get("SamplesPerPixel") or 1) > 1
     colors = colors or header.get("PhotometricInterpretation") == "PALETTE COLOR"
-    allocated = int(header.get("BitsAllocated") or 16)
-    stored = int(header.get("BitsStored") or allocated)
-    high = int(header.get("HighBit") or stored - 1)
+    bits = bits_of(path, header)
     implicit, little = header.original_encoding
     with open(path, "rb") as file:
         file.seek(end)
@@ -224,23 +222,31 @@ def pixels_of(path: Path, header: Dataset, end: int) -> Pixels:
         raise BrokenVolume(path, "holds no pixels: the file is cut short, or only a header")
     letter = "f" if tag in FLOATS else "i" if header.get("PixelRepresentation") else "u"
     syntax = header.file_meta.get("TransferSyntaxUID")
-    if not (0 < stored <= allocated <= 64 and stored - 1 <= high < allocated):
-        raise BrokenVolume(path, f"header claims {stored} bits stored of {allocated}, high {high}")
-    if allocated != 1 and allocated not in (8, 16, 32, 64):
-        raise BrokenVolume(path, f"numbers of {allocated} bits are not supported")
     frames = int(header.get("NumberOfFrames") or 1)
     shape = frames, int(header.Rows), int(header.Columns)
     if min(shape) < 1:
         raise BrokenVolume(path, f"header claims the shape {shape}")
     compressed = syntax is not None and syntax.is_transfer_syntax and syntax.is_compressed
-    claimed, on_disk = -(-num_items(shape) * allocated // 8), path.stat().st_size
+    claimed, held = -(-num_items(shape) * bits[0] // 8), path.stat().st_size - end
     # A compressed frame has a head of 8 bytes; numbers that are not compressed lie there as such.
-    most = min(max(LARGE, on_disk * MAX_EXPANSION), on_disk // 8 * claimed // frames)
-    if claimed > (most if compressed else on_disk - end):
-        raise BrokenVolume(path, f"header claims {claimed} bytes but the file holds {on_disk}")
-    dtype = np.dtype(f"{'<' if little else '>'}{letter}{max(allocated // 8, 1)}")
+    most = min(max(LARGE, held * MAX_EXPANSION), held // 8 * claimed // frames)
+    if claimed > (most if compressed else held):
+        raise BrokenVolume(path, f"header claims {claimed} bytes but the file holds {held}")
+    dtype = np.dtype(f"{'<' if little else '>'}{letter}{max(bits[0] // 8, 1)}")
     at = end + (8 if implicit else 12)
-    return Pixels(path, at, compressed, dtype, shape, (allocated, stored, high), colors)
+    return Pixels(path, at, compressed, dtype, shape, bits, colors)
+
+
+def bits_of(path: Path, header: Dataset) -> tuple[int, int, int]:
+    """Return bits allocated, bits stored and the high bit of a number."""
+    allocated = int(header.get("BitsAllocated") or 16)
+    stored = int(header.get("BitsStored") or allocated)
+    high = int(header.get("HighBit") or stored - 1)
+    if not (0 < stored <= allocated <= 64 and stored - 1 <= high < allocated):
+        raise BrokenVolume(path, f"header claims {stored} bits stored of {allocated}, high {high}")
+    if allocated not in (1, 8, 16, 32, 64):
+        raise BrokenVolume(path, f"numbers of {allocated} bits are not supported")
+    return allocated, stored, high
 
 
 @dataclass(frozen=True)
