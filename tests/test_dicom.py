@@ -382,6 +382,11 @@ def test_slices_beside_a_line_and_slices_twice_are_told(tmp_path):
     (folder / "again").write_bytes((folder / "1.2.3.2").read_bytes())
     with pytest.raises(BrokenVolume, match=r"same position, 1\.2\.3\.2 and again"):
         read_volume(folder)
+    folder = write_series(tmp_path / "all twice")
+    for file in list(folder.iterdir()):
+        (folder / f"copy of {file.name}").write_bytes(file.read_bytes())
+    with pytest.raises(BrokenVolume, match=r"same position, 1\.2\.3\.4 and copy of 1\.2\.3\.4"):
+        read_volume(folder)
     folder = write_series(tmp_path / "nowhere", ImagePositionPatient=None)
     with pytest.raises(BrokenVolume, match="does not tell where it lies"):
         read_volume(folder)

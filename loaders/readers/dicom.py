@@ -27,6 +27,7 @@ from loaders.readers.common import (
 )
 from loaders.readers.planes import Plane, across, intensities, is_dicom, object_name, planes_of
 
+PICTURES = "name the files one by one where each is a picture of its own"
 DICOM_SUFFIXES = (".dcm", ".dicom", ".ima")  # claim to be DICOM; any other name is asked
 
 # --------------------------------------------------------------------------------------------------
@@ -162,7 +163,9 @@ def stacked(path: Path, planes: list[Plane]) -> list[list[Plane]]:
     places: list[tuple[float, Plane]] = []
     for plane in planes:
         if plane.position is None:
-            raise BrokenVolume(plane.file, "does not tell where it lies (ImagePositionPatient)")
+            raise BrokenVolume(
+                plane.file, f"does not tell where it lies (ImagePositionPatient); {PICTURES}"
+            )
         places.append((float(plane.position @ normal), plane))
     places.sort(key=lambda place: (round(place[0], 6), place[1].order, str(place[1].file)))
     pixel = np.linalg.norm(planes[0].edges, axis=0).min()
@@ -175,7 +178,7 @@ def stacked(path: Path, planes: list[Plane]) -> list[list[Plane]]:
             stack[-1].append(plane)
     times = min(len(same) for same in stack)
     for same in stack:
-        if len(same) > times:
+        if len(same) > times or len({plane.order for plane in same}) < len(same):
             one, other = same[:2]
             raise BrokenVolume(
                 path,

@@ -95,7 +95,7 @@ class Plane:
         index: Its place among the file's frames.
         series: UID of its series.
         name: What the series is called, safe as a file name.
-        order: Orders planes at one position: the instance number, or the frame's.
+        order: Orders planes at one position: numbers of the instance and of the frame.
         position: Center of the first pixel in millimeters (LPS); None where it is not told.
         edges: (3, 2), steps to the next column and to the next row in millimeters (LPS).
         thickness: Millimeters to the next plane, as the header says.
@@ -109,7 +109,7 @@ class Plane:
     index: int
     series: str
     name: str
-    order: int
+    order: tuple[int, int]
     position: np.ndarray | None
     edges: np.ndarray
     thickness: float
@@ -297,7 +297,7 @@ def plane_of(header: Dataset, pixels: Pixels, index: int) -> Plane:
         index,
         series=str(header.get("SeriesInstanceUID") or "unnamed"),
         name=re.sub(r"[^\w.+-]+", "_", str(name)).strip("_.") or "series",
-        order=index or int(told.number("InstanceNumber", 0)),
+        order=(int(told.number("InstanceNumber", 0)), index),
         position=position,
         edges=edges_of(told),
         thickness=abs(thickness),
@@ -319,7 +319,7 @@ def in_a_row(first: Plane, header: Dataset, count: int) -> list[Plane]:
     start = np.zeros(3) if first.position is None else first.position
     positions = start + np.outer(offsets - offsets[0], across(first.edges))
     return [
-        replace(first, index=index, order=index, position=positions[index])
+        replace(first, index=index, order=(first.order[0], index), position=positions[index])
         for index in range(count)
     ]
 
