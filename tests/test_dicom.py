@@ -113,7 +113,7 @@ def test_frames_of_an_enhanced_file_have_their_own_slope_and_place(tmp_path):
 )
 def test_a_parametric_map_of_floats_is_read(tmp_path, dtype, name):
     values = np.random.default_rng(0).normal(size=(3, ROWS, COLUMNS)).astype(dtype)
-    data = image("map", values, **{name: values.tobytes()}, SliceThickness=2)
+    data = image("map", values, Modality="MR", SliceThickness=2, **{name: values.tobytes()})
     del data.PixelData
     volume = read_volume(save(data, tmp_path / "a.dcm"))
     assert np.array_equal(volume.data[0], values.T) and volume.spacing_mm == (0.5, 1.5, 2)
