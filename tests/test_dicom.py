@@ -131,6 +131,21 @@ def test_frames_of_nuclear_medicine_lie_where_their_detector_says(tmp_path):
     assert np.allclose(volume.affine[:3, 2:], [[0, -1], [0, -2], [4, 1]])
 
 
+def test_frames_of_several_orientations_are_no_volume(tmp_path):
+    groups = [frame([0, 0, 3 * z]) for z in range(3)]
+    turned = shared()[0].PlaneOrientationSequence[0]
+    turned.ImageOrientationPatient = [1, 0, 0, 0, 0, -1]
+    groups[1].PlaneOrientationSequence = Sequence([turned])
+    data = image(
+        "enhanced MR", np.stack([stored_slice(n) for n in range(3)]),
+        PerFrameFunctionalGroupsSequence=Sequence(groups), SharedFunctionalGroupsSequence=shared(),
+    )  # fmt: skip
+    path = save(data, tmp_path / "a.dcm")
+    with pytest.raises(BrokenVolume, match=r"mixes 2 series, sizes or orientations"):
+        read_volume(path)
+    assert np.array_equal(read_volume(path, LARGEST).data[0], stack(3)[..., ::2])
+
+
 def segmentation(path: Path, segments: list[int], heights: list[float], frames: np.ndarray) -> Path:
     groups = [segment_frame([0, 0, z], n) for z, n in zip(heights, segments, strict=True)]
     data = image(

@@ -100,10 +100,9 @@ def volumes_of(folder: Path, options: Dicom) -> dict[Path, str]:
 
 def chosen_planes(path: Path, options: Dicom) -> list[Plane]:
     """Return the planes of the one series that a path stands for: a file, a folder, folder#uid."""
-    folder, series = split_series(path)
-    if not folder.is_dir():
-        return planes_of(path, required=True)
-    found = series_of(planes_below(folder), options)
+    source, series = split_series(path)
+    planes = planes_below(source) if source.is_dir() else planes_of(source, required=True)
+    found = series_of(planes, options)
     if series is not None:
         if series not in found:
             raise BrokenVolume(path, f"no such series; the folder holds {' '.join(found)}")
@@ -111,7 +110,7 @@ def chosen_planes(path: Path, options: Dicom) -> list[Plane]:
     first = next(iter(found.values()))
     if len(found) == 1:
         return first
-    names = ", ".join(f"{planes[0].name} ({len(planes)})" for planes in list(found.values())[:4])
+    names = ", ".join(f"{part[0].name} ({len(part)})" for part in list(found.values())[:4])
     names += ", ..." * (len(found) > 4)
     if options.series == "largest":
         told = f"{first[0].name}, {len(first)} slices, is taken of {len(found)} series: {names}"
