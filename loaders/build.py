@@ -29,7 +29,15 @@ from loaders.preprocess import (
     statistics,
     to_store_grid,
 )
-from loaders.readers import BrokenVolume, Reading, Volume, read_volume
+from loaders.readers import (
+    SLICES,
+    BrokenVolume,
+    Reading,
+    Volume,
+    read_volume,
+    revision,
+    volume_suffix,
+)
 from loaders.subjects import Subject
 from loaders.whole import sweep, whole_file
 
@@ -66,7 +74,7 @@ class Builder:
         self.in_channels, self.num_slices = in_channels, num_slices
         self.reading, self.backend = reading, backend
         recipe = [FORMAT, preprocess.geometry(), reading.nan, reading.volumes_4d, backend]
-        self.recipe = json.dumps(recipe, sort_keys=True)
+        self.recipe = json.dumps([*recipe, *reading.later()], sort_keys=True)
         self.digests: dict[str, list] = {}
 
     def recall(self, subjects: Sequence[Subject]) -> dict[str, dict[str, Any]]:
@@ -92,7 +100,7 @@ class Builder:
         if self.in_channels not in (None, given):
             raise ValueError(
                 f"{subject.paths[0]}: gives {given} channels, the model takes {self.in_channels}:"
-                f" --model.in_channels {given}"
+                f" --model.in_channels {given}{color_hint(subject, {given, self.in_channels})}"
             )
 
     def remembered(self, path: Path) -> bool:
@@ -110,7 +118,7 @@ class Builder:
             if not self.remembered(path):
                 before = stamp(path)
                 self.digests[os.path.abspath(path)] = [*before, digest(path)]
-            parts.append(self.digests[os.path.abspath(path)][-1])
+            parts.append(self.digests[os.path.abspath(path)][-1] + revision(path))
         text = "\n".join([self.recipe, *parts])
         return hashlib.blake2b(text.encode(), digest_size=12).hexdigest()
 
@@ -150,6 +158,7 @@ class Builder:
     def build_one(self, subject: Subject) -> dict[str, Any]:
         """Read, check, preprocess and store one volume."""
         volume = read_subject(subject, self.reading)
+        notes = list(volume.notes)
         self.check_channels(subject, len(volume.data))
         volume = storable(volume, subject.paths[0], self.reading.nan)
         key = self.key(subject)
@@ -189,6 +198,7 @@ class Builder:
             "offset": [float(o) for o in offset],
             "statistics": stats,
             "undo": undo,
+            "notes": notes,
         }
         points = foreground_points(data[0], threshold, scale[0] > 0, int(key[:8], 16))
         write_whole(self.cache_dir / f"{key}.points.npy", npy_header(points), points)
@@ -238,6 +248,12 @@ def in_c_order(data: np.ndarray) -> np.ndarray:
     return out
 
 
+def color_hint(subject: Subject, channels: set[int | None]) -> str:
+    """What makes gray and colored pictures alike, to be said where these are such."""
+    pictures = channels == {1, 3} and volume_suffix(subject.paths[0]) in SLICES
+    return "; --data.color gray or rgb makes pictures alike" if pictures else ""
+
+
 def read_subject(subject: Subject, reading: Reading) -> Volume:
     """Read the files of a subject; several become channels and must share one grid."""
     volumes = [read_volume(path, reading) for path in subject.paths]
@@ -246,13 +262,16 @@ def read_subject(subject: Subject, reading: Reading) -> Volume:
         return first
     for path, volume in zip(subject.paths[1:], volumes[1:], strict=True):
         same = volume.data.shape[1:] == first.data.shape[1:]
-        if not same or not np.allclose(volume.affine, first.affine, atol=1e-3):
+        near = min(1e-3, 0.01 * min(first.spacing_mm))  # voxels may be nanometers long
+        if not same or not np.allclose(volume.affine, first.affine, atol=near):
             raise BrokenVolume(path, f"does not share the grid of {subject.paths[0]}")
     kinds = {(volume.data.dtype, volume.scale, volume.offset) for volume in volumes}
+    notes = tuple({note: None for volume in volumes for note in volume.notes})
     if len(kinds) > 1:  # one array needs one dtype and scale
-        return Volume(np.concatenate([v.intensities() for v in volumes]), first.affine)
+        data = np.concatenate([volume.intensities() for volume in volumes])
+        return Volume(data, first.affine, notes=notes)
     data = np.concatenate([volume.data for volume in volumes])
-    return Volume(data, first.affine, first.scale, first.offset)
+    return Volume(data, first.affine, first.scale, first.offset, notes)
 
 
 def storable(volume: Volume, path: Path, nan: str) -> Volume:

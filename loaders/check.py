@@ -23,7 +23,7 @@ def broken_files(
     Returns:
         Number of volumes, and an error for each broken one, in order.
     """
-    subjects = find_subjects(root)
+    subjects = find_subjects(root, reading)
 
     def check(subject: Subject) -> BrokenVolume | None:
         try:

@@ -29,6 +29,8 @@ class DataConfig:
         on_error: Broken file: raise ends the run, skip lists it in skipped.csv.
         nan: NaN or infinite voxels: error, or fill with the volume's lowest intensity.
         volumes_4d: 4D files: error, channels (each volume a channel) or first.
+        color: Pictures: all gray, all rgb, or as they are, and a mixture is an error.
+        stacks: TIFF and PNG slices: files (each is one image), or a folder of them is one volume.
         backend: Cache as npy (fastest), or blosc2 (about half the disk space).
         slice_axis: For 2D training: the axis that slices are cut across (0, 1 or 2).
         num_slices: For 2D training: neighboring slices that become channels (odd).
@@ -45,6 +47,8 @@ class DataConfig:
     on_error: Literal["raise", "skip"] = "raise"
     nan: Literal["error", "fill"] = "error"
     volumes_4d: Literal["error", "channels", "first"] = "error"
+    color: Literal["error", "gray", "rgb"] = "error"
+    stacks: Literal["files", "folder"] = "files"
     backend: Literal["npy", "blosc2"] = "npy"
     slice_axis: int = 2
     num_slices: int = 1
@@ -115,7 +119,7 @@ def open_data(
 
     if not config.root:
         raise ValueError("data.root is not set: give a folder, a glob or a manifest")
-    subjects = find_subjects(config.root)
+    subjects = find_subjects(config.root, config.reading)
     if split is None:
         split = split_subjects(subjects, config.fractions)
     vanished = {id for ids in split.values() for id in ids} - {subject.id for subject in subjects}

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import glob
 import os
+from collections import Counter
 from pathlib import Path
 
 from loaders.manifest import manifest_subjects
-from loaders.readers import READERS, is_dicom, volume_suffix
+from loaders.readers import READERS, READING, SLICES, Reading, is_dicom, volume_suffix
 from loaders.subjects import Subject, names_of
 
 
-def find_subjects(root: str | Path) -> list[Subject]:
+def find_subjects(root: str | Path, reading: Reading = READING) -> list[Subject]:
     """List the volumes under a folder (recursive), of a glob, or of a CSV or JSON manifest.
 
     A manifest has the column `path` (relative to the manifest; several files separated by `;`
@@ -20,6 +21,7 @@ def find_subjects(root: str | Path) -> list[Subject]:
 
     Args:
         root: The folder, glob or manifest.
+        reading: Its `stacks` says whether a folder of slices is one volume.
 
     Returns:
         Volumes sorted by id, or in the manifest's order.
@@ -32,6 +34,8 @@ def find_subjects(root: str | Path) -> list[Subject]:
         return manifest_subjects(root)
     if root.is_dir():
         paths, base = sorted(volumes_below(root)), root
+    elif root.is_file() or root.is_symlink():  # even where its name holds a [
+        paths, base = [root], root.parent
     elif glob.has_magic(str(root)):
         paths = [
             path
@@ -39,14 +43,24 @@ def find_subjects(root: str | Path) -> list[Subject]:
             if volume_suffix(path) or path.is_dir()
         ]
         base = Path(str(root).split("*")[0].split("?")[0].split("[")[0] + "x").parent
-    elif root.is_file() or root.is_symlink():
-        paths, base = [root], root.parent
     else:
         raise ValueError(f"{root}: no such folder, glob or manifest (data.root)")
+    if reading.stacks == "folder":
+        paths = in_stacks(paths)
     if not paths:
         formats = " ".join(READERS)
         raise ValueError(f"{root}: holds no volumes (data.root); formats are {formats}")
     return [Subject(id, (path,)) for id, path in zip(names_of(paths, base), paths, strict=True)]
+
+
+def in_stacks(paths: list[Path]) -> list[Path]:
+    """Put a folder in the place of the slices that lie in it; other files stay."""
+    slices = Counter(path.parent for path in paths if volume_suffix(path) in SLICES)
+    stacks = {folder for folder, count in slices.items() if count > 1}
+    return list({
+        path.parent if path.parent in stacks and volume_suffix(path) in SLICES else path: None
+        for path in paths
+    })  # fmt: skip
 
 
 def volumes_below(root: Path) -> list[Path]:

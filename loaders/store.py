@@ -23,7 +23,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from loaders.build import Builder, draw_labels, exclusive, stamp, write_whole
+from loaders.build import Builder, color_hint, draw_labels, exclusive, stamp, write_whole
 from loaders.compressed import CompressedArray
 from loaders.preprocess import PERCENTILES, Preprocess, from_store_grid
 from loaders.readers import READING, BrokenVolume, Reading, Volume, num_items, read_volume
@@ -313,13 +313,19 @@ class VolumeStore:
             for subject in subjects
             if subject.id in known
         ]
-        warn_of_intensities(entries, [known[entry.subject.id] for entry in entries], preprocess)
+        metas = [known[entry.subject.id] for entry in entries]
+        tell_notes([
+            (entry.subject.paths[0], meta.get("notes", ()))  # older caches have none
+            for entry, meta in zip(entries, metas, strict=True)
+        ])  # fmt: skip
+        warn_of_intensities(entries, metas, preprocess)
         channels = {entry.shape[0] for entry in entries}
         if len(channels) > 1:
             odd = next(entry for entry in entries if entry.shape[0] != entries[0].shape[0])
             raise ValueError(
                 f"{odd.subject.paths[0]}: has {odd.shape[0]} channels, "
                 f"{entries[0].subject.paths[0]} has {entries[0].shape[0]}"
+                f"{color_hint(odd.subject, set(channels))}"
             )
         return cls(entries, cache_dir, preprocess, skipped)
 
@@ -396,6 +402,19 @@ def as_subjects(subjects_or_paths: Sequence[Subject | str | Path]) -> list[Subje
     paths = [Path(os.path.abspath(path)) for path in given]
     base = Path(os.path.commonpath([path.parent for path in paths]))
     return [Subject(id, (path,)) for id, path in zip(names_of(paths, base), paths, strict=True)]
+
+
+def tell_notes(notes: Sequence[tuple[Path, Sequence[str]]]) -> None:
+    """Say what readers had to assume, once for all volumes of which it is true.
+
+    Args:
+        notes: File and notes of each volume.
+    """
+    paths: dict[str, list[Path]] = {}
+    for path, note in ((path, note) for path, of_volume in notes for note in of_volume):
+        paths.setdefault(note, []).append(path)
+    for note, of in paths.items():
+        print(f"{of[0]}: {note} ({len(of)} of {len(notes)} volumes)", file=sys.stderr)
 
 
 def warn_of_intensities(

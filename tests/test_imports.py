@@ -56,6 +56,8 @@ ONE_PLACE = {
     "SimpleITK": {"loaders/readers/dicom.py"},
     "pydicom": {"loaders/readers/dicom.py"},
     "tifffile": {"loaders/readers/tiff.py"},
+    "pint": {"loaders/readers/tiff.py"},
+    "imagecodecs": set(),  # for tifffile to find
     "blosc2": {"loaders/compressed.py"},
     "isal": {"loaders/readers/common.py"},
     "nilearn": {"loaders/demo.py"},

@@ -26,6 +26,8 @@ LARGE = 64 * 2**20
 CHUNK = 2**18
 
 Volumes4D = Literal["error", "channels", "first"]
+Color = Literal["error", "gray", "rgb"]
+Stacks = Literal["files", "folder"]
 
 
 @dataclass(frozen=True)
@@ -35,10 +37,14 @@ class Reading:
     Args:
         nan: NaN or infinite voxels: error, or fill with the volume's lowest intensity.
         volumes_4d: 4D files: error, channels (each volume a channel) or first.
+        color: Pictures: all gray, all rgb, or as they are, and a mixture is an error.
+        stacks: TIFF and PNG slices: files (each is one image), or a folder of them is one volume.
     """
 
     nan: Literal["error", "fill"] = "error"
     volumes_4d: Volumes4D = "error"
+    color: Color = "error"
+    stacks: Stacks = "files"
 
     @classmethod
     def names(cls) -> tuple[str, ...]:
@@ -49,6 +55,10 @@ class Reading:
     def of(cls, told: Mapping[str, Any]) -> Reading:
         """Take from a record what it tells; what it does not know has its default."""
         return cls(**{name: told[name] for name in cls.names() if name in told})
+
+    def later(self) -> list[dict[str, str]]:
+        """Options that came after the first caches and are used: a part of the caches' keys."""
+        return [{"color": self.color}] if self.color != "error" else []
 
 
 READING = Reading()
@@ -79,12 +89,14 @@ class Volume:
         affine: 4x4, voxel index -> RAS+ millimeters.
         scale: Slope from stored numbers to intensities.
         offset: Intercept from stored numbers to intensities.
+        notes: What the reader had to assume, each to be said after the file's name.
     """
 
     data: np.ndarray
     affine: np.ndarray = field(default_factory=lambda: np.eye(4))
     scale: float = 1.0
     offset: float = 0.0
+    notes: tuple[str, ...] = ()
 
     @property
     def spacing_mm(self) -> tuple[float, float, float]:
@@ -252,6 +264,12 @@ def to_channels_first(path: Path, data: np.ndarray, volumes_4d: Volumes4D) -> np
     if volumes_4d == "first":
         data = data[..., :1]
     return np.moveaxis(data, 3, 0)  # (C, X, Y, Z)
+
+
+def luminance(colors: np.ndarray) -> np.ndarray:
+    """Gray (..., 1) of red, green and blue (..., 3), weighted by ITU-R BT.601 as Pillow does."""
+    gray = colors @ np.array([[0.299], [0.587], [0.114]])
+    return (np.rint(gray) if colors.dtype.kind in "iu" else gray).astype(colors.dtype)
 
 
 def require_number(path: Path, dtype: np.dtype, name: str = "") -> None:
