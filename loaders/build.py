@@ -74,7 +74,10 @@ class Builder:
         self.in_channels, self.num_slices = in_channels, num_slices
         self.reading, self.backend = reading, backend
         recipe = [FORMAT, preprocess.geometry(), reading.nan, reading.volumes_4d, backend]
-        self.recipe = json.dumps([*recipe, *reading.later()], sort_keys=True)
+        chosen = reading.chosen()  # options that came later: caches older than they stay valid
+        later = {k: v for k, v in chosen.items() if k not in ("nan", "volumes_4d", "stacks")}
+        recipe += [later] if later else []
+        self.recipe = json.dumps(recipe, sort_keys=True)
         self.digests: dict[str, list] = {}
 
     def recall(self, subjects: Sequence[Subject]) -> dict[str, dict[str, Any]]:

@@ -7,7 +7,7 @@ import os
 from collections import Counter
 from pathlib import Path
 
-from loaders.manifest import manifest_subjects
+from loaders.manifest import SUFFIXES, manifest_subjects
 from loaders.readers import READERS, READING, SLICES, Reading, is_dicom, volume_suffix
 from loaders.subjects import Subject, names_of
 
@@ -16,8 +16,9 @@ def find_subjects(root: str | Path, reading: Reading = READING) -> list[Subject]
     """List the volumes under a folder (recursive), of a glob, or of a CSV or JSON manifest.
 
     A manifest has the column `path` (relative to the manifest; several files separated by `;`
-    become channels) and, where wanted, `id`, `subject` (whose volume it is), `split`, `label` (a
-    label map for the sampler) and any further columns, for example a group to balance by.
+    become channels) and, where wanted, `id`, `subject` (whose volume it is), `split`, `label_map`
+    (a file with labels, for the sampler) and any further columns, for example a class or a group to
+    balance by. It may be separated by `,`, `;` or tabs, in any encoding that Excel writes.
 
     Args:
         root: The folder, glob or manifest.
@@ -30,7 +31,7 @@ def find_subjects(root: str | Path, reading: Reading = READING) -> list[Subject]
         >>> find_subjects("data/**/*_T1.nii.gz")
     """
     root = Path(root).expanduser()
-    if root.suffix.lower() in (".csv", ".json") and root.is_file():
+    if root.suffix.lower() in SUFFIXES and root.is_file():
         return manifest_subjects(root)
     if root.is_dir():
         paths, base = sorted(volumes_below(root)), root

@@ -222,13 +222,15 @@ class VolumeStore:
     def label_points(self, index: int) -> dict[int, np.ndarray]:
         """Return up to 1024 random voxels (N, 3) of each label of a volume's label map.
 
-        The map is the file in the manifest's column `label`, on the grid of the volume's source;
-        it is read once and what was drawn is kept in the cache.
+        The map is the file in the manifest's column `label_map`, on the grid of the volume's
+        source; it is read once and what was drawn is kept in the cache.
         """
         entry = self.entries[index]
-        if "label" not in entry.subject.labels:
-            raise ValueError(f"the manifest has no label map (column label) for {entry.subject.id}")
-        path = Path(entry.subject.labels["label"])
+        path = entry.subject.label_map
+        if path is None:
+            raise ValueError(
+                f"the manifest has no label map (column label_map) for {entry.subject.id}"
+            )
         version = hashlib.blake2b(f"{path} {stamp(path)}".encode(), digest_size=6).hexdigest()
         name = f"{entry.key}.label-{version}.npz"
         if not (self.cache_dir / name).is_file():

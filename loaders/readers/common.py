@@ -12,7 +12,7 @@ import gzip
 import os
 import zlib
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -56,9 +56,10 @@ class Reading:
         """Take from a record what it tells; what it does not know has its default."""
         return cls(**{name: told[name] for name in cls.names() if name in told})
 
-    def later(self) -> list[dict[str, str]]:
-        """Options that came after the first caches and are used: a part of the caches' keys."""
-        return [{"color": self.color}] if self.color != "error" else []
+    def chosen(self) -> dict[str, object]:
+        """Return, as plain values, the options that are not at their defaults."""
+        default = asdict(Reading())
+        return {name: value for name, value in asdict(self).items() if value != default[name]}
 
 
 READING = Reading()
