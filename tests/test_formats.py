@@ -52,7 +52,8 @@ OME_MM = {f"{prefix}m": 10.0 ** (power + 3) for prefix, power in POWERS.items()}
 
 @pytest.mark.parametrize("unit", OME_MM)
 def test_every_unit_of_ome_is_a_length_in_millimeters(unit):
-    from loaders.readers.tiff import OME_UNITS, millimeters
+    from loaders.readers.tiff import OME_UNITS
+    from loaders.readers.units import millimeters
 
     assert millimeters(Path("a.tif"), unit, OME_UNITS) == pytest.approx(OME_MM[unit], rel=1e-6)
 

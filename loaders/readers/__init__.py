@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
+from loaders.readers.bio import read_bio
 from loaders.readers.common import (
     READING,
     BrokenVolume,
@@ -45,6 +46,7 @@ READERS: dict[str, Callable[[Path, Reading], Volume]] = {
     ".npy": read_npy, ".npz": read_npz,
     ".tif": read_tiff, ".tiff": read_tiff,
     ".png": read_picture, ".jpg": read_picture, ".jpeg": read_picture,
+    ".lif": read_bio, ".nd2": read_bio, ".czi": read_bio,
     ".dcm": read_dicom,
 }  # fmt: skip
 

@@ -267,6 +267,32 @@ def to_channels_first(path: Path, data: np.ndarray, volumes_4d: Volumes4D) -> np
     return np.moveaxis(data, 3, 0)  # (C, X, Y, Z)
 
 
+def from_axes(path: Path, data: np.ndarray, axes: str, reading: Reading) -> np.ndarray:
+    """Bring named axes to (C, X, Y, Z).
+
+    Args:
+        path: The file, for the message.
+        data: The voxels.
+        axes: A letter an axis: X, Y, Z, C (channels), T (times), S (red, green, blue).
+        reading: What becomes of colors and times.
+    """
+    if len(set(axes)) != len(axes) or not set(axes) <= set("XYZCTS"):
+        raise BrokenVolume(path, f"axes {axes} are not understood")
+    for name in "XYZ":
+        if name not in axes:
+            axes, data = axes + name, data[..., None]
+    colors = "S" in axes
+    if colors:
+        data, axes = np.moveaxis(data, axes.index("S"), -1), axes.replace("S", "") + "S"
+        if reading.color == "gray" and data.shape[-1] == 3:
+            data = luminance(data)
+    order = [axes.index(name) for name in "XYZ"]
+    data = data.transpose(*order, *(i for i in range(data.ndim) if i not in order))
+    picture = colors and data.shape[2] == 1  # whose colors are channels without further leave
+    data = to_channels_first(path, data, "channels" if picture else reading.volumes_4d)
+    return np.repeat(data, 3, axis=0) if reading.color == "rgb" and len(data) == 1 else data
+
+
 def luminance(colors: np.ndarray) -> np.ndarray:
     """Gray (..., 1) of red, green and blue (..., 3), weighted by ITU-R BT.601 as Pillow does."""
     gray = colors @ np.array([[0.299], [0.587], [0.114]])

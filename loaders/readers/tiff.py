@@ -1,8 +1,7 @@
-"""TIFF images and stacks; the only importer of tifffile and of pint."""
+"""TIFF images and stacks; the only importer of tifffile."""
 
 from __future__ import annotations
 
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 from xml.etree import ElementTree
@@ -16,22 +15,17 @@ from loaders.readers.common import (
     BrokenVolume,
     Reading,
     Volume,
-    luminance,
+    from_axes,
     num_items,
     require_number,
-    to_channels_first,
 )
+from loaders.readers.units import Sizes, millimeters, spacing_mm
 
 if TYPE_CHECKING:
-    import pint
     import tifffile
-
-# Axis X, Y or Z -> voxel size in millimeters where the file tells it, and what the others have.
-Sizes = tuple[dict[str, float], float]
 
 # Millimeters of what OME calls otherwise than pint: line, typographic point, astronomical unit.
 OME_UNITS = {"li": 25.4 / 12, "pt": 25.4 / 72, "ua": 149597870700e3}
-NO_UNITS = ("", "pixel", "pixels", "reference frame")  # the file says that it does not know
 
 
 def read_tiff(path: Path, reading: Reading = READING) -> Volume:
@@ -51,23 +45,9 @@ def read_tiff(path: Path, reading: Reading = READING) -> Volume:
             count = len(tiff.series)
     except (tifffile.TiffFileError, IndexError, RuntimeError) as error:
         raise BrokenVolume(path, f"damaged TIFF ({error})") from error
-    names = axes.replace("I", "Z").replace("Q", "Z")
-    if len(set(names)) != len(names) or not set(names) <= set("XYZCTS"):
-        raise BrokenVolume(path, f"TIFF axes {axes} are not understood")
-    for name in "XYZ":
-        if name not in names:
-            names, data = names + name, data[..., None]
-    if "S" in names:
-        data, names = np.moveaxis(data, names.index("S"), -1), names.replace("S", "") + "S"
-        data = data[..., : data.shape[-1] - alpha]
-        if reading.color == "gray" and data.shape[-1] == 3:
-            data = luminance(data)
-    order = [names.index(name) for name in "XYZ"]
-    data = data.transpose(*order, *(i for i in range(data.ndim) if i not in order))
-    colored = "S" in names and data.shape[2] == 1  # a picture, of which nobody asks the leave
-    data = to_channels_first(path, data, "channels" if colored else reading.volumes_4d)
-    if reading.color == "rgb" and len(data) == 1:
-        data = np.repeat(data, 3, axis=0)
+    if alpha and "S" in axes:
+        data = data.take(range(data.shape[axes.index("S")] - alpha), axes.index("S"))
+    data = from_axes(path, data, axes.replace("I", "Z").replace("Q", "Z"), reading)
     spacing, notes = spacing_mm(sizes, data.shape[3])
     if count > 1:
         notes = (*notes, f"holds {count} images, of which the first is read")
@@ -104,22 +84,6 @@ def decoded(path: Path, series: tifffile.TiffPageSeries) -> np.ndarray:
         ) from error
 
 
-# --------------------------------------------------------------------------------------------------
-# Voxel sizes
-
-
-def spacing_mm(sizes: Sizes, num_slices: int) -> tuple[list[float], tuple[str, ...]]:
-    """Voxel size along X, Y, Z, and a note on what had to be assumed.
-
-    A single slice has no thickness that anybody would miss, and a picture no size at all.
-    """
-    told, assumed = sizes
-    asked = "XYZ" if num_slices > 1 else "XY" if told else ""
-    lacking = [axis for axis in asked if axis not in told]
-    note = f"has no voxel size along {', '.join(lacking)}: taken as {assumed:g} mm"
-    return [told.get(axis, assumed) for axis in "XYZ"], (note,) if lacking else ()
-
-
 def ome_sizes(path: Path, tiff: tifffile.TiffFile) -> Sizes:
     """Voxel sizes of the first image in OME's XML; an axis that lacks one is like the others."""
     try:
@@ -153,35 +117,3 @@ def imagej_sizes(path: Path, tiff: tifffile.TiffFile) -> Sizes:
             pixels, units = tag.value
             sizes[axis] = units / pixels * unit
     return sizes, unit
-
-
-def millimeters(path: Path, name: str, own: dict[str, float]) -> float | None:
-    """Millimeters of a unit of length; None for pixels and the like, which have no length.
-
-    Args:
-        path: The file, for the message.
-        name: As the file spells it.
-        own: Names that mean something else here than to pint.
-    """
-    name = name.strip().rstrip(".")
-    if name.lower() in NO_UNITS:
-        return None
-    if name in own:
-        return own[name]
-    import pint
-
-    for spelling in (name, name.lower()):  # `Micron` is known as micron
-        if spelling.isidentifier():  # pint would compute what looks like a formula
-            try:
-                return float(registry().Quantity(1, spelling).to("millimeter").magnitude)
-            except (pint.UndefinedUnitError, pint.DimensionalityError):
-                continue
-    raise BrokenVolume(path, f"gives its voxel size in {name!r}, which is no known unit of length")
-
-
-@cache
-def registry() -> pint.UnitRegistry:
-    """All units that there are; takes half a second, so made once."""
-    import pint
-
-    return pint.UnitRegistry()
