@@ -116,7 +116,8 @@ def write_lif(path: Path) -> Path:
         for id, n, length, step in axes
     )
     channel = ('<ChannelDescription DataType="0" ChannelTag="0" Resolution="8" Min="0" Max="255" '
-               'NameOfMeasuredQuantity="" Unit="" LUTName="Gray" IsLUTInverted="0" BytesInc="0" BitInc="0"/>')  # fmt: skip
+               'NameOfMeasuredQuantity="" Unit="" LUTName="Gray" IsLUTInverted="0" '
+               'BytesInc="0" BitInc="0"/>')  # fmt: skip
     image = (
         f'<Element Name="a" Visibility="1" UniqueID="1"><Data><Image TextDescription="">'
         f"<ImageDescription><Channels>{channel}</Channels><Dimensions>{dims}</Dimensions>"
