@@ -274,7 +274,7 @@ def read_subject(subject: Subject, reading: Reading) -> Volume:
         data = np.concatenate([volume.intensities() for volume in volumes])
         return Volume(data, first.affine, notes=notes)
     data = np.concatenate([volume.data for volume in volumes])
-    return Volume(data, first.affine, first.scale, first.offset, notes)
+    return Volume(data, first.affine, first.scale, first.offset, notes=notes)
 
 
 def storable(volume: Volume, path: Path, nan: str) -> Volume:
@@ -330,6 +330,19 @@ def draw_labels(
         points = np.argwhere(values == name)
         found[int(name)] = points[rng.permutation(len(points))[:NUM_POINTS]].astype(np.int32)
     return found
+
+
+def tell_notes(notes: Sequence[tuple[Path, Sequence[str]]]) -> None:
+    """Say what readers had to assume, once for all volumes of which it is true.
+
+    Args:
+        notes: File and notes of each volume.
+    """
+    paths: dict[str, list[Path]] = {}
+    for path, note in ((path, note) for path, of_volume in notes for note in of_volume):
+        paths.setdefault(note, []).append(path)
+    for note, of in paths.items():
+        print(f"{of[0]}: {note} ({len(of)} of {len(notes)} volumes)", file=sys.stderr)
 
 
 def npy_header(data: np.ndarray) -> bytes:

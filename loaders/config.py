@@ -113,6 +113,7 @@ def open_data(
         >>> train = store.subset(split["train"])
     """
     from loaders.find import find_subjects
+    from loaders.flat import flat_faults, thinnest
     from loaders.slices import SliceStore
     from loaders.splits import split_subjects
     from loaders.store import VolumeStore
@@ -128,6 +129,10 @@ def open_data(
             f"{config.root}: of this run's split.json {len(vanished)} are gone, first "
             f"{min(vanished)!r}; put them back, or begin anew with --fresh"
         )
+    for fault in flat_faults(
+        subjects, thinnest(subjects, config.reading), spatial_dims, config.root
+    ):
+        raise fault
     store = VolumeStore.build(
         subjects,
         config.cache_dir,
@@ -139,6 +144,9 @@ def open_data(
         in_channels=in_channels,
         num_slices=config.num_slices if spatial_dims == 2 else 1,
     )
+    thickness = dict(zip(store.ids, store.spatial_shapes.min(axis=1).tolist(), strict=True))
+    for fault in flat_faults(subjects, thickness, spatial_dims, config.root):
+        raise fault  # of a format that told nothing before it was read
     skipped = {row[0] for row in store.skipped}
     split = {name: [id for id in ids if id not in skipped] for name, ids in split.items()}
     if spatial_dims == 2:

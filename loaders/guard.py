@@ -35,5 +35,6 @@ def require_guard() -> None:
     ):
         raise ValueError(
             f"{path}, line {line}: augmentation starts processes, and by {way} each runs this "
-            f'script again: put what the script does under `if __name__ == "__main__":` (or threads=0)'
+            'script again: put what the script does under `if __name__ == "__main__":` '
+            "(or threads=0)"
         )

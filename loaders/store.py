@@ -23,7 +23,15 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from loaders.build import Builder, color_hint, draw_labels, exclusive, stamp, write_whole
+from loaders.build import (
+    Builder,
+    color_hint,
+    draw_labels,
+    exclusive,
+    stamp,
+    tell_notes,
+    write_whole,
+)
 from loaders.compressed import CompressedArray
 from loaders.preprocess import PERCENTILES, Preprocess, from_store_grid
 from loaders.readers import READING, BrokenVolume, Reading, Volume, num_items, read_volume
@@ -404,19 +412,6 @@ def as_subjects(subjects_or_paths: Sequence[Subject | str | Path]) -> list[Subje
     paths = [Path(os.path.abspath(path)) for path in given]
     base = Path(os.path.commonpath([path.parent for path in paths]))
     return [Subject(id, (path,)) for id, path in zip(names_of(paths, base), paths, strict=True)]
-
-
-def tell_notes(notes: Sequence[tuple[Path, Sequence[str]]]) -> None:
-    """Say what readers had to assume, once for all volumes of which it is true.
-
-    Args:
-        notes: File and notes of each volume.
-    """
-    paths: dict[str, list[Path]] = {}
-    for path, note in ((path, note) for path, of_volume in notes for note in of_volume):
-        paths.setdefault(note, []).append(path)
-    for note, of in paths.items():
-        print(f"{of[0]}: {note} ({len(of)} of {len(notes)} volumes)", file=sys.stderr)
 
 
 def warn_of_intensities(

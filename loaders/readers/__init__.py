@@ -24,6 +24,7 @@ from loaders.readers.common import (
     Reading,
     Volume,
     Volumes4D,
+    headers_alone,
     num_items,
     require_number,
 )  # fmt: skip
@@ -36,7 +37,8 @@ from loaders.readers.tiff import read_tiff
 
 __all__ = [
     "READERS", "READING", "BrokenVolume", "Reading", "Volume", "Volumes4D", "check_file",
-    "is_dicom", "num_items", "ras_axes", "read_volume", "revision", "volume_suffix", "write_volume",
+    "is_dicom", "num_items", "ras_axes", "read_header", "read_volume", "revision",
+    "volume_suffix", "write_volume",
 ]  # fmt: skip
 
 READERS: dict[str, Callable[[Path, Reading], Volume]] = {
@@ -51,6 +53,11 @@ READERS: dict[str, Callable[[Path, Reading], Volume]] = {
 }  # fmt: skip
 
 
+# Their headers tell all but the voxels, which `read_voxels` fetches, or their reader after a look.
+HEADED = {
+    ".nii.gz", ".nii", ".hdr", ".nrrd", ".nhdr", ".mha", ".mhd", ".mgz", ".mgh.gz", ".mgh", ".npy",
+    ".tif", ".tiff",
+}  # fmt: skip
 SLICES = (".tif", ".tiff", ".png", ".jpg", ".jpeg")  # of a stack
 # Raised when a reader is mended, so that what it had read wrong leaves the caches.
 REVISIONS = {"folder": 1, **dict.fromkeys(SLICES, 1)}
@@ -108,6 +115,23 @@ def read_volume(path: Path | str, reading: Reading = READING) -> Volume:
     if not any(np.isfinite(data[..., z]).any() for z in range(data.shape[3])):
         raise BrokenVolume(path, "all voxels are NaN or infinite")
     return replace(volume, data=data)
+
+
+def read_header(path: Path | str, reading: Reading = READING) -> Volume | None:
+    """Return what the header of a file says of its volume, its voxels all zero.
+
+    Args:
+        path: The file.
+        reading: As for `read_volume`.
+
+    Returns:
+        A volume whose voxels take no memory; None for formats that tell nothing before they are
+        read whole.
+    """
+    if volume_suffix(path) not in HEADED or Path(path).is_dir():
+        return None
+    with headers_alone():
+        return read_volume(path, reading)
 
 
 def read_folder(path: Path, reading: Reading = READING) -> Volume:

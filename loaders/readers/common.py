@@ -12,6 +12,8 @@ import gzip
 import os
 import zlib
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -156,6 +158,24 @@ def decompressed(path: Path, codec: str, start: int = 0) -> Iterator[bytes]:
             raise BrokenVolume(path, f"truncated {codec} stream")
 
 
+_headers_alone: ContextVar[bool] = ContextVar("headers_alone", default=False)
+
+
+@contextmanager
+def headers_alone() -> Iterator[None]:
+    """Let `read_voxels` return zeros that take no memory: what headers claim, in no time."""
+    token = _headers_alone.set(True)
+    try:
+        yield
+    finally:
+        _headers_alone.reset(token)
+
+
+def are_headers_alone() -> bool:
+    """Whether a reader that fetches voxels itself is to return zeros instead."""
+    return _headers_alone.get()
+
+
 def read_voxels(
     path: Path,
     dtype: np.dtype,
@@ -183,6 +203,7 @@ def read_voxels(
     claimed, on_disk = count * dtype.itemsize, os.path.getsize(path)
     if count <= 0:
         raise BrokenVolume(path, "header claims no voxels")
+    claim = np.broadcast_to(np.zeros((), dtype.newbyteorder("=")), count)
     if codec is None:
         if start < 0 or start + claimed > on_disk:
             raise BrokenVolume(
@@ -191,13 +212,15 @@ def read_voxels(
         if on_disk - start - claimed > trailing:
             extra = on_disk - start - claimed
             raise BrokenVolume(path, f"file holds {extra} bytes more than its header claims")
-        return np.memmap(path, dtype, "r", start, (count,))
+        return claim if _headers_alone.get() else np.memmap(path, dtype, "r", start, (count,))
     if claimed > max(LARGE, on_disk * MAX_EXPANSION):
         raise BrokenVolume(
             path,
             f"header claims {claimed} bytes but the {codec} stream of {on_disk} bytes cannot hold "
             f"an image of that size",
         )
+    if _headers_alone.get():
+        return claim
     if codec == "gzip" and (length_in_trailer(path) - start - claimed) % 2**32 > trailing:
         # Cut short, lying, or made of several members: count before memory is taken.
         held = 0
