@@ -103,6 +103,37 @@ def test_an_unknown_unit_is_a_broken_file_that_is_named_with_its_unit(tmp_path, 
             read_volume(ome(tmp_path / "b.ome.tif", PhysicalSizeXUnit="smoot"))
 
 
+@pytest.mark.parametrize(
+    ("units", "expected"),
+    [
+        ('space units: "um" "um" "um"', (0.5e-3, 1e-3, 3e-3)),
+        ('space units: "m" "m" "m"', (500, 1000, 3000)),
+        ('space units: "mm" "mm" "???"', (0.5, 1, 3)),
+        ("", (0.5, 1, 3)),
+    ],
+)
+def test_nrrd_counts_in_the_units_of_its_header(tmp_path, units, expected):
+    lines = [
+        "NRRD0004", "type: short", "dimension: 3", "sizes: 2 3 4", "encoding: raw", "space: RAS",
+        "endian: little", "space directions: (0.5,0,0) (0,1,0) (0,0,3)",
+        "space origin: (2,0,0)", *([units] if units else []),
+    ]  # fmt: skip
+    (tmp_path / "a.nrrd").write_bytes("\n".join([*lines, "", ""]).encode() + STACK.tobytes())
+    volume = read_volume(tmp_path / "a.nrrd")
+    assert volume.spacing_mm == pytest.approx(expected)
+    assert volume.affine[0, 3] == pytest.approx(4 * expected[0])
+
+
+def test_nrrd_has_a_unit_for_each_of_its_axes_and_times_are_no_lengths(tmp_path):
+    header = (
+        "NRRD0004\ntype: short\ndimension: 4\nsizes: 2 2 3 2\nencoding: raw\nendian: little\n"
+        'kinds: list domain domain domain\nspacings: nan 1 2 3\nunits: "s" "cm" "um" "mm"\n\n'
+    )
+    (tmp_path / "a.nrrd").write_bytes(header.encode() + STACK.tobytes())
+    volume = read_volume(tmp_path / "a.nrrd", Reading(volumes_4d="first"))
+    assert volume.spacing_mm == pytest.approx((10, 0.002, 3))
+
+
 def test_a_missing_axis_is_like_the_others_and_told(tmp_path):
     sizes = {"PhysicalSizeX": 0.5, "PhysicalSizeY": 0.5, "PhysicalSizeZ": None}
     volume = read_volume(ome(tmp_path / "a.ome.tif", **sizes))
@@ -136,6 +167,16 @@ def test_what_readers_assumed_is_told_once_for_all_volumes_also_from_the_cache(t
     for _ in range(2):
         VolumeStore.build(find_subjects(tmp_path / "in"), tmp_path / "cache")
         assert capsys.readouterr().err == line
+
+
+def test_check_data_tells_what_readers_assumed(tmp_path, capsys):
+    from loaders import broken_files
+
+    tifffile.imwrite(tmp_path / "a.tif", STACK, photometric="minisblack")
+    assert broken_files(str(tmp_path)) == (1, [])
+    assert (
+        "a.tif: has no voxel size along X, Y, Z: taken as 1 mm (1 of 1" in capsys.readouterr().err
+    )
 
 
 def test_micrometers_survive_the_way_through_a_nifti(tmp_path):

@@ -60,7 +60,7 @@ HEADED = {
 }  # fmt: skip
 SLICES = (".tif", ".tiff", ".png", ".jpg", ".jpeg")  # of a stack
 # Raised when a reader is mended, so that what it had read wrong leaves the caches.
-REVISIONS = {"folder": 1, **dict.fromkeys(SLICES, 1)}
+REVISIONS = {"folder": 1, ".nrrd": 1, ".nhdr": 1, **dict.fromkeys(SLICES, 1)}
 
 
 def revision(path: Path) -> str:

@@ -13,7 +13,8 @@ if TYPE_CHECKING:
 
 # Axis X, Y or Z -> voxel size in millimeters where the file tells it, and what the others have.
 Sizes = tuple[dict[str, float], float]
-NO_UNITS = ("", "pixel", "pixels", "reference frame")  # the file says that it does not know
+# The file says that it does not know.
+NO_UNITS = ("", "???", "pixel", "pixels", "reference frame")
 
 
 def spacing_mm(sizes: Sizes, num_slices: int) -> tuple[list[float], tuple[str, ...]]:
@@ -41,7 +42,13 @@ def millimeters(path: Path, name: str, own: dict[str, float]) -> float | None:
         return None
     if name in own:
         return own[name]
-    import pint
+    if name == "mm":
+        return 1.0
+    try:
+        import pint
+    except ImportError as error:
+        reason = f"gives its voxel size in {name!r}, which needs `pip install 'vae3d[formats]'`"
+        raise BrokenVolume(path, reason) from error
 
     for spelling in (name, name.lower()):  # `Micron` is known as micron
         if spelling.isidentifier():  # pint would compute what looks like a formula
