@@ -215,6 +215,30 @@ def test_a_file_of_several_images_says_that_the_first_is_read(tmp_path):
     assert "holds 2 images, of which the first is read" in volume.notes
 
 
+def test_a_set_of_files_that_lacks_one_is_told_and_not_filled_with_zeros(tmp_path):
+    uuid = "urn:uuid:{}0000000-0000-0000-0000-000000000000"
+    planes = "".join(
+        f'<TiffData IFD="0" FirstZ="{z}" FirstC="0" FirstT="0" PlaneCount="1">'
+        f'<UUID FileName="z{z}.ome.tif">{uuid.format(z)}</UUID></TiffData>'
+        for z in range(4)
+    )
+    for z, plane in enumerate(STACK):
+        xml = (
+            '<?xml version="1.0" encoding="UTF-8"?><OME '
+            'xmlns="http://www.openmicroscopy.org/Schemas/OME/2016-06" '
+            f'UUID="{uuid.format(z)}"><Image ID="Image:0"><Pixels ID="Pixels:0" '
+            'DimensionOrder="XYZCT" Type="uint16" SizeX="2" SizeY="3" SizeZ="4" SizeC="1" '
+            f'SizeT="1"><Channel ID="Channel:0:0" SamplesPerPixel="1"/>{planes}</Pixels></Image>'
+            "</OME>"
+        )
+        path = tmp_path / f"z{z}.ome.tif"
+        tifffile.imwrite(path, plane, description=xml.encode(), metadata=None)
+    assert np.array_equal(read_volume(tmp_path / "z0.ome.tif").data[0], STACK.T)
+    (tmp_path / "z2.ome.tif").unlink()
+    with pytest.raises(BrokenVolume, match="1 of its pages are in other files, which are not"):
+        read_volume(tmp_path / "z0.ome.tif")
+
+
 # Compression --------------------------------------------------------------------------------------
 
 
