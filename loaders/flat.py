@@ -18,11 +18,8 @@ def thinnest(subjects: Sequence[Subject], reading: Reading) -> dict[str, int]:
     """Return the voxels along the thinnest axis of volumes that tell before they are read."""
 
     def ask(subject: Subject) -> int | None:
-        path = subject.paths[0]
-        if volume_suffix(path) in PICTURES:
-            return 1
         try:
-            header = read_header(path, reading)
+            header = read_header(subject.paths[0], reading)
         except BrokenVolume:  # told when it is read
             return None
         return min(header.data.shape[1:]) if header is not None else None
@@ -42,18 +39,20 @@ def flat_faults(
 
     Args:
         subjects: The volumes.
-        thickness: Voxels along the thinnest axis, of those of which it is known, by id.
+        thickness: Voxels along the thinnest axis by id, of those of which it is known; that of
+            pictures is known from their names.
         spatial_dims: 3 for a network of volumes, 2 for one of slices.
         root: What the user named: a folder, or the files by a glob or a manifest.
 
     Returns:
         The fault, naming the first such file, or nothing.
     """
-    flat = [s for s in subjects if thickness.get(s.id) == 1]
+    pictures = {s.id for s in subjects if volume_suffix(s.paths[0]) in PICTURES}
+    flat = [s for s in subjects if thickness.get(s.id) == 1 or s.id in pictures]
     deep = [s for s in subjects if thickness.get(s.id, 1) > 1]
     if spatial_dims == 2:
         named = not os.path.isdir(os.path.expanduser(root))
-        flat = [s for s in flat if deep and not named and volume_suffix(s.paths[0]) in PICTURES]
+        flat = [s for s in flat if s.id in pictures and deep and not named]
     if not flat:
         return []
     name = "name the volumes alone, by a glob or a manifest (data.root)"

@@ -333,6 +333,20 @@ def test_pictures_of_phones_are_turned_as_their_exif_says(tmp_path):
     assert np.array_equal(data[0, ..., 0].T, np.rot90(np.asarray(picture), -1))
 
 
+def test_colors_of_16_bits_are_told_to_be_halved_and_grays_are_not(tmp_path):
+    imagecodecs = pytest.importorskip("imagecodecs")
+    (tmp_path / "a.png").write_bytes(imagecodecs.png_encode(COLORS[..., :3].astype("u2") * 257))
+    (tmp_path / "b.png").write_bytes(imagecodecs.png_encode(COLORS[..., 0].astype("u2") * 257))
+    volume = read_volume(tmp_path / "a.png")
+    assert np.array_equal(volume.data[..., 0], COLORS[..., :3].transpose(2, 1, 0))
+    assert volume.notes == (
+        "has 16 bits a color, of which 8 are read: save it as TIFF to keep them",
+    )
+    volume = read_volume(tmp_path / "b.png")
+    assert np.array_equal(volume.data[0, ..., 0], COLORS[..., 0].astype("u2").T * 257)
+    assert volume.notes == ()
+
+
 def test_a_picture_of_print_colors_becomes_red_green_and_blue(tmp_path):
     Image.fromarray(COLORS, "CMYK").save(tmp_path / "a.jpg")
     assert read_volume(tmp_path / "a.jpg").data.shape == (3, 4, 3, 1)

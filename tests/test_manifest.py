@@ -72,6 +72,12 @@ def test_a_manifest_of_one_column_holds_channels_without_quotes(tmp_path):
     assert subject.paths == (tmp_path / "t1.nii", tmp_path / "t2.nii")
 
 
+def test_a_channel_that_a_row_does_not_name_is_no_folder(tmp_path):
+    (subject,) = find_subjects(manifest(tmp_path, "path\n;t2.nii\n"))
+    assert not subject.paths[0].exists() and subject.paths[1] == tmp_path / "t2.nii"
+    assert subject.id == "t2" and "row 1, file" in str(subject.paths[0])
+
+
 def test_a_cell_may_hold_a_line_break(tmp_path):
     first, second = find_subjects(manifest(tmp_path, 'path,note\na.nii,"two\nlines"\nb.nii,x\n'))
     assert first.labels == {"note": "two\nlines"} and second.id == "b"

@@ -29,6 +29,8 @@ def read_picture(path: Path, reading: Reading = READING) -> Volume:
             width, height = image.size
             if width * height > max(LARGE, os.path.getsize(path) * MAX_EXPANSION):
                 raise BrokenVolume(path, f"header claims {width} x {height} pixels")
+            # Pillow keeps half of the bits of colors; its tiles name what lies in the file.
+            halved = image.mode != "I;16" and any(";16" in str(tile[3]) for tile in image.tile)
             upright = ImageOps.exif_transpose(image)
             mode = "L" if upright.mode == "LA" else upright.mode  # alpha is no data
             if mode not in GRAYS and not mode.startswith("I;16"):
@@ -41,4 +43,6 @@ def read_picture(path: Path, reading: Reading = READING) -> Volume:
         data = luminance(data)
     if reading.color == "rgb" and data.shape[2] == 1:
         data = np.repeat(data, 3, axis=2)
-    return Volume(np.ascontiguousarray(data.transpose(2, 1, 0))[..., None])  # (C, X, Y, 1)
+    notes = ("has 16 bits a color, of which 8 are read: save it as TIFF to keep them",) * halved
+    data = np.ascontiguousarray(data.transpose(2, 1, 0))[..., None]  # (C, X, Y, 1)
+    return Volume(data, notes=notes)
