@@ -30,13 +30,16 @@ from loaders.preprocess import (
     to_store_grid,
 )
 from loaders.readers import (
+    SLICES,
     BrokenVolume,
     Reading,
     Volume,
     holds_dicom,
     read_volume,
+    revision,
     same_grid,
     split_series,
+    volume_suffix,
 )
 from loaders.subjects import Subject
 from loaders.whole import sweep, whole_file
@@ -77,7 +80,7 @@ class Builder:
         self.reading, self.backend = reading, backend
         recipe = [FORMAT, preprocess.geometry(), reading.nan, reading.volumes_4d, backend]
         chosen = reading.chosen()  # options that came later: caches older than they stay valid
-        later = {name: value for name, value in chosen.items() if name not in ("nan", "volumes_4d")}
+        later = {k: v for k, v in chosen.items() if k not in ("nan", "volumes_4d", "stacks")}
         recipe += [later] if later else []
         self.recipe = json.dumps(recipe, sort_keys=True)
         self.digests: dict[str, list] = {}
@@ -105,7 +108,7 @@ class Builder:
         if self.in_channels not in (None, given):
             raise ValueError(
                 f"{subject.paths[0]}: gives {given} channels, the model takes {self.in_channels}:"
-                f" --model.in_channels {given}"
+                f" --model.in_channels {given}{color_hint(subject, {given, self.in_channels})}"
             )
 
     def remembered(self, path: Path) -> bool:
@@ -125,7 +128,7 @@ class Builder:
             if not self.remembered(path):
                 before = stamp(path)
                 self.digests[os.path.abspath(path)] = [*before, digest(path)]
-            parts.append(self.digests[os.path.abspath(path)][-1])
+            parts.append(self.digests[os.path.abspath(path)][-1] + revision(path))
             parts += [DICOM_FORMAT] if holds_dicom(path) else []
             parts += [series] if series else []
         text = "\n".join([self.recipe, *parts])
@@ -167,6 +170,7 @@ class Builder:
     def build_one(self, subject: Subject) -> dict[str, Any]:
         """Read, check, preprocess and store one volume."""
         volume = read_subject(subject, self.reading)
+        notes = list(volume.notes)
         self.check_channels(subject, len(volume.data))
         volume = storable(volume, subject.paths[0], self.reading.nan)
         key = self.key(subject)
@@ -206,6 +210,7 @@ class Builder:
             "offset": [float(o) for o in offset],
             "statistics": stats,
             "undo": undo,
+            "notes": notes,
         }
         points = foreground_points(data[0], threshold, scale[0] > 0, int(key[:8], 16))
         write_whole(self.cache_dir / f"{key}.points.npy", npy_header(points), points)
@@ -255,6 +260,12 @@ def in_c_order(data: np.ndarray) -> np.ndarray:
     return out
 
 
+def color_hint(subject: Subject, channels: set[int | None]) -> str:
+    """What makes gray and colored pictures alike, to be said where these are such."""
+    pictures = channels == {1, 3} and volume_suffix(subject.paths[0]) in SLICES
+    return "; --data.color gray or rgb makes pictures alike" if pictures else ""
+
+
 def read_subject(subject: Subject, reading: Reading) -> Volume:
     """Read the files of a subject; several become channels and must share one grid."""
     volumes = [read_volume(path, reading) for path in subject.paths]
@@ -266,10 +277,12 @@ def read_subject(subject: Subject, reading: Reading) -> Volume:
         if not same_grid(shapes[0], first.affine, shapes[1], volume.affine):
             raise BrokenVolume(path, f"does not share the grid of {subject.paths[0]}")
     kinds = {(volume.data.dtype, volume.scale, volume.offset) for volume in volumes}
+    notes = tuple({note: None for volume in volumes for note in volume.notes})
     if len(kinds) > 1:  # one array needs one dtype and scale
-        return Volume(np.concatenate([v.intensities() for v in volumes]), first.affine)
+        data = np.concatenate([volume.intensities() for volume in volumes])
+        return Volume(data, first.affine, notes=notes)
     data = np.concatenate([volume.data for volume in volumes])
-    return Volume(data, first.affine, first.scale, first.offset)
+    return Volume(data, first.affine, first.scale, first.offset, notes=notes)
 
 
 def storable(volume: Volume, path: Path, nan: str) -> Volume:
@@ -325,6 +338,19 @@ def draw_labels(
         points = np.argwhere(values == name)
         found[int(name)] = points[rng.permutation(len(points))[:NUM_POINTS]].astype(np.int32)
     return found
+
+
+def tell_notes(notes: Sequence[tuple[Path, Sequence[str]]]) -> None:
+    """Say what readers had to assume, once for all volumes of which it is true.
+
+    Args:
+        notes: File and notes of each volume.
+    """
+    paths: dict[str, list[Path]] = {}
+    for path, note in ((path, note) for path, of_volume in notes for note in of_volume):
+        paths.setdefault(note, []).append(path)
+    for note, of in paths.items():
+        print(f"{of[0]}: {note} ({len(of)} of {len(notes)} volumes)", file=sys.stderr)
 
 
 def npy_header(data: np.ndarray) -> bytes:

@@ -31,6 +31,8 @@ class DataConfig:
         nan: NaN or infinite voxels: error, or fill with the volume's lowest intensity.
         volumes_4d: 4D files: error, channels (each volume a channel) or first.
         dicom: How DICOM slices become volumes: tolerance_mm, gaps and series.
+        color: Pictures: all gray, all rgb, or as they are, and a mixture is an error.
+        stacks: TIFF and PNG slices: files (each is one image), or a folder of them is one volume.
         backend: Cache as npy (fastest), or blosc2 (about half the disk space).
         slice_axis: For 2D training: the axis that slices are cut across (0, 1 or 2).
         num_slices: For 2D training: neighboring slices that become channels (odd).
@@ -48,6 +50,8 @@ class DataConfig:
     nan: Literal["error", "fill"] = "error"
     volumes_4d: Literal["error", "channels", "first"] = "error"
     dicom: Dicom = field(default_factory=Dicom)
+    color: Literal["error", "gray", "rgb"] = "error"
+    stacks: Literal["files", "folder"] = "files"
     backend: Literal["npy", "blosc2"] = "npy"
     slice_axis: int = 2
     num_slices: int = 1
@@ -112,6 +116,7 @@ def open_data(
         >>> train = store.subset(split["train"])
     """
     from loaders.find import find_subjects
+    from loaders.flat import flat_faults, thinnest
     from loaders.slices import SliceStore
     from loaders.splits import split_subjects
     from loaders.store import VolumeStore
@@ -127,6 +132,10 @@ def open_data(
             f"{config.root}: of this run's split.json {len(vanished)} are gone, first "
             f"{min(vanished)!r}; put them back, or begin anew with --fresh"
         )
+    for fault in flat_faults(
+        subjects, thinnest(subjects, config.reading), spatial_dims, config.root
+    ):
+        raise fault
     store = VolumeStore.build(
         subjects,
         config.cache_dir,
@@ -138,6 +147,9 @@ def open_data(
         in_channels=in_channels,
         num_slices=config.num_slices if spatial_dims == 2 else 1,
     )
+    thickness = dict(zip(store.ids, store.spatial_shapes.min(axis=1).tolist(), strict=True))
+    for fault in flat_faults(subjects, thickness, spatial_dims, config.root):
+        raise fault  # of a format that told nothing before it was read
     skipped = {row[0] for row in store.skipped}
     split = {name: [id for id in ids if id not in skipped] for name, ids in split.items()}
     if spatial_dims == 2:

@@ -10,11 +10,12 @@ from collections import Counter
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from loaders.manifest import manifest_subjects
+from loaders.manifest import SUFFIXES, manifest_subjects
 from loaders.readers import (
     DICOM_SUFFIXES,
     READERS,
     READING,
+    SLICES,
     BrokenVolume,
     Dicom,
     Reading,
@@ -35,12 +36,14 @@ def find_subjects(root: str | Path, reading: Reading = READING) -> list[Subject]
     """List the volumes under a folder (recursive), of a glob, or of a CSV or JSON manifest.
 
     A manifest has the column `path` (relative to the manifest; several files separated by `;`
-    become channels) and, where wanted, `id`, `subject` (whose volume it is), `split`, `label` (a
-    label map for the sampler) and any further columns, for example a group to balance by.
+    become channels) and, where wanted, `id`, `subject` (whose volume it is), `split`, `label_map`
+    (a file with labels, for the sampler) and any further columns, for example a class or a group to
+    balance by. It may be separated by `,`, `;` or tabs, in any encoding that Excel writes.
 
     Args:
         root: The folder, glob or manifest.
-        reading: How files are read; with `dicom.series` at `all` each series is a volume.
+        reading: How files are read; with `dicom.series` at `all` each series is a volume, with
+            `stacks` at `folder` each folder of slices.
 
     Returns:
         Volumes sorted by id, or in the manifest's order.
@@ -49,10 +52,12 @@ def find_subjects(root: str | Path, reading: Reading = READING) -> list[Subject]
         >>> find_subjects("data/**/*_T1.nii.gz")
     """
     root = Path(root).expanduser()
-    if root.suffix.lower() in (".csv", ".json") and root.is_file():
+    if root.suffix.lower() in SUFFIXES and root.is_file():
         return manifest_subjects(root)
     if root.is_dir():
         paths, base = sorted(volumes_below(root)), root
+    elif root.is_file() or root.is_symlink() or split_series(root)[1]:  # also with a [ in its name
+        paths, base = [root], root.parent
     elif glob.has_magic(str(root)):
         paths = [
             path
@@ -60,16 +65,26 @@ def find_subjects(root: str | Path, reading: Reading = READING) -> list[Subject]
             if volume_suffix(path) or path.is_dir() or asked_is_dicom(path)
         ]
         base = Path(str(root).split("*")[0].split("?")[0].split("[")[0] + "x").parent
-    elif root.is_file() or root.is_symlink() or split_series(root)[1]:
-        paths, base = [root], root.parent
     else:
         raise ValueError(f"{root}: no such folder, glob or manifest (data.root)")
+    if reading.stacks == "folder":
+        paths = in_stacks(paths)
     if not paths:
         formats = " ".join(READERS)
         raise ValueError(f"{root}: holds no volumes (data.root); formats are {formats}")
     names = names_of(paths, base)
     subjects = [Subject(id, (path,)) for id, path in zip(names, paths, strict=True)]
     return each_series(subjects, reading.dicom) if reading.dicom.series == "all" else subjects
+
+
+def in_stacks(paths: list[Path]) -> list[Path]:
+    """Put a folder in the place of the slices that lie in it; other files stay."""
+    slices = Counter(path.parent for path in paths if volume_suffix(path) in SLICES)
+    stacks = {folder for folder, count in slices.items() if count > 1}
+    return list({
+        path.parent if path.parent in stacks and volume_suffix(path) in SLICES else path: None
+        for path in paths
+    })  # fmt: skip
 
 
 def volumes_below(root: Path) -> list[Path]:

@@ -18,6 +18,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
+from loaders.guard import require_guard
 from loaders.patches import Sampler, Store, UniformCorners, plan_epoch
 
 Patching = Literal["full", "random_parts"] | None
@@ -189,7 +190,8 @@ class PatchLoader:
         threads: Threads that read ahead; 0 reads in the caller.
         pin: Pinned memory, for copies to CUDA in the background.
         augment: Called with a patch (C, *patch), the key (seed, epoch, row) and the voxel size; see
-            `Augment`. Then `threads` are processes.
+            `Augment`. Then `threads` are processes, and a script needs its
+            `if __name__ == "__main__":` where these are spawned (macOS, Windows, Python 3.14).
         balance_by: Manifest column whose groups are equally frequent in an epoch.
         sampler: Chooses the corners with random_parts.
         prefetch: Batches that are read ahead; None for two a thread.
@@ -227,6 +229,8 @@ class PatchLoader:
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}: use 1 or more")
         assert 0 <= rank < world_size, (rank, world_size)
+        if augment is not None and threads:
+            require_guard()
         self.plan = PatchPlan(
             store, patch_size, patching, patches_per_volume, seed, sampler, balance_by, augment
         )

@@ -23,7 +23,15 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from loaders.build import Builder, draw_labels, exclusive, stamp, write_whole
+from loaders.build import (
+    Builder,
+    color_hint,
+    draw_labels,
+    exclusive,
+    stamp,
+    tell_notes,
+    write_whole,
+)
 from loaders.compressed import CompressedArray
 from loaders.preprocess import PERCENTILES, Preprocess, from_store_grid
 from loaders.readers import READING, BrokenVolume, Reading, Volume, num_items, read_volume
@@ -222,13 +230,15 @@ class VolumeStore:
     def label_points(self, index: int) -> dict[int, np.ndarray]:
         """Return up to 1024 random voxels (N, 3) of each label of a volume's label map.
 
-        The map is the file in the manifest's column `label`, on the grid of the volume's source;
-        it is read once and what was drawn is kept in the cache.
+        The map is the file in the manifest's column `label_map`, on the grid of the volume's
+        source; it is read once and what was drawn is kept in the cache.
         """
         entry = self.entries[index]
-        if "label" not in entry.subject.labels:
-            raise ValueError(f"the manifest has no label map (column label) for {entry.subject.id}")
-        path = Path(entry.subject.labels["label"])
+        path = entry.subject.label_map
+        if path is None:
+            raise ValueError(
+                f"the manifest has no label map (column label_map) for {entry.subject.id}"
+            )
         version = hashlib.blake2b(f"{path} {stamp(path)}".encode(), digest_size=6).hexdigest()
         name = f"{entry.key}.label-{version}.npz"
         if not (self.cache_dir / name).is_file():
@@ -313,13 +323,19 @@ class VolumeStore:
             for subject in subjects
             if subject.id in known
         ]
-        warn_of_intensities(entries, [known[entry.subject.id] for entry in entries], preprocess)
+        metas = [known[entry.subject.id] for entry in entries]
+        tell_notes([
+            (entry.subject.paths[0], meta.get("notes", ()))  # older caches have none
+            for entry, meta in zip(entries, metas, strict=True)
+        ])  # fmt: skip
+        warn_of_intensities(entries, metas, preprocess)
         channels = {entry.shape[0] for entry in entries}
         if len(channels) > 1:
             odd = next(entry for entry in entries if entry.shape[0] != entries[0].shape[0])
             raise ValueError(
                 f"{odd.subject.paths[0]}: has {odd.shape[0]} channels, "
                 f"{entries[0].subject.paths[0]} has {entries[0].shape[0]}"
+                f"{color_hint(odd.subject, set(channels))}"
             )
         return cls(entries, cache_dir, preprocess, skipped)
 

@@ -37,6 +37,12 @@ class Subject:
         bids = re.search(r"sub-[A-Za-z0-9]+", self.id)
         return self.labels.get("subject") or (bids.group() if bids else self.id)
 
+    @property
+    def label_map(self) -> Path | None:
+        """The file of its label map, from the manifest; None where there is none."""
+        name = self.labels.get("label_map")
+        return Path(name) if name else None
+
 
 def names_of(paths: list[Path], base: Path) -> list[str]:
     """Return unique ids: path relative to `base` without suffix, `/` as `__`."""

@@ -56,6 +56,9 @@ ONE_PLACE = {
     "SimpleITK": {"loaders/readers/planes.py"},
     "pydicom": {"loaders/readers/planes.py"},
     "tifffile": {"loaders/readers/tiff.py"},
+    "pint": {"loaders/readers/units.py"},
+    "imagecodecs": set(),  # for tifffile to find
+    "bioio": set(),  # its plugins are imported by name in loaders/readers/bio.py
     "blosc2": {"loaders/compressed.py"},
     "isal": {"loaders/readers/common.py"},
     "nilearn": {"loaders/demo.py"},

@@ -126,7 +126,7 @@ def store(tmp_path) -> VolumeStore:
         affine = np.diag([-1.0, 1, 1, 1])  # stored left to right: X is flipped in the store
         write_volume(tmp_path / f"s{n}.nii.gz", Volume(data, affine))
         write_volume(tmp_path / f"label{n}.nii.gz", Volume(label, affine))
-        path, labels = tmp_path / f"s{n}.nii.gz", {"label": str(tmp_path / f"label{n}.nii.gz")}
+        path, labels = tmp_path / f"s{n}.nii.gz", {"label_map": str(tmp_path / f"label{n}.nii.gz")}
         subjects.append(Subject(f"s{n}", (path,), None, labels))
     return VolumeStore.build(subjects, tmp_path / "cache", Preprocess(percentiles=(0, 100)))
 
@@ -155,7 +155,7 @@ def test_label_patches_are_weighted_by_label(store):
 def test_label_sampler_without_label_maps_says_so(store):
     bare = [Subject("s0", store.entries[0].subject.paths)]
     bare = VolumeStore.build(bare, store.cache_dir)
-    with pytest.raises(ValueError, match="column label"):
+    with pytest.raises(ValueError, match="column label_map"):
         plan(bare, sampler=LabelCorners())
 
 

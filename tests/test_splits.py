@@ -64,14 +64,14 @@ def test_missing_and_empty_roots_are_told(tmp_path, name):
 
 def test_csv_manifest_with_channels_splits_and_labels(tmp_path):
     (tmp_path / "m.csv").write_text(
-        "path,subject,split,site,label\n"
+        "path,subject,split,site,label_map\n"
         "a/t1.nii;a/t2.nii,p1,train,x,a/seg.nii\nb/t1.nii,p1,train,y,\nc/t1.nii,p2,val,,\n",
         encoding="utf-8-sig",
     )
     first, second, third = find_subjects(tmp_path / "m.csv")
     assert first.paths == (tmp_path / "a" / "t1.nii", tmp_path / "a" / "t2.nii")
     assert (first.id, second.id, third.split) == ("a__t1", "b__t1", "val")
-    assert first.labels == {"subject": "p1", "site": "x", "label": str(tmp_path / "a/seg.nii")}
+    assert first.labels == {"subject": "p1", "site": "x", "label_map": str(tmp_path / "a/seg.nii")}
     assert split_subjects([first, second, third])["train"] == ["a__t1", "b__t1"]
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
+from loaders.readers.bio import read_bio
 from loaders.readers.common import (
     READING,
     BrokenVolume,
@@ -24,6 +25,7 @@ from loaders.readers.common import (
     Reading,
     Volume,
     Volumes4D,
+    headers_alone,
     is_singular,
     num_items,
     require_number,
@@ -39,9 +41,10 @@ from loaders.readers.planes import is_dicom, object_name
 from loaders.readers.tiff import read_tiff
 
 __all__ = [
-    "DICOM_SUFFIXES", "READERS", "READING", "BrokenVolume", "Dicom", "Reading", "Volume",
+    "DICOM_SUFFIXES", "READERS", "READING", "SLICES", "BrokenVolume", "Dicom", "Reading", "Volume",
     "Volumes4D", "check_file", "holds_dicom", "is_dicom", "num_items", "object_name", "ras_axes",
-    "read_volume", "same_grid", "split_series", "volume_suffix", "volumes_of", "write_volume",
+    "read_header", "read_volume", "revision", "same_grid", "split_series", "volume_suffix",
+    "volumes_of", "write_volume",
 ]  # fmt: skip
 
 READERS: dict[str, Callable[[Path, Reading], Volume]] = {
@@ -51,8 +54,24 @@ READERS: dict[str, Callable[[Path, Reading], Volume]] = {
     ".npy": read_npy, ".npz": read_npz,
     ".tif": read_tiff, ".tiff": read_tiff,
     ".png": read_picture, ".jpg": read_picture, ".jpeg": read_picture,
+    ".lif": read_bio, ".nd2": read_bio, ".czi": read_bio,
     ".dcm": read_dicom,
 }  # fmt: skip
+
+
+# Their headers tell all but the voxels, which `read_voxels` fetches, or their reader after a look.
+HEADED = {
+    ".nii.gz", ".nii", ".hdr", ".nrrd", ".nhdr", ".mha", ".mhd", ".mgz", ".mgh.gz", ".mgh", ".npy",
+    ".tif", ".tiff",
+}  # fmt: skip
+SLICES = (".tif", ".tiff", ".png", ".jpg", ".jpeg")  # of a stack
+# Raised when a reader is mended, so that what it had read wrong leaves the caches.
+REVISIONS = {"folder": 1, ".nrrd": 1, ".nhdr": 1, **dict.fromkeys(SLICES, 1)}
+
+
+def revision(path: Path) -> str:
+    """Which revision of its reader a volume is read by; empty for the first."""
+    return str(REVISIONS.get("folder" if path.is_dir() else volume_suffix(path) or "", ""))
 
 
 def volume_suffix(path: Path | str) -> str | None:
@@ -107,25 +126,45 @@ def read_volume(path: Path | str, reading: Reading = READING) -> Volume:
     return replace(volume, data=data)
 
 
+def read_header(path: Path | str, reading: Reading = READING) -> Volume | None:
+    """Return what the header of a file says of its volume, its voxels all zero.
+
+    Args:
+        path: The file.
+        reading: As for `read_volume`.
+
+    Returns:
+        A volume whose voxels take no memory; None for formats that tell nothing before they are
+        read whole.
+    """
+    if volume_suffix(path) not in HEADED or Path(path).is_dir():
+        return None
+    with headers_alone():
+        return read_volume(path, reading)
+
+
 def read_folder(path: Path, reading: Reading = READING) -> Volume:
     """A folder with one DICOM series, or with the slices of a stack as TIFF, PNG or JPEG."""
-    kinds = (".tif", ".tiff", ".png", ".jpg", ".jpeg")
     files = [file for file in path.iterdir() if not file.name.startswith(".")]
-    pictures = [file for file in files if volume_suffix(file) in kinds]
+    pictures = [file for file in files if volume_suffix(file) in SLICES]
     if not pictures or len(pictures) < len(files) / 2 or holds_dicom(path):
         return read_dicom(path, reading)
-    # slice_2 comes before slice_10.
-    pictures.sort(
-        key=lambda file: [int(t) if t.isdigit() else t for t in re.split(r"(\d+)", file.name)]
-    )
+    pictures.sort(key=natural)
     slices = [read_volume(file, reading) for file in pictures]
     first = slices[0]
     for file, one in zip(pictures, slices, strict=True):
+        if one.data.shape[3] > 1:
+            raise BrokenVolume(file, "is a stack itself: --data.stacks files reads each file alone")
         if one.data.shape != first.data.shape or one.data.dtype != first.data.dtype:
-            raise BrokenVolume(file, f"differs from {pictures[0].name} in size or dtype")
-        if one.data.shape[3] > 1 or one.data.shape[0] > 1:
-            raise BrokenVolume(file, "is not a gray slice, so the folder is not a stack")
-    return Volume(np.concatenate([one.data for one in slices], axis=3), first.affine)
+            raise BrokenVolume(file, f"differs from {pictures[0].name} in size, colors or dtype")
+    data = np.concatenate([one.data for one in slices], axis=3)
+    note = f"is a folder of slices, taken as {first.spacing_mm[2]:g} mm apart"
+    return Volume(data, first.affine, notes=(*first.notes, note))
+
+
+def natural(path: Path) -> list[str | int]:
+    """Sort key by which slice_2 comes before slice_10."""
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", path.name)]
 
 
 def check_file(path: Path) -> str:

@@ -13,6 +13,8 @@ import math
 import os
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -27,6 +29,8 @@ LARGE = 64 * 2**20
 CHUNK = 2**18
 
 Volumes4D = Literal["error", "channels", "first"]
+Color = Literal["error", "gray", "rgb"]
+Stacks = Literal["files", "folder"]
 
 
 @dataclass(frozen=True)
@@ -63,11 +67,15 @@ class Reading:
         nan: NaN or infinite voxels: error, or fill with the volume's lowest intensity.
         volumes_4d: 4D files: error, channels (each volume a channel) or first.
         dicom: Tolerance, gaps and several series of DICOM.
+        color: Pictures: all gray, all rgb, or as they are, and a mixture is an error.
+        stacks: TIFF and PNG slices: files (each is one image), or a folder of them is one volume.
     """
 
     nan: Literal["error", "fill"] = "error"
     volumes_4d: Volumes4D = "error"
     dicom: Dicom = field(default_factory=Dicom)
+    color: Color = "error"
+    stacks: Stacks = "files"
 
     @classmethod
     def names(cls) -> tuple[str, ...]:
@@ -116,12 +124,14 @@ class Volume:
         affine: 4x4, voxel index -> RAS+ millimeters.
         scale: Slope from stored numbers to intensities.
         offset: Intercept from stored numbers to intensities.
+        notes: What the reader had to assume, each to be said after the file's name.
     """
 
     data: np.ndarray
     affine: np.ndarray = field(default_factory=lambda: np.eye(4))
     scale: float = 1.0
     offset: float = 0.0
+    notes: tuple[str, ...] = ()
 
     @property
     def spacing_mm(self) -> tuple[float, float, float]:
@@ -180,6 +190,24 @@ def decompressed(path: Path, codec: str, start: int = 0) -> Iterator[bytes]:
             raise BrokenVolume(path, f"truncated {codec} stream")
 
 
+_headers_alone: ContextVar[bool] = ContextVar("headers_alone", default=False)
+
+
+@contextmanager
+def headers_alone() -> Iterator[None]:
+    """Let `read_voxels` return zeros that take no memory: what headers claim, in no time."""
+    token = _headers_alone.set(True)
+    try:
+        yield
+    finally:
+        _headers_alone.reset(token)
+
+
+def are_headers_alone() -> bool:
+    """Whether a reader that fetches voxels itself is to return zeros instead."""
+    return _headers_alone.get()
+
+
 def read_voxels(
     path: Path,
     dtype: np.dtype,
@@ -207,6 +235,7 @@ def read_voxels(
     claimed, on_disk = count * dtype.itemsize, os.path.getsize(path)
     if count <= 0:
         raise BrokenVolume(path, "header claims no voxels")
+    claim = np.broadcast_to(np.zeros((), dtype.newbyteorder("=")), count)
     if codec is None:
         if start < 0 or start + claimed > on_disk:
             raise BrokenVolume(
@@ -215,13 +244,15 @@ def read_voxels(
         if on_disk - start - claimed > trailing:
             extra = on_disk - start - claimed
             raise BrokenVolume(path, f"file holds {extra} bytes more than its header claims")
-        return np.memmap(path, dtype, "r", start, (count,))
+        return claim if _headers_alone.get() else np.memmap(path, dtype, "r", start, (count,))
     if claimed > max(LARGE, on_disk * MAX_EXPANSION):
         raise BrokenVolume(
             path,
             f"header claims {claimed} bytes but the {codec} stream of {on_disk} bytes cannot hold "
             f"an image of that size",
         )
+    if _headers_alone.get():
+        return claim
     if codec == "gzip" and (length_in_trailer(path) - start - claimed) % 2**32 > trailing:
         # Cut short, lying, or made of several members: count before memory is taken.
         held = 0
@@ -324,6 +355,38 @@ def same_grid(
     corners[:3] *= np.array(shape)[:, None] - 1
     moved = np.linalg.solve(affine, other @ corners)
     return bool(np.abs(moved - corners).max() <= voxels)
+
+
+def from_axes(path: Path, data: np.ndarray, axes: str, reading: Reading) -> np.ndarray:
+    """Bring named axes to (C, X, Y, Z).
+
+    Args:
+        path: The file, for the message.
+        data: The voxels.
+        axes: A letter an axis: X, Y, Z, C (channels), T (times), S (red, green, blue).
+        reading: What becomes of colors and times.
+    """
+    if len(set(axes)) != len(axes) or not set(axes) <= set("XYZCTS"):
+        raise BrokenVolume(path, f"axes {axes} are not understood")
+    for name in "XYZ":
+        if name not in axes:
+            axes, data = axes + name, data[..., None]
+    colors = "S" in axes
+    if colors:
+        data, axes = np.moveaxis(data, axes.index("S"), -1), axes.replace("S", "") + "S"
+        if reading.color == "gray" and data.shape[-1] == 3:
+            data = luminance(data)
+    order = [axes.index(name) for name in "XYZ"]
+    data = data.transpose(*order, *(i for i in range(data.ndim) if i not in order))
+    picture = colors and data.shape[2] == 1  # whose colors are channels without further leave
+    data = to_channels_first(path, data, "channels" if picture else reading.volumes_4d)
+    return np.repeat(data, 3, axis=0) if reading.color == "rgb" and len(data) == 1 else data
+
+
+def luminance(colors: np.ndarray) -> np.ndarray:
+    """Gray (..., 1) of red, green and blue (..., 3), weighted by ITU-R BT.601 as Pillow does."""
+    gray = colors @ np.array([[0.299], [0.587], [0.114]])
+    return (np.rint(gray) if colors.dtype.kind in "iu" else gray).astype(colors.dtype)
 
 
 def require_number(path: Path, dtype: np.dtype, name: str = "") -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from loaders.readers.common import (
     require_number,
     to_channels_first,
 )
+from loaders.readers.units import millimeters
 
 NRRD_TYPES = {
     name: code
@@ -106,6 +108,8 @@ def nrrd_affine(path: Path, fields: dict[str, str], ndim: int) -> tuple[np.ndarr
             affine[: len(values), column] = values
         origin = fields.get("space origin", "(0,0,0)").strip("() ").split(",")
         affine[: len(origin), 3] = [float(x) for x in origin]
+        for row in range(len(origin)):
+            affine[row] *= nrrd_unit(path, fields.get("space units", ""), row)
     else:
         not_spatial = ("vector", "list", "point", "covariant", "scalar", "3-vector", "4-vector")
         spatial = [
@@ -114,7 +118,8 @@ def nrrd_affine(path: Path, fields: dict[str, str], ndim: int) -> tuple[np.ndarr
         spacings = [float(s) for s in fields.get("spacings", "").split()]
         for column, axis in enumerate(spatial[:3]):
             if axis < len(spacings) and np.isfinite(spacings[axis]):
-                affine[column, column] = spacings[axis]
+                unit = nrrd_unit(path, fields.get("units", ""), axis)
+                affine[column, column] = spacings[axis] * unit
     space = fields.get("space", "").lower()
     flips = {
         "left-posterior-superior": (-1, -1), "lps": (-1, -1),
@@ -123,6 +128,12 @@ def nrrd_affine(path: Path, fields: dict[str, str], ndim: int) -> tuple[np.ndarr
     if space in flips:
         affine = np.diag([*flips[space], 1.0, 1.0]) @ affine
     return affine, spatial
+
+
+def nrrd_unit(path: Path, text: str, axis: int) -> float:
+    """Millimeters of a unit in a list of quoted names; 1 where it is not told."""
+    names = dict(enumerate(re.findall(r'"([^"]*)"', text)))
+    return millimeters(path, names.get(axis, ""), {}) or 1.0
 
 
 META_TYPES = {

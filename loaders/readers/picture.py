@@ -7,22 +7,42 @@ from pathlib import Path
 
 import numpy as np
 
-from loaders.readers.common import LARGE, MAX_EXPANSION, READING, BrokenVolume, Reading, Volume
+from loaders.readers.common import (
+    LARGE,
+    MAX_EXPANSION,
+    READING,
+    BrokenVolume,
+    Reading,
+    Volume,
+    luminance,
+)
+
+GRAYS = ("1", "L", "I", "F")  # and I;16 and its like; all other modes hold colors
 
 
 def read_picture(path: Path, reading: Reading = READING) -> Volume:
-    """PNG or JPEG -> (C, X, Y, 1), X to the right and Y down; colors become channels."""
-    from PIL import Image, UnidentifiedImageError
+    """PNG or JPEG -> (C, X, Y, 1), X to the right and Y down as shown; colors become channels."""
+    from PIL import Image, ImageOps, UnidentifiedImageError
 
     try:
         with Image.open(path) as image:
             width, height = image.size
             if width * height > max(LARGE, os.path.getsize(path) * MAX_EXPANSION):
                 raise BrokenVolume(path, f"header claims {width} x {height} pixels")
-            picture = image.convert("RGB") if image.mode == "P" else image
-            data = np.asarray(picture)  # (Y, X) or (Y, X, C)
-    except (UnidentifiedImageError, OSError, SyntaxError) as error:
+            # Pillow keeps half of the bits of colors; its tiles name what lies in the file.
+            halved = image.mode != "I;16" and any(";16" in str(tile[3]) for tile in image.tile)
+            upright = ImageOps.exif_transpose(image)
+            mode = "L" if upright.mode == "LA" else upright.mode  # alpha is no data
+            if mode not in GRAYS and not mode.startswith("I;16"):
+                mode = "RGB"
+            data = np.asarray(upright if mode == upright.mode else upright.convert(mode))
+    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise BrokenVolume(path, f"damaged picture ({error})") from error
-    if data.ndim == 2:
-        data = data[..., None]
-    return Volume(np.ascontiguousarray(data.transpose(2, 1, 0))[..., None])  # (C, X, Y, 1)
+    data = data.reshape(*data.shape[:2], -1)  # (Y, X, C)
+    if reading.color == "gray" and data.shape[2] == 3:
+        data = luminance(data)
+    if reading.color == "rgb" and data.shape[2] == 1:
+        data = np.repeat(data, 3, axis=2)
+    notes = ("has 16 bits a color, of which 8 are read: save it as TIFF to keep them",) * halved
+    data = np.ascontiguousarray(data.transpose(2, 1, 0))[..., None]  # (C, X, Y, 1)
+    return Volume(data, notes=notes)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING
+from xml.etree import ElementTree
 
 import numpy as np
 
@@ -15,13 +15,18 @@ from loaders.readers.common import (
     BrokenVolume,
     Reading,
     Volume,
+    are_headers_alone,
+    from_axes,
     num_items,
     require_number,
-    to_channels_first,
 )
+from loaders.readers.units import Sizes, millimeters, spacing_mm
 
 if TYPE_CHECKING:
     import tifffile
+
+# Millimeters of what OME calls otherwise than pint: line, typographic point, astronomical unit.
+OME_UNITS = {"li": 25.4 / 12, "pt": 25.4 / 72, "ua": 149597870700e3}
 
 
 def read_tiff(path: Path, reading: Reading = READING) -> Volume:
@@ -34,55 +39,84 @@ def read_tiff(path: Path, reading: Reading = READING) -> Volume:
     try:
         with tifffile.TiffFile(path) as tiff:
             series = tiff.series[0]
-            axes, shape = series.axes, series.shape
-            require_number(path, series.dtype)
-            stored = sum(sum(page.databytecounts) for page in series.pages if page is not None)
-            if num_items(shape) * series.dtype.itemsize > max(LARGE, stored * MAX_EXPANSION):
-                raise BrokenVolume(path, f"header claims the shape {shape}")
-            if max(end for page in series.pages if page is not None
-                   for end in map(sum, zip(page.dataoffsets, page.databytecounts, strict=True))
-                   ) > os.path.getsize(path):  # fmt: skip
-                raise BrokenVolume(path, "truncated: a page lies behind the end of the file")
-            spacing = tiff_spacing_mm(tiff)
-            data = series.asarray()
+            check_pages(path, series)
+            axes, data = series.axes, decoded(path, series)
+            alpha = sum(kind in (1, 2) for kind in series.keyframe.extrasamples)
+            sizes = ome_sizes(path, tiff) if tiff.ome_metadata else imagej_sizes(path, tiff)
+            count = len(tiff.series)
     except (tifffile.TiffFileError, IndexError, RuntimeError) as error:
         raise BrokenVolume(path, f"damaged TIFF ({error})") from error
-    names = axes.replace("S", "C").replace("I", "Z").replace("Q", "Z")
-    if len(set(names)) != len(names) or not set(names) <= set("XYZCT"):
-        raise BrokenVolume(path, f"TIFF axes {axes} are not understood")
-    for name in "XYZ":
-        if name not in names:
-            names, data = names + name, data[..., None]
-    order = [names.index(name) for name in "XYZ"]
-    data = data.transpose(*order, *(i for i in range(data.ndim) if i not in order))
-    leave = (
-        "channels" if "S" in axes and data.shape[2] == 1 else reading.volumes_4d
-    )  # a color picture
-    return Volume(to_channels_first(path, data, leave), np.diag([*spacing, 1.0]))
+    if alpha and "S" in axes:
+        data = data.take(range(data.shape[axes.index("S")] - alpha), axes.index("S"))
+    data = from_axes(path, data, axes.replace("I", "Z").replace("Q", "Z"), reading)
+    spacing, notes = spacing_mm(sizes, data.shape[3])
+    if count > 1:
+        notes = (*notes, f"holds {count} images, of which the first is read")
+    return Volume(data, np.diag([*spacing, 1.0]), notes=notes)
 
 
-def tiff_spacing_mm(tiff: tifffile.TiffFile) -> tuple[float, float, float]:
-    """Voxel size in millimeters from ImageJ (resolution tags, spacing) or OME; 1 mm if unknown."""
-    units = {"micron": 1e-3, "um": 1e-3, "\u00b5m": 1e-3, "mm": 1.0, "cm": 10.0, "nm": 1e-6}
-    if tiff.ome_metadata is not None:
-        from xml.etree import ElementTree
+def check_pages(path: Path, series: tifffile.TiffPageSeries) -> None:
+    """Hold what the header claims against the bytes of all pages, before memory is taken."""
+    require_number(path, series.dtype)
+    pages = [page for page in series.pages if page is not None]
+    if lacking := len(series.pages) - len(pages):  # tifffile would read them as zeros
+        raise BrokenVolume(path, f"{lacking} of its pages are in other files, which are not there")
+    stored = sum(sum(page.databytecounts) for page in pages)
+    if num_items(series.shape) * series.dtype.itemsize > max(LARGE, stored * MAX_EXPANSION):
+        raise BrokenVolume(path, f"header claims the shape {series.shape}")
+    for page in pages:
+        ends = map(sum, zip(page.dataoffsets, page.databytecounts, strict=True))
+        if max(ends, default=0) > page.parent.filehandle.size:
+            raise BrokenVolume(path, "truncated: a page lies behind the end of the file")
 
-        elements = ElementTree.fromstring(tiff.ome_metadata).iter()
-        pixels = next(element for element in elements if element.tag.endswith("Pixels")).attrib
+
+def decoded(path: Path, series: tifffile.TiffPageSeries) -> np.ndarray:
+    """Voxels of a series; what decompresses them may be missing here."""
+    from tifffile import COMPRESSION
+
+    if are_headers_alone():
+        return np.broadcast_to(np.zeros((), series.dtype), series.shape)
+    try:
+        return series.asarray()
+    except (ImportError, ValueError) as error:
+        if isinstance(error, ValueError) and "imagecodecs" not in str(error):
+            raise
+        codec = COMPRESSION(series.keyframe.compression).name
+        raise BrokenVolume(
+            path, f"is compressed by {codec}: `pip install 'vae3d[formats]'` brings imagecodecs"
+        ) from error
+
+
+def ome_sizes(path: Path, tiff: tifffile.TiffFile) -> Sizes:
+    """Voxel sizes of the first image in OME's XML; an axis that lacks one is like the others."""
+    try:
+        elements = ElementTree.fromstring(tiff.ome_metadata or "").iter()
+    except ElementTree.ParseError as error:
+        raise BrokenVolume(path, f"its OME metadata is not XML ({error})") from error
+    pixels = next((element for element in elements if element.tag.endswith("Pixels")), None)
+    told = {} if pixels is None else pixels.attrib
+    sizes = {}
+    for axis in "XYZ":
         # OME counts in micrometers where it names no unit.
-        x, y, z = (
-            float(pixels[f"PhysicalSize{axis}"])
-            * units.get(pixels.get(f"PhysicalSize{axis}Unit", "um"), 1.0)
-            if f"PhysicalSize{axis}" in pixels
-            else 1.0
-            for axis in "XYZ"
-        )
-        return x, y, z
-    if tiff.is_imagej:
-        metadata, tags = tiff.imagej_metadata or {}, tiff.pages.first.tags
-        unit = units.get(metadata.get("unit", "").encode().decode("unicode_escape"))
-        if unit is not None and "XResolution" in tags:
-            per_unit = [tags[name].value for name in ("XResolution", "YResolution")]
-            x, y = (float(d) / float(n) * unit if n else 1.0 for n, d in per_unit)
-            return x, y, float(metadata.get("spacing", 1.0)) * unit
-    return 1.0, 1.0, 1.0
+        unit = millimeters(path, told.get(f"PhysicalSize{axis}Unit", "\u00b5m"), OME_UNITS)
+        size = float(told.get(f"PhysicalSize{axis}", 0))
+        if unit is not None and size > 0:  # some write 0 for what they do not know
+            sizes[axis] = size * unit
+    return sizes, next(iter(sizes.values()), 1.0)
+
+
+def imagej_sizes(path: Path, tiff: tifffile.TiffFile) -> Sizes:
+    """Voxel sizes as ImageJ writes them: pixels per unit in tags, and it leaves out what is 1."""
+    told = (tiff.imagej_metadata or {}) if tiff.is_imagej else {}
+    # Beyond ASCII it writes escapes, others write Latin-1.
+    name = str(told.get("unit", "")).encode("latin-1", "backslashreplace").decode("unicode_escape")
+    unit = millimeters(path, name, {})
+    if unit is None:
+        return {}, 1.0
+    sizes = {"Z": float(told["spacing"]) * unit} if told.get("spacing") else {}
+    for axis in "XY":
+        tag = tiff.pages.first.tags.get(f"{axis}Resolution")
+        if tag is not None and all(tag.value):
+            pixels, units = tag.value
+            sizes[axis] = units / pixels * unit
+    return sizes, unit

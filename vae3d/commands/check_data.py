@@ -14,6 +14,8 @@ def check_data(
     nan: Literal["error", "fill"] = "error",
     volumes_4d: Literal["error", "channels", "first"] = "error",
     dicom: Dicom = READING.dicom,
+    color: Literal["error", "gray", "rgb"] = "error",
+    stacks: Literal["files", "folder"] = "files",
     threads: int | None = None,
 ) -> int:
     """Read every volume to its end and list the broken ones; exit code 2 if there are any.
@@ -23,12 +25,15 @@ def check_data(
         nan: Whether NaN and infinite voxels are an error, or would be filled.
         volumes_4d: Whether 4D files are an error, or taken.
         dicom: How DICOM slices become volumes: tolerance_mm, gaps and series.
+        color: Pictures: all gray, all rgb, or as they are.
+        stacks: TIFF and PNG slices: files, or a folder of them is one volume.
         threads: Files read at once; null for one per core.
     """
     from loaders.check import broken_files
     from loaders.readers import Reading
 
-    count, broken = broken_files(root, Reading(nan, volumes_4d, dicom), threads)
+    reading = Reading(nan, volumes_4d, dicom, color, stacks)
+    count, broken = broken_files(root, reading, threads)
     for error in broken:
         print(error)
     print(f"{count - len(broken)} of {count} volumes are sound", file=sys.stderr)

@@ -93,7 +93,7 @@ def encode(
     with open_world(device) as world, telling_of_memory(*SMALLER_PASSES):
         vae.to(world.device)
         with world.main_first():
-            store, parts = open_volumes(state, data or VolumeSource(), split)
+            store, parts = open_volumes(state, data or VolumeSource(), vae.spatial_dims, split)
         if world.is_main:
             folder.mkdir(parents=True, exist_ok=True)
             sweep(folder)
@@ -118,25 +118,27 @@ def encode(
 
 
 def open_volumes(
-    state: dict[str, Any], source: VolumeSource, split: str = "all"
+    state: dict[str, Any], source: VolumeSource, spatial_dims: int, split: str = "all"
 ) -> tuple[VolumeStore, dict[str, str]]:
     """Open volumes as the run read them.
 
     Args:
         state: The checkpoint.
         source: Which volumes.
+        spatial_dims: 3 where the network takes volumes, 2 where it takes their slices.
         split: train, val, test or all.
 
     Returns:
         The store, and the part of the split of each subject that has one.
     """
-    from loaders import DataConfig, open_data
+    from loaders import DataConfig, SliceStore, open_data
 
     of_run = dict(state["config"]["data"])
     of_run |= {"preprocess": Preprocess.of_checkpoint(state["preprocess"], source.preprocess)}
     for name in ("root", "cache_dir"):
         of_run[name] = getattr(source, name) or of_run[name]
-    store, _ = open_data(DataConfig(**of_run))
+    store, _ = open_data(DataConfig(**of_run), spatial_dims)
+    store = store.volumes if isinstance(store, SliceStore) else store
     parts = {id: part for part, ids in (state["split"] or {}).items() for id in ids}
     if split == "all":
         return store, parts
