@@ -68,6 +68,19 @@ class SliceStore:
         return self.volumes.data_range
 
     @property
+    def channel_ranges(self) -> list[tuple[float, float]]:
+        """Range of what `read` returns of each channel."""
+        return self.volumes.channel_ranges * self.num_slices
+
+    @property
+    def channel_names(self) -> list[str]:
+        """Names of the channels, with the number of the slice where there are several."""
+        names = self.volumes.channel_names
+        if self.num_slices == 1:
+            return names
+        return [f"{name}_{n}" for n in range(self.num_slices) for name in names]
+
+    @property
     def preprocess(self) -> Preprocess:
         """What was done to the volumes."""
         return self.volumes.preprocess

@@ -124,9 +124,15 @@ def test_percentiles_are_those_of_numpy(dtype, scale):
     data = np.abs(rng.normal(60, 40, (11, 12, 13))).clip(0, 255).astype(dtype)
     if dtype == np.int32:
         data = data * 10**6
-    stats, table = statistics(data, scale, 3.0)
+    stats, (table, of_foreground) = statistics(data, scale, 3.0)
     expected = np.percentile(data.astype(np.float64) * scale + 3, PERCENTILES)
     assert np.allclose(table, expected, rtol=1e-5, atol=1e-3)
+    intensities = data.astype(np.float64) * scale + 3
+    inside = intensities[intensities > stats["robust"]["foreground_threshold"]]
+    assert stats["robust"]["foreground_fraction"] == pytest.approx(inside.size / data.size, abs=1e-3)
+    assert np.allclose(
+        of_foreground[1000:], np.percentile(inside, PERCENTILES)[1000:], rtol=1e-2, atol=1e-3
+    )
     assert stats["min"] == pytest.approx(expected[0]) and stats["max"] == pytest.approx(
         expected[-1]
     )
