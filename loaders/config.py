@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 from loaders.patches import Sampler, UniformCorners
-from loaders.preprocess import Augment, Preprocess
+from loaders.preprocess import FIRST_FIELDS, FIRST_RULES, Augment, Preprocess, Record, is_old
 
 if TYPE_CHECKING:
     from loaders.readers import Reading
@@ -67,6 +67,20 @@ class DataConfig:
             "balance_by": self.balance_by,
             "augment": Augment(self.augment) if self.augment else None,
         }
+
+
+def as_meant(options: Record) -> Record:
+    """Return options with what was meant when they were saved, where they are older than a choice.
+
+    A saved configuration is complete. One that tells all of `data.preprocess` as it once was, and
+    nothing of the rules, is of a time when there was one rule; what a user writes by hand is not.
+    """
+    data = options.get("data")
+    preprocess = data.get("preprocess") if isinstance(data, dict) else None
+    old = isinstance(preprocess, dict) and is_old(preprocess)
+    if not (old and set(FIRST_FIELDS) <= set(preprocess)):
+        return options
+    return options | {"data": data | {"preprocess": preprocess | FIRST_RULES}}
 
 
 @overload

@@ -33,11 +33,16 @@ PERCENTILES = np.unique(
 
 Pair = tuple[float, float]
 Kind = Literal["unit", "symmetric", "zscore", "raw"]
-Statistics = dict[str, Any]  # of one channel, see `statistics`
+Record = dict[str, Any]  # plain data, as in JSON
+Statistics = Record  # of one channel, see `statistics`
 
 RULES = 2
 # What a record means that does not tell: it was written before there was a choice.
 FIRST_RULES = {"percentiles_of": "all", "rules": 1}
+FIRST_FIELDS = (  # of a record from before there was a choice
+    *("spacing_mm", "window_hu", "percentiles", "intensity"),
+    *("orient_ras", "crop_foreground", "crop_margin_mm", "pad_to_multiple"),
+)
 PER_CHANNEL = ("window_hu", "percentiles", "intensity")
 
 # Percentiles that lie in the sidecar itself.
@@ -199,7 +204,7 @@ class Preprocess:
 
     def channel(self, number: int) -> Normalization:
         """Return the settings of one channel."""
-        given: dict[str, Any] = {"percentiles_of": self.percentiles_of}
+        given: Record = {"percentiles_of": self.percentiles_of}
         for setting in PER_CHANNEL:
             value = getattr(self, setting)
             if not isinstance(value, dict):
@@ -222,12 +227,12 @@ class Preprocess:
                 f"{max(self.numbers_set)} (they count from 0)"
             )
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> Record:
         """Return plain values for JSON and checkpoints."""
         return json.loads(json.dumps(asdict(self)))
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Preprocess:
+    def from_dict(cls, values: Record) -> Preprocess:
         """Rebuild from `to_dict`; a key this version does not know is an error.
 
         A record without `percentiles_of` is older than that choice and means what was done then.
@@ -257,9 +262,7 @@ class Preprocess:
         return "; ".join(differing) or None
 
     @classmethod
-    def of_checkpoint(
-        cls, values: dict[str, Any] | None, wanted: Preprocess | None = None
-    ) -> Preprocess:
+    def of_checkpoint(cls, values: Record | None, wanted: Preprocess | None = None) -> Preprocess:
         """Rebuild the contract that a model was trained under; another one is an error.
 
         Args:
@@ -288,7 +291,7 @@ class Preprocess:
             return replace(self, percentiles_of="all", rules=1)
         return self
 
-    def geometry(self) -> dict[str, Any]:
+    def geometry(self) -> Record:
         """Return the part that decides what lies in the cache: all but the intensity mapping."""
         intensity = (*PER_CHANNEL, "percentiles_of", "channels", "rules")
         decides = {k: v for k, v in self.to_dict().items() if k not in intensity}
@@ -608,7 +611,7 @@ def to_store_grid(
     preprocess: Preprocess,
     threshold: float | None = None,
     limit: float | None = None,
-) -> tuple[Volume, dict[str, Any]]:
+) -> tuple[Volume, Record]:
     """Orient, resample, crop and pad a volume; return it and the record that undoes it.
 
     Args:
@@ -617,7 +620,7 @@ def to_store_grid(
         threshold: Foreground threshold in stored numbers of channel 0; needed for the crop.
         limit: Stored number beyond which its voxels are hot and no foreground; None for none.
     """
-    record: dict[str, Any] = {
+    record: Record = {
         "source_shape": list(volume.data.shape[1:]),
         "source_affine": volume.affine.tolist(),
     }
@@ -644,7 +647,7 @@ def to_store_grid(
     return volume, record
 
 
-def label_to_store_grid(label: Volume, record: dict[str, Any]) -> Volume:
+def label_to_store_grid(label: Volume, record: Record) -> Volume:
     """Repeat on a label map what `to_store_grid` did to its volume, with nearest neighbors."""
     if "axes" in record:
         label = orient(label, record["axes"], record["flips"])
@@ -658,9 +661,7 @@ def label_to_store_grid(label: Volume, record: dict[str, Any]) -> Volume:
     return label
 
 
-def from_store_grid(
-    volume: Volume, record: dict[str, Any], background: float | Sequence[float]
-) -> Volume:
+def from_store_grid(volume: Volume, record: Record, background: float | Sequence[float]) -> Volume:
     """Undo `to_store_grid`: float32 intensities (C, X, Y, Z) back to the grid of the source.
 
     Args:
@@ -802,7 +803,7 @@ class Augment:
         >>> augment(patch, key=(0, 3, 17), spacing_mm=(2.0, 2.0, 2.0))
     """
 
-    def __init__(self, transforms: dict[str, dict[str, Any]]):
+    def __init__(self, transforms: dict[str, Record]):
         import torchio
 
         made = []

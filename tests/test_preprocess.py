@@ -129,7 +129,9 @@ def test_percentiles_are_those_of_numpy(dtype, scale):
     assert np.allclose(table, expected, rtol=1e-5, atol=1e-3)
     intensities = data.astype(np.float64) * scale + 3
     inside = intensities[intensities > stats["robust"]["foreground_threshold"]]
-    assert stats["robust"]["foreground_fraction"] == pytest.approx(inside.size / data.size, abs=1e-3)
+    assert stats["robust"]["foreground_fraction"] == pytest.approx(
+        inside.size / data.size, abs=1e-3
+    )
     assert np.allclose(
         of_foreground[1000:], np.percentile(inside, PERCENTILES)[1000:], rtol=1e-2, atol=1e-3
     )

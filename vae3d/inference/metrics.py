@@ -85,6 +85,45 @@ METRICS: dict[str, Metric] = {
 FOREGROUND = ("mae", "psnr", "ssim")  # those that are also measured inside a mask
 
 
+def by_channel(
+    x: Tensor, recon: Tensor, widths: Sequence[float], names: Sequence[str],
+    metrics: Sequence[str] = tuple(METRICS), mask: Tensor | None = None,
+) -> dict[str, float]:  # fmt: skip
+    """Metrics of each channel by `metric_name`; none where there is only one channel.
+
+    Args:
+        x: (C, X, Y, Z) or (C, X, Y).
+        recon: Its reconstruction.
+        widths: Width of each channel's intensity scale.
+        names: Of the channels.
+        metrics: Names in `METRICS`.
+        mask: As in `METRICS`.
+    """
+    several = enumerate(zip(widths, names, strict=True)) if len(x) > 1 else ()
+    return {
+        f"{metric}_{name}": METRICS[metric](x[c : c + 1], recon[c : c + 1], width, mask)
+        for c, (width, name) in several
+        for metric in metrics
+    }
+
+
+def in_one_unit(x: Tensor, recon: Tensor, widths: Sequence[float]) -> tuple[Tensor, Tensor, float]:
+    """Bring channels of different scales to parts of each one's scale, so that means have a sense.
+
+    Args:
+        x: (C, X, Y, Z) or (C, X, Y).
+        recon: Its reconstruction.
+        widths: Width of each channel's intensity scale.
+
+    Returns:
+        The two, untouched where the scales are equal, and the width of the common scale.
+    """
+    if len(set(widths)) == 1:
+        return x, recon, widths[0]
+    scale = torch.tensor(widths, dtype=x.dtype).reshape(-1, *[1] * (x.ndim - 1))
+    return x / scale, recon / scale, 1.0
+
+
 def seam_score(
     x: Tensor, recon: Tensor, faces: Sequence[Sequence[int]], factor: Sequence[int] | None = None
 ) -> float:
