@@ -76,11 +76,10 @@ def as_meant(options: Record) -> Record:
     nothing of the rules, is of a time when there was one rule; what a user writes by hand is not.
     """
     data = options.get("data")
-    preprocess = data.get("preprocess") if isinstance(data, dict) else None
-    old = isinstance(preprocess, dict) and is_old(preprocess)
-    if not (old and set(FIRST_FIELDS) <= set(preprocess)):
-        return options
-    return options | {"data": data | {"preprocess": preprocess | FIRST_RULES}}
+    saved = data.get("preprocess") if isinstance(data, dict) else None
+    if isinstance(saved, dict) and is_old(saved) and saved.keys() >= set(FIRST_FIELDS):
+        return {**options, "data": {**(data or {}), "preprocess": {**saved, **FIRST_RULES}}}
+    return options
 
 
 @overload

@@ -544,6 +544,9 @@ def percent_above(limit: float, percent: np.ndarray, values: np.ndarray) -> floa
     return float(100 - percent[place - 1] - part * (percent[place] - percent[place - 1]))
 
 
+Found = list[tuple[str, str]]  # name of a volume, and what is told of it
+
+
 def intensity_lines(
     volumes: Sequence[tuple[str, Sequence[Statistics]]], preprocess: Preprocess
 ) -> list[str]:
@@ -553,53 +556,46 @@ def intensity_lines(
         volumes: Name or path of each, and the statistics of its channels.
         preprocess: What is done to them.
     """
-    not_hu, clipped, small, hot = [], [], [], []
+    not_hu: Found = []
+    clipped: Found = []
+    small: Found = []
+    hot: Found = []
     for name, channels in volumes:
         for number, stats in enumerate(channels):
             normalization = preprocess.channel(number)
-            which = f"{name} channel {preprocess.name(number)}" if len(channels) > 1 else name
+            of = f"channel {preprocess.name(number)} " if len(channels) > 1 else ""
             window = normalization.window_hu
             # Air and fat lie below 0: never rescaled to HU, or no CT.
-            if window and window[0] < 0 <= stats["min"] and normalization.intensity != "raw":
-                not_hu.append((name, window))
+            if window and window[0] < 0 <= stats["min"]:
+                not_hu.append((name, f"{of}from {stats['min']:g}"))
             if "robust" not in stats:  # from a cache that is older than the rules
                 continue
             found = by_rules(stats, RULES)
             if (loss := clip_loss(stats, normalization)) > MOST_CLIPPED:
-                clipped.append(f"{which} ({100 * loss:.2g} %)")
+                clipped.append((name, f"{of}{100 * loss:.3g} %"))
             if found["foreground_fraction"] < LEAST_FOREGROUND:
-                small.append(f"{which} ({100 * found['foreground_fraction']:.2g} %)")
+                small.append((name, f"{of}{100 * found['foreground_fraction']:.3g} %"))
             if found["hot_voxels"]:
-                hot.append(f"{which} ({found['hot_voxels']})")
-    lines, of_all = [], f"of {len(volumes)} volumes"
-    if not_hu:
-        (name, window), count = not_hu[0], len({name for name, _ in not_hu})
-        lines.append(
-            f"{name}: no voxel lies below 0 though window_hu is {window}: are the intensities "
-            f"Hounsfield units? ({count} {of_all})"
-        )
-    if clipped:
-        lines.append(
-            f"more than {100 * MOST_CLIPPED:g} % of the foreground is lost to the clip in "
-            f"{listed(clipped)}, {of_all}: see data.preprocess.percentiles_of and window_hu"
-        )
-    if small:
-        lines.append(
-            f"the foreground is below {100 * LEAST_FOREGROUND:g} % in {listed(small)}, {of_all}: "
-            f"crop_foreground, zscore and ForegroundCorners rest on it"
-        )
-    if hot:
-        lines.append(
-            f"voxels far beyond all others in {listed(hot)}, {of_all}: they are not taken for "
-            f"foreground"
-        )
-    return lines
+                hot.append((name, f"{of}{found['hot_voxels']} voxels"))
+    kinds = [
+        ("no voxel lies below 0 in", not_hu, f", though window_hu is {preprocess.window_hu}: are "
+         "the intensities Hounsfield units?"),
+        (f"more than {100 * MOST_CLIPPED:g} % of the foreground is lost to the clip in", clipped,
+         ": see data.preprocess.percentiles_of, percentiles and window_hu"),
+        (f"the foreground is less than {100 * LEAST_FOREGROUND:g} % of", small,
+         ": crop_foreground, zscore and ForegroundCorners rest on it"),
+        ("hot voxels, far beyond all others, in", hot, ": they are not taken for foreground"),
+    ]  # fmt: skip
+    return [
+        f"{what} {listed(found, len(volumes))}{remedy}" for what, found, remedy in kinds if found
+    ]
 
 
-def listed(names: Sequence[str], most: int = 10) -> str:
-    """Return names with commas between them, the first few where there are many."""
-    rest = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + rest
+def listed(found: Found, total: int, most: int = 5) -> str:
+    """Say how many volumes, and which: name and value of the first few."""
+    count = len({name for name, _ in found})
+    named = ", ".join(f"{name} {value}" for name, value in found[:most])
+    return f"{count} of {total} volumes ({named}{', ...' if len(found) > most else ''})"
 
 
 # --------------------------------------------------------------------------------------------------

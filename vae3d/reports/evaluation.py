@@ -130,11 +130,11 @@ def _lost_to_the_clip(rows: Sequence[dict], metric: str) -> list:
     worst = max(rows, key=lambda r: r[metric] if _finite(r[metric]) else 0.0)
     if not (_finite(worst[metric]) and worst[metric] > MOST_CLIPPED):
         return []
-    channel = page.escape(metric.removeprefix("foreground_clipped"))
+    case, channel = next(iter(worst.values())), metric.removeprefix("foreground_clipped")
     return [
-        ("warn", f"{100 * worst[metric]:.2g} % of the foreground of "
-         f"<b>{page.escape(next(iter(worst.values())))}</b> is clipped (foreground_clipped{channel})"
-         f", which the other metrics do not see: <b>mae_source{channel}</b> is against the file.")
+        ("warn", f"{100 * worst[metric]:.3g} % of the foreground of <b>{page.escape(case)}</b> is "
+         f"clipped (foreground_clipped{page.escape(channel)}), which other metrics do not see: "
+         f"<b>mae_source{page.escape(channel)}</b> is against the file.")
     ]  # fmt: skip
 
 
