@@ -544,51 +544,58 @@ def percent_above(limit: float, percent: np.ndarray, values: np.ndarray) -> floa
     return float(100 - percent[place - 1] - part * (percent[place] - percent[place - 1]))
 
 
-Found = list[tuple[str, str]]  # name of a volume, and what is told of it
+Volumes = Sequence[tuple[str, Sequence[Statistics]]]  # name, and statistics of the channels
+Found = list[tuple[str, str]]  # name, and what is told of it
 
 
-def intensity_lines(
-    volumes: Sequence[tuple[str, Sequence[Statistics]]], preprocess: Preprocess
-) -> list[str]:
+def intensity_lines(volumes: Volumes, preprocess: Preprocess) -> list[str]:
     """Say what is odd about the intensities of volumes, a line for each kind.
 
     Args:
-        volumes: Name or path of each, and the statistics of its channels.
+        volumes: Name or path of each, and the statistics of its channels; those of a cache that is
+            older than the rules say less.
         preprocess: What is done to them.
     """
-    not_hu: Found = []
     clipped: Found = []
     small: Found = []
     hot: Found = []
     for name, channels in volumes:
         for number, stats in enumerate(channels):
-            normalization = preprocess.channel(number)
-            of = f"channel {preprocess.name(number)} " if len(channels) > 1 else ""
-            window = normalization.window_hu
-            # Air and fat lie below 0: never rescaled to HU, or no CT.
-            if window and window[0] < 0 <= stats["min"]:
-                not_hu.append((name, f"{of}from {stats['min']:g}"))
-            if "robust" not in stats:  # from a cache that is older than the rules
+            if "robust" not in stats:
                 continue
-            found = by_rules(stats, RULES)
-            if (loss := clip_loss(stats, normalization)) > MOST_CLIPPED:
-                clipped.append((name, f"{of}{100 * loss:.3g} %"))
-            if found["foreground_fraction"] < LEAST_FOREGROUND:
-                small.append((name, f"{of}{100 * found['foreground_fraction']:.3g} %"))
-            if found["hot_voxels"]:
-                hot.append((name, f"{of}{found['hot_voxels']} voxels"))
+            of = f"channel {preprocess.name(number)} " if len(channels) > 1 else ""
+            loss = clip_loss(stats, preprocess.channel(number))
+            fraction, hottest = (stats["robust"][k] for k in ("foreground_fraction", "hot_voxels"))
+            clipped += [(name, f"{of}{100 * loss:.3g} %")] if loss > MOST_CLIPPED else []
+            small += [(name, f"{of}{100 * fraction:.3g} %")] if fraction < LEAST_FOREGROUND else []
+            hot += [(name, f"{of}{hottest} voxels")] if hottest else []
     kinds = [
-        ("no voxel lies below 0 in", not_hu, f", though window_hu is {preprocess.window_hu}: are "
-         "the intensities Hounsfield units?"),
         (f"more than {100 * MOST_CLIPPED:g} % of the foreground is lost to the clip in", clipped,
          ": see data.preprocess.percentiles_of, percentiles and window_hu"),
         (f"the foreground is less than {100 * LEAST_FOREGROUND:g} % of", small,
          ": crop_foreground, zscore and ForegroundCorners rest on it"),
         ("hot voxels, far beyond all others, in", hot, ": they are not taken for foreground"),
     ]  # fmt: skip
-    return [
+    return not_hounsfield(volumes, preprocess) + [
         f"{what} {listed(found, len(volumes))}{remedy}" for what, found, remedy in kinds if found
     ]
+
+
+def not_hounsfield(volumes: Volumes, preprocess: Preprocess) -> list[str]:
+    """Say where a window in HU meets volumes without a single voxel below 0 HU.
+
+    Air and fat lie below 0: such volumes were most likely never rescaled to HU, or are no CT.
+    """
+    odd = []
+    for name, channels in volumes:
+        for number, stats in enumerate(channels):
+            window = preprocess.channel(number).window_hu
+            if window and window[0] < 0 <= stats["min"]:
+                odd.append((name, f"from {stats['min']:g}"))
+    return [
+        f"no voxel lies below 0 in {listed(odd, len(volumes))}, though window_hu is "
+        f"{preprocess.window_hu}: are the intensities Hounsfield units?"
+    ] * bool(odd)
 
 
 def listed(found: Found, total: int, most: int = 5) -> str:

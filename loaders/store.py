@@ -41,6 +41,7 @@ from loaders.preprocess import (
     by_rules,
     from_store_grid,
     intensity_lines,
+    not_hounsfield,
 )
 from loaders.readers import READING, BrokenVolume, Reading, Volume, num_items, read_volume
 from loaders.subjects import Subject, names_of
@@ -344,6 +345,7 @@ class VolumeStore:
         known = builder.recall(subjects)
         missing = [subject for subject in subjects if subject.id not in known]
         skipped: list[tuple[str, str, str]] = []
+        tell = intensity_lines if missing else not_hounsfield
         if missing:
             try:
                 cache_dir.mkdir(parents=True, exist_ok=True)
@@ -367,7 +369,7 @@ class VolumeStore:
         ]
         metas = [known[entry.subject.id]["statistics"] for entry in entries]
         names = [str(entry.subject.paths[0]) for entry in entries]
-        for line in intensity_lines(list(zip(names, metas, strict=True)), preprocess):
+        for line in tell(list(zip(names, metas, strict=True)), preprocess):
             print(line, file=sys.stderr)
         channels = {entry.shape[0] for entry in entries}
         if len(channels) > 1:
