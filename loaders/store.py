@@ -15,7 +15,7 @@ import mmap
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from math import inf
 from pathlib import Path
@@ -173,15 +173,12 @@ class VolumeStore:
         chosen = [by_id[id] for id in ids if id in by_id]
         return VolumeStore(chosen, self.cache_dir, self.preprocess, self.skipped)
 
-    def read(
-        self, index: int, slices: Sequence[slice] | None = None, clip: bool = True
-    ) -> np.ndarray:
+    def read(self, index: int, slices: Sequence[slice] | None = None) -> np.ndarray:
         """Return normalized float32 voxels.
 
         Args:
             index: Which volume.
             slices: One slice per spatial axis (X, Y, Z); None for the whole volume.
-            clip: Whether intensities end where the mapping clips them, as in training.
 
         Returns:
             (C, *shape of the slices).
@@ -191,12 +188,16 @@ class VolumeStore:
             slices = (slice(None),) * 3
         shape = (len(range(*s.indices(n))) for s, n in zip(slices, entry.shape[1:], strict=True))
         out = np.empty((entry.shape[0], *shape), np.float32)
-        self.read_into(index, slices, out, clip)
+        self.read_into(index, slices, out)
         return out
 
-    def read_into(
-        self, index: int, slices: Sequence[slice], out: np.ndarray, clip: bool = True
-    ) -> None:
+    def read_unclipped(self, index: int) -> np.ndarray:
+        """Return a volume as `read` does, but with what lies beyond the window as it is."""
+        entry = self.entries[index]
+        free = replace(entry, low=np.full_like(entry.low, -inf), high=np.full_like(entry.high, inf))
+        return VolumeStore([free], self.cache_dir, self.preprocess).read(0)
+
+    def read_into(self, index: int, slices: Sequence[slice], out: np.ndarray) -> None:
         """Read as `read` into a float32 buffer (C, *shape of the slices)."""
         entry = self.entries[index]
         source = self.array(index)[(slice(None), *slices)]
@@ -206,7 +207,7 @@ class VolumeStore:
             return
         for channel in range(len(out)):  # one at a time, it stays in the processor's cache
             mapping = [float(v[channel]) for v in (entry.gain, entry.bias, entry.low, entry.high)]
-            read(out[channel], source[channel], mapping if clip else [*mapping[:2], -inf, inf])
+            read(out[channel], source[channel], mapping)
 
     def _open(self, index: int) -> np.ndarray | CompressedArray:
         """Map the stored numbers of a volume (C, X, Y, Z)."""

@@ -101,6 +101,15 @@ def test_raw_intensities_are_those_of_the_file(tmp_path):
     assert store.data_range == (min(s.min() for s in sources), max(s.max() for s in sources))
 
 
+def test_a_volume_is_read_without_its_clip_too(tmp_path):
+    path = scan(tmp_path / "a.nii.gz", scale=2.0, offset=-20.0)
+    store = VolumeStore.build([path], tmp_path / "cache", Preprocess(window_hu=(0, 100)))
+    x, free = store.read(0), store.read_unclipped(0)
+    assert free.min() < 0 and free.max() > 1
+    assert np.array_equal(x, free.clip(0, 1))
+    assert np.allclose(store.undo(0, free).data, read_volume(path).intensities(), atol=1e-3)
+
+
 def test_undo_refuses_another_shape(paths, tmp_path):
     store = VolumeStore.build(paths, tmp_path / "cache")
     with pytest.raises(ValueError, match="store grid"):

@@ -143,7 +143,7 @@ class Evaluator:
         a, b, width = in_one_unit(x, recon, self.widths)
         row = {name: metric(a, b, width) for name, metric in METRICS.items()}
         row |= self._baselines(x, recon)
-        source = torch.from_numpy(self.store.read(index, clip=False))
+        source = torch.from_numpy(self.store.read_unclipped(index))
         foreground = self.foreground(index, source)
         row |= {f"foreground_{m}": METRICS[m](a, b, width, foreground) for m in FOREGROUND}
         row |= self._original_units(index, x, recon)
