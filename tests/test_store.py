@@ -396,6 +396,24 @@ def test_an_old_cache_is_measured_anew_for_rules_of_today(tmp_path, monkeypatch)
         assert (values > store.meta(0)["statistics"][0]["foreground_threshold"]).all()
 
 
+def test_a_sparse_signal_is_not_clipped_away_unless_percentiles_are_of_all_voxels(tmp_path):
+    """As in a stack of a few stained cells: 0.3 % of the voxels are the signal."""
+    rng = np.random.default_rng(0)
+    data = rng.normal(100, 10, (40, 40, 40))
+    signal = rng.random(data.shape) < 0.003
+    data[signal] = rng.uniform(1000, 4000, signal.sum())
+    np.save(tmp_path / "a.npy", data.astype(np.uint16))
+    whole = {}
+    for of in ("all", "foreground", "auto"):
+        store = VolumeStore.build(
+            [tmp_path / "a.npy"], tmp_path / "cache", Preprocess(percentiles_of=of)
+        )
+        whole[of] = float((store.read(0)[0][signal] == 1).mean())
+        assert len(store.foreground_points(0)) > 100
+        assert signal[tuple(store.foreground_points(0).T)].all()
+    assert whole["all"] == 1 and whole["foreground"] == whole["auto"] < 0.02
+
+
 def test_caching_tells_what_the_clip_takes_small_foregrounds_and_hot_voxels(tmp_path, capsys):
     sparse = np.random.default_rng(0).normal(100, 5, (40, 40, 40)).astype(np.float32)
     sparse[5:8, 5:8, 5] = 5000  # 9 of 64000 voxels
