@@ -74,11 +74,8 @@ class SliceStore:
 
     @property
     def channel_names(self) -> list[str]:
-        """Names of the channels, with the number of the slice where there are several."""
-        names = self.volumes.channel_names
-        if self.num_slices == 1:
-            return names
-        return [f"{name}_{n}" for n in range(self.num_slices) for name in names]
+        """Names of the channels of a slice: those of the volumes, once for each of its slices."""
+        return self.volumes.channel_names * self.num_slices
 
     @property
     def preprocess(self) -> Preprocess:

@@ -89,22 +89,23 @@ def by_channel(
     x: Tensor, recon: Tensor, widths: Sequence[float], names: Sequence[str],
     metrics: Sequence[str] = tuple(METRICS), mask: Tensor | None = None,
 ) -> dict[str, float]:  # fmt: skip
-    """Metrics of each channel by `metric_name`; none where there is only one channel.
+    """Return `<metric>_<channel>` for each channel; nothing where there is only one.
 
     Args:
         x: (C, X, Y, Z) or (C, X, Y).
         recon: Its reconstruction.
         widths: Width of each channel's intensity scale.
-        names: Of the channels.
+        names: Of the channels; those of one name (neighboring slices) are one.
         metrics: Names in `METRICS`.
         mask: As in `METRICS`.
     """
-    several = enumerate(zip(widths, names, strict=True)) if len(x) > 1 else ()
-    return {
-        f"{metric}_{name}": METRICS[metric](x[c : c + 1], recon[c : c + 1], width, mask)
-        for c, (width, name) in several
-        for metric in metrics
-    }
+    scores = {}
+    for name in dict.fromkeys(names) if len(set(names)) > 1 else ():
+        of_name = [c for c, other in enumerate(names) if other == name]
+        for metric in metrics:
+            pair = x[of_name], recon[of_name]
+            scores[f"{metric}_{name}"] = METRICS[metric](*pair, widths[of_name[0]], mask)
+    return scores
 
 
 def in_one_unit(x: Tensor, recon: Tensor, widths: Sequence[float]) -> tuple[Tensor, Tensor, float]:
