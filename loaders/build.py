@@ -23,8 +23,9 @@ import numpy as np
 
 from loaders.compressed import compress
 from loaders.preprocess import (
-    PERCENTILES,
     Preprocess,
+    by_rules,
+    is_foreground,
     label_to_store_grid,
     statistics,
     to_store_grid,
@@ -50,7 +51,6 @@ FORMAT = 1  # part of every key: raise it when what lies in the cache changes it
 # The same for what is read from DICOM: 2 has the rescale and the position of each slice.
 DICOM_FORMAT = "dicom 2"
 NUM_POINTS = 1024  # voxels remembered for the samplers
-QUICK = (0.0, 0.5, 1.0, 2.0, 5.0, 50.0, 95.0, 98.0, 99.0, 99.5, 99.9, 100.0)
 
 
 class Builder:
@@ -135,10 +135,11 @@ class Builder:
         return hashlib.blake2b(text.encode(), digest_size=12).hexdigest()
 
     def sidecar(self, key: str) -> dict[str, Any] | None:
-        """Read a sidecar; None where the volume is missing or torn."""
+        """Read a sidecar; None where the volume is missing or torn, or measured by old rules."""
         try:
             meta = json.loads((self.cache_dir / f"{key}.json").read_text())
-            if os.path.getsize(self.cache_dir / meta["file"]) == meta["num_bytes"]:
+            measured = self.preprocess.rules == 1 or all("robust" in s for s in meta["statistics"])
+            if measured and os.path.getsize(self.cache_dir / meta["file"]) == meta["num_bytes"]:
                 return meta
         except (FileNotFoundError, ValueError, KeyError, RecursionError):
             pass  # not built, or torn by a crash of the machine: it is built again
@@ -176,28 +177,26 @@ class Builder:
         key = self.key(subject)
         if (meta := self.sidecar(key)) is not None:  # the same bytes under another name
             return meta
-        channels = len(volume.data)
-        scale = np.full(channels, volume.scale)
-        offset = np.full(channels, volume.offset)
         stats, tables = [], []
-        for channel in range(channels):
-            found, table = statistics(
-                volume.data[channel], float(scale[channel]), float(offset[channel])
-            )
+        for channel in volume.data:
+            found, table = statistics(channel, float(volume.scale), float(volume.offset))
             if found["min"] == found["max"]:
                 raise BrokenVolume(subject.paths[0], f"all voxels are {found['min']:g}")
-            quick = np.searchsorted(PERCENTILES, np.array(QUICK) - 1e-6)
-            percentiles = {str(p): float(table[i]) for p, i in zip(QUICK, quick, strict=True)}
-            stats.append({**found, "percentiles": percentiles})
+            stats.append(found)
             tables.append(table)
-        threshold = (stats[0]["foreground_threshold"] - offset[0]) / scale[0]
-        stored, undo = to_store_grid(volume, self.preprocess, threshold)
+        meta = {
+            "scale": [float(volume.scale)] * len(stats),
+            "offset": [float(volume.offset)] * len(stats),
+            "statistics": stats,
+        }
+        beyond = foreground_bounds(meta, self.preprocess.rules)
+        stored, undo = to_store_grid(volume, self.preprocess, *beyond)
         data = stored.data
         if self.backend == "blosc2":
             name, content, body = f"{key}.b2nd", compress(in_c_order(data)), None
         else:
             name, content, body = f"{key}.npy", npy_header(data), data
-        meta = {
+        meta |= {
             "key": key,
             "file": name,
             "shape": list(data.shape),
@@ -206,15 +205,13 @@ class Builder:
             "num_bytes": len(content) + (data.nbytes if body is not None else 0),
             "affine": stored.affine.tolist(),
             "spacing_mm": list(stored.spacing_mm),
-            "scale": [float(s) for s in scale],
-            "offset": [float(o) for o in offset],
-            "statistics": stats,
             "undo": undo,
             "notes": notes,
         }
-        points = foreground_points(data[0], threshold, scale[0] > 0, int(key[:8], 16))
-        write_whole(self.cache_dir / f"{key}.points.npy", npy_header(points), points)
-        table = np.array(tables)
+        points = foreground_points(data[0], *beyond, volume.scale > 0, int(key[:8], 16))
+        path = self.cache_dir / points_file(key, self.preprocess.rules)
+        write_whole(path, npy_header(points), points)
+        table = np.concatenate(np.stack(tables, axis=1))  # all voxels' first, then foregrounds'
         write_whole(self.cache_dir / f"{key}.quantiles.npy", npy_header(table), table)
         write_whole(self.cache_dir / name, content, body)
         write_whole(self.cache_dir / f"{key}.json", json.dumps(meta).encode())
@@ -311,16 +308,32 @@ def storable(volume: Volume, path: Path, nan: str) -> Volume:
     return Volume(data, volume.affine, volume.scale, volume.offset)
 
 
+def foreground_bounds(meta: dict[str, Any], rules: int) -> tuple[float, float | None]:
+    """Return threshold and limit of the foreground in stored numbers of channel 0, from a sidecar.
+
+    Beyond the limit voxels are hot and no foreground; it is None where there is none.
+    """
+    stats = by_rules(meta["statistics"][0], rules)
+    scale, offset = meta["scale"][0], meta["offset"][0]
+    limit = stats.get("foreground_limit")
+    threshold = (stats["foreground_threshold"] - offset) / scale
+    return threshold, None if limit is None else (limit - offset) / scale
+
+
+def points_file(key: str, rules: int) -> str:
+    """Name of the file with a volume's foreground points, found by these rules."""
+    return f"{key}.points.npy" if rules == 1 else f"{key}.points-{rules}.npy"
+
+
 def foreground_points(
-    data: np.ndarray, threshold: float, above: bool, seed: int
-) -> np.ndarray:  # fmt: skip
-    """Draw up to NUM_POINTS voxels beyond the threshold, (N, 3) int32; at random, reproducibly."""
+    data: np.ndarray, threshold: float, limit: float | None, rising: bool, seed: int
+) -> np.ndarray:
+    """Draw up to NUM_POINTS foreground voxels, (N, 3) int32; at random, reproducibly."""
     rng = np.random.default_rng(seed)
     tries = rng.integers(0, data.shape, (NUM_POINTS * 16, 3))
-    values = data[tuple(tries.T)]
-    hits = tries[values > threshold if above else values < threshold][:NUM_POINTS]
+    hits = tries[is_foreground(data[tuple(tries.T)], threshold, limit, rising)][:NUM_POINTS]
     if len(hits) < NUM_POINTS // 16:  # a small object: look at every voxel
-        hits = np.argwhere(data > threshold if above else data < threshold)
+        hits = np.argwhere(is_foreground(data, threshold, limit, rising))
         hits = hits[rng.permutation(len(hits))[:NUM_POINTS]]
     return hits.astype(np.int32)
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 from loaders.patches import Sampler, UniformCorners
-from loaders.preprocess import Augment, Preprocess
+from loaders.preprocess import FIRST_FIELDS, FIRST_RULES, Augment, Preprocess, Record, is_old
 from loaders.readers import Dicom
 
 if TYPE_CHECKING:
@@ -74,6 +74,19 @@ class DataConfig:
             "balance_by": self.balance_by,
             "augment": Augment(self.augment) if self.augment else None,
         }
+
+
+def as_meant(options: Record) -> Record:
+    """Return options with what was meant when they were saved, where they are older than a choice.
+
+    A saved configuration is complete. One that tells all of `data.preprocess` as it once was, and
+    nothing of the rules, is of a time when there was one rule; what a user writes by hand is not.
+    """
+    data = options.get("data")
+    saved = data.get("preprocess") if isinstance(data, dict) else None
+    if isinstance(saved, dict) and is_old(saved) and saved.keys() >= set(FIRST_FIELDS):
+        return {**options, "data": {**(data or {}), "preprocess": {**saved, **FIRST_RULES}}}
+    return options
 
 
 @overload

@@ -9,11 +9,14 @@ Axes: (C, X, Y, Z), RAS+ after `to_store_grid`.
 
 from __future__ import annotations
 
+import json
 import math
 import random
-from collections.abc import Callable, Iterator
+from bisect import bisect_left
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -28,39 +31,42 @@ PERCENTILES = np.unique(
     np.round(np.r_[np.arange(0, 1, 0.01), np.arange(1, 99, 0.1), np.arange(99, 100.005, 0.01)], 2)
 )
 
+Pair = tuple[float, float]
+Kind = Literal["unit", "symmetric", "zscore", "raw"]
+Record = dict[str, Any]  # plain data, as in JSON
+Statistics = Record  # of one channel, see `statistics`
+
+RULES = 2
+# What a record means that does not tell: it was written before there was a choice.
+FIRST_RULES = {"percentiles_of": "all", "rules": 1}
+FIRST_FIELDS = (  # of a record from before there was a choice
+    *("spacing_mm", "window_hu", "percentiles", "intensity"),
+    *("orient_ras", "crop_foreground", "crop_margin_mm", "pad_to_multiple"),
+)
+PER_CHANNEL = ("window_hu", "percentiles", "intensity")
+
+# Percentiles that lie in the sidecar itself.
+QUICK = (
+    *(0.0, 0.1, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 30.0, 40.0, 50.0),
+    *(60.0, 70.0, 80.0, 90.0, 95.0, 98.0, 99.0, 99.5, 99.9, 100.0),
+)
+HOT = 1e-4  # part of the voxels at either end that may be anything, and their least number
+MANY_HOT = 16
+HOT_RANGES = 4
+MOST_CLIPPED = 0.005  # part of the foreground; more is told
+LEAST_FOREGROUND = 0.001  # part of the volume; less is told
+
 
 @dataclass(frozen=True)
-class Preprocess:
-    """How a volume becomes network input; stored in the checkpoint and inverted on the way out.
+class Normalization:
+    """How the intensities of one channel become network input; see `Preprocess`."""
 
-    Args:
-        spacing_mm: Voxel size after resampling in millimeters; null keeps each volume's own.
-        window_hu: Clip intensities to (low, high), for CT in Hounsfield units; else percentiles.
-        percentiles: Clip to these percentiles of all intensities of the whole source volume.
-        intensity: unit -> [0, 1], symmetric -> [-1, 1], zscore -> mean 0 and SD 1 on foreground,
-            raw -> as they are, not even clipped.
-        orient_ras: Turn and flip the axes so that X, Y, Z run right, anterior, superior.
-        crop_foreground: Cut to the box of voxels above the foreground threshold (Otsu's).
-        crop_margin_mm: Border kept around the foreground box in millimeters.
-        pad_to_multiple: Pad each axis to a multiple of this many voxels (the model's factor).
-    """
-
-    spacing_mm: tuple[float, float, float] | None = None
-    window_hu: tuple[float, float] | None = None
-    percentiles: tuple[float, float] = (0.0, 99.5)
-    intensity: Literal["unit", "symmetric", "zscore", "raw"] = "unit"
-    orient_ras: bool = True
-    crop_foreground: bool = False
-    crop_margin_mm: float = 0.0
-    pad_to_multiple: int = 1
+    window_hu: Pair | None = None
+    percentiles: Pair = (0.0, 99.5)
+    intensity: Kind = "unit"
+    percentiles_of: Literal["all", "foreground", "auto"] = "auto"
 
     def __post_init__(self) -> None:
-        for name in ("spacing_mm", "window_hu", "percentiles"):  # YAML and JSON bring lists
-            if getattr(self, name) is not None:
-                value = tuple(float(v) for v in getattr(self, name))
-                object.__setattr__(self, name, value)
-        if self.spacing_mm is not None and (len(self.spacing_mm) != 3 or min(self.spacing_mm) <= 0):
-            raise ValueError(f"spacing_mm is {self.spacing_mm}: give three sizes above 0")
         if self.window_hu is not None and not self.window_hu[0] < self.window_hu[1]:
             raise ValueError(f"window_hu is {self.window_hu}: the first must be below the second")
         low, high = self.percentiles
@@ -72,23 +78,172 @@ class Preprocess:
             )
         if self.intensity not in ("unit", "symmetric", "zscore", "raw"):
             raise ValueError(f"intensity is {self.intensity!r}: use unit, symmetric, zscore or raw")
+        if self.percentiles_of not in ("all", "foreground", "auto"):
+            raise ValueError(
+                f"percentiles_of is {self.percentiles_of!r}: use all, foreground or auto"
+            )
+
+    def clip(self, stats: Statistics, quantile: Callable[..., float]) -> Pair:
+        """Return the lowest and the highest intensity that are told apart.
+
+        Args:
+            stats: Statistics of the channel.
+            quantile: Function percentile -> intensity of the channel, over all voxels; over those
+                of the foreground where a second argument is True.
+        """
+        if self.intensity == "raw":
+            return -math.inf, math.inf
+        if self.window_hu is not None:
+            return self.window_hu
+        low, high = self.percentiles
+        # Without a share of the foreground there is no foreground to speak of.
+        sparse = stats.get("foreground_fraction", 1.0) < 0.5
+        if self.percentiles_of == "foreground" or (self.percentiles_of == "auto" and sparse):
+            ends = quantile(low), quantile(high, True)
+        else:
+            ends = quantile(low), quantile(high)
+        if not ends[0] < ends[1]:  # nearly all voxels are equal: take the whole range
+            return stats["min"], stats["max"]
+        return ends
+
+    def mapping(
+        self, stats: Statistics, quantile: Callable[..., float]
+    ) -> tuple[float, float, float, float]:
+        """Return gain, bias, low and high of `clip(intensity * gain + bias, low, high)`.
+
+        Args:
+            stats: Statistics of the channel.
+            quantile: As in `clip`.
+        """
+        low, high = self.clip(stats, quantile)
+        if self.intensity == "raw":
+            return 1.0, 0.0, low, high
+        if self.intensity == "zscore":
+            mean, std = stats["foreground_mean"], stats["foreground_std"]
+            std = std if std > 0 else (high - low)
+            return 1 / std, -mean / std, (low - mean) / std, (high - mean) / std
+        bottom = 0.0 if self.intensity == "unit" else -1.0
+        gain = (1.0 - bottom) / (high - low)
+        return gain, bottom - low * gain, bottom, 1.0
+
+
+@dataclass(frozen=True)
+class Preprocess:
+    """How a volume becomes network input; stored in the checkpoint and inverted on the way out.
+
+    `window_hu`, `percentiles` and `intensity` are one setting for all channels, or one for each
+    channel by its number or name, as in `{ct: [-1000, 400]}`; who is not named has the default.
+
+    Args:
+        spacing_mm: Voxel size after resampling in millimeters; null keeps each volume's own.
+        window_hu: Clip intensities to (low, high), for CT in Hounsfield units; else percentiles.
+        percentiles: Clip to these percentiles of the source volume's intensities.
+        intensity: unit -> [0, 1], symmetric -> [-1, 1], zscore -> mean 0 and SD 1 on foreground,
+            raw -> as they are, not even clipped.
+        orient_ras: Turn and flip the axes so that X, Y, Z run right, anterior, superior.
+        crop_foreground: Cut to the box of voxels above the foreground threshold (Otsu's).
+        crop_margin_mm: Border kept around the foreground box in millimeters.
+        pad_to_multiple: Pad each axis to a multiple of this many voxels (the model's factor).
+        percentiles_of: Voxels that the upper percentile is taken of: all, foreground, or auto: the
+            foreground where background is most of the volume. The lower one is of all.
+        channels: Names of the channels in their order, for settings and metrics; null for numbers.
+        rules: 2, or 1 as in models older than this option: the threshold knows no hot voxels, and
+            channels share the background outside a crop and the range of the metrics.
+    """
+
+    spacing_mm: tuple[float, float, float] | None = None
+    window_hu: Pair | dict[str, Pair | None] | None = None
+    percentiles: Pair | dict[str, Pair] = (0.0, 99.5)
+    intensity: Kind | dict[str, Kind] = "unit"
+    orient_ras: bool = True
+    crop_foreground: bool = False
+    crop_margin_mm: float = 0.0
+    pad_to_multiple: int = 1
+    percentiles_of: Literal["all", "foreground", "auto"] = "auto"
+    channels: tuple[str, ...] | None = None
+    rules: int = RULES
+
+    def __post_init__(self) -> None:
+        for name in ("spacing_mm", "channels", *PER_CHANNEL):  # YAML and JSON bring lists
+            object.__setattr__(self, name, with_tuples(getattr(self, name)))
+        if self.spacing_mm is not None and (len(self.spacing_mm) != 3 or min(self.spacing_mm) <= 0):
+            raise ValueError(f"spacing_mm is {self.spacing_mm}: give three sizes above 0")
         if self.pad_to_multiple < 1:
             raise ValueError(f"pad_to_multiple is {self.pad_to_multiple}: use 1 or more")
+        if self.rules not in (1, RULES):
+            raise ValueError(f"rules is {self.rules}: this version knows 1 and {RULES}")
+        if self.rules == 1 and self.percentiles_of != "all":
+            raise ValueError(f"percentiles_of is {self.percentiles_of}: set rules to 2 for it")
+        names = self.channels or ()
+        if len(set(names)) < len(names) or not all(map(str.isidentifier, names)):
+            raise ValueError(f"channels are {list(names)}: use different names, letters first")
+        for setting in PER_CHANNEL:
+            for key in self._keys(setting):
+                if not (key.isdigit() or key in names):
+                    raise ValueError(
+                        f"{setting} is set for {key!r}: use a channel's number, or a name of "
+                        f"data.preprocess.channels ({list(names) or 'null'})"
+                    )
+        for number in {0, *range(len(names)), *self.numbers_set}:
+            self.channel(number)  # refuses what makes no sense
 
-    def to_dict(self) -> dict[str, Any]:
+    def _keys(self, setting: str) -> list[str]:
+        """Channels, by number or name, that a setting is given for one by one."""
+        value = getattr(self, setting)
+        return list(value) if isinstance(value, dict) else []
+
+    @property
+    def numbers_set(self) -> set[int]:
+        """Numbers of channels that settings are given for."""
+        return {int(k) for setting in PER_CHANNEL for k in self._keys(setting) if k.isdigit()}
+
+    def name(self, channel: int) -> str:
+        """Name of a channel, else its number."""
+        names = self.channels or ()
+        return names[channel] if channel < len(names) else str(channel)
+
+    def channel(self, number: int) -> Normalization:
+        """Return the settings of one channel."""
+        given: Record = {"percentiles_of": self.percentiles_of}
+        for setting in PER_CHANNEL:
+            value = getattr(self, setting)
+            if not isinstance(value, dict):
+                given[setting] = value
+            for key in (str(number), self.name(number)):  # the name wins
+                if key in self._keys(setting):
+                    given[setting] = value[key]
+        return Normalization(**given)
+
+    def check_channels(self, count: int, path: Path) -> None:
+        """Refuse a volume with another number of channels than the settings speak of."""
+        if self.channels and len(self.channels) != count:
+            raise ValueError(
+                f"{path}: has {count} channels, data.preprocess.channels has "
+                f"{len(self.channels)} names"
+            )
+        if max(self.numbers_set, default=0) >= count:
+            raise ValueError(
+                f"{path}: has {count} channels, data.preprocess has settings for channel "
+                f"{max(self.numbers_set)} (they count from 0)"
+            )
+
+    def to_dict(self) -> Record:
         """Return plain values for JSON and checkpoints."""
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+        return json.loads(json.dumps(asdict(self)))
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Preprocess:
-        """Rebuild from `to_dict`; a key this version does not know is an error."""
+    def from_dict(cls, values: Record) -> Preprocess:
+        """Rebuild from `to_dict`; a key this version does not know is an error.
+
+        A record without `percentiles_of` is older than that choice and means what was done then.
+        """
         if not isinstance(values, dict):
             raise ValueError(f"preprocess is {values!r}: damaged, or not of vae3d")
         unknown = sorted(set(values) - {field.name for field in fields(cls)})
         if unknown:
             raise ValueError(f"preprocess has unknown keys {unknown}: made by a newer version?")
         try:
-            return cls(**values)
+            return cls(**{**(FIRST_RULES if is_old(values) else {}), **values})
         except TypeError as error:  # a text where a number stands
             raise ValueError(f"preprocess is damaged ({error})") from error
 
@@ -107,9 +262,7 @@ class Preprocess:
         return "; ".join(differing) or None
 
     @classmethod
-    def of_checkpoint(
-        cls, values: dict[str, Any] | None, wanted: Preprocess | None = None
-    ) -> Preprocess:
+    def of_checkpoint(cls, values: Record | None, wanted: Preprocess | None = None) -> Preprocess:
         """Rebuild the contract that a model was trained under; another one is an error.
 
         Args:
@@ -124,7 +277,7 @@ class Preprocess:
                 "--data.preprocess.intensity unit, or vae.contract = {'preprocess': {}} in Python"
             )
         trained = cls.from_dict(values)
-        difference = wanted and wanted.difference(trained)
+        difference = wanted and wanted.as_old_as(values).difference(trained)
         if difference:
             raise ValueError(
                 f"data.preprocess is not what the checkpoint was trained with: {difference}; leave "
@@ -132,107 +285,219 @@ class Preprocess:
             )
         return trained
 
-    def geometry(self) -> dict[str, Any]:
+    def as_old_as(self, record: Mapping[str, object]) -> Preprocess:
+        """Return these settings by the rules of a record's time, where they are left to us."""
+        if is_old(record) and self.percentiles_of != "foreground":
+            return replace(self, percentiles_of="all", rules=1)
+        return self
+
+    def geometry(self) -> Record:
         """Return the part that decides what lies in the cache: all but the intensity mapping."""
-        intensity = ("window_hu", "percentiles", "intensity")
-        return {k: v for k, v in self.to_dict().items() if k not in intensity}
+        intensity = (*PER_CHANNEL, "percentiles_of", "channels", "rules")
+        decides = {k: v for k, v in self.to_dict().items() if k not in intensity}
+        if self.crop_foreground and self.rules > 1:  # the box depends on the threshold
+            decides["rules"] = self.rules
+        return decides
 
     def mapping(
-        self, stats: dict[str, Any], quantile: Callable[[float], float]
+        self, stats: Statistics, quantile: Callable[..., float], channel: int = 0
     ) -> tuple[float, float, float, float]:
-        """Return gain, bias, low and high of `clip(intensity * gain + bias, low, high)`.
+        """Return `Normalization.mapping` of a channel."""
+        return self.channel(channel).mapping(stats, quantile)
 
-        Args:
-            stats: Statistics of one channel, see `statistics`.
-            quantile: Function percentile -> intensity of this channel.
-        """
-        if self.intensity == "raw":
-            return 1.0, 0.0, -math.inf, math.inf
-        if self.window_hu is not None:
-            low, high = self.window_hu
-        else:
-            low, high = (quantile(p) for p in self.percentiles)
-            if not low < high:  # nearly all voxels are equal: take the whole range
-                low, high = stats["min"], stats["max"]
-        if self.intensity == "zscore":
-            mean, std = stats["foreground_mean"], stats["foreground_std"]
-            std = std if std > 0 else (high - low)
-            return 1 / std, -mean / std, (low - mean) / std, (high - mean) / std
-        bottom = 0.0 if self.intensity == "unit" else -1.0
-        gain = (1.0 - bottom) / (high - low)
-        return gain, bottom - low * gain, bottom, 1.0
+
+def is_old(record: Mapping[str, object]) -> bool:
+    """Whether a record of a `Preprocess` is older than the choice of rules."""
+    return "percentiles_of" not in record
+
+
+def with_tuples(value: Any) -> Any:
+    """Return a setting with tuples for lists and floats for numbers, in mappings too."""
+    if isinstance(value, Mapping):
+        return {str(key): with_tuples(one) for key, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return tuple(one if isinstance(one, str) else float(one) for one in value)
+    return value
 
 
 # --------------------------------------------------------------------------------------------------
 # Statistics of the source, on all of its voxels.
 
 
-def statistics(
-    data: np.ndarray, scale: float, offset: float
-) -> tuple[dict[str, float], np.ndarray]:
+def statistics(data: np.ndarray, scale: float, offset: float) -> tuple[Statistics, np.ndarray]:
     """Measure one channel (X, Y, Z) of stored numbers.
 
     Returns:
-        The statistics in intensities and the quantiles at `PERCENTILES`. Foreground are the
-        voxels above Otsu's threshold.
+        The statistics in intensities, and the quantiles (2, N) at `PERCENTILES`: of all voxels, and
+        of the foreground. Foreground are the voxels above Otsu's threshold; under `robust` stands
+        what is found where hot and cold voxels count no more than those beside them in rank, see
+        `by_rules`.
     """
-    values, counts = distribution(data)
-    values = values * scale + offset
-    if scale < 0:
-        values, counts = values[::-1], counts[::-1]
-    total, cumulated = counts.sum(), np.cumsum(counts)
-    quantiles = quantiles_of(values, cumulated, data, scale, offset)
-    threshold = otsu(values, counts)
-    above = values > threshold
-    mean = float((values * counts).sum() / total)
-    weight = max(float(counts[above].sum()), 1.0)
-    foreground_mean = float((values * counts)[above].sum() / weight) if above.any() else mean
-    spread = ((values - foreground_mean) ** 2 * counts)[above].sum() / weight
+    ranked = Ranked.of(data, scale, offset)
+    values, counts = ranked.histogram()
+    mean = float((values * counts).sum() / ranked.total)
+    quantiles = ranked.quantiles(0, ranked.total)
+    robust, (start, stop) = robust_foreground(ranked)
+    of_foreground = ranked.quantiles(start, stop)
     return {
         "min": float(quantiles[0]),
         "max": float(quantiles[-1]),
         "mean": mean,
-        "std": math.sqrt(float(((values - mean) ** 2 * counts).sum() / total)),
-        "foreground_threshold": float(threshold),
-        "foreground_mean": foreground_mean,
-        "foreground_std": math.sqrt(float(spread)),
-        "foreground_fraction": float(counts[above].sum() / total),
-    }, quantiles
+        "std": math.sqrt(float(((values - mean) ** 2 * counts).sum() / ranked.total)),
+        **foreground(values, counts),
+        "percentiles": quick(quantiles),
+        "robust": {**robust, "foreground_percentiles": quick(of_foreground)},
+    }, np.stack([quantiles, of_foreground])
 
 
-def distribution(data: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return values in rising order and how often each occurs; floats fall into 4096 fine bins."""
-    low, high = data.min(), data.max()
+def by_rules(stats: Statistics, rules: int) -> Statistics:
+    """Return a channel's statistics with the foreground that these rules find."""
+    return {**stats, **stats["robust"]} if rules > 1 else stats
+
+
+def quick(quantiles: np.ndarray) -> dict[str, float]:
+    """Return the quantiles that lie in the sidecar itself, by percent."""
+    where = np.searchsorted(PERCENTILES, np.array(QUICK) - 1e-6)
+    return {str(p): float(quantiles[i]) for p, i in zip(QUICK, where, strict=True)}
+
+
+def foreground(values: np.ndarray, counts: np.ndarray) -> Statistics:
+    """Return Otsu's threshold and what lies above it."""
+    threshold = otsu(values, counts)
+    values, counts, total = values[values > threshold], counts[values > threshold], counts.sum()
+    weight = max(float(counts.sum()), 1.0)
+    mean = float((values * counts).sum() / weight) if len(values) else threshold
+    return {
+        "foreground_threshold": threshold,
+        "foreground_mean": mean,
+        "foreground_std": math.sqrt(float(((values - mean) ** 2 * counts).sum() / weight)),
+        "foreground_fraction": float(counts.sum() / total),
+    }
+
+
+def robust_foreground(ranked: Ranked) -> tuple[Statistics, tuple[int, int]]:
+    """Find the foreground whatever a few voxels say, and the ranks between which it lies.
+
+    The outermost voxels at either end count as what stands beside them in rank. Those that lie
+    further out by several times that range are hot and no foreground (a detector element, a spike).
+    """
+    ends = min(max(round(HOT * ranked.total), MANY_HOT), ranked.total // 20)
+    low, high = ranked.at(ends), ranked.at(ranked.total - 1 - ends)
+    if low == high:  # less than that is no background: it has to be what was looked for
+        ends, limit = 0, None
+    else:
+        limit = high + HOT_RANGES * (high - low)
+    found = foreground(*ranked.histogram(ends))
+    stop = ranked.total if limit is None else ranked.up_to(limit)
+    hot = {"foreground_limit": limit, "hot_voxels": ranked.total - stop}
+    start = ranked.total - round(found["foreground_fraction"] * ranked.total)
+    return found | hot, (min(start, stop - 1), stop)
+
+
+@dataclass
+class Ranked:
+    """A channel's voxels in the order of their intensities.
+
+    Args:
+        values: Stored numbers, those of the lowest intensity first.
+        cumulated: Voxels up to each value; None where each stands for itself.
+        scale: Slope from stored numbers to intensities.
+        offset: Intercept.
+    """
+
+    values: np.ndarray
+    cumulated: np.ndarray | None
+    scale: float
+    offset: float
+
+    @classmethod
+    def of(cls, data: np.ndarray, scale: float, offset: float) -> Ranked:
+        """Count integers; sort what has too many values to be counted."""
+        low, high = data.min(), data.max()
+        if data.dtype.kind in "iu" and int(high) - int(low) < 2**17:
+            counts = count_integers(data, int(low), int(high))
+            present = np.flatnonzero(counts)[:: 1 if scale > 0 else -1]
+            return cls(present + int(low), np.cumsum(counts[present]), scale, offset)
+        values = np.sort(data.ravel(order="K"))  # in the order of memory, whatever the axes
+        return cls(values[:: 1 if scale > 0 else -1], None, scale, offset)
+
+    @property
+    def total(self) -> int:
+        """Number of voxels."""
+        return len(self.values) if self.cumulated is None else int(self.cumulated[-1])
+
+    def intensities(self, values: np.ndarray) -> np.ndarray:
+        """Return the intensities of stored numbers."""
+        return values.astype(np.float64) * self.scale + self.offset
+
+    def stored(self, ranks: np.ndarray) -> np.ndarray:
+        """Return the stored numbers of the voxels with these ranks, from 0."""
+        if self.cumulated is not None:
+            ranks = np.searchsorted(self.cumulated, ranks, "right")
+        return self.values[ranks.astype(np.intp)]
+
+    def at(self, rank: int) -> float:
+        """Return the intensity of the voxel with this rank, from 0."""
+        return float(self.intensities(self.stored(np.array([rank])))[0])
+
+    def up_to(self, limit: float) -> int:
+        """Return how many voxels lie at or below an intensity."""
+
+        def beyond(place: int) -> bool:
+            return float(self.intensities(self.values[place : place + 1])[0]) > limit
+
+        place = bisect_left(range(len(self.values)), True, key=beyond)
+        if self.cumulated is None:
+            return place
+        return int(self.cumulated[place - 1]) if place else 0
+
+    def quantiles(self, start: int, stop: int) -> np.ndarray:
+        """Return the quantiles at `PERCENTILES` of the ranks from start to stop, as numpy's."""
+        position = start + PERCENTILES / 100 * (stop - 1 - start)
+        lower, upper = (self.intensities(self.stored(end(position))) for end in (np.floor, np.ceil))
+        return lower + (upper - lower) * (position - np.floor(position))
+
+    def histogram(self, ends: int = 0) -> tuple[np.ndarray, np.ndarray]:
+        """Return intensities in rising order and how many voxels have each.
+
+        Sorted voxels fall into 4096 fine bins.
+
+        Args:
+            ends: So many voxels at either end count as what stands beside them in rank.
+        """
+        if self.cumulated is None:
+            values, counts = binned(self.values[ends : self.total - ends], self.scale > 0)
+        else:
+            inner = np.clip(self.cumulated, ends, self.total - ends)
+            counts = np.diff(inner, prepend=ends)
+            values, counts = self.values[counts > 0], counts[counts > 0]
+        counts[0] += ends
+        counts[-1] += ends
+        return self.intensities(values), counts
+
+
+def count_integers(data: np.ndarray, low: int, high: int) -> np.ndarray:
+    """Return how often each integer from low to high occurs."""
     flat = data.ravel(order="K")  # in the order of memory, whatever the axes
-    parts = (flat[start : start + 2**17] for start in range(0, flat.size, 2**17))
-    if data.dtype.kind in "iu" and int(high) - int(low) < 2**17:
-        counts = np.zeros(int(high) - int(low) + 1, np.int64)
-        for part in parts:
-            counts += np.bincount(np.subtract(part, low, dtype=np.intp), minlength=len(counts))
-        present = np.flatnonzero(counts)
-        return present.astype(np.float64) + int(low), counts[present]
-    edges = np.linspace(float(low), float(high), 4097)
-    counts, sums = np.zeros(4096, np.int64), np.zeros(4096)
-    for part in parts:
-        part = part.astype(np.float64)
-        which = np.clip(np.searchsorted(edges, part, "right") - 1, 0, 4095)
-        counts += np.bincount(which, minlength=4096)
-        sums += np.bincount(which, part, minlength=4096)
-    present = np.flatnonzero(counts)
-    return sums[present] / counts[present], counts[present]
+    counts = np.zeros(high - low + 1, np.int64)
+    for start in range(0, flat.size, 2**17):
+        part = np.subtract(flat[start : start + 2**17], low, dtype=np.intp)
+        counts += np.bincount(part, minlength=len(counts))
+    return counts
 
 
-def quantiles_of(
-    values: np.ndarray, cumulated: np.ndarray, data: np.ndarray, scale: float, offset: float
-) -> np.ndarray:
-    """Quantiles as numpy's (linear): exact from counted integers, sorted for anything else."""
-    if data.dtype.kind not in "iu" or len(values) != len(cumulated) or len(values) == 4096:
-        percent = PERCENTILES if scale > 0 else 100 - PERCENTILES
-        return np.percentile(data, percent).astype(np.float64) * scale + offset
-    position = PERCENTILES / 100 * (cumulated[-1] - 1)
-    lower = values[np.searchsorted(cumulated, np.floor(position), "right")]
-    upper = values[np.searchsorted(cumulated, np.ceil(position), "right")]
-    return lower + (upper - lower) * (position - np.floor(position))
+def binned(values: np.ndarray, rising: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Return the means of sorted numbers in 4096 equal bins, and how many fall into each."""
+    values = values if rising else values[::-1]
+    edges = np.linspace(float(values[0]), float(values[-1]), 4097)[:-1]
+    # The least numbers of the dtype that reach them; else numpy copies all values as float64.
+    least = (np.ceil(edges) if values.dtype.kind in "iu" else edges).astype(values.dtype)
+    least = np.where(least < edges, np.nextafter(least, np.inf), least).astype(values.dtype)
+    firsts = np.unique(np.searchsorted(values, least))
+    stops = np.append(firsts[1:], len(values))
+    means = [float(values[a:b].mean(dtype=np.float64)) for a, b in zip(firsts, stops, strict=True)]
+    order = slice(None, None, 1 if rising else -1)
+    return np.array(means)[order], (stops - firsts)[order]
 
 
 def otsu(values: np.ndarray, counts: np.ndarray) -> float:
@@ -245,21 +510,120 @@ def otsu(values: np.ndarray, counts: np.ndarray) -> float:
     return float(values[np.argmax(weight * (total - weight) * (below - above) ** 2)])
 
 
+def quick_quantile(stats: Statistics) -> Callable[..., float]:
+    """Return `quantile` of `Normalization.clip`, interpolated between what lies in a sidecar."""
+
+    def quantile(percent: float, of_foreground: bool = False) -> float:
+        known = stats["foreground_percentiles" if of_foreground else "percentiles"]
+        return float(np.interp(percent, [float(p) for p in known], list(known.values())))
+
+    return quantile
+
+
+def clip_loss(stats: Statistics, normalization: Normalization) -> float:
+    """Return which part of a channel's foreground is clipped, from its statistics.
+
+    Args:
+        stats: As `statistics` returned them, or from a sidecar.
+        normalization: What is done to the channel.
+    """
+    stats = by_rules(stats, RULES)
+    low, high = normalization.clip(stats, quick_quantile(stats))
+    percent = np.array([float(p) for p in stats["foreground_percentiles"]])
+    values = np.array(list(stats["foreground_percentiles"].values()))
+    above = percent_above(high, percent, values)
+    return (above + percent_above(-low, 100 - percent[::-1], -values[::-1])) / 100
+
+
+def percent_above(limit: float, percent: np.ndarray, values: np.ndarray) -> float:
+    """Return how many percent lie above a limit, where `values` are the quantiles at `percent`."""
+    place = int(np.searchsorted(values, limit, "right"))
+    if place in (0, len(values)):
+        return 0.0 if place else 100.0
+    part = (limit - values[place - 1]) / (values[place] - values[place - 1])
+    return float(100 - percent[place - 1] - part * (percent[place] - percent[place - 1]))
+
+
+Volumes = Sequence[tuple[str, Sequence[Statistics]]]  # name, and statistics of the channels
+Found = list[tuple[str, str]]  # name, and what is told of it
+
+
+def intensity_lines(volumes: Volumes, preprocess: Preprocess) -> list[str]:
+    """Say what is odd about the intensities of volumes, a line for each kind.
+
+    Args:
+        volumes: Name or path of each, and the statistics of its channels; those of a cache that is
+            older than the rules say less.
+        preprocess: What is done to them.
+    """
+    clipped: Found = []
+    small: Found = []
+    hot: Found = []
+    for name, channels in volumes:
+        for number, stats in enumerate(channels):
+            if "robust" not in stats:
+                continue
+            of = f"channel {preprocess.name(number)} " if len(channels) > 1 else ""
+            loss = clip_loss(stats, preprocess.channel(number))
+            fraction, hottest = (stats["robust"][k] for k in ("foreground_fraction", "hot_voxels"))
+            clipped += [(name, f"{of}{100 * loss:.3g} %")] if loss > MOST_CLIPPED else []
+            small += [(name, f"{of}{100 * fraction:.3g} %")] if fraction < LEAST_FOREGROUND else []
+            hot += [(name, f"{of}{hottest} voxels")] if hottest else []
+    kinds = [
+        (f"more than {100 * MOST_CLIPPED:g} % of the foreground is lost to the clip in", clipped,
+         ": see data.preprocess.percentiles_of, percentiles and window_hu"),
+        (f"the foreground is less than {100 * LEAST_FOREGROUND:g} % of", small,
+         ": crop_foreground, zscore and ForegroundCorners rest on it"),
+        ("hot voxels, far beyond all others, in", hot, ": they are not taken for foreground"),
+    ]  # fmt: skip
+    return not_hounsfield(volumes, preprocess) + [
+        f"{what} {listed(found, len(volumes))}{remedy}" for what, found, remedy in kinds if found
+    ]
+
+
+def not_hounsfield(volumes: Volumes, preprocess: Preprocess) -> list[str]:
+    """Say where a window in HU meets volumes without a single voxel below 0 HU.
+
+    Air and fat lie below 0: such volumes were most likely never rescaled to HU, or are no CT.
+    """
+    odd = []
+    for name, channels in volumes:
+        for number, stats in enumerate(channels):
+            window = preprocess.channel(number).window_hu
+            if window and window[0] < 0 <= stats["min"]:
+                odd.append((name, f"from {stats['min']:g}"))
+    return [
+        f"no voxel lies below 0 in {listed(odd, len(volumes))}, though window_hu is "
+        f"{preprocess.window_hu}: are the intensities Hounsfield units?"
+    ] * bool(odd)
+
+
+def listed(found: Found, total: int, most: int = 5) -> str:
+    """Say how many volumes, and which: name and value of the first few."""
+    count = len({name for name, _ in found})
+    named = ", ".join(f"{name} {value}" for name, value in found[:most])
+    return f"{count} of {total} volumes ({named}{', ...' if len(found) > most else ''})"
+
+
 # --------------------------------------------------------------------------------------------------
 # Geometry: source grid -> store grid and back.
 
 
 def to_store_grid(
-    volume: Volume, preprocess: Preprocess, threshold: float | None = None
-) -> tuple[Volume, dict[str, Any]]:
+    volume: Volume,
+    preprocess: Preprocess,
+    threshold: float | None = None,
+    limit: float | None = None,
+) -> tuple[Volume, Record]:
     """Orient, resample, crop and pad a volume; return it and the record that undoes it.
 
     Args:
         volume: As read.
         preprocess: What to do.
         threshold: Foreground threshold in stored numbers of channel 0; needed for the crop.
+        limit: Stored number beyond which its voxels are hot and no foreground; None for none.
     """
-    record: dict[str, Any] = {
+    record: Record = {
         "source_shape": list(volume.data.shape[1:]),
         "source_affine": volume.affine.tolist(),
     }
@@ -274,7 +638,7 @@ def to_store_grid(
         volume = resample(volume, shape, affine)
     if preprocess.crop_foreground:
         assert threshold is not None, "the crop needs a threshold"
-        low, high = foreground_box(volume, threshold, preprocess.crop_margin_mm)
+        low, high = foreground_box(volume, threshold, limit, preprocess.crop_margin_mm)
         record |= {"crop": [low, high], "crop_from": list(volume.data.shape[1:])}
         inside = tuple(slice(a, b) for a, b in zip(low, high, strict=True))
         volume = moved(volume, volume.data[(slice(None), *inside)], low)
@@ -286,7 +650,7 @@ def to_store_grid(
     return volume, record
 
 
-def label_to_store_grid(label: Volume, record: dict[str, Any]) -> Volume:
+def label_to_store_grid(label: Volume, record: Record) -> Volume:
     """Repeat on a label map what `to_store_grid` did to its volume, with nearest neighbors."""
     if "axes" in record:
         label = orient(label, record["axes"], record["flips"])
@@ -300,13 +664,13 @@ def label_to_store_grid(label: Volume, record: dict[str, Any]) -> Volume:
     return label
 
 
-def from_store_grid(volume: Volume, record: dict[str, Any], background: float) -> Volume:
+def from_store_grid(volume: Volume, record: Record, background: float | Sequence[float]) -> Volume:
     """Undo `to_store_grid`: float32 intensities (C, X, Y, Z) back to the grid of the source.
 
     Args:
         volume: On the store's grid.
         record: As `to_store_grid` returned it.
-        background: Intensity outside the foreground crop.
+        background: Intensity outside the foreground crop, one for all channels or one for each.
     """
     if "pad_from" in record:
         x, y, z = record["pad_from"]
@@ -314,7 +678,8 @@ def from_store_grid(volume: Volume, record: dict[str, Any], background: float) -
     if "crop" in record:
         low, high = record["crop"]
         shape = (len(volume.data), *record["crop_from"])
-        data = np.full(shape, background, volume.data.dtype)
+        data = np.empty(shape, volume.data.dtype)
+        data[:] = np.reshape(background, (-1, 1, 1, 1))
         data[(slice(None), *(slice(a, b) for a, b in zip(low, high, strict=True)))] = volume.data
         volume = moved(volume, data, [-n for n in low])
     if "oriented_grid" in record:
@@ -385,12 +750,29 @@ def resample(
     return Volume(out.astype(dtype, copy=False), affine, volume.scale, volume.offset)
 
 
+def is_foreground(
+    values: np.ndarray, threshold: float, limit: float | None, rising: bool
+) -> np.ndarray:
+    """Return which stored numbers are foreground: beyond the threshold, and not hot.
+
+    Args:
+        values: Stored numbers.
+        threshold: In stored numbers.
+        limit: Stored number beyond which a voxel is hot; None for none.
+        rising: Whether intensities rise with stored numbers.
+    """
+    found = values > threshold if rising else values < threshold
+    if limit is not None:
+        found &= values <= limit if rising else values >= limit
+    return found
+
+
 def foreground_box(
-    volume: Volume, threshold: float, margin_mm: float
+    volume: Volume, threshold: float, limit: float | None, margin_mm: float
 ) -> tuple[list[int], list[int]]:
     """Return the corners (low, high) of the box of foreground plus a margin, in voxels."""
     data = volume.data[0]
-    mask = data > threshold if volume.scale > 0 else data < threshold
+    mask = is_foreground(data, threshold, limit, volume.scale > 0)
     low, high = [], []
     for axis, (n, size) in enumerate(zip(data.shape, volume.spacing_mm, strict=True)):
         hit = np.flatnonzero(mask.any(tuple(other for other in range(3) if other != axis)))
@@ -429,7 +811,7 @@ class Augment:
         >>> augment(patch, key=(0, 3, 17), spacing_mm=(2.0, 2.0, 2.0))
     """
 
-    def __init__(self, transforms: dict[str, dict[str, Any]]):
+    def __init__(self, transforms: dict[str, Record]):
         import torchio
 
         made = []

@@ -68,6 +68,16 @@ class SliceStore:
         return self.volumes.data_range
 
     @property
+    def channel_ranges(self) -> list[tuple[float, float]]:
+        """Range of what `read` returns of each channel."""
+        return self.volumes.channel_ranges * self.num_slices
+
+    @property
+    def channel_names(self) -> list[str]:
+        """Names of the channels of a slice: those of the volumes, once for each of its slices."""
+        return self.volumes.channel_names * self.num_slices
+
+    @property
     def preprocess(self) -> Preprocess:
         """What was done to the volumes."""
         return self.volumes.preprocess

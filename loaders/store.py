@@ -15,8 +15,9 @@ import mmap
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
+from math import inf
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,12 +29,22 @@ from loaders.build import (
     color_hint,
     draw_labels,
     exclusive,
+    foreground_bounds,
+    foreground_points,
+    points_file,
     stamp,
     tell_notes,
     write_whole,
 )
 from loaders.compressed import CompressedArray
-from loaders.preprocess import PERCENTILES, Preprocess, from_store_grid
+from loaders.preprocess import (
+    PERCENTILES,
+    Preprocess,
+    by_rules,
+    from_store_grid,
+    intensity_lines,
+    not_hounsfield,
+)
 from loaders.readers import READING, BrokenVolume, Reading, Volume, num_items, read_volume
 from loaders.subjects import Subject, names_of
 
@@ -57,8 +68,8 @@ class Entry:
     low: np.ndarray
     high: np.ndarray
     raw: bool  # the mapping changes nothing
-    lowest: float  # of the normalized volume
-    highest: float
+    lowest: np.ndarray  # of the normalized volume
+    highest: np.ndarray
 
 
 class VolumeStore:
@@ -102,16 +113,32 @@ class VolumeStore:
         return self.entries[0].shape[0]
 
     @property
+    def channel_ranges(self) -> list[tuple[float, float]]:
+        """Range of what `read` returns of each channel.
+
+        It is (0, 1), (-1, 1), or for zscore and raw measured on the volumes; by the first rules
+        over all channels together.
+        """
+        known = {"unit": (0.0, 1.0), "symmetric": (-1.0, 1.0)}
+        lowest = np.min([entry.lowest for entry in self.entries], axis=0)
+        highest = np.max([entry.highest for entry in self.entries], axis=0)
+        if self.preprocess.rules == 1:
+            lowest[:], highest[:] = lowest.min(), highest.max()
+        return [
+            known.get(self.preprocess.channel(c).intensity, (float(lowest[c]), float(highest[c])))
+            for c in range(self.num_channels)
+        ]
+
+    @property
     def data_range(self) -> tuple[float, float]:
-        """Range of what `read` returns: (0, 1), (-1, 1), or measured for zscore and raw."""
-        if self.preprocess.intensity == "unit":
-            return 0.0, 1.0
-        if self.preprocess.intensity == "symmetric":
-            return -1.0, 1.0
-        return (
-            float(min(entry.lowest for entry in self.entries)),
-            float(max(entry.highest for entry in self.entries)),
-        )
+        """Range of what `read` returns, over all channels."""
+        lows, highs = zip(*self.channel_ranges, strict=True)
+        return min(lows), max(highs)
+
+    @property
+    def channel_names(self) -> list[str]:
+        """Names of the channels, else their numbers."""
+        return [self.preprocess.name(c) for c in range(self.num_channels)]
 
     def shape(self, index: int) -> tuple[int, int, int, int]:
         """(C, X, Y, Z) of a volume on the store's grid."""
@@ -127,9 +154,10 @@ class VolumeStore:
 
     def meta(self, index: int) -> dict[str, Any]:
         """Return what is known about a volume: affine, statistics, source and how to undo."""
-        entry = self.entries[index]
+        entry, rules = self.entries[index], self.preprocess.rules
         meta = json.loads((self.cache_dir / f"{entry.key}.json").read_text())
         return meta | {
+            "statistics": [by_rules(stats, rules) for stats in meta["statistics"]],
             "id": entry.subject.id,
             "paths": [str(path) for path in entry.subject.paths],
             "labels": dict(entry.subject.labels),
@@ -165,6 +193,12 @@ class VolumeStore:
         self.read_into(index, slices, out)
         return out
 
+    def read_unclipped(self, index: int) -> np.ndarray:
+        """Return a volume as `read` does, but with what lies beyond the window as it is."""
+        entry = self.entries[index]
+        free = replace(entry, low=np.full_like(entry.low, -inf), high=np.full_like(entry.high, inf))
+        return VolumeStore([free], self.cache_dir, self.preprocess).read(0)
+
     def read_into(self, index: int, slices: Sequence[slice], out: np.ndarray) -> None:
         """Read as `read` into a float32 buffer (C, *shape of the slices)."""
         entry = self.entries[index]
@@ -194,7 +228,8 @@ class VolumeStore:
     def undo(self, index: int, x: np.ndarray) -> Volume:
         """Invert the preprocessing: original intensities, grid and affine.
 
-        What was clipped stays clipped; outside a foreground crop stands the lowest intensity.
+        What was clipped stays clipped; outside a foreground crop stands each channel's lowest
+        intensity.
 
         Args:
             index: Which volume `x` is of.
@@ -220,12 +255,25 @@ class VolumeStore:
             "offset": meta["offset"],
             "affine": meta["affine"],
             "geometry": meta["undo"],
-            "background": meta["statistics"][0]["min"],
+            "background": [
+                meta["statistics"][0 if self.preprocess.rules == 1 else channel]["min"]
+                for channel in range(len(entry.gain))
+            ],
         }
 
     def foreground_points(self, index: int) -> np.ndarray:
-        """Return up to 1024 random foreground voxels (N, 3) of a volume."""
-        return np.load(self.cache_dir / f"{self.entries[index].key}.points.npy")
+        """Return up to 1024 random foreground voxels (N, 3) of a volume.
+
+        They lie in the cache, unless it was filled by other rules; then they are drawn now.
+        """
+        key, rules = self.entries[index].key, self.preprocess.rules
+        path = self.cache_dir / points_file(key, rules)
+        if path.is_file():
+            return np.load(path)
+        meta = self.meta(index)
+        data = np.asarray(self.array(index)[(slice(0, 1), *(slice(None),) * 3)])[0]
+        bounds = foreground_bounds(meta, rules)
+        return foreground_points(data, *bounds, meta["scale"][0] > 0, int(key[:8], 16))
 
     def label_points(self, index: int) -> dict[int, np.ndarray]:
         """Return up to 1024 random voxels (N, 3) of each label of a volume's label map.
@@ -302,6 +350,7 @@ class VolumeStore:
         known = builder.recall(subjects)
         missing = [subject for subject in subjects if subject.id not in known]
         skipped: list[tuple[str, str, str]] = []
+        tell = intensity_lines if missing else not_hounsfield
         if missing:
             try:
                 cache_dir.mkdir(parents=True, exist_ok=True)
@@ -328,7 +377,10 @@ class VolumeStore:
             (entry.subject.paths[0], meta.get("notes", ()))  # older caches have none
             for entry, meta in zip(entries, metas, strict=True)
         ])  # fmt: skip
-        warn_of_intensities(entries, metas, preprocess)
+        names = [str(entry.subject.paths[0]) for entry in entries]
+        found = [meta["statistics"] for meta in metas]
+        for line in tell(list(zip(names, found, strict=True)), preprocess):
+            print(line, file=sys.stderr)
         channels = {entry.shape[0] for entry in entries}
         if len(channels) > 1:
             odd = next(entry for entry in entries if entry.shape[0] != entries[0].shape[0])
@@ -390,12 +442,15 @@ def undo(x: np.ndarray, record: dict[str, Any]) -> Volume:
     """
     x = np.asarray(x, np.float32)
     data = np.empty_like(x)
-    for channel in range(len(x)):
-        which = min(channel, len(record["gain"]) - 1)
+    known = [min(channel, len(record["gain"]) - 1) for channel in range(len(x))]
+    for channel, which in enumerate(known):
         stored = (x[channel] - np.float64(record["bias"][which])) / record["gain"][which]
         data[channel] = stored * record["scale"][which] + record["offset"][which]
     volume = Volume(data, np.array(record["affine"]))
-    return from_store_grid(volume, record["geometry"], record["background"])
+    background = record["background"]
+    if isinstance(background, list):  # latents of old have one number
+        background = [background[which] for which in known]
+    return from_store_grid(volume, record["geometry"], background)
 
 
 def as_subjects(subjects_or_paths: Sequence[Subject | str | Path]) -> list[Subject]:
@@ -414,42 +469,16 @@ def as_subjects(subjects_or_paths: Sequence[Subject | str | Path]) -> list[Subje
     return [Subject(id, (path,)) for id, path in zip(names_of(paths, base), paths, strict=True)]
 
 
-def warn_of_intensities(
-    entries: Sequence[Entry], metas: Sequence[dict[str, Any]], preprocess: Preprocess
-) -> None:
-    """Say on the console where a window in HU meets volumes without a single voxel below 0 HU.
-
-    Air and fat lie below 0: such volumes were most likely never rescaled to HU, or are no CT.
-    """
-    if preprocess.window_hu is None or preprocess.window_hu[0] >= 0:
-        return
-    odd = [
-        entry.subject.paths[0]
-        for entry, meta in zip(entries, metas, strict=True)
-        if min(stats["min"] for stats in meta["statistics"]) >= 0
-    ]
-    if odd:
-        print(
-            f"{odd[0]}: no voxel lies below 0 though window_hu is {preprocess.window_hu}: are the "
-            f"intensities Hounsfield units? ({len(odd)} of {len(entries)} volumes)",
-            file=sys.stderr,
-        )
-
-
 def open_entry(
     subject: Subject, meta: dict[str, Any], cache_dir: Path, preprocess: Preprocess
 ) -> Entry:
     """Derive from a sidecar what a read needs."""
+    preprocess.check_channels(len(meta["statistics"]), subject.paths[0])
     mappings, ranges = [], []
-    for channel, stats in enumerate(meta["statistics"]):
-
-        def quantile(percent: float, channel: int = channel, stats: Any = stats) -> float:
-            if str(percent) in stats["percentiles"]:
-                return stats["percentiles"][str(percent)]
-            table = np.load(cache_dir / f"{meta['key']}.quantiles.npy")
-            return float(table[channel][np.searchsorted(PERCENTILES, round(percent, 2) - 1e-6)])
-
-        gain, bias, low, high = preprocess.mapping(stats, quantile)
+    for channel, measured in enumerate(meta["statistics"]):
+        stats = by_rules(measured, preprocess.rules)
+        quantile = partial(quantile_of, meta, cache_dir, channel)
+        gain, bias, low, high = preprocess.mapping(stats, quantile, channel)
         scale, offset = meta["scale"][channel], meta["offset"][channel]
         mappings.append((gain * scale, gain * offset + bias, low, high))
         ends = np.array([stats["min"], stats["max"]]) * gain + bias
@@ -458,13 +487,27 @@ def open_entry(
             raise BrokenVolume(
                 subject.paths[0],
                 f"intensities {stats['min']:g} to {stats['max']:g} lie outside window_hu "
-                f"{preprocess.window_hu}: are they Hounsfield units?",
+                f"{preprocess.channel(channel).window_hu}: are they Hounsfield units?",
             )
     columns = np.array(mappings, np.float32).T
+    lowest, highest = np.array(ranges).T
     return Entry(
         subject, meta["key"], meta["file"], tuple(meta["shape"]), np.dtype(meta["dtype"]),
         meta["start"], tuple(meta["spacing_mm"]), columns[0], columns[1], columns[2], columns[3],
         raw=all(mapping == (1.0, 0.0, -np.inf, np.inf) for mapping in mappings),
-        lowest=float(np.min(ranges)),
-        highest=float(np.max(ranges)),
+        lowest=lowest,
+        highest=highest,
     )  # fmt: skip
+
+
+def quantile_of(
+    meta: dict[str, Any], cache_dir: Path, channel: int, percent: float, foreground: bool = False
+) -> float:
+    """Return a percentile of a channel of a volume in the cache: of all voxels, or foreground."""
+    stats = meta["statistics"][channel]
+    quick = stats["robust"]["foreground_percentiles"] if foreground else stats["percentiles"]
+    if str(percent) in quick:
+        return quick[str(percent)]
+    table = np.load(cache_dir / f"{meta['key']}.quantiles.npy")
+    row = channel + len(meta["statistics"]) * foreground
+    return float(table[row][np.searchsorted(PERCENTILES, round(percent, 2) - 1e-6)])

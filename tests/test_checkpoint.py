@@ -1,3 +1,4 @@
+import csv
 import errno
 import gzip
 import io
@@ -413,6 +414,19 @@ if __name__ == "__main__":
     kill_at_each_call(Path(sys.argv[1]))
 
 
+# What commit 2c89f8d measured of this checkpoint, by the one rule that there was.
+METRICS_OF_2C89F8D = {
+    "mae": 0.536323415577499,
+    "psnr": 9.792903674635946,
+    "ssim": 0.0039429069057579855,
+    "foreground_mae": 0.44416982489676515,
+    "foreground_psnr": 11.237247883411783,
+    "mae_original": 0.2648646565849049,
+    "rmse_original": 0.3198762993574252,
+    "kl": 0.10808621099507103,
+}
+
+
 def test_a_run_of_an_earlier_version_loads_is_evaluated_and_goes_on(tmp_path, monkeypatch, capsys):
     """`schedule` is `lr_schedule` since, and there is `linear_code`; see tests/data/README.md."""
     monkeypatch.chdir(tmp_path)
@@ -427,7 +441,9 @@ def test_a_run_of_an_earlier_version_loads_is_evaluated_and_goes_on(tmp_path, mo
     vae = load_vae("run")
     assert vae.contract["preprocess"]["intensity"] == "symmetric" and vae.contract["step"] == 2
     evaluate("run", "data", mode="full", media=False)
-    assert len((tmp_path / "evaluation" / "metrics.csv").read_text().splitlines()) == 2
+    (row,) = csv.DictReader((tmp_path / "evaluation" / "metrics.csv").read_text().splitlines())
+    told = {name: float(row[name]) for name in METRICS_OF_2C89F8D}
+    assert told == pytest.approx(METRICS_OF_2C89F8D, rel=1e-4)
     convert("run", tmp_path / "folder")
     x = torch.rand(1, 1, 4, 8, 4)
     assert torch.equal(load_vae("folder")(x)[0], vae(x)[0])
@@ -443,5 +459,10 @@ def test_a_run_of_an_earlier_version_loads_is_evaluated_and_goes_on(tmp_path, mo
     )  # fmt: skip
     train_3d(data, "run", **options, max_steps=3)
     assert "from step 2" in capsys.readouterr().out
-    assert load_checkpoint(checkpoints / "last.pt")["step"] == 3
+    state = load_checkpoint(checkpoints / "last.pt")
+    assert state["step"] == 3
+    for kept in (state["preprocess"], state["config"]["data"]["preprocess"]):
+        assert (kept["percentiles_of"], kept["rules"]) == ("all", 1)  # as it was begun
+    contract = load_vae("folder").contract["preprocess"]
+    assert Preprocess.from_dict(contract).percentiles_of == "all"
     train_3d(data, "other", **options, max_steps=1, init_from="folder")

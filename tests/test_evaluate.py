@@ -16,12 +16,13 @@ import numpy as np
 import pytest
 import torch
 
-from loaders import DataConfig, Preprocess, VolumeStore, find_subjects
+from loaders import DataConfig, Preprocess, Subject, VolumeStore, find_subjects
 from train_3d import train_3d
 from vae3d.commands.evaluate import EvaluationData, choose_subjects, evaluate
 from vae3d.config import main
+from vae3d.inference.evaluation import Evaluator
 from vae3d.inference.metrics import psnr
-from vae3d.inference.reconstruct import autoencode, reconstruct
+from vae3d.inference.reconstruct import Coding, autoencode, reconstruct
 from vae3d.losses.features import ScriptedNetwork
 from vae3d.losses.perceptual import Perceptual
 from vae3d.models.custom_vae import CustomVAE
@@ -30,7 +31,8 @@ from vae3d.training.checkpoint import load_checkpoint, load_model
 
 SHAPE = (20, 14, 12)
 COLUMNS = """psnr ssim mae mse ms_ssim foreground_psnr foreground_ssim foreground_mae mae_original
-rmse_original kl kl_sum latent_mean latent_std posterior_std active_channels bits_per_voxel
+rmse_original clipped foreground_clipped mae_source rmse_source
+kl kl_sum latent_mean latent_std posterior_std active_channels bits_per_voxel
 lattice_score pooled_psnr pca_psnr pca_equivalent seam_score patch_gap"""
 QUIET = {"device": "cpu", "wandb": "disabled"}
 
@@ -240,6 +242,67 @@ def test_perceptual_distance_is_a_column_that_follows_its_network(place, tmp_pat
         recon = reconstruct(load_model(str(place / "run")), x, "full")
         assert found[-1] == pytest.approx(float(distance(x[None], recon[None])), rel=1e-4)
     assert found[0] != pytest.approx(found[1], rel=1e-3)  # not the row of the other network
+
+
+def evaluator(tmp_path, files: dict[str, np.ndarray], **preprocess) -> Evaluator:
+    """Of a tiny network on one volume; each channel is a file."""
+    for name, data in files.items():
+        np.save(tmp_path / f"{name}.npy", data)
+    subject = Subject("p", tuple(tmp_path / f"{name}.npy" for name in files))
+    store = VolumeStore.build([subject], tmp_path / "cache", Preprocess(**preprocess))
+    size = {"channels": (4, 8), "num_res_blocks": 1, "norm": RMSNorm}
+    vae = CustomVAE(in_channels=len(files), encoder_mid=False, decoder_mid=False, **size).eval()
+    return Evaluator(vae, store, tmp_path / "out", vars(Coding("full")), media=False)
+
+
+def test_channels_of_different_units_have_columns_of_their_own(tmp_path):
+    rng = np.random.default_rng(0)
+    ct, pet = rng.uniform(-1000, 400, (16, 12, 8)), rng.uniform(0, 20, (16, 12, 8))
+    judge = evaluator(
+        tmp_path,
+        {"ct": ct, "pet": pet},
+        channels=("ct", "pet"),
+        window_hu={"ct": (-1000, 400), "pet": (0, 10)},
+        intensity={"pet": "symmetric"},
+    )
+    row = judge.volume(0)
+    assert not {"mae_original", "rmse_source", "clipped", "foreground_clipped"} & set(row)
+    x = torch.from_numpy(judge.store.read(0))
+    recon = reconstruct(judge.vae, x, "full")
+    errors = (x - recon).abs().double().mean((1, 2, 3))
+    assert row["mae_original_ct"] == pytest.approx(float(errors[0]) * 1400, rel=1e-5)
+    assert row["mae_original_pet"] == pytest.approx(float(errors[1]) * 5, rel=1e-5)
+    assert row["mae_ct"] == pytest.approx(float(errors[0]), rel=1e-5)
+    assert row["psnr_pet"] == pytest.approx(psnr(x[1:], recon[1:], 2.0))
+    assert row["mae"] == pytest.approx(float(errors[0] + errors[1] / 2) / 2, rel=1e-5)
+    assert row["clipped_ct"] == 0 and row["clipped_pet"] == pytest.approx(
+        (pet > 10).mean(), abs=2e-3
+    )
+    source = judge.store.undo(0, recon.numpy()).data[1]
+    assert row["mae_source_pet"] == pytest.approx(np.abs(source - pet).mean(), rel=1e-4)
+    summary = judge.finish()
+    assert summary["channel_ranges"] == {"ct": [0, 1], "pet": [-1, 1]}
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "mae_original_pet" in page and "psnr_ct" in page and "foreground_clipped_pet" in page
+
+
+def test_what_the_clip_takes_is_a_column_and_no_error_but_against_the_source(tmp_path):
+    rng = np.random.default_rng(0)
+    data = rng.normal(100, 5, (16, 16, 16)).astype(np.float32)
+    data[4:6, 4:8, 4] = 1000  # 8 voxels, and 40 of half that
+    data[8:12, 8:13, 8:10] = 500
+    judge = evaluator(tmp_path, {"a": data}, window_hu=(0, 500))
+    row = judge.volume(0)
+    assert row["clipped"] == pytest.approx(8 / data.size)
+    assert row["foreground_clipped"] == pytest.approx(8 / 48)
+    recon = reconstruct(judge.vae, torch.from_numpy(judge.store.read(0)), "full")
+    error = judge.store.undo(0, recon.numpy()).data[0] - data
+    assert row["mae_source"] == pytest.approx(np.abs(error).mean(), rel=1e-4)
+    assert row["rmse_source"] == pytest.approx(np.sqrt((error**2).mean()), rel=1e-4)
+    assert row["mae_source"] > row["mae_original"]  # which knows nothing of the 500 above
+    judge.finish()
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "16.7 % of the foreground of <b>p</b> is clipped" in page
 
 
 def test_new_data_is_evaluated_whole():

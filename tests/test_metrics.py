@@ -8,8 +8,11 @@ import torch.nn.functional as F
 from vae3d.inference.baselines import BlockPCA, pooled
 from vae3d.inference.metrics import (
     METRICS,
+    by_channel,
+    in_one_unit,
     latent_summary,
     lattice_score,
+    mae,
     ms_ssim,
     psnr,
     seam_score,
@@ -248,3 +251,16 @@ def test_block_pca_keeps_blocks_in_place_and_survives_a_file(tmp_path):
     with pytest.raises(ValueError, match="damaged"):
         BlockPCA.load(tmp_path / "pca.pt")
     assert np.allclose(pca.components @ pca.components.T, np.eye(6), atol=1e-5)
+
+
+def test_channels_of_one_name_are_measured_together_and_those_of_several_apart(pair):
+    x, recon = (torch.cat([v, 2 * v, v + 1, 2 * v]) for v in pair)
+    assert by_channel(x, recon, [1.0] * 4, ["a"] * 4) == {}
+    found = by_channel(x, recon, [1.0, 2.0, 1.0, 2.0], ["a", "b", "a", "b"], ("mae", "psnr"))
+    assert set(found) == {"mae_a", "mae_b", "psnr_a", "psnr_b"}
+    assert found["mae_a"] == pytest.approx(mae(*pair, 1.0), rel=1e-5)
+    assert found["mae_b"] == pytest.approx(2 * mae(*pair, 1.0), rel=1e-5)
+    assert found["psnr_a"] == pytest.approx(found["psnr_b"], rel=1e-5)
+    assert in_one_unit(x, recon, [2.0] * 4)[0] is x
+    a, b, width = in_one_unit(x, recon, [1.0, 2.0, 1.0, 2.0])
+    assert width == 1 and mae(a, b, width) == pytest.approx(mae(*pair, 1.0), rel=1e-5)

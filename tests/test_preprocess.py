@@ -11,6 +11,7 @@ from loaders.preprocess import (
     PERCENTILES,
     Augment,
     Preprocess,
+    clip_loss,
     from_store_grid,
     label_to_store_grid,
     orient,
@@ -66,6 +67,14 @@ def test_geometry_without_interpolation_is_undone_exactly(options):
     assert np.array_equal(back.data[inside], volume.data[inside])
     if not options.get("crop_foreground"):
         assert np.array_equal(back.data, volume.data)
+
+
+def test_outside_a_crop_stands_each_channels_own_background():
+    volume = ball()
+    volume = Volume(np.concatenate([volume.data, volume.data]))
+    stored, record = to_store_grid(volume, Preprocess(crop_foreground=True), threshold=200)
+    back = from_store_grid(stored, record, background=[-1000, 7])
+    assert back.data[:, 0, 0, 0].tolist() == [-1000, 7]
 
 
 @pytest.mark.parametrize("spacing", [(1.0, 1.0, 1.0), (3.0, 3.0, 3.0), (2.0, 1.5, 4.0)])
@@ -125,9 +134,17 @@ def test_percentiles_are_those_of_numpy(dtype, scale):
     data = np.abs(rng.normal(60, 40, (11, 12, 13))).clip(0, 255).astype(dtype)
     if dtype == np.int32:
         data = data * 10**6
-    stats, table = statistics(data, scale, 3.0)
+    stats, (table, of_foreground) = statistics(data, scale, 3.0)
     expected = np.percentile(data.astype(np.float64) * scale + 3, PERCENTILES)
     assert np.allclose(table, expected, rtol=1e-5, atol=1e-3)
+    intensities = data.astype(np.float64) * scale + 3
+    inside = intensities[intensities > stats["robust"]["foreground_threshold"]]
+    assert stats["robust"]["foreground_fraction"] == pytest.approx(
+        inside.size / data.size, abs=1e-3
+    )
+    assert np.allclose(
+        of_foreground[1000:], np.percentile(inside, PERCENTILES)[1000:], rtol=1e-2, atol=1e-3
+    )
     assert stats["min"] == pytest.approx(expected[0]) and stats["max"] == pytest.approx(
         expected[-1]
     )
@@ -142,6 +159,53 @@ def test_zscore_uses_the_foreground_not_the_background():
     assert 100 < stats["foreground_threshold"] < 900
     assert stats["foreground_mean"] == pytest.approx(above.mean())
     assert stats["foreground_std"] == pytest.approx(above.std())
+
+
+def head(dtype=np.float32) -> np.ndarray:
+    """A noisy ball of a tenth of the volume, on a noisy ground."""
+    grid = np.stack(np.meshgrid(*(np.linspace(-1, 1, n) for n in (20, 24, 18)), indexing="ij"))
+    noise = np.random.default_rng(0).normal(20, 5, (20, 24, 18)).clip(0, None)
+    return (noise + 800 * (np.linalg.norm(grid, axis=0) < 0.6)).astype(dtype)
+
+
+@pytest.mark.parametrize("dtype", [np.int16, np.int32, np.float32])
+@pytest.mark.parametrize("scale", [1.0, -0.5])
+def test_a_voxel_at_a_thousand_times_the_rest_moves_neither_threshold_nor_zscore_nor_crop(
+    dtype, scale
+):
+    data = (head(np.float32) / scale).astype(dtype)
+    hot = data.copy()
+    hot[1, 2, 3] = np.iinfo(np.int16).max * np.sign(scale) if dtype == np.int16 else 8e5 / scale
+    found, touched = (statistics(x, scale, 0.0)[0]["robust"] for x in (data, hot))
+    assert found["hot_voxels"] == 0 and touched["hot_voxels"] == 1
+    assert 20 < found["foreground_threshold"] < 800
+    assert 20 < touched["foreground_threshold"] < 800
+    for name in ("foreground_mean", "foreground_std", "foreground_fraction"):
+        assert touched[name] == pytest.approx(found[name], rel=0.03)
+    boxes = []
+    for x, stats in ((data, found), (hot, touched)):
+        bounds = [stats[f"foreground_{name}"] / scale for name in ("threshold", "limit")]
+        volume = Volume(x[None], scale=scale)
+        boxes.append(to_store_grid(volume, Preprocess(crop_foreground=True), *bounds)[1]["crop"])
+    assert boxes[0] == boxes[1] == [[4, 5, 4], [16, 19, 14]]
+
+
+def test_a_sparse_foreground_is_found_and_its_percentiles_are_its_own():
+    rng = np.random.default_rng(0)
+    data = rng.normal(100, 10, (40, 40, 40)).clip(0, None)
+    where = rng.choice(data.size, 200, replace=False)  # 0.3 %
+    data.flat[where] = rng.uniform(1000, 4000, 200)
+    for dtype in (np.uint16, np.float32):
+        stored = data.astype(dtype)
+        stats, (_, of_foreground) = statistics(stored, 1.0, 0.0)
+        found = stats["robust"]
+        assert found["foreground_fraction"] == pytest.approx(200 / data.size, rel=0.4)
+        inside = stored[stored > found["foreground_threshold"]]
+        assert np.allclose(of_foreground, np.percentile(inside, PERCENTILES), rtol=2e-3)
+        assert clip_loss(stats, Preprocess(percentiles_of="all").channel(0)) == 1
+        half = Preprocess(window_hu=(0, float(np.median(inside)))).channel(0)
+        assert clip_loss(stats, half) == pytest.approx(0.5, abs=0.02)
+        assert clip_loss(stats, Preprocess().channel(0)) == pytest.approx(0.005)
 
 
 def test_otsu_splits_two_heaps_between_them():
@@ -164,6 +228,16 @@ def test_intensity_mappings():
     assert mapped(60, intensity="zscore") == pytest.approx(1)
 
 
+def test_the_upper_percentile_is_of_the_foreground_where_background_is_most_of_the_volume():
+    def top(fraction, of):
+        stats = {"min": 0.0, "max": 100.0, "foreground_fraction": fraction}
+        quantile = lambda p, of_foreground=False: 90.0 if of_foreground else p / 2  # noqa: E731
+        return Preprocess(percentiles_of=of).channel(0).clip(stats, quantile)
+
+    assert top(0.2, "all") == (0, 49.75) and top(0.2, "foreground") == (0, 90)
+    assert top(0.2, "auto") == (0, 90) and top(0.6, "auto") == (0, 49.75)
+
+
 def test_volume_that_is_nearly_all_background_keeps_its_object():
     stats = {"min": 0.0, "max": 80.0}
     gain, bias, _, _ = Preprocess().mapping(stats, lambda p: 0.0)
@@ -182,6 +256,42 @@ def test_contract_goes_through_json_and_differences_are_one_line():
         Preprocess.from_dict({"windows": 1})
 
 
+def test_settings_are_for_all_channels_or_for_one_by_number_or_name():
+    both = Preprocess(
+        channels=("ct", "pet"),
+        window_hu={"ct": [-1000, 400]},
+        intensity={1: "zscore"},
+        percentiles=[0, 99],
+    )
+    ct, pet = both.channel(0), both.channel(1)
+    assert ct.window_hu == (-1000, 400) and pet.window_hu is None
+    assert ct.intensity == "unit" and pet.intensity == "zscore"
+    assert ct.percentiles == pet.percentiles == (0, 99)
+    assert [both.name(c) for c in (0, 1)] == ["ct", "pet"] and Preprocess().name(1) == "1"
+    assert Preprocess.from_dict(both.to_dict()) == both
+    both.check_channels(2, "a.nii")
+    with pytest.raises(ValueError, match=r"a\.nii: has 3 channels, .* 2 names"):
+        both.check_channels(3, "a.nii")
+    with pytest.raises(ValueError, match=r"a\.nii: has 1 channels, .* channel 1"):
+        Preprocess(window_hu={"1": (0, 5)}).check_channels(1, "a.nii")
+
+
+def test_a_record_without_the_rules_means_those_of_its_time():
+    old = Preprocess.from_dict({"intensity": "symmetric"})
+    assert (old.percentiles_of, old.rules) == ("all", 1)
+    assert (Preprocess().percentiles_of, Preprocess().rules) == ("auto", 2)
+    assert Preprocess.from_dict(Preprocess().to_dict()) == Preprocess()
+    told = {"intensity": "symmetric"}
+    assert Preprocess.of_checkpoint(told, Preprocess(intensity="symmetric")) == old
+    with pytest.raises(ValueError, match="percentiles_of is foreground, not all"):
+        Preprocess.of_checkpoint(
+            told, Preprocess(intensity="symmetric", percentiles_of="foreground")
+        )
+    assert "rules" not in Preprocess().geometry()
+    cropped = Preprocess(crop_foreground=True).geometry()
+    assert cropped == Preprocess.from_dict({"crop_foreground": True}).geometry() | {"rules": 2}
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -193,6 +303,15 @@ def test_contract_goes_through_json_and_differences_are_one_line():
         {"percentiles": (-1, 99)},
         {"intensity": "minmax"},
         {"pad_to_multiple": 0},
+        {"percentiles_of": "brain"},
+        {"rules": 3},
+        {"percentiles_of": "auto", "rules": 1},
+        {"channels": ("ct", "ct")},
+        {"channels": ("0", "1")},
+        {"window_hu": {"ct": (0, 1)}},
+        {"window_hu": {"0": (1, 0)}},
+        {"percentiles": {"pet": (0, 101)}, "channels": ("ct", "pet")},
+        {"intensity": {1: "minmax"}},
     ],
 )
 def test_wrong_options_name_themselves(options):

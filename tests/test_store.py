@@ -37,7 +37,7 @@ def files(folder: Path) -> list[str]:
 
 
 def test_reading_normalizes_to_the_percentiles_of_the_whole_source(paths, tmp_path):
-    store = VolumeStore.build(paths, tmp_path / "cache")
+    store = VolumeStore.build(paths, tmp_path / "cache", Preprocess(percentiles_of="all"))
     for index, path in enumerate(paths):
         source = read_volume(path).intensities()
         low, high = np.percentile(source, (0, 99.5))
@@ -101,6 +101,15 @@ def test_raw_intensities_are_those_of_the_file(tmp_path):
     assert store.data_range == (min(s.min() for s in sources), max(s.max() for s in sources))
 
 
+def test_a_volume_is_read_without_its_clip_too(tmp_path):
+    path = scan(tmp_path / "a.nii.gz", scale=2.0, offset=-20.0)
+    store = VolumeStore.build([path], tmp_path / "cache", Preprocess(window_hu=(0, 100)))
+    x, free = store.read(0), store.read_unclipped(0)
+    assert free.min() < 0 and free.max() > 1
+    assert np.array_equal(x, free.clip(0, 1))
+    assert np.allclose(store.undo(0, free).data, read_volume(path).intensities(), atol=1e-3)
+
+
 def test_undo_refuses_another_shape(paths, tmp_path):
     store = VolumeStore.build(paths, tmp_path / "cache")
     with pytest.raises(ValueError, match="store grid"):
@@ -114,16 +123,21 @@ def test_changing_the_intensity_mapping_rebuilds_nothing(paths, tmp_path, monkey
     for preprocess in [
         Preprocess(window_hu=(0, 100)),
         Preprocess(percentiles=(0.5, 99.97), intensity="symmetric"),
+        Preprocess(percentiles_of="foreground"),
+        Preprocess.from_dict({"intensity": "zscore"}),  # by the first rules
         Preprocess(intensity="zscore"),
     ]:
         store = VolumeStore.build(paths, tmp_path / "cache", preprocess)
     assert files(tmp_path / "cache") == before
     low, high = store.data_range
     assert low < 0 < high
-    store = VolumeStore.build(paths, tmp_path / "cache", Preprocess(percentiles=(0, 99.97)))
     source = read_volume(paths[0]).intensities()
-    top = store.undo(0, store.read(0)).data.max()
-    assert top == pytest.approx(np.percentile(source, 99.97), rel=1e-5)
+    inside = source[source > store.meta(0)["statistics"][0]["foreground_threshold"]]
+    for of, voxels in {"all": source, "foreground": inside, "auto": inside}.items():
+        preprocess = Preprocess(percentiles=(0, 99.97), percentiles_of=of)
+        store = VolumeStore.build(paths, tmp_path / "cache", preprocess)
+        top = store.undo(0, store.read(0)).data.max()
+        assert top == pytest.approx(np.percentile(voxels, 99.97), rel=1e-5)
 
 
 def test_changing_geometry_or_policy_builds_anew(paths, tmp_path):
@@ -300,6 +314,133 @@ def test_files_of_a_subject_become_channels_with_their_own_scale(tmp_path):
         VolumeStore.build([Subject("p", (t1, t2)), Subject("q", (t1,))], tmp_path / "cache")
 
 
+def head() -> np.ndarray:
+    """A noisy ball of a tenth of the volume, on a noisy ground."""
+    grid = np.stack(np.meshgrid(*(np.linspace(-1, 1, n) for n in (20, 24, 18)), indexing="ij"))
+    noise = np.random.default_rng(0).normal(20, 5, (20, 24, 18)) + 800 * (
+        np.linalg.norm(grid, axis=0) < 0.6
+    )
+    return noise.clip(0, None).astype(np.float32)
+
+
+def test_each_channel_has_its_own_window_background_and_range(tmp_path):
+    from loaders import Subject
+
+    np.save(tmp_path / "ct.npy", head() - 1000)
+    np.save(tmp_path / "pet.npy", head() / 100)
+    subject = Subject("p", (tmp_path / "ct.npy", tmp_path / "pet.npy"))
+    preprocess = Preprocess(
+        channels=("ct", "pet"),
+        window_hu={"ct": (-1000, 400), "pet": (0, 20)},
+        intensity={"pet": "symmetric"},
+        crop_foreground=True,
+    )
+    store = VolumeStore.build([subject], tmp_path / "cache", preprocess)
+    assert store.channel_names == ["ct", "pet"]
+    assert store.channel_ranges == [(0, 1), (-1, 1)] and store.data_range == (-1, 1)
+    low, high = store.meta(0)["undo"]["crop"]
+    inside = tuple(slice(a, b) for a, b in zip(low, high, strict=True))
+    assert np.allclose(store.read(0)[0], head()[inside] / 1400, atol=1e-5)
+    assert np.allclose(store.read(0)[1], head()[inside] / 1000 - 1, atol=1e-5)
+    back = store.undo(0, store.read(0)).data
+    assert np.allclose(back[0][inside], (head() - 1000)[inside], atol=1e-2)
+    assert back[:, 0, 0, 0] == pytest.approx([head().min() - 1000, head().min() / 100])
+    zscore = Preprocess(intensity={"1": "zscore"})
+    ranges = VolumeStore.build([subject], tmp_path / "cache", zscore).channel_ranges
+    assert ranges[0] == (0, 1) and ranges[1][0] < -10 and ranges[1][1] > 2
+    with pytest.raises(ValueError, match=r"ct\.npy: has 2 channels, .* 3 names"):
+        VolumeStore.build([subject], tmp_path / "cache", Preprocess(channels=("a", "b", "c")))
+
+
+def test_a_record_of_old_opens_an_old_cache_and_reads_the_numbers_of_its_time(
+    tmp_path, monkeypatch
+):
+    """The numbers, and the key, are those of commit 2c89f8d."""
+    hot = head()
+    hot[1, 2, 3] = 8e5
+    path = tmp_path / "h.npy"
+    np.save(path, hot)
+    old = Preprocess.from_dict({"crop_foreground": True, "intensity": "zscore"})
+    store = VolumeStore.build([path], tmp_path / "cache", old)
+    (entry,) = store.entries
+    assert entry.key == "f3b1d68e8b153de0c86f37a7" and entry.shape == (1, 15, 17, 11)
+    assert entry.gain[0] == pytest.approx(0.00120848, rel=1e-5)
+    assert entry.bias[0] == pytest.approx(-966.7875)
+    points = store.foreground_points(0)
+    sidecar = tmp_path / "cache" / f"{entry.key}.json"
+    meta = json.loads(sidecar.read_text())
+    for stats in meta["statistics"]:
+        del stats["robust"]  # as that commit wrote it
+    sidecar.write_text(json.dumps(meta))
+    with monkeypatch.context() as patched:
+        patched.setattr(loaders.build, "read_volume", None)
+        again = VolumeStore.build([path], tmp_path / "cache", old)
+        assert np.array_equal(again.read(0), store.read(0))
+        assert np.array_equal(again.foreground_points(0), points)
+    # What is new is measured, once, and then serves both.
+    today = VolumeStore.build([path], tmp_path / "cache", Preprocess(crop_foreground=True))
+    assert today.shape(0) == (1, 12, 14, 10) and today.entries[0].key != entry.key
+
+
+def test_an_old_cache_is_measured_anew_for_rules_of_today(tmp_path, monkeypatch):
+    np.save(tmp_path / "h.npy", head())
+    store = VolumeStore.build([tmp_path / "h.npy"], tmp_path / "cache")
+    sidecar = tmp_path / "cache" / f"{store.entries[0].key}.json"
+    meta = json.loads(sidecar.read_text())
+    for stats in meta["statistics"]:
+        del stats["robust"]
+    sidecar.write_text(json.dumps(meta))
+    again = VolumeStore.build([tmp_path / "h.npy"], tmp_path / "cache")
+    assert again.entries[0].key == store.entries[0].key
+    assert np.array_equal(again.read(0), store.read(0))
+    monkeypatch.setattr(loaders.build, "read_volume", None)
+    old = VolumeStore.build([tmp_path / "h.npy"], tmp_path / "cache", Preprocess.from_dict({}))
+    for store in (again, old):  # points of the rules that the cache was not filled by are drawn
+        points = store.foreground_points(0)
+        assert len(points) == 1024
+        values = head()[tuple(points.T)]
+        assert (values > store.meta(0)["statistics"][0]["foreground_threshold"]).all()
+
+
+def test_a_sparse_signal_is_not_clipped_away_unless_percentiles_are_of_all_voxels(tmp_path):
+    """As in a stack of a few stained cells: 0.3 % of the voxels are the signal."""
+    rng = np.random.default_rng(0)
+    data = rng.normal(100, 10, (40, 40, 40))
+    signal = rng.random(data.shape) < 0.003
+    data[signal] = rng.uniform(1000, 4000, signal.sum())
+    np.save(tmp_path / "a.npy", data.astype(np.uint16))
+    whole = {}
+    for of in ("all", "foreground", "auto"):
+        store = VolumeStore.build(
+            [tmp_path / "a.npy"], tmp_path / "cache", Preprocess(percentiles_of=of)
+        )
+        whole[of] = float((store.read(0)[0][signal] == 1).mean())
+        assert len(store.foreground_points(0)) > 100
+        assert signal[tuple(store.foreground_points(0).T)].all()
+    assert whole["all"] == 1 and whole["foreground"] == whole["auto"] < 0.02
+
+
+def test_caching_tells_what_the_clip_takes_small_foregrounds_and_hot_voxels(tmp_path, capsys):
+    sparse = np.random.default_rng(0).normal(100, 5, (40, 40, 40)).astype(np.float32)
+    sparse[5:8, 5:8, 5] = 5000  # 9 of 64000 voxels
+    sparse[20:24, 20:24, 20] = 3000  # and 16
+    hot = head()
+    hot[1, 2, 3] = 8e5
+    for name, data in {"head": head(), "sparse": sparse, "hot": hot}.items():
+        np.save(tmp_path / f"{name}.npy", data)
+    paths = sorted(tmp_path.glob("*.npy"))
+    VolumeStore.build(paths, tmp_path / "cache")
+    small, warm = capsys.readouterr().err.splitlines()
+    assert "less than 0.1 % of 1 of 3 volumes" in small and "sparse.npy 0.0391 %" in small
+    assert "hot voxels" in warm and "1 of 3 volumes" in warm and "hot.npy 1 voxels" in warm
+    VolumeStore.build(paths, tmp_path / "other", Preprocess(percentiles_of="all"))
+    clip = capsys.readouterr().err.splitlines()[0]
+    assert "more than 0.5 % of the foreground is lost to the clip in 3 of 3 volumes" in clip
+    assert "sparse.npy 100 %" in clip and "percentiles_of" in clip
+    VolumeStore.build(paths, tmp_path / "other", Preprocess(percentiles_of="all"))
+    assert capsys.readouterr().err == ""  # told when it was cached
+
+
 def build_in_process(paths, cache, queue):
     store = VolumeStore.build(paths, cache, progress=False)
     queue.put([float(store.read(i).sum()) for i in range(len(store))])
@@ -413,7 +554,7 @@ def test_importing_the_configuration_is_quick_and_light():
 
 def test_real_heads_are_normalized_by_their_own_slope(real_volumes, tmp_path):
     path = real_volumes / "ixi_t1_2mm" / "IXI013-HH-1212_T1.nii.gz"
-    store = VolumeStore.build([path], tmp_path / "cache")
+    store = VolumeStore.build([path], tmp_path / "cache", Preprocess(percentiles_of="all"))
     source = read_volume(path)
     assert store.entries[0].dtype == np.uint8 and store.shape(0) == (1, 90, 120, 120)
     top = np.percentile(source.intensities(), 99.5)

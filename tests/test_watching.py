@@ -6,6 +6,7 @@ import json
 import shutil
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -172,6 +173,34 @@ def test_pictures_reuse_the_reconstructions_of_a_validation_of_the_same_step(mon
     assert [float((recon - x).mean()) for _, _, x, recon, *_ in views] == pytest.approx([1, 2])
     validation.show(vae, 6, jobs, tmp_path)
     assert len(made) == 6, "another step has other weights"
+
+
+class TwoChannels(Store):
+    """CT in [0, 1] and PET in [-1, 1]."""
+
+    channel_ranges, channel_names = [(0.0, 1.0), (-1.0, 1.0)], ["ct", "pet"]
+    preprocess = Preprocess(channels=("ct", "pet"), intensity={"pet": "symmetric"})
+
+    def read(self, index):
+        return np.stack([np.full((8, 8, 8), v, np.float32) for v in (0.5, -1.0)])
+
+
+def test_validation_tells_channels_of_different_ranges_apart(monkeypatch, tmp_path):
+    monkeypatch.setattr(validate, "reconstruct", lambda _network, x, **_how: x + 0.2)
+    validation, jobs = validate.Validation(TwoChannels(2), World(), None, pictured=1), Jobs()
+    scores = validation(tiny_vae().eval(), 1)
+    assert scores["val/mae_ct"] == pytest.approx(0.2) and scores["val/mae_pet"] == pytest.approx(
+        0.2
+    )
+    assert scores["val/psnr_pet"] == pytest.approx(scores["val/psnr_ct"] + 20 * np.log10(2))
+    assert scores["val/mae"] == pytest.approx((0.2 + 0.1) / 2)  # in parts of each range
+    monkeypatch.setattr(validate, "LatentProbes", lambda *_: SimpleNamespace(
+        measure=lambda _network: SimpleNamespace(numbers={}), draw=print))  # fmt: skip
+    validation.show(tiny_vae().eval(), 1, jobs, tmp_path)
+    _, (_, _, x, recon, _, ends), kwargs = jobs.jobs[0]
+    assert ends == (0, 1) and kwargs["window_hu"] is None
+    assert x[:, 0, 0, 0] == pytest.approx([0.5, 0.0])
+    assert recon[:, 0, 0, 0] == pytest.approx([0.7, 0.1])
 
 
 def test_pictures_of_ct_are_labeled_in_hu_at_true_proportions(tmp_path):

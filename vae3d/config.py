@@ -38,6 +38,7 @@ import jsonargparse
 import yaml
 from jsonargparse import _actions, _typehints
 
+from loaders.config import as_meant
 from loaders.texts import MAX_NUMBER, load_yaml
 from loaders.whole import write_text
 from vae3d.models.classes import buildable, import_class
@@ -59,7 +60,14 @@ FORMER = {
 }
 RECIPES = {"train_3d": "train", "train_ldm": "ldm"}  # folder of configs/ that --config looks into
 
-jsonargparse.set_loader("strict_yaml", load_yaml, exceptions=(yaml.YAMLError,))
+
+def _load_options(text: str) -> object:
+    """Read YAML; what was saved before there was a choice means what was done then."""
+    options = load_yaml(text)
+    return as_meant(options) if isinstance(options, dict) else options
+
+
+jsonargparse.set_loader("strict_yaml", _load_options, exceptions=(yaml.YAMLError,))
 
 
 def main(

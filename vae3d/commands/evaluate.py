@@ -75,9 +75,9 @@ def evaluate(
         python evaluate.py --checkpoint runs/a --data.root DIR --mode patch --out_dir out
         torchrun --nproc_per_node=4 evaluate.py --checkpoint runs/a --data.root DIR --out_dir out
 
-    Writes to out_dir: metrics.csv (a row a volume), summary.json, recon/<case>.nii.gz (original
-    intensities, affine and size), media/<case>.{png,gif,mp4} (input | recon | error), report.html.
-    The same command again continues: finished volumes are kept.
+    Writes to out_dir: metrics.csv (a row a volume), summary.json, recon/<case>.nii.gz (intensities
+    of the file up to the window, its affine and size), media/<case>.{png,gif,mp4} (input | recon |
+    error), report.html. The same command again continues: finished volumes are kept.
 
     Args:
         checkpoint: Run folder, checkpoint file, folder of save_pretrained, or hf://owner/name.

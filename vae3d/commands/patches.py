@@ -49,7 +49,7 @@ def patches(
         raise ValueError(f"n is {n}: use 1 or more")
     store, _ = open_data(replace(data, root=root), len(patch_size))
     loader = PatchLoader(store, patch_size, patching, seed=seed, threads=0, **data.loader_options())
-    low, high = store.data_range
+    low, high = store.channel_ranges[0]
     ids, tiles, rows = store.ids, [], []
     for batch in itertools.islice(loader.stream(), n):
         shown = (batch.image[0, 0].numpy() - low) / (high - low)

@@ -95,6 +95,7 @@ def train_3d(
         telling_of_memory("--batch_size", "--patch_size", "--checkpointing level"),
     ):
         config, state = run.begin(train_3d, call, loop.fresh, loop.force)
+        data = run.options["data"]  # by the rules that the run was begun under
         amp = run.precision(loop.amp, state)
         if init_from and state is None:
             begin_with(vae, init_from, data.preprocess, world)

@@ -11,7 +11,7 @@ import io
 import json
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -26,6 +26,8 @@ from vae3d.inference.baselines import BlockPCA, pooled
 from vae3d.inference.metrics import (
     FOREGROUND,
     METRICS,
+    by_channel,
+    in_one_unit,
     latent_summary,
     lattice_score,
     psnr,
@@ -35,9 +37,9 @@ from vae3d.inference.reconstruct import Coding, autoencode
 from vae3d.inference.stitching import tile_faces
 from vae3d.models.custom_vae import CustomVAE
 from vae3d.reports.evaluation import write_report
-from vae3d.tracking.media import case_stem, save_views, write_png
+from vae3d.tracking.media import case_stem, in_one_range, save_views, write_png
 
-VERSION = 3  # of the numbers: raised when the same options give others, so that old rows are redone
+VERSION = 4  # of the numbers: raised when the same options give others, so that old rows are redone
 
 
 @dataclass
@@ -71,10 +73,9 @@ class Evaluator:
     media: bool = True
 
     @property
-    def data_range(self) -> float:
-        """Width of the intensity scale, from the preprocessing and never from an image."""
-        lo, hi = self.store.data_range
-        return hi - lo
+    def widths(self) -> list[float]:
+        """Width of each channel's intensity scale, from the preprocessing, never from an image."""
+        return [hi - lo for lo, hi in self.store.channel_ranges]
 
     def key(self, index: int) -> str:
         """Hash of what the numbers of a volume depend on."""
@@ -84,7 +85,8 @@ class Evaluator:
             **{k: v for k, v in self.facts.items() if k != "checkpoint"},
             "how": {k: v for k, v in self.how.items() if k not in ("batch_size", "memory_gb")},
             "volume": self.store.meta(index)["key"],
-            "data_range": self.store.data_range,
+            "data_range": self.store.channel_ranges,
+            "names": self.store.channel_names,
             "columns": [
                 self.latent_bits,
                 self.patch_gap,
@@ -138,25 +140,30 @@ class Evaluator:
 
     def measure(self, index: int, x: Tensor, recon: Tensor, mean: Tensor, logvar: Tensor) -> dict:
         """All columns of a volume but its name."""
-        width = self.data_range
-        row = {name: metric(x, recon, width) for name, metric in METRICS.items()}
+        a, b, width = in_one_unit(x, recon, self.widths)
+        row = {name: metric(a, b, width) for name, metric in METRICS.items()}
         row |= self._baselines(x, recon)
-        foreground = self.foreground(index, x)
-        row |= {f"foreground_{m}": METRICS[m](x, recon, width, foreground) for m in FOREGROUND}
+        source = torch.from_numpy(self.store.read_unclipped(index))
+        foreground = self.foreground(index, source)
+        row |= {f"foreground_{m}": METRICS[m](a, b, width, foreground) for m in FOREGROUND}
         row |= self._original_units(index, x, recon)
+        row |= self._against_source(index, x, recon, source, foreground)
         row |= latent_summary(mean, logvar, math.prod(x.shape[1:]), self.latent_bits)
         if self.how["mode"] == "patch":
             faces, factor = self.faces(x.shape[1:]), self.factor(x.ndim - 1)
             row["seam_score"] = seam_score(x, recon, faces, factor)
             if self.patch_gap:
                 exact = autoencode(self.vae, x, **{**self.how, "mode": "exact"})[0]
-                row["patch_gap"] = psnr(exact, recon, width)
+                row["patch_gap"] = psnr(*in_one_unit(exact, recon, self.widths))
         if self.perceptual is not None:
             device = next(self.vae.parameters()).device
             with torch.no_grad():
                 distance = self.perceptual(x[None].to(device), recon[None].to(device))
             row["perceptual"] = float(distance)
-        return row
+        names = self.store.channel_names
+        row |= by_channel(x, recon, self.widths, names)
+        inside = by_channel(x, recon, self.widths, names, FOREGROUND, foreground)
+        return row | {f"foreground_{name}": value for name, value in inside.items()}
 
     def foreground(self, index: int, x: Tensor) -> Tensor:
         """Voxels above Otsu's threshold of the source's first channel, as the loaders say."""
@@ -187,6 +194,9 @@ class Evaluator:
         if self.vae.spatial_dims == 3:
             how = {k: v for k, v in how.items() if "slice" not in k}
         summary = {**self.facts, **how, "data_range": list(self.store.data_range)}
+        if len(self.store.channel_names) > 1:
+            ranges = zip(self.store.channel_names, self.store.channel_ranges, strict=True)
+            summary["channel_ranges"] = {name: list(ends) for name, ends in ranges}
         summary |= {"latent_bits": self.latent_bits, **summarize(rows)}
         write_text(self.out_dir / "summary.json", json.dumps(_finite(summary), indent=1) + "\n")
         write_report(self.out_dir)
@@ -205,23 +215,50 @@ class Evaluator:
         """Linear codes of the same size, and how many of their numbers would do as well."""
         factor, channels = self.factor(x.ndim - 1), self.vae.latent_channels
         row = {"lattice_score": lattice_score(x, recon, factor)}
-        row["pooled_psnr"] = psnr(x, pooled(x, factor), self.data_range)
+        row["pooled_psnr"] = psnr(*in_one_unit(x, pooled(x, factor), self.widths))
         if self.pca is not None:
-            row["pca_psnr"] = psnr(x, self.pca(x, channels), self.data_range)
+            row["pca_psnr"] = psnr(*in_one_unit(x, self.pca(x, channels), self.widths))
             row["pca_equivalent"] = self.pca.equivalent(x, recon) / channels
         return row
 
-    def _original_units(self, index: int, x: Tensor, recon: Tensor) -> dict[str, float]:
-        """Errors in the intensities of the source file (HU for CT): the mapping is linear."""
+    def _in_original_units(self, index: int, *volumes: Tensor) -> list[Tensor]:
+        """Volumes in steps of the source file's intensities (HU for CT): the mapping is linear."""
         record = self.store.undo_record(index)
         steps = [s / g for s, g in zip(record["scale"], record["gain"], strict=True)]
-        factors = torch.tensor([steps[min(c, len(steps) - 1)] for c in range(len(x))])
-        factors = factors.abs().reshape(-1, *[1] * (x.ndim - 1)).float()
-        a, b = x * factors, recon * factors
-        return {
-            "mae_original": METRICS["mae"](a, b, 1.0),
-            "rmse_original": math.sqrt(METRICS["mse"](a, b, 1.0)),
-        }
+        factors = torch.tensor(steps).abs().reshape(-1, *[1] * (volumes[0].ndim - 1)).float()
+        return [volume * factors for volume in volumes]
+
+    def _each(self, name: str, measure: Callable[[int], float]) -> dict[str, float]:
+        """A column a channel, since their units differ; one without a suffix where it is alone."""
+        names = self.store.channel_names
+        if len(names) == 1:
+            return {name: measure(0)}
+        return {f"{name}_{suffix}": measure(c) for c, suffix in enumerate(names)}
+
+    def _original_units(self, index: int, x: Tensor, recon: Tensor) -> dict[str, float]:
+        """Errors in the intensities of the source file, against what the model was given."""
+        return self._errors("original", *self._in_original_units(index, x, recon))
+
+    def _against_source(
+        self, index: int, x: Tensor, recon: Tensor, source: Tensor, foreground: Tensor
+    ) -> dict[str, float]:
+        """What the clip takes away, and errors against the volume from before it."""
+        # Where nothing is clipped the two differ by rounding.
+        reach = torch.tensor(self.widths).reshape(-1, *[1] * (x.ndim - 1)) * 1e-4
+        clipped = (x - source).abs() > reach
+        row = self._each("clipped", lambda c: float(clipped[c].float().mean()))
+        row |= self._each(
+            "foreground_clipped", lambda c: float(clipped[c][foreground].float().mean())
+        )
+        return row | self._errors("source", *self._in_original_units(index, source, recon))
+
+    def _errors(self, against: str, a: Tensor, b: Tensor) -> dict[str, float]:
+        """Mean absolute and root mean squared error of each channel."""
+        pairs = list(zip(a.split(1), b.split(1), strict=True))
+        row = self._each(f"mae_{against}", lambda c: METRICS["mae"](*pairs[c], 1.0))
+        return row | self._each(
+            f"rmse_{against}", lambda c: math.sqrt(METRICS["mse"](*pairs[c], 1.0))
+        )
 
     def _write_files(self, index: int, x: Tensor, recon: Tensor, row: dict) -> None:
         case = row["case"]
@@ -232,15 +269,13 @@ class Evaluator:
             write_volume(path, self.store.undo(index, recon.numpy()))
         if self.media:
             if self.how["mode"] == "patch" and x.ndim == 4:
-                picture = seam_picture(x, recon, self.faces(x.shape[1:]), self.data_range)
+                picture = seam_picture(x, recon, self.faces(x.shape[1:]), self.widths[0])
                 path = self.out_dir / "media" / f"{case_stem(case)}.seams.png"
                 path.parent.mkdir(parents=True, exist_ok=True)
                 write_png(path, picture)
-            spacing, ends = self.store.spacing_mm(index), self.store.data_range
-            title = f"{case}  {headline(row)}"
-            save_views(
-                self.out_dir / "media", case, x.numpy(), recon.numpy(), spacing, ends, title=title
-            )
+            a, b, ends = in_one_range(self.store.channel_ranges, x.numpy(), recon.numpy())
+            spacing, title = self.store.spacing_mm(index), f"{case}  {headline(row)}"
+            save_views(self.out_dir / "media", case, a, b, spacing, ends, title=title)
 
 
 def seam_picture(x: Tensor, recon: Tensor, faces: list[list[int]], data_range: float) -> np.ndarray:

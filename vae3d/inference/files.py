@@ -100,7 +100,7 @@ def latent_info(store: VolumeStore, index: int, factor: list[int]) -> dict[str, 
         "spacing_mm": [mm * f for mm, f in spacing],
         "factor": factor,
         "volume_shape": list(store.shape(index)),
-        "intensity": store.preprocess.intensity,
+        "intensity": store.preprocess.channel(0).intensity,  # the channel that pictures show
         "source": {"fingerprint": store.meta(index)["key"], "undo": record},
     }
 

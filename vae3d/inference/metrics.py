@@ -85,6 +85,46 @@ METRICS: dict[str, Metric] = {
 FOREGROUND = ("mae", "psnr", "ssim")  # those that are also measured inside a mask
 
 
+def by_channel(
+    x: Tensor, recon: Tensor, widths: Sequence[float], names: Sequence[str],
+    metrics: Sequence[str] = tuple(METRICS), mask: Tensor | None = None,
+) -> dict[str, float]:  # fmt: skip
+    """Return `<metric>_<channel>` for each channel; nothing where there is only one.
+
+    Args:
+        x: (C, X, Y, Z) or (C, X, Y).
+        recon: Its reconstruction.
+        widths: Width of each channel's intensity scale.
+        names: Of the channels; those of one name (neighboring slices) are one.
+        metrics: Names in `METRICS`.
+        mask: As in `METRICS`.
+    """
+    scores = {}
+    for name in dict.fromkeys(names) if len(set(names)) > 1 else ():
+        of_name = [c for c, other in enumerate(names) if other == name]
+        for metric in metrics:
+            pair = x[of_name], recon[of_name]
+            scores[f"{metric}_{name}"] = METRICS[metric](*pair, widths[of_name[0]], mask)
+    return scores
+
+
+def in_one_unit(x: Tensor, recon: Tensor, widths: Sequence[float]) -> tuple[Tensor, Tensor, float]:
+    """Bring channels of different scales to parts of each one's scale, so that means have a sense.
+
+    Args:
+        x: (C, X, Y, Z) or (C, X, Y).
+        recon: Its reconstruction.
+        widths: Width of each channel's intensity scale.
+
+    Returns:
+        The two, untouched where the scales are equal, and the width of the common scale.
+    """
+    if len(set(widths)) == 1:
+        return x, recon, widths[0]
+    scale = torch.tensor(widths, dtype=x.dtype).reshape(-1, *[1] * (x.ndim - 1))
+    return x / scale, recon / scale, 1.0
+
+
 def seam_score(
     x: Tensor, recon: Tensor, faces: Sequence[Sequence[int]], factor: Sequence[int] | None = None
 ) -> float:

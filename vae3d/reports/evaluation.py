@@ -17,6 +17,7 @@ from vae3d.tracking.media import case_stem
 HIGHER_IS_BETTER = ("psnr", "ssim", "ms_ssim", "dice", "ncc")
 LOWER_IS_BETTER = ("mae", "mse", "rmse", "lpips", "hfen")
 GRID_SHOWS = 1.15  # lattice_score
+MOST_CLIPPED = 0.005  # of the foreground
 MAX_EMBEDDED_BYTES = 60_000_000  # pictures first, then clips, the worst volumes first
 
 
@@ -80,6 +81,8 @@ def find(rows: Sequence[dict], metrics: Sequence[str], leading: str | None) -> l
             named = ", ".join(map(page.escape, bad[:5]))
             found.append(("bad", f"<b>{page.escape(metric)}</b> is not finite for {named}."))
     found += _against_linear_codes(rows, metrics)
+    for metric in metrics:
+        found += _lost_to_the_clip(rows, metric) if metric.startswith("foreground_clipped") else []
     if leading:
         values = sorted(r[leading] for r in rows if _finite(r[leading]))
         if len(values) >= 5:
@@ -122,6 +125,19 @@ def _against_linear_codes(rows: Sequence[dict], metrics: Sequence[str]) -> list:
     return found
 
 
+def _lost_to_the_clip(rows: Sequence[dict], metric: str) -> list:
+    """The volume of whose foreground most was clipped before the model saw it, if it is much."""
+    worst = max(rows, key=lambda r: r[metric] if _finite(r[metric]) else 0.0)
+    if not (_finite(worst[metric]) and worst[metric] > MOST_CLIPPED):
+        return []
+    case, channel = next(iter(worst.values())), metric.removeprefix("foreground_clipped")
+    return [
+        ("warn", f"{100 * worst[metric]:.3g} % of the foreground of <b>{page.escape(case)}</b> is "
+         f"clipped (foreground_clipped{page.escape(channel)}), which other metrics do not see: "
+         f"<b>mae_source{page.escape(channel)}</b> is against the file.")
+    ]  # fmt: skip
+
+
 def _outliers(rows: Sequence[dict], metric: str, values: list[float], case: str) -> list:
     """Volumes beyond the quartiles by more than 1.5 of their distance, on the bad side."""
     low, high = values[len(values) // 4], values[-1 - len(values) // 4]
@@ -149,12 +165,18 @@ def _headline(rows: Sequence[dict], metrics: Sequence[str]) -> list[tuple[str, s
 
 
 def _spread(rows: Sequence[dict], metrics: Sequence[str], case: str) -> str:
-    better = dict.fromkeys(HIGHER_IS_BETTER, "higher") | dict.fromkeys(LOWER_IS_BETTER, "lower")
     charts = (
-        page.dots(m, {r[case]: r[m] for r in rows if _finite(r[m])}, better.get(m, ""))
-        for m in metrics
+        page.dots(m, {r[case]: r[m] for r in rows if _finite(r[m])}, _better(m)) for m in metrics
     )
     return f'<div class="charts">{"".join(charts)}</div>'
+
+
+def _better(metric: str) -> str:
+    """Which way a metric is better, also that of a channel (psnr_ct) or in other units."""
+    for way, names in (("higher", HIGHER_IS_BETTER), ("lower", LOWER_IS_BETTER)):
+        if any(metric == name or metric.startswith(f"{name}_") for name in names):
+            return way
+    return ""
 
 
 def _worst_first(rows: Sequence[dict], metric: str | None) -> list[dict]:

@@ -45,6 +45,22 @@ class View(TypedDict, total=False):
     title: str
 
 
+def in_one_range(
+    ranges: Sequence[tuple[float, float]], x: np.ndarray, recon: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, tuple[float, float]]:
+    """Return a pair of volumes and the range to draw it in.
+
+    Args:
+        ranges: Of each channel; where they differ, the volumes are returned in parts of them.
+        x: (C, X, Y, Z) or (C, X, Y).
+        recon: Its reconstruction.
+    """
+    if len(set(ranges)) == 1:
+        return x, recon, ranges[0]
+    lo, hi = np.array(ranges, np.float32).T.reshape(2, -1, *[1] * (x.ndim - 1))
+    return (x - lo) / (hi - lo), (recon - lo) / (hi - lo), (0.0, 1.0)
+
+
 def three_planes(
     x: np.ndarray,
     recon: np.ndarray,

@@ -7,9 +7,11 @@ import os
 import socket
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from loaders.config import DataConfig, as_meant
 from loaders.whole import write_text
 from vae3d.config import config_dict, save_config, up_to_date
 from vae3d.tracking.console import Console
@@ -61,7 +63,8 @@ class Run:
         self.folder = Path(out_dir)
         self.world = world
         self.checkpoints = Checkpoints(self.folder / "checkpoints", keep)
-        self.call: tuple[Callable, dict[str, Any]] | None = None  # what `begin` was told
+        self.function: Callable | None = None  # whose call `begin` was told, and its arguments
+        self.options: dict[str, Any] = {}
 
     def __enter__(self) -> Run:
         self._stack = ExitStack()
@@ -94,9 +97,9 @@ class Run:
             say: Where notes go.
 
         Returns:
-            The complete configuration, and the checkpoint to continue from or None.
+            The complete configuration, and the checkpoint to continue from or None. `options`
+            holds the arguments by the rules that the run was begun under.
         """
-        config = config_dict(fn, kwargs)
         path = None
         if self.world.is_main:
             if fresh:
@@ -109,6 +112,9 @@ class Run:
         if state is not None:
             # Another machine may still see an older note on the checkpoint than the main rank does.
             state |= self.world.broadcast({key: state[key] for key in NOTED if key in state})
+            kwargs = as_begun(kwargs, state["config"])
+        config = config_dict(fn, kwargs)
+        if state is not None:
             changes = differences(with_new_options(state["config"], fn), config)
             if changes and not force:
                 raise ValueError(
@@ -118,7 +124,7 @@ class Run:
             if self.world.is_main:
                 self.checkpoints.name(path, state["names"])
                 say(f"continuing {path} from step {state['step']}")
-        self.call = fn, kwargs
+        self.function, self.options = fn, kwargs
         return config, state
 
     def precision(self, amp: Amp | None, state: dict[str, Any] | None) -> Amp:
@@ -173,8 +179,8 @@ class Run:
         """
         if state is not None:
             trainer.load_state_dict(state)
-        if self.world.is_main and self.call:
-            save_config(self.folder / "config.yaml", *self.call)
+        if self.world.is_main and self.function:
+            save_config(self.folder / "config.yaml", self.function, self.options)
         patience = GRACE_S
         try:
             code = trainer.fit()
@@ -191,9 +197,18 @@ class Run:
             write_text(self.folder / name, json.dumps(value, indent=1) + "\n")
 
 
+def as_begun(kwargs: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments of a run by the rules that it was begun under, where it is that old."""
+    data, begun = kwargs.get("data"), config.get("data")
+    if not (isinstance(data, DataConfig) and isinstance(begun, dict)):
+        return kwargs
+    preprocess = data.preprocess.as_old_as(begun.get("preprocess") or {})
+    return kwargs | {"data": replace(data, preprocess=preprocess)}
+
+
 def with_new_options(config: dict[str, Any], fn: Callable) -> dict[str, Any]:
     """Bring a saved configuration to today's options: new names, and new ones at their defaults."""
-    config = up_to_date(fn, config)
+    config = up_to_date(fn, as_meant(config))
     try:
         return config_dict(fn, config)
     except ValueError:  # an option of a class is gone: `differences` names it

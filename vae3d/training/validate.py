@@ -10,10 +10,10 @@ from typing import Any, Unpack
 import torch
 
 from vae3d.config import check_at_least
-from vae3d.inference.metrics import mae, psnr
+from vae3d.inference.metrics import by_channel, in_one_unit, mae, psnr
 from vae3d.inference.reconstruct import reconstruct
 from vae3d.models.custom_vae import CustomVAE
-from vae3d.tracking.media import View, save_views
+from vae3d.tracking.media import View, in_one_range, save_views
 from vae3d.tracking.probes import LatentProbes
 from vae3d.tracking.tracker import Tracker
 from vae3d.training.distributed import World
@@ -61,20 +61,33 @@ class Validation:
     def __call__(self, network: CustomVAE, step: int) -> dict[str, float]:
         """Return val/mae and val/psnr, means over the volumes, the same on every rank.
 
-        The peak of the PSNR is the width of the store's data range. `rows` keeps the scores of
-        each volume.
+        Of several channels each has its own besides (val/psnr_ct). The peak of the PSNR is the
+        width of the store's range. `rows` keeps the scores of each volume.
         """
-        lo, hi = self.store.data_range
         scores, self.kept = {}, {}
         for i in self.mine():
             x, recon = self.reconstruct(network, i)
             if i in self.shown:
                 self.kept[step, i] = recon
-            scores[i] = {"mae": mae(x, recon, hi - lo), "psnr": psnr(x, recon, hi - lo)}
+            scores[i] = self.score(x, recon)
         for part in self.world.gather(scores):
             scores |= part
         self.rows = [{"case": self.store.ids[i], **scores[i]} for i in self.volumes]
-        return {f"val/{name}": fmean(row[name] for row in self.rows) for name in ("mae", "psnr")}
+        names = [name for name in self.rows[0] if name != "case"]
+        return {f"val/{name}": fmean(row[name] for row in self.rows) for name in names}
+
+    def score(self, x: torch.Tensor, recon: torch.Tensor) -> dict[str, float]:
+        """Return mae and psnr of a volume, and of each channel where there are several."""
+        ranges = self._ranges(len(x))
+        pair = in_one_unit(x, recon, [hi - lo for lo, hi in ranges])
+        scores = {"mae": mae(*pair), "psnr": psnr(*pair)}
+        if len(x) > 1:
+            widths, names = [hi - lo for lo, hi in ranges], self.store.channel_names
+            scores |= by_channel(x, recon, widths, names, ("mae", "psnr"))
+        return scores
+
+    def _ranges(self, channels: int) -> list[tuple[float, float]]:
+        return self.store.channel_ranges if channels > 1 else [self.store.data_range]
 
     def reconstruct(
         self, network: CustomVAE, index: int, recon: torch.Tensor | None = None
@@ -100,14 +113,15 @@ class Validation:
             x, recon = self.reconstruct(network, i, self.kept.pop((step, i), None))
             if tracker is None:  # a rank that only lends its part of the weights
                 continue
+            a, b, ends = in_one_range(self._ranges(len(x)), x.numpy(), recon.numpy())
             tracker.in_background(
                 _views,
                 folder,
                 self.store.ids[i],
-                x.numpy(),
-                recon.numpy(),
+                a,
+                b,
                 self.store.spacing_mm(i),
-                self.store.data_range,
+                ends,
                 step=step,
                 title=f"{self.store.ids[i]}   step {step}",
                 window_hu=self._window_hu(),
@@ -127,8 +141,10 @@ class Validation:
             tracker.in_background(self.probes.draw, measured, folder, step=step)
 
     def _window_hu(self) -> tuple[float, float] | None:
-        """HU of the ends of the data range, where it has such."""
+        """HU of the ends of the data range, where it has such: the same for all that is shown."""
         preprocess = self.store.preprocess
+        if isinstance(preprocess.window_hu, dict) or isinstance(preprocess.intensity, dict):
+            return None
         return preprocess.window_hu if preprocess.intensity in ("unit", "symmetric") else None
 
 
