@@ -14,8 +14,9 @@ import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -29,13 +30,22 @@ from loaders.preprocess import (
     statistics,
     to_store_grid,
 )
-from loaders.readers import BrokenVolume, Reading, Volume, read_volume
+from loaders.readers import (
+    PLACELESS,
+    BrokenVolume,
+    MissingFile,
+    Reading,
+    Volume,
+    read_volume,
+    volume_suffix,
+)
 from loaders.subjects import Subject
 from loaders.whole import sweep, whole_file
 
-Task = TypeVar("Task")
+Result = TypeVar("Result")
 
 FORMAT = 1  # part of every key: raise it when what lies in the cache changes its meaning
+LINE_EVERY_S = 30.0  # in a log, while volumes are cached
 NUM_POINTS = 1024  # voxels remembered for the samplers
 QUICK = (0.0, 0.5, 1.0, 2.0, 5.0, 50.0, 95.0, 98.0, 99.0, 99.5, 99.9, 100.0)
 
@@ -79,7 +89,7 @@ class Builder:
             return {}
         found = {}
         for subject in subjects:
-            if all(self.remembered(path) for path in subject.paths):
+            if all(self.remembered(path) for path in self.files(subject)):
                 meta = self.sidecar(self.key(subject))
                 if meta is not None:
                     self.check_channels(subject, meta["shape"][0])
@@ -95,6 +105,11 @@ class Builder:
                 f" --model.in_channels {given}"
             )
 
+    def files(self, subject: Subject) -> list[Path]:
+        """Paths that a subject is read from; a missing one is among them where that is an error."""
+        missing = missing_files(subject) if self.reading.missing == "zero" else []
+        return [path for path in subject.paths if path not in missing]
+
     def remembered(self, path: Path) -> bool:
         """Whether the digest of a file is known and its size and time are still the same."""
         known = self.digests.get(os.path.abspath(path))
@@ -106,7 +121,11 @@ class Builder:
     def key(self, subject: Subject) -> str:
         """Name of a volume in the cache: a hash of its bytes and of the geometry."""
         parts = []
+        present = self.files(subject)
         for path in subject.paths:
+            if path not in present:
+                parts.append("missing")
+                continue
             if not self.remembered(path):
                 before = stamp(path)
                 self.digests[os.path.abspath(path)] = [*before, digest(path)]
@@ -133,14 +152,15 @@ class Builder:
         sweep(self.cache_dir)  # we hold the lock: their makers are dead
         pool = ThreadPoolExecutor(threads, "store")
         try:
-            tasks = [(subject, pool.submit(self.build_one, subject)) for subject in subjects]
-            for subject, task in progress_bar(tasks, "caching volumes", progress):
+            tasks = [pool.submit(self.build_one, subject) for subject in subjects]
+            watched = progress_bar(tasks, "caching volumes", progress)
+            for subject, task in zip(subjects, watched, strict=True):
                 try:
                     made[subject.id] = task.result()
                 except BrokenVolume as error:
-                    if on_error == "raise":
-                        hint = "; --data.on_error skip leaves such volumes out" * (len(tasks) > 1)
-                        raise BrokenVolume(error.path, error.reason + hint) from error
+                    left_out = isinstance(error, MissingFile) and self.reading.missing == "skip"
+                    if on_error == "raise" and not left_out:
+                        raise with_remedy(error, len(tasks)) from error
                     skipped.append((subject.id, error.path, error.reason))
         finally:
             pool.shutdown(cancel_futures=True)
@@ -163,13 +183,16 @@ class Builder:
             found, table = statistics(
                 volume.data[channel], float(scale[channel]), float(offset[channel])
             )
-            if found["min"] == found["max"]:
+            if channel in volume.missing:
+                found["missing"] = True
+            elif found["min"] == found["max"]:
                 raise BrokenVolume(subject.paths[0], f"all voxels are {found['min']:g}")
             quick = np.searchsorted(PERCENTILES, np.array(QUICK) - 1e-6)
             percentiles = {str(p): float(table[i]) for p, i in zip(QUICK, quick, strict=True)}
             stats.append({**found, "percentiles": percentiles})
             tables.append(table)
-        threshold = (stats[0]["foreground_threshold"] - offset[0]) / scale[0]
+        main = next(c for c in range(channels) if c not in volume.missing)
+        threshold = (stats[main]["foreground_threshold"] - offset[main]) / scale[main]
         stored, undo = to_store_grid(volume, self.preprocess, threshold)
         data = stored.data
         if self.backend == "blosc2":
@@ -190,7 +213,7 @@ class Builder:
             "statistics": stats,
             "undo": undo,
         }
-        points = foreground_points(data[0], threshold, scale[0] > 0, int(key[:8], 16))
+        points = foreground_points(data[main], threshold, scale[main] > 0, int(key[:8], 16))
         write_whole(self.cache_dir / f"{key}.points.npy", npy_header(points), points)
         table = np.array(tables)
         write_whole(self.cache_dir / f"{key}.quantiles.npy", npy_header(table), table)
@@ -238,21 +261,66 @@ def in_c_order(data: np.ndarray) -> np.ndarray:
     return out
 
 
+def missing_files(subject: Subject) -> list[Path]:
+    """Files that a subject lacks while others are there; a link that leads nowhere is broken."""
+    lacking = [path for path in subject.paths if not os.path.lexists(path)]
+    return lacking if len(lacking) < len(subject.paths) else []
+
+
 def read_subject(subject: Subject, reading: Reading) -> Volume:
     """Read the files of a subject; several become channels and must share one grid."""
-    volumes = [read_volume(path, reading) for path in subject.paths]
-    first = volumes[0]
-    if len(volumes) == 1:
+    missing = missing_files(subject)
+    if missing and reading.missing != "zero":
+        raise lacks(subject, missing[0])
+    present = [path for path in subject.paths if path not in missing]
+    read = dict(zip(present, (read_volume(path, reading) for path in present), strict=True))
+    check_one_grid(read)
+    first = read[present[0]]
+    if len(subject.paths) == 1:
         return first
-    for path, volume in zip(subject.paths[1:], volumes[1:], strict=True):
+    nothing = replace(first, data=np.zeros_like(first.data[:1]))
+    return stacked([read.get(path, nothing) for path in subject.paths], nothing)
+
+
+def with_remedy(error: BrokenVolume, count: int) -> BrokenVolume:
+    """Name the option that leaves a broken volume out, where it is one of several."""
+    if count < 2 or isinstance(error, MissingFile):  # that names its own
+        return error
+    reason = f"{error.reason}; --data.on_error skip leaves such volumes out"
+    return BrokenVolume(error.path, reason)
+
+
+def lacks(subject: Subject, path: Path) -> MissingFile:
+    """Say that a subject lacks one of its files, and what can be done."""
+    number = subject.paths.index(path) + 1
+    return MissingFile(
+        path,
+        f"{subject.id} lacks this file, its {number}. of {len(subject.paths)}: --data.missing skip "
+        f"leaves such subjects out, zero gives a channel of zeros",
+    )
+
+
+def check_one_grid(volumes: dict[Path, Volume]) -> None:
+    """Refuse files of one subject that do not share a grid."""
+    (path, first), *others = volumes.items()
+    for other, volume in others:
         same = volume.data.shape[1:] == first.data.shape[1:]
         if not same or not np.allclose(volume.affine, first.affine, atol=1e-3):
-            raise BrokenVolume(path, f"does not share the grid of {subject.paths[0]}")
+            raise BrokenVolume(other, f"does not share the grid of {path}")
+
+
+def stacked(volumes: list[Volume], nothing: Volume) -> Volume:
+    """Stack volumes of one grid as channels; `nothing` stands for a missing one."""
+    first, missing, channels = volumes[0], [], 0
+    for volume in volumes:
+        missing += [channels] if volume is nothing else []
+        channels += len(volume.data)
     kinds = {(volume.data.dtype, volume.scale, volume.offset) for volume in volumes}
     if len(kinds) > 1:  # one array needs one dtype and scale
-        return Volume(np.concatenate([v.intensities() for v in volumes]), first.affine)
+        data = np.concatenate([volume.intensities() for volume in volumes])
+        return Volume(data, first.affine, missing=tuple(missing))
     data = np.concatenate([volume.data for volume in volumes])
-    return Volume(data, first.affine, first.scale, first.offset)
+    return Volume(data, first.affine, first.scale, first.offset, tuple(missing))
 
 
 def storable(volume: Volume, path: Path, nan: str) -> Volume:
@@ -278,7 +346,7 @@ def storable(volume: Volume, path: Path, nan: str) -> Volume:
         low, high = int(data.min()), int(data.max())
         fits = low >= -(2**31) and high < 2**31
         data = data.astype(np.int32 if fits else np.float32)
-    return Volume(data, volume.affine, volume.scale, volume.offset)
+    return replace(volume, data=data)
 
 
 def foreground_points(
@@ -298,9 +366,16 @@ def foreground_points(
 def draw_labels(
     label: Volume, record: dict[str, Any], path: Path, seed: int
 ) -> dict[int, np.ndarray]:
-    """Draw up to NUM_POINTS voxels (N, 3) of each label, on the grid of the store."""
-    if list(label.data.shape[1:]) != record["source_shape"]:
-        raise BrokenVolume(path, f"label map is not on its volume's grid {record['source_shape']}")
+    """Draw up to NUM_POINTS voxels (N, 3) of each label, on the grid of the store.
+
+    Args:
+        label: The label map, as read.
+        record: How its volume came to the store's grid.
+        path: File of the label map.
+        seed: Of the draw.
+    """
+    grid = tuple(record["source_shape"]), np.array(record["source_affine"])
+    label = on_grid(whole_numbers(label, path), *grid, path)
     values = label_to_store_grid(label, record).data[0]
     rng = np.random.default_rng(seed)
     found = {}
@@ -308,6 +383,57 @@ def draw_labels(
         points = np.argwhere(values == name)
         found[int(name)] = points[rng.permutation(len(points))[:NUM_POINTS]].astype(np.int32)
     return found
+
+
+def whole_numbers(label: Volume, path: Path) -> Volume:
+    """Return a label map of whole numbers; anything else is no label map."""
+    if len(label.data) != 1:
+        raise BrokenVolume(path, f"has {len(label.data)} channels: a label map has one")
+    values = label.data
+    if values.dtype.kind == "f" or (label.scale, label.offset) != (1, 0):
+        values = values * np.float64(label.scale) + label.offset
+        odd = values[values != np.rint(values)]  # NaN too
+        if odd.size:
+            raise BrokenVolume(
+                path, f"holds {odd[0]:g}, no whole number: a label map is wanted, no probabilities"
+            )
+        values = values.astype(np.int32)
+    return Volume(values, label.affine)
+
+
+def on_grid(label: Volume, shape: tuple[int, ...], affine: np.ndarray, path: Path) -> Volume:
+    """Bring a label map to its volume's grid: nearest voxel by the affines, 0 beyond the map.
+
+    A format without a place in space is taken voxel by voxel, so its shape must be the same.
+    """
+    same = label.data.shape[1:] == shape
+    if volume_suffix(path) in PLACELESS and not label.affine[:3, 3].any():
+        if not same:
+            raise BrokenVolume(
+                path,
+                f"is {label.data.shape[1:]} voxels without a place in space, its volume "
+                f"{shape}: give a label map of that shape, or one with an affine (NIfTI)",
+            )
+        return Volume(label.data, affine)
+    to_label = np.linalg.inv(label.affine) @ affine  # voxel of the volume -> voxel of the map
+    corners = np.array(np.meshgrid(*((0, n - 1) for n in shape))).reshape(3, -1)
+    shift = to_label[:3, :3] @ corners + to_label[:3, 3:] - corners
+    if same and np.abs(shift).max() < 0.1:  # of a voxel: rounding of the headers
+        return Volume(label.data, affine)
+    data = np.zeros((1, *shape), label.data.dtype)
+    limits, inside = np.array(label.data.shape[1:])[:, None], 0
+    columns = np.indices(shape[:2]).reshape(2, -1)
+    for z in range(shape[2]):  # one plane at a time: indices take more memory than labels
+        start = to_label[:3, 2:3] * z + to_label[:3, 3:]
+        at = np.rint(to_label[:3, :2] @ columns + start).astype(int)
+        hit = ((at >= 0) & (at < limits)).all(axis=0)
+        plane = np.zeros(len(hit), data.dtype)
+        plane[hit] = label.data[0][tuple(at[:, hit])]
+        data[0, ..., z] = plane.reshape(shape[:2])
+        inside += int(hit.sum())
+    if not inside:
+        raise BrokenVolume(path, "lies beside its volume in space: is it the map of another one?")
+    return Volume(data, affine)
 
 
 def npy_header(data: np.ndarray) -> bytes:
@@ -387,12 +513,35 @@ def num_threads() -> int:
     return min(8, os.cpu_count() or 1)
 
 
-def progress_bar(tasks: list[Task], title: str, show: bool) -> Iterator[Task]:
-    """Iterate with a bar on a terminal, silently elsewhere."""
-    if not (show and sys.stderr.isatty()):
+def progress_bar(
+    tasks: list[Future[Result]], title: str, show: bool
+) -> Iterator[Future[Result]]:  # fmt: skip
+    """Iterate over tasks as they end, with a bar on a terminal and now and then a line in a log."""
+    if not show:
         yield from tasks
-        return
-    from rich.console import Console
-    from rich.progress import track
+    elif not sys.stderr.isatty():
+        yield from with_lines(tasks, title)
+    else:
+        from rich.console import Console
+        from rich.progress import track
 
-    yield from track(tasks, title, console=Console(stderr=True), transient=True)
+        yield from track(tasks, title, console=Console(stderr=True), transient=True)
+
+
+def with_lines(tasks: list[Future[Result]], title: str) -> Iterator[Future[Result]]:
+    """Iterate over tasks and say every `LINE_EVERY_S` how far they are; quick ones say nothing."""
+    begun = told = time.monotonic()
+    for task in tasks:
+        ended = False
+        while not ended:
+            pause = max(0.0, told + LINE_EVERY_S - time.monotonic())
+            ended = not wait([task], timeout=pause).not_done
+            now = time.monotonic()
+            if now - told >= LINE_EVERY_S:
+                told = now
+                done = sum(task.done() for task in tasks)
+                per_volume = (now - begun) / max(done, 1)
+                left = f", {per_volume * (len(tasks) - done) / 60:.0f} min left" if done else ""
+                line = f"{title}: {done} of {len(tasks)} after {(now - begun) / 60:.1f} min"
+                print(line + left, file=sys.stderr, flush=True)
+        yield task

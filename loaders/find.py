@@ -4,22 +4,37 @@ from __future__ import annotations
 
 import glob
 import os
-from pathlib import Path
+import re
+import sys
+from collections.abc import Callable, Collection
+from functools import partial
+from pathlib import Path, PurePath
 
 from loaders.manifest import manifest_subjects
 from loaders.readers import READERS, is_dicom, volume_suffix
 from loaders.subjects import Subject, names_of
 
+# Names that say what a file is: a map of labels, not an image.
+LABEL_FILE = re.compile(r"seg|(?<!un)label", re.IGNORECASE)
+LABEL_FOLDER = re.compile(r"(labels?|seg|segs|segmentations?)(tr|ts|va|train|val|test)?", re.I)
 
-def find_subjects(root: str | Path) -> list[Subject]:
+tell = partial(print, file=sys.stderr)
+
+
+def find_subjects(
+    root: str | Path, named: Collection[str] = (), say: Callable[[str], None] = tell
+) -> list[Subject]:
     """List the volumes under a folder (recursive), of a glob, or of a CSV or JSON manifest.
 
     A manifest has the column `path` (relative to the manifest; several files separated by `;`
     become channels) and, where wanted, `id`, `subject` (whose volume it is), `split`, `label` (a
-    label map for the sampler) and any further columns, for example a group to balance by.
+    label map for the sampler) and any further columns, for example a group to balance by. Files
+    that are called like label maps are left out where a folder or a glob only happens to hold them.
 
     Args:
         root: The folder, glob or manifest.
+        named: Ids that are taken whatever they are called, for example those of an earlier run.
+        say: Takes a line on what was left out.
 
     Returns:
         Volumes sorted by id, or in the manifest's order.
@@ -46,7 +61,39 @@ def find_subjects(root: str | Path) -> list[Subject]:
     if not paths:
         formats = " ".join(READERS)
         raise ValueError(f"{root}: holds no volumes (data.root); formats are {formats}")
-    return [Subject(id, (path,)) for id, path in zip(names_of(paths, base), paths, strict=True)]
+    subjects = [Subject(id, (path,)) for id, path in zip(names_of(paths, base), paths, strict=True)]
+    if paths == [root] or is_label_map(relative_to(root, base)):  # named themselves
+        return subjects
+    return without_label_maps(subjects, root, base, named, say)
+
+
+def without_label_maps(
+    subjects: list[Subject], root: Path, base: Path, named: Collection[str],
+    say: Callable[[str], None],
+) -> list[Subject]:  # fmt: skip
+    """Leave out what is called like a label map, and say so."""
+    others = [s for s in subjects if s.id not in named]
+    maps = [s for s in others if is_label_map(relative_to(s.paths[0], base))]
+    if not maps:
+        return subjects
+    line = f"{len(maps)} files are called like label maps, first {maps[0].paths[0]}"
+    how = "name them in a glob or a manifest where they are images"
+    if len(maps) == len(subjects):
+        raise ValueError(f"{root}: {line}, and there are no others (data.root); {how}")
+    say(f"left out: {line}; {how}")
+    left_out = {s.id for s in maps}
+    return [s for s in subjects if s.id not in left_out]
+
+
+def is_label_map(relative: PurePath) -> bool:
+    """Whether a path is called like a label map: `*seg*`, `*label*`, in `labelsTr` and such."""
+    *folders, name = relative.parts or ("",)
+    return bool(LABEL_FILE.search(name)) or any(map(LABEL_FOLDER.fullmatch, folders))
+
+
+def relative_to(path: Path, base: Path) -> PurePath:
+    """Return a path below a folder as its own parts."""
+    return PurePath(os.path.relpath(path, base))
 
 
 def volumes_below(root: Path) -> list[Path]:

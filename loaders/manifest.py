@@ -33,12 +33,20 @@ def manifest_subjects(manifest: Path) -> list[Subject]:
         if not entry:
             raise ValueError(f"{manifest}: row {number} has no 'path'")
         parts = entry if isinstance(entry, list) else str(entry).split(";")
-        all_paths.append(tuple(manifest.parent / part.strip() for part in parts))
+        # A file that the row does not name lies where none can: below the manifest itself.
+        nowhere = manifest / f"row {number}, file"
+        all_paths.append(
+            tuple(
+                manifest.parent / part.strip() if part and part.strip() else nowhere / str(place)
+                for place, part in enumerate(parts, start=1)
+            )
+        )
         labels.append({k: str(v).strip() for k, v in row.items() if v not in (None, "")})
         if "label" in labels[-1]:
             labels[-1]["label"] = str(manifest.parent / labels[-1]["label"])
     # Ids come from the paths, relative to the folder that holds them all.
-    firsts = [paths[0] for paths in all_paths]
+    firsts = [next((p for p in paths if manifest not in p.parents), paths[0])
+              for paths in all_paths]  # fmt: skip
     common = Path(os.path.commonpath([os.path.abspath(path.parent) for path in firsts]))
     ids = names_of([Path(os.path.abspath(path)) for path in firsts], common)
     ids = [row.pop("id", id) for id, row in zip(ids, labels, strict=True)]

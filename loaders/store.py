@@ -14,9 +14,9 @@ import json
 import mmap
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,10 +25,12 @@ import torch
 
 from loaders.build import Builder, draw_labels, exclusive, stamp, write_whole
 from loaders.compressed import CompressedArray
+from loaders.consistency import Facts, Survey, refuse, wrong_channels
 from loaders.preprocess import PERCENTILES, Preprocess, from_store_grid
 from loaders.readers import READING, BrokenVolume, Reading, Volume, num_items, read_volume
 from loaders.subjects import Subject, names_of
 
+DRAWN = 2  # how voxels of labels are drawn: raise it when that changes
 OPEN_VOLUMES = 128  # maps held open: 10,000 volumes must not need 10,000 file descriptors
 
 
@@ -222,15 +224,15 @@ class VolumeStore:
     def label_points(self, index: int) -> dict[int, np.ndarray]:
         """Return up to 1024 random voxels (N, 3) of each label of a volume's label map.
 
-        The map is the file in the manifest's column `label`, on the grid of the volume's source;
-        it is read once and what was drawn is kept in the cache.
+        The map is the file in the manifest's column `label`; its affine says where it lies on the
+        volume. It is read once and what was drawn is kept in the cache.
         """
         entry = self.entries[index]
-        if "label" not in entry.subject.labels:
+        path = entry.subject.label_map
+        if path is None:
             raise ValueError(f"the manifest has no label map (column label) for {entry.subject.id}")
-        path = Path(entry.subject.labels["label"])
-        version = hashlib.blake2b(f"{path} {stamp(path)}".encode(), digest_size=6).hexdigest()
-        name = f"{entry.key}.label-{version}.npz"
+        version = hashlib.blake2b(f"{DRAWN} {path} {stamp(path)}".encode(), digest_size=6)
+        name = f"{entry.key}.label-{version.hexdigest()}.npz"
         if not (self.cache_dir / name).is_file():
             meta = self.meta(index)
             found = draw_labels(read_volume(path), meta["undo"], path, int(entry.key[:8], 16))
@@ -264,6 +266,7 @@ class VolumeStore:
         progress: bool = True,
         in_channels: int | None = None,
         num_slices: int = 1,
+        say: Callable[[str], None] | None = None,
     ) -> VolumeStore:
         """Bring every volume into the cache, each once, and open them.
 
@@ -279,13 +282,22 @@ class VolumeStore:
             reading: How the files are read.
             backend: npy, or blosc2 for half the disk space at a fifth of the speed.
             threads: Volumes built at once; None for one per core, 8 at most.
-            progress: Show a bar on a terminal.
+            progress: Show a bar on a terminal, now and then a line in a log.
             in_channels: Channels that the model takes; another number is refused before anything is
                 cached. None takes any.
             num_slices: Neighboring slices that become channels.
+            say: Takes lines on whether the volumes go together, asked of their headers before
+                anything is cached; None asks nothing.
         """
         subjects = as_subjects(subjects_or_paths)
         preprocess = preprocess or Preprocess()
+        how = (reading, preprocess, on_error, in_channels, num_slices)
+        survey = Survey(subjects, {}, [], *how)
+        if say is not None:
+            survey.ask_headers()
+            for line in survey.lines:
+                say(line)
+            refuse(survey.faults, say)
         cache_dir = Path(cache_dir or os.environ.get("VAE3D_CACHE") or "~/.cache/vae3d")
         cache_dir = cache_dir.expanduser()
         builder = Builder(cache_dir, preprocess, reading, backend, in_channels, num_slices)
@@ -314,13 +326,12 @@ class VolumeStore:
             if subject.id in known
         ]
         warn_of_intensities(entries, [known[entry.subject.id] for entry in entries], preprocess)
-        channels = {entry.shape[0] for entry in entries}
-        if len(channels) > 1:
-            odd = next(entry for entry in entries if entry.shape[0] != entries[0].shape[0])
-            raise ValueError(
-                f"{odd.subject.paths[0]}: has {odd.shape[0]} channels, "
-                f"{entries[0].subject.paths[0]} has {entries[0].shape[0]}"
-            )
+        if say is not None:
+            untold = known.keys() - survey.facts.keys()
+            for line in survey.add({id: Facts.of_record(known[id]) for id in untold}):
+                say(line)
+        channels = {id: meta["shape"][0] for id, meta in known.items()}
+        refuse(wrong_channels(subjects, channels), say or partial(print, file=sys.stderr))
         return cls(entries, cache_dir, preprocess, skipped)
 
 
@@ -433,6 +444,10 @@ def open_entry(
             table = np.load(cache_dir / f"{meta['key']}.quantiles.npy")
             return float(table[channel][np.searchsorted(PERCENTILES, round(percent, 2) - 1e-6)])
 
+        if stats.get("missing"):  # its file was not there: zeros, whatever the normalization
+            mappings.append((1.0, 0.0, 0.0, 0.0))
+            ranges.append(np.zeros(2))
+            continue
         gain, bias, low, high = preprocess.mapping(stats, quantile)
         scale, offset = meta["scale"][channel], meta["offset"][channel]
         mappings.append((gain * scale, gain * offset + bias, low, high))

@@ -20,13 +20,15 @@ import numpy as np
 from loaders.readers.common import (
     READING,
     BrokenVolume,
+    MissingFile,
     Reading,
     Volume,
     Volumes4D,
+    headers_alone,
     num_items,
     require_number,
 )  # fmt: skip
-from loaders.readers.dicom import is_dicom, read_dicom
+from loaders.readers.dicom import is_dicom, patient_of, read_dicom
 from loaders.readers.itk import read_meta, read_nrrd
 from loaders.readers.nifti import ras_axes, read_mgh, read_nifti, write_volume
 from loaders.readers.npy import read_npy, read_npz
@@ -34,8 +36,9 @@ from loaders.readers.picture import read_picture
 from loaders.readers.tiff import read_tiff
 
 __all__ = [
-    "READERS", "READING", "BrokenVolume", "Reading", "Volume", "Volumes4D", "check_file",
-    "is_dicom", "num_items", "ras_axes", "read_volume", "volume_suffix", "write_volume",
+    "PLACELESS", "READERS", "READING", "BrokenVolume", "MissingFile", "Reading", "Volume",
+    "Volumes4D", "check_file", "is_dicom", "num_items", "patient_of", "ras_axes", "read_header",
+    "read_volume", "volume_suffix", "write_volume",
 ]  # fmt: skip
 
 READERS: dict[str, Callable[[Path, Reading], Volume]] = {
@@ -47,6 +50,13 @@ READERS: dict[str, Callable[[Path, Reading], Volume]] = {
     ".png": read_picture, ".jpg": read_picture, ".jpeg": read_picture,
     ".dcm": read_dicom,
 }  # fmt: skip
+
+# Read by `read_voxels`: their headers tell all but the voxels.
+HEADED = {
+    ".nii.gz", ".nii", ".hdr", ".nrrd", ".nhdr", ".mha", ".mhd", ".mgz", ".mgh.gz", ".mgh", ".npy",
+}  # fmt: skip
+# They do not say where their voxels lie in space.
+PLACELESS = {".npy", ".npz", ".tif", ".tiff", ".png", ".jpg", ".jpeg"}
 
 
 def volume_suffix(path: Path | str) -> str | None:
@@ -96,6 +106,23 @@ def read_volume(path: Path | str, reading: Reading = READING) -> Volume:
     if not any(np.isfinite(data[..., z]).any() for z in range(data.shape[3])):
         raise BrokenVolume(path, "all voxels are NaN or infinite")
     return replace(volume, data=data)
+
+
+def read_header(path: Path | str, reading: Reading = READING) -> Volume | None:
+    """Return what the header of a file says of its volume, its voxels all zero.
+
+    Args:
+        path: The file.
+        reading: As for `read_volume`.
+
+    Returns:
+        A volume whose voxels take no memory; None for formats that tell nothing before they are
+        read whole.
+    """
+    if volume_suffix(path) not in HEADED or Path(path).is_dir():
+        return None
+    with headers_alone():
+        return read_volume(path, reading)
 
 
 def read_folder(path: Path, reading: Reading = READING) -> Volume:

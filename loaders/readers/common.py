@@ -12,6 +12,8 @@ import gzip
 import os
 import zlib
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -35,10 +37,12 @@ class Reading:
     Args:
         nan: NaN or infinite voxels: error, or fill with the volume's lowest intensity.
         volumes_4d: 4D files: error, channels (each volume a channel) or first.
+        missing: A subject that lacks one of its files: error, skip, or zero (channels of zeros).
     """
 
     nan: Literal["error", "fill"] = "error"
     volumes_4d: Volumes4D = "error"
+    missing: Literal["error", "skip", "zero"] = "error"
 
     @classmethod
     def names(cls) -> tuple[str, ...]:
@@ -70,6 +74,10 @@ class BrokenVolume(ValueError):
         return type(self), (self.path, self.reason)
 
 
+class MissingFile(BrokenVolume):
+    """One of a subject's files is not there, others are."""
+
+
 @dataclass
 class Volume:
     """A volume as its file holds it; intensity = data * scale + offset.
@@ -79,12 +87,14 @@ class Volume:
         affine: 4x4, voxel index -> RAS+ millimeters.
         scale: Slope from stored numbers to intensities.
         offset: Intercept from stored numbers to intensities.
+        missing: Channels whose file was not there: all zeros.
     """
 
     data: np.ndarray
     affine: np.ndarray = field(default_factory=lambda: np.eye(4))
     scale: float = 1.0
     offset: float = 0.0
+    missing: tuple[int, ...] = ()
 
     @property
     def spacing_mm(self) -> tuple[float, float, float]:
@@ -143,6 +153,19 @@ def decompressed(path: Path, codec: str, start: int = 0) -> Iterator[bytes]:
             raise BrokenVolume(path, f"truncated {codec} stream")
 
 
+_headers_alone: ContextVar[bool] = ContextVar("headers_alone", default=False)
+
+
+@contextmanager
+def headers_alone() -> Iterator[None]:
+    """Let `read_voxels` return zeros that take no memory: what headers claim, in no time."""
+    token = _headers_alone.set(True)
+    try:
+        yield
+    finally:
+        _headers_alone.reset(token)
+
+
 def read_voxels(
     path: Path,
     dtype: np.dtype,
@@ -170,6 +193,7 @@ def read_voxels(
     claimed, on_disk = count * dtype.itemsize, os.path.getsize(path)
     if count <= 0:
         raise BrokenVolume(path, "header claims no voxels")
+    claim = np.broadcast_to(np.zeros((), dtype.newbyteorder("=")), count)
     if codec is None:
         if start < 0 or start + claimed > on_disk:
             raise BrokenVolume(
@@ -178,13 +202,15 @@ def read_voxels(
         if on_disk - start - claimed > trailing:
             extra = on_disk - start - claimed
             raise BrokenVolume(path, f"file holds {extra} bytes more than its header claims")
-        return np.memmap(path, dtype, "r", start, (count,))
+        return claim if _headers_alone.get() else np.memmap(path, dtype, "r", start, (count,))
     if claimed > max(LARGE, on_disk * MAX_EXPANSION):
         raise BrokenVolume(
             path,
             f"header claims {claimed} bytes but the {codec} stream of {on_disk} bytes cannot hold "
             f"an image of that size",
         )
+    if _headers_alone.get():
+        return claim
     if codec == "gzip" and (length_in_trailer(path) - start - claimed) % 2**32 > trailing:
         # Cut short, lying, or made of several members: count before memory is taken.
         held = 0

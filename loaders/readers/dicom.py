@@ -77,3 +77,24 @@ def is_dicom(path: Path) -> bool:
     """Whether the file has DICOM's magic word at byte 128."""
     with open(path, "rb") as file:
         return file.read(132)[128:] == b"DICM"
+
+
+def patient_of(path: Path) -> str | None:
+    """Return the PatientID of a DICOM file, or of a folder's first; None where there is no DICOM.
+
+    It names a person: hash it before it goes anywhere.
+    """
+    import SimpleITK as sitk
+
+    try:
+        files = sorted(path.iterdir()) if path.is_dir() else [path]
+        first = next((file for file in files if file.is_file() and is_dicom(file)), None)
+        if first is None:
+            return None
+        reader = sitk.ImageFileReader()
+        reader.SetFileName(str(first))
+        reader.ReadImageInformation()
+    except (OSError, RuntimeError):  # damaged, forbidden or no image: told when it is read
+        return None
+    tag = "0010|0020"
+    return reader.GetMetaData(tag).strip("\0 ") if reader.HasMetaDataKey(tag) else ""

@@ -138,7 +138,7 @@ def evaluate(
         tile_faces([1] * vae.spatial_dims, patch, overlap, blend)  # overlap < patch
     facts = {"checkpoint": str(find_checkpoint(checkpoint)), "step": state["step"], "ema": ema}
     facts["checkpoint_sha256"] = fingerprint(checkpoint)
-    subjects = find_subjects(data.root)
+    subjects = find_subjects(data.root, [id for ids in state["split"].values() for id in ids])
     chosen = choose_subjects(subjects, state["split"], split)[:limit]
 
     with open_world(device) as world, telling_of_memory(*SMALLER_PASSES):
@@ -152,7 +152,7 @@ def evaluate(
         )
         out, pca = Path(out_dir), None
         with world.main_first():
-            store = open_store(chosen)
+            store = open_store(chosen, say=print if world.is_main else None)
             if baseline:
                 fitted_on = [s for s in subjects if s.id in state["split"].get("train", ())]
                 pca = block_pca(open_store, fitted_on[:PCA_VOLUMES], vae, coding.slice_axis, out)
