@@ -100,7 +100,7 @@ def survey_data(
         spatial_dims: 3 for volumes, 2 for their slices.
         split: Ids of train, val and test, as saved by an earlier run; None to split anew.
         in_channels: Channels that the model takes; None for any.
-        force: Follow a manifest whose split has changed since.
+        force: Go on with `split` although the manifest's has changed since.
 
     Returns:
         The volumes, their split, and what there is to tell of them.
@@ -111,7 +111,7 @@ def survey_data(
     from loaders.consistency import Survey
     from loaders.find import find_subjects
     from loaders.persons import find_persons
-    from loaders.splits import kept_split, split_subjects
+    from loaders.splits import changes_since, split_subjects
 
     if not config.root:
         raise ValueError("data.root is not set: give a folder, a glob or a manifest")
@@ -123,7 +123,7 @@ def survey_data(
         fold = (config.folds, config.fold, config.stratify_by)
         split = split_subjects(subjects, config.fractions, *fold)
     else:
-        split, told = kept_split(subjects, split, force, config.root)
+        told = changes_since(subjects, split, force, config.root)
         subjects = [subject for subject in subjects if subject.id in known]
     parts = ", ".join(f"{len(ids)} {name}" for name, ids in split.items())
     return Survey(
@@ -193,7 +193,7 @@ def open_data(
         in_channels: Channels that the model takes, checked before anything is cached; None for any.
         say: Takes the lines on the data set; None for a rank that follows another, which has told
             and checked already.
-        force: Follow a manifest whose split has changed since.
+        force: Go on with `split` although the manifest's has changed since.
 
     Returns:
         (store, split): a `VolumeStore` of all volumes (a `SliceStore` in 2D), and the ids of the

@@ -152,19 +152,16 @@ def deal(strata: dict[str, str], shares: dict[str, float]) -> dict[str, str]:
     return part_of
 
 
-def kept_split(
+def changes_since(
     subjects: Sequence[Subject], split: Split, force: bool = False, root: str = "data.root"
-) -> tuple[Split, list[str]]:
-    """Hold the split of a run that goes on against today's data.
+) -> list[str]:
+    """Hold the split of a run that goes on against today's data; return what to tell.
 
     Args:
         subjects: The volumes of today.
-        split: That of the run's split.json.
-        force: Follow a manifest that has changed its mind.
+        split: That of the run's split.json; it stays.
+        force: Go on although the manifest's own split has changed.
         root: Where the volumes lie, for messages.
-
-    Returns:
-        The split to go on with, and what to tell.
     """
     part_of = {id: name for name, ids in split.items() for id in ids}
     vanished = sorted(part_of.keys() - {s.id for s in subjects})
@@ -189,14 +186,11 @@ def kept_split(
         )
         if not force:
             raise ValueError(
-                f"{what}: put the column split back, begin anew with --fresh, or follow it with "
-                f"--force"
+                f"{what}: put the column split back, begin anew with --fresh, or go on with the "
+                f"run's own split by --force"
             )
-        lines.append(f"split: {what}; it is followed, so metrics may be of volumes that trained")
-        part_of |= {s.id: s.split for s in moved if s.split}
-        order = [id for ids in split.values() for id in ids]
-        split = {name: [id for id in order if part_of[id] == name] for name in SPLITS}
-    return split, lines
+        lines.append(f"split: {what}; the run goes on with its own split.json")
+    return lines
 
 
 def stable_fraction(name: str) -> float:
