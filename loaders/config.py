@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
 
-from loaders.patches import Sampler, UniformCorners
+from loaders.patches import LabelCorners, Sampler, UniformCorners
 from loaders.preprocess import Augment, Preprocess
 
 if TYPE_CHECKING:
@@ -206,6 +206,7 @@ def open_data(
         >>> store, split = open_data(DataConfig(root="data/demo"))
         >>> train = store.subset(split["train"])
     """
+    from loaders.consistency import missing_label_maps, refuse
     from loaders.slices import SliceStore
     from loaders.store import VolumeStore
 
@@ -213,6 +214,8 @@ def open_data(
     if say is not None:
         for line in survey.lines:
             say(line)
+        if isinstance(config.sampler(), LabelCorners):
+            refuse(missing_label_maps(survey.subjects), say)
     store = VolumeStore.build(
         survey.subjects,
         config.cache_dir,

@@ -151,7 +151,7 @@ class Survey:
         """Add what reading has told of volumes whose headers do not; return the lines on it."""
         if not found.keys() - self.facts.keys():
             return []
-        self.facts |= found
+        self.facts = {**found, **self.facts}  # of two, the header's: reading may change the dtype
         lines = self.describe()
         self.lines += lines
         return lines
@@ -213,8 +213,10 @@ class Survey:
         self.add({s.id: one.facts for s, one in pairs if one.facts is not None})
         broken = [one.fault for one in found if one.fault is not None]
         maps = [one.label_fault for one in found if one.label_fault is not None]
-        self.faults = [f for f in broken if not self.left_out(f)] + labels * maps
-        self.faults += self.wrong_channels()
+        self.faults = [f for f in broken if not self.left_out(f)] + self.wrong_channels()
+        if labels:
+            unmapped = [s for s in self.subjects if s.label_map is None]
+            self.faults += maps + missing_label_maps(unmapped)
         return [f for f in broken if self.left_out(f)] + (not labels) * maps
 
     def to_dict(self) -> dict[str, object]:
@@ -273,6 +275,17 @@ def facts_of(subject: Subject, reading: Reading = READING) -> Facts | None:
     check_one_grid(found)
     channels = len(missing) + sum(len(volume.data) for volume in found.values())
     return Facts.of(next(iter(found.values())), channels)
+
+
+def missing_label_maps(subjects: Sequence[Subject]) -> list[BrokenVolume]:
+    """Name the volumes that a sampler by labels cannot sample: their map is not there."""
+    faults = []
+    for s in subjects:
+        if s.label_map is None:
+            faults.append(BrokenVolume(s.paths[0], f"{s.id} has no label map (column label)"))
+        elif not s.label_map.exists():
+            faults.append(BrokenVolume(s.label_map, f"no such file (column label of {s.id})"))
+    return faults
 
 
 def span(values: Sequence[float]) -> str:

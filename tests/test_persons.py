@@ -223,7 +223,7 @@ def test_group_by_is_a_pattern_or_a_column_and_wins(tmp_path):
     assert len(set(persons(tmp_path, r"^[ab]/(p\d)|sub-(\d+)")[0].values())) == 3
     with pytest.raises(ValueError, match=r"data.group_by 'p\(' is no regular expression"):
         persons(tmp_path, "p(")
-    with pytest.raises(ValueError, match="matches nothing in sub-01_T1w.nii.gz"):
+    with pytest.raises(ValueError, match=r"matches nothing in sub-01_T1w\.nii\.gz"):
         persons(tmp_path, r"p\d")
     (tmp_path / "m.csv").write_text(
         "path,subject,ward\na/p1_x.nii.gz,1,w\na/p1_y.nii.gz,2,w\nb/p2_x.nii.gz,3,v\n"

@@ -84,13 +84,13 @@ def patient_of(path: Path) -> str | None:
 
     It names a person: hash it before it goes anywhere.
     """
-    import SimpleITK as sitk
-
     try:
         files = sorted(path.iterdir()) if path.is_dir() else [path]
         first = next((file for file in files if file.is_file() and is_dicom(file)), None)
         if first is None:
             return None
+        import SimpleITK as sitk
+
         reader = sitk.ImageFileReader()
         reader.SetFileName(str(first))
         reader.ReadImageInformation()

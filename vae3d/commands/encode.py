@@ -137,7 +137,6 @@ def open_volumes(
         The store, and the part of the split of each subject that has one.
     """
     from loaders import DataConfig, VolumeStore, find_subjects
-    from loaders.find import tell
 
     of_run = dict(state["config"]["data"])
     of_run |= {"preprocess": Preprocess.of_checkpoint(state["preprocess"], source.preprocess)}
@@ -145,7 +144,7 @@ def open_volumes(
         of_run[name] = getattr(source, name) or of_run[name]
     config = DataConfig(**of_run)
     parts = {id: part for part, ids in (state["split"] or {}).items() for id in ids}
-    subjects = find_subjects(config.root, parts, say or tell)
+    subjects = find_subjects(config.root, named=parts, say=say or (lambda line: None))
     chosen = [s for s in subjects if split in ("all", parts.get(s.id))]
     if not chosen:
         raise ValueError(

@@ -138,11 +138,15 @@ def evaluate(
         tile_faces([1] * vae.spatial_dims, patch, overlap, blend)  # overlap < patch
     facts = {"checkpoint": str(find_checkpoint(checkpoint)), "step": state["step"], "ema": ema}
     facts["checkpoint_sha256"] = fingerprint(checkpoint)
-    subjects = find_subjects(data.root, [id for ids in state["split"].values() for id in ids])
+    seen = [id for ids in state["split"].values() for id in ids]
+    lines: list[str] = []
+    subjects = find_subjects(data.root, named=seen, say=lines.append)
     chosen = choose_subjects(subjects, state["split"], split)[:limit]
 
     with open_world(device) as world, telling_of_memory(*SMALLER_PASSES):
         vae.to(world.device)
+        for line in lines if world.is_main else ():
+            print(line)
         open_store = partial(
             VolumeStore.build,
             cache_dir=data.cache_dir,
