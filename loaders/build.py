@@ -363,19 +363,16 @@ def foreground_points(
     return hits.astype(np.int32)
 
 
-def draw_labels(
-    label: Volume, record: dict[str, Any], path: Path, seed: int
-) -> dict[int, np.ndarray]:
+def draw_labels(subject: Subject, record: dict[str, Any], seed: int) -> dict[int, np.ndarray]:
     """Draw up to NUM_POINTS voxels (N, 3) of each label, on the grid of the store.
 
     Args:
-        label: The label map, as read.
+        subject: Whose label map.
         record: How its volume came to the store's grid.
-        path: File of the label map.
         seed: Of the draw.
     """
-    grid = tuple(record["source_shape"]), np.array(record["source_affine"])
-    label = on_grid(whole_numbers(label, path), *grid, path)
+    shape, affine = tuple(record["source_shape"]), np.array(record["source_affine"])
+    label = read_label_map(subject, shape, affine)
     values = label_to_store_grid(label, record).data[0]
     rng = np.random.default_rng(seed)
     found = {}
@@ -383,6 +380,32 @@ def draw_labels(
         points = np.argwhere(values == name)
         found[int(name)] = points[rng.permutation(len(points))[:NUM_POINTS]].astype(np.int32)
     return found
+
+
+def read_label_map(subject: Subject, shape: tuple[int, ...], affine: np.ndarray) -> Volume:
+    """Read the label map of a subject onto the grid of its volume.
+
+    The affines say where it lies; if one of the two has no place in space, it is taken voxel by
+    voxel, so the shapes must be the same.
+    """
+    path = subject.label_map
+    if path is None:
+        raise ValueError(f"the manifest has no label map (column label) for {subject.id}")
+    label = whole_numbers(read_volume(path), path)
+    if has_place(path, label.affine) and has_place(subject.paths[0], affine):
+        return on_grid(label, shape, affine, path)
+    if label.data.shape[1:] != shape:
+        raise BrokenVolume(
+            path,
+            f"is {label.data.shape[1:]} voxels, its volume {shape}, and not both say where they "
+            f"lie: give a label map of that shape, or one with an affine (NIfTI)",
+        )
+    return Volume(label.data, affine)
+
+
+def has_place(path: Path, affine: np.ndarray) -> bool:
+    """Whether the format of a file says where its voxels lie in space."""
+    return volume_suffix(path) not in PLACELESS or bool(affine[:3, 3].any())
 
 
 def whole_numbers(label: Volume, path: Path) -> Volume:
@@ -402,22 +425,11 @@ def whole_numbers(label: Volume, path: Path) -> Volume:
 
 
 def on_grid(label: Volume, shape: tuple[int, ...], affine: np.ndarray, path: Path) -> Volume:
-    """Bring a label map to its volume's grid: nearest voxel by the affines, 0 beyond the map.
-
-    A format without a place in space is taken voxel by voxel, so its shape must be the same.
-    """
-    same = label.data.shape[1:] == shape
-    if volume_suffix(path) in PLACELESS and not label.affine[:3, 3].any():
-        if not same:
-            raise BrokenVolume(
-                path,
-                f"is {label.data.shape[1:]} voxels without a place in space, its volume "
-                f"{shape}: give a label map of that shape, or one with an affine (NIfTI)",
-            )
-        return Volume(label.data, affine)
+    """Bring a label map to another grid: nearest voxel, 0 beyond the map."""
     to_label = np.linalg.inv(label.affine) @ affine  # voxel of the volume -> voxel of the map
     corners = np.array(np.meshgrid(*((0, n - 1) for n in shape))).reshape(3, -1)
     shift = to_label[:3, :3] @ corners + to_label[:3, 3:] - corners
+    same = label.data.shape[1:] == shape
     if same and np.abs(shift).max() < 0.1:  # of a voxel: rounding of the headers
         return Volume(label.data, affine)
     data = np.zeros((1, *shape), label.data.dtype)
@@ -539,7 +551,7 @@ def with_lines(tasks: list[Future[Result]], title: str) -> Iterator[Future[Resul
             now = time.monotonic()
             if now - told >= LINE_EVERY_S:
                 told = now
-                done = sum(task.done() for task in tasks)
+                done = sum(one.done() for one in tasks)
                 per_volume = (now - begun) / max(done, 1)
                 left = f", {per_volume * (len(tasks) - done) / 60:.0f} min left" if done else ""
                 line = f"{title}: {done} of {len(tasks)} after {(now - begun) / 60:.1f} min"

@@ -21,11 +21,10 @@ from loaders.build import (
     lacks,
     missing_files,
     num_threads,
-    on_grid,
     progress_bar,
+    read_label_map,
     read_subject,
     storable,
-    whole_numbers,
     with_remedy,
 )
 from loaders.preprocess import Preprocess
@@ -37,7 +36,6 @@ from loaders.readers import (
     Volume,
     ras_axes,
     read_header,
-    read_volume,
 )  # fmt: skip
 from loaders.splits import Split
 from loaders.subjects import Subject
@@ -359,11 +357,9 @@ def check_volume(subject: Subject, reading: Reading) -> Checked:
                 raise BrokenVolume(subject.paths[0], f"all voxels are {channel.flat[0]}")
     except BrokenVolume as error:
         return Checked(fault=error)
-    path = subject.label_map
     try:
-        if path is not None:
-            label = whole_numbers(read_volume(path), path)
-            on_grid(label, volume.data.shape[1:], volume.affine, path)
+        if subject.label_map is not None:
+            read_label_map(subject, volume.data.shape[1:], volume.affine)
     except BrokenVolume as error:
         return Checked(Facts.of(volume), label_fault=error)
     return Checked(Facts.of(volume))

@@ -27,7 +27,7 @@ from loaders.build import Builder, draw_labels, exclusive, stamp, write_whole
 from loaders.compressed import CompressedArray
 from loaders.consistency import Facts, Survey, refuse, wrong_channels
 from loaders.preprocess import PERCENTILES, Preprocess, from_store_grid
-from loaders.readers import READING, BrokenVolume, Reading, Volume, num_items, read_volume
+from loaders.readers import READING, BrokenVolume, Reading, Volume, num_items
 from loaders.subjects import Subject, names_of
 
 DRAWN = 2  # how voxels of labels are drawn: raise it when that changes
@@ -235,7 +235,7 @@ class VolumeStore:
         name = f"{entry.key}.label-{version.hexdigest()}.npz"
         if not (self.cache_dir / name).is_file():
             meta = self.meta(index)
-            found = draw_labels(read_volume(path), meta["undo"], path, int(entry.key[:8], 16))
+            found = draw_labels(entry.subject, meta["undo"], int(entry.key[:8], 16))
             buffer = io.BytesIO()
             arrays: dict[str, Any] = {str(label): points for label, points in found.items()}
             np.savez(buffer, **arrays)  # Any: one of its keywords is a flag, no array

@@ -379,8 +379,14 @@ def test_a_format_without_a_place_is_taken_voxel_by_voxel(tmp_path):
     store = with_label(tmp_path / "a", Volume(boxed()), "label.npy")
     assert sorted(store.label_points(0)[7].tolist()) == np.argwhere(boxed()[0]).tolist()
     store = with_label(tmp_path / "b", Volume(boxed()[:, 1:]), "label.npy")
-    with pytest.raises(BrokenVolume, match=r"label.npy: is .* without a place in space"):
+    with pytest.raises(BrokenVolume, match=r"label.npy: is .*not both say where"):
         store.label_points(0)
+    np.save(tmp_path / "c.npy", np.random.default_rng(0).random((12, 10, 8)))
+    write_volume(tmp_path / "map.nii.gz", Volume(boxed(), AFFINE))  # of a volume without a place
+    labels = {"label": str(tmp_path / "map.nii.gz")}
+    subject = Subject("c", (tmp_path / "c.npy",), None, labels)
+    store = VolumeStore.build([subject], tmp_path / "cache")
+    assert sorted(store.label_points(0)[7].tolist()) == np.argwhere(boxed()[0]).tolist()
 
 
 @pytest.mark.parametrize(

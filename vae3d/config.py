@@ -289,7 +289,7 @@ def _parser(fn: Callable, prog: str | None = None) -> jsonargparse.ArgumentParse
 
 
 def _spelled_out(fn: Callable, argv: list[str]) -> list[str]:
-    """Let `--fresh` stand for `--fresh=true`, a recipe's name for its file, old names for today's."""
+    """Let `--fresh` be `--fresh=true`, a recipe's name its file, and old names those of today."""
     hints = typing.get_type_hints(fn)
     flags = {f"--{name}" for name, hint in hints.items() if hint is bool}
     folders = {
