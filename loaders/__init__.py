@@ -10,12 +10,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # the same names for those who read types and run no __getattr__
-    from loaders.check import broken_files
-    from loaders.config import DataConfig, open_data
+    from loaders.config import DataConfig, open_data, survey_data
+    from loaders.consistency import Facts, Survey, facts_of
     from loaders.demo import write_demo
     from loaders.find import find_subjects
     from loaders.loader import Batch, PatchDataset, PatchLoader
     from loaders.patches import ForegroundCorners, LabelCorners, PatchGrid, Sampler, UniformCorners
+    from loaders.persons import find_persons
     from loaders.preprocess import Augment, Preprocess
     from loaders.readers import (
         READERS,
@@ -42,10 +43,11 @@ _NAMES = {
     "preprocess": ("Preprocess", "Augment"),
     "store": ("VolumeStore",),
     "slices": ("SliceStore",),
-    "config": ("DataConfig", "open_data"),
+    "persons": ("find_persons",),
+    "config": ("DataConfig", "open_data", "survey_data"),
+    "consistency": ("Facts", "Survey", "facts_of"),
     "patches": ("PatchGrid", "Sampler", "UniformCorners", "ForegroundCorners", "LabelCorners"),
     "loader": ("PatchLoader", "PatchDataset", "Batch"),
-    "check": ("broken_files",),
     "demo": ("write_demo",),
 }
 _HOME = {name: module for module, names in _NAMES.items() for name in names}

@@ -14,8 +14,9 @@ import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -31,8 +32,10 @@ from loaders.preprocess import (
     to_store_grid,
 )
 from loaders.readers import (
+    PLACELESS,
     SLICES,
     BrokenVolume,
+    MissingFile,
     Reading,
     Volume,
     holds_dicom,
@@ -45,11 +48,12 @@ from loaders.readers import (
 from loaders.subjects import Subject
 from loaders.whole import sweep, whole_file
 
-Task = TypeVar("Task")
+Result = TypeVar("Result")
 
 FORMAT = 1  # part of every key: raise it when what lies in the cache changes its meaning
 # The same for what is read from DICOM: 2 has the rescale and the position of each slice.
 DICOM_FORMAT = "dicom 2"
+LINE_EVERY_S = 30.0  # in a log, while volumes are cached
 NUM_POINTS = 1024  # voxels remembered for the samplers
 
 
@@ -80,7 +84,8 @@ class Builder:
         self.reading, self.backend = reading, backend
         recipe = [FORMAT, preprocess.geometry(), reading.nan, reading.volumes_4d, backend]
         chosen = reading.chosen()  # options that came later: caches older than they stay valid
-        later = {k: v for k, v in chosen.items() if k not in ("nan", "volumes_4d", "stacks")}
+        apart = ("nan", "volumes_4d", "stacks", "missing")  # told already, or by the files
+        later = {k: v for k, v in chosen.items() if k not in apart}
         recipe += [later] if later else []
         self.recipe = json.dumps(recipe, sort_keys=True)
         self.digests: dict[str, list] = {}
@@ -95,7 +100,7 @@ class Builder:
             return {}
         found = {}
         for subject in subjects:
-            if all(self.remembered(path) for path in subject.paths):
+            if all(self.remembered(path) for path in self.files(subject)):
                 meta = self.sidecar(self.key(subject))
                 if meta is not None:
                     self.check_channels(subject, meta["shape"][0])
@@ -111,6 +116,11 @@ class Builder:
                 f" --model.in_channels {given}{color_hint(subject, {given, self.in_channels})}"
             )
 
+    def files(self, subject: Subject) -> list[Path]:
+        """Paths that a subject is read from; a missing one is among them where that is an error."""
+        missing = missing_files(subject) if self.reading.missing == "zero" else []
+        return [path for path in subject.paths if path not in missing]
+
     def remembered(self, path: Path) -> bool:
         """Whether the digest of a file is known and its size and time are still the same."""
         path, _ = split_series(path)
@@ -123,7 +133,11 @@ class Builder:
     def key(self, subject: Subject) -> str:
         """Name of a volume in the cache: a hash of its bytes and of the geometry."""
         parts = []
+        present = self.files(subject)
         for given in subject.paths:
+            if given not in present:
+                parts.append("missing")
+                continue
             path, series = split_series(given)
             if not self.remembered(path):
                 before = stamp(path)
@@ -154,14 +168,15 @@ class Builder:
         sweep(self.cache_dir)  # we hold the lock: their makers are dead
         pool = ThreadPoolExecutor(threads, "store")
         try:
-            tasks = [(subject, pool.submit(self.build_one, subject)) for subject in subjects]
-            for subject, task in progress_bar(tasks, "caching volumes", progress):
+            tasks = [pool.submit(self.build_one, subject) for subject in subjects]
+            watched = progress_bar(tasks, "caching volumes", progress)
+            for subject, task in zip(subjects, watched, strict=True):
                 try:
                     made[subject.id] = task.result()
                 except BrokenVolume as error:
-                    if on_error == "raise":
-                        hint = "; --data.on_error skip leaves such volumes out" * (len(tasks) > 1)
-                        raise BrokenVolume(error.path, error.reason + hint) from error
+                    left_out = isinstance(error, MissingFile) and self.reading.missing == "skip"
+                    if on_error == "raise" and not left_out:
+                        raise with_remedy(error, len(tasks)) from error
                     skipped.append((subject.id, error.path, error.reason))
         finally:
             pool.shutdown(cancel_futures=True)
@@ -178,9 +193,11 @@ class Builder:
         if (meta := self.sidecar(key)) is not None:  # the same bytes under another name
             return meta
         stats, tables = [], []
-        for channel in volume.data:
+        for number, channel in enumerate(volume.data):
             found, table = statistics(channel, float(volume.scale), float(volume.offset))
-            if found["min"] == found["max"]:
+            if number in volume.missing:
+                found["missing"] = True
+            elif found["min"] == found["max"]:
                 raise BrokenVolume(subject.paths[0], f"all voxels are {found['min']:g}")
             stats.append(found)
             tables.append(table)
@@ -189,6 +206,7 @@ class Builder:
             "offset": [float(volume.offset)] * len(stats),
             "statistics": stats,
         }
+        main = next(c for c in range(len(stats)) if c not in volume.missing)
         beyond = foreground_bounds(meta, self.preprocess.rules)
         stored, undo = to_store_grid(volume, self.preprocess, *beyond)
         data = stored.data
@@ -208,7 +226,7 @@ class Builder:
             "undo": undo,
             "notes": notes,
         }
-        points = foreground_points(data[0], *beyond, volume.scale > 0, int(key[:8], 16))
+        points = foreground_points(data[main], *beyond, volume.scale > 0, int(key[:8], 16))
         path = self.cache_dir / points_file(key, self.preprocess.rules)
         write_whole(path, npy_header(points), points)
         table = np.concatenate(np.stack(tables, axis=1))  # all voxels' first, then foregrounds'
@@ -263,23 +281,69 @@ def color_hint(subject: Subject, channels: set[int | None]) -> str:
     return "; --data.color gray or rgb makes pictures alike" if pictures else ""
 
 
+def missing_files(subject: Subject) -> list[Path]:
+    """Files that a subject lacks while others are there; a link that leads nowhere is broken."""
+    lacking = [path for path in subject.paths if not os.path.lexists(path)]
+    return lacking if len(lacking) < len(subject.paths) else []
+
+
 def read_subject(subject: Subject, reading: Reading) -> Volume:
     """Read the files of a subject; several become channels and must share one grid."""
-    volumes = [read_volume(path, reading) for path in subject.paths]
-    first = volumes[0]
-    if len(volumes) == 1:
+    missing = missing_files(subject)
+    if missing and reading.missing != "zero":
+        raise lacks(subject, missing[0])
+    present = [path for path in subject.paths if path not in missing]
+    read = dict(zip(present, (read_volume(path, reading) for path in present), strict=True))
+    check_one_grid(read)
+    first = read[present[0]]
+    if len(subject.paths) == 1:
         return first
-    for path, volume in zip(subject.paths[1:], volumes[1:], strict=True):
+    nothing = replace(first, data=np.zeros_like(first.data[:1]), notes=())
+    return stacked([read.get(path, nothing) for path in subject.paths], nothing)
+
+
+def with_remedy(error: BrokenVolume, count: int) -> BrokenVolume:
+    """Name the option that leaves a broken volume out, where it is one of several."""
+    if count < 2 or isinstance(error, MissingFile):  # that names its own
+        return error
+    reason = f"{error.reason}; --data.on_error skip leaves such volumes out"
+    return BrokenVolume(error.path, reason)
+
+
+def lacks(subject: Subject, path: Path) -> MissingFile:
+    """Say that a subject lacks one of its files, and what can be done."""
+    number = subject.paths.index(path) + 1
+    return MissingFile(
+        path,
+        f"{subject.id} lacks this file, its {number}. of {len(subject.paths)}: --data.missing skip "
+        f"leaves such subjects out, zero gives a channel of zeros",
+    )
+
+
+def check_one_grid(volumes: dict[Path, Volume]) -> None:
+    """Refuse files of one subject that do not share a grid."""
+    (path, first), *others = volumes.items()
+    for other, volume in others:
         shapes = first.data.shape[1:], volume.data.shape[1:]
         if not same_grid(shapes[0], first.affine, shapes[1], volume.affine):
-            raise BrokenVolume(path, f"does not share the grid of {subject.paths[0]}")
+            raise BrokenVolume(other, f"does not share the grid of {path}")
+
+
+def stacked(volumes: list[Volume], nothing: Volume) -> Volume:
+    """Stack volumes of one grid as channels; `nothing` stands for a missing one."""
+    first, missing, channels = volumes[0], [], 0
+    for volume in volumes:
+        missing += [channels] if volume is nothing else []
+        channels += len(volume.data)
     kinds = {(volume.data.dtype, volume.scale, volume.offset) for volume in volumes}
     notes = tuple({note: None for volume in volumes for note in volume.notes})
     if len(kinds) > 1:  # one array needs one dtype and scale
         data = np.concatenate([volume.intensities() for volume in volumes])
-        return Volume(data, first.affine, notes=notes)
+        return Volume(data, first.affine, missing=tuple(missing), notes=notes)
     data = np.concatenate([volume.data for volume in volumes])
-    return Volume(data, first.affine, first.scale, first.offset, notes=notes)
+    return Volume(
+        data, first.affine, first.scale, first.offset, missing=tuple(missing), notes=notes
+    )
 
 
 def storable(volume: Volume, path: Path, nan: str) -> Volume:
@@ -305,15 +369,17 @@ def storable(volume: Volume, path: Path, nan: str) -> Volume:
         low, high = int(data.min()), int(data.max())
         fits = low >= -(2**31) and high < 2**31
         data = data.astype(np.int32 if fits else np.float32)
-    return Volume(data, volume.affine, volume.scale, volume.offset)
+    return replace(volume, data=data)
 
 
 def foreground_bounds(meta: dict[str, Any], rules: int) -> tuple[float, float | None]:
-    """Return threshold and limit of the foreground in stored numbers of channel 0, from a sidecar.
+    """Return threshold and limit of the foreground in stored numbers, from a sidecar.
 
-    Beyond the limit voxels are hot and no foreground; it is None where there is none.
+    It is that of the first channel that was there. Beyond the limit voxels are hot and no
+    foreground; it is None where there is none.
     """
-    stats = by_rules(meta["statistics"][0], rules)
+    measured = next(s for s in meta["statistics"] if not s.get("missing"))
+    stats = by_rules(measured, rules)
     scale, offset = meta["scale"][0], meta["offset"][0]
     limit = stats.get("foreground_limit")
     threshold = (stats["foreground_threshold"] - offset) / scale
@@ -338,12 +404,16 @@ def foreground_points(
     return hits.astype(np.int32)
 
 
-def draw_labels(
-    label: Volume, record: dict[str, Any], path: Path, seed: int
-) -> dict[int, np.ndarray]:
-    """Draw up to NUM_POINTS voxels (N, 3) of each label, on the grid of the store."""
-    if list(label.data.shape[1:]) != record["source_shape"]:
-        raise BrokenVolume(path, f"label map is not on its volume's grid {record['source_shape']}")
+def draw_labels(subject: Subject, record: dict[str, Any], seed: int) -> dict[int, np.ndarray]:
+    """Draw up to NUM_POINTS voxels (N, 3) of each label, on the grid of the store.
+
+    Args:
+        subject: Whose label map.
+        record: How its volume came to the store's grid.
+        seed: Of the draw.
+    """
+    shape, affine = tuple(record["source_shape"]), np.array(record["source_affine"])
+    label = read_label_map(subject, shape, affine)
     values = label_to_store_grid(label, record).data[0]
     rng = np.random.default_rng(seed)
     found = {}
@@ -353,8 +423,8 @@ def draw_labels(
     return found
 
 
-def tell_notes(notes: Sequence[tuple[Path, Sequence[str]]]) -> None:
-    """Say what readers had to assume, once for all volumes of which it is true.
+def note_lines(notes: Sequence[tuple[Path, Sequence[str]]]) -> list[str]:
+    """Return what readers had to assume, once for all volumes of which it is true.
 
     Args:
         notes: File and notes of each volume.
@@ -362,8 +432,73 @@ def tell_notes(notes: Sequence[tuple[Path, Sequence[str]]]) -> None:
     paths: dict[str, list[Path]] = {}
     for path, note in ((path, note) for path, of_volume in notes for note in of_volume):
         paths.setdefault(note, []).append(path)
-    for note, of in paths.items():
-        print(f"{of[0]}: {note} ({len(of)} of {len(notes)} volumes)", file=sys.stderr)
+    return [f"{of[0]}: {note} ({len(of)} of {len(notes)} volumes)" for note, of in paths.items()]
+
+
+def read_label_map(subject: Subject, shape: tuple[int, ...], affine: np.ndarray) -> Volume:
+    """Read the label map of a subject onto the grid of its volume.
+
+    The affines say where it lies; if one of the two has no place in space, it is taken voxel by
+    voxel, so the shapes must be the same.
+    """
+    path = subject.label_map
+    if path is None:
+        raise ValueError(f"the manifest has no label map (column label_map) for {subject.id}")
+    label = whole_numbers(read_volume(path), path)
+    if has_place(path, label.affine) and has_place(subject.paths[0], affine):
+        return on_grid(label, shape, affine, path)
+    if label.data.shape[1:] != shape:
+        raise BrokenVolume(
+            path,
+            f"is {label.data.shape[1:]} voxels, its volume {shape}, and not both say where they "
+            f"lie: give a label map of that shape, or one with an affine (NIfTI)",
+        )
+    return Volume(label.data, affine)
+
+
+def has_place(path: Path, affine: np.ndarray) -> bool:
+    """Whether the format of a file says where its voxels lie in space."""
+    return volume_suffix(path) not in PLACELESS or bool(affine[:3, 3].any())
+
+
+def whole_numbers(label: Volume, path: Path) -> Volume:
+    """Return a label map of whole numbers; anything else is no label map."""
+    if len(label.data) != 1:
+        raise BrokenVolume(path, f"has {len(label.data)} channels: a label map has one")
+    values = label.data
+    if values.dtype.kind == "f" or (label.scale, label.offset) != (1, 0):
+        values = values * np.float64(label.scale) + label.offset
+        odd = values[values != np.rint(values)]  # NaN too
+        if odd.size:
+            raise BrokenVolume(
+                path, f"holds {odd[0]:g}, no whole number: a label map is wanted, no probabilities"
+            )
+        values = values.astype(np.int32)
+    return Volume(values, label.affine)
+
+
+def on_grid(label: Volume, shape: tuple[int, ...], affine: np.ndarray, path: Path) -> Volume:
+    """Bring a label map to another grid: nearest voxel, 0 beyond the map."""
+    to_label = np.linalg.inv(label.affine) @ affine  # voxel of the volume -> voxel of the map
+    corners = np.array(np.meshgrid(*((0, n - 1) for n in shape))).reshape(3, -1)
+    shift = to_label[:3, :3] @ corners + to_label[:3, 3:] - corners
+    same = label.data.shape[1:] == shape
+    if same and np.abs(shift).max() < 0.1:  # of a voxel: rounding of the headers
+        return Volume(label.data, affine)
+    data = np.zeros((1, *shape), label.data.dtype)
+    limits, inside = np.array(label.data.shape[1:])[:, None], 0
+    columns = np.indices(shape[:2]).reshape(2, -1)
+    for z in range(shape[2]):  # one plane at a time: indices take more memory than labels
+        start = to_label[:3, 2:3] * z + to_label[:3, 3:]
+        at = np.rint(to_label[:3, :2] @ columns + start).astype(int)
+        hit = ((at >= 0) & (at < limits)).all(axis=0)
+        plane = np.zeros(len(hit), data.dtype)
+        plane[hit] = label.data[0][tuple(at[:, hit])]
+        data[0, ..., z] = plane.reshape(shape[:2])
+        inside += int(hit.sum())
+    if not inside:
+        raise BrokenVolume(path, "lies beside its volume in space: is it the map of another one?")
+    return Volume(data, affine)
 
 
 def npy_header(data: np.ndarray) -> bytes:
@@ -444,12 +579,35 @@ def num_threads() -> int:
     return min(8, os.cpu_count() or 1)
 
 
-def progress_bar(tasks: list[Task], title: str, show: bool) -> Iterator[Task]:
-    """Iterate with a bar on a terminal, silently elsewhere."""
-    if not (show and sys.stderr.isatty()):
+def progress_bar(
+    tasks: list[Future[Result]], title: str, show: bool
+) -> Iterator[Future[Result]]:  # fmt: skip
+    """Iterate over tasks as they end, with a bar on a terminal and now and then a line in a log."""
+    if not show:
         yield from tasks
-        return
-    from rich.console import Console
-    from rich.progress import track
+    elif not sys.stderr.isatty():
+        yield from with_lines(tasks, title)
+    else:
+        from rich.console import Console
+        from rich.progress import track
 
-    yield from track(tasks, title, console=Console(stderr=True), transient=True)
+        yield from track(tasks, title, console=Console(stderr=True), transient=True)
+
+
+def with_lines(tasks: list[Future[Result]], title: str) -> Iterator[Future[Result]]:
+    """Iterate over tasks and say every `LINE_EVERY_S` how far they are; quick ones say nothing."""
+    begun = told = time.monotonic()
+    for task in tasks:
+        ended = False
+        while not ended:
+            pause = max(0.0, told + LINE_EVERY_S - time.monotonic())
+            ended = not wait([task], timeout=pause).not_done
+            now = time.monotonic()
+            if now - told >= LINE_EVERY_S:
+                told = now
+                done = sum(one.done() for one in tasks)
+                per_volume = (now - begun) / max(done, 1)
+                left = f", {per_volume * (len(tasks) - done) / 60:.0f} min left" if done else ""
+                line = f"{title}: {done} of {len(tasks)} after {(now - begun) / 60:.1f} min"
+                print(line + left, file=sys.stderr, flush=True)
+        yield task

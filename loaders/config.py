@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
 
-from loaders.patches import Sampler, UniformCorners
+from loaders.patches import LabelCorners, Sampler, UniformCorners
 from loaders.preprocess import FIRST_FIELDS, FIRST_RULES, Augment, Preprocess, Record, is_old
 from loaders.readers import Dicom
 
 if TYPE_CHECKING:
-    from loaders.readers import Reading
+    from loaders.consistency import Survey
+    from loaders.readers import BrokenVolume, Reading
     from loaders.slices import SliceStore
+    from loaders.splits import Split
     from loaders.store import VolumeStore
+    from loaders.subjects import Subject
 
-Split = dict[str, list[str]]  # train, val and test -> the ids of their volumes
+Say = Callable[[str], None]
 
 
 @dataclass
@@ -26,6 +31,11 @@ class DataConfig:
         root: Folder (searched below), glob, or CSV/JSON manifest with the column `path`.
         cache_dir: Where prepared volumes are kept; null for ~/.cache/vae3d (or $VAE3D_CACHE).
         fractions: Parts of the subjects for train, val and test.
+        folds: Cut what does not test into so many folds; null for fractions alone.
+        fold: The fold that validates while the others train, from 0.
+        stratify_by: Manifest column whose values come in equal shares in every part.
+        group_by: Whose volume it is: a manifest column, or a pattern that is searched in the path
+            below root, e.g. 'BraTS-GLI-(\\d+)'; null for PatientID, BIDS names and folders.
         preprocess: What is done to each volume.
         on_error: Broken file: raise ends the run, skip lists it in skipped.csv.
         nan: NaN or infinite voxels: error, or fill with the volume's lowest intensity.
@@ -33,6 +43,8 @@ class DataConfig:
         dicom: How DICOM slices become volumes: tolerance_mm, gaps and series.
         color: Pictures: all gray, all rgb, or as they are, and a mixture is an error.
         stacks: TIFF and PNG slices: files (each is one image), or a folder of them is one volume.
+        missing: A subject that lacks one of its files: error, skip (leave it out) or zero (give a
+            channel of zeros).
         backend: Cache as npy (fastest), or blosc2 (about half the disk space).
         slice_axis: For 2D training: the axis that slices are cut across (0, 1 or 2).
         num_slices: For 2D training: neighboring slices that become channels (odd).
@@ -45,6 +57,10 @@ class DataConfig:
     root: str = ""
     cache_dir: str | None = None
     fractions: tuple[float, float, float] = (0.8, 0.1, 0.1)
+    folds: int | None = None
+    fold: int = 0
+    stratify_by: str | None = None
+    group_by: str | None = None
     preprocess: Preprocess = field(default_factory=Preprocess)
     on_error: Literal["raise", "skip"] = "raise"
     nan: Literal["error", "fill"] = "error"
@@ -52,6 +68,7 @@ class DataConfig:
     dicom: Dicom = field(default_factory=Dicom)
     color: Literal["error", "gray", "rgb"] = "error"
     stacks: Literal["files", "folder"] = "files"
+    missing: Literal["error", "skip", "zero"] = "error"
     backend: Literal["npy", "blosc2"] = "npy"
     slice_axis: int = 2
     num_slices: int = 1
@@ -89,12 +106,88 @@ def as_meant(options: Record) -> Record:
     return options
 
 
+def survey_data(
+    config: DataConfig,
+    spatial_dims: int = 3,
+    split: Split | None = None,
+    in_channels: int | None = None,
+    force: bool = False,
+) -> Survey:
+    """Find the volumes and split them by person; `Survey` tells whether they go together.
+
+    Args:
+        config: The `--data.*` options.
+        spatial_dims: 3 for volumes, 2 for their slices.
+        split: Ids of train, val and test, as saved by an earlier run; None to split anew.
+        in_channels: Channels that the model takes; None for any.
+        force: Go on with `split` although the manifest's has changed since.
+
+    Returns:
+        The volumes, their split, and what there is to tell of them.
+
+    Raises:
+        ValueError: No volumes, or a split that cannot be made or kept.
+    """
+    from loaders.consistency import Survey
+    from loaders.find import find_subjects
+    from loaders.persons import find_persons
+    from loaders.splits import changes_since, split_subjects
+
+    if not config.root:
+        raise ValueError("data.root is not set: give a folder, a glob or a manifest")
+    lines: list[str] = []
+    known = [id for ids in split.values() for id in ids] if split is not None else []
+    subjects = find_subjects(config.root, config.reading, known, lines.append)
+    if split is None:
+        subjects, told = find_persons(subjects, folder_of(config.root, subjects), config.group_by)
+        fold = (config.folds, config.fold, config.stratify_by)
+        split = split_subjects(subjects, config.fractions, *fold)
+    else:
+        told = changes_since(subjects, split, force, config.root)
+        subjects = [subject for subject in subjects if subject.id in known]
+    parts = ", ".join(f"{len(ids)} {name}" for name, ids in split.items())
+    return Survey(
+        subjects,
+        split,
+        [*lines, *told, f"split: {parts}"],
+        config.reading,
+        config.preprocess,
+        config.on_error,
+        in_channels,
+        config.num_slices if spatial_dims == 2 else 1,
+        spatial_dims,
+        config.root,
+    )
+
+
+def nobody_trains(root: str, split: Split) -> list[BrokenVolume]:
+    """Return the fault of a split without training volumes, or nothing."""
+    from loaders.readers import BrokenVolume
+
+    if split["train"]:
+        return []
+    parts = ", ".join(f"{len(ids)} in {name}" for name, ids in split.items() if ids)
+    reason = f"no volume is left to train on ({parts}): mend the column split or data.fractions"
+    return [BrokenVolume(root, reason)]
+
+
+def folder_of(root: str, subjects: list[Subject]) -> Path:
+    """Return the folder that paths are named below: the root, or what all files lie below."""
+    folder = Path(root).expanduser()
+    if folder.is_dir():
+        return folder
+    parents = [os.path.abspath(subject.paths[0].parent) for subject in subjects]
+    return Path(os.path.commonpath(parents))
+
+
 @overload
 def open_data(
     config: DataConfig,
     spatial_dims: Literal[3] = 3,
     split: Split | None = None,
     in_channels: int | None = None,
+    say: Say | None = print,
+    force: bool = False,
 ) -> tuple[VolumeStore, Split]: ...
 @overload
 def open_data(
@@ -102,12 +195,16 @@ def open_data(
     spatial_dims: int,
     split: Split | None = None,
     in_channels: int | None = None,
+    say: Say | None = print,
+    force: bool = False,
 ) -> tuple[VolumeStore | SliceStore, Split]: ...
 def open_data(
     config: DataConfig,
     spatial_dims: int = 3,
     split: Split | None = None,
     in_channels: int | None = None,
+    say: Say | None = print,
+    force: bool = False,
 ) -> tuple[VolumeStore | SliceStore, Split]:
     """Find the volumes, split them by subject, and bring them into the cache.
 
@@ -116,6 +213,9 @@ def open_data(
         spatial_dims: 3 for volumes, 2 for their slices.
         split: Ids of train, val and test, as saved by an earlier run; None to split anew.
         in_channels: Channels that the model takes, checked before anything is cached; None for any.
+        say: Takes the lines on the data set; None for a rank that follows another, which has told
+            and checked already.
+        force: Go on with `split` although the manifest's has changed since.
 
     Returns:
         (store, split): a `VolumeStore` of all volumes (a `SliceStore` in 2D), and the ids of the
@@ -128,29 +228,19 @@ def open_data(
         >>> store, split = open_data(DataConfig(root="data/demo"))
         >>> train = store.subset(split["train"])
     """
-    from loaders.find import find_subjects
-    from loaders.flat import flat_faults, thinnest
+    from loaders.consistency import missing_label_maps, refuse
+    from loaders.flat import flat_faults
     from loaders.slices import SliceStore
-    from loaders.splits import split_subjects
     from loaders.store import VolumeStore
 
-    if not config.root:
-        raise ValueError("data.root is not set: give a folder, a glob or a manifest")
-    subjects = find_subjects(config.root, config.reading)
-    if split is None:
-        split = split_subjects(subjects, config.fractions)
-    vanished = {id for ids in split.values() for id in ids} - {subject.id for subject in subjects}
-    if vanished:
-        raise ValueError(
-            f"{config.root}: of this run's split.json {len(vanished)} are gone, first "
-            f"{min(vanished)!r}; put them back, or begin anew with --fresh"
-        )
-    for fault in flat_faults(
-        subjects, thinnest(subjects, config.reading), spatial_dims, config.root
-    ):
-        raise fault
+    survey = survey_data(config, spatial_dims, split, in_channels, force)
+    if say is not None:
+        for line in survey.lines:
+            say(line)
+        if isinstance(config.sampler(), LabelCorners):
+            refuse(missing_label_maps(survey.subjects), say)
     store = VolumeStore.build(
-        subjects,
+        survey.subjects,
         config.cache_dir,
         config.preprocess,
         on_error=config.on_error,
@@ -158,13 +248,15 @@ def open_data(
         backend=config.backend,
         threads=config.threads,
         in_channels=in_channels,
-        num_slices=config.num_slices if spatial_dims == 2 else 1,
+        num_slices=survey.num_slices,
+        say=say,
+        survey=survey,
     )
     thickness = dict(zip(store.ids, store.spatial_shapes.min(axis=1).tolist(), strict=True))
-    for fault in flat_faults(subjects, thickness, spatial_dims, config.root):
+    for fault in flat_faults(survey.subjects, thickness, spatial_dims, config.root):
         raise fault  # of a format that told nothing before it was read
     skipped = {row[0] for row in store.skipped}
-    split = {name: [id for id in ids if id not in skipped] for name, ids in split.items()}
+    split = {name: [i for i in ids if i not in skipped] for name, ids in survey.split.items()}
     if spatial_dims == 2:
         return SliceStore(store, config.slice_axis, config.num_slices), split
     return store, split

@@ -5,10 +5,13 @@ from __future__ import annotations
 import glob
 import itertools
 import os
+import re
 import sys
 from collections import Counter
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, replace
-from pathlib import Path
+from functools import partial
+from pathlib import Path, PurePath
 
 from loaders.manifest import SUFFIXES, manifest_subjects
 from loaders.readers import (
@@ -30,20 +33,31 @@ from loaders.subjects import Subject, names_of
 
 STORES = (".zarr", ".n5")  # folders that are files of a kind
 DETACHED = (".hdr", ".mhd", ".nhdr")  # headers whose voxels lie beside them
+# Names that say what a file is: a map of labels, not an image.
+LABEL_FILE = re.compile(r"seg|(?<!un)label", re.IGNORECASE)
+LABEL_FOLDER = re.compile(r"(labels?|seg|segs|segmentations?)(tr|ts|va|train|val|test)?", re.I)
+
+Say = Callable[[str], None]
+tell = partial(print, file=sys.stderr)
 
 
-def find_subjects(root: str | Path, reading: Reading = READING) -> list[Subject]:
+def find_subjects(
+    root: str | Path, reading: Reading = READING, named: Collection[str] = (), say: Say = tell
+) -> list[Subject]:
     """List the volumes under a folder (recursive), of a glob, or of a CSV or JSON manifest.
 
     A manifest has the column `path` (relative to the manifest; several files separated by `;`
     become channels) and, where wanted, `id`, `subject` (whose volume it is), `split`, `label_map`
     (a file with labels, for the sampler) and any further columns, for example a class or a group to
-    balance by. It may be separated by `,`, `;` or tabs, in any encoding that Excel writes.
+    balance by. It may be separated by `,`, `;` or tabs, in any encoding that Excel writes. Files
+    that are called like label maps are left out where a folder or a glob only happens to hold them.
 
     Args:
         root: The folder, glob or manifest.
         reading: How files are read; with `dicom.series` at `all` each series is a volume, with
             `stacks` at `folder` each folder of slices.
+        named: Ids that are taken whatever they are called, for example those of an earlier run.
+        say: Takes a line on what was left out or passed over.
 
     Returns:
         Volumes sorted by id, or in the manifest's order.
@@ -55,7 +69,7 @@ def find_subjects(root: str | Path, reading: Reading = READING) -> list[Subject]
     if root.suffix.lower() in SUFFIXES and root.is_file():
         return manifest_subjects(root)
     if root.is_dir():
-        paths, base = sorted(volumes_below(root)), root
+        paths, base = sorted(volumes_below(root, say)), root
     elif root.is_file() or root.is_symlink() or split_series(root)[1]:  # also with a [ in its name
         paths, base = [root], root.parent
     elif glob.has_magic(str(root)):
@@ -74,6 +88,8 @@ def find_subjects(root: str | Path, reading: Reading = READING) -> list[Subject]
         raise ValueError(f"{root}: holds no volumes (data.root); formats are {formats}")
     names = names_of(paths, base)
     subjects = [Subject(id, (path,)) for id, path in zip(names, paths, strict=True)]
+    if paths != [root] and not is_label_map(relative_to(root, base)):  # not named themselves
+        subjects = without_label_maps(subjects, root, base, named, say)
     return each_series(subjects, reading.dicom) if reading.dicom.series == "all" else subjects
 
 
@@ -87,7 +103,35 @@ def in_stacks(paths: list[Path]) -> list[Path]:
     })  # fmt: skip
 
 
-def volumes_below(root: Path) -> list[Path]:
+def without_label_maps(
+    subjects: list[Subject], root: Path, base: Path, named: Collection[str], say: Say
+) -> list[Subject]:
+    """Leave out what is called like a label map, and say so."""
+    others = [s for s in subjects if s.id not in named]
+    maps = [s for s in others if is_label_map(relative_to(s.paths[0], base))]
+    if not maps:
+        return subjects
+    line = f"{len(maps)} files are called like label maps, first {maps[0].paths[0]}"
+    how = "name them in a glob or a manifest where they are images"
+    if len(maps) == len(subjects):
+        raise ValueError(f"{root}: {line}, and there are no others (data.root); {how}")
+    say(f"left out: {line}; {how}")
+    left_out = {s.id for s in maps}
+    return [s for s in subjects if s.id not in left_out]
+
+
+def is_label_map(relative: PurePath) -> bool:
+    """Whether a path is called like a label map: `*seg*`, `*label*`, in `labelsTr` and such."""
+    *folders, name = relative.parts or ("",)
+    return bool(LABEL_FILE.search(name)) or any(map(LABEL_FOLDER.fullmatch, folders))
+
+
+def relative_to(path: Path, base: Path) -> PurePath:
+    """Return a path below a folder as its own parts."""
+    return PurePath(os.path.relpath(path, base))
+
+
+def volumes_below(root: Path, say: Say = tell) -> list[Path]:
     """Walk a folder: files that a reader takes, and folders that hold DICOM slices.
 
     DICOM is known by its first bytes, whatever a file is called. What is passed over is told in one
@@ -121,7 +165,7 @@ def volumes_below(root: Path) -> list[Path]:
                 passed.files[path.suffix.lower() or "without suffix"] += 1
         if slices:
             found.append(folder)
-    passed.tell(root)
+    passed.tell(root, say)
     return found
 
 
@@ -145,10 +189,10 @@ class Passed:
     files: Counter[str] = field(default_factory=Counter)
     objects: Counter[str] = field(default_factory=Counter)
 
-    def tell(self, root: Path) -> None:
-        """Say it in one line on stderr, once for all ranks; nothing if nothing was passed over."""
+    def tell(self, root: Path, say: Say) -> None:
+        """Say it in one line; nothing if nothing was passed over."""
         count = self.files.total() + self.objects.total()
-        if count and os.environ.get("RANK", "0") == "0":
+        if count:
             kinds = [
                 (kind, counted[kind])
                 for counted in (self.files, self.objects)
@@ -156,7 +200,7 @@ class Passed:
             ]
             parts = [f"{number} {kind}" for kind, number in kinds[:8]] + ["..."] * (len(kinds) > 8)
             files = "file" if count == 1 else "files"
-            print(f"{root}: passed over {count} {files}: {', '.join(parts)}", file=sys.stderr)
+            say(f"{root}: passed over {count} {files}: {', '.join(parts)}")
 
 
 def each_series(subjects: list[Subject], options: Dicom) -> list[Subject]:

@@ -5,28 +5,11 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 
-from loaders.build import num_threads
-from loaders.readers import SLICES, BrokenVolume, Reading, read_header, volume_suffix
+from loaders.readers import SLICES, BrokenVolume, volume_suffix
 from loaders.subjects import Subject
 
 PICTURES = (".png", ".jpg", ".jpeg")  # one slice each, whatever they show
-
-
-def thinnest(subjects: Sequence[Subject], reading: Reading) -> dict[str, int]:
-    """Return the voxels along the thinnest axis of volumes that tell before they are read."""
-
-    def ask(subject: Subject) -> int | None:
-        try:
-            header = read_header(subject.paths[0], reading)
-        except BrokenVolume:  # told when it is read
-            return None
-        return min(header.data.shape[1:]) if header is not None else None
-
-    with ThreadPoolExecutor(num_threads()) as pool:
-        answers = zip(subjects, pool.map(ask, subjects), strict=True)
-        return {subject.id: voxels for subject, voxels in answers if voxels is not None}
 
 
 def flat_faults(

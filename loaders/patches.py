@@ -206,7 +206,7 @@ class ForegroundCorners(Sampler):
 class LabelCorners(ForegroundCorners):
     """A share of the patches is centered on a voxel of a label drawn by weight.
 
-    Label maps are files in the manifest's column `label_map`, on the grid of their volume.
+    Label maps are files in the manifest's column `label_map`; their affines say where they lie.
 
     Args:
         weights: Label -> weight, for example {0: 1, 2: 3}; None for all labels but 0 alike.

@@ -14,7 +14,7 @@ import json
 import mmap
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from math import inf
@@ -26,17 +26,17 @@ import torch
 
 from loaders.build import (
     Builder,
-    color_hint,
     draw_labels,
     exclusive,
     foreground_bounds,
     foreground_points,
+    note_lines,
     points_file,
     stamp,
-    tell_notes,
     write_whole,
 )
 from loaders.compressed import CompressedArray
+from loaders.consistency import Facts, Survey, refuse, wrong_channels
 from loaders.preprocess import (
     PERCENTILES,
     Preprocess,
@@ -45,9 +45,10 @@ from loaders.preprocess import (
     intensity_lines,
     not_hounsfield,
 )
-from loaders.readers import READING, BrokenVolume, Reading, Volume, num_items, read_volume
+from loaders.readers import READING, BrokenVolume, Reading, Volume, num_items
 from loaders.subjects import Subject, names_of
 
+DRAWN = 2  # how voxels of labels are drawn: raise it when that changes
 OPEN_VOLUMES = 128  # maps held open: 10,000 volumes must not need 10,000 file descriptors
 
 
@@ -278,8 +279,8 @@ class VolumeStore:
     def label_points(self, index: int) -> dict[int, np.ndarray]:
         """Return up to 1024 random voxels (N, 3) of each label of a volume's label map.
 
-        The map is the file in the manifest's column `label_map`, on the grid of the volume's
-        source; it is read once and what was drawn is kept in the cache.
+        The map is the file in the manifest's column `label_map`; its affine says where it lies on
+        the volume. It is read once and what was drawn is kept in the cache.
         """
         entry = self.entries[index]
         path = entry.subject.label_map
@@ -287,11 +288,11 @@ class VolumeStore:
             raise ValueError(
                 f"the manifest has no label map (column label_map) for {entry.subject.id}"
             )
-        version = hashlib.blake2b(f"{path} {stamp(path)}".encode(), digest_size=6).hexdigest()
-        name = f"{entry.key}.label-{version}.npz"
+        version = hashlib.blake2b(f"{DRAWN} {path} {stamp(path)}".encode(), digest_size=6)
+        name = f"{entry.key}.label-{version.hexdigest()}.npz"
         if not (self.cache_dir / name).is_file():
             meta = self.meta(index)
-            found = draw_labels(read_volume(path), meta["undo"], path, int(entry.key[:8], 16))
+            found = draw_labels(entry.subject, meta["undo"], int(entry.key[:8], 16))
             buffer = io.BytesIO()
             arrays: dict[str, Any] = {str(label): points for label, points in found.items()}
             np.savez(buffer, **arrays)  # Any: one of its keywords is a flag, no array
@@ -322,6 +323,8 @@ class VolumeStore:
         progress: bool = True,
         in_channels: int | None = None,
         num_slices: int = 1,
+        say: Callable[[str], None] | None = None,
+        survey: Survey | None = None,
     ) -> VolumeStore:
         """Bring every volume into the cache, each once, and open them.
 
@@ -337,13 +340,24 @@ class VolumeStore:
             reading: How the files are read.
             backend: npy, or blosc2 for half the disk space at a fifth of the speed.
             threads: Volumes built at once; None for one per core, 8 at most.
-            progress: Show a bar on a terminal.
+            progress: Show a bar on a terminal, now and then a line in a log.
             in_channels: Channels that the model takes; another number is refused before anything is
                 cached. None takes any.
             num_slices: Neighboring slices that become channels.
+            say: Takes lines on whether the volumes go together, asked of their headers before
+                anything is cached; None asks nothing.
+            survey: What is known of the volumes; None for nothing.
         """
         subjects = as_subjects(subjects_or_paths)
         preprocess = preprocess or Preprocess()
+        how = (reading, preprocess, on_error, in_channels, num_slices)
+        survey = survey or Survey(subjects, {}, [], *how)
+        if say is not None:
+            told = len(survey.lines)
+            survey.ask_headers()
+            for line in survey.lines[told:]:
+                say(line)
+            refuse(survey.faults, say)
         cache_dir = Path(cache_dir or os.environ.get("VAE3D_CACHE") or "~/.cache/vae3d")
         cache_dir = cache_dir.expanduser()
         builder = Builder(cache_dir, preprocess, reading, backend, in_channels, num_slices)
@@ -373,22 +387,20 @@ class VolumeStore:
             if subject.id in known
         ]
         metas = [known[entry.subject.id] for entry in entries]
-        tell_notes([
+        names = [str(entry.subject.paths[0]) for entry in entries]
+        found = [meta["statistics"] for meta in metas]
+        lines = note_lines([
             (entry.subject.paths[0], meta.get("notes", ()))  # older caches have none
             for entry, meta in zip(entries, metas, strict=True)
         ])  # fmt: skip
-        names = [str(entry.subject.paths[0]) for entry in entries]
-        found = [meta["statistics"] for meta in metas]
-        for line in tell(list(zip(names, found, strict=True)), preprocess):
+        for line in lines + tell(list(zip(names, found, strict=True)), preprocess):
             print(line, file=sys.stderr)
-        channels = {entry.shape[0] for entry in entries}
-        if len(channels) > 1:
-            odd = next(entry for entry in entries if entry.shape[0] != entries[0].shape[0])
-            raise ValueError(
-                f"{odd.subject.paths[0]}: has {odd.shape[0]} channels, "
-                f"{entries[0].subject.paths[0]} has {entries[0].shape[0]}"
-                f"{color_hint(odd.subject, set(channels))}"
-            )
+        if say is not None:
+            untold = known.keys() - survey.facts.keys()
+            for line in survey.add({id: Facts.of_record(known[id]) for id in untold}):
+                say(line)
+        channels = {id: meta["shape"][0] for id, meta in known.items()}
+        refuse(wrong_channels(subjects, channels), say or partial(print, file=sys.stderr))
         return cls(entries, cache_dir, preprocess, skipped)
 
 
@@ -476,6 +488,10 @@ def open_entry(
     preprocess.check_channels(len(meta["statistics"]), subject.paths[0])
     mappings, ranges = [], []
     for channel, measured in enumerate(meta["statistics"]):
+        if measured.get("missing"):  # its file was not there: zeros, whatever the normalization
+            mappings.append((1.0, 0.0, 0.0, 0.0))
+            ranges.append(np.zeros(2))
+            continue
         stats = by_rules(measured, preprocess.rules)
         quantile = partial(quantile_of, meta, cache_dir, channel)
         gain, bias, low, high = preprocess.mapping(stats, quantile, channel)

@@ -11,6 +11,12 @@ from pathlib import Path
 
 from loaders.readers import volume_suffix
 
+# `sub-<label>` of BIDS. A label with a digit is a person's whatever follows. One of letters alone
+# may be any word, so the name has to be one of BIDS to its end: `sub-sampled_000` is no person.
+BIDS = re.compile(
+    r"sub-(?:[A-Za-z]*\d[A-Za-z0-9]*|[A-Za-z]+(?=(?:_[a-z]+-[A-Za-z0-9]+)*_[A-Za-z][A-Za-z0-9]*$))"
+)
+
 
 @dataclass(frozen=True)
 class Subject:
@@ -21,27 +27,35 @@ class Subject:
         paths: One file or DICOM folder; several are stacked as channels.
         split: train, val or test where the manifest says so.
         labels: Further manifest columns, for example group or site.
+        owner: Whose volume it is, where `find_persons` has found out; None where nobody asked.
     """
 
     id: str
     paths: tuple[Path, ...]
     split: str | None = None
     labels: dict[str, str] = field(default_factory=dict)
+    owner: str | None = None
 
     @property
     def person(self) -> str:
         """Whose volume it is: all volumes of a person share a split.
 
-        The manifest's `subject` column, else BIDS' `sub-...` in the path, else the volume's id.
+        The owner, else the manifest's `subject` column, else BIDS' `sub-...` in the name, else the
+        volume's id.
         """
-        bids = re.search(r"sub-[A-Za-z0-9]+", self.id)
-        return self.labels.get("subject") or (bids.group() if bids else self.id)
+        return self.owner or self.labels.get("subject") or bids_person(self.id) or self.id
 
     @property
     def label_map(self) -> Path | None:
         """The file of its label map, from the manifest; None where there is none."""
         name = self.labels.get("label_map")
         return Path(name) if name else None
+
+
+def bids_person(name: str) -> str | None:
+    """Return the `sub-<label>` of a name or path that BIDS gave; None where it gave none."""
+    found = BIDS.search(name)
+    return found.group() if found else None
 
 
 def names_of(paths: list[Path], base: Path) -> list[str]:

@@ -164,6 +164,7 @@ def test_finished_volumes_are_kept_and_missing_ones_are_made(place, tmp_path, ca
     assert (out / "media" / f"{second}.mp4").is_file()
     assert rows(out) == rows(place / "done")
     said = capsys.readouterr().out
+    assert re.search(r"^volumes: .* voxels of .* mm; 1 channel; ", said)  # before it caches
     assert "psnr" in said and "report:" in said and "gif:" in said and "mp4:" in said
 
 

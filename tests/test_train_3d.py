@@ -21,6 +21,7 @@ import torch
 import yaml
 from commanded import train_command
 
+from loaders import DataConfig, survey_data
 from train_3d import train_3d
 from vae3d.config import _is_users_mistake, parse
 from vae3d.losses.adversarial import PatchDiscriminator
@@ -471,6 +472,51 @@ def test_a_volume_that_has_vanished_is_named(options, tmp_path, volumes, part):
     next(root.glob(f"{gone}*")).unlink()
     line = one_line([*argv, "--max_steps", "4"], tmp_path)
     assert gone in line and "gone" in line and "--fresh" in line
+
+
+def test_a_run_tells_of_its_data_and_goes_on_without_volumes_that_came_later(
+    options, tmp_path, volumes
+):
+    root = shutil.copytree(volumes, tmp_path / "volumes")
+    argv = [*options, "--data.root", str(root)]
+    survey = survey_data(DataConfig(root=str(root)))
+    survey.ask_headers()
+    said = run([*argv, "--max_steps", "2"], tmp_path).splitlines()
+    assert said[: len(survey.lines)] == survey.lines and len(survey.lines) == 3
+    split = json.loads((tmp_path / "run" / "split.json").read_text())
+    np.save(root / "zz_later.npy", np.load(root / "subject_00.npy") * 2)
+    text = run([*argv, "--max_steps", "4"], tmp_path)
+    assert text.count("new: 1 volumes") == 1 and "first zz_later" in text
+    assert json.loads((tmp_path / "run" / "split.json").read_text()) == split
+
+
+def test_one_volume_trains(options, tmp_path, volumes):
+    argv = [*options, "--data.root", str(volumes / "subject_03.npy"), "--max_steps", "2"]
+    run(argv, tmp_path)
+    split = json.loads((tmp_path / "run" / "split.json").read_text())
+    assert split == {"train": ["subject_03"], "val": [], "test": []}
+
+
+def test_a_manifest_that_changes_its_split_stops_a_run_unless_forced(options, tmp_path, volumes):
+    manifest, names = tmp_path / "m.csv", [f"subject_{n:02d}" for n in range(3)]
+
+    def write(*splits):
+        rows = [f"{volumes / name}.npy,{part}" for name, part in zip(names, splits, strict=True)]
+        manifest.write_text("\n".join(["path,split", *rows]))
+
+    argv = [*options, "--data.root", str(manifest)]
+    write("train", "train", "val")
+    run([*argv, "--max_steps", "2"], tmp_path)
+    write("train", "test", "val")
+    line = one_line([*argv, "--max_steps", "4"], tmp_path)
+    assert "subject_01" in line and "--fresh" in line and "--force" in line
+    run([*argv, "--max_steps", "4", "--force"], tmp_path)
+    split = json.loads((tmp_path / "run" / "split.json").read_text())
+    assert split == {"train": names[:2], "val": names[2:], "test": []}
+    assert sorted(losses(tmp_path / "run")) == [1, 2, 3, 4]
+    write("val", "test", "val")
+    line = one_line([*argv, "--out_dir", str(tmp_path / "other")], tmp_path)
+    assert "no volume is left to train on" in line
 
 
 def test_two_runs_in_one_folder_are_kept_apart(options, tmp_path):

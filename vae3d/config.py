@@ -58,6 +58,8 @@ FORMER = {
     },
     "train_ldm": {"schedule": "noise_schedule"},
 }
+# The same for options that have moved into a group, on command lines alone.
+MOVED = {"check_data": {f"--{name}": f"--data.{name}" for name in ("nan", "volumes_4d", "threads")}}
 RECIPES = {"train_3d": "train", "train_ldm": "ldm"}  # folder of configs/ that --config looks into
 
 
@@ -295,7 +297,7 @@ def _parser(fn: Callable, prog: str | None = None) -> jsonargparse.ArgumentParse
 
 
 def _spelled_out(fn: Callable, argv: list[str]) -> list[str]:
-    """Let `--fresh` stand for `--fresh=true`, and the name of a recipe for its file."""
+    """Let `--fresh` be `--fresh=true`, a recipe's name its file, and old names those of today."""
     hints = typing.get_type_hints(fn)
     flags = {f"--{name}" for name, hint in hints.items() if hint is bool}
     folders = {
@@ -310,6 +312,8 @@ def _spelled_out(fn: Callable, argv: list[str]) -> list[str]:
         if folder and (option == "--config" or re.fullmatch("[a-z][a-z0-9_]*", value)):
             value = find_recipe(folder, value) if value != "null" else value
             arg = f"{option}={value}" if equals else value
+        if arg.startswith("--") and option in (moved := MOVED.get(fn.__name__, {})):
+            arg = moved[option] + equals + value
         if arg in flags and after.lower() not in ("true", "false"):
             arg = f"{arg}=true"
         spelled.append(arg)

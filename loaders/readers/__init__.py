@@ -22,6 +22,7 @@ from loaders.readers.common import (
     READING,
     BrokenVolume,
     Dicom,
+    MissingFile,
     Reading,
     Volume,
     Volumes4D,
@@ -37,14 +38,14 @@ from loaders.readers.itk import read_meta, read_nrrd
 from loaders.readers.nifti import ras_axes, read_mgh, read_nifti, write_volume
 from loaders.readers.npy import read_npy, read_npz
 from loaders.readers.picture import read_picture
-from loaders.readers.planes import is_dicom, object_name
+from loaders.readers.planes import is_dicom, object_name, patient_of
 from loaders.readers.tiff import read_tiff
 
 __all__ = [
-    "DICOM_SUFFIXES", "READERS", "READING", "SLICES", "BrokenVolume", "Dicom", "Reading", "Volume",
-    "Volumes4D", "check_file", "holds_dicom", "is_dicom", "num_items", "object_name", "ras_axes",
-    "read_header", "read_volume", "revision", "same_grid", "split_series", "volume_suffix",
-    "volumes_of", "write_volume",
+    "DICOM_SUFFIXES", "PLACELESS", "READERS", "READING", "SLICES", "BrokenVolume", "Dicom",
+    "MissingFile", "Reading", "Volume", "Volumes4D", "check_file", "holds_dicom", "is_dicom",
+    "num_items", "object_name", "patient_of", "ras_axes", "read_header", "read_volume", "revision",
+    "same_grid", "split_series", "volume_suffix", "volumes_of", "write_volume",
 ]  # fmt: skip
 
 READERS: dict[str, Callable[[Path, Reading], Volume]] = {
@@ -58,7 +59,8 @@ READERS: dict[str, Callable[[Path, Reading], Volume]] = {
     ".dcm": read_dicom,
 }  # fmt: skip
 
-
+# They do not say where their voxels lie in space.
+PLACELESS = {".npy", ".npz", ".tif", ".tiff", ".png", ".jpg", ".jpeg"}
 # Their headers tell all but the voxels, which `read_voxels` fetches, or their reader after a look.
 HEADED = {
     ".nii.gz", ".nii", ".hdr", ".nrrd", ".nhdr", ".mha", ".mhd", ".mgz", ".mgh.gz", ".mgh", ".npy",

@@ -69,6 +69,7 @@ class Reading:
         dicom: Tolerance, gaps and several series of DICOM.
         color: Pictures: all gray, all rgb, or as they are, and a mixture is an error.
         stacks: TIFF and PNG slices: files (each is one image), or a folder of them is one volume.
+        missing: A subject that lacks one of its files: error, skip, or zero (channels of zeros).
     """
 
     nan: Literal["error", "fill"] = "error"
@@ -76,6 +77,7 @@ class Reading:
     dicom: Dicom = field(default_factory=Dicom)
     color: Color = "error"
     stacks: Stacks = "files"
+    missing: Literal["error", "skip", "zero"] = "error"
 
     @classmethod
     def names(cls) -> tuple[str, ...]:
@@ -115,6 +117,10 @@ class BrokenVolume(ValueError):
         return type(self), (self.path, self.reason)
 
 
+class MissingFile(BrokenVolume):
+    """One of a subject's files is not there, others are."""
+
+
 @dataclass
 class Volume:
     """A volume as its file holds it; intensity = data * scale + offset.
@@ -125,6 +131,7 @@ class Volume:
         scale: Slope from stored numbers to intensities.
         offset: Intercept from stored numbers to intensities.
         notes: What the reader had to assume, each to be said after the file's name.
+        missing: Channels whose file was not there: all zeros.
     """
 
     data: np.ndarray
@@ -132,6 +139,7 @@ class Volume:
     scale: float = 1.0
     offset: float = 0.0
     notes: tuple[str, ...] = ()
+    missing: tuple[int, ...] = ()
 
     @property
     def spacing_mm(self) -> tuple[float, float, float]:

@@ -18,7 +18,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from loaders.readers.common import LARGE, MAX_EXPANSION, BrokenVolume, num_items, read_voxels
+from loaders.readers.common import (
+    LARGE,
+    MAX_EXPANSION,
+    BrokenVolume,
+    num_items,
+    read_voxels,
+    split_series,
+)
 
 if TYPE_CHECKING:
     from pydicom.dataset import Dataset
@@ -31,6 +38,7 @@ HEADER = [
     *("SpacingBetweenSlices", "GridFrameOffsetVector", "DetectorInformationSequence"),
     *("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence", "RescaleSlope"),
     *("RescaleIntercept", "DoseGridScaling", "ModalityLUTSequence", "SegmentationType"),
+    "PatientID",
 ]
 LAYOUT = [
     *("Rows", "Columns", "NumberOfFrames", "SamplesPerPixel", "PhotometricInterpretation"),
@@ -155,6 +163,23 @@ def holds_image(path: Path) -> bool:
         return "Rows" in header_of(path)[0]
     except BrokenVolume:
         return True  # which is told when it is read
+
+
+def patient_of(path: Path) -> str | None:
+    """Return the PatientID of a DICOM file, or of a folder's first; None where there is no DICOM.
+
+    It names a person: hash it before it goes anywhere.
+
+    Args:
+        path: File, folder, or `folder#series`.
+    """
+    path, _ = split_series(path)
+    try:
+        files = sorted(path.iterdir()) if path.is_dir() else [path]
+        first = next((file for file in files if file.is_file() and is_dicom(file)), None)
+        return None if first is None else str(header_of(first)[0].get("PatientID") or "").strip()
+    except (OSError, BrokenVolume):  # damaged or forbidden: told when it is read
+        return None
 
 
 def header_of(path: Path) -> tuple[Dataset, int]:

@@ -1,40 +1,55 @@
-"""`vae3d check-data DIR`: every broken file of a data set at once, and why."""
+"""`vae3d check-data DIR`: what a data set holds, and every reason why it would not train."""
 
 from __future__ import annotations
 
 import sys
-from typing import Literal
+from dataclasses import replace
 
-from loaders.readers import READING, Dicom
+from loaders import DataConfig
 
 
 def check_data(
     root: str,
     /,
-    nan: Literal["error", "fill"] = "error",
-    volumes_4d: Literal["error", "channels", "first"] = "error",
-    dicom: Dicom = READING.dicom,
-    color: Literal["error", "gray", "rgb"] = "error",
-    stacks: Literal["files", "folder"] = "files",
-    threads: int | None = None,
+    data: DataConfig,
+    spatial_dims: int = 3,
+    in_channels: int | None = None,
+    json: bool = False,
 ) -> int:
-    """Read every volume to its end and list the broken ones; exit code 2 if there are any.
+    """Read every volume to its end; list what is broken or does not fit, with exit code 2.
+
+    What training says of the data before it caches them is said here too, on stderr.
 
     Args:
         root: Folder, glob or manifest.
-        nan: Whether NaN and infinite voxels are an error, or would be filled.
-        volumes_4d: Whether 4D files are an error, or taken.
-        dicom: How DICOM slices become volumes: tolerance_mm, gaps and series.
-        color: Pictures: all gray, all rgb, or as they are.
-        stacks: TIFF and PNG slices: files, or a folder of them is one volume.
-        threads: Files read at once; null for one per core.
+        data: How volumes are read and split, as in training.
+        spatial_dims: 3 for volumes, 2 for slices.
+        in_channels: Channels that the model takes; null for any.
+        json: Print one JSON object instead: volumes, persons, lines and faults.
     """
-    from loaders.check import broken_files
-    from loaders.readers import Reading
+    from json import dumps
 
-    reading = Reading(nan, volumes_4d, dicom, color, stacks)
-    count, broken = broken_files(root, reading, threads)
-    for error in broken:
-        print(error)
-    print(f"{count - len(broken)} of {count} volumes are sound", file=sys.stderr)
-    return 2 if broken else 0
+    from loaders import LabelCorners, survey_data
+    from loaders.config import nobody_trains
+
+    data = replace(data, root=root)
+    survey = survey_data(data, spatial_dims, in_channels=in_channels)
+    survey.ask_headers()
+    for line in survey.lines:
+        print(line, file=sys.stderr)
+    told = len(survey.lines)
+    harmless = survey.read_voxels(isinstance(data.sampler(), LabelCorners), data.threads)
+    for line in survey.lines[told:]:
+        print(line, file=sys.stderr)
+    survey.faults += nobody_trains(root, survey.split)
+    if json:
+        print(dumps(survey.to_dict(), indent=1))
+    else:
+        for fault in survey.faults:
+            print(fault)
+    for fault in harmless:
+        print(f"not used: {fault}", file=sys.stderr)
+    count = len(survey.subjects)
+    sound = count - len({fault.path for fault in survey.faults})
+    print(f"{sound} of {count} volumes are sound", file=sys.stderr)
+    return 2 if survey.faults else 0

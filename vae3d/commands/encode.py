@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -93,7 +94,8 @@ def encode(
     with open_world(device) as world, telling_of_memory(*SMALLER_PASSES):
         vae.to(world.device)
         with world.main_first():
-            store, parts = open_volumes(state, data or VolumeSource(), vae.spatial_dims, split)
+            say = print if world.is_main else None
+            store, parts = open_volumes(state, data or VolumeSource(), split, say)
         if world.is_main:
             folder.mkdir(parents=True, exist_ok=True)
             sweep(folder)
@@ -118,7 +120,10 @@ def encode(
 
 
 def open_volumes(
-    state: dict[str, Any], source: VolumeSource, spatial_dims: int, split: str = "all"
+    state: dict[str, Any],
+    source: VolumeSource,
+    split: str = "all",
+    say: Callable[[str], None] | None = print,
 ) -> tuple[VolumeStore, dict[str, str]]:
     """Open volumes as the run read them.
 
@@ -127,28 +132,37 @@ def open_volumes(
         source: Which volumes.
         spatial_dims: 3 where the network takes volumes, 2 where it takes their slices.
         split: train, val, test or all.
+        say: Takes the lines on the volumes; None for ranks that follow.
 
     Returns:
         The store, and the part of the split of each subject that has one.
     """
-    from loaders import DataConfig, SliceStore, open_data
+    from loaders import DataConfig, VolumeStore, find_subjects
 
     of_run = dict(state["config"]["data"])
     of_run |= {"preprocess": Preprocess.of_checkpoint(state["preprocess"], source.preprocess)}
     for name in ("root", "cache_dir"):
         of_run[name] = getattr(source, name) or of_run[name]
-    store, _ = open_data(DataConfig(**of_run), spatial_dims)
-    store = store.volumes if isinstance(store, SliceStore) else store
+    config = DataConfig(**of_run)
     parts = {id: part for part, ids in (state["split"] or {}).items() for id in ids}
-    if split == "all":
-        return store, parts
-    chosen = [id for id in store.ids if parts.get(id) == split]
+    subjects = find_subjects(config.root, config.reading, parts, say or (lambda line: None))
+    chosen = [s for s in subjects if split in ("all", parts.get(s.id))]
     if not chosen:
         raise ValueError(
-            f"{of_run['root']}: none of {len(store)} volumes is in the run's {split} split; "
+            f"{config.root}: none of {len(subjects)} volumes is in the run's {split} split; "
             "take another --split, or --split all"
         )
-    return store.subset(chosen), parts
+    store = VolumeStore.build(
+        chosen,
+        config.cache_dir,
+        config.preprocess,
+        on_error=config.on_error,
+        reading=config.reading,
+        backend=config.backend,
+        threads=config.threads,
+        say=say,
+    )
+    return store, parts
 
 
 def header(store: VolumeStore, index: int, factor: list[int], made_by: dict, parts: dict) -> dict:

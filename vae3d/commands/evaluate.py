@@ -139,11 +139,15 @@ def evaluate(
     facts = {"checkpoint": str(find_checkpoint(checkpoint)), "step": state["step"], "ema": ema}
     facts["checkpoint_sha256"] = fingerprint(checkpoint)
     reading = Reading.of(trained["data"])
-    subjects = find_subjects(data.root, reading)
+    seen = [id for ids in state["split"].values() for id in ids]
+    lines: list[str] = []
+    subjects = find_subjects(data.root, reading, seen, lines.append)
     chosen = choose_subjects(subjects, state["split"], split)[:limit]
 
     with open_world(device) as world, telling_of_memory(*SMALLER_PASSES):
         vae.to(world.device)
+        for line in lines if world.is_main else ():
+            print(line)
         open_store = partial(
             VolumeStore.build,
             cache_dir=data.cache_dir,
@@ -153,7 +157,7 @@ def evaluate(
         )
         out, pca = Path(out_dir), None
         with world.main_first():
-            store = open_store(chosen)
+            store = open_store(chosen, say=print if world.is_main else None)
             if baseline:
                 fitted_on = [s for s in subjects if s.id in state["split"].get("train", ())]
                 pca = block_pca(open_store, fitted_on[:PCA_VOLUMES], vae, coding.slice_axis, out)

@@ -74,6 +74,7 @@ def train_3d(
     import torch
 
     from loaders import PatchLoader, open_data
+    from loaders.config import nobody_trains
     from vae3d.training.distributed import World, open_world
     from vae3d.training.facts import facts, largest
     from vae3d.training.linear_code import fit_linear_code
@@ -114,9 +115,13 @@ def train_3d(
             )
 
         with world.main_first():
-            known = state and state["split"]
-            store, split = open_data(data, vae.spatial_dims, known, vae.in_channels)
+            known, say = state and state["split"], print if world.is_main else None
+            store, split = open_data(
+                data, vae.spatial_dims, known, vae.in_channels, say=say, force=loop.force
+            )
         split = world.broadcast(split)
+        for fault in nobody_trains(data.root, split):
+            raise fault
         run.write_json("split.json", split)
         training, held_out = store.subset(split["train"]), store.subset(split["val"])
         sample = patch_size if patching else largest(map(training.shape, range(len(training))))[1:]
