@@ -159,6 +159,28 @@ class Builder:
             pass  # not built, or torn by a crash of the machine: it is built again
         return None
 
+    def fetch(
+        self, subjects: Sequence[Subject], on_error: str, threads: int | None, progress: bool
+    ) -> tuple[dict[str, dict[str, Any]], list[tuple[str, str, str]], bool]:
+        """Bring what is missing into the cache, one process at a time.
+
+        Returns:
+            Sidecars by id, the (id, path, reason) of what was skipped, and whether any was missing.
+        """
+        known = self.recall(subjects)
+        missing = [subject for subject in subjects if subject.id not in known]
+        if not missing:
+            return known, [], False
+        try:
+            self.cache_dir.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(f"{self.cache_dir}: {error.strerror} (data.cache_dir)") from error
+        with exclusive(self.cache_dir):
+            known |= self.recall(missing)  # another process may have built them by now
+            missing = [subject for subject in missing if subject.id not in known]
+            made, skipped = self.build_all(missing, on_error, threads, progress)
+        return known | made, skipped, True
+
     def build_all(
         self, subjects: Sequence[Subject], on_error: str, threads: int | None, progress: bool
     ) -> tuple[dict[str, dict[str, Any]], list[tuple[str, str, str]]]:

@@ -10,7 +10,6 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path, PurePath
 
 from loaders.manifest import SUFFIXES, manifest_subjects
@@ -38,7 +37,11 @@ LABEL_FILE = re.compile(r"seg|(?<!un)label", re.IGNORECASE)
 LABEL_FOLDER = re.compile(r"(labels?|seg|segs|segmentations?)(tr|ts|va|train|val|test)?", re.I)
 
 Say = Callable[[str], None]
-tell = partial(print, file=sys.stderr)
+
+
+def tell(line: str) -> None:
+    """Say it on stderr."""
+    print(line, file=sys.stderr)
 
 
 def find_subjects(

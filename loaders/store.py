@@ -350,8 +350,11 @@ class VolumeStore:
         """
         subjects = as_subjects(subjects_or_paths)
         preprocess = preprocess or Preprocess()
-        how = (reading, preprocess, on_error, in_channels, num_slices)
-        survey = survey or Survey(subjects, {}, [], *how)
+        # A rank that follows another has a survey, and says nothing of it.
+        tell = say or (partial(print, file=sys.stderr) if survey is None else silent)
+        if survey is None:
+            how = (reading, preprocess, on_error, in_channels, num_slices)
+            survey = Survey(subjects, {}, [], *how)
         if say is not None:
             told = len(survey.lines)
             survey.ask_headers()
@@ -361,47 +364,32 @@ class VolumeStore:
         cache_dir = Path(cache_dir or os.environ.get("VAE3D_CACHE") or "~/.cache/vae3d")
         cache_dir = cache_dir.expanduser()
         builder = Builder(cache_dir, preprocess, reading, backend, in_channels, num_slices)
-        known = builder.recall(subjects)
-        missing = [subject for subject in subjects if subject.id not in known]
-        skipped: list[tuple[str, str, str]] = []
-        tell = intensity_lines if missing else not_hounsfield
-        if missing:
-            try:
-                cache_dir.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise ValueError(f"{cache_dir}: {error.strerror} (data.cache_dir)") from error
-            with exclusive(cache_dir):
-                known |= builder.recall(missing)  # another process may have built them by now
-                missing = [subject for subject in missing if subject.id not in known]
-                made, skipped = builder.build_all(missing, on_error, threads, progress)
-                known |= made
+        known, skipped, built = builder.fetch(subjects, on_error, threads, progress)
         for id, path, reason in skipped:
             print(f"skipped {id}: {path}: {reason}", file=sys.stderr)
         if skipped:
             print(f"{len(skipped)} of {len(subjects)} volumes skipped", file=sys.stderr)
         if not known:
             raise ValueError(f"none of the {len(subjects)} volumes can be read")
-        entries = [
-            open_entry(subject, known[subject.id], cache_dir, preprocess)
-            for subject in subjects
-            if subject.id in known
-        ]
-        metas = [known[entry.subject.id] for entry in entries]
-        names = [str(entry.subject.paths[0]) for entry in entries]
-        found = [meta["statistics"] for meta in metas]
-        lines = note_lines([
-            (entry.subject.paths[0], meta.get("notes", ()))  # older caches have none
-            for entry, meta in zip(entries, metas, strict=True)
-        ])  # fmt: skip
-        for line in lines + tell(list(zip(names, found, strict=True)), preprocess):
-            print(line, file=sys.stderr)
+        opened = [subject for subject in subjects if subject.id in known]
+        entries = [open_entry(s, known[s.id], cache_dir, preprocess) for s in opened]
+        measured = [(str(s.paths[0]), known[s.id]["statistics"]) for s in opened]
+        # Caches of before have no notes.
+        lines = note_lines([(s.paths[0], known[s.id].get("notes", ())) for s in opened])
+        lines += intensity_lines(measured, preprocess) if built else []
+        lines += [] if built else not_hounsfield(measured, preprocess)
         if say is not None:
             untold = known.keys() - survey.facts.keys()
-            for line in survey.add({id: Facts.of_record(known[id]) for id in untold}):
-                say(line)
+            lines += survey.add({id: Facts.of_record(known[id]) for id in untold})
+        for line in lines:
+            tell(line)
         channels = {id: meta["shape"][0] for id, meta in known.items()}
-        refuse(wrong_channels(subjects, channels), say or partial(print, file=sys.stderr))
+        refuse(wrong_channels(subjects, channels), tell)
         return cls(entries, cache_dir, preprocess, skipped)
+
+
+def silent(_line: str) -> None:
+    """Say nothing."""
 
 
 class Unlocked:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from dicoms import write_series
 
-from loaders import find_subjects, read_volume, split_subjects
+from loaders import DataConfig, find_subjects, read_volume, split_subjects
 from loaders.demo import write_demo
 
 
@@ -136,13 +136,14 @@ def test_check_data_reads_files_at_the_same_time(tmp_path, monkeypatch):
     """Two readers wait for each other: one after the other they would wait for ever."""
     import threading
 
-    import loaders.check
+    import loaders.consistency
 
     for n in range(2):
         np.save(tmp_path / f"{n}.npy", np.arange(8.0).reshape(2, 2, 2))
-    both, real = threading.Barrier(2, timeout=20), loaders.check.read_subject
-    monkeypatch.setattr(loaders.check, "read_subject", lambda *a: (both.wait(), real(*a))[1])
-    assert loaders.check.broken_files(str(tmp_path), threads=2) == (2, [])
+    both, real = threading.Barrier(2, timeout=20), loaders.consistency.read_subject
+    monkeypatch.setattr(loaders.consistency, "read_subject", lambda *a: (both.wait(), real(*a))[1])
+    survey = loaders.survey_data(DataConfig(root=str(tmp_path)))
+    assert survey.read_voxels(threads=2) == survey.faults == [] and len(survey.subjects) == 2
 
 
 def test_a_broken_file_ends_a_command_in_one_line_or_is_skipped_and_counted(demo, tmp_path, vae3d):
@@ -208,10 +209,10 @@ def test_several_dicom_series_in_a_folder_are_told_and_options_take_them(tmp_pat
     write_series(folder, 3, series="1.2.9", SeriesDescription="T2")
     run = vae3d("check-data", tmp_path / "data")
     assert run.returncode == 2 and "set data.dicom.series to largest or all" in run.stdout
-    run = vae3d("check-data", tmp_path / "data", "--dicom.series", "all")
+    run = vae3d("check-data", tmp_path / "data", "--data.dicom.series", "all")
     assert run.returncode == 0 and "2 of 2 volumes are sound" in run.stderr
     prepare = ("prepare", "--data.root", tmp_path / "data", "--data.cache_dir", tmp_path / "c")
     run = vae3d(*prepare, "--data.dicom", '{"series": "largest", "tolerance_mm": 0.2}')
-    assert run.returncode == 0 and run.stdout.startswith("1 volumes"), run.stderr
+    assert run.returncode == 0 and "\n1 volumes in" in run.stdout, run.stderr
     run = vae3d(*prepare, "--data.dicom.gaps", "fill")
     assert run.returncode == 2 and "gaps" in run.stderr

@@ -20,11 +20,18 @@ from dicoms import (
     stored_slice,
     write_series,
 )
-from loaders.check import broken_files
 from pydicom.pixels import apply_modality_lut, apply_rescale
 from pydicom.sequence import Sequence
 
-from loaders import DataConfig, Preprocess, VolumeStore, find_subjects, open_data, read_volume
+from loaders import (
+    DataConfig,
+    Preprocess,
+    VolumeStore,
+    find_subjects,
+    open_data,
+    read_volume,
+    survey_data,
+)
 from loaders.build import FORMAT, Builder
 from loaders.readers import BrokenVolume, Dicom, Reading, Volume, write_volume
 
@@ -441,7 +448,9 @@ def test_each_series_is_a_volume_named_by_its_description(two_series, tmp_path):
     config = DataConfig(root=str(two_series), cache_dir=str(tmp_path / "c"), dicom=ALL.dicom)
     opened, split = open_data(config)
     assert sorted(opened.ids) == sorted(id for ids in split.values() for id in ids)
-    assert len(opened) == 3 and broken_files(str(two_series), ALL) == (3, [])
+    survey = survey_data(config)
+    assert len(opened) == 3 == len(survey.subjects)
+    assert survey.read_voxels() == survey.faults == []
 
 
 def test_series_of_one_description_and_files_of_that_name_stay_apart(tmp_path):
@@ -496,8 +505,9 @@ def test_a_color_capture_beside_a_series_is_a_series_of_its_own(tmp_path):
 def test_a_broken_folder_does_not_end_the_search_for_series(two_series):
     write_series(two_series / "p3", 2, BitsAllocated=12, BitsStored=12, HighBit=11)
     assert [subject.id for subject in find_subjects(two_series, ALL)][-1] == "p3"
-    count, broken = broken_files(str(two_series), ALL)
-    assert count == 4 and "12 bits" in str(broken[0])
+    survey = survey_data(DataConfig(root=str(two_series), dicom=ALL.dicom))
+    survey.read_voxels()
+    assert len(survey.subjects) == 4 and "12 bits" in str(survey.faults[0])
 
 
 # Finding ------------------------------------------------------------------------------------------

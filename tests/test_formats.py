@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from loaders import VolumeStore, find_subjects
+from loaders import DataConfig, VolumeStore, find_subjects, survey_data
 from loaders.readers import BrokenVolume, Reading, read_volume, write_volume
 
 tifffile = pytest.importorskip("tifffile")
@@ -166,17 +166,15 @@ def test_what_readers_assumed_is_told_once_for_all_volumes_also_from_the_cache(t
     line = f"{first}: has no voxel size along X, Y, Z: taken as 1 mm (2 of 2 volumes)\n"
     for _ in range(2):
         VolumeStore.build(find_subjects(tmp_path / "in"), tmp_path / "cache")
-        assert capsys.readouterr().err == line
+        assert capsys.readouterr().err.startswith(line)
 
 
-def test_check_data_tells_what_readers_assumed(tmp_path, capsys):
-    from loaders import broken_files
-
+def test_check_data_tells_what_readers_assumed(tmp_path):
     tifffile.imwrite(tmp_path / "a.tif", STACK, photometric="minisblack")
-    assert broken_files(str(tmp_path)) == (1, [])
-    assert (
-        "a.tif: has no voxel size along X, Y, Z: taken as 1 mm (1 of 1" in capsys.readouterr().err
-    )
+    survey = survey_data(DataConfig(root=str(tmp_path)))
+    assert survey.read_voxels() == survey.faults == []
+    told = "a.tif: has no voxel size along X, Y, Z: taken as 1 mm (1 of 1"
+    assert any(told in line for line in survey.lines)
 
 
 def test_micrometers_survive_the_way_through_a_nifti(tmp_path):
