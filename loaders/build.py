@@ -13,7 +13,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,10 +30,12 @@ from loaders.preprocess import (
     to_store_grid,
 )
 from loaders.readers import BrokenVolume, Reading, Volume, read_volume
+from loaders.series import at_time, by_file
 from loaders.subjects import Subject
 from loaders.whole import sweep, whole_file
 
 Task = TypeVar("Task")
+Used = TypeVar("Used")
 
 FORMAT = 1  # part of every key: raise it when what lies in the cache changes its meaning
 NUM_POINTS = 1024  # voxels remembered for the samplers
@@ -111,6 +113,8 @@ class Builder:
                 before = stamp(path)
                 self.digests[os.path.abspath(path)] = [*before, digest(path)]
             parts.append(self.digests[os.path.abspath(path)][-1])
+        if subject.time:
+            parts.append(f"time point {subject.time.number} of {subject.time.count}")
         text = "\n".join([self.recipe, *parts])
         return hashlib.blake2b(text.encode(), digest_size=12).hexdigest()
 
@@ -133,23 +137,27 @@ class Builder:
         sweep(self.cache_dir)  # we hold the lock: their makers are dead
         pool = ThreadPoolExecutor(threads, "store")
         try:
-            tasks = [(subject, pool.submit(self.build_one, subject)) for subject in subjects]
-            for subject, task in progress_bar(tasks, "caching volumes", progress):
-                try:
-                    made[subject.id] = task.result()
-                except BrokenVolume as error:
-                    if on_error == "raise":
-                        hint = "; --data.on_error skip leaves such volumes out" * (len(tasks) > 1)
-                        raise BrokenVolume(error.path, error.reason + hint) from error
-                    skipped.append((subject.id, error.path, error.reason))
+            tasks = [
+                (group, pool.submit(read_each, group, self.reading, self.build_one))
+                for group in by_file(subjects)
+            ]
+            for group, task in progress_bar(tasks, "caching volumes", progress):
+                for subject, found in zip(group, task.result(), strict=True):
+                    if not isinstance(found, BrokenVolume):
+                        made[subject.id] = found
+                    elif on_error == "raise":
+                        hint = "; --data.on_error skip leaves such volumes out"
+                        hint *= len(subjects) > 1
+                        raise BrokenVolume(found.path, found.reason + hint) from found
+                    else:
+                        skipped.append((subject.id, found.path, found.reason))
         finally:
             pool.shutdown(cancel_futures=True)
             write_whole(self.cache_dir / "sources.json", json.dumps(self.digests).encode())
         return made, skipped
 
-    def build_one(self, subject: Subject) -> dict[str, Any]:
-        """Read, check, preprocess and store one volume."""
-        volume = read_subject(subject, self.reading)
+    def build_one(self, subject: Subject, volume: Volume) -> dict[str, Any]:
+        """Check, preprocess and store one volume, as it was read."""
         self.check_channels(subject, len(volume.data))
         volume = storable(volume, subject.paths[0], self.reading.nan)
         key = self.key(subject)
@@ -253,6 +261,28 @@ def read_subject(subject: Subject, reading: Reading) -> Volume:
         return Volume(np.concatenate([v.intensities() for v in volumes]), first.affine)
     data = np.concatenate([volume.data for volume in volumes])
     return Volume(data, first.affine, first.scale, first.offset)
+
+
+def read_each(
+    group: Sequence[Subject], reading: Reading, use: Callable[[Subject, Volume], Used]
+) -> list[Used | BrokenVolume]:
+    """Read the files of subjects that share them, once, and use the volume of each in turn.
+
+    Returns:
+        What `use` returned for each subject, or the error that it, or reading, ended with.
+    """
+    try:
+        whole = read_subject(group[0], reading)
+    except BrokenVolume as error:
+        return [error] * len(group)
+    found: list[Used | BrokenVolume] = []
+    for subject in group:
+        try:
+            found.append(use(subject, at_time(whole, subject.time)))
+        except BrokenVolume as error:
+            at = f"time point {subject.time.number}: " if subject.time else ""
+            found.append(BrokenVolume(error.path, at + error.reason))
+    return found
 
 
 def storable(volume: Volume, path: Path, nan: str) -> Volume:

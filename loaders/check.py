@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 
-from loaders.build import num_threads, progress_bar, read_subject, storable
+from loaders.build import num_threads, progress_bar, read_each, storable
 from loaders.find import find_subjects
-from loaders.readers import READING, BrokenVolume, Reading
+from loaders.readers import READING, BrokenVolume, Reading, Volume
+from loaders.series import by_file
 from loaders.subjects import Subject
 
 
@@ -23,19 +24,16 @@ def broken_files(
     Returns:
         Number of volumes, and an error for each broken one, in order.
     """
-    subjects = find_subjects(root)
+    subjects = find_subjects(root, reading)
 
-    def check(subject: Subject) -> BrokenVolume | None:
-        try:
-            volume = storable(read_subject(subject, reading), subject.paths[0], reading.nan)
-            for channel in volume.data:
-                if channel.min() == channel.max():
-                    raise BrokenVolume(subject.paths[0], f"all voxels are {channel.flat[0]}")
-        except BrokenVolume as error:
-            return error
-        return None
+    def check(subject: Subject, volume: Volume) -> None:
+        volume = storable(volume, subject.paths[0], reading.nan)
+        for channel in volume.data:
+            if channel.min() == channel.max():
+                raise BrokenVolume(subject.paths[0], f"all voxels are {channel.flat[0]}")
 
     with ThreadPoolExecutor(threads or num_threads()) as pool:
-        tasks = [pool.submit(check, subject) for subject in subjects]
+        tasks = [pool.submit(read_each, group, reading, check) for group in by_file(subjects)]
         found = [task.result() for task in progress_bar(tasks, "checking", show=True)]
-    return len(subjects), [error for error in found if error is not None]
+    errors = [error for group in found for error in group]
+    return len(subjects), [error for error in errors if error is not None]

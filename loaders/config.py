@@ -28,7 +28,8 @@ class DataConfig:
         preprocess: What is done to each volume.
         on_error: Broken file: raise ends the run, skip lists it in skipped.csv.
         nan: NaN or infinite voxels: error, or fill with the volume's lowest intensity.
-        volumes_4d: 4D files: error, channels (each volume a channel) or first.
+        volumes_4d: 4D files: error, channels (each volume a channel), first, or samples (each time
+            point is a volume of its own, all of one person).
         backend: Cache as npy (fastest), or blosc2 (about half the disk space).
         slice_axis: For 2D training: the axis that slices are cut across (0, 1 or 2).
         num_slices: For 2D training: neighboring slices that become channels (odd).
@@ -44,7 +45,7 @@ class DataConfig:
     preprocess: Preprocess = field(default_factory=Preprocess)
     on_error: Literal["raise", "skip"] = "raise"
     nan: Literal["error", "fill"] = "error"
-    volumes_4d: Literal["error", "channels", "first"] = "error"
+    volumes_4d: Literal["error", "channels", "first", "samples"] = "error"
     backend: Literal["npy", "blosc2"] = "npy"
     slice_axis: int = 2
     num_slices: int = 1
@@ -115,7 +116,7 @@ def open_data(
 
     if not config.root:
         raise ValueError("data.root is not set: give a folder, a glob or a manifest")
-    subjects = find_subjects(config.root)
+    subjects = find_subjects(config.root, config.reading)
     if split is None:
         split = split_subjects(subjects, config.fractions)
     vanished = {id for ids in split.values() for id in ids} - {subject.id for subject in subjects}

@@ -7,11 +7,12 @@ import os
 from pathlib import Path
 
 from loaders.manifest import manifest_subjects
-from loaders.readers import READERS, is_dicom, volume_suffix
+from loaders.readers import READERS, READING, Reading, is_dicom, volume_suffix
+from loaders.series import time_points
 from loaders.subjects import Subject, names_of
 
 
-def find_subjects(root: str | Path) -> list[Subject]:
+def find_subjects(root: str | Path, reading: Reading = READING) -> list[Subject]:
     """List the volumes under a folder (recursive), of a glob, or of a CSV or JSON manifest.
 
     A manifest has the column `path` (relative to the manifest; several files separated by `;`
@@ -20,6 +21,8 @@ def find_subjects(root: str | Path) -> list[Subject]:
 
     Args:
         root: The folder, glob or manifest.
+        reading: How the files are read; with `volumes_4d: samples` each time point of a 4D file is
+            a subject.
 
     Returns:
         Volumes sorted by id, or in the manifest's order.
@@ -27,7 +30,11 @@ def find_subjects(root: str | Path) -> list[Subject]:
     Example:
         >>> find_subjects("data/**/*_T1.nii.gz")
     """
-    root = Path(root).expanduser()
+    return list(time_points(listed(Path(root).expanduser()), reading))
+
+
+def listed(root: Path) -> list[Subject]:
+    """List the files, one subject each."""
     if root.suffix.lower() in (".csv", ".json") and root.is_file():
         return manifest_subjects(root)
     if root.is_dir():

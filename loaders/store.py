@@ -27,6 +27,7 @@ from loaders.build import Builder, draw_labels, exclusive, stamp, write_whole
 from loaders.compressed import CompressedArray
 from loaders.preprocess import PERCENTILES, Preprocess, from_store_grid
 from loaders.readers import READING, BrokenVolume, Reading, Volume, num_items, read_volume
+from loaders.series import time_points
 from loaders.subjects import Subject, names_of
 
 OPEN_VOLUMES = 128  # maps held open: 10,000 volumes must not need 10,000 file descriptors
@@ -284,7 +285,7 @@ class VolumeStore:
                 cached. None takes any.
             num_slices: Neighboring slices that become channels.
         """
-        subjects = as_subjects(subjects_or_paths)
+        subjects = as_subjects(subjects_or_paths, reading)
         preprocess = preprocess or Preprocess()
         cache_dir = Path(cache_dir or os.environ.get("VAE3D_CACHE") or "~/.cache/vae3d")
         cache_dir = cache_dir.expanduser()
@@ -382,7 +383,9 @@ def undo(x: np.ndarray, record: dict[str, Any]) -> Volume:
     return from_store_grid(volume, record["geometry"], record["background"])
 
 
-def as_subjects(subjects_or_paths: Sequence[Subject | str | Path]) -> list[Subject]:
+def as_subjects(
+    subjects_or_paths: Sequence[Subject | str | Path], reading: Reading
+) -> list[Subject]:  # fmt: skip
     """Return subjects; paths are named relative to the folder that holds them all."""
     items = list(subjects_or_paths)
     if not items:
@@ -395,7 +398,8 @@ def as_subjects(subjects_or_paths: Sequence[Subject | str | Path]) -> list[Subje
         raise ValueError(f"give subjects or paths, not both: {given[0]} is a path")
     paths = [Path(os.path.abspath(path)) for path in given]
     base = Path(os.path.commonpath([path.parent for path in paths]))
-    return [Subject(id, (path,)) for id, path in zip(names_of(paths, base), paths, strict=True)]
+    named = zip(names_of(paths, base), paths, strict=True)
+    return list(time_points((Subject(id, (path,)) for id, path in named), reading))
 
 
 def warn_of_intensities(

@@ -13,6 +13,21 @@ from loaders.readers import volume_suffix
 
 
 @dataclass(frozen=True)
+class TimePoint:
+    """Which volume of a 4D file.
+
+    Args:
+        series: Id that the whole file would have.
+        number: Of the time point, from 0.
+        count: Time points of the file.
+    """
+
+    series: str
+    number: int
+    count: int
+
+
+@dataclass(frozen=True)
 class Subject:
     """One volume to load and what is known about it.
 
@@ -21,21 +36,25 @@ class Subject:
         paths: One file or DICOM folder; several are stacked as channels.
         split: train, val or test where the manifest says so.
         labels: Further manifest columns, for example group or site.
+        time: Which volume of the files, where these are 4D and each time point is a sample.
     """
 
     id: str
     paths: tuple[Path, ...]
     split: str | None = None
     labels: dict[str, str] = field(default_factory=dict)
+    time: TimePoint | None = None
 
     @property
     def person(self) -> str:
         """Whose volume it is: all volumes of a person share a split.
 
-        The manifest's `subject` column, else BIDS' `sub-...` in the path, else the volume's id.
+        The manifest's `subject` column, else BIDS' `sub-...` in the path, else the id, for a time
+        point that of its file.
         """
         bids = re.search(r"sub-[A-Za-z0-9]+", self.id)
-        return self.labels.get("subject") or (bids.group() if bids else self.id)
+        own = self.time.series if self.time else self.id
+        return self.labels.get("subject") or (bids.group() if bids else own)
 
 
 def names_of(paths: list[Path], base: Path) -> list[str]:

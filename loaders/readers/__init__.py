@@ -28,14 +28,22 @@ from loaders.readers.common import (
 )  # fmt: skip
 from loaders.readers.dicom import is_dicom, read_dicom
 from loaders.readers.itk import read_meta, read_nrrd
-from loaders.readers.nifti import ras_axes, read_mgh, read_nifti, write_volume
+from loaders.readers.nifti import (
+    mgh_header,
+    nifti_header,
+    ras_axes,
+    read_mgh,
+    read_nifti,
+    write_volume,
+)
 from loaders.readers.npy import read_npy, read_npz
 from loaders.readers.picture import read_picture
-from loaders.readers.tiff import read_tiff
+from loaders.readers.tiff import read_tiff, tiff_time_points
 
 __all__ = [
     "READERS", "READING", "BrokenVolume", "Reading", "Volume", "Volumes4D", "check_file",
-    "is_dicom", "num_items", "ras_axes", "read_volume", "volume_suffix", "write_volume",
+    "is_dicom", "num_items", "num_time_points", "ras_axes", "read_volume", "volume_suffix",
+    "write_volume",
 ]  # fmt: skip
 
 READERS: dict[str, Callable[[Path, Reading], Volume]] = {
@@ -96,6 +104,32 @@ def read_volume(path: Path | str, reading: Reading = READING) -> Volume:
     if not any(np.isfinite(data[..., z]).any() for z in range(data.shape[3])):
         raise BrokenVolume(path, "all voxels are NaN or infinite")
     return replace(volume, data=data)
+
+
+# What counts the volumes of a 4D file by its header; files of other formats are read for it.
+TIME_POINTS: dict[str, Callable[[Path], int]] = {
+    **dict.fromkeys((".nii.gz", ".nii", ".hdr"), lambda path: fourth(nifti_header(path)[1])),
+    **dict.fromkeys((".mgz", ".mgh.gz", ".mgh"), lambda path: fourth(mgh_header(path)[1])),
+    **dict.fromkeys((".tif", ".tiff"), tiff_time_points),
+    **dict.fromkeys((".png", ".jpg", ".jpeg", ".dcm", "folder"), lambda path: 1),
+}
+
+
+def num_time_points(path: Path, reading: Reading) -> int:
+    """Return how many samples a file is: the length of its time axis with `volumes_4d: samples`.
+
+    Time is the axis T of a TIFF and the fourth axis of other formats.
+    """
+    if reading.volumes_4d != "samples":
+        return 1
+    if count := TIME_POINTS.get(check_file(path)):
+        return count(path)
+    return len(read_volume(path, reading).data)
+
+
+def fourth(shape: tuple[int, ...]) -> int:
+    """Length of the fourth axis."""
+    return shape[3] if len(shape) > 3 else 1
 
 
 def read_folder(path: Path, reading: Reading = READING) -> Volume:

@@ -25,7 +25,7 @@ MAX_EXPANSION = 800
 LARGE = 64 * 2**20
 CHUNK = 2**18
 
-Volumes4D = Literal["error", "channels", "first"]
+Volumes4D = Literal["error", "channels", "first", "samples"]
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,8 @@ class Reading:
 
     Args:
         nan: NaN or infinite voxels: error, or fill with the volume's lowest intensity.
-        volumes_4d: 4D files: error, channels (each volume a channel) or first.
+        volumes_4d: 4D files: error, channels (each volume a channel), first, or samples (each time
+            point is a volume of its own, all of one person).
     """
 
     nan: Literal["error", "fill"] = "error"
@@ -243,12 +244,18 @@ def codec_of(path: Path) -> str | None:
 
 
 def to_channels_first(path: Path, data: np.ndarray, volumes_4d: Volumes4D) -> np.ndarray:
-    """(X, Y[, Z[, T or C ...]]) -> (C, X, Y, Z); more than one volume needs the user's leave."""
+    """(X, Y[, Z[, T or C ...]]) -> (C, X, Y, Z); more than one volume needs the user's leave.
+
+    The fourth axis runs fastest over the channels: of a series of T volumes, `[t::T]` are those of
+    time point t.
+    """
     shape = data.shape + (1,) * (3 - data.ndim)
     data = data.reshape(*shape[:3], -1, order="F")  # (X, Y, Z, T)
     if data.shape[3] > 1 and volumes_4d == "error":
         size = "x".join(map(str, shape))
-        raise BrokenVolume(path, f"is 4D ({size}): set volumes_4d to channels or first to allow it")
+        raise BrokenVolume(
+            path, f"is 4D ({size}): set volumes_4d to samples, channels or first to allow it"
+        )
     if volumes_4d == "first":
         data = data[..., :1]
     return np.moveaxis(data, 3, 0)  # (C, X, Y, Z)

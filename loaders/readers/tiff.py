@@ -54,11 +54,25 @@ def read_tiff(path: Path, reading: Reading = READING) -> Volume:
         if name not in names:
             names, data = names + name, data[..., None]
     order = [names.index(name) for name in "XYZ"]
-    data = data.transpose(*order, *(i for i in range(data.ndim) if i not in order))
+    others = [i for i in range(data.ndim) if i not in order]
+    if reading.volumes_4d == "samples":  # time before channels
+        others.sort(key=lambda i: names[i] != "T")
+    data = data.transpose(*order, *others)
     leave = (
         "channels" if "S" in axes and data.shape[2] == 1 else reading.volumes_4d
     )  # a color picture
     return Volume(to_channels_first(path, data, leave), np.diag([*spacing, 1.0]))
+
+
+def tiff_time_points(path: Path) -> int:
+    """Length of the axis T, 1 where there is none; no page is decoded."""
+    import tifffile
+
+    try:
+        with tifffile.TiffFile(path) as tiff:
+            return dict(zip(tiff.series[0].axes, tiff.series[0].shape, strict=True)).get("T", 1)
+    except (tifffile.TiffFileError, IndexError, RuntimeError) as error:
+        raise BrokenVolume(path, f"damaged TIFF ({error})") from error
 
 
 def tiff_spacing_mm(tiff: tifffile.TiffFile) -> tuple[float, float, float]:

@@ -10,7 +10,7 @@ def check_data(
     root: str,
     /,
     nan: Literal["error", "fill"] = "error",
-    volumes_4d: Literal["error", "channels", "first"] = "error",
+    volumes_4d: Literal["error", "channels", "first", "samples"] = "error",
     threads: int | None = None,
 ) -> int:
     """Read every volume to its end and list the broken ones; exit code 2 if there are any.

@@ -138,7 +138,8 @@ def evaluate(
         tile_faces([1] * vae.spatial_dims, patch, overlap, blend)  # overlap < patch
     facts = {"checkpoint": str(find_checkpoint(checkpoint)), "step": state["step"], "ema": ema}
     facts["checkpoint_sha256"] = fingerprint(checkpoint)
-    subjects = find_subjects(data.root)
+    reading = Reading.of(trained["data"])
+    subjects = find_subjects(data.root, reading)
     chosen = choose_subjects(subjects, state["split"], split)[:limit]
 
     with open_world(device) as world, telling_of_memory(*SMALLER_PASSES):
@@ -148,7 +149,7 @@ def evaluate(
             cache_dir=data.cache_dir,
             preprocess=Preprocess.of_checkpoint(state["preprocess"], data.preprocess),
             on_error=data.on_error,
-            reading=Reading.of(trained["data"]),
+            reading=reading,
         )
         out, pca = Path(out_dir), None
         with world.main_first():
