@@ -16,12 +16,14 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 
 from loaders.compressed import compress
+from loaders.masks import hide, nearest, read_weights
 from loaders.preprocess import (
     PERCENTILES,
     Preprocess,
@@ -81,7 +83,7 @@ class Builder:
             return {}
         found = {}
         for subject in subjects:
-            if all(self.remembered(path) for path in subject.paths):
+            if all(self.remembered(path) for path in sources(subject)):
                 meta = self.sidecar(self.key(subject))
                 if meta is not None:
                     self.check_channels(subject, meta["shape"][0])
@@ -106,13 +108,15 @@ class Builder:
             return False
 
     def key(self, subject: Subject) -> str:
-        """Name of a volume in the cache: a hash of its bytes and of the geometry."""
+        """Name of a volume in the cache: a hash of its bytes, its mask's, and of the geometry."""
         parts = []
-        for path in subject.paths:
+        for path in sources(subject):
             if not self.remembered(path):
                 before = stamp(path)
                 self.digests[os.path.abspath(path)] = [*before, digest(path)]
             parts.append(self.digests[os.path.abspath(path)][-1])
+        if subject.mask:
+            parts.append(f"masked {self.reading.mask_weights}")
         if subject.time:
             parts.append(f"time point {subject.time.number} of {subject.time.count}")
         text = "\n".join([self.recipe, *parts])
@@ -122,7 +126,9 @@ class Builder:
         """Read a sidecar; None where the volume is missing or torn."""
         try:
             meta = json.loads((self.cache_dir / f"{key}.json").read_text())
-            if os.path.getsize(self.cache_dir / meta["file"]) == meta["num_bytes"]:
+            arrays = [part for part in (meta, meta.get("mask")) if part]
+            sizes = [os.path.getsize(self.cache_dir / part["file"]) for part in arrays]
+            if sizes == [part["num_bytes"] for part in arrays]:
                 return meta
         except (FileNotFoundError, ValueError, KeyError, RecursionError):
             pass  # not built, or torn by a crash of the machine: it is built again
@@ -163,13 +169,14 @@ class Builder:
         key = self.key(subject)
         if (meta := self.sidecar(key)) is not None:  # the same bytes under another name
             return meta
+        counts = slice(None) if volume.weights is None else volume.weights[0] > 0
         channels = len(volume.data)
         scale = np.full(channels, volume.scale)
         offset = np.full(channels, volume.offset)
         stats, tables = [], []
         for channel in range(channels):
             found, table = statistics(
-                volume.data[channel], float(scale[channel]), float(offset[channel])
+                volume.data[channel][counts], float(scale[channel]), float(offset[channel])
             )
             if found["min"] == found["max"]:
                 raise BrokenVolume(subject.paths[0], f"all voxels are {found['min']:g}")
@@ -180,17 +187,8 @@ class Builder:
         threshold = (stats[0]["foreground_threshold"] - offset[0]) / scale[0]
         stored, undo = to_store_grid(volume, self.preprocess, threshold)
         data = stored.data
-        if self.backend == "blosc2":
-            name, content, body = f"{key}.b2nd", compress(in_c_order(data)), None
-        else:
-            name, content, body = f"{key}.npy", npy_header(data), data
         meta = {
             "key": key,
-            "file": name,
-            "shape": list(data.shape),
-            "dtype": data.dtype.str,
-            "start": len(content),
-            "num_bytes": len(content) + (data.nbytes if body is not None else 0),
             "affine": stored.affine.tolist(),
             "spacing_mm": list(stored.spacing_mm),
             "scale": [float(s) for s in scale],
@@ -198,13 +196,45 @@ class Builder:
             "statistics": stats,
             "undo": undo,
         }
+        if volume.weights is not None:
+            unpadded = undo.get("pad_from", data.shape[1:])
+            mask = stored_weights(Volume(volume.weights, volume.affine), stored, unpadded)
+            meta["mask"] = None if (mask == 1).all() else self.write_array(f"{key}.mask", mask)
         points = foreground_points(data[0], threshold, scale[0] > 0, int(key[:8], 16))
         write_whole(self.cache_dir / f"{key}.points.npy", npy_header(points), points)
         table = np.array(tables)
         write_whole(self.cache_dir / f"{key}.quantiles.npy", npy_header(table), table)
-        write_whole(self.cache_dir / name, content, body)
+        meta |= self.write_array(key, data)
         write_whole(self.cache_dir / f"{key}.json", json.dumps(meta).encode())
         return meta
+
+    def write_array(self, name: str, data: np.ndarray) -> dict[str, str | int | list[int]]:
+        """Write an array (C, X, Y, Z) as the backend does; return what opens it."""
+        if self.backend == "blosc2":
+            file, content, body = f"{name}.b2nd", compress(in_c_order(data)), None
+        else:
+            file, content, body = f"{name}.npy", npy_header(data), data
+        write_whole(self.cache_dir / file, content, body)
+        return {
+            "file": file,
+            "shape": list(data.shape),
+            "dtype": data.dtype.str,
+            "start": len(content),
+            "num_bytes": len(content) + (data.nbytes if body is not None else 0),
+        }
+
+
+def sources(subject: Subject) -> list[Path]:
+    """Return the files that a volume is made of."""
+    return [*subject.paths, subject.mask] if subject.mask else list(subject.paths)
+
+
+def stored_weights(weights: Volume, stored: Volume, unpadded: Sequence[int]) -> np.ndarray:
+    """Bring weights from the grid of the source to the store's; padding counts 0."""
+    out = nearest(weights, stored.data.shape[1:], stored.affine).data
+    for axis, size in enumerate(unpadded, start=1):
+        np.moveaxis(out, axis, 0)[size:] = 0
+    return out
 
 
 def write_whole(path: Path, header: bytes, data: np.ndarray | None = None) -> None:
@@ -247,6 +277,15 @@ def in_c_order(data: np.ndarray) -> np.ndarray:
 
 
 def read_subject(subject: Subject, reading: Reading) -> Volume:
+    """Read the files of a subject, all time points of them, and its mask."""
+    volume = read_channels(subject, reading)
+    if subject.mask is None:
+        return volume
+    times = subject.time.count if subject.time else 1
+    return replace(volume, weights=read_weights(subject.mask, volume, times, reading))
+
+
+def read_channels(subject: Subject, reading: Reading) -> Volume:
     """Read the files of a subject; several become channels and must share one grid."""
     volumes = [read_volume(path, reading) for path in subject.paths]
     first = volumes[0]
@@ -286,12 +325,18 @@ def read_each(
 
 
 def storable(volume: Volume, path: Path, nan: str) -> Volume:
-    """Return at most 4 bytes a voxel; NaN and infinity as the policy says."""
-    data = volume.data
+    """Return at most 4 bytes a voxel; NaN, infinity and what does not count as the policy says."""
+    data, weights = volume.data, volume.weights
     kind, size = data.dtype.kind, data.dtype.itemsize
     if kind == "f":
         with np.errstate(over="ignore"):  # what overflows float32 is told below
             data = data.astype(np.float32, copy=False)
+    if nan == "mask":
+        sound = np.isfinite(data).all(0, keepdims=True)
+        weights = sound.astype(np.uint8) if weights is None else weights * sound
+    if weights is not None:
+        data = hide(data, weights, volume.scale > 0, path)
+    if kind == "f":
         finite = np.isfinite(data)
         if not finite.all():
             bad = data.size - int(finite.sum())
@@ -299,7 +344,8 @@ def storable(volume: Volume, path: Path, nan: str) -> Volume:
                 raise BrokenVolume(path, "all voxels are beyond the range of float32")
             if nan == "error":
                 raise BrokenVolume(
-                    path, f"{bad} voxels are NaN or infinite: set data.nan to fill to allow it"
+                    path,
+                    f"{bad} voxels are NaN or infinite: set data.nan to fill or to mask",
                 )
             data = np.where(finite, data, data[finite].min())
     elif kind == "b":
@@ -308,7 +354,7 @@ def storable(volume: Volume, path: Path, nan: str) -> Volume:
         low, high = int(data.min()), int(data.max())
         fits = low >= -(2**31) and high < 2**31
         data = data.astype(np.int32 if fits else np.float32)
-    return Volume(data, volume.affine, volume.scale, volume.offset)
+    return Volume(data, volume.affine, volume.scale, volume.offset, weights)
 
 
 def foreground_points(

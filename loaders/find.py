@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 from loaders.manifest import manifest_subjects
+from loaders.masks import with_masks
 from loaders.readers import READERS, READING, Reading, is_dicom, volume_suffix
 from loaders.series import time_points
 from loaders.subjects import Subject, names_of
@@ -22,7 +23,7 @@ def find_subjects(root: str | Path, reading: Reading = READING) -> list[Subject]
     Args:
         root: The folder, glob or manifest.
         reading: How the files are read; with `volumes_4d: samples` each time point of a 4D file is
-            a subject.
+            a subject; with a mask, that of each is looked for.
 
     Returns:
         Volumes sorted by id, or in the manifest's order.
@@ -30,7 +31,8 @@ def find_subjects(root: str | Path, reading: Reading = READING) -> list[Subject]
     Example:
         >>> find_subjects("data/**/*_T1.nii.gz")
     """
-    return list(time_points(listed(Path(root).expanduser()), reading))
+    root = Path(root).expanduser()
+    return list(time_points(with_masks(listed(root), reading.mask, root), reading))
 
 
 def listed(root: Path) -> list[Subject]:

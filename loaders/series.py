@@ -44,4 +44,9 @@ def by_file(subjects: Sequence[Subject]) -> list[list[Subject]]:
 
 def at_time(volume: Volume, time: TimePoint | None) -> Volume:
     """Return a view of one time point of a volume that was read with `volumes_4d: samples`."""
-    return replace(volume, data=volume.data[time.number :: time.count]) if time else volume
+    if time is None:
+        return volume
+    weights = volume.weights
+    if weights is not None and len(weights) > 1:
+        weights = weights[time.number : time.number + 1]
+    return replace(volume, data=volume.data[time.number :: time.count], weights=weights)

@@ -34,15 +34,41 @@ OPEN_VOLUMES = 128  # maps held open: 10,000 volumes must not need 10,000 file d
 
 
 @dataclass(frozen=True)
+class Stored:
+    """An array (C, X, Y, Z) in the cache."""
+
+    file: str
+    shape: tuple[int, int, int, int]
+    dtype: np.dtype
+    start: int
+
+    @classmethod
+    def of(cls, record: dict[str, Any]) -> Stored:
+        """Take what `Builder.write_array` returned."""
+        shape, dtype = tuple(record["shape"]), np.dtype(record["dtype"])
+        return cls(record["file"], shape, dtype, record["start"])
+
+    def open(self, cache_dir: Path) -> np.ndarray | CompressedArray:
+        """Map its numbers."""
+        path = cache_dir / self.file
+        if path.suffix == ".b2nd":
+            return CompressedArray(path)
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            buffer = mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ)
+        finally:
+            os.close(descriptor)
+        flat = np.frombuffer(buffer, self.dtype, num_items(self.shape), self.start)
+        return np.asarray(Unlocked(flat)).reshape(self.shape)
+
+
+@dataclass(frozen=True)
 class Entry:
     """What a read needs to know about one volume."""
 
     subject: Subject
     key: str
-    file: str
-    shape: tuple[int, int, int, int]
-    dtype: np.dtype
-    start: int
+    voxels: Stored
     spacing_mm: tuple[float, float, float]
     # Of clip(stored * gain + bias, low, high), one value a channel.
     gain: np.ndarray
@@ -52,6 +78,13 @@ class Entry:
     raw: bool  # the mapping changes nothing
     lowest: float  # of the normalized volume
     highest: float
+    masked: bool  # whether it was said which voxels count
+    mask: Stored | None  # their weights; None where all are 1
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """(C, X, Y, Z)."""
+        return self.voxels.shape
 
 
 class VolumeStore:
@@ -72,17 +105,22 @@ class VolumeStore:
         self.skipped = list(skipped)  # (id, path, reason) of broken volumes
         shapes = [entry.shape[1:] for entry in self.entries]
         self.spatial_shapes: np.ndarray = np.array(shapes, int).reshape(-1, 3)
+        self._map()
+
+    def _map(self) -> None:
+        """Prepare the maps of the volumes and their masks, which are opened when read."""
         self.array = lru_cache(OPEN_VOLUMES)(self._open)
+        self.mask_array = lru_cache(OPEN_VOLUMES)(self._open_mask)
 
     def __len__(self) -> int:
         return len(self.entries)
 
     def __getstate__(self) -> dict[str, object]:
-        return {k: v for k, v in self.__dict__.items() if k != "array"}
+        return {k: v for k, v in self.__dict__.items() if k not in ("array", "mask_array")}
 
     def __setstate__(self, state: dict[str, object]) -> None:
         self.__dict__.update(state)
-        self.array = lru_cache(OPEN_VOLUMES)(self._open)
+        self._map()
 
     @property
     def ids(self) -> list[str]:
@@ -172,17 +210,31 @@ class VolumeStore:
 
     def _open(self, index: int) -> np.ndarray | CompressedArray:
         """Map the stored numbers of a volume (C, X, Y, Z)."""
-        entry = self.entries[index]
-        path = self.cache_dir / entry.file
-        if path.suffix == ".b2nd":
-            return CompressedArray(path)
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            buffer = mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ)
-        finally:
-            os.close(descriptor)
-        flat = np.frombuffer(buffer, entry.dtype, num_items(entry.shape), entry.start)
-        return np.asarray(Unlocked(flat)).reshape(entry.shape)
+        return self.entries[index].voxels.open(self.cache_dir)
+
+    def _open_mask(self, index: int) -> np.ndarray | CompressedArray | None:
+        """Map the weights of a volume's voxels (1, X, Y, Z); None where all are 1."""
+        mask = self.entries[index].mask
+        return mask.open(self.cache_dir) if mask else None
+
+    @property
+    def num_weights(self) -> int:
+        """Channels of what `read_weights_into` reads; 0 where every voxel counts alike."""
+        return int(any(entry.masked for entry in self.entries))
+
+    def read_weights_into(self, index: int, slices: Sequence[slice], out: np.ndarray) -> None:
+        """Read how much voxels count into a float32 buffer (1, *shape of the slices)."""
+        weights = self.mask_array(index)
+        out[...] = 1 if weights is None else weights[(slice(None), *slices)]
+
+    def seen(self, index: int) -> np.ndarray | None:
+        """Return which voxels (X, Y, Z) count at all; None where nothing was said of that."""
+        if not self.num_weights:
+            return None
+        weights = self.mask_array(index)
+        if weights is None:
+            return np.ones(self.shape(index)[1:], bool)
+        return weights[(slice(None),) * 4][0] > 0
 
     def undo(self, index: int, x: np.ndarray) -> Volume:
         """Invert the preprocessing: original intensities, grid and affine.
@@ -450,9 +502,11 @@ def open_entry(
             )
     columns = np.array(mappings, np.float32).T
     return Entry(
-        subject, meta["key"], meta["file"], tuple(meta["shape"]), np.dtype(meta["dtype"]),
-        meta["start"], tuple(meta["spacing_mm"]), columns[0], columns[1], columns[2], columns[3],
+        subject, meta["key"], Stored.of(meta), tuple(meta["spacing_mm"]),
+        columns[0], columns[1], columns[2], columns[3],
         raw=all(mapping == (1.0, 0.0, -np.inf, np.inf) for mapping in mappings),
         lowest=float(np.min(ranges)),
         highest=float(np.max(ranges)),
+        masked="mask" in meta,
+        mask=Stored.of(meta["mask"]) if meta.get("mask") else None,
     )  # fmt: skip

@@ -36,6 +36,7 @@ class Subject:
         paths: One file or DICOM folder; several are stacked as channels.
         split: train, val or test where the manifest says so.
         labels: Further manifest columns, for example group or site.
+        mask: File that says which voxels count; None for all alike.
         time: Which volume of the files, where these are 4D and each time point is a sample.
     """
 
@@ -43,6 +44,7 @@ class Subject:
     paths: tuple[Path, ...]
     split: str | None = None
     labels: dict[str, str] = field(default_factory=dict)
+    mask: Path | None = None
     time: TimePoint | None = None
 
     @property

@@ -136,12 +136,13 @@ def test_check_data_reads_files_at_the_same_time(tmp_path, monkeypatch):
     import threading
 
     import loaders.build
+    from loaders.check import broken_files
 
     for n in range(2):
         np.save(tmp_path / f"{n}.npy", np.arange(8.0).reshape(2, 2, 2))
     both, real = threading.Barrier(2, timeout=20), loaders.build.read_subject
     monkeypatch.setattr(loaders.build, "read_subject", lambda *a: (both.wait(), real(*a))[1])
-    assert loaders.check.broken_files(str(tmp_path), threads=2) == (2, [])
+    assert broken_files(str(tmp_path), threads=2) == (2, [])
 
 
 def test_a_broken_file_ends_a_command_in_one_line_or_is_skipped_and_counted(demo, tmp_path, vae3d):

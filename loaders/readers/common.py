@@ -12,7 +12,7 @@ import gzip
 import os
 import zlib
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -25,6 +25,7 @@ MAX_EXPANSION = 800
 LARGE = 64 * 2**20
 CHUNK = 2**18
 
+NaN = Literal["error", "fill", "mask"]
 Volumes4D = Literal["error", "channels", "first", "samples"]
 
 
@@ -33,13 +34,19 @@ class Reading:
     """How files are read where more than one answer is right.
 
     Args:
-        nan: NaN or infinite voxels: error, or fill with the volume's lowest intensity.
+        nan: NaN or infinite voxels: error, fill (with the volume's lowest intensity) or mask (they
+            are filled and count nothing).
         volumes_4d: 4D files: error, channels (each volume a channel), first, or samples (each time
             point is a volume of its own, all of one person).
+        mask: Which voxels count: a manifest column of files, or a pattern beside the image, such as
+            `{name}_mask.nii.gz`. Its values are weights; what is 0 is neither seen nor counted.
+        mask_weights: Weights of the values of masks, e.g. {0: 0.1, 1: 1}; null for the values.
     """
 
-    nan: Literal["error", "fill"] = "error"
+    nan: NaN = "error"
     volumes_4d: Volumes4D = "error"
+    mask: str | None = None
+    mask_weights: dict[int, float] | None = None
 
     @classmethod
     def names(cls) -> tuple[str, ...]:
@@ -50,6 +57,10 @@ class Reading:
     def of(cls, told: Mapping[str, Any]) -> Reading:
         """Take from a record what it tells; what it does not know has its default."""
         return cls(**{name: told[name] for name in cls.names() if name in told})
+
+    def masked(self, mask: str | None) -> Reading:
+        """Return it with other masks, `trained` for its own."""
+        return self if mask == "trained" else replace(self, mask=mask)
 
 
 READING = Reading()
@@ -80,12 +91,14 @@ class Volume:
         affine: 4x4, voxel index -> RAS+ millimeters.
         scale: Slope from stored numbers to intensities.
         offset: Intercept from stored numbers to intensities.
+        weights: How much each voxel counts, (1, X, Y, Z); None for all alike.
     """
 
     data: np.ndarray
     affine: np.ndarray = field(default_factory=lambda: np.eye(4))
     scale: float = 1.0
     offset: float = 0.0
+    weights: np.ndarray | None = None
 
     @property
     def spacing_mm(self) -> tuple[float, float, float]:

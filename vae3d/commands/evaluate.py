@@ -37,12 +37,15 @@ class EvaluationData:
         cache_dir: Where prepared volumes are kept; null for ~/.cache/vae3d (or $VAE3D_CACHE).
         on_error: Broken file: raise ends the evaluation, skip lists it in skipped.csv.
         preprocess: What you hold for that of the checkpoint, as a check; null to trust it.
+        mask: Which voxels count, as in training: a manifest column or a pattern; `trained` for that
+            of the run, null for all.
     """
 
     root: str
     cache_dir: str | None = None
     on_error: Literal["raise", "skip"] = "raise"
     preprocess: Preprocess | None = None
+    mask: str | None = "trained"
 
 
 def evaluate(
@@ -138,7 +141,7 @@ def evaluate(
         tile_faces([1] * vae.spatial_dims, patch, overlap, blend)  # overlap < patch
     facts = {"checkpoint": str(find_checkpoint(checkpoint)), "step": state["step"], "ema": ema}
     facts["checkpoint_sha256"] = fingerprint(checkpoint)
-    reading = Reading.of(trained["data"])
+    reading = Reading.of(trained["data"]).masked(data.mask)
     subjects = find_subjects(data.root, reading)
     chosen = choose_subjects(subjects, state["split"], split)[:limit]
 

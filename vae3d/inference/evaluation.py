@@ -137,20 +137,30 @@ class Evaluator:
         return row
 
     def measure(self, index: int, x: Tensor, recon: Tensor, mean: Tensor, logvar: Tensor) -> dict:
-        """All columns of a volume but its name."""
-        width = self.data_range
-        row = {name: metric(x, recon, width) for name, metric in METRICS.items()}
-        row |= self._baselines(x, recon)
-        foreground = self.foreground(index, x)
+        """All columns of a volume but its name.
+
+        With a mask they are of the voxels that count: for metrics that know none, the others are
+        taken from the volume into the reconstruction, so that there is no error.
+        """
+        width, foreground = self.data_range, self.foreground(index, x)
+        mask = self.store.seen(index)
+        if mask is not None:
+            mask = torch.from_numpy(mask)
+            foreground &= mask
+            recon = torch.where(mask, recon, x)  # for the metrics that know no mask
+        row = {name: metric(x, recon, width, mask) for name, metric in METRICS.items()}
+        row |= self._baselines(x, recon, mask)
         row |= {f"foreground_{m}": METRICS[m](x, recon, width, foreground) for m in FOREGROUND}
-        row |= self._original_units(index, x, recon)
+        row |= self._original_units(index, x, recon, mask)
+        if mask is not None:
+            row["mask_fraction"] = float(mask.double().mean())
         row |= latent_summary(mean, logvar, math.prod(x.shape[1:]), self.latent_bits)
         if self.how["mode"] == "patch":
             faces, factor = self.faces(x.shape[1:]), self.factor(x.ndim - 1)
             row["seam_score"] = seam_score(x, recon, faces, factor)
             if self.patch_gap:
                 exact = autoencode(self.vae, x, **{**self.how, "mode": "exact"})[0]
-                row["patch_gap"] = psnr(exact, recon, width)
+                row["patch_gap"] = psnr(exact, recon, width, mask)
         if self.perceptual is not None:
             device = next(self.vae.parameters()).device
             with torch.no_grad():
@@ -201,17 +211,19 @@ class Evaluator:
                 "(data.root or --checkpoint is another data set's)"
             )
 
-    def _baselines(self, x: Tensor, recon: Tensor) -> dict[str, float]:
+    def _baselines(self, x: Tensor, recon: Tensor, mask: Tensor | None) -> dict[str, float]:
         """Linear codes of the same size, and how many of their numbers would do as well."""
         factor, channels = self.factor(x.ndim - 1), self.vae.latent_channels
         row = {"lattice_score": lattice_score(x, recon, factor)}
-        row["pooled_psnr"] = psnr(x, pooled(x, factor), self.data_range)
+        row["pooled_psnr"] = psnr(x, pooled(x, factor), self.data_range, mask)
         if self.pca is not None:
-            row["pca_psnr"] = psnr(x, self.pca(x, channels), self.data_range)
+            row["pca_psnr"] = psnr(x, self.pca(x, channels), self.data_range, mask)
             row["pca_equivalent"] = self.pca.equivalent(x, recon) / channels
         return row
 
-    def _original_units(self, index: int, x: Tensor, recon: Tensor) -> dict[str, float]:
+    def _original_units(
+        self, index: int, x: Tensor, recon: Tensor, mask: Tensor | None
+    ) -> dict[str, float]:
         """Errors in the intensities of the source file (HU for CT): the mapping is linear."""
         record = self.store.undo_record(index)
         steps = [s / g for s, g in zip(record["scale"], record["gain"], strict=True)]
@@ -219,8 +231,8 @@ class Evaluator:
         factors = factors.abs().reshape(-1, *[1] * (x.ndim - 1)).float()
         a, b = x * factors, recon * factors
         return {
-            "mae_original": METRICS["mae"](a, b, 1.0),
-            "rmse_original": math.sqrt(METRICS["mse"](a, b, 1.0)),
+            "mae_original": METRICS["mae"](a, b, 1.0, mask),
+            "rmse_original": math.sqrt(METRICS["mse"](a, b, 1.0, mask)),
         }
 
     def _write_files(self, index: int, x: Tensor, recon: Tensor, row: dict) -> None:

@@ -61,7 +61,7 @@ class Validation:
     def __call__(self, network: CustomVAE, step: int) -> dict[str, float]:
         """Return val/mae and val/psnr, means over the volumes, the same on every rank.
 
-        The peak of the PSNR is the width of the store's data range. `rows` keeps the scores of
+        With masks only the voxels that count are measured. The peak of the PSNR is the width of the store's data range. `rows` keeps the scores of
         each volume.
         """
         lo, hi = self.store.data_range
@@ -70,10 +70,18 @@ class Validation:
             x, recon = self.reconstruct(network, i)
             if i in self.shown:
                 self.kept[step, i] = recon
-            scores[i] = {"mae": mae(x, recon, hi - lo), "psnr": psnr(x, recon, hi - lo)}
+            seen = self.store.seen(i)
+            if seen is None:
+                mask = None
+            elif seen.any():
+                mask = torch.from_numpy(seen)
+            else:  # a slice of which nothing counts has no score
+                continue
+            of_volume = x, recon, hi - lo, mask
+            scores[i] = {"mae": mae(*of_volume), "psnr": psnr(*of_volume)}
         for part in self.world.gather(scores):
             scores |= part
-        self.rows = [{"case": self.store.ids[i], **scores[i]} for i in self.volumes]
+        self.rows = [{"case": self.store.ids[i], **scores[i]} for i in self.volumes if i in scores]
         return {f"val/{name}": fmean(row[name] for row in self.rows) for name in ("mae", "psnr")}
 
     def reconstruct(
