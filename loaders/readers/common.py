@@ -60,7 +60,7 @@ class Reading:
 
     def masked(self, mask: str | None) -> Reading:
         """Return it with other masks, `trained` for its own."""
-        return self if mask == "trained" else replace(self, mask=mask)
+        return self if mask == "trained" else replace(self, mask=mask, mask_weights=None)
 
 
 READING = Reading()

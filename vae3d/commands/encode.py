@@ -138,7 +138,7 @@ def open_volumes(
     of_run = dict(state["config"]["data"])
     of_run |= {"preprocess": Preprocess.of_checkpoint(state["preprocess"], source.preprocess)}
     if source.mask != "trained":
-        of_run["mask"] = source.mask
+        of_run |= {"mask": source.mask, "mask_weights": None}
     for name in ("root", "cache_dir"):
         of_run[name] = getattr(source, name) or of_run[name]
     store, _ = open_data(DataConfig(**of_run))

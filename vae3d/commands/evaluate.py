@@ -139,9 +139,11 @@ def evaluate(
     if mode == "patch":
         check_patch(patch, vae.factor)
         tile_faces([1] * vae.spatial_dims, patch, overlap, blend)  # overlap < patch
+    reading = Reading.of(trained["data"]).masked(data.mask)
     facts = {"checkpoint": str(find_checkpoint(checkpoint)), "step": state["step"], "ema": ema}
     facts["checkpoint_sha256"] = fingerprint(checkpoint)
-    reading = Reading.of(trained["data"]).masked(data.mask)
+    if reading.mask is not None:
+        facts["mask"] = reading.mask
     subjects = find_subjects(data.root, reading)
     chosen = choose_subjects(subjects, state["split"], split)[:limit]
 

@@ -218,7 +218,7 @@ class Evaluator:
         row["pooled_psnr"] = psnr(x, pooled(x, factor), self.data_range, mask)
         if self.pca is not None:
             row["pca_psnr"] = psnr(x, self.pca(x, channels), self.data_range, mask)
-            row["pca_equivalent"] = self.pca.equivalent(x, recon) / channels
+            row["pca_equivalent"] = self.pca.equivalent(x, recon, mask) / channels
         return row
 
     def _original_units(

@@ -61,8 +61,8 @@ class Validation:
     def __call__(self, network: CustomVAE, step: int) -> dict[str, float]:
         """Return val/mae and val/psnr, means over the volumes, the same on every rank.
 
-        With masks only the voxels that count are measured. The peak of the PSNR is the width of the store's data range. `rows` keeps the scores of
-        each volume.
+        With masks only the voxels that count are measured. The peak of the PSNR is the width of the
+        store's data range. `rows` keeps the scores of each volume.
         """
         lo, hi = self.store.data_range
         scores, self.kept = {}, {}
