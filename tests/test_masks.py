@@ -153,7 +153,7 @@ def test_patches_and_their_weights_are_cut_alike_and_padding_counts_nothing(tmp_
         x, y, z = corner.tolist()
         expected = whole[volume][x : x + 8, y : y + 20, z : z + 4]
         assert np.array_equal(weight[0, :, :16], expected)
-    item = PatchDataset(store, size, **options)[3]
+    item = PatchDataset(store, size, patches_per_volume=20)[3]
     assert torch.equal(item["weight"], batch.weight[3])
 
 
