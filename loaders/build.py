@@ -116,7 +116,8 @@ class Builder:
                 self.digests[os.path.abspath(path)] = [*before, digest(path)]
             parts.append(self.digests[os.path.abspath(path)][-1])
         if subject.mask:
-            parts.append(f"masked {self.reading.mask_weights}")
+            weights = (self.reading.mask_weights or {}).items()
+            parts.append(f"masked {sorted((float(k), float(v)) for k, v in weights)}")
         if subject.time:
             parts.append(f"time point {subject.time.number} of {subject.time.count}")
         text = "\n".join([self.recipe, *parts])
@@ -354,7 +355,7 @@ def storable(volume: Volume, path: Path, nan: str) -> Volume:
         low, high = int(data.min()), int(data.max())
         fits = low >= -(2**31) and high < 2**31
         data = data.astype(np.int32 if fits else np.float32)
-    return Volume(data, volume.affine, volume.scale, volume.offset, weights)
+    return replace(volume, data=data, weights=weights)
 
 
 def foreground_points(

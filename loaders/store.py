@@ -234,7 +234,7 @@ class VolumeStore:
         weights = self.mask_array(index)
         if weights is None:
             return np.ones(self.shape(index)[1:], bool)
-        return weights[(slice(None),) * 4][0] > 0
+        return weights[(slice(0, 1),) + (slice(None),) * 3][0] > 0
 
     def undo(self, index: int, x: np.ndarray) -> Volume:
         """Invert the preprocessing: original intensities, grid and affine.

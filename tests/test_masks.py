@@ -1,7 +1,7 @@
 """Masks of data: what does not count is not seen, and what counts is cut along with the image."""
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -21,6 +21,8 @@ from loaders import (
 from loaders.check import broken_files
 from loaders.masks import nearest
 from loaders.readers import BrokenVolume, Reading, Volume, read_volume, write_volume
+from train_3d import train_3d
+from vae3d.config import parse
 
 SHAPE = (12, 10, 9)
 AFFINE = np.array([[0, 0, 2.0, -90], [-2, 0, 0, 100], [0, 2, 0, -60], [0, 0, 0, 1]])
@@ -298,3 +300,18 @@ def test_masks_that_are_missing_or_named_wrong_are_told_before_anything_is_cache
     write_volume(folder / "s1_mask.nii.gz", Volume(np.ones((1, *SHAPE), np.uint8), AFFINE))
     with pytest.raises(BrokenVolume, match=r"holds 0, which data.mask_weights does not name"):
         open_data(config)
+
+
+def test_options_of_masks_come_from_the_command_line_and_survive_a_saved_run(tmp_path):
+    argv = ["--data.root", "d", "--out_dir", "o", "--data.mask", "fov", "--data.nan", "mask"]
+    kwargs = parse(train_3d, [*argv, "--data.mask_weights", "{0: 0.1, 1: 1}"])
+    data = kwargs["data"]
+    assert data.reading == Reading(nan="mask", mask="fov", mask_weights={0: 0.1, 1: 1.0})
+    told = json.loads(json.dumps(asdict(data.reading)))  # keys become texts
+    assert Reading.of(told).masked("trained").mask_weights.keys() == {"0", "1"}
+    folder = write(tmp_path / "a")
+    stores = [
+        build(folder, tmp_path / "c", RAW, replace(BESIDE, mask_weights=weights))
+        for weights in ({0: 0.5, 1: 1}, {"0": 0.5, "1": 1.0})
+    ]
+    assert stores[0].entries[0].key == stores[1].entries[0].key

@@ -25,8 +25,8 @@ class VolumeSource:
         root: Folder, glob or manifest; null for the one that the model was trained on.
         cache_dir: Where prepared volumes are kept; null for ~/.cache/vae3d (or $VAE3D_CACHE).
         preprocess: What you hold for that of the checkpoint, as a check; null to trust it.
-        mask: Which voxels are seen: a manifest column or a pattern; `trained` for that of the run,
-            null for all.
+        mask: Which voxels are seen, a manifest column or a pattern as in training; `trained` for
+            that of the run, null for all (then name the images by a glob where masks lie beside).
     """
 
     root: str | None = None

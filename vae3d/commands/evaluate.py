@@ -37,8 +37,8 @@ class EvaluationData:
         cache_dir: Where prepared volumes are kept; null for ~/.cache/vae3d (or $VAE3D_CACHE).
         on_error: Broken file: raise ends the evaluation, skip lists it in skipped.csv.
         preprocess: What you hold for that of the checkpoint, as a check; null to trust it.
-        mask: Which voxels count, as in training: a manifest column or a pattern; `trained` for that
-            of the run, null for all.
+        mask: Which voxels count, a manifest column or a pattern as in training; `trained` for that
+            of the run, null for all (then name the images by a glob where masks lie beside them).
     """
 
     root: str
