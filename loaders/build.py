@@ -23,7 +23,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from loaders.compressed import compress
-from loaders.masks import hide, nearest, read_weights
+from loaders.masks import hide, read_weights
 from loaders.preprocess import (
     PERCENTILES,
     Preprocess,
@@ -198,8 +198,7 @@ class Builder:
             "undo": undo,
         }
         if volume.weights is not None:
-            unpadded = undo.get("pad_from", data.shape[1:])
-            mask = stored_weights(Volume(volume.weights, volume.affine), stored, unpadded)
+            mask = stored_weights(Volume(volume.weights, volume.affine), undo, data.shape[1:])
             meta["mask"] = None if (mask == 1).all() else self.write_array(f"{key}.mask", mask)
         points = foreground_points(data[0], threshold, scale[0] > 0, int(key[:8], 16))
         write_whole(self.cache_dir / f"{key}.points.npy", npy_header(points), points)
@@ -230,12 +229,11 @@ def sources(subject: Subject) -> list[Path]:
     return [*subject.paths, subject.mask] if subject.mask else list(subject.paths)
 
 
-def stored_weights(weights: Volume, stored: Volume, unpadded: Sequence[int]) -> np.ndarray:
-    """Bring weights from the grid of the source to the store's; padding counts 0."""
-    out = nearest(weights, stored.data.shape[1:], stored.affine).data
-    for axis, size in enumerate(unpadded, start=1):
-        np.moveaxis(out, axis, 0)[size:] = 0
-    return out
+def stored_weights(weights: Volume, undo: dict, shape: tuple[int, ...]) -> np.ndarray:
+    """Bring weights (1, X, Y, Z) from the source's grid to the store's; padding counts 0."""
+    data = label_to_store_grid(weights, undo).data
+    pads = [(0, n - m) for n, m in zip(shape, data.shape[1:], strict=True)]
+    return np.pad(data, [(0, 0), *pads])
 
 
 def write_whole(path: Path, header: bytes, data: np.ndarray | None = None) -> None:

@@ -17,6 +17,9 @@ import numpy as np
 from loaders.readers import BrokenVolume, Reading, Volume, read_volume, volume_suffix
 from loaders.subjects import Subject
 
+# Formats that do not say where in space a volume lies: they are taken voxel by voxel.
+PLACELESS = (".npy", ".npz", ".tif", ".tiff", ".png", ".jpg", ".jpeg")
+
 
 def with_masks(subjects: list[Subject], mask: str | None, root: Path) -> list[Subject]:
     """Give each subject its mask; files that are the mask of another are no subjects.
@@ -71,6 +74,8 @@ def read_weights(path: Path, image: Volume, times: int, reading: Reading) -> np.
     if len(mask.data) not in (1, times):
         raise BrokenVolume(path, f"is a mask of {len(mask.data)} volumes: give one, or {times}")
     shape = image.data.shape[1:]
+    if volume_suffix(path) in PLACELESS and not mask.affine[:3, 3].any():
+        mask = replace(mask, affine=image.affine)
     if mask.data.shape[1:] != shape and np.allclose(mask.affine, image.affine, atol=1e-3):
         sizes = ["x".join(map(str, size)) for size in (mask.data.shape[1:], shape)]
         raise BrokenVolume(path, f"is {sizes[0]}, its image {sizes[1]} at the same place")

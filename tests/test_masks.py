@@ -124,6 +124,18 @@ def test_a_mask_on_another_grid_is_aligned_by_its_affine(tmp_path, turn):
     assert np.array_equal(store.undo(0, weights(store, 0)).data[0], region())
 
 
+def test_a_mask_without_a_place_in_space_is_taken_voxel_by_voxel(tmp_path):
+    folder = write(tmp_path / "a")
+    for n in range(2):
+        np.save(folder / f"s{n}_fov.npy", region(n))
+    reading = Reading(mask="{name}_fov.npy")
+    for path in folder.glob("*_mask*"):
+        path.unlink()
+    store = build(folder, tmp_path / "c", RAW, reading)
+    assert store.ids == ["s0", "s1"]
+    assert np.array_equal(store.undo(1, weights(store, 1)).data[0], region(1))
+
+
 def test_nearest_neighbors_hold_for_an_oblique_grid():
     rng = np.random.default_rng(0)
     volume = Volume(rng.integers(0, 9, (2, 5, 6, 7)).astype(np.uint8), AFFINE)

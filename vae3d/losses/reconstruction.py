@@ -2,7 +2,8 @@
 
 Axes: b samples, c channels, then the two or three spatial axes. Every distance is taken per sample
 and averaged over samples; none depends on the number of voxels. With a mask the average is weighted
-(see `Term`): a window weighs what its middle voxel does, an edge what the lesser of its ends does.
+(see `Term`): a window weighs what its middle voxel does, an edge what the lesser of its ends does,
+both over the mean weight of the voxels.
 """
 
 from __future__ import annotations

@@ -22,9 +22,9 @@ class Term(nn.Module):
     Accumulated micro-batches and ranks then add up to the large batch to float rounding.
 
     A mask comes as `weight`, whose mean over all samples of an update is 1: the mean of
-    `weight * distance` is then `sum(w e) / sum(w)` over that update, however it is cut into
-    micro-batches and ranks, and 0 where no voxel counts. What counts 0 is 0 in `x` and in `recon`.
-    A term that takes the `weight` says so by `weighted`; one that does not is refused with a mask.
+    `weight * distance` over voxels is then `sum(w e) / sum(w)` over that update, however it is cut
+    into micro-batches and ranks, and 0 where no voxel counts. What counts 0 is 0 in `x` and in
+    `recon`. A term that takes the `weight` says so by `weighted`; others are refused with a mask.
 
     Attributes:
         weighted: Whether `forward` takes a `weight`.
