@@ -214,7 +214,7 @@ def weights_of(trainer):
 def masked_run(folder, world=None, batch_size=2, **options):
     world = world or World()
     loader = MaskedLoader(10, batch_size, world.rank, world.size)
-    trainer = toy_trainer(folder, world, loader=loader, max_steps=5, **options)
+    trainer = toy_trainer(folder, world, loader=loader, max_steps=3, **options)
     trainer.fit()
     return weights_of(trainer), trainer.tracker.losses("train/recon")
 

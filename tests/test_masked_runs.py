@@ -101,6 +101,7 @@ def test_evaluation_measures_inside_the_mask(runs):
     psnr = 10 * np.log10((high - low) ** 2 / np.square(error).mean())
     assert float(row["psnr"]) == pytest.approx(psnr, rel=1e-3)
     assert float(row["mask_fraction"]) == pytest.approx(seen.mean())
+    assert "voxels that the <b>masks</b> count" in (folder / "out" / "report.html").read_text()
 
 
 @pytest.mark.slow

@@ -142,8 +142,8 @@ def evaluate(
     reading = Reading.of(trained["data"]).masked(data.mask)
     facts = {"checkpoint": str(find_checkpoint(checkpoint)), "step": state["step"], "ema": ema}
     facts["checkpoint_sha256"] = fingerprint(checkpoint)
-    if reading.mask is not None:
-        facts["mask"] = reading.mask
+    if mask := reading.mask or ("finite voxels" if reading.nan == "mask" else None):
+        facts["mask"] = mask
     subjects = find_subjects(data.root, reading)
     chosen = choose_subjects(subjects, state["split"], split)[:limit]
 
