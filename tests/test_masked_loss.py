@@ -23,6 +23,7 @@ from vae3d.losses.term import Term
 from vae3d.losses.vae_loss import VAELoss
 from vae3d.models.posterior import DiagonalGaussian
 from vae3d.training.distributed import World
+from vae3d.training.memory import Trial
 from vae3d.training.task import VAETask, share_weights, weight_of
 
 SIZE = (2, 1, 12, 9, 14)
@@ -277,3 +278,17 @@ def test_volumes_of_other_sizes_count_by_their_voxels():
     total = small.weight.sum() + large.weight.sum()
     expected = sum((b.weight * e).sum() for b, e in zip(window, errors, strict=True)) / total
     assert torch.allclose(value, expected)
+
+
+def test_the_memory_of_a_batch_is_tried_with_weights_where_there_will_be_some():
+    seen = []
+
+    class Watched(VAETask):
+        def forward(self, batch, step):
+            seen.append(batch.weight)
+            return super().forward(batch, step)
+
+    task = Watched(tiny_vae(), VAELoss())
+    assert Trial(task, (1, 8, 4, 8), num_weights=1).peak_bytes(2) > 0
+    assert Trial(task, (1, 8, 4, 8)).peak_bytes(2) > 0
+    assert seen[0].shape == (2, 1, 8, 4, 8) and seen[1] is None
