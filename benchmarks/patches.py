@@ -360,7 +360,7 @@ def blosc2_store(paths, folder) -> VolumeStore:
 def blosc2_files(paths, folder) -> list[Path]:
     """Its files."""
     store = blosc2_store(paths, folder)
-    return [store.cache_dir / entry.file for entry in store.entries]
+    return [store.cache_dir / entry.voxels.file for entry in store.entries]
 
 
 def ours_blosc2(paths, folder, size):

@@ -13,7 +13,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import replace
@@ -23,6 +23,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from loaders.compressed import compress
+from loaders.masks import hide, nearest, read_weights
 from loaders.preprocess import (
     Preprocess,
     by_rules,
@@ -45,10 +46,12 @@ from loaders.readers import (
     split_series,
     volume_suffix,
 )
+from loaders.series import at_time, by_file
 from loaders.subjects import Subject
 from loaders.whole import sweep, whole_file
 
 Result = TypeVar("Result")
+Used = TypeVar("Used")
 
 FORMAT = 1  # part of every key: raise it when what lies in the cache changes its meaning
 # The same for what is read from DICOM: 2 has the rescale and the position of each slice.
@@ -84,7 +87,14 @@ class Builder:
         self.reading, self.backend = reading, backend
         recipe = [FORMAT, preprocess.geometry(), reading.nan, reading.volumes_4d, backend]
         chosen = reading.chosen()  # options that came later: caches older than they stay valid
-        apart = ("nan", "volumes_4d", "stacks", "missing")  # told already, or by the files
+        apart = (
+            "nan",
+            "volumes_4d",
+            "stacks",
+            "missing",
+            "mask",
+            "mask_weights",
+        )  # told already, or by the files
         later = {k: v for k, v in chosen.items() if k not in apart}
         recipe += [later] if later else []
         self.recipe = json.dumps(recipe, sort_keys=True)
@@ -119,7 +129,7 @@ class Builder:
     def files(self, subject: Subject) -> list[Path]:
         """Paths that a subject is read from; a missing one is among them where that is an error."""
         missing = missing_files(subject) if self.reading.missing == "zero" else []
-        return [path for path in subject.paths if path not in missing]
+        return [path for path in sources(subject) if path not in missing]
 
     def remembered(self, path: Path) -> bool:
         """Whether the digest of a file is known and its size and time are still the same."""
@@ -131,10 +141,10 @@ class Builder:
             return False
 
     def key(self, subject: Subject) -> str:
-        """Name of a volume in the cache: a hash of its bytes and of the geometry."""
+        """Name of a volume in the cache: a hash of its bytes, its mask's, and of the geometry."""
         parts = []
         present = self.files(subject)
-        for given in subject.paths:
+        for given in sources(subject):
             if given not in present:
                 parts.append("missing")
                 continue
@@ -145,6 +155,11 @@ class Builder:
             parts.append(self.digests[os.path.abspath(path)][-1] + revision(path))
             parts += [DICOM_FORMAT] if holds_dicom(path) else []
             parts += [series] if series else []
+        if subject.mask:
+            weights = (self.reading.mask_weights or {}).items()
+            parts.append(f"masked {sorted((float(k), float(v)) for k, v in weights)}")
+        if subject.time:
+            parts.append(f"time point {subject.time.number} of {subject.time.count}")
         text = "\n".join([self.recipe, *parts])
         return hashlib.blake2b(text.encode(), digest_size=12).hexdigest()
 
@@ -153,7 +168,9 @@ class Builder:
         try:
             meta = json.loads((self.cache_dir / f"{key}.json").read_text())
             measured = self.preprocess.rules == 1 or all("robust" in s for s in meta["statistics"])
-            if measured and os.path.getsize(self.cache_dir / meta["file"]) == meta["num_bytes"]:
+            arrays = [part for part in (meta, meta.get("mask")) if part]
+            sizes = [os.path.getsize(self.cache_dir / part["file"]) for part in arrays]
+            if measured and sizes == [part["num_bytes"] for part in arrays]:
                 return meta
         except (FileNotFoundError, ValueError, KeyError, RecursionError):
             pass  # not built, or torn by a crash of the machine: it is built again
@@ -190,33 +207,37 @@ class Builder:
         sweep(self.cache_dir)  # we hold the lock: their makers are dead
         pool = ThreadPoolExecutor(threads, "store")
         try:
-            tasks = [pool.submit(self.build_one, subject) for subject in subjects]
+            groups = by_file(subjects)
+            tasks = [
+                pool.submit(read_each, group, self.reading, self.build_one) for group in groups
+            ]
             watched = progress_bar(tasks, "caching volumes", progress)
-            for subject, task in zip(subjects, watched, strict=True):
-                try:
-                    made[subject.id] = task.result()
-                except BrokenVolume as error:
-                    left_out = isinstance(error, MissingFile) and self.reading.missing == "skip"
+            for group, task in zip(groups, watched, strict=True):
+                for subject, found in zip(group, task.result(), strict=True):
+                    if not isinstance(found, BrokenVolume):
+                        made[subject.id] = found
+                        continue
+                    left_out = isinstance(found, MissingFile) and self.reading.missing == "skip"
                     if on_error == "raise" and not left_out:
-                        raise with_remedy(error, len(tasks)) from error
-                    skipped.append((subject.id, error.path, error.reason))
+                        raise with_remedy(found, len(subjects)) from found
+                    skipped.append((subject.id, found.path, found.reason))
         finally:
             pool.shutdown(cancel_futures=True)
             write_whole(self.cache_dir / "sources.json", json.dumps(self.digests).encode())
         return made, skipped
 
-    def build_one(self, subject: Subject) -> dict[str, Any]:
-        """Read, check, preprocess and store one volume."""
-        volume = read_subject(subject, self.reading)
+    def build_one(self, subject: Subject, volume: Volume) -> dict[str, Any]:
+        """Check, preprocess and store one volume, as it was read."""
         notes = list(volume.notes)
         self.check_channels(subject, len(volume.data))
         volume = storable(volume, subject.paths[0], self.reading.nan)
         key = self.key(subject)
         if (meta := self.sidecar(key)) is not None:  # the same bytes under another name
             return meta
+        counts = slice(None) if volume.weights is None else volume.weights[0] > 0
         stats, tables = [], []
         for number, channel in enumerate(volume.data):
-            found, table = statistics(channel, float(volume.scale), float(volume.offset))
+            found, table = statistics(channel[counts], float(volume.scale), float(volume.offset))
             if number in volume.missing:
                 found["missing"] = True
             elif found["min"] == found["max"]:
@@ -232,30 +253,51 @@ class Builder:
         beyond = foreground_bounds(meta, self.preprocess.rules)
         stored, undo = to_store_grid(volume, self.preprocess, *beyond)
         data = stored.data
-        if self.backend == "blosc2":
-            name, content, body = f"{key}.b2nd", compress(in_c_order(data)), None
-        else:
-            name, content, body = f"{key}.npy", npy_header(data), data
         meta |= {
             "key": key,
-            "file": name,
-            "shape": list(data.shape),
-            "dtype": data.dtype.str,
-            "start": len(content),
-            "num_bytes": len(content) + (data.nbytes if body is not None else 0),
             "affine": stored.affine.tolist(),
             "spacing_mm": list(stored.spacing_mm),
             "undo": undo,
             "notes": notes,
         }
+        if volume.weights is not None:
+            mask = stored_weights(Volume(volume.weights, volume.affine), undo, data.shape[1:])
+            meta["mask"] = None if (mask == 1).all() else self.write_array(f"{key}.mask", mask)
         points = foreground_points(data[main], *beyond, volume.scale > 0, int(key[:8], 16))
         path = self.cache_dir / points_file(key, self.preprocess.rules)
         write_whole(path, npy_header(points), points)
         table = np.concatenate(np.stack(tables, axis=1))  # all voxels' first, then foregrounds'
         write_whole(self.cache_dir / f"{key}.quantiles.npy", npy_header(table), table)
-        write_whole(self.cache_dir / name, content, body)
+        meta |= self.write_array(key, data)
         write_whole(self.cache_dir / f"{key}.json", json.dumps(meta).encode())
         return meta
+
+    def write_array(self, name: str, data: np.ndarray) -> dict[str, str | int | list[int]]:
+        """Write an array (C, X, Y, Z) as the backend does; return what opens it."""
+        if self.backend == "blosc2":
+            file, content, body = f"{name}.b2nd", compress(in_c_order(data)), None
+        else:
+            file, content, body = f"{name}.npy", npy_header(data), data
+        write_whole(self.cache_dir / file, content, body)
+        return {
+            "file": file,
+            "shape": list(data.shape),
+            "dtype": data.dtype.str,
+            "start": len(content),
+            "num_bytes": len(content) + (data.nbytes if body is not None else 0),
+        }
+
+
+def sources(subject: Subject) -> list[Path]:
+    """Return the files that a volume is made of."""
+    return [*subject.paths, subject.mask] if subject.mask else list(subject.paths)
+
+
+def stored_weights(weights: Volume, undo: dict, shape: tuple[int, ...]) -> np.ndarray:
+    """Bring weights (1, X, Y, Z) from the source's grid to the store's; padding counts 0."""
+    data = label_to_store_grid(weights, undo).data
+    pads = [(0, n - m) for n, m in zip(shape, data.shape[1:], strict=True)]
+    return np.pad(data, [(0, 0), *pads])
 
 
 def write_whole(path: Path, header: bytes, data: np.ndarray | None = None) -> None:
@@ -310,6 +352,15 @@ def missing_files(subject: Subject) -> list[Path]:
 
 
 def read_subject(subject: Subject, reading: Reading) -> Volume:
+    """Read the files of a subject, all time points of them, and its mask."""
+    volume = read_channels(subject, reading)
+    if subject.mask is None:
+        return volume
+    times = subject.time.count if subject.time else 1
+    return replace(volume, weights=read_weights(subject.mask, volume, times, reading))
+
+
+def read_channels(subject: Subject, reading: Reading) -> Volume:
     """Read the files of a subject; several become channels and must share one grid."""
     missing = missing_files(subject)
     if missing and reading.missing != "zero":
@@ -320,7 +371,8 @@ def read_subject(subject: Subject, reading: Reading) -> Volume:
     first = read[present[0]]
     if len(subject.paths) == 1:
         return first
-    nothing = replace(first, data=np.zeros_like(first.data[:1]), notes=())
+    times = subject.time.count if subject.time else 1
+    nothing = replace(first, data=np.zeros_like(first.data[:times]), notes=())
     return stacked([read.get(path, nothing) for path in subject.paths], nothing)
 
 
@@ -368,13 +420,43 @@ def stacked(volumes: list[Volume], nothing: Volume) -> Volume:
     )
 
 
+def read_each(
+    group: Sequence[Subject], reading: Reading, use: Callable[[Subject, Volume], Used]
+) -> list[Used | BrokenVolume]:
+    """Read the files of subjects that share them, once, and use the volume of each in turn.
+
+    Returns:
+        What `use` returned for each subject, or the error that it, or reading, ended with.
+    """
+    try:
+        whole = read_subject(group[0], reading)
+    except BrokenVolume as error:
+        return [error] * len(group)
+    found: list[Used | BrokenVolume] = []
+    for subject in group:
+        try:
+            found.append(use(subject, at_time(whole, subject.time)))
+        except BrokenVolume as error:
+            if subject.time:
+                reason = f"time point {subject.time.number}: {error.reason}"
+                error = BrokenVolume(error.path, reason)
+            found.append(error)
+    return found
+
+
 def storable(volume: Volume, path: Path, nan: str) -> Volume:
-    """Return at most 4 bytes a voxel; NaN and infinity as the policy says."""
-    data = volume.data
+    """Return at most 4 bytes a voxel; NaN, infinity and what does not count as the policy says."""
+    data, weights = volume.data, volume.weights
     kind, size = data.dtype.kind, data.dtype.itemsize
     if kind == "f":
         with np.errstate(over="ignore"):  # what overflows float32 is told below
             data = data.astype(np.float32, copy=False)
+    if nan == "mask":
+        sound = np.isfinite(data).all(0, keepdims=True)
+        weights = sound.astype(np.uint8) if weights is None else weights * sound
+    if weights is not None:
+        data = hide(data, weights, volume.scale > 0, path)
+    if kind == "f":
         finite = np.isfinite(data)
         if not finite.all():
             bad = data.size - int(finite.sum())
@@ -382,7 +464,8 @@ def storable(volume: Volume, path: Path, nan: str) -> Volume:
                 raise BrokenVolume(path, "all voxels are beyond the range of float32")
             if nan == "error":
                 raise BrokenVolume(
-                    path, f"{bad} voxels are NaN or infinite: set data.nan to fill to allow it"
+                    path,
+                    f"{bad} voxels are NaN or infinite: set data.nan to fill or to mask",
                 )
             data = np.where(finite, data, data[finite].min())
     elif kind == "b":
@@ -391,7 +474,7 @@ def storable(volume: Volume, path: Path, nan: str) -> Volume:
         low, high = int(data.min()), int(data.max())
         fits = low >= -(2**31) and high < 2**31
         data = data.astype(np.int32 if fits else np.float32)
-    return replace(volume, data=data)
+    return replace(volume, data=data, weights=weights)
 
 
 def foreground_bounds(meta: dict[str, Any], rules: int) -> tuple[float, float | None]:
@@ -500,27 +583,15 @@ def whole_numbers(label: Volume, path: Path) -> Volume:
 
 
 def on_grid(label: Volume, shape: tuple[int, ...], affine: np.ndarray, path: Path) -> Volume:
-    """Bring a label map to another grid: nearest voxel, 0 beyond the map."""
-    to_label = np.linalg.inv(label.affine) @ affine  # voxel of the volume -> voxel of the map
-    corners = np.array(np.meshgrid(*((0, n - 1) for n in shape))).reshape(3, -1)
-    shift = to_label[:3, :3] @ corners + to_label[:3, 3:] - corners
-    same = label.data.shape[1:] == shape
-    if same and np.abs(shift).max() < 0.1:  # of a voxel: rounding of the headers
-        return Volume(label.data, affine)
-    data = np.zeros((1, *shape), label.data.dtype)
-    limits, inside = np.array(label.data.shape[1:])[:, None], 0
-    columns = np.indices(shape[:2]).reshape(2, -1)
-    for z in range(shape[2]):  # one plane at a time: indices take more memory than labels
-        start = to_label[:3, 2:3] * z + to_label[:3, 3:]
-        at = np.rint(to_label[:3, :2] @ columns + start).astype(int)
-        hit = ((at >= 0) & (at < limits)).all(axis=0)
-        plane = np.zeros(len(hit), data.dtype)
-        plane[hit] = label.data[0][tuple(at[:, hit])]
-        data[0, ..., z] = plane.reshape(shape[:2])
-        inside += int(hit.sum())
-    if not inside:
-        raise BrokenVolume(path, "lies beside its volume in space: is it the map of another one?")
-    return Volume(data, affine)
+    """Bring a label map to another grid: nearest voxel, 0 beyond the map, which has to be there."""
+    moved = nearest(label, shape, affine)
+    if not moved.data.any():
+        everywhere = replace(label, data=np.ones_like(label.data, np.uint8))
+        if not nearest(everywhere, shape, affine).data.any():
+            raise BrokenVolume(
+                path, "lies beside its volume in space: is it the map of another one?"
+            )
+    return moved
 
 
 def npy_header(data: np.ndarray) -> bytes:

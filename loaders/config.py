@@ -38,13 +38,18 @@ class DataConfig:
             below root, e.g. 'BraTS-GLI-(\\d+)'; null for PatientID, BIDS names and folders.
         preprocess: What is done to each volume.
         on_error: Broken file: raise ends the run, skip lists it in skipped.csv.
-        nan: NaN or infinite voxels: error, or fill with the volume's lowest intensity.
-        volumes_4d: 4D files: error, channels (each volume a channel) or first.
+        nan: NaN or infinite voxels: error, fill (with the volume's lowest intensity) or mask (they
+            are filled and count nothing).
+        volumes_4d: 4D files: error, channels (each volume a channel), first, or samples (each time
+            point is a volume of its own, all of one person).
         dicom: How DICOM slices become volumes: tolerance_mm, gaps and series.
         color: Pictures: all gray, all rgb, or as they are, and a mixture is an error.
         stacks: TIFF and PNG slices: files (each is one image), or a folder of them is one volume.
         missing: A subject that lacks one of its files: error, skip (leave it out) or zero (give a
             channel of zeros).
+        mask: Which voxels count: a manifest column of files, or a pattern beside the image, such as
+            `{name}_mask.nii.gz`. Its values are weights; what is 0 is neither seen nor counted.
+        mask_weights: Weights of the values of masks, e.g. {0: 0.1, 1: 1}; null for the values.
         backend: Cache as npy (fastest), or blosc2 (about half the disk space).
         slice_axis: For 2D training: the axis that slices are cut across (0, 1 or 2).
         num_slices: For 2D training: neighboring slices that become channels (odd).
@@ -63,12 +68,14 @@ class DataConfig:
     group_by: str | None = None
     preprocess: Preprocess = field(default_factory=Preprocess)
     on_error: Literal["raise", "skip"] = "raise"
-    nan: Literal["error", "fill"] = "error"
-    volumes_4d: Literal["error", "channels", "first"] = "error"
+    nan: Literal["error", "fill", "mask"] = "error"
+    volumes_4d: Literal["error", "channels", "first", "samples"] = "error"
     dicom: Dicom = field(default_factory=Dicom)
     color: Literal["error", "gray", "rgb"] = "error"
     stacks: Literal["files", "folder"] = "files"
     missing: Literal["error", "skip", "zero"] = "error"
+    mask: str | None = None
+    mask_weights: dict[int, float] | None = None
     backend: Literal["npy", "blosc2"] = "npy"
     slice_axis: int = 2
     num_slices: int = 1

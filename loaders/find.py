@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePath
 
 from loaders.manifest import SUFFIXES, manifest_subjects
+from loaders.masks import with_masks
 from loaders.readers import (
     DICOM_SUFFIXES,
     READERS,
@@ -28,6 +29,7 @@ from loaders.readers import (
     volume_suffix,
     volumes_of,
 )
+from loaders.series import time_points
 from loaders.subjects import Subject, names_of
 
 STORES = (".zarr", ".n5")  # folders that are files of a kind
@@ -58,7 +60,8 @@ def find_subjects(
     Args:
         root: The folder, glob or manifest.
         reading: How files are read; with `dicom.series` at `all` each series is a volume, with
-            `stacks` at `folder` each folder of slices.
+            `stacks` at `folder` each folder of slices, with `volumes_4d` at `samples` each time
+            point of a 4D file; with a mask, that of each is looked for.
         named: Ids that are taken whatever they are called, for example those of an earlier run.
         say: Takes a line on what was left out or passed over.
 
@@ -69,6 +72,13 @@ def find_subjects(
         >>> find_subjects("data/**/*_T1.nii.gz")
     """
     root = Path(root).expanduser()
+    return list(
+        time_points(with_masks(listed(root, reading, named, say), reading.mask, root), reading)
+    )
+
+
+def listed(root: Path, reading: Reading, named: Collection[str], say: Say) -> list[Subject]:
+    """List the files, one subject each."""
     if root.suffix.lower() in SUFFIXES and root.is_file():
         return manifest_subjects(root)
     if root.is_dir():

@@ -6,10 +6,8 @@ import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
-from loaders.readers import SLICES, BrokenVolume, volume_suffix
+from loaders.readers import PICTURES, SLICES, BrokenVolume, volume_suffix
 from loaders.subjects import Subject
-
-PICTURES = (".png", ".jpg", ".jpeg")  # one slice each, whatever they show
 
 
 def flat_faults(

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from loaders.guard import require_guard
-from loaders.patches import Sampler, Store, UniformCorners, plan_epoch
+from loaders.patches import Sampler, Store, UniformCorners, Weighted, plan_epoch
 
 Patching = Literal["full", "random_parts"] | None
 Jobs = Iterator[tuple[int, range]]  # (where the next job begins, samples to read)
@@ -34,16 +34,24 @@ class Batch:
         volume: Index of each patch's volume in the store, (B,).
         corner: Lowest corner of each patch in voxels, (B, dims).
         index: Row of each patch in the plan of its epoch, (B,).
+        weight: How much each voxel counts, (B, 1 or C, *patch) float32; None without a mask.
+        mean_weight: Mean of the weights that the loss is to divide by, where that is of more than
+            this batch: of all that go into one update.
     """
 
     image: torch.Tensor
     volume: torch.Tensor
     corner: torch.Tensor
     index: torch.Tensor
+    weight: torch.Tensor | None = None
+    mean_weight: float | None = None
 
     def to(self, device: torch.device | str) -> Batch:
-        """Return the batch with its image on a device; copied in the background where pinned."""
-        return replace(self, image=self.image.to(device, non_blocking=True))
+        """Return the batch with its voxels on a device; copied in the background where pinned."""
+        weight = self.weight
+        if weight is not None:
+            weight = weight.to(device, non_blocking=True)
+        return replace(self, image=self.image.to(device, non_blocking=True), weight=weight)
 
 
 class PatchPlan:
@@ -76,6 +84,7 @@ class PatchPlan:
         if seed < 0:
             raise ValueError(f"seed is {seed}: use 0 or more")
         self.store, self.patching, self.seed = store, patching, seed
+        self.weights = store if isinstance(store, Weighted) and store.num_weights else None
         self.patches_per_volume = patches_per_volume
         self.sampler, self.augment = sampler(), augment
         self.groups = None
@@ -136,16 +145,30 @@ class PatchPlan:
         """Read patches by their place in the endless sequence, into `image` where it is given."""
         rows = self.rows(samples)
         image = torch.empty(self.image_shape(samples)) if image is None else image
+        weight = self.empty_weights(image)
         buffers = image.numpy()
         for number, (epoch, row, volume, *corner) in enumerate(rows.tolist()):
             read_patch(self.store, volume, corner, buffers[number])
+            if weight is not None and self.weights is not None:
+                read_weights(self.weights, volume, corner, weight[number].numpy())
             if self.augment is not None:
                 key, spacing_mm = (self.seed, epoch, row), self.store.spacing_mm(volume)
-                image[number] = self.augment(image[number], key, spacing_mm)
+                if weight is None:
+                    image[number] = self.augment(image[number], key, spacing_mm)
+                else:
+                    pair = self.augment(image[number], key, spacing_mm, weight[number])
+                    image[number], weight[number] = pair
         index, volume, corner = (
             torch.from_numpy(part) for part in (rows[:, 1], rows[:, 2], rows[:, 3:])
         )
-        return Batch(image, volume, corner, index)
+        return Batch(image, volume, corner, index, weight)
+
+    def empty_weights(self, image: torch.Tensor) -> torch.Tensor | None:
+        """Memory for how much the voxels of a batch count; None where all count alike."""
+        if self.weights is None:
+            return None
+        shape = (len(image), self.weights.num_weights, *image.shape[2:])
+        return torch.empty(shape, pin_memory=image.is_pinned())
 
 
 def references(arrays: list[np.ndarray]) -> list[int]:
@@ -170,6 +193,16 @@ def read_patch(store: Store, volume: int, corner: Sequence[int], out: np.ndarray
     out[...] = np.pad(part, pads, "reflect")
 
 
+def read_weights(store: Weighted, volume: int, corner: Sequence[int], out: np.ndarray) -> None:
+    """Fill `out` (1 or C, *patch) with how much voxels count; what lies beyond the volume is 0."""
+    sizes = zip(corner, out.shape[1:], store.shape(volume)[1:], strict=True)
+    slices = [slice(low, min(low + size, n)) for low, size, n in sizes]
+    inside = out[(slice(None), *(slice(s.stop - s.start) for s in slices))]
+    if inside.shape != out.shape:
+        out.fill(0)
+    store.read_weights_into(volume, slices, inside)
+
+
 class PatchLoader:
     """Batches of patches, in an order that depends on (seed, epoch) alone.
 
@@ -191,7 +224,8 @@ class PatchLoader:
         pin: Pinned memory, for copies to CUDA in the background.
         augment: Called with a patch (C, *patch), the key (seed, epoch, row) and the voxel size; see
             `Augment`. Then `threads` are processes, and a script needs its
-            `if __name__ == "__main__":` where these are spawned (macOS, Windows, Python 3.14).
+            `if __name__ == "__main__":` where these are spawned (macOS, Windows, Python 3.14). With
+            masks it gets the weights as well, and returns both.
         balance_by: Manifest column whose groups are equally frequent in an epoch.
         sampler: Chooses the corners with random_parts.
         prefetch: Batches that are read ahead; None for two a thread.
@@ -366,6 +400,8 @@ class PatchLoader:
         for (after, _), batch in zip(order, loader, strict=False):
             if self.pin:
                 batch.image = batch.image.pin_memory()
+                if batch.weight is not None:
+                    batch.weight = batch.weight.pin_memory()
             yield after, batch
 
 
@@ -403,8 +439,10 @@ class PatchDataset(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
         return self.plan.rows_per_epoch
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        """Return image (C, *patch), volume, corner and index of a row."""
+        """Return image (C, *patch), volume, corner and index of a row, and weight with a mask."""
         if not 0 <= index < len(self):
             raise IndexError(index)
         batch = self.plan.batch([self.epoch * len(self) + index])
-        return {name: getattr(batch, name)[0] for name in ("image", "volume", "corner", "index")}
+        names = ("image", "volume", "corner", "index")
+        item = {name: getattr(batch, name)[0] for name in names}
+        return item if batch.weight is None else item | {"weight": batch.weight[0]}

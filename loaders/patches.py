@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
@@ -124,6 +124,18 @@ class Store(Protocol):
 
     def label_points(self, index: int) -> dict[int, np.ndarray]:
         """Return remembered voxels (N, dims) of each label."""
+
+
+@runtime_checkable
+class Weighted(Store, Protocol):
+    """A `Store` whose voxels may count more or less, or not at all."""
+
+    @property
+    def num_weights(self) -> int:
+        """Channels of the weights, 1 or as many as the items; 0 where all voxels count alike."""
+
+    def read_weights_into(self, index: int, slices: Sequence[slice], out: np.ndarray) -> None:
+        """Read how much voxels count into a float32 buffer (num_weights, *shape of the slices)."""
 
 
 class Sampler:

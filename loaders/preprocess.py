@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import numpy as np
 
@@ -825,27 +825,56 @@ class Augment:
                 raise ValueError(f"data.augment: {name}: {error}") from error
         self.transform = torchio.Compose(made)
 
+    @overload
     def __call__(
         self, patch: torch.Tensor, key: tuple[int, ...], spacing_mm: tuple[float, ...]
-    ) -> torch.Tensor:
-        """Return the transformed patch (C, *patch), of the same shape."""
+    ) -> torch.Tensor: ...
+    @overload
+    def __call__(
+        self,
+        patch: torch.Tensor,
+        key: tuple[int, ...],
+        spacing_mm: tuple[float, ...],
+        weight: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]: ...
+    def __call__(
+        self,
+        patch: torch.Tensor,
+        key: tuple[int, ...],
+        spacing_mm: tuple[float, ...],
+        weight: torch.Tensor | None = None,
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """Return the transformed patch (C, *patch), of the same shape.
+
+        With the weights of its voxels (1 or C, *patch) return both: these move with the patch, by
+        nearest neighbors, and what comes in from outside counts 0.
+        """
         import torch
         import torchio
 
-        flat = patch.ndim == 3
-        image = patch[..., None] if flat else patch
         affine = np.diag([*spacing_mm, *(1.0,) * (4 - len(spacing_mm))])
-        subject = torchio.Subject(image=torchio.ScalarImage(tensor=image.clone(), affine=affine))
+
+        def cubic(values: torch.Tensor) -> torch.Tensor:
+            return (values[..., None] if patch.ndim == 3 else values).clone()
+
+        subject = torchio.Subject(image=torchio.ScalarImage(tensor=cubic(patch), affine=affine))
+        if weight is not None:
+            subject.add_image(torchio.LabelMap(tensor=cubic(weight), affine=affine), "weight")
         with isolated_random_state(key):
-            out = self.transform(subject).get_first_image().data
-        out = out[..., 0] if flat else out
+            changed = self.transform(subject)
+        out = changed.get_first_image().data
+        out = out[..., 0] if patch.ndim == 3 else out
         if out.shape != patch.shape:
             names = ", ".join(type(t).__name__ for t in self.transform.transforms)
             raise ValueError(
                 f"data.augment ({names}) turns {tuple(patch.shape)} into {tuple(out.shape)}: "
                 f"transforms must keep the shape"
             )
-        return out.to(torch.float32)
+        out = out.to(torch.float32)
+        if weight is None:
+            return out
+        moved = changed.get_images(intensity_only=False)[1].data
+        return out, moved.reshape(weight.shape).to(torch.float32)
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -126,15 +126,42 @@ class SliceStore:
 
     def read_into(self, index: int, slices: Sequence[slice], out: np.ndarray) -> None:
         """Read as `read` into a float32 buffer."""
+        volume, channels = self.locate(index)[0], self.volumes.num_channels
+        for place, where in enumerate(self._planes(index, slices)):
+            part = out[place * channels : (place + 1) * channels]
+            self.volumes.read_into(volume, where, np.expand_dims(part, 1 + self.axis))
+
+    def _planes(self, index: int, slices: Sequence[slice]) -> Iterator[list[slice]]:
+        """Where the neighboring slices of an item lie in its volume; the last ones repeat."""
         volume, number = self.locate(index)
         last = int(self.volumes.spatial_shapes[volume, self.axis]) - 1
-        half, channels = self.num_slices // 2, self.volumes.num_channels
-        for place, wanted in enumerate(range(number - half, number + half + 1)):
+        half = self.num_slices // 2
+        for wanted in range(number - half, number + half + 1):
             at = min(max(wanted, 0), last)
             where = list(slices)
             where.insert(self.axis, slice(at, at + 1))
-            part = out[place * channels : (place + 1) * channels]
-            self.volumes.read_into(volume, where, np.expand_dims(part, 1 + self.axis))
+            yield where
+
+    @property
+    def num_weights(self) -> int:
+        """Channels of the weights: one for all, or one each where channels are several slices."""
+        if self.num_slices == 1:
+            return self.volumes.num_weights
+        return self.volumes.num_weights * self.num_channels
+
+    def read_weights_into(self, index: int, slices: Sequence[slice], out: np.ndarray) -> None:
+        """Read how much pixels count into a float32 buffer (num_weights, *shape of the slices)."""
+        parts = out.reshape(self.num_slices, -1, *out.shape[1:])
+        for part, where in zip(parts, self._planes(index, slices), strict=True):
+            first = np.expand_dims(part[:1], 1 + self.axis)
+            self.volumes.read_weights_into(self.locate(index)[0], where, first)
+            part[1:] = part[:1]
+
+    def seen(self, index: int) -> np.ndarray | None:
+        """Return which pixels (X, Y) of a slice count at all; None where nothing was said."""
+        volume, number = self.locate(index)
+        seen = self.volumes.seen(volume)
+        return None if seen is None else seen.take(number, self.axis)
 
     def undo(self, index: int, x: np.ndarray) -> Volume:
         """Return a slice's intensities in its place in the store's grid, (C, X, Y, Z) with one 1.

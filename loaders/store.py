@@ -46,10 +46,40 @@ from loaders.preprocess import (
     not_hounsfield,
 )
 from loaders.readers import READING, BrokenVolume, Reading, Volume, num_items
+from loaders.series import time_points
 from loaders.subjects import Subject, names_of
 
 DRAWN = 2  # how voxels of labels are drawn: raise it when that changes
 OPEN_VOLUMES = 128  # maps held open: 10,000 volumes must not need 10,000 file descriptors
+
+
+@dataclass(frozen=True)
+class Stored:
+    """An array (C, X, Y, Z) in the cache."""
+
+    file: str
+    shape: tuple[int, int, int, int]
+    dtype: np.dtype
+    start: int
+
+    @classmethod
+    def of(cls, record: dict[str, Any]) -> Stored:
+        """Take what `Builder.write_array` returned."""
+        shape, dtype = tuple(record["shape"]), np.dtype(record["dtype"])
+        return cls(record["file"], shape, dtype, record["start"])
+
+    def open(self, cache_dir: Path) -> np.ndarray | CompressedArray:
+        """Map its numbers."""
+        path = cache_dir / self.file
+        if path.suffix == ".b2nd":
+            return CompressedArray(path)
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            buffer = mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ)
+        finally:
+            os.close(descriptor)
+        flat = np.frombuffer(buffer, self.dtype, num_items(self.shape), self.start)
+        return np.asarray(Unlocked(flat)).reshape(self.shape)
 
 
 @dataclass(frozen=True)
@@ -58,10 +88,7 @@ class Entry:
 
     subject: Subject
     key: str
-    file: str
-    shape: tuple[int, int, int, int]
-    dtype: np.dtype
-    start: int
+    voxels: Stored
     spacing_mm: tuple[float, float, float]
     # Of clip(stored * gain + bias, low, high), one value a channel.
     gain: np.ndarray
@@ -71,6 +98,13 @@ class Entry:
     raw: bool  # the mapping changes nothing
     lowest: np.ndarray  # of the normalized volume
     highest: np.ndarray
+    masked: bool  # whether it was said which voxels count
+    mask: Stored | None  # their weights; None where all are 1
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """(C, X, Y, Z)."""
+        return self.voxels.shape
 
 
 class VolumeStore:
@@ -91,17 +125,22 @@ class VolumeStore:
         self.skipped = list(skipped)  # (id, path, reason) of broken volumes
         shapes = [entry.shape[1:] for entry in self.entries]
         self.spatial_shapes: np.ndarray = np.array(shapes, int).reshape(-1, 3)
+        self._map()
+
+    def _map(self) -> None:
+        """Prepare the maps of the volumes and their masks, which are opened when read."""
         self.array = lru_cache(OPEN_VOLUMES)(self._open)
+        self.mask_array = lru_cache(OPEN_VOLUMES)(self._open_mask)
 
     def __len__(self) -> int:
         return len(self.entries)
 
     def __getstate__(self) -> dict[str, object]:
-        return {k: v for k, v in self.__dict__.items() if k != "array"}
+        return {k: v for k, v in self.__dict__.items() if k not in ("array", "mask_array")}
 
     def __setstate__(self, state: dict[str, object]) -> None:
         self.__dict__.update(state)
-        self.array = lru_cache(OPEN_VOLUMES)(self._open)
+        self._map()
 
     @property
     def ids(self) -> list[str]:
@@ -214,17 +253,31 @@ class VolumeStore:
 
     def _open(self, index: int) -> np.ndarray | CompressedArray:
         """Map the stored numbers of a volume (C, X, Y, Z)."""
-        entry = self.entries[index]
-        path = self.cache_dir / entry.file
-        if path.suffix == ".b2nd":
-            return CompressedArray(path)
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            buffer = mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ)
-        finally:
-            os.close(descriptor)
-        flat = np.frombuffer(buffer, entry.dtype, num_items(entry.shape), entry.start)
-        return np.asarray(Unlocked(flat)).reshape(entry.shape)
+        return self.entries[index].voxels.open(self.cache_dir)
+
+    def _open_mask(self, index: int) -> np.ndarray | CompressedArray | None:
+        """Map the weights of a volume's voxels (1, X, Y, Z); None where all are 1."""
+        mask = self.entries[index].mask
+        return mask.open(self.cache_dir) if mask else None
+
+    @property
+    def num_weights(self) -> int:
+        """Channels of what `read_weights_into` reads; 0 where every voxel counts alike."""
+        return int(any(entry.masked for entry in self.entries))
+
+    def read_weights_into(self, index: int, slices: Sequence[slice], out: np.ndarray) -> None:
+        """Read how much voxels count into a float32 buffer (1, *shape of the slices)."""
+        weights = self.mask_array(index)
+        out[...] = 1 if weights is None else weights[(slice(None), *slices)]
+
+    def seen(self, index: int) -> np.ndarray | None:
+        """Return which voxels (X, Y, Z) count at all; None where nothing was said of that."""
+        if not self.num_weights:
+            return None
+        weights = self.mask_array(index)
+        if weights is None:
+            return np.ones(self.shape(index)[1:], bool)
+        return weights[(slice(0, 1),) + (slice(None),) * 3][0] > 0
 
     def undo(self, index: int, x: np.ndarray) -> Volume:
         """Invert the preprocessing: original intensities, grid and affine.
@@ -348,7 +401,7 @@ class VolumeStore:
                 anything is cached; None asks nothing.
             survey: What is known of the volumes; None for nothing.
         """
-        subjects = as_subjects(subjects_or_paths)
+        subjects = as_subjects(subjects_or_paths, reading)
         preprocess = preprocess or Preprocess()
         # A rank that follows another has a survey, and says nothing of it.
         tell = say or (partial(print, file=sys.stderr) if survey is None else silent)
@@ -453,7 +506,9 @@ def undo(x: np.ndarray, record: dict[str, Any]) -> Volume:
     return from_store_grid(volume, record["geometry"], background)
 
 
-def as_subjects(subjects_or_paths: Sequence[Subject | str | Path]) -> list[Subject]:
+def as_subjects(
+    subjects_or_paths: Sequence[Subject | str | Path], reading: Reading
+) -> list[Subject]:  # fmt: skip
     """Return subjects; paths are named relative to the folder that holds them all."""
     items = list(subjects_or_paths)
     if not items:
@@ -466,7 +521,8 @@ def as_subjects(subjects_or_paths: Sequence[Subject | str | Path]) -> list[Subje
         raise ValueError(f"give subjects or paths, not both: {given[0]} is a path")
     paths = [Path(os.path.abspath(path)) for path in given]
     base = Path(os.path.commonpath([path.parent for path in paths]))
-    return [Subject(id, (path,)) for id, path in zip(names_of(paths, base), paths, strict=True)]
+    named = zip(names_of(paths, base), paths, strict=True)
+    return list(time_points((Subject(id, (path,)) for id, path in named), reading))
 
 
 def open_entry(
@@ -496,11 +552,13 @@ def open_entry(
     columns = np.array(mappings, np.float32).T
     lowest, highest = np.array(ranges).T
     return Entry(
-        subject, meta["key"], meta["file"], tuple(meta["shape"]), np.dtype(meta["dtype"]),
-        meta["start"], tuple(meta["spacing_mm"]), columns[0], columns[1], columns[2], columns[3],
+        subject, meta["key"], Stored.of(meta), tuple(meta["spacing_mm"]),
+        columns[0], columns[1], columns[2], columns[3],
         raw=all(mapping == (1.0, 0.0, -np.inf, np.inf) for mapping in mappings),
         lowest=lowest,
         highest=highest,
+        masked="mask" in meta,
+        mask=Stored.of(meta["mask"]) if meta.get("mask") else None,
     )  # fmt: skip
 
 

@@ -19,6 +19,21 @@ BIDS = re.compile(
 
 
 @dataclass(frozen=True)
+class TimePoint:
+    """Which volume of a 4D file.
+
+    Args:
+        series: Id that the whole file would have.
+        number: Of the time point, from 0.
+        count: Time points of the file.
+    """
+
+    series: str
+    number: int
+    count: int
+
+
+@dataclass(frozen=True)
 class Subject:
     """One volume to load and what is known about it.
 
@@ -28,6 +43,8 @@ class Subject:
         split: train, val or test where the manifest says so.
         labels: Further manifest columns, for example group or site.
         owner: Whose volume it is, where `find_persons` has found out; None where nobody asked.
+        mask: File that says which voxels count; None for all alike.
+        time: Which volume of the files, where these are 4D and each time point is a sample.
     """
 
     id: str
@@ -35,15 +52,18 @@ class Subject:
     split: str | None = None
     labels: dict[str, str] = field(default_factory=dict)
     owner: str | None = None
+    mask: Path | None = None
+    time: TimePoint | None = None
 
     @property
     def person(self) -> str:
         """Whose volume it is: all volumes of a person share a split.
 
         The owner, else the manifest's `subject` column, else BIDS' `sub-...` in the name, else the
-        volume's id.
+        volume's id, for a time point that of its file.
         """
-        return self.owner or self.labels.get("subject") or bids_person(self.id) or self.id
+        own = self.time.series if self.time else self.id
+        return self.owner or self.labels.get("subject") or bids_person(self.id) or own
 
     @property
     def label_map(self) -> Path | None:

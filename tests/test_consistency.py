@@ -181,7 +181,9 @@ def test_a_subject_that_lacks_a_modality_is_skipped_and_listed(tmp_path):
     config = DataConfig(root=str(manifest), cache_dir=str(tmp_path / "cache"), missing="skip")
     lines: list[str] = []
     store, split = open_data(config, say=lines.append)
-    assert store.ids == ["s0", "s2", "s3"] and any("missing: 1 subjects lack a file" in line for line in lines)
+    assert store.ids == ["s0", "s2", "s3"] and any(
+        "missing: 1 subjects lack a file" in line for line in lines
+    )
     assert sorted(id for ids in split.values() for id in ids) == store.ids
     assert [row[0] for row in store.skipped] == ["s1"] and "s1_t2" in store.skipped[0][1]
 

@@ -62,7 +62,7 @@ def test_every_dtype_and_byte_order_reads_the_same(tmp_path, dtype, order):
         [tmp_path / "a.npy"], tmp_path / "cache", Preprocess(percentiles=(0, 100))
     )
     assert np.allclose(store.read(0)[0], data.astype(float) / 99, atol=1e-6)
-    kept = store.entries[0].dtype
+    kept = store.entries[0].voxels.dtype
     assert kept.isnative and kept.itemsize <= 4
     if dtype in ("u1", "i1", "i2", "u2"):
         assert kept == np.dtype(dtype)
@@ -511,10 +511,10 @@ def test_store_beyond_four_gigabytes_reads_its_far_end(tmp_path):
     store = VolumeStore.build([path], tmp_path / "cache", Preprocess(window_hu=(0, 100)))
     (entry,) = store.entries
     shape = (1, 1100, 2048, 1024)
-    entry = dataclasses.replace(entry, shape=shape)
+    entry = dataclasses.replace(entry, voxels=dataclasses.replace(entry.voxels, shape=shape))
     with open(tmp_path / "cache" / f"{entry.key}.npy", "r+b") as file:
-        file.truncate(entry.start + 2 * int(np.prod(shape)))
-        file.seek(entry.start + 2 * (int(np.prod(shape)) - 1))
+        file.truncate(entry.voxels.start + 2 * int(np.prod(shape)))
+        file.seek(entry.voxels.start + 2 * (int(np.prod(shape)) - 1))
         file.write(np.int16(50).tobytes())
     big = VolumeStore([entry], store.cache_dir, store.preprocess)
     end = tuple(slice(n - 2, n) for n in shape[1:])
@@ -556,7 +556,7 @@ def test_real_heads_are_normalized_by_their_own_slope(real_volumes, tmp_path):
     path = real_volumes / "ixi_t1_2mm" / "IXI013-HH-1212_T1.nii.gz"
     store = VolumeStore.build([path], tmp_path / "cache", Preprocess(percentiles_of="all"))
     source = read_volume(path)
-    assert store.entries[0].dtype == np.uint8 and store.shape(0) == (1, 90, 120, 120)
+    assert store.entries[0].voxels.dtype == np.uint8 and store.shape(0) == (1, 90, 120, 120)
     top = np.percentile(source.intensities(), 99.5)
     volume = store.undo(0, store.read(0))
     assert np.allclose(volume.affine, source.affine)
@@ -571,8 +571,10 @@ def test_compressed_backend_reads_the_same_in_every_thread(tmp_path, dtype):
     paths = [scan(tmp_path / f"s{n}.nii.gz", n, (70, 30, 20), dtype) for n in range(2)]
     plain = VolumeStore.build(paths, tmp_path / "cache")
     packed = VolumeStore.build(paths, tmp_path / "cache", backend="blosc2")
-    sizes = [os.path.getsize(tmp_path / "cache" / s.entries[0].file) for s in (plain, packed)]
-    assert packed.entries[0].file.endswith(".b2nd")
+    sizes = [
+        os.path.getsize(tmp_path / "cache" / s.entries[0].voxels.file) for s in (plain, packed)
+    ]
+    assert packed.entries[0].voxels.file.endswith(".b2nd")
     assert dtype != np.int16 or sizes[1] < 0.8 * sizes[0]  # noise of 8 bits does not shrink
     part = (slice(3, 19), slice(60, 65), slice(1, 30))
     part = tuple(

@@ -140,6 +140,9 @@ class Store:
     def spacing_mm(self, _index):
         return (1.0, 1.0, 5.0)
 
+    def seen(self, _index):
+        return None
+
 
 class Jobs:
     """A tracker that keeps what it is asked to draw."""

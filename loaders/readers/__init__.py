@@ -35,17 +35,46 @@ from loaders.readers.common import (
 )  # fmt: skip
 from loaders.readers.dicom import DICOM_SUFFIXES, holds_dicom, read_dicom, volumes_of
 from loaders.readers.itk import read_meta, read_nrrd
-from loaders.readers.nifti import ras_axes, read_mgh, read_nifti, write_volume
+from loaders.readers.nifti import (
+    ras_axes,
+    read_mgh,
+    read_nifti,
+    write_volume,
+)
 from loaders.readers.npy import read_npy, read_npz
 from loaders.readers.picture import read_picture
 from loaders.readers.planes import is_dicom, object_name, patient_of
-from loaders.readers.tiff import read_tiff
+from loaders.readers.tiff import read_tiff, tiff_time_points
 
 __all__ = [
-    "DICOM_SUFFIXES", "PLACELESS", "READERS", "READING", "SLICES", "BrokenVolume", "Dicom",
-    "MissingFile", "Reading", "Volume", "Volumes4D", "check_file", "holds_dicom", "is_dicom",
-    "num_items", "object_name", "patient_of", "ras_axes", "read_header", "read_volume", "revision",
-    "same_grid", "split_series", "volume_suffix", "volumes_of", "write_volume",
+    "DICOM_SUFFIXES",
+    "PICTURES",
+    "PLACELESS",
+    "READERS",
+    "READING",
+    "SLICES",
+    "BrokenVolume",
+    "Dicom",
+    "MissingFile",
+    "Reading",
+    "Volume",
+    "Volumes4D",
+    "check_file",
+    "holds_dicom",
+    "is_dicom",
+    "num_items",
+    "num_time_points",
+    "object_name",
+    "patient_of",
+    "ras_axes",
+    "read_header",
+    "read_volume",
+    "revision",
+    "same_grid",
+    "split_series",
+    "volume_suffix",
+    "volumes_of",
+    "write_volume",
 ]  # fmt: skip
 
 READERS: dict[str, Callable[[Path, Reading], Volume]] = {
@@ -66,7 +95,8 @@ HEADED = {
     ".nii.gz", ".nii", ".hdr", ".nrrd", ".nhdr", ".mha", ".mhd", ".mgz", ".mgh.gz", ".mgh", ".npy",
     ".tif", ".tiff",
 }  # fmt: skip
-SLICES = (".tif", ".tiff", ".png", ".jpg", ".jpeg")  # of a stack
+PICTURES = (".png", ".jpg", ".jpeg")  # one slice each, whatever they show
+SLICES = (".tif", ".tiff", *PICTURES)  # of a stack
 # Raised when a reader is mended, so that what it had read wrong leaves the caches.
 REVISIONS = {"folder": 1, ".nrrd": 1, ".nhdr": 1, **dict.fromkeys(SLICES, 1)}
 
@@ -143,6 +173,20 @@ def read_header(path: Path | str, reading: Reading = READING) -> Volume | None:
         return None
     with headers_alone():
         return read_volume(path, reading)
+
+
+def num_time_points(path: Path, reading: Reading) -> int:
+    """Return how many samples a file is: the length of its time axis with `volumes_4d: samples`.
+
+    Time is the axis T of a TIFF and the fourth axis of other formats; a picture, and a DICOM series
+    whose slices do not repeat, has one.
+    """
+    if reading.volumes_4d != "samples":
+        return 1
+    if volume_suffix(path) in (".tif", ".tiff"):
+        return tiff_time_points(path)
+    volume = read_header(path, reading) or read_volume(path, reading)
+    return 1 if volume_suffix(path) in PICTURES else len(volume.data)
 
 
 def read_folder(path: Path, reading: Reading = READING) -> Volume:

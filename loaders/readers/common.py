@@ -15,7 +15,7 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -28,7 +28,8 @@ MAX_EXPANSION = 800
 LARGE = 64 * 2**20
 CHUNK = 2**18
 
-Volumes4D = Literal["error", "channels", "first"]
+NaN = Literal["error", "fill", "mask"]
+Volumes4D = Literal["error", "channels", "first", "samples"]
 Color = Literal["error", "gray", "rgb"]
 Stacks = Literal["files", "folder"]
 
@@ -64,20 +65,27 @@ class Reading:
     """How files are read where more than one answer is right.
 
     Args:
-        nan: NaN or infinite voxels: error, or fill with the volume's lowest intensity.
-        volumes_4d: 4D files: error, channels (each volume a channel) or first.
+        nan: NaN or infinite voxels: error, fill (with the volume's lowest intensity) or mask (they
+            are filled and count nothing).
+        volumes_4d: 4D files: error, channels (each volume a channel), first, or samples (each time
+            point is a volume of its own, all of one person).
         dicom: Tolerance, gaps and several series of DICOM.
         color: Pictures: all gray, all rgb, or as they are, and a mixture is an error.
         stacks: TIFF and PNG slices: files (each is one image), or a folder of them is one volume.
         missing: A subject that lacks one of its files: error, skip, or zero (channels of zeros).
+        mask: Which voxels count: a manifest column of files, or a pattern beside the image, such as
+            `{name}_mask.nii.gz`. Its values are weights; what is 0 is neither seen nor counted.
+        mask_weights: Weights of the values of masks, e.g. {0: 0.1, 1: 1}; null for the values.
     """
 
-    nan: Literal["error", "fill"] = "error"
+    nan: NaN = "error"
     volumes_4d: Volumes4D = "error"
     dicom: Dicom = field(default_factory=Dicom)
     color: Color = "error"
     stacks: Stacks = "files"
     missing: Literal["error", "skip", "zero"] = "error"
+    mask: str | None = None
+    mask_weights: dict[int, float] | None = None
 
     @classmethod
     def names(cls) -> tuple[str, ...]:
@@ -96,6 +104,10 @@ class Reading:
         """Return, as plain values, the options that are not at their defaults."""
         default = asdict(Reading())
         return {name: value for name, value in asdict(self).items() if value != default[name]}
+
+    def masked(self, mask: str | None) -> Reading:
+        """Return it with other masks, `trained` for its own."""
+        return self if mask == "trained" else replace(self, mask=mask, mask_weights=None)
 
 
 READING = Reading()
@@ -132,6 +144,7 @@ class Volume:
         offset: Intercept from stored numbers to intensities.
         notes: What the reader had to assume, each to be said after the file's name.
         missing: Channels whose file was not there: all zeros.
+        weights: How much each voxel counts, (1, X, Y, Z); None for all alike.
     """
 
     data: np.ndarray
@@ -140,6 +153,7 @@ class Volume:
     offset: float = 0.0
     notes: tuple[str, ...] = ()
     missing: tuple[int, ...] = ()
+    weights: np.ndarray | None = None
 
     @property
     def spacing_mm(self) -> tuple[float, float, float]:
@@ -319,12 +333,18 @@ def codec_of(path: Path) -> str | None:
 
 
 def to_channels_first(path: Path, data: np.ndarray, volumes_4d: Volumes4D) -> np.ndarray:
-    """(X, Y[, Z[, T or C ...]]) -> (C, X, Y, Z); more than one volume needs the user's leave."""
+    """(X, Y[, Z[, T or C ...]]) -> (C, X, Y, Z); more than one volume needs the user's leave.
+
+    The fourth axis runs fastest over the channels: of a series of T volumes, `[t::T]` are those of
+    time point t.
+    """
     shape = data.shape + (1,) * (3 - data.ndim)
     data = data.reshape(*shape[:3], -1, order="F")  # (X, Y, Z, T)
     if data.shape[3] > 1 and volumes_4d == "error":
         size = "x".join(map(str, shape))
-        raise BrokenVolume(path, f"is 4D ({size}): set volumes_4d to channels or first to allow it")
+        raise BrokenVolume(
+            path, f"is 4D ({size}): set volumes_4d to samples, channels or first to allow it"
+        )
     if volumes_4d == "first":
         data = data[..., :1]
     return np.moveaxis(data, 3, 0)  # (C, X, Y, Z)
@@ -385,7 +405,10 @@ def from_axes(path: Path, data: np.ndarray, axes: str, reading: Reading) -> np.n
         if reading.color == "gray" and data.shape[-1] == 3:
             data = luminance(data)
     order = [axes.index(name) for name in "XYZ"]
-    data = data.transpose(*order, *(i for i in range(data.ndim) if i not in order))
+    others = [i for i in range(data.ndim) if i not in order]
+    if reading.volumes_4d == "samples":  # time before channels
+        others.sort(key=lambda i: axes[i] != "T")
+    data = data.transpose(*order, *others)
     picture = colors and data.shape[2] == 1  # whose colors are channels without further leave
     data = to_channels_first(path, data, "channels" if picture else reading.volumes_4d)
     return np.repeat(data, 3, axis=0) if reading.color == "rgb" and len(data) == 1 else data

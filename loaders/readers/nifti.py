@@ -30,36 +30,18 @@ if TYPE_CHECKING:
 
 def read_nifti(path: Path, reading: Reading = READING) -> Volume:
     """NIfTI-1 and NIfTI-2, single file or .hdr/.img pair."""
-    import nibabel
     from nibabel.spatialimages import HeaderDataError
 
-    codec_of(path)
-    block = head(path, 540)
-    size = int.from_bytes(block[:4], "little"), int.from_bytes(block[:4], "big")
-    if 348 in size and block[344:348] in (b"n+1\0", b"ni1\0"):
-        cls, magic, length = nibabel.Nifti1Header, block[344:347], 348
-    elif 540 in size and block[4:7] in (b"n+2", b"ni2"):
-        cls, magic, length = nibabel.Nifti2Header, block[4:7], 540
-    elif 348 in size and path.suffix.lower() == ".hdr":
-        raise BrokenVolume(path, "is Analyze 7.5, which has no orientation: convert it to NIfTI")
-    else:
-        raise BrokenVolume(path, "has no NIfTI header")
-    if len(block) < length:
-        raise BrokenVolume(path, "truncated header")
-    header = cls(block[:length], endianness=None, check=False)
+    header, shape = nifti_header(path)
     dtype = stored_dtype(path, header, "datatype")
     try:
-        shape = header.get_data_shape()
         affine, (scale, offset) = header.get_best_affine(), header.get_slope_inter()
     except HeaderDataError as error:
         raise BrokenVolume(path, f"bad header ({error})") from error
-    if not shape or len(shape) > 7 or min(shape) < 1:
-        raise BrokenVolume(path, f"header claims the shape {shape}")
-    start = int(header["vox_offset"])
-    voxels = path
-    if magic.startswith(b"ni"):
+    start, voxels = int(header["vox_offset"]), path
+    if bytes(header["magic"]).startswith(b"ni"):
         voxels = sibling(path, (".img", ".img.gz"))
-    elif start < length:
+    elif start < header.sizeof_hdr:
         raise BrokenVolume(path, f"header puts the voxels at byte {start}, inside itself")
     require_number(path, dtype)
     raw = read_voxels(voxels, dtype, num_items(shape), start=start, codec=codec_of(voxels))
@@ -67,6 +49,34 @@ def read_nifti(path: Path, reading: Reading = READING) -> Volume:
     # The low three bits of xyzt_units: 1 meter, 2 millimeter, 3 micrometer.
     affine[:3] *= {1: 1e3, 3: 1e-3}.get(int(header["xyzt_units"]) & 7, 1.0)
     return Volume(data, affine, 1.0 if scale is None else scale, 0.0 if offset is None else offset)
+
+
+def nifti_header(path: Path) -> tuple[Nifti1Header, tuple[int, ...]]:
+    """Return the header of NIfTI-1 or NIfTI-2, and the shape that it claims; no voxel is read."""
+    import nibabel
+    from nibabel.spatialimages import HeaderDataError
+
+    codec_of(path)
+    block = head(path, 540)
+    size = int.from_bytes(block[:4], "little"), int.from_bytes(block[:4], "big")
+    if 348 in size and block[344:348] in (b"n+1\0", b"ni1\0"):
+        cls, length = nibabel.Nifti1Header, 348
+    elif 540 in size and block[4:7] in (b"n+2", b"ni2"):
+        cls, length = nibabel.Nifti2Header, 540
+    elif 348 in size and path.suffix.lower() == ".hdr":
+        raise BrokenVolume(path, "is Analyze 7.5, which has no orientation: convert it to NIfTI")
+    else:
+        raise BrokenVolume(path, "has no NIfTI header")
+    if len(block) < length:
+        raise BrokenVolume(path, "truncated header")
+    header = cls(block[:length], endianness=None, check=False)
+    try:
+        shape = header.get_data_shape()
+    except HeaderDataError as error:
+        raise BrokenVolume(path, f"bad header ({error})") from error
+    if not shape or len(shape) > 7 or min(shape) < 1:
+        raise BrokenVolume(path, f"header claims the shape {shape}")
+    return header, shape
 
 
 def stored_dtype(path: Path, header: Nifti1Header | MGHHeader, name: str) -> np.dtype:
@@ -93,18 +103,24 @@ def sibling(path: Path, suffixes: tuple[str, ...]) -> Path:
 
 def read_mgh(path: Path, reading: Reading = READING) -> Volume:
     """FreeSurfer .mgh and .mgz."""
+    header, shape = mgh_header(path)
+    dtype = stored_dtype(path, header, "type")
+    raw = read_voxels(
+        path, dtype, num_items(shape), start=284, codec=codec_of(path), trailing=2**22
+    )
+    data = to_channels_first(path, raw.reshape(shape, order="F"), reading.volumes_4d)
+    return Volume(data, header.get_affine())
+
+
+def mgh_header(path: Path) -> tuple[MGHHeader, tuple[int, ...]]:
+    """Return the header of a .mgh file, and the shape that it claims; no voxel is read."""
     from nibabel.freesurfer.mghformat import MGHHeader
 
     block = head(path, 284)
     if len(block) < 284 or int.from_bytes(block[:4], "big") != 1:
         raise BrokenVolume(path, "has no MGH header")
     header = MGHHeader(block, check=False)
-    shape, dtype = tuple(int(n) for n in header["dims"]), stored_dtype(path, header, "type")
-    raw = read_voxels(
-        path, dtype, num_items(shape), start=284, codec=codec_of(path), trailing=2**22
-    )
-    data = to_channels_first(path, raw.reshape(shape, order="F"), reading.volumes_4d)
-    return Volume(data, header.get_affine())
+    return header, tuple(int(n) for n in header["dims"])
 
 
 def write_volume(path: Path | str, volume: Volume) -> None:

@@ -70,6 +70,17 @@ def check_pages(path: Path, series: tifffile.TiffPageSeries) -> None:
             raise BrokenVolume(path, "truncated: a page lies behind the end of the file")
 
 
+def tiff_time_points(path: Path) -> int:
+    """Length of the axis T, 1 where there is none; no page is decoded."""
+    import tifffile
+
+    try:
+        with tifffile.TiffFile(path) as tiff:
+            return dict(zip(tiff.series[0].axes, tiff.series[0].shape, strict=True)).get("T", 1)
+    except (tifffile.TiffFileError, IndexError, RuntimeError) as error:
+        raise BrokenVolume(path, f"damaged TIFF ({error})") from error
+
+
 def decoded(path: Path, series: tifffile.TiffPageSeries) -> np.ndarray:
     """Voxels of a series; what decompresses them may be missing here."""
     from tifffile import COMPRESSION

@@ -26,11 +26,14 @@ class VolumeSource:
         root: Folder, glob or manifest; null for the one that the model was trained on.
         cache_dir: Where prepared volumes are kept; null for ~/.cache/vae3d (or $VAE3D_CACHE).
         preprocess: What you hold for that of the checkpoint, as a check; null to trust it.
+        mask: Which voxels are seen, a manifest column or a pattern as in training; `trained` for
+            that of the run, null for all (then name the images by a glob where masks lie beside).
     """
 
     root: str | None = None
     cache_dir: str | None = None
     preprocess: Preprocess | None = None
+    mask: str | None = "trained"
 
 
 def encode(
@@ -141,6 +144,8 @@ def open_volumes(
 
     of_run = dict(state["config"]["data"])
     of_run |= {"preprocess": Preprocess.of_checkpoint(state["preprocess"], source.preprocess)}
+    if source.mask != "trained":
+        of_run |= {"mask": source.mask, "mask_weights": None}
     for name in ("root", "cache_dir"):
         of_run[name] = getattr(source, name) or of_run[name]
     config = DataConfig(**of_run)

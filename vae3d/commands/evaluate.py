@@ -37,12 +37,15 @@ class EvaluationData:
         cache_dir: Where prepared volumes are kept; null for ~/.cache/vae3d (or $VAE3D_CACHE).
         on_error: Broken file: raise ends the evaluation, skip lists it in skipped.csv.
         preprocess: What you hold for that of the checkpoint, as a check; null to trust it.
+        mask: Which voxels count, a manifest column or a pattern as in training; `trained` for that
+            of the run, null for all (then name the images by a glob where masks lie beside them).
     """
 
     root: str
     cache_dir: str | None = None
     on_error: Literal["raise", "skip"] = "raise"
     preprocess: Preprocess | None = None
+    mask: str | None = "trained"
 
 
 def evaluate(
@@ -136,9 +139,11 @@ def evaluate(
     if mode == "patch":
         check_patch(patch, vae.factor)
         tile_faces([1] * vae.spatial_dims, patch, overlap, blend)  # overlap < patch
+    reading = Reading.of(trained["data"]).masked(data.mask)
     facts = {"checkpoint": str(find_checkpoint(checkpoint)), "step": state["step"], "ema": ema}
     facts["checkpoint_sha256"] = fingerprint(checkpoint)
-    reading = Reading.of(trained["data"])
+    if mask := reading.mask or ("finite voxels" if reading.nan == "mask" else None):
+        facts["mask"] = mask
     seen = [id for ids in state["split"].values() for id in ids]
     lines: list[str] = []
     subjects = find_subjects(data.root, reading, seen, lines.append)

@@ -126,7 +126,8 @@ def train_3d(
         training, held_out = store.subset(split["train"]), store.subset(split["val"])
         sample = patch_size if patching else largest(map(training.shape, range(len(training))))[1:]
         begun_with = state["batch_size"] if state else None
-        batch = settled_batch(batch_size, begun_with, task, sample, amp, world)
+        weights = training.num_weights
+        batch = settled_batch(batch_size, begun_with, task, sample, amp, world, weights)
         cut = partial(
             PatchLoader,
             training,
@@ -234,6 +235,7 @@ def settled_batch(
     sample: tuple[int, ...],
     amp: Amp,
     world: World,
+    num_weights: int = 0,
 ) -> int:
     """The batch that was asked for, or that a run began with; else the largest, found by trying.
 
@@ -244,6 +246,7 @@ def settled_batch(
         sample: Spatial shape of a sample [voxels].
         amp: off | bf16 | fp16.
         world: The ranks; it has to fit on each.
+        num_weights: Channels of the weights of voxels; 0 without masks.
     """
     if asked != "auto":
         return asked
@@ -251,7 +254,7 @@ def settled_batch(
         return begun_with
     from vae3d.training.memory import Trial
 
-    trial = Trial(task, (task.network.in_channels, *sample), amp)
+    trial = Trial(task, (task.network.in_channels, *sample), amp, num_weights)
     size = min(n for (n,) in world.gather_ints(trial.largest_batch()))
     if world.is_main:
         print(f"batch_size auto: {size} on each rank", flush=True)

@@ -82,7 +82,7 @@ class BlockPCA:
         recon = recon.permute(order).reshape(x.shape[0], *sizes)
         return recon[(slice(None), *(slice(n) for n in x.shape[1:]))]
 
-    def equivalent(self, x: Tensor, recon: Tensor) -> float:
+    def equivalent(self, x: Tensor, recon: Tensor, mask: Tensor | None = None) -> float:
         """How many components have as small a squared error as a reconstruction, interpolated.
 
         Both are measured over the whole blocks in the volume.
@@ -90,6 +90,7 @@ class BlockPCA:
         Args:
             x: Volume (C, *spatial).
             recon: Its reconstruction.
+            mask: Voxels that count, bool (*spatial); None for all.
 
         Returns:
             The number, fractions by the logarithm of the error (that is, by PSNR) between the two
@@ -98,9 +99,14 @@ class BlockPCA:
         sizes = [n // f * f for n, f in zip(x.shape[1:], self.factor, strict=True)]
         whole = (slice(None), *map(slice, sizes))
         blocks = (_blocks(x[whole], self.factor)[0] - self.mean).double()
-        energy = (blocks @ self.components.T.double()).square().sum(0)
-        errors = blocks.square().sum() - torch.cat([torch.zeros(1), energy.cumsum(0)])
-        wanted = (x[whole] - recon[whole]).double().square().sum()
+        wanted = (x[whole] - recon[whole]).double().square()
+        if mask is None:
+            energy = (blocks @ self.components.T.double()).square().sum(0)
+            errors = blocks.square().sum() - torch.cat([torch.zeros(1), energy.cumsum(0)])
+        else:
+            errors = self._masked_errors(blocks, _blocks(mask.expand_as(x)[whole], self.factor)[0])
+            wanted = wanted * mask[whole[1:]]
+        wanted = wanted.sum()
         better = int((errors > wanted * (1 + 1e-6)).sum())  # counts that are not enough
         if better == len(errors):
             return math.inf
@@ -108,6 +114,17 @@ class BlockPCA:
             return 0.0
         before, after = errors[better - 1 : better + 1].clamp(min=1e-12 * errors[0]).tolist()
         return better - 1 + math.log(before / max(float(wanted), after)) / math.log(before / after)
+
+    def _masked_errors(self, blocks: Tensor, counts: Tensor) -> Tensor:
+        """Squared error of 0, 1, 2, ... components over the voxels that count, none above another.
+
+        Components are not orthogonal there, so each error is summed up by itself.
+        """
+        errors, left = [blocks[counts].square().sum()], blocks
+        for component in self.components.double():
+            left = left - torch.outer(blocks @ component, component)
+            errors.append(left[counts].square().sum())
+        return torch.stack(errors).cummin(0).values
 
     def save(self, path: Path) -> None:
         """Write to a file, whole or not at all."""

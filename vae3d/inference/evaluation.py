@@ -139,29 +139,40 @@ class Evaluator:
         return row
 
     def measure(self, index: int, x: Tensor, recon: Tensor, mean: Tensor, logvar: Tensor) -> dict:
-        """All columns of a volume but its name."""
-        a, b, width = in_one_unit(x, recon, self.widths)
-        row = {name: metric(a, b, width) for name, metric in METRICS.items()}
-        row |= self._baselines(x, recon)
+        """All columns of a volume but its name.
+
+        With a mask they are of the voxels that count: for metrics that know none, the others are
+        taken from the volume into the reconstruction, so that there is no error.
+        """
         source = torch.from_numpy(self.store.read_unclipped(index))
         foreground = self.foreground(index, source)
+        seen = self.store.seen(index)
+        mask = None if seen is None else torch.from_numpy(seen)
+        if mask is not None:
+            foreground &= mask
+            recon = torch.where(mask, recon, x)  # for the metrics that know no mask
+        a, b, width = in_one_unit(x, recon, self.widths)
+        row = {name: metric(a, b, width, mask) for name, metric in METRICS.items()}
+        row |= self._baselines(x, recon, mask)
         row |= {f"foreground_{m}": METRICS[m](a, b, width, foreground) for m in FOREGROUND}
-        row |= self._original_units(index, x, recon)
-        row |= self._against_source(index, x, recon, source, foreground)
+        row |= self._original_units(index, x, recon, mask)
+        row |= self._against_source(index, x, recon, source, foreground, mask)
+        if mask is not None:
+            row["mask_fraction"] = float(mask.double().mean())
         row |= latent_summary(mean, logvar, math.prod(x.shape[1:]), self.latent_bits)
         if self.how["mode"] == "patch":
             faces, factor = self.faces(x.shape[1:]), self.factor(x.ndim - 1)
             row["seam_score"] = seam_score(x, recon, faces, factor)
             if self.patch_gap:
                 exact = autoencode(self.vae, x, **{**self.how, "mode": "exact"})[0]
-                row["patch_gap"] = psnr(*in_one_unit(exact, recon, self.widths))
+                row["patch_gap"] = psnr(*in_one_unit(exact, recon, self.widths), mask)
         if self.perceptual is not None:
             device = next(self.vae.parameters()).device
             with torch.no_grad():
                 distance = self.perceptual(x[None].to(device), recon[None].to(device))
             row["perceptual"] = float(distance)
         names = self.store.channel_names
-        row |= by_channel(x, recon, self.widths, names)
+        row |= by_channel(x, recon, self.widths, names, mask=mask)
         inside = by_channel(x, recon, self.widths, names, FOREGROUND, foreground)
         return row | {f"foreground_{name}": value for name, value in inside.items()}
 
@@ -211,14 +222,14 @@ class Evaluator:
                 "(data.root or --checkpoint is another data set's)"
             )
 
-    def _baselines(self, x: Tensor, recon: Tensor) -> dict[str, float]:
+    def _baselines(self, x: Tensor, recon: Tensor, mask: Tensor | None) -> dict[str, float]:
         """Linear codes of the same size, and how many of their numbers would do as well."""
         factor, channels = self.factor(x.ndim - 1), self.vae.latent_channels
         row = {"lattice_score": lattice_score(x, recon, factor)}
-        row["pooled_psnr"] = psnr(*in_one_unit(x, pooled(x, factor), self.widths))
+        row["pooled_psnr"] = psnr(*in_one_unit(x, pooled(x, factor), self.widths), mask)
         if self.pca is not None:
-            row["pca_psnr"] = psnr(*in_one_unit(x, self.pca(x, channels), self.widths))
-            row["pca_equivalent"] = self.pca.equivalent(x, recon) / channels
+            row["pca_psnr"] = psnr(*in_one_unit(x, self.pca(x, channels), self.widths), mask)
+            row["pca_equivalent"] = self.pca.equivalent(x, recon, mask) / channels
         return row
 
     def _in_original_units(self, index: int, *volumes: Tensor) -> list[Tensor]:
@@ -235,29 +246,35 @@ class Evaluator:
             return {name: measure(0)}
         return {f"{name}_{suffix}": measure(c) for c, suffix in enumerate(names)}
 
-    def _original_units(self, index: int, x: Tensor, recon: Tensor) -> dict[str, float]:
+    def _original_units(
+        self, index: int, x: Tensor, recon: Tensor, mask: Tensor | None
+    ) -> dict[str, float]:
         """Errors in the intensities of the source file, against what the model was given."""
-        return self._errors("original", *self._in_original_units(index, x, recon))
+        a, b = self._in_original_units(index, x, recon)
+        return self._errors("original", a, b, mask)
 
     def _against_source(
-        self, index: int, x: Tensor, recon: Tensor, source: Tensor, foreground: Tensor
-    ) -> dict[str, float]:
+        self, index: int, x: Tensor, recon: Tensor, source: Tensor, foreground: Tensor,
+        mask: Tensor | None,
+    ) -> dict[str, float]:  # fmt: skip
         """What the clip takes away, and errors against the volume from before it."""
         # Where nothing is clipped the two differ by rounding.
         reach = torch.tensor(self.widths).reshape(-1, *[1] * (x.ndim - 1)) * 1e-4
         clipped = (x - source).abs() > reach
-        row = self._each("clipped", lambda c: float(clipped[c].float().mean()))
+        counts = torch.ones_like(foreground) if mask is None else mask
+        row = self._each("clipped", lambda c: float(clipped[c][counts].float().mean()))
         row |= self._each(
             "foreground_clipped", lambda c: float(clipped[c][foreground].float().mean())
         )
-        return row | self._errors("source", *self._in_original_units(index, source, recon))
+        a, b = self._in_original_units(index, source, recon)
+        return row | self._errors("source", a, b, mask)
 
-    def _errors(self, against: str, a: Tensor, b: Tensor) -> dict[str, float]:
+    def _errors(self, against: str, a: Tensor, b: Tensor, mask: Tensor | None) -> dict[str, float]:
         """Mean absolute and root mean squared error of each channel."""
         pairs = list(zip(a.split(1), b.split(1), strict=True))
-        row = self._each(f"mae_{against}", lambda c: METRICS["mae"](*pairs[c], 1.0))
+        row = self._each(f"mae_{against}", lambda c: METRICS["mae"](*pairs[c], 1.0, mask))
         return row | self._each(
-            f"rmse_{against}", lambda c: math.sqrt(METRICS["mse"](*pairs[c], 1.0))
+            f"rmse_{against}", lambda c: math.sqrt(METRICS["mse"](*pairs[c], 1.0, mask))
         )
 
     def _write_files(self, index: int, x: Tensor, recon: Tensor, row: dict) -> None:

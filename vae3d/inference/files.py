@@ -61,6 +61,10 @@ def encode_file(vae: CustomVAE, path: str | Path, mode: str = "full", **how: obj
     prepared = Preprocess.of_checkpoint(known.get("preprocess"))
     with TemporaryDirectory() as cache:
         store = VolumeStore.build([path], cache, prepared, progress=False, reading=Reading.of(data))
+        if len(store) > 1:
+            raise ValueError(
+                f"{path}: a series of {len(store)} time points: encode it by `vae3d encode`"
+            )
         x = torch.from_numpy(store.read(0))
         mean, logvar = coding.encode(vae, x)
         info = latent_info(store, 0, coding.factor(vae, x.ndim - 1))

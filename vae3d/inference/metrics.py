@@ -60,7 +60,7 @@ def ms_ssim(x: Tensor, recon: Tensor, data_range: float, mask: Tensor | None = N
     """Multi-scale SSIM (Wang et al. 2003): contrast and structure at several scales.
 
     A volume that is too small for all scales (a window of 11 voxels at 1/16 size) uses the finer
-    ones, their exponents scaled to the same sum. A mask is not supported at coarser scales.
+    ones, their exponents scaled to the same sum. It knows no mask: all windows count.
     """
     scales = [k for k in range(len(weights)) if min(x.shape[1:]) >> k >= 11] or [0]
     used = [weights[k] for k in scales]

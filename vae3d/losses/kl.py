@@ -18,6 +18,8 @@ MAX_FACTOR = 1e4  # the controller moves the weight at most this far, up or down
 class KL(Term):
     """KL divergence of the posterior from N(0, 1), in nats, mean over batch and latent elements.
 
+    A mask is of voxels and says nothing of latents: all of them count, with one too.
+
     The mean does not change with the patch size, so a weight tuned on 64^3 patches holds for 128^3.
     The convention 'sum over latents, mean over batch' of CompVis and MONAI is this value times the
     number of latent elements of a patch; its weight is ours divided by that number. For example,
@@ -34,6 +36,7 @@ class KL(Term):
     """
 
     factor: Tensor
+    weighted = True
 
     def __init__(
         self,
@@ -57,7 +60,12 @@ class KL(Term):
         self._last_moments: Tensor | None = None
 
     def forward(
-        self, x: Tensor | None, recon: Tensor | None, posterior: DiagonalGaussian, step: int = 0
+        self,
+        x: Tensor | None,
+        recon: Tensor | None,
+        posterior: DiagonalGaussian,
+        step: int = 0,
+        weight: object = None,
     ) -> Tensor:
         """Return the mean KL per latent element, a scalar in nats."""
         posterior = DiagonalGaussian(posterior.mean.float(), posterior.logvar.float())

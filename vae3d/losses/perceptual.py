@@ -10,11 +10,12 @@ from collections.abc import Callable, Sequence
 from typing import Literal, Self
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from vae3d.losses.features import DeepBet, FeatureNetwork
 from vae3d.losses.slices import draw_slices, mean_over_slices, take_slices
-from vae3d.losses.term import Term, add_up
+from vae3d.losses.term import Term, add_up, mean
 
 EPS = 1e-6  # under the root: at a zero feature vector its gradient would be NaN
 
@@ -33,6 +34,7 @@ class Perceptual(Term):
     """
 
     autocast = True
+    weighted = True
 
     def __init__(
         self,
@@ -64,18 +66,30 @@ class Perceptual(Term):
         """The frozen network."""
         return self._network[0]
 
-    def forward(self, x: Tensor, recon: Tensor, posterior: object = None, step: int = 0) -> Tensor:
-        """Return the distance, mean over samples, channels and slices."""
+    def forward(
+        self,
+        x: Tensor,
+        recon: Tensor,
+        posterior: object = None,
+        step: int = 0,
+        weight: Tensor | None = None,
+    ) -> Tensor:
+        """Return the distance, mean over samples, channels and slices.
+
+        With a mask a feature weighs what the voxels under it do on average.
+        """
         dims = self.network.spatial_dims
+        if weight is not None:
+            weight = weight.expand_as(x)
         if x.ndim == 2 + dims:
-            return self._distance(x, recon)
+            return self._distance(x, recon, weight)
         if x.ndim != 5:
             raise ValueError("Perceptual.view is 'volume' but the volumes are 2D; set it to slices")
         picks = draw_slices(tuple(x.shape[2:]), self.num_slices, step, self.seed)
-        pairs = zip(take_slices(x, picks), take_slices(recon, picks), strict=True)
-        return mean_over_slices([self._distance(a, b) for a, b in pairs], picks)
+        cuts = [take_slices(volume, picks) for volume in (x, recon, weight) if volume is not None]
+        return mean_over_slices([self._distance(*cut) for cut in zip(*cuts, strict=True)], picks)
 
-    def _distance(self, x: Tensor, recon: Tensor) -> Tensor:
+    def _distance(self, x: Tensor, recon: Tensor, weight: Tensor | None = None) -> Tensor:
         """Distance of `(N, C, *spatial)` at the network's own dimensions, a scalar."""
         low, high = self.data_range
         x, recon = (((t - low) / (high - low)).flatten(0, 1).unsqueeze(1) for t in (x, recon))
@@ -85,7 +99,7 @@ class Perceptual(Term):
         weights: Sequence[Tensor | float] = self.network.layer_weights or [1.0] * len(got)
         with torch.autocast(x.device.type, enabled=False):
             return add_up(
-                (w * (_unit(a) - _unit(b)).square()).sum(1).mean()
+                mean((w * (_unit(a) - _unit(b)).square()).sum(1), _pooled(weight, a.shape[2:]))
                 for w, a, b in zip(weights, wanted, got, strict=True)
             )
 
@@ -93,6 +107,13 @@ class Perceptual(Term):
         """Move the network along with `.to(device)`."""
         self.network._apply(fn)
         return super()._apply(fn, recurse)
+
+
+def _pooled(weight: Tensor | None, size: Sequence[int]) -> Tensor | None:
+    """Bring weights `(N, C, *spatial)` to a map of features, `(N * C, *size)`."""
+    if weight is None:
+        return None
+    return F.interpolate(weight.flatten(0, 1)[:, None], tuple(size), mode="area")[:, 0]
 
 
 def _unit(features: Tensor) -> Tensor:

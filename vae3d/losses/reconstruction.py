@@ -1,7 +1,9 @@
 """Distances between a volume and its reconstruction.
 
 Axes: b samples, c channels, then the two or three spatial axes. Every distance is taken per sample
-and averaged over samples; none depends on the number of voxels.
+and averaged over samples; none depends on the number of voxels. With a mask the average is weighted
+(see `Term`): a window weighs what its middle voxel does, an edge what the lesser of its ends does,
+both over the mean weight of the voxels.
 """
 
 from __future__ import annotations
@@ -11,19 +13,28 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from vae3d.losses.term import Term, add_up
+from vae3d.losses.term import Term, add_up, mean
 
 
 class Pointwise(Term):
     """A distance that each voxel has by itself; the term is its mean over all voxels."""
 
+    weighted = True
+
     def pointwise(self, error: Tensor) -> Tensor:
         """Return the distance of each voxel, same shape as `error = recon - x`."""
         raise NotImplementedError
 
-    def forward(self, x: Tensor, recon: Tensor, posterior: object = None, step: int = 0) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        recon: Tensor,
+        posterior: object = None,
+        step: int = 0,
+        weight: Tensor | None = None,
+    ) -> Tensor:
         """Return the mean distance over samples, channels and voxels."""
-        return self.pointwise(recon - x).mean()
+        return mean(self.pointwise(recon - x), weight)
 
 
 class L1(Pointwise):
@@ -81,6 +92,8 @@ class LearnedVariance(Term):
         logvar_init: Log-variance at the start.
     """
 
+    weighted = True
+
     def __init__(
         self,
         weight: float = 1.0,
@@ -97,9 +110,19 @@ class LearnedVariance(Term):
         """Inverse variance that other distances in intensity space are multiplied with."""
         return (-self.logvar).exp().mean()
 
-    def forward(self, x: Tensor, recon: Tensor, posterior: object = None, step: int = 0) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        recon: Tensor,
+        posterior: object = None,
+        step: int = 0,
+        weight: Tensor | None = None,
+    ) -> Tensor:
         """Return the negative log-likelihood, mean over samples, channels and voxels."""
-        distance = self.base.pointwise(recon - x).transpose(0, 1).flatten(1).mean(1)  # (c,)
+        distance = self.base.pointwise(recon - x)
+        if weight is not None:
+            distance = distance * weight
+        distance = distance.transpose(0, 1).flatten(1).mean(1)  # (c,)
         if len(self.logvar) not in (1, len(distance)):
             raise ValueError(
                 f"LearnedVariance.channels is {len(self.logvar)}, the model has {len(distance)} "
@@ -122,6 +145,8 @@ class SSIM(Term):
         sigma: Standard deviation of the Gaussian window in voxels; None for a uniform window.
     """
 
+    weighted = True
+
     def __init__(
         self,
         weight: float = 1.0,
@@ -137,14 +162,25 @@ class SSIM(Term):
         kernel = torch.ones(window) if sigma is None else torch.exp(-0.5 * (taps / sigma) ** 2)
         self.kernel = (kernel / kernel.sum()).tolist()
 
-    def forward(self, x: Tensor, recon: Tensor, posterior: object = None, step: int = 0) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        recon: Tensor,
+        posterior: object = None,
+        step: int = 0,
+        weight: Tensor | None = None,
+    ) -> Tensor:
         """Return 1 - SSIM, mean over samples, channels and windows."""
         maps = torch.stack((x, recon, x * x, recon * recon, x * recon))
         mean_x, mean_r, xx, rr, xr = self._smooth(maps.flatten(0, 1)).unflatten(0, (5, -1))
         var_x, var_r, cov = xx - mean_x**2, rr - mean_r**2, xr - mean_x * mean_r
         structure = (2 * cov + self.c2) / (var_x + var_r + self.c2)
         luminance = (2 * mean_x * mean_r + self.c1) / (mean_x**2 + mean_r**2 + self.c1)
-        return 1 - (structure * luminance).mean()
+        if weight is None:
+            return 1 - (structure * luminance).mean()
+        for axis in range(2, x.ndim):  # to the middles of the windows
+            weight = weight.narrow(axis, len(self.kernel) // 2, structure.shape[axis])
+        return mean(1 - structure * luminance, weight)
 
     def _smooth(self, image: Tensor) -> Tensor:
         """Weighted mean in each window, one axis after the other; only windows that fit."""
@@ -170,18 +206,36 @@ class GradientDifference(Term):
         power: Exponent alpha of the difference, 1 or 2.
     """
 
+    weighted = True
+
     def __init__(self, weight: float = 1.0, power: int = 1):
         super().__init__(weight)
         self.power = power
 
-    def forward(self, x: Tensor, recon: Tensor, posterior: object = None, step: int = 0) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        recon: Tensor,
+        posterior: object = None,
+        step: int = 0,
+        weight: Tensor | None = None,
+    ) -> Tensor:
         """Return | |dx| - |drecon| |^power, mean over voxels, then over axes."""
         axes = [axis for axis in range(2, x.ndim) if x.shape[axis] > 1]
         gaps = (
-            (x.diff(dim=axis).abs() - recon.diff(dim=axis).abs()).abs().pow(self.power).mean()
+            mean(
+                (x.diff(dim=axis).abs() - recon.diff(dim=axis).abs()).abs().pow(self.power),
+                None if weight is None else lesser(weight, axis),
+            )
             for axis in axes
         )
         return add_up(gaps) / len(axes)
+
+
+def lesser(weight: Tensor, axis: int) -> Tensor:
+    """The lesser of each two weights that are neighbors along an axis."""
+    n = weight.shape[axis] - 1
+    return torch.minimum(weight.narrow(axis, 0, n), weight.narrow(axis, 1, n))
 
 
 class FocalFrequency(Term):
@@ -192,14 +246,25 @@ class FocalFrequency(Term):
         alpha: Exponent of the weights; 0 weighs all frequencies alike (then this is L2).
     """
 
+    weighted = True
+
     def __init__(self, weight: float = 1.0, alpha: float = 1.0):
         super().__init__(weight)
         self.alpha = alpha
 
-    def forward(self, x: Tensor, recon: Tensor, posterior: object = None, step: int = 0) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        recon: Tensor,
+        posterior: object = None,
+        step: int = 0,
+        weight: Tensor | None = None,
+    ) -> Tensor:
         """Return the weighted squared distance, mean over samples, channels and frequencies."""
         axes = tuple(range(2, x.ndim))
-        gap = torch.fft.fftn(recon - x, dim=axes, norm="ortho")
+        # The squared spectrum of sqrt(w) e has the mean of w e^2.
+        error = recon - x if weight is None else (recon - x) * weight.sqrt()
+        gap = torch.fft.fftn(error, dim=axes, norm="ortho")
         power = gap.real.square() + gap.imag.square()  # no abs(): its gradient at 0 is undefined
         focus = power.detach().pow(self.alpha / 2)
         focus = focus / focus.amax(axes, keepdim=True).clamp_min(1e-12)

@@ -21,13 +21,20 @@ class Term(nn.Module):
     A term is the *mean over the samples of the batch* of something that each sample has by itself.
     Accumulated micro-batches and ranks then add up to the large batch to float rounding.
 
+    A mask comes as `weight`, whose mean over all samples of an update is 1: the mean of
+    `weight * distance` over voxels is then `sum(w e) / sum(w)` over that update, however it is cut
+    into micro-batches and ranks, and 0 where no voxel counts. What counts 0 is 0 in `x` and in
+    `recon`. A term that takes the `weight` says so by `weighted`; others are refused with a mask.
+
     Attributes:
+        weighted: Whether `forward` takes a `weight`.
         autocast: Whether the term runs under the caller's autocast. Formulas stay in float32
             (False); terms that run a network set True and bring their own float32 islands.
         scalars: What else the term measured in its last call, detached, for the log.
     """
 
     autocast = False
+    weighted = False
 
     def __init__(self, weight: float = 1.0):
         super().__init__()
@@ -46,7 +53,14 @@ class Term(nn.Module):
         """Inverse variance of the likelihood, where the term is one (`LearnedVariance`)."""
         return 1.0
 
-    def forward(self, x: Tensor, recon: Tensor, posterior: DiagonalGaussian, step: int) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        recon: Tensor,
+        posterior: DiagonalGaussian,
+        step: int,
+        weight: Tensor | None = None,
+    ) -> Tensor:
         """Return the unweighted term.
 
         Args:
@@ -54,6 +68,8 @@ class Term(nn.Module):
             recon: Its reconstruction, same shape, float32, not clamped.
             posterior: Posterior of the latents with `mean` and `logvar`, each `(B, c, x, y, z)`.
             step: Number of optimizer updates done before this one.
+            weight: How much each voxel counts, `(B, 1 or C, X, Y, Z)`, 1 on average; None for all
+                alike. A term that is not `weighted` may leave the parameter out.
         """
         raise NotImplementedError
 
@@ -63,6 +79,11 @@ class Term(nn.Module):
 
     def after_step(self) -> None:
         """Update what the term controls, once an optimizer update; every rank calls it."""
+
+
+def mean(distance: Tensor, weight: Tensor | None) -> Tensor:
+    """Mean of a distance; with weights of mean 1, the weighted one."""
+    return distance.mean() if weight is None else (distance * weight).mean()
 
 
 def add_up(values: Iterable[Tensor]) -> Tensor:

@@ -25,6 +25,10 @@ Contracts that make accumulation and DDP exact:
   samples add up to those of the large batch.
 - Whatever is random (slices) or controlled (KL weight, adaptive weight) is a function of `step` or
   of a buffer that changes only in `after_step`, which reduces over ranks.
+- A mask's `weight` has the mean 1 over all samples of an update (the trainer sees to it). Where it
+  is 0, input and reconstruction are 0 in every term and for the discriminator: what lies there
+  changes no loss and no gradient. Weights other than 0 mean nothing to the discriminator, and the
+  KL knows none at all.
 - `state_dict()` holds all of it: buffers of controllers, discriminator, learned log-variance; not
   the frozen feature networks, which come from their own files.
 
@@ -95,8 +99,15 @@ class VAELoss(nn.Module):
             self.terms[term.name] = term
         self.adversarial = adversarial() if adversarial is not None else None
 
-    def forward(self, x: Tensor, recon: Tensor, posterior: DiagonalGaussian, step: int,
-                last_layer: Tensor | None = None) -> dict[str, Tensor]:  # fmt: skip
+    def forward(
+        self,
+        x: Tensor,
+        recon: Tensor,
+        posterior: DiagonalGaussian,
+        step: int,
+        last_layer: Tensor | None = None,
+        weight: Tensor | None = None,
+    ) -> dict[str, Tensor]:
         """Return the named terms and their weighted total `loss`, for the generator's update.
 
         Args:
@@ -105,15 +116,23 @@ class VAELoss(nn.Module):
             posterior: Posterior of the latents with `mean` and `logvar`.
             step: Number of optimizer updates done before this one.
             last_layer: Weight of the model's last layer, for an adaptive adversarial weight.
+            weight: How much each voxel counts, `(B, 1 or C, X, Y, Z)`, 1 on average over all
+                samples of the update; None for all alike.
         """
         assert x.shape == recon.shape, f"{tuple(x.shape)} reconstructed as {tuple(recon.shape)}"
-        x, recon = x.float(), recon.float()
+        x, recon = hidden(x.float(), weight), hidden(recon.float(), weight)
+        mask = () if weight is None else (weight.float(),)
         values: dict[str, Tensor] = {}
         weights: dict[str, float | Tensor] = {}
         measured: dict[str, Tensor] = {}
         for name, term in self.terms.items():
+            if mask and not term.weighted:
+                raise ValueError(
+                    f"loss: {type(term).__name__} does not know what a mask is: leave out the term "
+                    "or data.mask, or give its forward a `weight` and set `weighted`"
+                )
             with _float32(x.device.type, unless=term.autocast):
-                values[name] = term(x, recon, posterior, step)
+                values[name] = term(x, recon, posterior, step, *mask)
             weights[name] = term.weight_at(step)
             measured |= {f"{name}_{key}": value for key, value in term.scalars.items()}
         if "perceptual" in values:
@@ -142,7 +161,12 @@ class VAELoss(nn.Module):
         return self.adversarial is not None and self.adversarial.active(step)
 
     def discriminator_loss(
-        self, x: Tensor, recon: Tensor, step: int, wrapped: nn.Module | None = None
+        self,
+        x: Tensor,
+        recon: Tensor,
+        step: int,
+        wrapped: nn.Module | None = None,
+        weight: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """Return the discriminator's `discriminator_loss` and what it measured.
 
@@ -151,10 +175,11 @@ class VAELoss(nn.Module):
             recon: Its reconstruction; it is detached here.
             step: Number of optimizer updates done before this one.
             wrapped: `self.discriminator` inside DDP; itself when None.
+            weight: As in `forward`.
         """
         critic = wrapped or self.discriminator
         assert critic is not None, "a loss without an adversarial term has no discriminator"
-        return critic(x, recon.detach(), step)
+        return critic(hidden(x, weight), hidden(recon.detach(), weight), step)
 
     def generator_parameters(self) -> list[nn.Parameter]:
         """Return the loss's own parameters that the generator's optimizer updates."""
@@ -170,6 +195,11 @@ class VAELoss(nn.Module):
     def _measures(self, game: Adversarial, step: int) -> bool:
         """Tell whether this pass counts for the adaptive weight: a training pass in the game."""
         return game.adaptive and game.active(step) and self.training and torch.is_grad_enabled()
+
+
+def hidden(volume: Tensor, weight: Tensor | None) -> Tensor:
+    """Return a volume with 0 where no voxel counts, whatever stood there."""
+    return volume if weight is None else torch.where(weight > 0, volume, 0.0)
 
 
 def _float32(device_type: str, unless: bool) -> AbstractContextManager[object]:

@@ -80,6 +80,12 @@ def find(rows: Sequence[dict], metrics: Sequence[str], leading: str | None) -> l
         if bad:
             named = ", ".join(map(page.escape, bad[:5]))
             found.append(("bad", f"<b>{page.escape(metric)}</b> is not finite for {named}."))
+    if "mask_fraction" in metrics:
+        share = 100 * sum(r["mask_fraction"] for r in rows) / len(rows)
+        found.append(
+            ("good", f"Figures are of the voxels that the <b>masks</b> count, {share:.0f} % of a "
+             "volume; pictures show all of the reconstruction.")
+        )  # fmt: skip
     found += _against_linear_codes(rows, metrics)
     for metric in metrics:
         found += _lost_to_the_clip(rows, metric) if metric.startswith("foreground_clipped") else []

@@ -20,12 +20,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from loaders import SliceStore, VolumeStore
+from vae3d.losses.term import mean
 from vae3d.losses.vae_loss import VAELoss
 from vae3d.models.custom_vae import CustomVAE
 from vae3d.training.checkpoint import checkpoint_of
 from vae3d.training.distributed import World
 from vae3d.training.linear_code import fit_linear_code
-from vae3d.training.task import VAETask
+from vae3d.training.task import VAETask, weight_of
 
 ADAMW = partial(torch.optim.AdamW, lr=1e-4)
 
@@ -97,7 +98,9 @@ class LitVAE(lightning.LightningModule):
         """Log the distance of the reconstruction through the posterior mean, as `val/mae`."""
         x = batch.image
         recon, posterior = self.model(x, sample_posterior=False)
-        terms = {"mae": (recon - x).abs().mean(), "mse": (recon - x).square().mean()}
+        weight = weight_of(batch)
+        error = recon - x
+        terms = {"mae": mean(error.abs(), weight), "mse": mean(error.square(), weight)}
         self._log("val", terms | {"kl": posterior.kl()}, batch)
 
     def configure_optimizers(self) -> Optimizer | list[Optimizer]:

@@ -33,11 +33,13 @@ class Trial:
         task: What would be trained, on its device.
         sample_shape: One sample, `(C, X, Y, Z)` or `(C, X, Y)`.
         amp: off | bf16 | fp16.
+        num_weights: Channels of the weights of voxels; 0 without masks.
     """
 
     task: Task
     sample_shape: Sequence[int]
     amp: Amp = "off"
+    num_weights: int = 0
 
     @property
     def device(self) -> torch.device:
@@ -73,7 +75,11 @@ class Trial:
         device = next(task.parameters()).device
         corner = torch.zeros(n, len(self.sample_shape) - 1, dtype=torch.long)
         index = torch.arange(n)
-        batch = Batch(torch.rand(n, *self.sample_shape, device=device), index, corner, index)
+        weight = None
+        if self.num_weights:
+            weight = torch.ones(n, self.num_weights, *self.sample_shape[1:], device=device)
+        x = torch.rand(n, *self.sample_shape, device=device)
+        batch = Batch(x, index, corner, index, weight)
         with autocast(self.device, self.amp):
             loss = task(batch, LATE)["loss"]
         loss.backward()

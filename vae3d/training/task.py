@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from loaders import Batch
 from vae3d.losses.vae_loss import VAELoss
 from vae3d.models.custom_vae import CustomVAE
+from vae3d.training.distributed import World
 
 
 class Task(nn.Module):
@@ -82,7 +85,7 @@ class VAETask(Task):
         self.network = model
         self.loss = loss
         self.seed = seed
-        self._pair: tuple[Tensor, ...] = ()  # the last batch and its reconstruction
+        self._last: tuple[Tensor, Tensor, Tensor | None] | None = None  # x, recon and weight
 
     @property
     def discriminator(self) -> nn.Module | None:
@@ -90,7 +93,7 @@ class VAETask(Task):
         return self.loss.discriminator
 
     def forward(self, batch: Any, step: int) -> dict[str, Tensor]:
-        """Return the terms of the loss on `batch.image` `(B, C, X, Y, Z)`."""
+        """Return the terms of the loss on `batch.image` `(B, C, X, Y, Z)`, weighted by its mask."""
         x = batch.image
         posterior = self.network.encode(x)
         noise = torch.stack(
@@ -101,8 +104,10 @@ class VAETask(Task):
         )
         recon = self.network.decode(posterior.mean + posterior.std * noise)
         recon = self.network.crop(recon, x)
-        self._pair = (x, recon.detach())
-        return self.loss(x, recon, posterior, step, last_layer=self.network.last_layer)
+        weight = weight_of(batch)
+        self._last = (x, recon.detach(), weight)
+        last_layer = self.network.last_layer
+        return self.loss(x, recon, posterior, step, last_layer=last_layer, weight=weight)
 
     def discriminator_active(self, step: int) -> bool:
         """Whether the adversarial term has started."""
@@ -110,8 +115,9 @@ class VAETask(Task):
 
     def discriminator_loss(self, step: int, discriminator: nn.Module | None) -> dict[str, Tensor]:
         """Return the discriminator's terms on the last batch and its detached reconstruction."""
-        x, recon = self._pair
-        return self.loss.discriminator_loss(x, recon, step, discriminator)
+        assert self._last is not None, "the discriminator learns from the last forward"
+        x, recon, weight = self._last
+        return self.loss.discriminator_loss(x, recon, step, discriminator, weight)
 
     def after_step(self) -> None:
         """Update the controllers of the loss."""
@@ -135,6 +141,36 @@ class VAETask(Task):
                 "or begin a new run from its weights by --init_from"
             )
         self.loss.load_state_dict(state["loss"])
+
+
+def weight_of(batch: Batch) -> Tensor | None:
+    """How much each voxel of a batch counts, 1 on average over the update; None for all alike.
+
+    The average is `batch.mean_weight`, where the trainer has found it, else that of the batch. It
+    is 0 where no voxel counts at all: then each weight is.
+    """
+    weight = getattr(batch, "weight", None)
+    if weight is None:
+        return None
+    if batch.mean_weight is not None:
+        return weight / (batch.mean_weight or 1.0)
+    return weight / weight.mean().clamp_min(torch.finfo(weight.dtype).tiny)
+
+
+def share_weights(window: list[Batch], world: World) -> list[Batch]:
+    """Tell each micro-batch the mean weight of all samples of the update, on all ranks.
+
+    With it a micro-batch's mean of `w e`, times its share of the samples, is its part of
+    `sum(w e) / sum(w)` over all voxels of the update, also where volumes differ in size.
+    """
+    found = (getattr(batch, "weight", None) for batch in window)
+    weights = [weight for weight in found if weight is not None]
+    if not weights:
+        return window
+    mine = sum(weight.sum(dtype=torch.float64).item() for weight in weights)
+    total, count = map(sum, zip(*world.gather((mine, sum(map(len, weights)))), strict=True))
+    each = [total / count / weight[0].numel() for weight in weights]
+    return [replace(batch, mean_weight=mean) for batch, mean in zip(window, each, strict=True)]
 
 
 def noise_of_sample(

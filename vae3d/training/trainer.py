@@ -34,7 +34,7 @@ from vae3d.training.options import Loop
 from vae3d.training.precision import LossScaler, autocast
 from vae3d.training.schedule import lr_scale
 from vae3d.training.sharding import part, parts_of_optimizer, shard, whole
-from vae3d.training.task import Task
+from vae3d.training.task import Task, share_weights
 from vae3d.weights.hub import check_fit
 
 TIME_IS_UP = 1  # a reason to stop that is no signal; the run then exits 0
@@ -175,6 +175,7 @@ class Trainer:
         Returns:
             This rank's part of each named scalar; the sum over ranks is the mean over samples.
         """
+        window = share_weights(window, self.world)
         counts = [len(batch.index) for batch in window]
         total = sum(n for (n,) in self.world.gather_ints(sum(counts)))
         self.samples += total

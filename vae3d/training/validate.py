@@ -61,29 +61,35 @@ class Validation:
     def __call__(self, network: CustomVAE, step: int) -> dict[str, float]:
         """Return val/mae and val/psnr, means over the volumes, the same on every rank.
 
-        Of several channels each has its own besides (val/psnr_ct). The peak of the PSNR is the
-        width of the store's range. `rows` keeps the scores of each volume.
+        Of several channels each has its own besides (val/psnr_ct). With masks only the voxels that
+        count are measured. The peak of the PSNR is the width of the store's range. `rows` keeps the
+        scores of each volume.
         """
         scores, self.kept = {}, {}
         for i in self.mine():
             x, recon = self.reconstruct(network, i)
             if i in self.shown:
                 self.kept[step, i] = recon
-            scores[i] = self.score(x, recon)
+            seen = self.store.seen(i)
+            if seen is None or seen.any():  # a slice of which nothing counts has no score
+                mask = None if seen is None else torch.from_numpy(seen)
+                scores[i] = self.score(x, recon, mask)
         for part in self.world.gather(scores):
             scores |= part
-        self.rows = [{"case": self.store.ids[i], **scores[i]} for i in self.volumes]
+        self.rows = [{"case": self.store.ids[i], **scores[i]} for i in self.volumes if i in scores]
         names = [name for name in self.rows[0] if name != "case"]
         return {f"val/{name}": fmean(row[name] for row in self.rows) for name in names}
 
-    def score(self, x: torch.Tensor, recon: torch.Tensor) -> dict[str, float]:
+    def score(
+        self, x: torch.Tensor, recon: torch.Tensor, mask: torch.Tensor | None = None
+    ) -> dict[str, float]:
         """Return mae and psnr of a volume, and of each channel where there are several."""
         ranges = self._ranges(len(x))
         pair = in_one_unit(x, recon, [hi - lo for lo, hi in ranges])
-        scores = {"mae": mae(*pair), "psnr": psnr(*pair)}
+        scores = {"mae": mae(*pair, mask), "psnr": psnr(*pair, mask)}
         if len(x) > 1:
             widths, names = [hi - lo for lo, hi in ranges], self.store.channel_names
-            scores |= by_channel(x, recon, widths, names, ("mae", "psnr"))
+            scores |= by_channel(x, recon, widths, names, ("mae", "psnr"), mask)
         return scores
 
     def _ranges(self, channels: int) -> list[tuple[float, float]]:

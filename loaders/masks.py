@@ -1,0 +1,154 @@
+"""Masks: which voxels of a volume count, and how much.
+
+A mask's values are weights, on any grid: nearest neighbors bring it to the volume's by the affines,
+and what lies beyond it counts 0. A voxel of weight 0 is as if it were not there: the lowest
+intensity that counts stands in its place before anything is measured or resampled, so whatever its
+file holds there, no statistic, no network and no term of a loss sees it.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from loaders.readers import (
+    PLACELESS,
+    BrokenVolume,
+    Reading,
+    Volume,
+    read_volume,
+    same_grid,
+    volume_suffix,
+)
+from loaders.subjects import Subject
+
+
+def with_masks(subjects: list[Subject], mask: str | None, root: Path) -> list[Subject]:
+    """Give each subject its mask; files that are the mask of another are no subjects.
+
+    Args:
+        subjects: What was found.
+        mask: Manifest column, or pattern with `{name}`, the image's name without its suffix; None
+            for no masks.
+        root: The folder, or the manifest, whose folder the column's paths are relative to.
+    """
+    if mask is None:
+        return subjects
+    if "{name}" not in mask and not any(mask in subject.labels for subject in subjects):
+        raise ValueError(
+            f"data.mask is {mask!r}: neither a column of a manifest nor a pattern with {{name}}, "
+            "for example '{name}_mask.nii.gz'"
+        )
+    paths = {subject.id: mask_of(subject, mask, root) for subject in subjects}
+    taken = {os.path.abspath(path) for path in paths.values() if path and path.exists()}
+    subjects = [s for s in subjects if os.path.abspath(s.paths[0]) not in taken]
+    for subject in subjects:
+        path = paths[subject.id]
+        if path is None or not path.exists():
+            where = f"{path} does not exist" if path else "the column is empty"
+            raise ValueError(f"{subject.id} has no mask: {where} (data.mask {mask!r})")
+    return [replace(subject, mask=paths[subject.id]) for subject in subjects]
+
+
+def mask_of(subject: Subject, mask: str, root: Path) -> Path | None:
+    """Where the mask of a subject should lie; None where the manifest does not say."""
+    image = subject.paths[0]
+    if "{name}" in mask:
+        suffix = "" if image.is_dir() else volume_suffix(image) or ""
+        return image.parent / mask.replace("{name}", image.name[: len(image.name) - len(suffix)])
+    entry = subject.labels.get(mask)
+    return root.parent / entry if entry else None
+
+
+def read_weights(path: Path, image: Volume, times: int, reading: Reading) -> np.ndarray:
+    """Read a mask onto the grid of its image.
+
+    Args:
+        path: The mask.
+        image: Its image, as read.
+        times: Time points of the image; the mask has as many, or one for all.
+        reading: Says what the values of masks weigh.
+
+    Returns:
+        Weights (1 or times, X, Y, Z), uint8 where they fit.
+    """
+    mask = read_volume(path, Reading(volumes_4d="samples"))
+    if len(mask.data) not in (1, times):
+        raise BrokenVolume(path, f"is a mask of {len(mask.data)} volumes: give one, or {times}")
+    shape = image.data.shape[1:]
+    if volume_suffix(path) in PLACELESS and not mask.affine[:3, 3].any():
+        mask = replace(mask, affine=image.affine)
+    place = np.abs(np.linalg.solve(image.affine, mask.affine) - np.eye(4)).max()  # in voxels
+    if mask.data.shape[1:] != shape and place < 0.1:
+        sizes = ["x".join(map(str, size)) for size in (mask.data.shape[1:], shape)]
+        raise BrokenVolume(path, f"is {sizes[0]}, its image {sizes[1]} at the same place")
+    values = nearest(mask, shape, image.affine).intensities()
+    if reading.mask_weights is not None:
+        values = weighed(path, values, {float(k): v for k, v in reading.mask_weights.items()})
+    if not (np.isfinite(values).all() and values.min() >= 0):
+        raise BrokenVolume(path, "weights of a mask are finite and at least 0")
+    return compact(values)
+
+
+def weighed(path: Path, values: np.ndarray, weights: dict[float, float]) -> np.ndarray:
+    """Replace each value of a mask by its weight."""
+    found, which = np.unique(values, return_inverse=True)
+    unknown = [value for value in found.tolist() if value not in weights]
+    if unknown:
+        raise BrokenVolume(path, f"holds {unknown[0]:g}, which data.mask_weights does not name")
+    table = np.array([weights[value] for value in found.tolist()], np.float32)
+    return table[which].reshape(values.shape)
+
+
+def compact(weights: np.ndarray) -> np.ndarray:
+    """Return weights in one byte each where that changes none."""
+    small = weights.astype(np.uint8) if weights.max() < 256 else weights
+    return small if np.array_equal(small, weights) else weights
+
+
+def hide(data: np.ndarray, weights: np.ndarray, rising: bool, path: Path) -> np.ndarray:
+    """Put the lowest intensity that counts in the place of voxels that do not.
+
+    Args:
+        data: Stored numbers (C, X, Y, Z).
+        weights: (1, X, Y, Z).
+        rising: Whether intensities rise with the stored numbers.
+        path: The file, for the message.
+    """
+    seen = weights[0] > 0
+    if not seen.any():
+        raise BrokenVolume(path, "no voxel counts: its mask is 0 wherever the volume is")
+    if seen.all():
+        return data
+    data = data.copy(order="K")
+    for channel in data:
+        values = channel[seen]
+        values = values[np.isfinite(values)]
+        if len(values):
+            channel[~seen] = values.min() if rising else values.max()
+    return data
+
+
+def nearest(volume: Volume, shape: tuple[int, ...], affine: np.ndarray) -> Volume:
+    """Bring a volume to another grid by nearest neighbors; 0 outside its own.
+
+    Args:
+        volume: On any grid.
+        shape: Spatial shape of the other grid.
+        affine: Of the other grid, voxel to RAS+ millimeters.
+    """
+    if same_grid(volume.data.shape[1:], volume.affine, shape, affine):
+        return replace(volume, affine=affine)
+    to_own = np.linalg.inv(volume.affine) @ affine
+    out = np.zeros((len(volume.data), *shape), volume.data.dtype)
+    y, z = np.meshgrid(*map(np.arange, shape[1:]), indexing="ij")
+    sizes = np.array(volume.data.shape[1:])[:, None, None]
+    for x in range(shape[0]):  # a plane at a time: the places of all voxels would fill the memory
+        place = np.tensordot(to_own[:3], np.stack([np.full_like(y, x), y, z, np.ones_like(y)]), 1)
+        index = np.floor(place + 0.5 + 1e-6).astype(np.int64)
+        inside = ((index >= 0) & (index < sizes)).all(0)
+        out[:, x][:, inside] = volume.data[(slice(None), *index[:, inside])]
+    return Volume(out, affine, volume.scale, volume.offset)
