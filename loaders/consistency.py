@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,8 +25,8 @@ from loaders.build import (
     note_lines,
     num_threads,
     progress_bar,
+    read_each,
     read_label_map,
-    read_subject,
     storable,
     with_remedy,
 )
@@ -40,6 +41,7 @@ from loaders.readers import (
     ras_axes,
     read_header,
 )  # fmt: skip
+from loaders.series import by_file
 from loaders.splits import Split
 from loaders.subjects import Subject
 
@@ -121,9 +123,13 @@ class Survey:
 
     def ask_headers(self) -> None:
         """Hold the headers of all files against each other."""
+        groups = by_file(self.subjects)
         with ThreadPoolExecutor(num_threads()) as pool:
-            answers = list(pool.map(self.header_of, self.subjects))
-        pairs = list(zip(self.subjects, answers, strict=True))
+            asked = zip(
+                groups, pool.map(self.header_of, (group[0] for group in groups)), strict=True
+            )
+            pairs = [(s, answer) for group, answer in asked for s in group]
+        answers = [answer for _, answer in pairs]
         self.facts = {s.id: answer for s, answer in pairs if isinstance(answer, Facts)}
         broken = [answer for answer in answers if isinstance(answer, BrokenVolume)]
         faults = [with_remedy(f, len(answers)) for f in broken if not self.left_out(f)]
@@ -218,11 +224,17 @@ class Survey:
         Returns:
             What is broken but no fault, since training leaves it out or does not use it.
         """
+        use, groups = partial(check_volume, self.reading), by_file(self.subjects)
         with ThreadPoolExecutor(threads or num_threads()) as pool:
-            tasks = [pool.submit(check_volume, s, self.reading) for s in self.subjects]
-            found = [task.result() for task in progress_bar(tasks, "checking", show=True)]
-        pairs = zip(self.subjects, found, strict=True)
-        self.add({s.id: one.facts for s, one in pairs if one.facts is not None})
+            tasks = [pool.submit(read_each, group, self.reading, use) for group in groups]
+            done = [task.result() for task in progress_bar(tasks, "checking", show=True)]
+        checked = {
+            s.id: one if isinstance(one, Checked) else Checked(fault=one)
+            for group, each in zip(groups, done, strict=True)
+            for s, one in zip(group, each, strict=True)
+        }
+        found = [checked[s.id] for s in self.subjects]
+        self.add({id: one.facts for id, one in checked.items() if one.facts is not None})
         broken = [one.fault for one in found if one.fault is not None]
         maps = [one.label_fault for one in found if one.label_fault is not None]
         self.lines += note_lines([
@@ -290,6 +302,7 @@ def facts_of(subject: Subject, reading: Reading = READING) -> Facts | None:
             found[path] = header
     check_one_grid(found)
     channels = len(missing) + sum(len(volume.data) for volume in found.values())
+    channels //= subject.time.count if subject.time else 1
     return Facts.of(next(iter(found.values())), channels)
 
 
@@ -369,16 +382,14 @@ class Checked:
     notes: tuple[str, ...] = ()
 
 
-def check_volume(subject: Subject, reading: Reading) -> Checked:
-    """Read a volume and its label map to their ends."""
-    try:
-        read = read_subject(subject, reading)
-        volume = storable(read, subject.paths[0], reading.nan)
-        for number, channel in enumerate(volume.data):
-            if channel.min() == channel.max() and number not in volume.missing:
-                raise BrokenVolume(subject.paths[0], f"all voxels are {channel.flat[0]}")
-    except BrokenVolume as error:
-        return Checked(fault=error)
+def check_volume(reading: Reading, subject: Subject, read: Volume) -> Checked:
+    """Look at all voxels of a volume that was read, and read its label map."""
+    volume = storable(read, subject.paths[0], reading.nan)
+    counts = slice(None) if volume.weights is None else volume.weights[0] > 0
+    for number, channel in enumerate(volume.data):
+        values = channel[counts]
+        if values.min() == values.max() and number not in volume.missing:
+            raise BrokenVolume(subject.paths[0], f"all voxels are {values.flat[0]:g}")
     try:
         if subject.label_map is not None:
             read_label_map(subject, volume.data.shape[1:], volume.affine)

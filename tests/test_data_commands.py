@@ -136,12 +136,12 @@ def test_check_data_reads_files_at_the_same_time(tmp_path, monkeypatch):
     """Two readers wait for each other: one after the other they would wait for ever."""
     import threading
 
-    import loaders.consistency
+    import loaders.build
 
     for n in range(2):
         np.save(tmp_path / f"{n}.npy", np.arange(8.0).reshape(2, 2, 2))
-    both, real = threading.Barrier(2, timeout=20), loaders.consistency.read_subject
-    monkeypatch.setattr(loaders.consistency, "read_subject", lambda *a: (both.wait(), real(*a))[1])
+    both, real = threading.Barrier(2, timeout=20), loaders.build.read_subject
+    monkeypatch.setattr(loaders.build, "read_subject", lambda *a: (both.wait(), real(*a))[1])
     survey = loaders.survey_data(DataConfig(root=str(tmp_path)))
     assert survey.read_voxels(threads=2) == survey.faults == [] and len(survey.subjects) == 2
 

@@ -6,7 +6,6 @@ from dataclasses import asdict, replace
 import numpy as np
 import pytest
 import torch
-from loaders.check import broken_files
 
 from loaders import (
     Augment,
@@ -18,6 +17,7 @@ from loaders import (
     VolumeStore,
     find_subjects,
     open_data,
+    survey_data,
 )
 from loaders.masks import nearest
 from loaders.readers import BrokenVolume, Reading, Volume, read_volume, write_volume
@@ -292,7 +292,9 @@ def test_time_points_have_masks_of_their_own_or_one_for_all(tmp_path):
 )
 def test_a_mask_that_cannot_be_right_is_told_by_name(tmp_path, mask, word):
     folder = write(tmp_path / "a", s0=mask)
-    _, (error,) = broken_files(str(folder), BESIDE)
+    survey = survey_data(DataConfig(str(folder), mask=BESIDE.mask))
+    survey.read_voxels()
+    (error,) = survey.faults
     assert word in str(error) and "s0" in str(error)
     with pytest.raises(BrokenVolume, match=word):
         build(folder, tmp_path / "c")

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import tifffile
 import torch
-from loaders.check import broken_files
 
 import loaders.build
 import vae3d
@@ -19,6 +18,7 @@ from loaders import (
     find_subjects,
     open_data,
     split_subjects,
+    survey_data,
 )
 from loaders.readers import (
     BrokenVolume,
@@ -94,7 +94,8 @@ def test_only_headers_are_read_to_count_time_points(folder, tmp_path, monkeypatc
     stack = series().transpose(0, 3, 2, 1)  # TZYX
     tifffile.imwrite(tmp_path / "t.tif", stack, imagej=True, metadata={"axes": "TZYX"})
     write_volume(tmp_path / "flat.nii", Volume(series(count=1)))
-    monkeypatch.setattr("loaders.readers.read_volume", None)
+    monkeypatch.setattr("numpy.memmap", None)
+    monkeypatch.setattr("loaders.readers.common.decompressed", None)
     assert num_time_points(folder / "cine.nii.gz", SAMPLES) == 12
     assert num_time_points(tmp_path / "t.tif", SAMPLES) == 4
     assert num_time_points(tmp_path / "flat.nii", SAMPLES) == 1
@@ -136,9 +137,10 @@ def test_a_broken_time_point_or_series_is_told_by_name_and_may_be_skipped(folder
     data[2] = 7
     write_volume(folder / "dead.nii.gz", Volume(data))
     (folder / "torn.nii.gz").write_bytes((folder / "cine.nii.gz").read_bytes()[:-9])
-    count, broken = broken_files(str(folder), SAMPLES)
-    told = [str(error) for error in broken]
-    assert count == 33 and len(told) == 13
+    survey = survey_data(DataConfig(str(folder), volumes_4d="samples"))
+    survey.read_voxels()
+    told = [str(error) for error in survey.faults]
+    assert len(survey.subjects) == 33 and len(told) == 13
     assert any("dead.nii.gz: time point 2: all voxels are 7" in text for text in told)
     config = DataConfig(str(folder), str(tmp_path / "c"), volumes_4d="samples")
     with pytest.raises(BrokenVolume, match=r"time point 2.*on_error skip"):
