@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from statistics import median
 
 import numpy as np
@@ -67,15 +67,19 @@ class ChannelFacts:
     @classmethod
     def over(cls, several: Sequence[ChannelFacts]) -> ChannelFacts:
         """The same channel over several volumes."""
-        columns = {
-            field.name: [getattr(one, field.name) for one in several] for field in fields(cls)
-        }
+
+        def all_of(name: str) -> list[float]:
+            return [getattr(one, name) for one in several]
+
         return cls(
-            lowest=min(columns["lowest"]),
-            highest=max(columns["highest"]),
-            whole_numbers=all(columns["whole_numbers"]),
-            hounsfield=2 * sum(columns["hounsfield"]) > len(several),
-            **{name: median(columns[name]) for name in typical},
+            lowest=min(all_of("lowest")),
+            highest=max(all_of("highest")),
+            whole_numbers=all(all_of("whole_numbers")),
+            hounsfield=2 * sum(all_of("hounsfield")) > len(several),
+            low=median(all_of("low")),
+            middle=median(all_of("middle")),
+            high=median(all_of("high")),
+            foreground=median(all_of("foreground")),
         )
 
     def __str__(self) -> str:
@@ -241,10 +245,7 @@ def measure(subjects: Sequence[Subject], most: int = MEASURED, seed: int = 0) ->
         size_mm=tuple(np.median(shapes * spacings, 0).tolist()),
         spacing_mm=tuple(np.median(spacings, 0).tolist()),
         spread=tuple((spacings.max(0) / spacings.min(0)).tolist()),
-        channels=tuple(
-            ChannelFacts.over(several)
-            for several in zip(*(one.channels for one in alike), strict=True)
-        ),
+        channels=tuple(map(ChannelFacts.over, zip(*(one.channels for one in alike), strict=True))),
         holes=any(one.holes for one in found),
     )
 

@@ -61,7 +61,7 @@ def propose(found: Fingerprint, root: str, out_dir: str, on_gpu: bool) -> Recipe
 
 def data_options(found: Fingerprint, root: str) -> Recipe:
     """How the volumes are read and prepared."""
-    options: Recipe = {"data.root": (root, f"{found.num_volumes} volumes.")}
+    options: Recipe = {"data.root": (root, f"Volumes: {found.num_volumes}.")}
     if found.spatial_dims == 2 and found.thinnest != 2:
         options["data.slice_axis"] = (found.thinnest, "The axis along which volumes are thinnest.")
     if is_series(found):
@@ -121,10 +121,14 @@ def network(found: Fingerprint) -> Recipe:
     voxels = math.prod(cell)
     latent = max(LEAST_LATENT, round(voxels * channels / CODED))
     edges = [f * edge for f, edge in zip(cell, grid(found)[1], strict=True)]
-    dims = {2: "Pictures, or stacks of a few slices.", 3: "Volumes."}
+    thickness = f"The thinnest axis of a volume has {found.shape[found.thinnest]} voxels"
+    how = {2: "slices are trained, one by one.", 3: "volumes are trained in 3D."}
     options: Recipe = {
         "class_path": ("CustomVAE", ""),
-        "init_args.spatial_dims": (found.spatial_dims, dims[found.spatial_dims]),
+        "init_args.spatial_dims": (
+            found.spatial_dims,
+            f"{thickness}: {how[found.spatial_dims]}",
+        ),
         "init_args.in_channels": (channels, "Channels of the volumes."),
         "init_args.channels": (
             list(WIDTHS[: len(factors)]),
@@ -133,7 +137,7 @@ def network(found: Fingerprint) -> Recipe:
         "init_args.factors": (
             factors,
             f"An axis is halved unless its step is twice the finest, until a cell has {CELL} "
-            f"voxels: {times(cell)} voxels or {times(edges)} mm.",
+            f"voxels: a cell has {times(cell)}, edges of {times(edges)} mm.",
         ),
         "init_args.num_res_blocks": (1, "Residual blocks of each level."),
         "init_args.block": (
@@ -224,12 +228,14 @@ def level_factors(shape: Sequence[int], spacing_mm: Sequence[float]) -> list[lis
     factors: list[list[int]] = []
     left, edges = list(shape), list(spacing_mm)
     while math.prod(map(math.prod, factors)) < CELL:
-        level = [
-            2 if edge < 2 * min(edges) and n >= 2 * LEAST_CELLS else 1
-            for n, edge in zip(left, edges, strict=True)
-        ]
-        if max(level) == 1:
+        long = [n >= 2 * LEAST_CELLS for n in left]
+        if not any(long):
             break
+        finest = min(edge for edge, enough in zip(edges, long, strict=True) if enough)
+        level = [
+            2 if enough and edge < 2 * finest else 1
+            for edge, enough in zip(edges, long, strict=True)
+        ]
         factors.append(level)
         left = [n // f for n, f in zip(left, level, strict=True)]
         edges = [edge * f for edge, f in zip(edges, level, strict=True)]
@@ -277,7 +283,7 @@ def sizes(
     """
     device = next(task.parameters()).device
     shape, factor, on_gpu = grid(found)[0], task.network.factor, device.type == "cuda"
-    memory = f"{budget / 1e9:.3g} GB of this {device.type}"
+    memory = f"{budget / 1e9:.3g} GB on {device.type}"
     patches = [tuple(patch_size)] if patch_size else list(patch_sizes(shape, factor, on_gpu))
     for patch in patches:
         trial = Trial(task, (task.network.in_channels, *patch), amp)

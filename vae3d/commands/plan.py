@@ -47,7 +47,8 @@ def plan(
 
     Args:
         what: A recipe (YAML file with the options of train_3d.py, a run's config.yaml, or a
-            recipe's name), a model (the same of configs/model), or data (folder, glob, manifest).
+            recipe's name), a model (its YAML file or name), or data (folder, glob or manifest;
+            `./demo` where a recipe has that name).
         patch_size: Patch per axis [voxels]; null for the recipe's, or the proposal's.
         batch_size: Patches in a micro-batch; null for the recipe's, or the proposal's.
         memory_gb: Memory that a patch has to fit into [GB]; null for most of what is free.
@@ -72,9 +73,10 @@ def is_data(what: str) -> bool:
 
 
 def recipe_kind(name: str) -> Literal["train", "model"] | None:
-    """Folder of `configs/` that has a recipe of this name."""
+    """Folder of `configs/` that has a recipe of this name; `./demo` is a path, no name."""
     kinds: tuple[Literal["train", "model"], ...] = ("train", "model")
-    return next((kind for kind in kinds if (HOME / kind / f"{name}.yaml").is_file()), None)
+    known = (kind for kind in kinds if (HOME / kind / f"{name}.yaml").is_file())
+    return next(known, None) if Path(name).name == name else None
 
 
 def recipe_argv(what: str) -> list[str]:
@@ -172,7 +174,8 @@ def plan_data(
         budget = memory_gb * 1e9 if memory_gb else budget_bytes(world.device)
         recipe |= sizes(found, task, native_amp(world.device), budget, patch_size, batch_size)
     command = f"python train_3d.py --config {write or 'recipe.yaml'}"
-    text = recipe_text(recipe, f"Proposed for {root}, trains by `{command}`.\n\n{facts}")
+    head = f"Proposed for {root}; trains by `{command}`."
+    text = recipe_text(recipe, f"{head}\n\n{facts}" if write else head)
     read_back(text)
     if write:
         write_text(write, text)
