@@ -5,12 +5,13 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from statistics import median
 
 import numpy as np
 
-from loaders.build import progress_bar, read_subject, storable
+from loaders.build import num_threads, progress_bar, read_subject, storable
 from loaders.preprocess import PERCENTILES, statistics
 from loaders.readers import BrokenVolume, Reading, ras_axes
 from loaders.subjects import Subject
@@ -48,9 +49,10 @@ class ChannelFacts:
     @classmethod
     def of(cls, data: np.ndarray, scale: float, offset: float) -> ChannelFacts:
         """Measure the stored numbers (X, Y, Z) of one channel."""
-        found, table = statistics(data, scale, offset)
-        low, middle, high = np.interp((0.5, 50.0, 99.5), PERCENTILES, table).tolist()
-        below, up_to = np.interp(AIR_HU, table, PERCENTILES).tolist()
+        found, tables = statistics(data, scale, offset)
+        of_all = np.atleast_2d(tables)[0]
+        low, middle, high = np.interp((0.5, 50.0, 99.5), PERCENTILES, of_all).tolist()
+        below, up_to = np.interp(AIR_HU, of_all, PERCENTILES).tolist()
         whole = all(float(n).is_integer() for n in (scale, offset)) and are_whole(data)
         air = AIR_HU[0] <= found["min"] <= AIR_HU[1] or up_to - below >= AIR_PERCENT
         return cls(
@@ -206,7 +208,7 @@ class Fingerprint:
 
 
 def measure(subjects: Sequence[Subject], most: int = MEASURED, seed: int = 0) -> Fingerprint:
-    """Measure a data set on some of its volumes, each read once and forgotten before the next.
+    """Measure a data set on some of its volumes, each read once; no more at a time than in caching.
 
     Args:
         subjects: The volumes.
@@ -225,11 +227,13 @@ def measure(subjects: Sequence[Subject], most: int = MEASURED, seed: int = 0) ->
     chosen = sorted(random.Random(seed).sample(range(len(subjects)), min(most, len(subjects))))
     found: list[VolumeFacts] = []
     broken: list[BrokenVolume] = []
-    for number in progress_bar(chosen, "measuring", show=True):
-        try:
-            found.append(VolumeFacts.of(subjects[number]))
-        except BrokenVolume as error:
-            broken.append(error)
+    with ThreadPoolExecutor(num_threads()) as pool:
+        tasks = [pool.submit(VolumeFacts.of, subjects[number]) for number in chosen]
+        for task in progress_bar(tasks, "measuring", show=True):
+            try:
+                found.append(task.result())
+            except BrokenVolume as error:
+                broken.append(error)
     if not found:
         raise broken[0]
     (usual, count), *_ = Counter(len(one.channels) for one in found).most_common()

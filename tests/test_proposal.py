@@ -237,7 +237,7 @@ KINDS = {
     thick_ct: dict(
         spatial_dims=3, in_channels=1, factors=[[2, 2, 1]] * 2 + [[2] * 3], latent_channels=8
     ),
-    four_channels: dict(spatial_dims=3, in_channels=4, factors=[[2] * 3] * 2, latent_channels=16),
+    four_channels: dict(spatial_dims=3, in_channels=4, factors=[[2] * 3] * 2, latent_channels=8),
     microscopy: dict(
         spatial_dims=3, in_channels=1, factors=[[2, 2, 1], [2, 2, 2]], latent_channels=4
     ),
@@ -247,7 +247,7 @@ PREPARED = {
     heads: dict(percentiles=[0.0, 99.5]),
     thick_ct: dict(window_hu=[-1000, 1000]),
     four_channels: dict(percentiles=[0.0, 99.5]),
-    microscopy: dict(percentiles=[0.0, 99.5]),
+    microscopy: dict(percentiles=[0.0, 99.99]),
     pictures: dict(percentiles=[0.0, 100.0]),
 }
 

@@ -24,7 +24,7 @@ WIDTH = 100  # characters of a line
 SAME_SPACING = 1.1  # volumes whose voxel sizes differ by less are trained as they are
 SERIES = 8  # more channels than this in one file are time points
 CELL = 32  # voxels that a cell of the latent stands for, at least
-CODED = 16  # input numbers that one latent number stands for
+CODED = 16  # voxels that one latent number stands for, where there is one channel
 LEAST_LATENT = 4  # channels of the latent
 LEAST_CELLS = 4  # along an axis that shrinks
 WIDTHS = (32, 64, 128, 128, 128)  # channels of the levels
@@ -55,7 +55,7 @@ def propose(found: Fingerprint, root: str, out_dir: str, on_gpu: bool) -> Recipe
         "out_dir": (out_dir, "The run's folder; the same command again resumes."),
         **network(found),
         **loss(),
-        **training(on_gpu),
+        **training(found.spatial_dims, on_gpu),
     }
 
 
@@ -106,10 +106,11 @@ def intensities(found: Fingerprint) -> Recipe:
     if all(channel.whole_numbers for channel in channels) and lowest >= 0 and highest <= 255:
         why = "8-bit intensities have been windowed before: nothing more is clipped."
         return {"percentiles": ([0.0, 100.0], why), "intensity": unit}
-    why = (
-        f"Intensities have no fixed unit ({lowest:.4g} to {highest:.4g}): each volume is clipped "
-        "where its brightest voxels begin, so that these do not set the scale."
-    )
+    no_unit = f"Intensities have no fixed unit ({lowest:.4g} to {highest:.4g})"
+    if found.foreground < SPARSE:
+        why = f"{no_unit} and what is bright is rare: no more than hot voxels may be clipped."
+        return {"percentiles": ([0.0, 99.99], why), "intensity": unit}
+    why = f"{no_unit}: each volume is clipped where its brightest voxels begin."
     return {"percentiles": ([0.0, 99.5], why), "intensity": unit}
 
 
@@ -119,7 +120,7 @@ def network(found: Fingerprint) -> Recipe:
     factors = level_factors(*grid(found))
     cell = [math.prod(axis) for axis in zip(*factors, strict=True)]
     voxels = math.prod(cell)
-    latent = max(LEAST_LATENT, round(voxels * channels / CODED))
+    latent = max(LEAST_LATENT, round(voxels * math.sqrt(channels) / CODED))
     edges = [f * edge for f, edge in zip(cell, grid(found)[1], strict=True)]
     thickness = f"The thinnest axis of a volume has {found.shape[found.thinnest]} voxels"
     how = {2: "slices are trained, one by one.", 3: "volumes are trained in 3D."}
@@ -148,7 +149,8 @@ def network(found: Fingerprint) -> Recipe:
         "init_args.decoder_mid": (False, "No blocks between latent and decoder."),
         "init_args.latent_channels": (
             latent,
-            f"One latent number for {voxels * channels / latent:.3g} input numbers.",
+            f"One latent number for {voxels * channels / latent:.3g} input numbers"
+            + (", since channels have much in common." if channels > 1 else "."),
         ),
         "init_args.linear_code": (
             True,
@@ -180,13 +182,15 @@ def loss() -> Recipe:
     }
 
 
-def training(on_gpu: bool) -> Recipe:
+def training(spatial_dims: int, on_gpu: bool) -> Recipe:
     """The loop."""
+    many = (16, "Patches of a volume in one epoch.")
+    few = (1, "Patches of a slice in one epoch; there are many slices.")
     steps, ema = (10000, 0.999) if on_gpu else (1500, 0.99)
     where = "a GPU" if on_gpu else "a CPU"
     return {
         "patching": ("random_parts", "Random patches; the next epoch has others."),
-        "patches_per_volume": (16, "Patches of a volume in one epoch."),
+        "patches_per_volume": few if spatial_dims == 2 else many,
         "max_steps": (steps, f"Enough to see what the data allow, on {where}; more is better."),
         "lr": (1e-3, "What networks with zero_init and a linear code learn best with."),
         "warmup_steps": (100, "The learning rate rises over so many steps."),
