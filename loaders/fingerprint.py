@@ -50,7 +50,7 @@ class ChannelFacts:
     def of(cls, data: np.ndarray, scale: float, offset: float) -> ChannelFacts:
         """Measure the stored numbers (X, Y, Z) of one channel."""
         found, tables = statistics(data, scale, offset)
-        of_all = np.atleast_2d(tables)[0]
+        of_all = np.atleast_2d(tables)[0]  # of all voxels, whatever else is measured
         low, middle, high = np.interp((0.5, 50.0, 99.5), PERCENTILES, of_all).tolist()
         below, up_to = np.interp(AIR_HU, of_all, PERCENTILES).tolist()
         whole = all(float(n).is_integer() for n in (scale, offset)) and are_whole(data)
@@ -87,8 +87,8 @@ class ChannelFacts:
     def __str__(self) -> str:
         kind = "HU-like" if self.hounsfield else "whole numbers" if self.whole_numbers else "floats"
         return (
-            f"{self.lowest:.4g} to {self.highest:.4g}, {kind}; percentiles 0.5, 50, 99.5: "
-            f"{self.low:.4g}, {self.middle:.4g}, {self.high:.4g}; foreground {self.foreground:.2g}"
+            f"{self.lowest:.6g} to {self.highest:.6g}, {kind}; percentiles 0.5, 50, 99.5: "
+            f"{self.low:.6g}, {self.middle:.6g}, {self.high:.6g}; foreground {self.foreground:.2g}"
         )
 
 
@@ -264,4 +264,4 @@ def are_whole(data: np.ndarray, most: int = 2**16) -> bool:
 
 def times(sizes: Sequence[float]) -> str:
     """Sizes as `64 x 64 x 32`."""
-    return " x ".join(f"{n:.4g}" for n in sizes)
+    return " x ".join(f"{n:.6g}" for n in sizes)

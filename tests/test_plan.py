@@ -112,7 +112,18 @@ def test_a_recipe_is_written_with_the_fingerprint_at_its_head(data, capsys):
     assert options["data"]["root"] == data  # wherever it is used from
 
 
-def test_a_file_is_not_written_over(data, monkeypatch):
+def test_a_glob_and_a_manifest_are_data_too(data, capsys):
+    Path("all.csv").write_text("path\ndata/0.npy\ndata/1.npy\n")
+    for root in ("data/*.npy", "all.csv"):
+        plan(root, device="cpu")
+        facts, _, recipe = capsys.readouterr().out.partition("\n\n")
+        assert re.search(r"^volumes +2 ", facts, re.MULTILINE)
+        options = load_yaml(recipe)
+        assert options["data"]["root"] == str(Path(root).absolute())
+        assert options["out_dir"] == ("runs/all" if root == "all.csv" else "runs/data")
+
+
+def test_a_file_is_not_written_over(data):
     Path("mine.yaml").write_text("precious")
     with pytest.raises(ValueError, match=r"--write mine\.yaml: is there already"):
         plan(data, write="mine.yaml", device="cpu")

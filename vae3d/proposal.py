@@ -106,7 +106,7 @@ def intensities(found: Fingerprint) -> Recipe:
     if all(channel.whole_numbers for channel in channels) and lowest >= 0 and highest <= 255:
         why = "8-bit intensities have been windowed before: nothing more is clipped."
         return {"percentiles": ([0.0, 100.0], why), "intensity": unit}
-    no_unit = f"Intensities have no fixed unit ({lowest:.4g} to {highest:.4g})"
+    no_unit = f"Intensities have no fixed unit ({lowest:.6g} to {highest:.6g})"
     if found.foreground < SPARSE:
         why = f"{no_unit} and what is bright is rare: no more than hot voxels may be clipped."
         return {"percentiles": ([0.0, 99.99], why), "intensity": unit}

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from loaders.fingerprint import measure, times
 from loaders.texts import read_yaml
 from loaders.whole import write_text
 from vae3d.config import check_at_least, parse
@@ -150,7 +151,6 @@ def plan_data(
 ) -> None:
     """Print the fingerprint of a data set and a recipe for it; see `plan`."""
     from loaders.find import find_subjects
-    from loaders.fingerprint import measure
     from vae3d.commands.train import check_sizes
     from vae3d.proposal import propose, recipe_text, sizes
     from vae3d.training.distributed import open_world
@@ -164,7 +164,8 @@ def plan_data(
     facts = "\n".join(found.lines())
     print(facts, flush=True)
     where = Path(root).expanduser().absolute()
-    out_dir = f"runs/{Path(write).stem if write else where.stem}"
+    folder = next(part for part in reversed(where.parts) if not glob.has_magic(part))
+    out_dir = f"runs/{Path(write or folder).stem}"
     with open_world(device) as world, telling_of_memory("--batch_size", "--patch_size"):
         recipe = propose(found, str(where), out_dir, world.device.type == "cuda")
         vae, loss = read_back(recipe_text(recipe))
@@ -215,8 +216,3 @@ def largest_patch(
 def count(module: torch.nn.Module) -> float:
     """Millions of parameters."""
     return sum(p.numel() for p in module.parameters()) / 1e6
-
-
-def times(sizes: Sequence[int]) -> str:
-    """Sizes as `64 x 64 x 64`."""
-    return " x ".join(map(str, sizes))
