@@ -14,6 +14,7 @@ if TYPE_CHECKING:  # the same names for those who read types and run no __getatt
     from loaders.consistency import Facts, Survey, facts_of
     from loaders.demo import write_demo
     from loaders.find import find_subjects
+    from loaders.fingerprint import Fingerprint, measure
     from loaders.loader import Batch, PatchDataset, PatchLoader
     from loaders.patches import ForegroundCorners, LabelCorners, PatchGrid, Sampler, UniformCorners
     from loaders.persons import find_persons
@@ -39,6 +40,7 @@ _NAMES = {
     ),
     "subjects": ("Subject",),
     "find": ("find_subjects",),
+    "fingerprint": ("Fingerprint", "measure"),
     "splits": ("split_subjects",),
     "preprocess": ("Preprocess", "Augment"),
     "store": ("VolumeStore",),

@@ -17,6 +17,7 @@ from pathlib import Path, PurePosixPath
 
 from loaders.build import digest, files_of
 from loaders.readers import patient_of, volume_suffix
+from loaders.series import by_file
 from loaders.subjects import Subject, bids_person
 
 Owner = tuple[str, str]  # a person, and how it was found
@@ -44,17 +45,27 @@ def find_persons(
     Example:
         >>> find_persons(subjects, Path("BraTS-GLI"), r"BraTS-GLI-(\\d+)")
     """
+    series = by_file(subjects)  # time points of one file are of one person
+    heads = [group[0] for group in series]
     below = {
-        s.id: path_below(next(filter(os.path.lexists, s.paths), s.paths[0]), base) for s in subjects
+        s.id: path_below(next(filter(os.path.lexists, s.paths), s.paths[0]), base) for s in heads
     }
     if group_by is not None:
-        owners = grouped(subjects, below, group_by)
+        owners = grouped(heads, below, group_by)
         notes: list[str] = []
     else:
-        owners, notes = sought(subjects, below)
-    how = Counter(owners[s.id][1] if s.id in owners else "the volume itself" for s in subjects)
-    found = [replace(s, owner=owners[s.id][0] if s.id in owners else s.id) for s in subjects]
+        owners, notes = sought(heads, below)
+    itself = [s.time.series if s.time else s.id for s in heads]
+    owned = [
+        owners.get(s.id, (own, "the volume itself")) for s, own in zip(heads, itself, strict=True)
+    ]
+    how: Counter[str] = Counter()
+    for group, (_, way) in zip(series, owned, strict=True):
+        how[way] += len(group)
+    found = [replace(s, owner=name) for s, (name, _) in zip(heads, owned, strict=True)]
     found, copies = keep_copies_together(found)
+    owner_of = {s.id: head.owner for head, group in zip(found, series, strict=True) for s in group}
+    found = [replace(s, owner=owner_of[s.id]) for s in subjects]
     ways = ", ".join(f"{count} by {way}" for way, count in how.most_common())
     persons = len({s.person for s in found})
     return found, [f"persons: {persons} in {len(found)} volumes ({ways})", *notes, *copies]

@@ -40,6 +40,7 @@ ROOMS = {
         "inference",
     },
     "stage2": {"loaders", "models", "tracking", "training"},
+    "proposal": {"loaders", "training"},  # vae3d/proposal.py
 }
 TOP = "commands"  # and the scripts, which stand beside them: they may import everything
 DOOR = ("vae3d/models/custom_vae.py", "f'vae3d.weights.{file}'")  # see `custom_vae.door`

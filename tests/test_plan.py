@@ -1,12 +1,16 @@
 import re
+from math import prod
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from test_resume import GAN
 from test_train_3d import TINY
 from toys import SHAPE, tiny_vae
 
-from vae3d.commands.plan import largest_patch, plan
+from loaders.texts import load_yaml
+from vae3d.commands.plan import is_data, largest_patch, plan
 from vae3d.losses.vae_loss import VAELoss
 from vae3d.models.custom_vae import Chain
 from vae3d.training.memory import Trial
@@ -36,6 +40,125 @@ def test_largest_patch_lies_on_the_line_through_two_measured_ones():
     peaks = {(64, 64, 64): 10**8 + 10 * 64**3, (32, 32, 32): 10**8 + 10 * 32**3}
     assert largest_patch(peaks, (4, 4, 4), 10**8 + 10 * 100**3 + 1) == (100, 100, 100)
     assert largest_patch(peaks, (4, 4, 4), 10**7) is None
+
+
+def test_a_model_is_planned_with_the_defaults_of_training(tmp_path, capsys):
+    model = tmp_path / "model.yaml"
+    model.write_text("class_path: CustomVAE\ninit_args: {channels: [4, 8], norm: NoNorm}\n")
+    plan(str(model), patch_size=(16, 16, 8), batch_size=1, device="cpu")
+    assert "4 x 8 x 8 x 4 for a patch of 16 x 16 x 8" in capsys.readouterr().out
+
+
+def test_a_model_goes_by_its_name_too(capsys):
+    plan("anisotropic", patch_size=(8, 8, 4), batch_size=1, device="cpu")
+    assert re.search(r"factor +4 x 4 x 2", capsys.readouterr().out)
+
+
+def test_a_model_that_the_default_patch_does_not_fit_is_refused_by_the_option():
+    with pytest.raises(
+        ValueError, match=r"--patch_size \[64, 64, 64\] has 3 axes, the model has 2"
+    ):
+        plan("stable_diffusion", device="cpu")
+
+
+def test_what_is_neither_recipe_nor_model_nor_data_is_told():
+    with pytest.raises(
+        ValueError, match=r"ixi_t2: .*no recipe of that name; recipes are demo, ixi_t1"
+    ):
+        plan("ixi_t2", device="cpu")
+
+
+def test_names_of_recipes_win_over_folders_which_are_data_by_their_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("demo").mkdir()
+    Path("monai").mkdir()
+    Path("mine.yaml").write_text(TINY)
+    Path("scan.nii").touch()
+    assert not any(map(is_data, ("demo", "ixi_t1", "monai", "mine.yaml", "gone")))
+    assert all(map(is_data, ("./demo", "scan.nii", "*.nii", str(tmp_path))))
+
+
+@pytest.fixture
+def data(tmp_path, monkeypatch):
+    """A folder with two volumes, in a working folder; a training step takes 1 kB a voxel."""
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "data"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for number in range(2):
+        np.save(folder / f"{number}.npy", rng.integers(0, 900, (32, 40, 24)).astype(np.int16))
+    monkeypatch.setattr(Trial, "peak_bytes", lambda trial, n: 1000 * n * prod(trial.sample_shape))
+    return str(folder)
+
+
+def test_a_proposal_for_data_is_printed_after_their_fingerprint(data, capsys):
+    plan(data, device="cpu")
+    facts, _, recipe = capsys.readouterr().out.partition("\n\n")
+    assert re.search(r"^shape +32 x 40 x 24 ", facts, re.MULTILINE)
+    options = load_yaml(recipe)
+    assert options["data"]["root"] == data
+    assert options["patch_size"] == [32, 40, 24]
+    assert options["batch_size"] == 2
+    assert not Path("recipe.yaml").exists()
+
+
+def test_a_recipe_is_written_with_the_fingerprint_at_its_head(data, capsys):
+    plan("data", write="mine.yaml", device="cpu")
+    said, text = capsys.readouterr().out, Path("mine.yaml").read_text()
+    assert "wrote mine.yaml: python train_3d.py --config mine.yaml" in said
+    assert "# shape         32 x 40 x 24" in text
+    options = load_yaml(text)
+    assert options["out_dir"] == "runs/mine"
+    assert options["data"]["root"] == data  # wherever it is used from
+
+
+def test_a_glob_and_a_manifest_are_data_too(data, capsys):
+    Path("all.csv").write_text("path\ndata/0.npy\ndata/1.npy\n")
+    for root in ("data/*.npy", "all.csv"):
+        plan(root, device="cpu")
+        facts, _, recipe = capsys.readouterr().out.partition("\n\n")
+        assert re.search(r"^volumes +2 ", facts, re.MULTILINE)
+        options = load_yaml(recipe)
+        assert options["data"]["root"] == str(Path(root).absolute())
+        assert options["out_dir"] == ("runs/all" if root == "all.csv" else "runs/data")
+
+
+def test_a_file_is_not_written_over(data):
+    Path("mine.yaml").write_text("precious")
+    with pytest.raises(ValueError, match=r"--write mine\.yaml: is there already"):
+        plan(data, write="mine.yaml", device="cpu")
+    assert Path("mine.yaml").read_text() == "precious"
+
+
+@pytest.mark.parametrize(
+    "memory_gb, patch, batch",
+    [(0.1, [32, 40, 24], 2), (0.05, [32, 40, 24], 1), (0.02, [28, 28, 24], 1)],
+)
+def test_patch_and_batch_are_the_largest_that_fit_into_the_memory(
+    data, memory_gb, patch, batch, capsys
+):
+    plan(data, memory_gb=memory_gb, device="cpu", write="mine.yaml")
+    options = load_yaml(Path("mine.yaml").read_text())
+    assert (options["patch_size"], options["batch_size"]) == (patch, batch)
+
+
+def test_memory_for_not_even_one_cell_is_told_and_nothing_written(data):
+    with pytest.raises(ValueError, match="no patch, not even 4 x 4 x 4, trains within 1e-05 GB"):
+        plan(data, memory_gb=1e-5, device="cpu", write="mine.yaml")
+    assert not Path("mine.yaml").exists()
+
+
+def test_a_patch_and_a_batch_that_are_asked_for_are_proposed(data, capsys):
+    plan(data, patch_size=(16, 16, 16), batch_size=5, device="cpu")
+    options = load_yaml(capsys.readouterr().out.partition("\n\n")[2])
+    assert (options["patch_size"], options["batch_size"]) == ([16, 16, 16], 5)
+    with pytest.raises(ValueError, match="multiple of the model's factor"):
+        plan(data, patch_size=(15, 16, 16), device="cpu")
+
+
+def test_write_is_refused_for_what_is_a_recipe_itself(tmp_path):
+    with pytest.raises(ValueError, match="--write is for the recipe that data ask for"):
+        plan("demo", write=str(tmp_path / "a.yaml"), device="cpu")
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ COMMANDS = {
     "check-data": ("check_data.check_data", "list every broken file of a data set and why"),
     "prepare": ("prepare.prepare", "build the volume cache ahead of training"),
     "patches": ("patches.patches", "write a contact sheet of random training patches"),
-    "plan": ("plan.plan", "show parameters, latent shape and memory before training"),
+    "plan": ("plan.plan", "propose a recipe for data, or tell what one costs"),
     "train": ("train.train_3d", "train a VAE"),
     "evaluate": ("evaluate.evaluate", "reconstruct volumes with a trained VAE and measure them"),
     "report": ("report.report", "write one HTML page on one or several runs"),

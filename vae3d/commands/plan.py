@@ -1,51 +1,110 @@
-"""`vae3d plan RECIPE.yaml`: what a recipe costs, before a run is begun."""
+"""`vae3d plan RECIPE` or `vae3d plan DIR`: what a run costs, or what a data set asks for."""
 
 from __future__ import annotations
 
+import glob
 import math
+import tempfile
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
+
+from loaders.fingerprint import measure, times
+from loaders.texts import read_yaml
+from loaders.whole import write_text
+from vae3d.config import check_at_least, parse
+from vae3d.recipes import HOME, find_recipe
 
 if TYPE_CHECKING:
     import torch
 
+    from vae3d.losses.vae_loss import VAELoss
+    from vae3d.models.custom_vae import CustomVAE
+
 
 def plan(
-    recipe: str,
+    what: str,
     /,
     *,
     patch_size: tuple[int, ...] | None = None,
     batch_size: int | None = None,
     memory_gb: float | None = None,
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto",
+    write: str | None = None,
+    volumes: int = 32,
 ) -> None:
-    """Show parameters, latent shape and memory of a training recipe, before a run is begun.
+    """Show what a recipe costs before a run is begun, or propose a recipe for a data set.
 
         vae3d plan ixi_t1
         vae3d plan ixi_t1 --patch_size '[96,96,96]' --memory_gb 24
+        vae3d plan DIR --write recipe.yaml
 
-    Memory is measured by taking a training step on this device; the patch that fits is
+    Of a recipe or a model: parameters, latent shape and memory. Of a data set: its fingerprint
+    (grid, intensities, foreground), and a recipe for `train_3d.py --config` in which each key
+    tells its reason.
+
+    Memory is measured by taking a training step on this device; the patch that fits a recipe is
     extrapolated from two patch sizes.
 
     Args:
-        recipe: YAML file with the options of train_3d.py, a run's config.yaml, or a recipe's name.
-        patch_size: Patch per axis [voxels]; null for the recipe's.
-        batch_size: Patches in a micro-batch; null for the recipe's.
+        what: A recipe (YAML file with the options of train_3d.py, a run's config.yaml, or a
+            recipe's name), a model (its YAML file or name), or data (folder, glob or manifest;
+            `./demo` where a recipe has that name).
+        patch_size: Patch per axis [voxels]; null for the recipe's, or the proposal's.
+        batch_size: Patches in a micro-batch; null for the recipe's, or the proposal's.
         memory_gb: Memory that a patch has to fit into [GB]; null for most of what is free.
         device: auto | cpu | cuda | mps.
+        write: For data: file to write the recipe to; one that exists stays as it is.
+        volumes: For data: measure at most this many volumes.
     """
+    check_at_least(1, batch_size=batch_size, volumes=volumes)
+    if is_data(what):
+        plan_data(what, patch_size, batch_size, memory_gb, device, write, volumes)
+    elif write:
+        raise ValueError(f"--write is for the recipe that data ask for; {what} is a recipe itself")
+    else:
+        plan_recipe(what, patch_size, batch_size, memory_gb, device)
+
+
+def is_data(what: str) -> bool:
+    """Whether this names data; the name of a recipe wins over a folder of that name."""
+    if recipe_kind(what) or Path(what).suffix in (".yaml", ".yml"):
+        return False
+    return Path(what).expanduser().exists() or glob.has_magic(what)
+
+
+def recipe_kind(name: str) -> Literal["train", "model"] | None:
+    """Folder of `configs/` that has a recipe of this name; `./demo` is a path, no name."""
+    kinds: tuple[Literal["train", "model"], ...] = ("train", "model")
+    known = (kind for kind in kinds if (HOME / kind / f"{name}.yaml").is_file())
+    return next(known, None) if Path(name).name == name else None
+
+
+def recipe_argv(what: str) -> list[str]:
+    """How `train_3d` takes a recipe or a model, given by its file or its name."""
+    path = find_recipe(recipe_kind(what) or "train", what)
+    options = read_yaml(Path(path))
+    is_model = isinstance(options, dict) and "class_path" in options
+    return ["--model" if is_model else "--config", path]
+
+
+def plan_recipe(
+    recipe: str,
+    patch_size: tuple[int, ...] | None,
+    batch_size: int | None,
+    memory_gb: float | None,
+    device: str,
+) -> None:
+    """Print parameters, latent shape and memory of a recipe or a model; see `plan`."""
     import torch
 
     from vae3d.commands.train import check_sizes, train_3d
-    from vae3d.config import parse
-    from vae3d.recipes import find_recipe
     from vae3d.training.distributed import open_world
     from vae3d.training.memory import Trial, budget_bytes, telling_of_memory
     from vae3d.training.precision import native_amp
     from vae3d.training.task import VAETask
 
-    recipe = find_recipe("train", recipe)
-    options = parse(train_3d, ["--config", recipe, "--data.root", "-", "--out_dir", "-"])
+    options = parse(train_3d, [*recipe_argv(recipe), "--data.root", "-", "--out_dir", "-"])
     patch = tuple(patch_size or options["patch_size"])
     if batch_size is None:
         batch_size = 1 if options["batch_size"] == "auto" else options["batch_size"]
@@ -81,6 +140,61 @@ def plan(
         print(f"{name:<14}{fact}")
 
 
+def plan_data(
+    root: str,
+    patch_size: tuple[int, ...] | None,
+    batch_size: int | None,
+    memory_gb: float | None,
+    device: str,
+    write: str | None,
+    volumes: int,
+) -> None:
+    """Print the fingerprint of a data set and a recipe for it; see `plan`."""
+    from loaders.find import find_subjects
+    from vae3d.commands.train import check_sizes
+    from vae3d.proposal import propose, recipe_text, sizes
+    from vae3d.training.distributed import open_world
+    from vae3d.training.memory import budget_bytes, telling_of_memory
+    from vae3d.training.precision import native_amp
+    from vae3d.training.task import VAETask
+
+    if write and Path(write).exists():
+        raise ValueError(f"--write {write}: is there already; remove it, or give another name")
+    found = measure(find_subjects(root), volumes)
+    facts = "\n".join(found.lines())
+    print(facts, flush=True)
+    where = Path(root).expanduser().absolute()
+    folder = next(part for part in reversed(where.parts) if not glob.has_magic(part))
+    out_dir = f"runs/{Path(write or folder).stem}"
+    with open_world(device) as world, telling_of_memory("--batch_size", "--patch_size"):
+        recipe = propose(found, str(where), out_dir, world.device.type == "cuda")
+        vae, loss = read_back(recipe_text(recipe))
+        if patch_size:
+            check_sizes(vae, "full", patch_size)
+        task = VAETask(vae, loss).to(world.device)
+        budget = memory_gb * 1e9 if memory_gb else budget_bytes(world.device)
+        recipe |= sizes(found, task, native_amp(world.device), budget, patch_size, batch_size)
+    command = f"python train_3d.py --config {write or 'recipe.yaml'}"
+    head = f"Proposed for {root}; trains by `{command}`."
+    text = recipe_text(recipe, f"{head}\n\n{facts}" if write else head)
+    read_back(text)
+    if write:
+        write_text(write, text)
+        print(f"\nwrote {write}: {command}")
+    else:
+        print(f"\n{text}", end="")
+
+
+def read_back(text: str) -> tuple[CustomVAE, VAELoss]:
+    """Build network and loss from the text of a recipe, as training would."""
+    from vae3d.commands.train import train_3d
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = write_text(Path(folder, "recipe.yaml"), text)
+        options = parse(train_3d, ["--config", str(path)])
+    return options["model"](), options["loss"]()
+
+
 def largest_patch(
     peaks: dict[tuple[int, ...], int], factor: Sequence[int], budget: float
 ) -> tuple[int, ...] | None:
@@ -102,8 +216,3 @@ def largest_patch(
 def count(module: torch.nn.Module) -> float:
     """Millions of parameters."""
     return sum(p.numel() for p in module.parameters()) / 1e6
-
-
-def times(sizes: Sequence[int]) -> str:
-    """Sizes as `64 x 64 x 64`."""
-    return " x ".join(map(str, sizes))

@@ -115,14 +115,15 @@ class Trial:
     def _search(self, budget: float, most: int) -> int:
         """Double until a batch does not fit, then halve the interval down to an eighth."""
         fits, size = 0, 1
-        while size <= most and self._fits(size, budget):
+        while size <= most and self.fits(size, budget):
             fits, size = size, 2 * size
         while size - fits > max(fits // 8, 1):
             middle = (fits + size) // 2
-            fits, size = (middle, size) if self._fits(middle, budget) else (fits, middle)
+            fits, size = (middle, size) if self.fits(middle, budget) else (fits, middle)
         return fits
 
-    def _fits(self, batch_size: int, budget: float) -> bool:
+    def fits(self, batch_size: int, budget: float) -> bool:
+        """Return whether a batch trains within a memory budget [bytes]."""
         try:
             return self.peak_bytes(batch_size) <= budget
         except torch.OutOfMemoryError:
