@@ -74,7 +74,9 @@ def nuclei(source: Path, out: Path) -> list[tuple[str, str, str]]:
     stack = tifffile.imread(source)
     stack = stack[:, 1] if stack.ndim == 4 else stack  # (Z, Y, X); channel 0 are membranes
     if stack.shape != (60, 256, 256):
-        raise ValueError(f"{source}: {stack.shape} voxels, the nuclei of cells3d have 60 x 256 x 256")
+        raise ValueError(
+            f"{source}: shape {stack.shape}, give cells3d or its nuclei (60, 256, 256)"
+        )
     size = {"PhysicalSizeX": 0.26, "PhysicalSizeY": 0.26, "PhysicalSizeZ": 0.29}
     out.mkdir(parents=True, exist_ok=True)
     rows = []
@@ -88,7 +90,7 @@ def nuclei(source: Path, out: Path) -> list[tuple[str, str, str]]:
 
 
 def tumors(source: Path, out: Path) -> list[tuple[str, str, str]]:
-    """Four contrasts of each patient as the channels of one volume; the files stay where they are."""
+    """Four contrasts of each patient as the channels of one volume; no file is copied."""
     rows = []
     for split, name, pattern, contrasts in TUMORS:
         files = [source.resolve() / pattern.format(name, contrast) for contrast in contrasts]

@@ -2,18 +2,21 @@
 
     python benchmarks/quality.py --root DIR                  # the sweep, then 1500 steps, 3 seeds
     python benchmarks/quality.py --root DIR --steps 10 --sweep_steps 5 --seeds '[0]'   # it runs?
+    python benchmarks/quality.py --root DIR --peer FOLDER     # also the package vae3d2d, in FOLDER
 
 Every network gets its own best learning rate (a sweep of short runs, by PSNR on validation), and
 the same budget: volumes and split, patches in the same order, loss, optimizer, precision and number
-of steps, all from the recipe, and the same latents. MONAI's first level works at full resolution;
-it begins with half the recipe's channels, so that its step costs about as many
-processor-seconds. Every network trains in a process of its own, so that its peak memory is its
-own. The held-out volumes are reconstructed whole. Average pooling to the same latent grid and
-linear upsampling back, and block PCA with as many and twice as many numbers, say what a network has
-to beat.
+of steps, all from the recipe, and the same latents. The first levels of MONAI and vae3d2d work at
+full resolution; they begin with half the recipe's channels, so that a step costs about as many
+processor-seconds. Once, MONAI has the width of its 3D tutorial, (32, 64, 64), for as many
+processor-seconds as our longest run, at the best rate of the narrow one. Every network trains in a
+process of its own, so that its peak memory is its own. The held-out volumes are reconstructed
+whole. Average pooling to the same latent grid and linear upsampling back, and block PCA with as
+many and twice as many numbers, say what a network has to beat.
 
-Writes quality.md (the tables), quality.json and quality.svg (validation PSNR over steps) to
-`--out_dir`, with what there is after each run. The same command again continues where it stopped.
+Writes quality.md (the tables), quality.json and quality.svg (validation PSNR over steps and over
+processor-seconds) to `--out_dir`, with what there is after each run; all networks have their first
+seed before any has its second. The same command again continues where it stopped.
 """
 
 from __future__ import annotations
@@ -43,14 +46,32 @@ from vae3d.models.posterior import DiagonalGaussian
 from vae3d.recipes import find_recipe
 
 
-class MonaiPeer(CustomVAE):
-    """MONAI's AutoencoderKL, without attention, behind the contract of `CustomVAE`."""
+class Peer(CustomVAE):
+    """A network of another library, `net`, behind the contract of `CustomVAE`."""
+
+    def __init__(self, latent_channels: int, levels: int):
+        nn.Module.__init__(self)
+        self.linear_code = None
+        self.spatial_dims, self.in_channels, self.out_channels = 3, 1, 1
+        self.latent_channels, self.factor = latent_channels, (2**levels,) * 3
+
+    def set_checkpointing(self, mode: str) -> None:
+        """Their own checkpointing is left off."""
+        if mode != "none":
+            raise ValueError(f"checkpointing={mode!r} is not for a peer's network; use none")
+
+    def decode(self, z: torch.Tensor) -> torch.Tensor:
+        """Reconstruction of a latent."""
+        return self.net.decode(z)
+
+
+class MonaiPeer(Peer):
+    """MONAI's AutoencoderKL, without attention."""
 
     def __init__(
         self, channels: tuple[int, ...], num_res_blocks: int, latent_channels: int, norm_groups: int
     ):
-        nn.Module.__init__(self)
-        self.linear_code = None
+        super().__init__(latent_channels, len(channels) - 1)
         self.net = AutoencoderKL(
             spatial_dims=3,
             channels=channels,
@@ -61,19 +82,11 @@ class MonaiPeer(CustomVAE):
             with_encoder_nonlocal_attn=False,
             with_decoder_nonlocal_attn=False,
         )
-        self.spatial_dims, self.in_channels, self.out_channels = 3, 1, 1
-        self.latent_channels = latent_channels
-        self.factor = (2 ** (len(channels) - 1),) * 3
 
     @property
     def last_layer(self) -> nn.Parameter:
         """Weight of the output convolution."""
         return self.net.decoder.blocks[-1].conv.weight
-
-    def set_checkpointing(self, mode: str) -> None:
-        """MONAI's own checkpointing is left off."""
-        if mode != "none":
-            raise ValueError(f"checkpointing={mode!r} is not for MONAI's network; use none")
 
     def encode(self, x: torch.Tensor) -> DiagonalGaussian:
         """Posterior of `(B, 1, X, Y, Z)`."""
@@ -81,12 +94,46 @@ class MonaiPeer(CustomVAE):
         logvar = self.net.quant_conv_log_sigma(h).clamp(-30, 20)
         return DiagonalGaussian(self.net.quant_conv_mu(h), logvar)
 
-    def decode(self, z: torch.Tensor) -> torch.Tensor:
-        """Reconstruction of a latent."""
-        return self.net.decode(z)
+
+class Vae3d2dPeer(Peer):
+    """The package vae3d2d's network, without attention and without its final tanh."""
+
+    def __init__(
+        self, channels: tuple[int, ...], num_res_blocks: int, latent_channels: int, norm_groups: int
+    ):
+        from vae3d2d import CustomVAE as Theirs
+
+        levels = len(channels) - 1
+        super().__init__(latent_channels, levels)
+        self.net = Theirs(
+            vae_latent_channels=latent_channels,
+            vae_use_log_var=True,
+            init_filters=channels[0],
+            smallest_filters=channels[-1],
+            blocks_down=(num_res_blocks,) * len(channels),
+            blocks_up=(num_res_blocks,) * levels,
+            downsample_strides=[(2, 2, 2)] * levels,
+            vae_down_stride=(1, 1, 1),
+            norm=("GROUP", {"num_groups": norm_groups}),
+            final_activation=None,
+        )
+
+    @property
+    def last_layer(self) -> nn.Parameter:
+        """Weight of the output convolution."""
+        return [p for p in self.net.vae_conv_final.parameters() if p.ndim > 1][-1]
+
+    def encode(self, x: torch.Tensor) -> DiagonalGaussian:
+        """Posterior of `(B, 1, X, Y, Z)`."""
+        mean, _, _, logvar = self.net.encode(self.pad(x))
+        return DiagonalGaussian(mean, logvar.clamp(-30, 20))
 
 
 NETWORKS = ("linear code", "plain", "monai")
+PEERS = {"monai": MonaiPeer, "monai wide": MonaiPeer, "vae3d2d": Vae3d2dPeer}
+WIDE = (32, 64, 64)  # channels of MONAI's 3D AutoencoderKL tutorial
+COLORS = ("#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd", "#8c564b")
+WARM_STEPS = 20  # to measure what a step costs
 
 
 def quality(
@@ -100,6 +147,7 @@ def quality(
     seeds: tuple[int, ...] = (0, 1, 2),
     networks: tuple[str, ...] = NETWORKS,
     split: str = "test",
+    peer: str | None = None,
     only: str | None = None,
 ) -> None:
     """Train the recipe's network, with and without its linear code, and MONAI's, and compare them.
@@ -115,9 +163,13 @@ def quality(
         seeds: Seeds of the runs; the sweep has the first.
         networks: Which of them: linear code | plain | monai.
         split: Held-out part: test | val.
+        peer: Folder with the package vae3d2d (`pip install --target`), for its network too.
         only: One run as `factor/network/rate/steps/seed`; what the benchmark calls itself with.
     """
     out, recipe = Path(out_dir), find_recipe("train", recipe)
+    if peer:
+        sys.path.append(peer)
+        networks = (*networks, "vae3d2d")
     if only:
         write(out / only / "result.json", run_one(root, out / only, recipe, only, split))
         return
@@ -128,23 +180,30 @@ def quality(
         result = out / name / "result.json"
         if not result.is_file():
             options = {"root": root, "out_dir": out_dir, "recipe": recipe, "split": split}
+            options |= {"peer": peer} if peer else {}
             flags = [text for k, v in options.items() for text in (f"--{k}", str(v))]
             subprocess.run([sys.executable, __file__, *flags, "--only", name], check=True)
         done.append(json.loads(result.read_text()))
         write(out / "quality.json", done)
         write_text(out / "quality.md", tables(done, linear, sweep_steps))
+        write_text(out / "quality.svg", curves([r for r in done if r["steps"] > sweep_steps]))
         return done[-1]
 
-    linear = []
+    linear: list[dict] = []
     for factor in factors:
+        best = {}
         for name in networks:
             sweep = [run(factor, name, rate, sweep_steps, seeds[0]) for rate in rates]
-            best = max(sweep, key=lambda r: r["curve"][-1][1])["rate"]
-            for seed in seeds:
-                run(factor, name, best, steps, seed)
+            best[name] = max(sweep, key=lambda r: r["curve"][-1][1])["rate"]
         linear += linear_codes(root, recipe, done[-1]["run"], factor, split)
-    write_text(out / "quality.md", tables(done, linear, sweep_steps))
-    write_text(out / "quality.svg", curves([r for r in done if r["steps"] == steps]))
+        for seed in seeds:
+            for name in networks:
+                run(factor, name, best[name], steps, seed)
+            if seed == seeds[0] and factor == 2 ** (len(WIDE) - 1) and "monai" in best:
+                ours = next(r for r in done if r["steps"] == steps and r["network"] == networks[0])
+                a_step = run(factor, "monai wide", best["monai"], WARM_STEPS, seed)
+                budget = steps * ours["cpu_s_per_step"] / a_step["cpu_s_per_step"]
+                run(factor, "monai wide", best["monai"], round(budget), seed)
     print(tables(done, linear, sweep_steps))
 
 
@@ -206,12 +265,13 @@ def network(recipe, factor: int, name: str):
     if missing < 0:
         raise ValueError(f"--factors {factor}: the recipe itself shrinks by {recipe().factor}")
     channels = tuple(plan["channels"]) + (plan["channels"][-1],) * missing
-    if name != "monai":
+    if name not in PEERS:
         factors = [*plan["factors"]] + [(2, 2, 2)] * missing
         linear = name == "linear code"
         return partial(recipe, channels=channels, factors=factors, linear_code=linear)
-    channels = (channels[0] // 2, *channels)
-    return partial(MonaiPeer, channels, plan["num_res_blocks"], plan["latent_channels"], 8)
+    channels = WIDE if name == "monai wide" else (channels[0] // 2, *channels)
+    groups = 16 if name == "monai wide" else 8
+    return partial(PEERS[name], channels, plan["num_res_blocks"], plan["latent_channels"], groups)
 
 
 def linear_codes(root: str, recipe: str, run: str, factor: int, split: str) -> list[dict]:
@@ -243,16 +303,15 @@ def linear_codes(root: str, recipe: str, run: str, factor: int, split: str) -> l
 def tables(done: list[dict], linear: list[dict], sweep_steps: int) -> str:
     """The results as Markdown: the sweep, then the runs, means over seeds."""
     sweep = [row for row in done if row["steps"] == sweep_steps]
+    shown = [row for row in done if row["steps"] not in (sweep_steps, WARM_STEPS)]
     text = f"Validation PSNR [dB] after {sweep_steps} steps, by learning rate:\n\n"
     text += markdown("factor | network | learning rate | PSNR", [
         [r["factor"], r["network"], f"{r['rate']:g}", f"{r['curve'][-1][1]:.2f}"] for r in sweep
     ])  # fmt: skip
     runs: dict[tuple, list[dict]] = {}
-    for row in done:
-        if row not in sweep:
-            runs.setdefault((row["factor"], row["network"], row["rate"], row["steps"]), []).append(
-                row
-            )
+    for row in shown:
+        key = (row["factor"], row["network"], row["rate"], row["steps"])
+        runs.setdefault(key, []).append(row)
     lines = []
     for (factor, name, rate, steps), rows in runs.items():
         cells = [factor, name, f"{rate:g}", steps, len(rows), f"{rows[0]['parameters'] / 1e6:.2f}"]
@@ -282,28 +341,47 @@ def markdown(head: str, rows: list[list]) -> str:
 
 
 def curves(rows: list[dict]) -> str:
-    """Validation PSNR over steps as an SVG: a line for each run."""
-    runs = [row for row in rows if row.get("curve")]
-    steps = [s for row in runs for s, _ in row["curve"]]
-    psnr = [p for row in runs for _, p in row["curve"]]
-    low, high = min(psnr), max(psnr) + 1e-9
-
-    def place(step: float, value: float) -> str:
-        return f"{60 + 520 * step / max(steps):.1f},{330 - 300 * (value - low) / (high - low):.1f}"
-
-    colors = ("#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd", "#8c564b")
+    """Validation PSNR as an SVG: a line for each run, over steps and over processor-seconds."""
+    runs = [row for row in rows if row["curve"] and row["cpu_s_per_step"]]
+    networks = sorted({(row["factor"], row["network"]) for row in runs})
     parts = [
-        '<svg xmlns="http://www.w3.org/2000/svg" width="760" height="370" font-family="sans-serif" '
-        'font-size="13"><rect width="100%" height="100%" fill="white"/>',
-        f'<text x="8" y="34">{high:.1f} dB</text><text x="8" y="334">{low:.1f} dB</text>',
-        f'<text x="60" y="358">step 0</text><text x="540" y="358">{max(steps)}</text>',
+        '<svg xmlns="http://www.w3.org/2000/svg" width="1000" height="380" '
+        'font-family="sans-serif" font-size="13"><rect width="100%" height="100%" fill="white"/>',
     ]
-    for i, row in enumerate(runs):
-        color = colors[i % len(colors)]
-        points = " ".join(place(*point) for point in row["curve"])
-        parts.append(f'<polyline fill="none" stroke="{color}" stroke-width="2" points="{points}"/>')
-        label = f"{row['network']}, factor {row['factor']}, seed {row['seed']}"
-        parts.append(f'<text x="600" y="{40 + 20 * i}" fill="{color}">{label}</text>')
+    by_step = {id(row): row["curve"] for row in runs}
+    by_time = {
+        id(row): [(step * row["cpu_s_per_step"], psnr) for step, psnr in row["curve"]]
+        for row in runs
+    }
+    for left, unit, lines in ((50, "steps", by_step), (460, "processor-seconds", by_time)):
+        points = [point for line in lines.values() for point in line]
+        if not points:
+            continue
+        end, high = max(x for x, _ in points), max(y for _, y in points)
+        low = max(min(y for _, y in points), high - 6)  # the beginning of a plain run is cut off
+        parts.append(
+            f'<rect x="{left}" y="20" width="340" height="310" fill="none" stroke="#bbb"/>'
+            f'<text x="{left - 44}" y="30">{high:.1f}</text>'
+            f'<text x="{left - 44}" y="334">{low:.1f}</text>'
+            f'<text x="{left}" y="352">0</text>'
+            f'<text x="{left + 170}" y="370" text-anchor="middle">{unit}</text>'
+            f'<text x="{left + 340}" y="352" text-anchor="end">{end:.0f}</text>'
+        )
+        for row in runs:
+            color = COLORS[networks.index((row["factor"], row["network"])) % len(COLORS)]
+            line = " ".join(
+                f"{left + 340 * x / end:.1f},{330 - 310 * (y - low) / (high - low + 1e-9):.1f}"
+                for x, y in lines[id(row)]
+                if y >= low
+            )
+            parts.append(
+                f'<polyline fill="none" stroke="{color}" stroke-width="1.5" points="{line}"/>'
+            )
+    for i, (factor, name) in enumerate(networks):
+        color = COLORS[i % len(COLORS)]
+        label = f"{name}, factor {factor}"
+        parts.append(f'<text x="820" y="{40 + 20 * i}" fill="{color}">{label}</text>')
+    parts.append('<text x="6" y="14">PSNR on validation [dB]</text>')
     return "\n".join(parts) + "\n</svg>\n"
 
 

@@ -88,7 +88,7 @@ def contrasts(folder, name, seed):
     for i, file in enumerate(names):
         write_volume(folder / file, Volume(volume(seed + i, (40, 36, 32))[None]))
     with open(folder / "manifest.csv", "a") as file:
-        file.write(f"{name},{';'.join(names)}\n" if seed else f"id,path\n{name},{';'.join(names)}\n")
+        file.write(("" if seed else "id,path\n") + f"{name},{';'.join(names)}\n")
 
 
 KINDS = {

@@ -285,3 +285,41 @@ def test_a_volume_of_the_wrong_rank_or_channels_is_told():
         vae(torch.randn(1, 1, 8, 8))
     with pytest.raises(ValueError, match=r"\(B, 1, X, Y, Z\)"):
         vae(torch.randn(1, 2, 8, 8, 8))
+
+
+@pytest.mark.parametrize("checkpointing", ["none", "level"])
+@pytest.mark.parametrize("norm", [TINY["norm"], BatchNorm], ids=["group", "batch"])
+@pytest.mark.parametrize("part", ["encoder", "decoder"])
+def test_a_frozen_half_keeps_weights_and_statistics_and_the_other_its_gradients(
+    part, norm, checkpointing
+):
+    torch.manual_seed(0)
+    vae = CustomVAE(**BUSY | {"norm": norm}, linear_code=True)
+    with torch.no_grad():
+        for parameter in vae.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
+    vae.set_checkpointing(checkpointing)
+    x = torch.rand(2, 1, 8, 4, 12)
+
+    def gradients(network):
+        recon, posterior = network(x, sample_posterior=False)
+        ((recon - x).square().mean() + posterior.kl()).backward()
+        return {name: p.grad for name, p in network.named_parameters() if p.grad is not None}
+
+    free = copy.deepcopy(vae).train()
+    if norm is BatchNorm:  # what is frozen normalizes by its running statistics
+        (free.encoder if part == "encoder" else free.decoder).eval()
+    expected = gradients(free)
+    vae.freeze(part)
+    before = {name: value.clone() for name, value in vae.state_dict().items()}
+    found = gradients(vae.train())
+    mine = {
+        "encoder": ("encoder.", "quant_conv.", "head.", "linear_code.analysis."),
+        "decoder": ("decoder.", "post_quant_conv.", "linear_code.synthesis."),
+    }[part]
+    assert found.keys() == {name for name in expected if not name.startswith(mine)} and found
+    for name, gradient in found.items():
+        assert torch.allclose(gradient, expected[name], rtol=1e-4, atol=1e-6), name
+    for name, value in vae.state_dict().items():
+        assert not name.startswith(mine) or torch.equal(value, before[name]), name
+    assert copy.deepcopy(vae).train().encoder.training == (part != "encoder")

@@ -1,4 +1,4 @@
-"""benchmarks/data_sets.py: parts of public volumes that do not touch, and the table of what they gave."""
+"""benchmarks/data_sets.py: parts of public volumes that do not touch, and what is told of them."""
 
 import csv
 import importlib.util

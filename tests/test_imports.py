@@ -61,6 +61,9 @@ ONE_PLACE = {
     "nilearn": {"loaders/demo.py"},
     "monai": {"vae3d/stage2/diffusion.py", "vae3d/losses/features.py"},
     "lightning": {"vae3d/training/lit.py"},
+    "onnx": {"vae3d/inference/export.py"},
+    "onnxruntime": {"vae3d/inference/export.py"},
+    "onnxscript": {"vae3d/inference/export.py"},
     "huggingface_hub": {"vae3d/weights/hub.py"},
 }
 

@@ -15,6 +15,7 @@ from vae3d.commands.evaluate import evaluate
 from vae3d.losses.adversarial import Adversarial, PatchDiscriminator
 from vae3d.losses.vae_loss import VAELoss
 from vae3d.training.checkpoint import load_checkpoint, load_vae
+from vae3d.training.linear_code import fit_linear_code
 from vae3d.training.lit import LitVAE
 from vae3d.training.task import VAETask
 from vae3d.weights.convert import load_weights
@@ -118,6 +119,25 @@ def test_a_resumed_fit_ends_with_the_same_weights(tmp_path, adversarial):
         assert rest == seen[cut:], f"cut at {cut}"
         for name, value in straight.state_dict().items():
             assert torch.equal(value, again.state_dict()[name]), f"{name}, cut at {cut}"
+
+
+def test_a_linear_code_is_fitted_once_before_the_first_update(tmp_path):
+    still = partial(torch.optim.SGD, lr=0.0)
+    options = dict(linear_code=True, factors=((2, 2, 2), (2, 2, 2)))
+    lit = LitVAE(tiny_vae(**options), optimizer=still)
+    fit(lit, tmp_path, 1, save=(1,))
+    seen = tiny_vae(seed=3, **options)
+    fit_linear_code(seen, (x for batch in patches() for x in batch.image))
+    fitted = lit.model.linear_code.state_dict()
+    for name, value in seen.linear_code.state_dict().items():
+        assert torch.equal(value, fitted[name]), name
+    changed = torch.load(tmp_path / "1.ckpt", weights_only=True)
+    changed["state_dict"]["model.linear_code.analysis.bias"] += 1
+    torch.save(changed, tmp_path / "changed.ckpt")
+    again = LitVAE(tiny_vae(seed=7, **options), optimizer=still)
+    fit(again, tmp_path, 2, resume=tmp_path / "changed.ckpt")
+    bias = again.model.linear_code.analysis.bias
+    assert torch.equal(bias, fitted["analysis.bias"] + 1)
 
 
 def test_weights_move_to_and_from_the_vae_without_conversion(tmp_path):

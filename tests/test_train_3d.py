@@ -420,6 +420,19 @@ def test_changed_options_are_listed_and_harmless_ones_pass(options, tmp_path):
     assert load_checkpoint(tmp_path / "run" / "checkpoints" / "last.pt")["step"] == 4
 
 
+def test_a_decoder_is_tuned_on_an_encoder_that_stays(options, tmp_path):
+    run([*options, "--max_steps", "4"], tmp_path)
+    tune = [*options, "--init_from", str(tmp_path / "run"), "--freeze", "encoder"]
+    tune += ["--out_dir", str(tmp_path / "tuned")]
+    run([*tune, "--max_steps", "4"], tmp_path)
+    run([*tune, "--max_steps", "6"], tmp_path)  # a resumed run keeps to it
+    old, new = (load_checkpoint(tmp_path / name) for name in ("run", "tuned"))
+    for name, value in new["model"].items():
+        kept = name.startswith(("encoder.", "quant_conv.", "head."))
+        assert torch.equal(value, old["ema"][name]) == kept, name
+    assert "needs --init_from" in one_line([*options, "--freeze", "decoder"], tmp_path)
+
+
 def test_an_option_that_a_newer_version_has_got_is_no_change():
     def newer(lr: float = 1e-3, init_from: str | None = None, blur: float = 0.0): ...
 

@@ -16,6 +16,7 @@ COMMANDS = {
     "evaluate": ("evaluate.evaluate", "reconstruct volumes with a trained VAE and measure them"),
     "report": ("report.report", "write one HTML page on one or several runs"),
     "convert": ("convert.convert", "bring weights in from other libraries, or out to them"),
+    "export": ("export.export", "write encoder and decoder for torch.export and ONNX"),
     "encode": ("encode.encode", "write the latents of volumes"),
     "decode": ("decode.decode", "turn latents back into volumes"),
     "train-ldm": ("train_ldm.train_ldm", "train a latent diffusion model on encoded latents"),

@@ -35,6 +35,7 @@ def train_3d(
     compile: bool = False,
     checkpointing: Checkpointing = "none",
     init_from: str | None = None,
+    freeze: Literal["encoder", "decoder"] | None = None,
     loop: Loop,
 ) -> int:
     """Train a VAE on volumes, cut into patches or whole.
@@ -59,6 +60,8 @@ def train_3d(
         checkpointing: none | block | level, what the backward pass computes again to save memory.
         init_from: Weights to begin with, not read again on resuming: a run folder, a checkpoint, a
             folder of save_pretrained, hf://owner/name, or a file in any layout that convert knows.
+        freeze: Half of the network that stays as init_from gives it: encoder (so that latents stay
+            what they are, and a decoder is tuned on them) | decoder; null to train both.
         loop: Each option of the loop by its own name, see `vae3d.training.options`.
 
     Returns:
@@ -83,6 +86,8 @@ def train_3d(
     torch.manual_seed(loop.seed)
     vae = model()
     check_sizes(vae, patching, patch_size)
+    if freeze and not init_from:
+        raise ValueError(f"--freeze {freeze} needs --init_from: new weights are nothing to keep")
     vae.set_checkpointing(checkpointing)
     with (
         open_world(loop.device, loop.timeout_minutes) as world,
@@ -93,11 +98,19 @@ def train_3d(
         amp = run.precision(loop.amp, state)
         if init_from and state is None:
             begin_with(vae, init_from, data.preprocess, world)
+        if freeze:
+            vae.freeze(freeze)
         vae.to(world.device)
         if compile:
             vae.encoder.compile()
             vae.decoder.compile()
         task = VAETask(vae, loss().to(world.device), loop.seed)
+        game = task.loss.adversarial
+        if freeze == "decoder" and game is not None and game.adaptive:
+            raise ValueError(
+                "--freeze decoder: an adaptive adversarial weight is balanced at the decoder's last"
+                " layer; set --loss.adversarial.adaptive false"
+            )
 
         with world.main_first():
             known = state and state["split"]

@@ -14,7 +14,7 @@ from itertools import islice
 from math import prod
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal, TypeVar, cast
+from typing import Any, Literal, Self, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -169,6 +169,8 @@ class CustomVAE(Described, nn.Module):
         latent_shift: Subtracted before scaling.
     """
 
+    frozen: tuple[nn.Module, ...] = ()  # what `freeze` has named
+
     def __init__(
         self,
         spatial_dims: Literal[2, 3] = 3,
@@ -287,6 +289,32 @@ class CustomVAE(Described, nn.Module):
         if mode not in ("none", "block", "level"):
             raise ValueError(f"checkpointing={mode!r} is not one of none, block, level")
         self.encoder.checkpointing = self.decoder.checkpointing = mode
+
+    def freeze(self, part: Literal["encoder", "decoder"]) -> None:
+        """Keep half of the network as it is: no gradients, and statistics of norms stay.
+
+        A decoder that is trained on a frozen encoder reads the latents of before, as that of
+        Stable Diffusion's ft-mse does.
+
+        Args:
+            part: `encoder` (with what makes the posterior) or `decoder`.
+        """
+        code = self.linear_code
+        halves = {
+            "encoder": (self.encoder, self.quant_conv, self.head, code and code.analysis),
+            "decoder": (self.post_quant_conv, self.decoder, code and code.synthesis),
+        }
+        self.frozen = tuple(module for module in halves[part] if module is not None)
+        for module in self.frozen:
+            module.requires_grad_(False)
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> Self:
+        """Set the training mode, but for what is frozen."""
+        super().train(mode)
+        for module in self.frozen:
+            module.eval()
+        return self
 
     def encode(self, x: Tensor) -> DiagonalGaussian:
         """Posterior of `(B, C, *spatial)`, padded at the far end to a multiple of `factor`."""

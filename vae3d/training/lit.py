@@ -23,6 +23,8 @@ from loaders import SliceStore, VolumeStore
 from vae3d.losses.vae_loss import VAELoss
 from vae3d.models.custom_vae import CustomVAE
 from vae3d.training.checkpoint import checkpoint_of
+from vae3d.training.distributed import World
+from vae3d.training.linear_code import fit_linear_code
 from vae3d.training.task import VAETask
 
 ADAMW = partial(torch.optim.AdamW, lr=1e-4)
@@ -37,6 +39,9 @@ class LitVAE(lightning.LightningModule):
 
     Weights lie under `model.` with the names of `CustomVAE`, those of the loss under `loss.`. A
     checkpoint is one of Lightning and of vae3d: `evaluate`, `encode` and `convert` take it.
+
+    A `linear_code` is fitted to the training loader's patches before the first update, unless the
+    network comes from a checkpoint.
 
     Args:
         model: The VAE; `lit.model` is this very object.
@@ -110,8 +115,13 @@ class LitVAE(lightning.LightningModule):
         self._after_update()
 
     def on_train_start(self) -> None:
-        """Learn from a loader of ours how its volumes are prepared."""
+        """Fit a new network's linear code; learn from a loader of ours how volumes are prepared."""
         loader = _flat(self.trainer.train_dataloader)[0]
+        # A network with a contract comes from a checkpoint, and its linear code with it.
+        is_new = self.model.contract is None and not int(self.updates)
+        if is_new and self.model.linear_code is not None:
+            world = World(self.global_rank, self.trainer.world_size)
+            fit_linear_code(self.model, (x for batch in loader for x in batch.image), world)
         store = getattr(loader, "store", None)
         if self.model.contract is not None or not isinstance(store, (VolumeStore, SliceStore)):
             return
