@@ -359,7 +359,7 @@ def _is_users_mistake(error: Exception) -> bool:
         return error.filename is not None or error.errno is not None
     raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename).resolve()
     home = Path(__file__).resolve().parents[1]
-    ours = ("vae3d", "loaders", "train_3d.py", "evaluate.py")
+    ours = ("vae3d", "loaders", "benchmarks", "train_3d.py", "evaluate.py")
     return any(raised_in.is_relative_to(home / name) for name in ours)
 
 
