@@ -417,9 +417,9 @@ class VolumeStore:
         cache_dir = cache_dir.expanduser()
         builder = Builder(cache_dir, preprocess, reading, backend, in_channels, num_slices)
         known, skipped = builder.fetch(subjects, on_error, threads, progress)
-        for id, path, reason in skipped:
+        for id, path, reason in skipped if say is not silent else ():
             print(f"skipped {id}: {path}: {reason}", file=sys.stderr)
-        if skipped:
+        if skipped and say is not silent:
             print(f"{len(skipped)} of {len(subjects)} volumes skipped", file=sys.stderr)
         if not known:
             raise ValueError(f"none of the {len(subjects)} volumes can be read")

@@ -325,7 +325,10 @@ def test_evaluation_says_its_lines_once_and_a_rank_that_follows_says_nothing(tmp
     for say in (lines.append, silent):
         VolumeStore.build([tmp_path / "a.nii.gz"], tmp_path / "cache", narrow, say=say)
     assert sum("lost to the clip" in line for line in lines) == 1
-    assert capsys.readouterr().err == ""
+    (tmp_path / "b.nii").write_bytes(b"")
+    paths = [tmp_path / "a.nii.gz", tmp_path / "b.nii"]
+    store = VolumeStore.build(paths, tmp_path / "cache", on_error="skip", say=silent)
+    assert store.skipped[0][0] == "b" and capsys.readouterr().err == ""
 
 
 def test_check_data_still_takes_its_options_by_their_old_names(tmp_path, vae3d):
