@@ -26,6 +26,7 @@ from loaders.compressed import compress
 from loaders.masks import hide, nearest, read_weights
 from loaders.preprocess import (
     Preprocess,
+    Statistics,
     by_rules,
     is_foreground,
     label_to_store_grid,
@@ -178,16 +179,16 @@ class Builder:
 
     def fetch(
         self, subjects: Sequence[Subject], on_error: str, threads: int | None, progress: bool
-    ) -> tuple[dict[str, dict[str, Any]], list[tuple[str, str, str]], bool]:
+    ) -> tuple[dict[str, dict[str, Any]], list[tuple[str, str, str]]]:
         """Bring what is missing into the cache, one process at a time.
 
         Returns:
-            Sidecars by id, the (id, path, reason) of what was skipped, and whether any was missing.
+            Sidecars by id, and the (id, path, reason) of what was skipped.
         """
         known = self.recall(subjects)
         missing = [subject for subject in subjects if subject.id not in known]
         if not missing:
-            return known, [], False
+            return known, []
         try:
             self.cache_dir.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -196,7 +197,7 @@ class Builder:
             known |= self.recall(missing)  # another process may have built them by now
             missing = [subject for subject in missing if subject.id not in known]
             made, skipped = self.build_all(missing, on_error, threads, progress)
-        return known | made, skipped, True
+        return known | made, skipped
 
     def build_all(
         self, subjects: Sequence[Subject], on_error: str, threads: int | None, progress: bool
@@ -234,16 +235,7 @@ class Builder:
         key = self.key(subject)
         if (meta := self.sidecar(key)) is not None:  # the same bytes under another name
             return meta
-        counts = slice(None) if volume.weights is None else volume.weights[0] > 0
-        stats, tables = [], []
-        for number, channel in enumerate(volume.data):
-            found, table = statistics(channel[counts], float(volume.scale), float(volume.offset))
-            if number in volume.missing:
-                found["missing"] = True
-            elif found["min"] == found["max"]:
-                raise BrokenVolume(subject.paths[0], f"all voxels are {found['min']:g}")
-            stats.append(found)
-            tables.append(table)
+        stats, tables = measured(volume, subject.paths[0])
         meta = {
             "scale": [float(volume.scale)] * len(stats),
             "offset": [float(volume.offset)] * len(stats),
@@ -286,6 +278,21 @@ class Builder:
             "start": len(content),
             "num_bytes": len(content) + (data.nbytes if body is not None else 0),
         }
+
+
+def measured(volume: Volume, path: Path) -> tuple[list[Statistics], list[np.ndarray]]:
+    """Return statistics and quantiles of each channel's voxels that count, as `statistics` does."""
+    counts = slice(None) if volume.weights is None else volume.weights[0] > 0
+    stats, tables = [], []
+    for number, channel in enumerate(volume.data):
+        found, table = statistics(channel[counts], float(volume.scale), float(volume.offset))
+        if number in volume.missing:
+            found["missing"] = True
+        elif found["min"] == found["max"]:
+            raise BrokenVolume(path, f"all voxels are {found['min']:g}")
+        stats.append(found)
+        tables.append(table)
+    return stats, tables
 
 
 def sources(subject: Subject) -> list[Path]:

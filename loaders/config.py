@@ -238,7 +238,7 @@ def open_data(
     from loaders.consistency import missing_label_maps, refuse
     from loaders.flat import flat_faults
     from loaders.slices import SliceStore
-    from loaders.store import VolumeStore
+    from loaders.store import VolumeStore, silent
 
     survey = survey_data(config, spatial_dims, split, in_channels, force)
     if say is not None:
@@ -256,7 +256,7 @@ def open_data(
         threads=config.threads,
         in_channels=in_channels,
         num_slices=survey.num_slices,
-        say=say,
+        say=say or silent,
         survey=survey,
     )
     thickness = dict(zip(store.ids, store.spatial_shapes.min(axis=1).tolist(), strict=True))

@@ -21,6 +21,7 @@ from loaders.build import (
     check_one_grid,
     color_hint,
     lacks,
+    measured,
     missing_files,
     note_lines,
     num_threads,
@@ -31,7 +32,7 @@ from loaders.build import (
     with_remedy,
 )
 from loaders.flat import flat_faults
-from loaders.preprocess import Preprocess
+from loaders.preprocess import Preprocess, Statistics, intensity_lines
 from loaders.readers import (
     READING,
     BrokenVolume,
@@ -234,14 +235,20 @@ class Survey:
             for s, one in zip(group, each, strict=True)
         }
         found = [checked[s.id] for s in self.subjects]
-        self.add({id: one.facts for id, one in checked.items() if one.facts is not None})
         broken = [one.fault for one in found if one.fault is not None]
         maps = [one.label_fault for one in found if one.label_fault is not None]
-        self.lines += note_lines([
-            (s.paths[0], one.notes) for s, one in zip(self.subjects, found, strict=True)
-        ])  # fmt: skip
-        self.faults = [f for f in broken if not self.left_out(f)] + self.wrong_channels()
-        self.faults += self.flat()
+        whole = [
+            (s.paths[0], one)
+            for s, one in zip(self.subjects, found, strict=True)
+            if one.facts is not None
+        ]
+        self.lines += note_lines([(path, one.notes) for path, one in whole])
+        self.lines += intensity_lines(
+            [(str(path), one.statistics) for path, one in whole], self.preprocess
+        )
+        self.add({id: one.facts for id, one in checked.items() if one.facts is not None})
+        self.faults = [with_remedy(f, len(found)) for f in broken if not self.left_out(f)]
+        self.faults += self.wrong_channels() + self.flat()
         if labels:
             unmapped = [s for s in self.subjects if s.label_map is None]
             self.faults += maps + missing_label_maps(unmapped)
@@ -301,7 +308,7 @@ def facts_of(subject: Subject, reading: Reading = READING) -> Facts | None:
                 return None
             found[path] = header
     check_one_grid(found)
-    channels = len(missing) + sum(len(volume.data) for volume in found.values())
+    channels = sum(len(found[path].data) if path in found else 1 for path in subject.paths)
     channels //= subject.time.count if subject.time else 1
     return Facts.of(next(iter(found.values())), channels)
 
@@ -374,25 +381,23 @@ class Checked:
         fault: What is wrong with it, or None.
         label_fault: What is wrong with its label map, or None.
         notes: What its reader had to assume.
+        statistics: Of the intensities of each channel.
     """
 
     facts: Facts | None = None
     fault: BrokenVolume | None = None
     label_fault: BrokenVolume | None = None
     notes: tuple[str, ...] = ()
+    statistics: Sequence[Statistics] = ()
 
 
 def check_volume(reading: Reading, subject: Subject, read: Volume) -> Checked:
     """Look at all voxels of a volume that was read, and read its label map."""
     volume = storable(read, subject.paths[0], reading.nan)
-    counts = slice(None) if volume.weights is None else volume.weights[0] > 0
-    for number, channel in enumerate(volume.data):
-        values = channel[counts]
-        if values.min() == values.max() and number not in volume.missing:
-            raise BrokenVolume(subject.paths[0], f"all voxels are {values.flat[0]:g}")
+    stats, _ = measured(volume, subject.paths[0])
     try:
         if subject.label_map is not None:
             read_label_map(subject, volume.data.shape[1:], volume.affine)
     except BrokenVolume as error:
-        return Checked(Facts.of(volume), None, error, read.notes)
-    return Checked(Facts.of(volume), notes=read.notes)
+        return Checked(Facts.of(volume), None, error, read.notes, stats)
+    return Checked(Facts.of(volume), notes=read.notes, statistics=stats)

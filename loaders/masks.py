@@ -45,6 +45,8 @@ def with_masks(subjects: list[Subject], mask: str | None, root: Path) -> list[Su
     paths = {subject.id: mask_of(subject, mask, root) for subject in subjects}
     taken = {os.path.abspath(path) for path in paths.values() if path and path.exists()}
     subjects = [s for s in subjects if os.path.abspath(s.paths[0]) not in taken]
+    if not subjects:
+        raise ValueError(f"{root}: holds masks alone, no image (data.root, data.mask {mask!r})")
     for subject in subjects:
         path = paths[subject.id]
         if path is None or not path.exists():

@@ -2,7 +2,8 @@
 
 Asked in this order, volume by volume: what the user says (`data.group_by`, or the manifest's column
 `subject`), the PatientID of DICOM, the `sub-...` of BIDS, a folder that holds one person's volumes,
-and last the volume itself. A PatientID is hashed as soon as it is read.
+the case of nnU-Net's `case_0000`, `case_0001`, and last the volume itself. A PatientID is hashed as
+soon as it is read.
 """
 
 from __future__ import annotations
@@ -89,6 +90,8 @@ def sought(
             owners[s.id] = bids, "BIDS names (sub-...)"
     rest = {id: path for id, path in below.items() if id not in owners}
     owners |= {id: (name, "folder") for id, name in persons_by_folder(rest).items()}
+    rest = {id: path for id, path in rest.items() if id not in owners}
+    owners |= {id: (name, "nnU-Net names (..._0000)") for id, name in persons_by_case(rest).items()}
     return owners, notes
 
 
@@ -173,13 +176,36 @@ def persons_by_folder(paths: dict[str, PurePosixPath]) -> dict[str, str]:
                 for name, ids in folders.items()
                 if not NO_PERSONS.fullmatch(name)
             }
-            count = Counter(role for names in roles.values() for role in names)
-            shared = {role for role, n in count.items() if n >= SIBLINGS}
-            if len(shared) > 1 and len(count) <= FEW:
-                for name, names in roles.items():
-                    if names & shared:
-                        persons |= dict.fromkeys(folders[name], str(parent / name))
+            for name in that_look_alike(roles):
+                persons |= dict.fromkeys(folders[name], str(parent / name))
     return persons
+
+
+def persons_by_case(paths: dict[str, PurePosixPath]) -> dict[str, str]:
+    """Return the cases whose channels lie in one folder as nnU-Net names them: `case_0000`, ..."""
+    folders: dict[PurePosixPath, dict[str, dict[str, str]]] = defaultdict(lambda: defaultdict(dict))
+    for id, path in paths.items():
+        if match := re.fullmatch(r"(.+)_(\d{4})", stem(path)):
+            folders[path.parent][match[1]][id] = match[2]
+    return {
+        id: str(folder / case)
+        for folder, cases in folders.items()
+        for case in that_look_alike({name: set(ids.values()) for name, ids in cases.items()})
+        for id in cases[case]
+    }
+
+
+def that_look_alike(roles: dict[str, set[str]]) -> list[str]:
+    """Return who of them, by name, holds what several others hold, if that is more than one thing.
+
+    Args:
+        roles: What each holds.
+    """
+    count = Counter(role for held in roles.values() for role in held)
+    shared = {role for role, n in count.items() if n >= SIBLINGS}
+    if len(shared) < 2 or len(count) > FEW:
+        return []
+    return [name for name, held in roles.items() if held & shared]
 
 
 def roles_of(paths: list[PurePosixPath], depth: int, folder: str) -> set[str]:

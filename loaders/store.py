@@ -43,7 +43,6 @@ from loaders.preprocess import (
     by_rules,
     from_store_grid,
     intensity_lines,
-    not_hounsfield,
 )
 from loaders.readers import READING, BrokenVolume, Reading, Volume, num_items
 from loaders.series import time_points
@@ -398,29 +397,29 @@ class VolumeStore:
                 cached. None takes any.
             num_slices: Neighboring slices that become channels.
             say: Takes lines on whether the volumes go together, asked of their headers before
-                anything is cached; None asks nothing.
+                anything is cached; None asks nothing and tells on stderr what reading found, and
+                `silent` is for who follows another that has told.
             survey: What is known of the volumes; None for nothing.
         """
         subjects = as_subjects(subjects_or_paths, reading)
         preprocess = preprocess or Preprocess()
-        # A rank that follows another has a survey, and says nothing of it.
-        tell = say or (partial(print, file=sys.stderr) if survey is None else silent)
+        tell, asks = say or partial(print, file=sys.stderr), say is not None and say is not silent
         if survey is None:
             how = (reading, preprocess, on_error, in_channels, num_slices)
             survey = Survey(subjects, {}, [], *how)
-        if say is not None:
+        if asks:
             told = len(survey.lines)
             survey.ask_headers()
             for line in survey.lines[told:]:
-                say(line)
-            refuse(survey.faults, say)
+                tell(line)
+            refuse(survey.faults, tell)
         cache_dir = Path(cache_dir or os.environ.get("VAE3D_CACHE") or "~/.cache/vae3d")
         cache_dir = cache_dir.expanduser()
         builder = Builder(cache_dir, preprocess, reading, backend, in_channels, num_slices)
-        known, skipped, built = builder.fetch(subjects, on_error, threads, progress)
-        for id, path, reason in skipped:
+        known, skipped = builder.fetch(subjects, on_error, threads, progress)
+        for id, path, reason in skipped if say is not silent else ():
             print(f"skipped {id}: {path}: {reason}", file=sys.stderr)
-        if skipped:
+        if skipped and say is not silent:
             print(f"{len(skipped)} of {len(subjects)} volumes skipped", file=sys.stderr)
         if not known:
             raise ValueError(f"none of the {len(subjects)} volumes can be read")
@@ -429,9 +428,8 @@ class VolumeStore:
         measured = [(str(s.paths[0]), known[s.id]["statistics"]) for s in opened]
         # Caches of before have no notes.
         lines = note_lines([(s.paths[0], known[s.id].get("notes", ())) for s in opened])
-        lines += intensity_lines(measured, preprocess) if built else []
-        lines += [] if built else not_hounsfield(measured, preprocess)
-        if say is not None:
+        lines += intensity_lines(measured, preprocess)
+        if asks:
             untold = known.keys() - survey.facts.keys()
             lines += survey.add({id: Facts.of_record(known[id]) for id in untold})
         for line in lines:
@@ -442,7 +440,7 @@ class VolumeStore:
 
 
 def silent(_line: str) -> None:
-    """Say nothing."""
+    """Say nothing: what there is to tell was told by another."""
 
 
 class Unlocked:

@@ -27,6 +27,7 @@ from loaders import (
     write_volume,
 )
 from loaders.readers import HEADED, READERS, read_header
+from loaders.store import silent
 
 
 @pytest.fixture
@@ -253,7 +254,9 @@ def test_check_data_and_who_caches_say_the_same_lines_first(tmp_path, vae3d):
     lines = said[:-1]
     assert [line.split(":")[0] for line in lines] == [
         "left out", "persons", "split", "volumes", "spacing", "orientation",
+        lines[6].split(":")[0],
     ]  # fmt: skip
+    assert lines[6].startswith("more than 0.5 % of the foreground is lost to the clip in 2 of 4 ")
     assert lines[3] == (
         "volumes: 5 x 4 x 3 voxels of 1 x 1 x 1-4 mm; 1 channel; int16; 3 RAS, 1 LAS"
     )
@@ -261,6 +264,71 @@ def test_check_data_and_who_caches_say_the_same_lines_first(tmp_path, vae3d):
     where = ("--data.root", tmp_path / "data", "--data.cache_dir", tmp_path / "cache", *options)
     for _ in range(2):  # whether or not the volumes lie in the cache
         assert vae3d("prepare", *where).out.splitlines()[: len(lines)] == lines
+
+
+def test_check_data_tells_of_hot_voxels_and_of_the_clip_as_caching_does(tmp_path, vae3d):
+    scans = tmp_path / "scans"
+    scans.mkdir()
+    for n in range(2):
+        data = np.random.default_rng(n).normal(100, 5, (20, 20, 20))
+        data[:4, :4, :4] = 200 + np.arange(64).reshape(4, 4, 4)
+        data[9, 9, 9] = 1e6
+        np.save(scans / f"{n}.npy", data)
+    options = ("--data.preprocess.percentiles_of", "all")
+    said = vae3d("check-data", scans, *options).err.splitlines()[:-1]
+    clip, hot = (next(line for line in said if word in line) for word in ("clip in", "hot voxels"))
+    assert "2 of 2 volumes" in clip and "0.npy 1 voxels" in hot and "1.npy 1 voxels" in hot
+    where = ("--data.root", scans, "--data.cache_dir", tmp_path / "cache", *options)
+    for _ in range(2):  # whether or not the volumes lie in the cache
+        assert vae3d("prepare", *where).out.splitlines()[:-1] == said
+
+
+def test_a_cache_tells_what_another_window_clips(tmp_path, vae3d):
+    np.save(tmp_path / "a.npy", np.random.default_rng(0).normal(100, 5, (20, 20, 20)))
+    where = ("--data.root", tmp_path / "a.npy", "--data.cache_dir", tmp_path / "cache")
+    narrow = ("--data.preprocess.window_hu", "[-10, 90]")
+    assert "a.npy 9" not in vae3d("prepare", *where).out
+    assert "lost to the clip in 1 of 1 volumes" in vae3d("prepare", *where, *narrow).out
+
+
+def test_a_channel_that_is_missing_has_no_small_foreground(tmp_path, vae3d):
+    scan(tmp_path / "a.nii.gz"), scan(tmp_path / "b.nii.gz", 1)
+    (tmp_path / "m.csv").write_text("path,id\na.nii.gz;b.nii.gz,1\na.nii.gz;c.nii.gz,2\n")
+    said = vae3d("check-data", tmp_path / "m.csv", "--data.missing", "zero").err
+    assert "2 of 2 volumes are sound" in said and "foreground is less than" not in said
+    said = vae3d("check-data", tmp_path / "m.csv", "--data.missing", "skip").err
+    assert said.endswith("1 of 2 volumes are sound\n")
+
+
+def test_check_data_names_the_remedy_for_a_broken_volume_that_training_names(tmp_path, vae3d):
+    np.save(tmp_path / "a.npy", np.arange(60.0).reshape(5, 4, 3))
+    np.save(tmp_path / "b.npy", np.full((5, 4, 3), 7.0))
+    checked = vae3d("check-data", tmp_path)
+    trained = vae3d("prepare", "--data.root", tmp_path, "--data.cache_dir", tmp_path / "cache")
+    assert checked.code == trained.code == 2 and "--data.on_error skip" in checked.out
+    assert checked.out.strip() in trained.err
+
+
+def test_a_file_that_a_manifest_names_twice_counts_as_two_channels(tmp_path, vae3d):
+    for n in range(3):
+        scan(tmp_path / f"{n}.nii.gz", n)
+    rows = ["0.nii.gz;1.nii.gz,a", "1.nii.gz;2.nii.gz,b", "1.nii.gz;2.nii.gz;2.nii.gz,c"]
+    (tmp_path / "m.csv").write_text("\n".join(["path,id", *rows]))
+    done = vae3d("check-data", tmp_path / "m.csv")
+    assert done.code == 2 and "c has 3 channels, 2 others have 2" in done.out
+
+
+def test_evaluation_says_its_lines_once_and_a_rank_that_follows_says_nothing(tmp_path, capsys):
+    scan(tmp_path / "a.nii.gz")
+    narrow = Preprocess(window_hu=(-10, 1))
+    lines: list[str] = []
+    for say in (lines.append, silent):
+        VolumeStore.build([tmp_path / "a.nii.gz"], tmp_path / "cache", narrow, say=say)
+    assert sum("lost to the clip" in line for line in lines) == 1
+    (tmp_path / "b.nii").write_bytes(b"")
+    paths = [tmp_path / "a.nii.gz", tmp_path / "b.nii"]
+    store = VolumeStore.build(paths, tmp_path / "cache", on_error="skip", say=silent)
+    assert store.skipped[0][0] == "b" and capsys.readouterr().err == ""
 
 
 def test_check_data_still_takes_its_options_by_their_old_names(tmp_path, vae3d):

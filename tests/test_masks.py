@@ -316,6 +316,13 @@ def test_masks_that_are_missing_or_named_wrong_are_told_before_anything_is_cache
         open_data(config)
 
 
+def test_masks_without_an_image_are_refused_in_one_line(tmp_path):
+    folder = write(tmp_path / "a")
+    config = DataConfig(f"{folder}/*_mask.nii.gz", mask="{name}.nii.gz")
+    with pytest.raises(ValueError, match=r"holds masks alone, no image \(data.root, data.mask"):
+        open_data(config)
+
+
 def test_options_of_masks_come_from_the_command_line_and_survive_a_saved_run(tmp_path):
     argv = ["--data.root", "d", "--out_dir", "o", "--data.mask", "fov", "--data.nan", "mask"]
     kwargs = parse(train_3d, [*argv, "--data.mask_weights", "{0: 0.1, 1: 1}"])

@@ -2,14 +2,14 @@
 
 import json
 import shutil
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 import pytest
 
 from loaders import DataConfig, Volume, open_data, survey_data, write_volume
 from loaders.find import find_subjects
-from loaders.persons import find_persons
+from loaders.persons import find_persons, persons_by_case
 from loaders.splits import split_subjects
 from loaders.subjects import Subject
 
@@ -323,3 +323,15 @@ def test_a_manifest_whose_split_changed_is_refused_unless_it_is_forced(tmp_path)
         survey_data(config, split=begun)
     survey = survey_data(config, split=begun, force=True)
     assert survey.split == begun and "goes on with its own split.json" in survey.lines[0]
+
+
+def test_channels_that_nnu_net_names_are_of_one_case_and_running_numbers_are_not(tmp_path):
+    names = [f"case_{case:03}_{channel:04}" for case in range(3) for channel in range(2)]
+    paths = {name: PurePosixPath(f"imagesTr/{name}.nii.gz") for name in names}
+    found = persons_by_case(paths)
+    assert found == {name: f"imagesTr/{name[:8]}" for name in names}
+    single = {name: path for name, path in paths.items() if name.endswith("_0000")}
+    assert persons_by_case(single) == {}
+    assert (
+        persons_by_case({f"img_{n:04}": PurePosixPath(f"img_{n:04}.png") for n in range(9)}) == {}
+    )

@@ -50,6 +50,8 @@ def check_data(
     for fault in harmless:
         print(f"not used: {fault}", file=sys.stderr)
     count = len(survey.subjects)
-    sound = count - len({fault.path for fault in survey.faults})
+    images = {str(path) for s in survey.subjects for path in s.paths}
+    broken = {fault.path for fault in harmless} & images
+    sound = count - len(broken | {fault.path for fault in survey.faults})
     print(f"{sound} of {count} volumes are sound", file=sys.stderr)
     return 2 if survey.faults else 0

@@ -141,6 +141,7 @@ def open_volumes(
         The store, and the part of the split of each subject that has one.
     """
     from loaders import DataConfig, VolumeStore, find_subjects
+    from loaders.store import silent
 
     of_run = dict(state["config"]["data"])
     of_run |= {"preprocess": Preprocess.of_checkpoint(state["preprocess"], source.preprocess)}
@@ -165,7 +166,7 @@ def open_volumes(
         reading=config.reading,
         backend=config.backend,
         threads=config.threads,
-        say=say,
+        say=say or silent,
     )
     return store, parts
 

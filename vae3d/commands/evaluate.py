@@ -109,6 +109,7 @@ def evaluate(
         trust: Module prefixes besides vae3d whose classes the checkpoint may import.
     """
     from loaders import VolumeStore, find_subjects
+    from loaders.store import silent
     from vae3d.config import check_at_least
     from vae3d.inference.evaluation import Evaluator, headline
     from vae3d.inference.reconstruct import Coding
@@ -162,10 +163,12 @@ def evaluate(
         )
         out, pca = Path(out_dir), None
         with world.main_first():
-            store = open_store(chosen, say=print if world.is_main else None)
+            store = open_store(chosen, say=print if world.is_main else silent)
             if baseline:
                 fitted_on = [s for s in subjects if s.id in state["split"].get("train", ())]
-                pca = block_pca(open_store, fitted_on[:PCA_VOLUMES], vae, coding.slice_axis, out)
+                fitted_on = fitted_on[:PCA_VOLUMES]
+                quiet = partial(open_store, say=silent)
+                pca = block_pca(quiet, fitted_on, vae, coding.slice_axis, out)
         if world.is_main:
             out.mkdir(parents=True, exist_ok=True)
             store.write_skipped(out)
