@@ -33,7 +33,7 @@ from loaders.readers.common import (
     same_grid,
     split_series,
 )  # fmt: skip
-from loaders.readers.dicom import DICOM_SUFFIXES, holds_dicom, read_dicom, volumes_of
+from loaders.readers.dicom import DICOM_SUFFIXES, holds_dicom, patient_of, read_dicom, volumes_of
 from loaders.readers.itk import read_meta, read_nrrd
 from loaders.readers.nifti import (
     ras_axes,
@@ -43,7 +43,7 @@ from loaders.readers.nifti import (
 )
 from loaders.readers.npy import read_npy, read_npz
 from loaders.readers.picture import read_picture
-from loaders.readers.planes import is_dicom, object_name, patient_of
+from loaders.readers.planes import is_dicom, object_name
 from loaders.readers.tiff import read_tiff, tiff_time_points
 
 __all__ = [
