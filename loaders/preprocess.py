@@ -553,7 +553,7 @@ def intensity_lines(volumes: Volumes, preprocess: Preprocess) -> list[str]:
 
     Args:
         volumes: Name or path of each, and the statistics of its channels; those of a cache that is
-            older than the rules say less.
+            older than the rules say less, those of zeros for a missing file nothing.
         preprocess: What is done to them.
     """
     clipped: Found = []
@@ -561,7 +561,7 @@ def intensity_lines(volumes: Volumes, preprocess: Preprocess) -> list[str]:
     hot: Found = []
     for name, channels in volumes:
         for number, stats in enumerate(channels):
-            if "robust" not in stats:
+            if "robust" not in stats or stats.get("missing"):
                 continue
             of = f"channel {preprocess.name(number)} " if len(channels) > 1 else ""
             loss = clip_loss(stats, preprocess.channel(number))
@@ -590,7 +590,7 @@ def not_hounsfield(volumes: Volumes, preprocess: Preprocess) -> list[str]:
     for name, channels in volumes:
         for number, stats in enumerate(channels):
             window = preprocess.channel(number).window_hu
-            if window and window[0] < 0 <= stats["min"]:
+            if window and window[0] < 0 <= stats["min"] and not stats.get("missing"):
                 odd.append((name, f"from {stats['min']:g}"))
     return [
         f"no voxel lies below 0 in {listed(odd, len(volumes))}, though window_hu is "
