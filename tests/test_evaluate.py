@@ -177,7 +177,7 @@ def test_what_a_file_lacks_is_told_once(place, tmp_path, capsys):
         tifffile.imwrite(file, stored.T, photometric="minisblack")
     folder = EvaluationData(str(tmp_path / "tiffs"), str(tmp_path / "cache"))
     evaluate(str(place / "run"), folder, str(tmp_path / "out"), media=False, **QUIET)
-    said = capsys.readouterr().out
+    said = "".join(capsys.readouterr())
     assert said.count("has no voxel size along X, Y, Z: taken as 1 mm (3 of 3 volumes)") == 1
     assert said.count("has no voxel size") == 1 and list((tmp_path / "out").glob("block_pca*"))
 
