@@ -168,20 +168,6 @@ def test_finished_volumes_are_kept_and_missing_ones_are_made(place, tmp_path, ca
     assert "psnr" in said and "report:" in said and "gif:" in said and "mp4:" in said
 
 
-def test_what_a_file_lacks_is_told_once(place, tmp_path, capsys):
-    tifffile = pytest.importorskip("tifffile")
-    (tmp_path / "tiffs").mkdir()
-    for path in (place / "volumes").iterdir():
-        stored = np.asarray(nibabel.load(path).dataobj)
-        file = tmp_path / "tiffs" / f"{path.name.partition('.')[0]}.tif"
-        tifffile.imwrite(file, stored.T, photometric="minisblack")
-    folder = EvaluationData(str(tmp_path / "tiffs"), str(tmp_path / "cache"))
-    evaluate(str(place / "run"), folder, str(tmp_path / "out"), media=False, **QUIET)
-    said = "".join(capsys.readouterr())
-    assert said.count("has no voxel size along X, Y, Z: taken as 1 mm (3 of 3 volumes)") == 1
-    assert said.count("has no voxel size") == 1 and list((tmp_path / "out").glob("block_pca*"))
-
-
 def test_other_settings_are_computed_again(place, tmp_path):
     out = tmp_path / "out"
     shutil.copytree(place / "done", out)

@@ -206,3 +206,17 @@ def test_gray_and_colored_series_are_colored_alike_at_each_time(tmp_path):
         for number in range(2):
             found = at_time(volume, TimePoint(name, number, 2)).data
             assert np.array_equal(found, stored[number].T)
+
+
+def test_a_series_that_lacks_a_modality_has_all_its_time_points(tmp_path):
+    stored = np.random.default_rng(0).integers(1, 900, (3, 4, 5, 6), np.uint16)  # T, Z, Y, X
+    for name in ("a0", "b0", "a1"):
+        tifffile.imwrite(tmp_path / f"{name}.tif", stored, metadata={"axes": "TZYX"})
+    (tmp_path / "m.csv").write_text('path;id\n"a0.tif;b0.tif";s0\n"a1.tif;b1.tif";s1\n')
+    reading = Reading(volumes_4d="samples", missing="zero")
+    subjects = find_subjects(tmp_path / "m.csv", reading)
+    store = VolumeStore.build(subjects, tmp_path / "cache", RAW, reading=reading)
+    assert store.ids == [f"s{n}__t00{t}" for n in range(2) for t in range(3)]
+    for number in range(6):
+        x, at = store.read(number), stored[number % 3].T
+        assert np.array_equal(x, [at, at * (number < 3)])

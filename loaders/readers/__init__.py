@@ -193,7 +193,8 @@ def read_folder(path: Path, reading: Reading = READING) -> Volume:
     """A folder with one DICOM series, or with the slices of a stack as TIFF, PNG or JPEG."""
     files = [file for file in path.iterdir() if not file.name.startswith(".")]
     pictures = [file for file in files if volume_suffix(file) in SLICES]
-    if not pictures or len(pictures) < len(files) / 2 or holds_dicom(path):
+    stacked = reading.stacks == "folder" or len(pictures) >= len(files) / 2
+    if not pictures or not stacked or holds_dicom(path):
         return read_dicom(path, reading)
     pictures.sort(key=natural)
     slices = [read_volume(file, reading) for file in pictures]

@@ -159,7 +159,6 @@ def evaluate(
             preprocess=Preprocess.of_checkpoint(state["preprocess"], data.preprocess),
             on_error=data.on_error,
             reading=reading,
-            say=None,  # of training volumes, which the run has told of
         )
         out, pca = Path(out_dir), None
         with world.main_first():
