@@ -81,8 +81,9 @@ def listed(root: Path, reading: Reading, named: Collection[str], say: Say) -> li
     """List the files, one subject each."""
     if root.suffix.lower() in SUFFIXES and root.is_file():
         return manifest_subjects(root)
+    passed: list[str] = []
     if root.is_dir():
-        paths, base = sorted(volumes_below(root, say)), root
+        paths, base = sorted(volumes_below(root, passed.append)), root
     elif root.is_file() or root.is_symlink() or split_series(root)[1]:  # also with a [ in its name
         paths, base = [root], root.parent
     elif glob.has_magic(str(root)):
@@ -98,7 +99,10 @@ def listed(root: Path, reading: Reading, named: Collection[str], say: Say) -> li
         paths = in_stacks(paths)
     if not paths:
         formats = " ".join(READERS)
-        raise ValueError(f"{root}: holds no volumes (data.root); formats are {formats}")
+        line = f"{root}: holds no volumes (data.root); formats are {formats}"
+        raise ValueError("; ".join([line, *(over.removeprefix(f"{root}: ") for over in passed)]))
+    for line in passed:
+        say(line)
     names = names_of(paths, base)
     subjects = [Subject(id, (path,)) for id, path in zip(names, paths, strict=True)]
     if paths != [root] and not is_label_map(relative_to(root, base)):  # not named themselves

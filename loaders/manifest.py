@@ -34,7 +34,7 @@ def manifest_subjects(manifest: Path) -> list[Subject]:
         # A file that the row does not name lies where none can: below the manifest itself.
         nowhere = manifest / f"row {number}, file"
         all_paths.append(tuple(
-            located(str(part).strip(), manifest, number) if part and str(part).strip()
+            located(str(part).strip(), manifest, f"row {number}") if part and str(part).strip()
             else nowhere / str(place) for place, part in enumerate(parts, start=1)
         ))  # fmt: skip
         labels.append({k: str(v).strip() for k, v in row.items() if v not in (None, "")})
@@ -121,14 +121,14 @@ def column(name: str) -> str:
     return name.lower() if name.lower() in COLUMNS else name
 
 
-def located(text: str, manifest: Path, row: int) -> Path:
+def located(text: str, manifest: Path, where: str) -> Path:
     """A path as a manifest gives it: relative to its folder, with `~`, or written on Windows."""
     path = manifest.parent / os.path.expanduser(text)
     if "\\" not in text or os.sep == "\\" or path.exists():
         return path
     if PureWindowsPath(text).drive:
         raise ValueError(
-            f"{manifest}: row {row}: {text} is on a drive of Windows, which is not known here: "
+            f"{manifest}: {where}: {text} is on a drive of Windows, which is not known here: "
             f"give paths relative to the manifest"
         )
     return manifest.parent / os.path.expanduser(text.replace("\\", "/"))
@@ -152,4 +152,4 @@ def name_label_maps(labels: list[dict[str, str]], numbers: list[int], manifest: 
                 row["label_map"] = row.pop("label")
     for row, number in zip(labels, numbers, strict=True):
         if "label_map" in row:
-            row["label_map"] = str(located(row["label_map"], manifest, number))
+            row["label_map"] = str(located(row["label_map"], manifest, f"row {number}"))

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from loaders.manifest import located
 from loaders.readers import (
     PLACELESS,
     BrokenVolume,
@@ -62,7 +63,7 @@ def mask_of(subject: Subject, mask: str, root: Path) -> Path | None:
         suffix = "" if image.is_dir() else volume_suffix(image) or ""
         return image.parent / mask.replace("{name}", image.name[: len(image.name) - len(suffix)])
     entry = subject.labels.get(mask)
-    return root.parent / entry if entry else None
+    return located(entry, root, subject.id) if entry else None
 
 
 def read_weights(path: Path, image: Volume, times: int, reading: Reading) -> np.ndarray:

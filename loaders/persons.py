@@ -17,7 +17,7 @@ from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
 from loaders.build import digest, files_of
-from loaders.readers import patient_of, volume_suffix
+from loaders.readers import patient_of, split_series, volume_suffix
 from loaders.series import by_file
 from loaders.subjects import Subject, bids_person
 
@@ -273,15 +273,17 @@ def same_content(subjects: Iterable[Subject]) -> list[list[Subject]]:
     return groups
 
 
-def sizes_of(subject: Subject) -> tuple[int, ...]:
-    """Sizes of all files of a volume; () where one cannot be read."""
+def sizes_of(subject: Subject) -> tuple[int | str | None, ...]:
+    """Sizes of all files of a volume, and which series of them; () where one cannot be read."""
     try:
         files = [file for path in subject.paths for file in files_of(path)]
         sizes = tuple(file.stat().st_size for file in files)
     except OSError:  # gone or forbidden: told when it is read
         return ()
     # A pipe would block for ever, and what is empty is not the same as anything.
-    return sizes if sum(sizes) and all(file.is_file() for file in files) else ()
+    if not sum(sizes) or not all(file.is_file() for file in files):
+        return ()
+    return (*sizes, *(split_series(path)[1] for path in subject.paths))
 
 
 def sample_of(subject: Subject) -> bytes:

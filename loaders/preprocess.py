@@ -553,7 +553,7 @@ def intensity_lines(volumes: Volumes, preprocess: Preprocess) -> list[str]:
 
     Args:
         volumes: Name or path of each, and the statistics of its channels; those of a cache that is
-            older than the rules say less.
+            older than the rules say less, those of zeros for a missing file nothing.
         preprocess: What is done to them.
     """
     clipped: Found = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
@@ -13,18 +14,19 @@ def time_points(subjects: Iterable[Subject], reading: Reading) -> Iterator[Subje
     """Yield a subject for each time point of 4D files, `<id>__t000`; others as they are.
 
     Only with `volumes_4d: samples`. Files are asked for their headers; one that is broken is told
-    when it is read.
+    when it is read, and one that is not there has as many time points as the others.
     """
     for subject in subjects:
+        there = [path for path in subject.paths if os.path.lexists(path)]
         try:
-            counts = [num_time_points(path, reading) for path in subject.paths]
+            counts = [num_time_points(path, reading) for path in there]
         except BrokenVolume:
-            counts = [1]
-        count = max(counts)
+            counts = []
+        count = max(counts, default=1)
         if count == 1:
             yield subject
             continue
-        for path, other in zip(subject.paths, counts, strict=True):
+        for path, other in zip(there, counts, strict=True):
             if other != count:
                 raise BrokenVolume(path, f"has {other} time points, another of its files {count}")
         width = max(3, len(str(count - 1)))

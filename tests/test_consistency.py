@@ -212,6 +212,21 @@ def test_a_missing_modality_is_zeros_whatever_the_normalization(tmp_path, lackin
     assert again.read(1)[gone].std() > 0 and again.entries[0].key == store.entries[0].key
 
 
+def test_nothing_is_told_of_intensities_that_no_file_holds(tmp_path):
+    manifest = modalities(tmp_path, ("s1_t1.nii.gz",))
+    for path in tmp_path.glob("*_t1.nii.gz"):
+        volume = read_volume(path)
+        write_volume(path, Volume(volume.intensities() - 50, volume.affine))
+    preprocess = Preprocess(channels=("ct", "t2"), window_hu={"ct": (-999, 999), "t2": (0, 999)})
+    config = DataConfig(
+        root=str(manifest), cache_dir=str(tmp_path / "cache"), missing="zero", preprocess=preprocess
+    )
+    lines: list[str] = []
+    open_data(config, say=lines.append)
+    assert "missing: 1 subjects lack a file" in str(lines)
+    assert "below 0" not in str(lines) and "foreground" not in str(lines)
+
+
 def test_keys_of_the_cache_are_those_of_before(tmp_path):
     scan(tmp_path / "a.nii.gz")
     keys = {

@@ -526,6 +526,13 @@ def test_dicom_is_found_by_asking_the_file_not_its_name(tmp_path, name):
     assert len(find_subjects(tmp_path / "p1" / "scan" / "*")) == 3
 
 
+def test_a_folder_without_volumes_says_what_it_holds_instead(tmp_path):
+    save(dataset("RTSTRUCT"), tmp_path / "rs.dcm")
+    (tmp_path / "cells.oib").touch()
+    with pytest.raises(ValueError, match=r"holds no volumes .* passed over 2 files: 1 \.oib, 1 RT"):
+        find_subjects(tmp_path)
+
+
 def test_objects_without_an_image_are_passed_over_and_listed_in_one_line(tmp_path, capsys):
     folder = write_series(tmp_path / "data" / "p1", 3)
     for number, kind in enumerate(["RTSTRUCT", "SR", "PR", "PR", "CSA"]):

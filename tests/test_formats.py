@@ -397,3 +397,16 @@ def test_colored_slices_form_a_stack_where_they_are_to_be_gray(tmp_path):
         Image.fromarray(COLORS[..., :3] + z).save(tmp_path / f"{z}.png")
     assert read_volume(tmp_path, Reading(color="gray")).data.shape == (1, 4, 3, 3)
     assert read_volume(tmp_path).data.shape == (3, 4, 3, 3)
+
+
+def test_a_folder_of_slices_is_a_stack_whatever_lies_beside_them(tmp_path):
+    folder = tmp_path / "stack"
+    folder.mkdir()
+    stored = np.random.default_rng(0).integers(0, 255, (3, 6, 5), np.uint8)  # Z, Y, X
+    for number in range(3):
+        Image.fromarray(stored[number]).save(folder / f"z{number}.png")
+    for number in range(9):
+        (folder / f"note{number}.txt").touch()
+    (subject,) = find_subjects(tmp_path, Reading(stacks="folder"))
+    read = read_volume(subject.paths[0], Reading(stacks="folder"))
+    assert np.array_equal(read.data[0], stored.T)

@@ -260,6 +260,17 @@ def test_a_column_of_the_manifest_names_masks_and_weights_stand_for_their_values
         find_subjects(folder / "m.csv", reading)
 
 
+@pytest.mark.parametrize("written", ["masks\\s0.nii.gz", "~/masks/s0.nii.gz"])
+def test_a_column_of_masks_is_read_like_that_of_images(tmp_path, monkeypatch, written):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    (tmp_path / "masks").mkdir()
+    (tmp_path / "masks" / "s0.nii.gz").touch()
+    (tmp_path / "m.csv").write_text(f"path;fov\ns0.nii.gz;{written}\n")
+    (subject,) = find_subjects(tmp_path / "m.csv", Reading(mask="fov"))
+    assert subject.mask == tmp_path / "masks" / "s0.nii.gz"
+
+
 def test_a_mask_that_changed_is_read_again(tmp_path):
     folder = write(tmp_path / "a")
     before = weights(build(folder, tmp_path / "c", RAW), 0)

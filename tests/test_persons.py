@@ -6,10 +6,12 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 import pytest
+from dicoms import dataset, save, write_series
 
 from loaders import DataConfig, Volume, open_data, survey_data, write_volume
 from loaders.find import find_subjects
 from loaders.persons import find_persons, persons_by_case
+from loaders.readers import Dicom, Reading
 from loaders.splits import split_subjects
 from loaders.subjects import Subject
 
@@ -76,6 +78,43 @@ def test_series_of_one_patient_stay_together_and_the_id_goes_nowhere(tmp_path):
     assert "MRN" not in text and "patient-" in repr(store.entries[0].subject)
     for path in (tmp_path / "cache").rglob("*"):
         assert "MRN" not in path.name and (path.is_dir() or b"MRN" not in path.read_bytes())
+
+
+def test_each_series_of_a_folder_has_a_patient_of_its_own_and_is_no_copy_of_the_others(tmp_path):
+    for number in range(6):
+        patient, uid = f"MRN{number // 2}", f"1.2.{number}"
+        about = {"SeriesDescription": f"s{number}", "PatientID": patient}
+        write_series(tmp_path / "all", 3, series=uid, **about)
+    found = find_subjects(tmp_path, Reading(dicom=Dicom(series="all")))
+    subjects, lines = find_persons(found, tmp_path)
+    whose = [s.person for s in sorted(subjects, key=lambda s: s.id)]
+    assert whose[::2] == whose[1::2] and len(set(whose)) == 3
+    assert lines == ["persons: 3 in 6 volumes (6 by PatientID)"]
+
+
+def test_a_folder_that_was_copied_holds_copies_of_its_series(tmp_path):
+    for uid in ("1.2.1", "1.2.2"):
+        write_series(tmp_path / "a", 3, series=uid, SeriesDescription=uid[-1])
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    found = find_subjects(tmp_path, Reading(dicom=Dicom(series="all")))
+    subjects, lines = find_persons(found, tmp_path)
+    assert {s.id: s.person for s in subjects} == {
+        "a__1": "a__1", "b__1": "a__1", "a__2": "a__2", "b__2": "a__2",
+    }  # fmt: skip
+    assert sum("identical content" in line for line in lines) == 2
+
+
+def test_objects_without_an_image_do_not_say_whose_a_folder_is(tmp_path):
+    for number in range(6):
+        folder = write_series(tmp_path / f"s{number}", 3, PatientID=f"P{number // 2}")
+        save(dataset("DICOMDIR"), folder / "0")  # before all others, and without PatientID
+        for file in list(folder.glob("1*")):  # as before DICOM's first bytes were usual
+            file.with_name(f"{file.name}.dcm").write_bytes(file.read_bytes()[128 + 4 :])
+            file.unlink()
+        (folder / "note.txt").write_text(str(number))
+    whose, lines = persons(tmp_path)
+    assert whose["s0"] == whose["s1"] != whose["s2"] and len(set(whose.values())) == 3
+    assert lines[0] == "persons: 3 in 6 volumes (6 by PatientID)"
 
 
 def test_a_patient_id_that_is_empty_or_nearly_everybodys_is_not_used_and_that_is_told(tmp_path):

@@ -28,6 +28,8 @@ from loaders.readers import (
     read_volume,
     write_volume,
 )
+from loaders.series import at_time
+from loaders.subjects import TimePoint
 from train_3d import train_3d
 from vae3d.commands.encode import VolumeSource, encode
 from vae3d.commands.evaluate import EvaluationData, evaluate
@@ -191,3 +193,30 @@ def test_patches_of_time_points_come_from_their_own_volume(folder, tmp_path):
     for image, volume in zip(batch.image, batch.volume.tolist(), strict=True):
         time = store.entries[volume].subject.time
         assert torch.all(image // 1000 == (time.number if time else 0))
+
+
+def test_gray_and_colored_series_are_colored_alike_at_each_time(tmp_path):
+    gray = np.random.default_rng(0).integers(0, 255, (2, 3, 5, 6), np.uint8)  # T, Z, Y, X
+    colors = np.stack([gray, gray // 2, gray // 3], -1)
+    tifffile.imwrite(tmp_path / "g.ome.tif", gray, metadata={"axes": "TZYX"})
+    tifffile.imwrite(tmp_path / "c.ome.tif", colors, photometric="rgb", metadata={"axes": "TZYXS"})
+    reading = Reading(volumes_4d="samples", color="rgb")
+    for name, stored in (("g", gray[..., None].repeat(3, -1)), ("c", colors)):
+        volume = read_volume(tmp_path / f"{name}.ome.tif", reading)
+        for number in range(2):
+            found = at_time(volume, TimePoint(name, number, 2)).data
+            assert np.array_equal(found, stored[number].T)
+
+
+def test_a_series_that_lacks_a_modality_has_all_its_time_points(tmp_path):
+    stored = np.random.default_rng(0).integers(1, 900, (3, 4, 5, 6), np.uint16)  # T, Z, Y, X
+    for name in ("a0", "b0", "a1"):
+        tifffile.imwrite(tmp_path / f"{name}.tif", stored, metadata={"axes": "TZYX"})
+    (tmp_path / "m.csv").write_text('path;id\n"a0.tif;b0.tif";s0\n"a1.tif;b1.tif";s1\n')
+    reading = Reading(volumes_4d="samples", missing="zero")
+    subjects = find_subjects(tmp_path / "m.csv", reading)
+    store = VolumeStore.build(subjects, tmp_path / "cache", RAW, reading=reading)
+    assert store.ids == [f"s{n}__t00{t}" for n in range(2) for t in range(3)]
+    for number in range(6):
+        x, at = store.read(number), stored[number % 3].T
+        assert np.array_equal(x, [at, at * (number < 3)])

@@ -33,7 +33,7 @@ from loaders.readers.common import (
     same_grid,
     split_series,
 )  # fmt: skip
-from loaders.readers.dicom import DICOM_SUFFIXES, holds_dicom, read_dicom, volumes_of
+from loaders.readers.dicom import DICOM_SUFFIXES, holds_dicom, patient_of, read_dicom, volumes_of
 from loaders.readers.itk import read_meta, read_nrrd
 from loaders.readers.nifti import (
     ras_axes,
@@ -43,7 +43,7 @@ from loaders.readers.nifti import (
 )
 from loaders.readers.npy import read_npy, read_npz
 from loaders.readers.picture import read_picture
-from loaders.readers.planes import is_dicom, object_name, patient_of
+from loaders.readers.planes import is_dicom, object_name
 from loaders.readers.tiff import read_tiff, tiff_time_points
 
 __all__ = [
@@ -193,7 +193,8 @@ def read_folder(path: Path, reading: Reading = READING) -> Volume:
     """A folder with one DICOM series, or with the slices of a stack as TIFF, PNG or JPEG."""
     files = [file for file in path.iterdir() if not file.name.startswith(".")]
     pictures = [file for file in files if volume_suffix(file) in SLICES]
-    if not pictures or len(pictures) < len(files) / 2 or holds_dicom(path):
+    stacked = reading.stacks == "folder" or len(pictures) >= len(files) / 2
+    if not pictures or not stacked or holds_dicom(path):
         return read_dicom(path, reading)
     pictures.sort(key=natural)
     slices = [read_volume(file, reading) for file in pictures]

@@ -406,12 +406,15 @@ def from_axes(path: Path, data: np.ndarray, axes: str, reading: Reading) -> np.n
             data = luminance(data)
     order = [axes.index(name) for name in "XYZ"]
     others = [i for i in range(data.ndim) if i not in order]
+    times = 1
     if reading.volumes_4d == "samples":  # time before channels
         others.sort(key=lambda i: axes[i] != "T")
+        times = data.shape[axes.index("T")] if "T" in axes else 1
     data = data.transpose(*order, *others)
     picture = colors and data.shape[2] == 1  # whose colors are channels without further leave
     data = to_channels_first(path, data, "channels" if picture else reading.volumes_4d)
-    return np.repeat(data, 3, axis=0) if reading.color == "rgb" and len(data) == 1 else data
+    gray = len(data) == times
+    return np.tile(data, (3, 1, 1, 1)) if reading.color == "rgb" and gray else data
 
 
 def luminance(colors: np.ndarray) -> np.ndarray:

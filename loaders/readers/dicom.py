@@ -25,7 +25,16 @@ from loaders.readers.common import (
     split_series,
     to_channels_first,
 )
-from loaders.readers.planes import Plane, across, intensities, is_dicom, object_name, planes_of
+from loaders.readers.planes import (
+    UNNAMED,
+    Plane,
+    across,
+    header_of,
+    intensities,
+    is_dicom,
+    object_name,
+    planes_of,
+)
 
 PICTURES = "name the files one by one where each is a picture of its own"
 DICOM_SUFFIXES = (".dcm", ".dicom", ".ima")  # claim to be DICOM; any other name is asked
@@ -37,7 +46,33 @@ DICOM_SUFFIXES = (".dcm", ".dicom", ".ima")  # claim to be DICOM; any other name
 def holds_dicom(path: Path) -> bool:
     """Whether a path is a DICOM file, or a folder with one."""
     files = path.iterdir() if path.is_dir() else [path]
-    return any(file.is_file() and is_dicom(file) for file in files)
+    return any(claims_dicom(file) for file in files)
+
+
+def claims_dicom(file: Path) -> bool:
+    """Whether a file is DICOM by its first bytes, or by a name from before these were usual."""
+    return file.is_file() and (is_dicom(file) or file.suffix.lower() in DICOM_SUFFIXES)
+
+
+def patient_of(path: Path) -> str | None:
+    """Return the PatientID of the first image that a path stands for; None without DICOM.
+
+    It names a person: hash it before it goes anywhere.
+
+    Args:
+        path: File, folder, or `folder#series`.
+    """
+    source, series = split_series(path)
+    try:
+        for file in sorted(source.iterdir()) if source.is_dir() else [source]:
+            if claims_dicom(file) and object_name(file) is None:
+                header, _ = header_of(file)
+                uid = str(header.get("SeriesInstanceUID") or UNNAMED)
+                if series is None or series.partition("-")[0] == uid:  # uid-2 is a part of it
+                    return str(header.get("PatientID") or "").strip()
+    except (OSError, BrokenVolume):  # damaged or forbidden: told when it is read
+        pass
+    return None
 
 
 def planes_below(folder: Path) -> list[Plane]:

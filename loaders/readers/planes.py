@@ -24,7 +24,6 @@ from loaders.readers.common import (
     BrokenVolume,
     num_items,
     read_voxels,
-    split_series,
 )
 
 if TYPE_CHECKING:
@@ -47,6 +46,7 @@ LAYOUT = [
 FLOATS, PIXELS = (0x7FE00008, 0x7FE00009), 0x7FE00010  # tags of the elements with the numbers
 # Objects that hold an image though their class does not say so.
 IMAGES = ("RT Dose", "Segmentation", "Label Map Segmentation", "Parametric Map")
+UNNAMED = "unnamed"  # a series without a UID
 # Where MONOCHROME1 says that low numbers are white, and numbers have no unit that forbids to turn.
 PROJECTIONS = ("CR", "DX", "IO", "MG", "PX", "RF", "RG", "XA")
 
@@ -163,23 +163,6 @@ def holds_image(path: Path) -> bool:
         return "Rows" in header_of(path)[0]
     except BrokenVolume:
         return True  # which is told when it is read
-
-
-def patient_of(path: Path) -> str | None:
-    """Return the PatientID of a DICOM file, or of a folder's first; None where there is no DICOM.
-
-    It names a person: hash it before it goes anywhere.
-
-    Args:
-        path: File, folder, or `folder#series`.
-    """
-    path, _ = split_series(path)
-    try:
-        files = sorted(path.iterdir()) if path.is_dir() else [path]
-        first = next((file for file in files if file.is_file() and is_dicom(file)), None)
-        return None if first is None else str(header_of(first)[0].get("PatientID") or "").strip()
-    except (OSError, BrokenVolume):  # damaged or forbidden: told when it is read
-        return None
 
 
 def header_of(path: Path) -> tuple[Dataset, int]:
@@ -320,7 +303,7 @@ def plane_of(header: Dataset, pixels: Pixels, index: int) -> Plane:
     return Plane(
         pixels,
         index,
-        series=str(header.get("SeriesInstanceUID") or "unnamed"),
+        series=str(header.get("SeriesInstanceUID") or UNNAMED),
         name=re.sub(r"[^\w.+-]+", "_", str(name)).strip("_.") or "series",
         order=(int(told.number("InstanceNumber", 0)), index),
         position=position,
