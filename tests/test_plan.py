@@ -63,7 +63,7 @@ def test_a_model_that_the_default_patch_does_not_fit_is_refused_by_the_option():
 
 def test_what_is_neither_recipe_nor_model_nor_data_is_told():
     with pytest.raises(
-        ValueError, match=r"ixi_t2: .*no recipe of that name; recipes are demo, ixi_t1"
+        ValueError, match=r"ixi_t2: .*no recipe of that name; recipes are ct, demo, ixi_t1"
     ):
         plan("ixi_t2", device="cpu")
 

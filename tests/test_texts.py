@@ -13,10 +13,10 @@ NESTED = "[" * 100_000
 
 
 def refused(text: str) -> str:
-    begin = time.monotonic()
+    begin = time.process_time()
     with pytest.raises(yaml.YAMLError) as caught:
         load_yaml(text)
-    assert time.monotonic() - begin < 5
+    assert time.process_time() - begin < 5
     return str(caught.value)
 
 
