@@ -34,12 +34,12 @@ from loaders.preprocess import (
     to_store_grid,
 )
 from loaders.readers import (
-    PLACELESS,
     SLICES,
     BrokenVolume,
     MissingFile,
     Reading,
     Volume,
+    has_place,
     holds_dicom,
     read_volume,
     revision,
@@ -241,7 +241,7 @@ class Builder:
             "offset": [float(volume.offset)] * len(stats),
             "statistics": stats,
         }
-        main = next(c for c in range(len(stats)) if c not in volume.missing)
+        main = main_channel(meta)
         beyond = foreground_bounds(meta, self.preprocess.rules)
         stored, undo = to_store_grid(volume, self.preprocess, *beyond)
         data = stored.data
@@ -484,15 +484,20 @@ def storable(volume: Volume, path: Path, nan: str) -> Volume:
     return replace(volume, data=data, weights=weights)
 
 
+def main_channel(meta: dict[str, Any]) -> int:
+    """Return the first channel whose file was there: that of the foreground."""
+    return next(c for c, stats in enumerate(meta["statistics"]) if not stats.get("missing"))
+
+
 def foreground_bounds(meta: dict[str, Any], rules: int) -> tuple[float, float | None]:
     """Return threshold and limit of the foreground in stored numbers, from a sidecar.
 
-    It is that of the first channel that was there. Beyond the limit voxels are hot and no
-    foreground; it is None where there is none.
+    It is that of `main_channel`. Beyond the limit voxels are hot and no foreground; it is None
+    where there is none.
     """
-    measured = next(s for s in meta["statistics"] if not s.get("missing"))
-    stats = by_rules(measured, rules)
-    scale, offset = meta["scale"][0], meta["offset"][0]
+    main = main_channel(meta)
+    stats = by_rules(meta["statistics"][main], rules)
+    scale, offset = meta["scale"][main], meta["offset"][main]
     limit = stats.get("foreground_limit")
     threshold = (stats["foreground_threshold"] - offset) / scale
     return threshold, None if limit is None else (limit - offset) / scale
@@ -547,15 +552,20 @@ def note_lines(notes: Sequence[tuple[Path, Sequence[str]]]) -> list[str]:
     return [f"{of[0]}: {note} ({len(of)} of {len(notes)} volumes)" for note, of in paths.items()]
 
 
+def label_map_of(subject: Subject) -> Path:
+    """Return the file of a subject's label map, which has to be named."""
+    if subject.label_map is None:
+        raise ValueError(f"the manifest has no label map (column label_map) for {subject.id}")
+    return subject.label_map
+
+
 def read_label_map(subject: Subject, shape: tuple[int, ...], affine: np.ndarray) -> Volume:
     """Read the label map of a subject onto the grid of its volume.
 
     The affines say where it lies; if one of the two has no place in space, it is taken voxel by
     voxel, so the shapes must be the same.
     """
-    path = subject.label_map
-    if path is None:
-        raise ValueError(f"the manifest has no label map (column label_map) for {subject.id}")
+    path = label_map_of(subject)
     label = whole_numbers(read_volume(path), path)
     if has_place(path, label.affine) and has_place(subject.paths[0], affine):
         return on_grid(label, shape, affine, path)
@@ -566,11 +576,6 @@ def read_label_map(subject: Subject, shape: tuple[int, ...], affine: np.ndarray)
             f"lie: give a label map of that shape, or one with an affine (NIfTI)",
         )
     return Volume(label.data, affine)
-
-
-def has_place(path: Path, affine: np.ndarray) -> bool:
-    """Whether the format of a file says where its voxels lie in space."""
-    return volume_suffix(path) not in PLACELESS or bool(affine[:3, 3].any())
 
 
 def whole_numbers(label: Volume, path: Path) -> Volume:

@@ -16,10 +16,10 @@ import numpy as np
 
 from loaders.manifest import located
 from loaders.readers import (
-    PLACELESS,
     BrokenVolume,
     Reading,
     Volume,
+    has_place,
     read_volume,
     same_grid,
     volume_suffix,
@@ -82,7 +82,7 @@ def read_weights(path: Path, image: Volume, times: int, reading: Reading) -> np.
     if len(mask.data) not in (1, times):
         raise BrokenVolume(path, f"is a mask of {len(mask.data)} volumes: give one, or {times}")
     shape = image.data.shape[1:]
-    if volume_suffix(path) in PLACELESS and not mask.affine[:3, 3].any():
+    if not has_place(path, mask.affine):
         mask = replace(mask, affine=image.affine)
     place = np.abs(np.linalg.solve(image.affine, mask.affine) - np.eye(4)).max()  # in voxels
     if mask.data.shape[1:] != shape and place < 0.1:

@@ -30,6 +30,8 @@ from loaders.build import (
     exclusive,
     foreground_bounds,
     foreground_points,
+    label_map_of,
+    main_channel,
     note_lines,
     points_file,
     stamp,
@@ -324,9 +326,10 @@ class VolumeStore:
         if path.is_file():
             return np.load(path)
         meta = self.meta(index)
-        data = np.asarray(self.array(index)[(slice(0, 1), *(slice(None),) * 3)])[0]
+        main = main_channel(meta)
+        data = np.asarray(self.array(index)[(slice(main, main + 1), *(slice(None),) * 3)])[0]
         bounds = foreground_bounds(meta, rules)
-        return foreground_points(data, *bounds, meta["scale"][0] > 0, int(key[:8], 16))
+        return foreground_points(data, *bounds, meta["scale"][main] > 0, int(key[:8], 16))
 
     def label_points(self, index: int) -> dict[int, np.ndarray]:
         """Return up to 1024 random voxels (N, 3) of each label of a volume's label map.
@@ -335,11 +338,7 @@ class VolumeStore:
         the volume. It is read once and what was drawn is kept in the cache.
         """
         entry = self.entries[index]
-        path = entry.subject.label_map
-        if path is None:
-            raise ValueError(
-                f"the manifest has no label map (column label_map) for {entry.subject.id}"
-            )
+        path = label_map_of(entry.subject)
         version = hashlib.blake2b(f"{DRAWN} {path} {stamp(path)}".encode(), digest_size=6)
         name = f"{entry.key}.label-{version.hexdigest()}.npz"
         if not (self.cache_dir / name).is_file():

@@ -1,7 +1,8 @@
-"""Fixtures for every test: seeds, one thread, no process group left behind, the real volumes."""
+"""Fixtures for every test: seeds, one thread, no process group left; real volumes, a command."""
 
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.setdefault("WANDB_SILENT", "true")
@@ -31,3 +32,19 @@ def real_volumes() -> Path:
     if not REAL_VOLUMES.is_dir():
         pytest.skip(f"no real volumes at {REAL_VOLUMES}")
     return REAL_VOLUMES
+
+
+@pytest.fixture
+def vae3d(capfd):
+    """Run a command in this process; return its exit code and what it wrote."""
+
+    def run(*args) -> SimpleNamespace:
+        from vae3d.cli import main
+
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as caught:
+            main([str(arg) for arg in args])
+        out, err = capfd.readouterr()
+        return SimpleNamespace(returncode=caught.value.code, stdout=out, stderr=err)
+
+    return run

@@ -4,7 +4,6 @@ import json
 import threading
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -28,22 +27,6 @@ from loaders import (
 )
 from loaders.readers import HEADED, READERS, read_header
 from loaders.store import silent
-
-
-@pytest.fixture
-def vae3d(capfd):
-    """Run a command in this process; return its exit code and what it wrote."""
-
-    def run(*args) -> SimpleNamespace:
-        from vae3d.cli import main
-
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as caught:
-            main([str(arg) for arg in args])
-        out, err = capfd.readouterr()
-        return SimpleNamespace(code=caught.value.code, out=out, err=err)
-
-    return run
 
 
 def scan(path: Path, seed: int = 0, shape=(1, 5, 4, 3), affine=None) -> Path:
@@ -162,8 +145,8 @@ def test_missing_modalities_are_named_all_at_once_with_the_remedy(tmp_path, capf
     assert f"{tmp_path / 's3_t1.nii.gz'}: s3 lacks this file, its 1. of 2" in out
     assert "--data.missing skip" in out and not (tmp_path / "cache").exists()
     done = vae3d("check-data", manifest)
-    assert done.code == 2 and done.out.count("lacks this file") == 2
-    assert len(done.out.splitlines()) == 2 and "2 of 4 volumes are sound" in done.err
+    assert done.returncode == 2 and done.stdout.count("lacks this file") == 2
+    assert len(done.stdout.splitlines()) == 2 and "2 of 4 volumes are sound" in done.stderr
 
 
 def test_a_row_without_one_of_its_files_lacks_it(tmp_path):
@@ -264,8 +247,8 @@ def test_check_data_and_who_caches_say_the_same_lines_first(tmp_path, vae3d):
     scan(tmp_path / "data" / "s0_seg.nii.gz", 9)
     options = ("--data.preprocess.orient_ras", "false")
     checked = vae3d("check-data", tmp_path / "data", *options)
-    said = checked.err.splitlines()
-    assert checked.code == 0 and said[-1] == "4 of 4 volumes are sound"
+    said = checked.stderr.splitlines()
+    assert checked.returncode == 0 and said[-1] == "4 of 4 volumes are sound"
     lines = said[:-1]
     assert [line.split(":")[0] for line in lines] == [
         "left out", "persons", "split", "volumes", "spacing", "orientation",
@@ -278,7 +261,7 @@ def test_check_data_and_who_caches_say_the_same_lines_first(tmp_path, vae3d):
     assert "1 mm (s0) to 4 mm (s2) along Z; --data.preprocess.spacing_mm" in lines[4]
     where = ("--data.root", tmp_path / "data", "--data.cache_dir", tmp_path / "cache", *options)
     for _ in range(2):  # whether or not the volumes lie in the cache
-        assert vae3d("prepare", *where).out.splitlines()[: len(lines)] == lines
+        assert vae3d("prepare", *where).stdout.splitlines()[: len(lines)] == lines
 
 
 def test_check_data_tells_of_hot_voxels_and_of_the_clip_as_caching_does(tmp_path, vae3d):
@@ -290,28 +273,28 @@ def test_check_data_tells_of_hot_voxels_and_of_the_clip_as_caching_does(tmp_path
         data[9, 9, 9] = 1e6
         np.save(scans / f"{n}.npy", data)
     options = ("--data.preprocess.percentiles_of", "all")
-    said = vae3d("check-data", scans, *options).err.splitlines()[:-1]
+    said = vae3d("check-data", scans, *options).stderr.splitlines()[:-1]
     clip, hot = (next(line for line in said if word in line) for word in ("clip in", "hot voxels"))
     assert "2 of 2 volumes" in clip and "0.npy 1 voxels" in hot and "1.npy 1 voxels" in hot
     where = ("--data.root", scans, "--data.cache_dir", tmp_path / "cache", *options)
     for _ in range(2):  # whether or not the volumes lie in the cache
-        assert vae3d("prepare", *where).out.splitlines()[:-1] == said
+        assert vae3d("prepare", *where).stdout.splitlines()[:-1] == said
 
 
 def test_a_cache_tells_what_another_window_clips(tmp_path, vae3d):
     np.save(tmp_path / "a.npy", np.random.default_rng(0).normal(100, 5, (20, 20, 20)))
     where = ("--data.root", tmp_path / "a.npy", "--data.cache_dir", tmp_path / "cache")
     narrow = ("--data.preprocess.window_hu", "[-10, 90]")
-    assert "a.npy 9" not in vae3d("prepare", *where).out
-    assert "lost to the clip in 1 of 1 volumes" in vae3d("prepare", *where, *narrow).out
+    assert "a.npy 9" not in vae3d("prepare", *where).stdout
+    assert "lost to the clip in 1 of 1 volumes" in vae3d("prepare", *where, *narrow).stdout
 
 
 def test_a_channel_that_is_missing_has_no_small_foreground(tmp_path, vae3d):
     scan(tmp_path / "a.nii.gz"), scan(tmp_path / "b.nii.gz", 1)
     (tmp_path / "m.csv").write_text("path,id\na.nii.gz;b.nii.gz,1\na.nii.gz;c.nii.gz,2\n")
-    said = vae3d("check-data", tmp_path / "m.csv", "--data.missing", "zero").err
+    said = vae3d("check-data", tmp_path / "m.csv", "--data.missing", "zero").stderr
     assert "2 of 2 volumes are sound" in said and "foreground is less than" not in said
-    said = vae3d("check-data", tmp_path / "m.csv", "--data.missing", "skip").err
+    said = vae3d("check-data", tmp_path / "m.csv", "--data.missing", "skip").stderr
     assert said.endswith("1 of 2 volumes are sound\n")
 
 
@@ -320,8 +303,10 @@ def test_check_data_names_the_remedy_for_a_broken_volume_that_training_names(tmp
     np.save(tmp_path / "b.npy", np.full((5, 4, 3), 7.0))
     checked = vae3d("check-data", tmp_path)
     trained = vae3d("prepare", "--data.root", tmp_path, "--data.cache_dir", tmp_path / "cache")
-    assert checked.code == trained.code == 2 and "--data.on_error skip" in checked.out
-    assert checked.out.strip() in trained.err
+    assert (
+        checked.returncode == trained.returncode == 2 and "--data.on_error skip" in checked.stdout
+    )
+    assert checked.stdout.strip() in trained.stderr
 
 
 def test_a_file_that_a_manifest_names_twice_counts_as_two_channels(tmp_path, vae3d):
@@ -330,7 +315,7 @@ def test_a_file_that_a_manifest_names_twice_counts_as_two_channels(tmp_path, vae
     rows = ["0.nii.gz;1.nii.gz,a", "1.nii.gz;2.nii.gz,b", "1.nii.gz;2.nii.gz;2.nii.gz,c"]
     (tmp_path / "m.csv").write_text("\n".join(["path,id", *rows]))
     done = vae3d("check-data", tmp_path / "m.csv")
-    assert done.code == 2 and "c has 3 channels, 2 others have 2" in done.out
+    assert done.returncode == 2 and "c has 3 channels, 2 others have 2" in done.stdout
 
 
 def test_evaluation_says_its_lines_once_and_a_rank_that_follows_says_nothing(tmp_path, capsys):
@@ -350,9 +335,9 @@ def test_check_data_still_takes_its_options_by_their_old_names(tmp_path, vae3d):
     data = np.arange(60.0).reshape(5, 4, 3)
     np.save(tmp_path / "a.npy", np.where(data == 7, np.nan, data))
     np.save(tmp_path / "b.npy", np.stack([data, data + 1], 3))
-    assert vae3d("check-data", tmp_path).code == 2
+    assert vae3d("check-data", tmp_path).returncode == 2
     old = ("--nan", "fill", "--volumes_4d=first", "--threads", 1)
-    assert vae3d("check-data", tmp_path, *old).code == 0
+    assert vae3d("check-data", tmp_path, *old).returncode == 0
 
 
 def test_a_rank_that_follows_another_says_nothing(tmp_path, capsys):
@@ -375,14 +360,14 @@ def test_lines_say_nothing_that_the_preprocessing_mends(tmp_path):
 def test_check_data_for_programs_is_one_json_object(tmp_path, vae3d):
     scan(tmp_path / "a.nii.gz"), scan(tmp_path / "b.nii.gz", 1)
     done = vae3d("check-data", tmp_path, "--json")
-    found = json.loads(done.out)
-    assert done.code == 0 and found["consistent"] and found["faults"] == []
-    assert found["persons"] == 2 and found["lines"] == done.err.splitlines()[:-1]
+    found = json.loads(done.stdout)
+    assert done.returncode == 0 and found["consistent"] and found["faults"] == []
+    assert found["persons"] == 2 and found["lines"] == done.stderr.splitlines()[:-1]
     assert found["volumes"]["a"]["shape"] == [5, 4, 3] and found["volumes"]["a"]["dtype"] == "int16"
     (tmp_path / "c.nii").write_bytes(b"")
     done = vae3d("check-data", tmp_path, "--json")
-    found = json.loads(done.out)
-    assert done.code == 2 and not found["consistent"]
+    found = json.loads(done.stdout)
+    assert done.returncode == 2 and not found["consistent"]
     assert (
         found["faults"][0]["path"].endswith("c.nii") and "0 bytes" in found["faults"][0]["reason"]
     )
@@ -391,15 +376,18 @@ def test_check_data_for_programs_is_one_json_object(tmp_path, vae3d):
 def test_check_data_exits_as_training_would(tmp_path, vae3d):
     scan(tmp_path / "a.nii.gz"), scan(tmp_path / "b.nii.gz", 1)
     (tmp_path / "c.nii").write_bytes(b"")
-    assert vae3d("check-data", tmp_path).code == 2
+    assert vae3d("check-data", tmp_path).returncode == 2
     done = vae3d("check-data", tmp_path, "--data.on_error", "skip")
-    assert done.code == 0 and "not used: " in done.err and "0 bytes" in done.err
+    assert done.returncode == 0 and "not used: " in done.stderr and "0 bytes" in done.stderr
     (tmp_path / "c.nii").unlink()
     done = vae3d("check-data", tmp_path, "--in_channels", 2)
-    assert done.code == 2 and "--model.in_channels 1" in done.out
+    assert done.returncode == 2 and "--model.in_channels 1" in done.stdout
     (tmp_path / "m.csv").write_text("path,split\na.nii.gz,val\nb.nii.gz,test\n")
     done = vae3d("check-data", tmp_path / "m.csv")
-    assert done.code == 2 and "no volume is left to train on (1 in val, 1 in test)" in done.out
+    assert (
+        done.returncode == 2
+        and "no volume is left to train on (1 in val, 1 in test)" in done.stdout
+    )
 
 
 # --------------------------------------------------------------------------------------------------
@@ -486,9 +474,9 @@ def test_label_maps_that_are_none_are_refused(tmp_path, vae3d, label, words):
     with pytest.raises(BrokenVolume, match=words):
         with_label(tmp_path, label).label_points(0)
     told = vae3d("check-data", tmp_path / "m.csv")
-    assert told.code == 0 and "not used: " in told.err and words in told.err
+    assert told.returncode == 0 and "not used: " in told.stderr and words in told.stderr
     used = vae3d("check-data", tmp_path / "m.csv", "--data.sampler", "LabelCorners")
-    assert used.code == 2 and words in used.out
+    assert used.returncode == 2 and words in used.stdout
 
 
 def test_a_sampler_by_labels_without_all_label_maps_is_refused_before_caching(tmp_path, capsys):
@@ -539,3 +527,16 @@ def test_caching_says_how_far_it_is_in_a_log_also_while_one_volume_takes_long(
     begun = time.monotonic()
     VolumeStore.build(subjects, tmp_path / "other", threads=2)  # quick: not a word
     assert "caching volumes" not in capsys.readouterr().err and time.monotonic() - begun < 10
+
+
+def test_foreground_is_drawn_where_a_file_is_also_when_another_rule_filled_the_cache(tmp_path):
+    scan(tmp_path / "t2.nii.gz", seed=1)
+    subject = Subject("s", (tmp_path / "t1.nii.gz", tmp_path / "t2.nii.gz"))
+    zeros = Reading(missing="zero")
+    for rules, of in ((1, "all"), (2, "auto")):
+        preprocess = Preprocess(rules=rules, percentiles_of=of)
+        store = VolumeStore.build([subject], tmp_path / "cache", preprocess, reading=zeros)
+        points = store.foreground_points(0)
+        assert len(points) and not store.read(0)[0].any()
+        threshold = store.meta(0)["statistics"][1]["foreground_threshold"]
+        assert (store.undo(0, store.read(0)).data[1][tuple(points.T)] > threshold - 1).all()

@@ -1,29 +1,11 @@
 """vae3d demo-data, check-data, prepare and patches."""
 
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
 from dicoms import write_series
 
 from loaders import DataConfig, find_subjects, read_volume, split_subjects
 from loaders.demo import write_demo
-
-
-@pytest.fixture
-def vae3d(capfd):
-    """Run a command in this process; return its exit code and what it wrote."""
-
-    def run(*args) -> SimpleNamespace:
-        from vae3d.cli import main
-
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as caught:
-            main([str(arg) for arg in args])
-        out, err = capfd.readouterr()
-        return SimpleNamespace(returncode=caught.value.code, stdout=out, stderr=err)
-
-    return run
 
 
 @pytest.fixture(scope="module")

@@ -49,7 +49,6 @@ from loaders.readers.tiff import read_tiff, tiff_time_points
 __all__ = [
     "DICOM_SUFFIXES",
     "PICTURES",
-    "PLACELESS",
     "READERS",
     "READING",
     "SLICES",
@@ -60,6 +59,7 @@ __all__ = [
     "Volume",
     "Volumes4D",
     "check_file",
+    "has_place",
     "holds_dicom",
     "is_dicom",
     "num_items",
@@ -104,6 +104,11 @@ REVISIONS = {"folder": 1, ".nrrd": 1, ".nhdr": 1, **dict.fromkeys(SLICES, 1)}
 def revision(path: Path) -> str:
     """Which revision of its reader a volume is read by; empty for the first."""
     return str(REVISIONS.get("folder" if path.is_dir() else volume_suffix(path) or "", ""))
+
+
+def has_place(path: Path, affine: np.ndarray) -> bool:
+    """Whether a file says where its voxels lie in space."""
+    return volume_suffix(path) not in PLACELESS or bool(affine[:3, 3].any())
 
 
 def volume_suffix(path: Path | str) -> str | None:
