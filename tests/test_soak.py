@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 import yaml
 from processes import GAN, TINY, Process, assert_equal, fork_server, losses, run
-from troubles import DEEDS, MOMENTS, SIGNALS, Trouble, relieve
+from troubles import DEEDS, FIRST, MOMENTS, RARE, SIGNALS, Trouble, relieve
 
 from vae3d.training.checkpoint import load_checkpoint
 
@@ -28,7 +28,8 @@ __all__ = ["fork_server"]  # a fixture
 
 MINUTES = float(os.environ.get("VAE3D_SOAK_MINUTES", 3))
 SEED = int(os.environ.get("VAE3D_SOAK_SEED", 0))
-STEPS, BATCH = 18, 4  # of all ranks together
+STEPS, BATCH = 60, 4  # of all ranks together
+OFTEN = {"save_every": 5, "val_every": 10, "media_every": 20}
 DISK = "size=8m"
 CODES = {"SIGTERM": 143, "SIGINT": 130, "SIGUSR1": 138}
 STATE = ("model", "ema", "task", "optimizers", "scaler", "loader", "samples", "best")
@@ -60,7 +61,7 @@ class Soak:
 
     def argv(self, ranks: int) -> list[str]:
         """The command line that the user gives again and again; the step's batch is the same."""
-        place, often = self.place, {"save_every": 3, "val_every": 6, "media_every": 9}
+        place = self.place
         options = {
             "config": place / "recipe.yaml",
             "data.root": place / "volumes",
@@ -70,8 +71,9 @@ class Soak:
             "batch_size": BATCH // ranks,
             "max_steps": STEPS,
             "threads": 2,
-            "force": "true",
-            **often,
+            "model.init_args.linear_code": "true",
+            "force": "true",  # another number of ranks takes another batch
+            **OFTEN,
         }
         return [word for name, value in options.items() for word in (f"--{name}", str(value))]
 
@@ -112,11 +114,11 @@ def samples(process: Process, ranks: int) -> dict[int, list]:
             for s in sorted(steps)}  # fmt: skip
 
 
-def draw(rng: random.Random, soak: Soak, ranks: int) -> Trouble:
-    """A trouble at a random moment; moments that come once a run have a count of 1."""
+def draw(rng: random.Random, soak: Soak, ranks: int, begun: bool) -> Trouble:
+    """A trouble at a random moment that can come."""
     deed = rng.choice([*SIGNALS, *DEEDS])  # signals twice as often
-    moment = rng.choice(list(MOMENTS))
-    count = rng.choice([1, 1, 2, 3, 5])
+    moment = rng.choice([name for name in MOMENTS if not begun or name not in FIRST])
+    count = rng.choice([1, 1, 2, 3]) if moment in RARE else rng.randint(1, 15)
     rank = rng.randrange(ranks) if deed in SIGNALS else 0  # rank 0 writes
     return Trouble(rank, moment, count, rng.random() < 0.5, deed, soak.place, soak.small)
 
@@ -210,12 +212,14 @@ def play_round(
     rng = random.Random(f"{seed} {ranks}")
     soak.begin_anew()
     lost_lines = False  # a full disk costs lines of the log, which is told
-    for _ in range(8):
-        count = rng.choice(ranks)
-        trouble = draw(rng, soak, count)
+    troubles, step = 0, 0
+    while troubles < 12 and step < STEPS:
+        count, troubles = rng.choice(ranks), troubles + 1
+        trouble = draw(rng, soak, count, begun=step > 0)
         delay = rng.uniform(0.2, 3) if rng.random() < 0.15 else None
         process = suffer(soak, trouble, count, delay, both=rng.random() < 0.8)
         lost_lines |= trouble.deed == "full disk"
+        step = newest_step(soak.place / "run")
         assert_as_wanted(samples(process, count), wanted)
     run(soak.argv(ranks[-1]), soak.place.parent, ranks[-1])
     got = losses(soak.place / "run"), losses(soak.place / "run", "val/mae")

@@ -33,6 +33,9 @@ MOMENTS = {
     "pictures are drawn": "vae3d.training.validate._views",
     "the run is closed": "vae3d.tracking.tracker.Tracker.close",
 }
+FIRST = {"a volume is cached", "a file of the cache is written", "the linear code is fitted"}
+RARE = set(MOMENTS) - {"a step is computed", "weights are updated", "a line is logged"}
+RARE -= {"a volume is cached", "a file of the cache is written", "a volume is validated"}
 SIGNALS = ("SIGKILL", "SIGTERM", "SIGINT", "SIGUSR1")
 DEEDS = (*SIGNALS, "full disk", "read-only", "vanished volume", "vanished cache")
 BALLAST = "ballast"  # the file that fills a disk

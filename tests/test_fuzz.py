@@ -1,0 +1,404 @@
+"""Whatever is typed: each command ends with 0 or 2 and at most one line, and leaves nothing half.
+
+The options are those of the parsers, down to the arguments of the classes in sockets, so a new one
+is tried because it exists. VAE3D_FUZZ_EXAMPLES is how many values all options get together.
+"""
+
+import contextlib
+import inspect
+import io
+import os
+import resource
+import shutil
+import signal
+import typing
+import warnings
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from importlib import import_module
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, seed, settings
+from hypothesis import strategies as st
+
+from vae3d import cli, config
+from vae3d.commands.convert import convert
+from vae3d.commands.encode import VolumeSource, encode
+from vae3d.commands.evaluate import EvaluationData, evaluate
+from vae3d.commands.train import train_3d
+from vae3d.commands.train_ldm import UNet, train_ldm
+from vae3d.models.custom_vae import CustomVAE
+from vae3d.models.norm import GroupNorm
+
+ROOT = Path(__file__).resolve().parents[1]
+EXAMPLES = int(os.environ.get("VAE3D_FUZZ_EXAMPLES", 2000))
+DEPTH = 3  # of sockets in sockets whose arguments are options, `--loss.kl.weight` is at 2
+CPU_S, WALL_S, MEMORY = 3, 60, 3 * 2**30  # of one example; Ctrl-C comes after that
+QUIET = {"wandb": "disabled", "device": "cpu"}
+RECIPE = """
+model:
+  class_path: CustomVAE
+  init_args:
+    channels: [4, 8]
+    num_res_blocks: 1
+    mid_attention: null
+    norm: {class_path: GroupNorm, init_args: {num_groups: 4}}
+patch_size: [8, 8, 8]
+patches_per_volume: 1
+batch_size: 1
+max_steps: 1
+val_every: 0
+media_every: 0
+threads: 0
+wandb: disabled
+device: cpu
+amp: off
+"""
+
+
+# A small world in which each command has a sound line
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """Volumes, a recipe, a run, its latents, evaluation and ldm, in `world`; `again` has copies."""
+    home = tmp_path_factory.mktemp("fuzz")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VAE3D_CACHE", str(home / "cache"))
+        patch.setattr("vae3d.tracking.tracker._Wandb", NoWandb)
+        patch.setattr("vae3d.inference.export.export_programs", exported)
+        make_world(home / "world")
+        (home / "scratch").mkdir()
+        patch.chdir(home / "scratch")
+        shutil.copytree(home / "world", home / "again")
+        yield home
+
+
+def make_world(home: Path) -> None:
+    torch.set_num_threads(1)
+    (home / "volumes").mkdir(parents=True)
+    rows = ["path,split,sex"]
+    for n, part in enumerate(("train", "train", "val", "test")):
+        volume = np.random.default_rng(n).random((8, 10, 9), np.float32)
+        np.save(home / "volumes" / f"v{n}.npy", volume)
+        rows.append(f"v{n}.npy,{part},{'FM'[n % 2]}")
+    manifest = home / "volumes" / "manifest.csv"
+    manifest.write_text("\n".join(rows) + "\n")
+    (home / "recipe.yaml").write_text(RECIPE)
+    norm = partial(GroupNorm, num_groups=4)
+    vae = partial(CustomVAE, channels=(4, 8), num_res_blocks=1, norm=norm, mid_attention=None)
+    tiny = dict(max_steps=1, val_every=0, media_every=0, threads=0, amp="off", **QUIET)
+    train_3d(str(manifest), str(home / "run"), vae, patch_size=(8, 8, 8), batch_size=1, **tiny)
+    encode(str(home / "run"), str(home / "latents"), VolumeSource(str(manifest)), device="cpu")
+    unet = UNet((4, 8), 1, (False, True), (0, 4), 4)
+    train_ldm(str(home / "latents"), str(home / "ldm"), unet, batch_size=1, **tiny)
+    options = dict(media=False, save_recon=False, patch_gap=False, **QUIET)
+    evaluate(str(home / "run"), EvaluationData(str(manifest)), str(home / "evaluation"), **options)
+    convert(str(home / "run"), home / "hub")
+    for name, content in {
+        "empty": b"",
+        "text.txt": b"a text",
+        "bytes.bin": bytes(range(256)),
+    }.items():
+        (home / name).write_bytes(content)
+
+
+class NoWandb:
+    """In the place of W&B, which takes seconds to start."""
+
+    def __init__(self, *_):
+        self.worker = SimpleNamespace(put=lambda *_: None)
+        self.start = self.call = lambda *_: None
+
+    def close(self, *_):
+        pass
+
+
+def exported(vae, folder, formats, patch_size):
+    """In the place of torch's exporters, which take seconds; as they do, it runs the network."""
+    with torch.no_grad():
+        vae(torch.zeros(1, vae.in_channels, *patch_size))
+    folder.mkdir(parents=True)
+    return {}
+
+
+LINES = {  # the sound line of each command; OUT is where it writes
+    "demo-data": "OUT --num_subjects 1 --spacing_mm 16",
+    "check-data": "world/volumes",
+    "prepare": "--data.root world/volumes --data.cache_dir OUT",
+    "patches": "world/volumes --patch_size [8,8,8] --n 2 --out OUT/p.png",
+    "plan": "world/recipe.yaml --memory_gb 1",
+    "train": "--config world/recipe.yaml --data.root world/volumes --out_dir OUT",
+    "evaluate": "--checkpoint world/run --data.root world/volumes --out_dir OUT --device cpu "
+    "--media false --patch_gap false",
+    "report": "world/run --out OUT/r.html",
+    "convert": "world/run OUT",
+    "export": "world/run OUT",
+    "encode": "--checkpoint world/run --data.root world/volumes --out_dir OUT --device cpu",
+    "decode": "world/latents --checkpoint world/run --out_dir OUT --device cpu",
+    "train-ldm": "world/latents --config world/ldm/config.yaml --out_dir OUT",
+    "sample": "--checkpoint world/run --latents world/latents --n 1 --out_dir OUT --media false "
+    "--device cpu --prior standard",
+}  # fmt: skip
+OUTPUTS = ("out_dir", "out", "write", "cache_dir", "target", "folder")  # nothing of the world there
+
+
+def test_each_command_has_a_sound_line(world):
+    assert LINES.keys() == cli.COMMANDS.keys()
+    for name in LINES:
+        assert attempt(world, [name, *words(world, LINES[name])]) == 0, name
+
+
+def words(world: Path, line: str) -> list[str]:
+    named = line.replace("OUT", str(world / "scratch" / "out"))
+    return named.replace("world/", f"{world}/world/").split()
+
+
+# Options, from the parsers
+
+
+def function_of(command: str) -> Callable:
+    module, name = cli.COMMANDS[command][0].split(".")
+    return getattr(import_module(f"vae3d.commands.{module}"), name)
+
+
+@dataclass(frozen=True)
+class Option:
+    """An option of a command line.
+
+    Args:
+        name: With its dashes, or the name of a positional argument.
+        hint: Its type.
+        chosen: Options that come before it: the classes that it is an argument of.
+    """
+
+    name: str
+    hint: object
+    chosen: tuple[str, ...] = ()
+
+
+def options_of(command: str) -> list[Option]:
+    """Options of a command; arguments of all classes that sockets take are among them."""
+    found: list[Option] = []
+    for action in config._parser(function_of(command))._actions:
+        if action.dest in ("help", "print_config") or action.dest.endswith(".help"):
+            continue
+        name = f"--{action.dest}" if action.option_strings else action.dest
+        option = Option(name, getattr(action, "_typehint", action.type))
+        found += [option, *arguments_of(option, DEPTH)]
+    return found
+
+
+def arguments_of(option: Option, depth: int) -> list[Option]:
+    """Options below a socket: each argument of the classes that it takes, once."""
+    found: dict[str, Option] = {}
+    for cls in sorted(classes_of(option.hint), key=str) if depth else ():
+        hints = typing.get_type_hints(cls.__init__)
+        chosen = (*option.chosen, f"{option.name}={cls.__name__}")
+        for argument in inspect.signature(cls).parameters.values():
+            name = f"{option.name}.{argument.name}"
+            if argument.default is not inspect.Parameter.empty and name not in found:
+                one = Option(name, hints.get(argument.name, object), chosen)
+                found |= {name: one} | {o.name: o for o in arguments_of(one, depth - 1)}
+    return list(found.values())
+
+
+def classes_of(hint: object) -> set[type]:
+    """Classes that a socket takes."""
+    if typing.get_origin(hint) is not Callable and "Callable" not in str(typing.get_origin(hint)):
+        return {cls for part in typing.get_args(hint) for cls in classes_of(part)}
+    base = typing.get_args(hint)[-1]
+    return {base, *base.__subclasses__()} if inspect.isclass(base) else set()
+
+
+def test_options_reach_down_to_the_arguments_of_sockets():
+    names = {option.name for option in options_of("train")}
+    for name in ("--lr", "--data.preprocess.window_hu", "--model.block", "--loss.kl.weight"):
+        assert name in names
+    assert "--loss.adversarial.discriminator.channels" in names
+    assert [option.name for option in options_of("patches")][1] == "root"
+
+
+# Values
+
+
+ODD = ["", " ", "null", "nan", "-1", "0", "1", "1.5", "1e999", "-inf", "9" * 30, "9" * 400, "1e-320",
+       "true", "[]", "{}", "[[[]]]", "[1]", "[0,0,0]", "[-1,8,8]", "[8,8,8]", "[nan,1,1]", "[8,8]",
+       "[1e9,1e9,1e9]", "{a: 1}", "{class_path: os.system}", "{class_path: CustomVAE, a: b}",
+       "ÄÖ 体积 🧠", "a\nb", "a: b: c", "&a [*a]", "!!python/name:os.system", "../nothing/here", "%s%n",
+       "\x1b[31m", "'", "[", "x" * 5000, "none", "None", "CustomVAE", "GroupNorm", "vae3d.cli", "-",
+       "{0: 1}", "[a,b]", "1,2,3", "0x10", "1_000", "007", "*", "[!", "(", "hf://a/b", "~nobody/x"]  # fmt: skip
+NUMBERS = {
+    int: ["-1", "0", "1", "2", "3", "5", "7", "8", "64", "1000", "999999999", "1e3", "2.0"],
+    float: ["-1", "0", "-0.0", "1e-320", "1e-9", "0.1", "0.5", "1", "1.5", "100", "1e9", "1e300",
+            "nan", "inf", "-inf", "1e-3"],
+    bool: ["true", "false", "True", "yes", "1"],
+}  # fmt: skip
+PLACES = ["world/empty", "world/text.txt", "world/bytes.bin", "world/recipe.yaml", "world/volumes",
+          "world/volumes/v0.npy", "world/volumes/manifest.csv", "world/run", "world/latents",
+          "world/latents/v0.safetensors", "world/latents/latents.json", "world/ldm", "world/hub",
+          "world/run/checkpoints/last.pt", "world/run/metrics.jsonl", "world/run/split.json",
+          "world/evaluation", "world/nothing", "world/volumes/*.npy", "world/text.txt/below"]  # fmt: skip
+
+
+def suited(hint: object) -> st.SearchStrategy[str]:
+    """Values of the right type, many of them out of range."""
+    inside = typing.get_args(hint)
+    if hint in NUMBERS:
+        return st.sampled_from(NUMBERS[hint])
+    if typing.get_origin(hint) is typing.Literal:
+        return st.sampled_from([str(choice) for choice in inside])
+    if typing.get_origin(hint) in (tuple, list):
+        parts = [part for part in inside if part is not ...]
+        lists = st.lists(suited(parts[0]), max_size=4) if parts else st.just([])
+        if ... not in inside and len(parts) > 1:
+            lists = lists | st.tuples(*map(suited, parts))
+        return lists.map(lambda items: f"[{','.join(items)}]")
+    if classes := classes_of(hint):
+        return st.sampled_from(sorted(cls.__name__ for cls in classes))
+    if inside:
+        return st.one_of(*map(suited, inside))
+    return st.sampled_from(PLACES if hint in (str, Path) else ODD)
+
+
+def values(option: Option) -> st.SearchStrategy[str]:
+    """Values of an option: of its type, odd ones, and files that are something else."""
+    if option.name.rpartition(".")[2].strip("-") in OUTPUTS:
+        return st.sampled_from(ODD)
+    return st.one_of(
+        suited(option.hint), suited(option.hint), st.sampled_from(ODD), st.sampled_from(PLACES)
+    )
+
+
+# One attempt
+
+
+def attempt(world: Path, argv: list[str]) -> int:
+    """Run a command line in this process, hold it to what is promised, and clean up after it."""
+    before = tree(world)
+    code, said = outcome(argv)
+    after = tree(world)
+    line = " ".join(map(repr, argv))
+    try:
+        assert code in (0, 2, 130), f"exit code {code}: {line}\n{said}"
+        assert "Traceback" not in said, f"{line}\n{said}"
+        assert not [name for name in after if ".partial." in name], f"{line}\n{said}"
+        if code == 2:
+            complaints = [text for text in said.splitlines() if "error: " in text]
+            new = sorted(set(after.items()) - set(before.items()))
+            checks = argv[0] == "check-data"  # whose list of faults is its result
+            assert len(complaints) == 1 or checks, f"{len(complaints)} errors: {line}\n{said}"
+            assert not new, f"refused, and wrote {new}: {line}\n{said}"
+    finally:
+        for path in (world / "scratch").iterdir():
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        part = {name: told for name, told in after.items() if name.startswith("world/")}
+        if part != {name: told for name, told in before.items() if name.startswith("world/")}:
+            shutil.rmtree(world / "world")
+            shutil.copytree(world / "again", world / "world")
+    return code
+
+
+def tree(world: Path) -> dict[str, tuple[int, int]]:
+    """Size and time of each file that is there; caches and locks are not counted."""
+    files = [path for part in ("world", "scratch") for path in (world / part).rglob("*")]
+    return {
+        str(path.relative_to(world)): (path.stat().st_size, path.stat().st_mtime_ns)
+        for path in files
+        if path.is_file() and path.name not in (".lock", "build.lock")
+    }
+
+
+def outcome(argv: list[str]) -> tuple[int | str | None, str]:
+    """Exit code and output of a command; a traceback is told as Python does."""
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said), bounded():
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                cli.main(argv)
+        except SystemExit as stop:
+            return stop.code or 0, said.getvalue()
+        except BaseException as error:
+            import traceback
+
+            traceback.print_exception(error, file=said)
+            return type(error).__name__, said.getvalue()
+    return "no exit", said.getvalue()
+
+
+@contextlib.contextmanager
+def bounded():
+    """Bound memory, and press Ctrl-C where a command is still at work after its time."""
+
+    def press(*_):
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.alarm(0)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    kept = {number: signal.signal(number, press) for number in (signal.SIGPROF, signal.SIGALRM)}
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, limits[1]))
+    signal.setitimer(signal.ITIMER_PROF, CPU_S)
+    signal.alarm(WALL_S)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.alarm(0)
+        resource.setrlimit(resource.RLIMIT_AS, limits)
+        for number, handler in kept.items():
+            signal.signal(number, handler)
+
+
+# The tests
+
+
+FEW = dict(
+    deadline=None,
+    database=None,
+    suppress_health_check=list(HealthCheck),
+)
+
+
+def examples_each() -> int:
+    return -(-EXAMPLES // sum(len(options_of(command)) for command in LINES))
+
+
+def line_with(world: Path, command: str, option: Option, value: str) -> list[str]:
+    """The sound line of a command, but for the value of one option."""
+    given = words(world, LINES[command])
+    value = value.replace("world/", f"{world}/world/")
+    positional = config._positional(function_of(command))
+    if option.name in positional:
+        given[positional.index(option.name)] = value
+    else:
+        given += [*option.chosen, f"{option.name}={value}"]
+    return [command, *given]
+
+
+def try_option(world: Path, command: str, option: Option, count: int) -> None:
+    """Give an option `count` values on an else sound line."""
+
+    @seed(zlib.crc32(f"{command} {option.name}".encode()))
+    @settings(max_examples=count, **FEW)
+    @given(values(option))
+    def run(value: str) -> None:
+        attempt(world, line_with(world, command, option, value))
+
+    run()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", LINES)
+def test_any_value_of_any_option_is_taken_or_refused_in_one_line(command, world):
+    count = examples_each()
+    for option in options_of(command):
+        try_option(world, command, option, count)
