@@ -17,8 +17,8 @@ def whole_file(path: str | Path, durable: bool = False) -> Iterator[Path]:
     """Lend a temporary path beside `path`; what was written there takes its place at the end.
 
     A process killed at any moment leaves the old file or the new one. On an error the temporary
-    file is removed and `path` stays as it was. The temporary name ends like `path`, since writers
-    go by the suffix.
+    file is removed and `path` stays as it was; one of the disk names `path`. The temporary name
+    ends like `path`, since writers go by the suffix.
 
     Args:
         path: The file to make or replace, or a folder to make; its own folder is made when missing.
@@ -37,6 +37,10 @@ def whole_file(path: str | Path, durable: bool = False) -> Iterator[Path]:
         if durable:
             fsync(temporary)
         os.replace(temporary, path)
+    except OSError as error:  # a write to a full disk names no file, others the temporary one
+        if error.errno is None or error.filename not in (None, str(temporary)):
+            raise
+        raise OSError(error.errno, os.strerror(error.errno), str(path)) from error
     finally:
         if temporary.is_dir():
             shutil.rmtree(temporary)

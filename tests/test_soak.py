@@ -30,7 +30,7 @@ MINUTES = float(os.environ.get("VAE3D_SOAK_MINUTES", 3))
 SEED = int(os.environ.get("VAE3D_SOAK_SEED", 0))
 STEPS, BATCH = 60, 4  # of all ranks together
 OFTEN = {"save_every": 5, "val_every": 10, "media_every": 20}
-DISK = "size=8m"
+DISK = "size=32m"
 CODES = {"SIGTERM": 143, "SIGINT": 130, "SIGUSR1": 138}
 STATE = ("model", "ema", "task", "optimizers", "scaler", "loader", "samples", "best")
 
@@ -125,7 +125,7 @@ def draw(rng: random.Random, soak: Soak, ranks: int, begun: bool) -> Trouble:
 
 def end(process: Process, both: bool) -> list[int]:
     """Exit codes; a rank that is left alone is ended too, as torchrun or a dead machine does."""
-    deadline, lonely_since = time.monotonic() + 90, None
+    deadline, lonely_since = time.monotonic() + 300, None
     while any(rank.exitcode is None for rank in process.ranks):
         assert time.monotonic() < deadline, f"stuck: {process.text()}"
         if both and any(rank.exitcode not in (None, 0) for rank in process.ranks):

@@ -1,5 +1,6 @@
 """Files appear whole or not at all, whatever happens while they are written."""
 
+import errno
 import os
 
 import pytest
@@ -22,6 +23,17 @@ def test_an_error_leaves_the_old_file_and_nothing_else(tmp_path, error):
         temporary.write_text("half")
         raise error
     assert path.read_text() == "old" and os.listdir(tmp_path) == ["a.txt"]
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_an_error_of_the_disk_names_the_file_that_was_to_be(tmp_path, named):
+    path = tmp_path / "config.yaml"
+    with pytest.raises(OSError) as caught, whole_file(path) as temporary:
+        raise OSError(errno.ENOSPC, "full", *[str(temporary)] * named)
+    assert caught.value.filename == str(path) and caught.value.errno == errno.ENOSPC
+    with pytest.raises(FileNotFoundError) as caught, whole_file(path):
+        (tmp_path / "another").read_text()
+    assert caught.value.filename == str(tmp_path / "another")
 
 
 def test_two_writers_do_not_share_a_temporary(tmp_path):
