@@ -30,6 +30,8 @@ def whole_file(path: str | Path, durable: bool = False) -> Iterator[Path]:
         ...     temporary.write_text("{}")
     """
     path = Path(path)
+    if not path.name:
+        raise ValueError(f"{str(path)!r} is no name of a file to write")
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{secrets.token_hex(4)}{MARK}{path.name}")
     try:

@@ -172,6 +172,14 @@ def test_patches_writes_a_sheet_and_the_corners(demo, tmp_path, vae3d):
         assert len(lines) == 6 and lines[0].startswith("volume,x,y")
 
 
+@pytest.mark.parametrize("out", ["", "hf://me/sheet", "sheet.txt", "sheet"])
+def test_patches_writes_png_and_says_so_before_it_reads(out, tmp_path, vae3d, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    done = vae3d("patches", "no-such-folder", "--out", out)
+    assert done.returncode == 2 and "--out" in done.stderr and ".png" in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
 def test_patches_draws_what_training_draws(demo, tmp_path, vae3d):
     from loaders import DataConfig, PatchLoader, open_data
 

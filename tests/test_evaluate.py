@@ -245,6 +245,15 @@ def test_perceptual_distance_is_a_column_that_follows_its_network(place, tmp_pat
     assert found[0] != pytest.approx(found[1], rel=1e-3)  # not the row of the other network
 
 
+def test_a_perceptual_distance_that_cannot_be_made_is_refused_before_anything_is_written(
+    place, tmp_path
+):
+    distance = partial(Perceptual, network=partial(ScriptedNetwork, str(tmp_path / "no.pt"), 2))
+    with pytest.raises(ValueError, match=r"no\.pt"):
+        evaluate(str(place / "run"), data(place), str(tmp_path / "out"), perceptual=distance)
+    assert not (tmp_path / "out").exists()
+
+
 def evaluator(tmp_path, files: dict[str, np.ndarray], **preprocess) -> Evaluator:
     """Of a tiny network on one volume; each channel is a file."""
     for name, data in files.items():

@@ -1,16 +1,20 @@
 """Whatever is typed: each command ends with 0 or 2 and at most one line, and leaves nothing half.
 
 The options are those of the parsers, down to the arguments of the classes in sockets, so a new one
-is tried because it exists. VAE3D_FUZZ_EXAMPLES is how many values all options get together.
+is tried because it exists. VAE3D_FUZZ_EXAMPLES is how many values all options get together, at least; 200 lines come on top.
 """
 
 import contextlib
 import inspect
 import io
+import json
 import os
+import random
 import resource
 import shutil
 import signal
+import subprocess
+import sys
 import typing
 import warnings
 import zlib
@@ -24,20 +28,23 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import yaml
 from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 
+from loaders import DataConfig
 from vae3d import cli, config
 from vae3d.commands.convert import convert
 from vae3d.commands.encode import VolumeSource, encode
 from vae3d.commands.evaluate import EvaluationData, evaluate
+from vae3d.commands.prepare import prepare
 from vae3d.commands.train import train_3d
 from vae3d.commands.train_ldm import UNet, train_ldm
 from vae3d.models.custom_vae import CustomVAE
 from vae3d.models.norm import GroupNorm
 
 ROOT = Path(__file__).resolve().parents[1]
-EXAMPLES = int(os.environ.get("VAE3D_FUZZ_EXAMPLES", 2000))
+EXAMPLES = int(os.environ.get("VAE3D_FUZZ_EXAMPLES", 1800))
 DEPTH = 3  # of sockets in sockets whose arguments are options, `--loss.kl.weight` is at 2
 CPU_S, WALL_S, MEMORY = 3, 60, 3 * 2**30  # of one example; Ctrl-C comes after that
 QUIET = {"wandb": "disabled", "device": "cpu"}
@@ -101,6 +108,9 @@ def make_world(home: Path) -> None:
     options = dict(media=False, save_recon=False, patch_gap=False, **QUIET)
     evaluate(str(home / "run"), EvaluationData(str(manifest)), str(home / "evaluation"), **options)
     convert(str(home / "run"), home / "hub")
+    prepare(DataConfig(str(home / "volumes"), cache_dir=str(home / "prepared")))
+    table = [dict(zip(rows[0].split(","), row.split(","), strict=True)) for row in rows[1:]]
+    (home / "volumes" / "manifest.json").write_text(json.dumps(table))
     for name, content in {
         "empty": b"",
         "text.txt": b"a text",
@@ -228,23 +238,22 @@ def test_options_reach_down_to_the_arguments_of_sockets():
 # Values
 
 
-ODD = ["", " ", "null", "nan", "-1", "0", "1", "1.5", "1e999", "-inf", "9" * 30, "9" * 400, "1e-320",
-       "true", "[]", "{}", "[[[]]]", "[1]", "[0,0,0]", "[-1,8,8]", "[8,8,8]", "[nan,1,1]", "[8,8]",
-       "[1e9,1e9,1e9]", "{a: 1}", "{class_path: os.system}", "{class_path: CustomVAE, a: b}",
-       "ÄÖ 体积 🧠", "a\nb", "a: b: c", "&a [*a]", "!!python/name:os.system", "../nothing/here", "%s%n",
-       "\x1b[31m", "'", "[", "x" * 5000, "none", "None", "CustomVAE", "GroupNorm", "vae3d.cli", "-",
-       "{0: 1}", "[a,b]", "1,2,3", "0x10", "1_000", "007", "*", "[!", "(", "hf://a/b", "~nobody/x"]  # fmt: skip
+ODD = """null nan none None -1 0 1 1.5 1e999 -inf 1e-320 0x10 1_000 007 true - -- = % %s%n * ? [ [! ( '
+[] {} [[[]]] [1] [0,0,0] [-1,8,8] [8,8,8] [nan,1,1] [8,8] [1e9,1e9,1e9] [a,b] {0:1} {a:1} 1,2,3 &a[*a]
+{class_path:os.system} !!python/name:os.system CustomVAE GroupNorm vae3d.cli os.system ../nothing/here
+hf://a/b ~nobody/x ÄÖ体积🧠""".split()
+ODD += ["", " ", "a\nb", "a: b: c", "{class_path: os.system}", "{class_path: CustomVAE, a: b}"]
+ODD += ["\x1b[31m", "9" * 30, "9" * 400, "x" * 5000]
 NUMBERS = {
     int: ["-1", "0", "1", "2", "3", "5", "7", "8", "64", "1000", "999999999", "1e3", "2.0"],
     float: ["-1", "0", "-0.0", "1e-320", "1e-9", "0.1", "0.5", "1", "1.5", "100", "1e9", "1e300",
             "nan", "inf", "-inf", "1e-3"],
     bool: ["true", "false", "True", "yes", "1"],
 }  # fmt: skip
-PLACES = ["world/empty", "world/text.txt", "world/bytes.bin", "world/recipe.yaml", "world/volumes",
-          "world/volumes/v0.npy", "world/volumes/manifest.csv", "world/run", "world/latents",
-          "world/latents/v0.safetensors", "world/latents/latents.json", "world/ldm", "world/hub",
-          "world/run/checkpoints/last.pt", "world/run/metrics.jsonl", "world/run/split.json",
-          "world/evaluation", "world/nothing", "world/volumes/*.npy", "world/text.txt/below"]  # fmt: skip
+PLACES = """empty text.txt bytes.bin recipe.yaml volumes volumes/v0.npy volumes/manifest.csv run latents
+latents/v0.safetensors latents/latents.json ldm hub run/checkpoints/last.pt run/metrics.jsonl
+run/split.json evaluation nothing volumes/*.npy text.txt/below""".split()
+PLACES = [f"world/{place}" for place in PLACES]
 
 
 def suited(hint: object) -> st.SearchStrategy[str]:
@@ -402,3 +411,183 @@ def test_any_value_of_any_option_is_taken_or_refused_in_one_line(command, world)
     count = examples_each()
     for option in options_of(command):
         try_option(world, command, option, count)
+
+
+# Files from elsewhere, mutated
+
+FILES = {  # a file, and a command that reads it
+    "world/recipe.yaml": ("plan", "world/recipe.yaml --memory_gb 1"),
+    "world/run/config.yaml": ("report", "world/run --out OUT/r.html"),
+    "world/run/metrics.jsonl": ("report", "world/run --out OUT/r.html"),
+    "world/run/split.json": ("report", "world/run --out OUT/r.html"),
+    "world/run/checkpoints/last.pt": ("convert", "world/run/checkpoints/last.pt OUT"),
+    "world/run/checkpoints/newest.json": ("train", LINES["train"].replace("OUT", "world/run")),
+    "world/volumes/manifest.csv": ("check-data", "world/volumes/manifest.csv"),
+    "world/volumes/manifest.json": ("check-data", "world/volumes/manifest.json"),
+    "world/latents/v0.safetensors": ("decode", LINES["decode"]),
+    "world/latents/latents.json": ("sample", LINES["sample"]),
+    "world/hub/config.json": ("convert", "world/hub OUT.pt"),
+    "world/hub/model.safetensors": ("convert", "world/hub OUT.pt"),
+    "world/evaluation/summary.json": ("convert", "world/run OUT --evaluation world/evaluation"),
+    "world/prepared/sources.json": (
+        "prepare",
+        "--data.root world/volumes --data.cache_dir world/prepared",
+    ),
+}
+NODES = [None, [], {}, "", "x", -1, 0, 1, 2**70, 1e308, float("nan"), True, "../../x", [[]], "nan"]
+NODES += ["9" * 400, {"class_path": "os.system"}, [None] * 3, ["a", 1], "ä\x00\x1b[0m"]
+
+
+def with_odd_node(value: object, rng: random.Random) -> object:
+    """Plain data with one node, anywhere in it, replaced by an odd one, gone or doubled."""
+    inside = value if isinstance(value, (dict, list)) else ()
+    if not inside or rng.random() < 0.2:
+        return rng.choice(NODES)
+    copy = dict(value) if isinstance(value, dict) else list(value)
+    key = rng.choice(list(copy) if isinstance(copy, dict) else range(len(copy)))
+    if rng.random() < 0.1:
+        del copy[key]
+    else:
+        copy[key] = with_odd_node(copy[key], rng)
+    return copy
+
+
+def with_odd_bytes(data: bytes, rng: random.Random) -> bytes:
+    """Bytes that are cut, flipped, doubled, or have others in between."""
+    at, length = rng.randrange(len(data) + 1), rng.choice([1, 4, 100])
+    noise = rng.choice(
+        [b"", b"\x00", b"\xff\xfe", b"[" * 500, b"9" * 400, b"\n", rng.randbytes(length)]
+    )
+    kind = rng.randrange(4)
+    if kind == 0:
+        return data[:at]
+    if kind == 1:
+        return data[:at] + noise + data[at:]
+    if kind == 2:
+        return data[:at] + noise + data[at + length :]
+    return data[:at] + data[max(0, at - length) : at] + data[at:]
+
+
+def mutate(path: Path, rng: random.Random) -> None:
+    """Spoil a file: somewhere in its bytes, or in what it says."""
+    data, spoiled = path.read_bytes(), None
+    if rng.random() < 0.6:
+        if path.suffix == ".pt":
+            state = with_odd_node(torch.load(path, weights_only=True), rng)
+            path.unlink()  # other names stand for the same file
+            torch.save(state, path)
+            return
+        if path.suffix in (".json", ".yaml"):
+            spoiled = json.dumps(with_odd_node(yaml.safe_load(data), rng)).encode()
+        elif path.suffix == ".jsonl":
+            lines = data.decode().splitlines()
+            at = rng.randrange(len(lines))
+            lines[at] = json.dumps(with_odd_node(json.loads(lines[at]), rng))
+            spoiled = "\n".join(lines).encode()
+        elif path.suffix == ".csv":
+            rows = with_odd_node([line.split(",") for line in data.decode().splitlines()], rng)
+            rows = rows if isinstance(rows, list) else [[rows]]
+            lines = [",".join(map(str, r)) if isinstance(r, list) else str(r) for r in rows]
+            spoiled = "\n".join(lines).encode()
+    path.unlink()
+    path.write_bytes(with_odd_bytes(data, rng) if spoiled is None else spoiled)
+
+
+def try_file(world: Path, name: str, number: int) -> None:
+    """Spoil a file in the way of this number, and let a command read it."""
+    command, line = FILES[name]
+    mutate(world / name, random.Random(f"{name} {number}"))
+    code = attempt(world, [command, *words(world, line)])
+    assert code != 130, f"{name} {number}: still at work after {CPU_S} s"
+
+
+# Lines as a whole
+
+
+JUNK = """-- - = --= --nonsense=1 -x --config extra --data. --data --model.x.y=1 --lr --print_config --help
+--config=world/recipe.yaml --config=world/text.txt --seed --device=tpu --trust=os --model=nothing
+--data.preprocess.window_hu.ct=[0,1] --model.init_args.norm.class_path=os.system --spatial_dims""".split()
+
+
+def spoiled_line(world: Path, rng: random.Random) -> list[str]:
+    """A sound line with words that are lost, doubled, exchanged or new."""
+    command = rng.choice(list(LINES))
+    line = [command, *words(world, LINES[command])]
+    for _ in range(rng.randint(1, 3)):
+        at, other = rng.randrange(len(line)), rng.randrange(len(line))
+        kind = rng.randrange(4)
+        if kind == 0 and len(line) > 1:
+            del line[at]
+        elif kind == 1:
+            line.insert(other, line[at])
+        elif kind == 2:
+            line[at], line[other] = line[other], line[at]
+        else:
+            line.insert(at + 1, rng.choice(JUNK + ODD).replace("world/", f"{world}/world/"))
+    return line
+
+
+@pytest.mark.slow
+@seed(0)
+@settings(max_examples=200, **FEW)
+@given(number=st.integers(0, 2**32))
+def test_any_order_of_words_is_taken_or_refused_in_one_line(world, number):
+    attempt(world, spoiled_line(world, random.Random(number)))
+
+
+@pytest.mark.slow
+def test_real_processes_keep_to_the_same(world):
+    """Two at a time; none of this file's stand-ins is in their way."""
+    rng = random.Random(0)
+    lines = [spoiled_line(world, rng) for _ in range(12)]
+    for command in 2 * list(LINES):
+        option = rng.choice(options_of(command))
+        lines.append(line_with(world, command, option, rng.choice(ODD + PLACES)))
+    assert len(lines) == 40
+    for at in range(0, len(lines), 2):
+        started = [start(line) for line in lines[at : at + 2]]
+        for line, process in zip(lines[at : at + 2], started, strict=True):
+            said, code = finish(process)
+            assert code in (0, 2, 130) and "Traceback" not in said, f"{code}: {line}\n{said}"
+            assert code != 2 or said.count("error: ") == 1 or line[0] == "check-data", said
+        assert not list((world / "scratch").rglob("*.partial.*"))
+        for path in (world / "scratch").iterdir():
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def start(line: list[str]) -> subprocess.Popen:
+    code = "import sys; from vae3d.cli import main; main(sys.argv[1:])"
+    environ = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen([sys.executable, "-c", code, *line], env=environ, **pipes)
+
+
+def finish(process: subprocess.Popen) -> tuple[str, int]:
+    """Output and exit code; Ctrl-C for who is at work for long."""
+    try:
+        said = process.communicate(timeout=WALL_S)[0]
+    except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGINT)
+        said = process.communicate(timeout=WALL_S)[0]
+    return said, process.returncode
+
+
+# A few of all of these, in the ordinary suite
+
+
+@pytest.mark.parametrize("command", LINES)
+def test_one_odd_value_an_option_of_each_command(command, world):
+    option = random.Random(command).choice(options_of(command))
+    try_option(world, command, option, 1)
+
+
+@pytest.mark.parametrize("name", ["world/recipe.yaml", "world/volumes/manifest.csv"])
+def test_one_spoiled_file(name, world):
+    try_file(world, name, 0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FILES)
+def test_a_spoiled_file_is_read_or_refused_in_one_line(name, world):
+    for number in range(15):
+        try_file(world, name, number)

@@ -2,6 +2,7 @@ import math
 from collections.abc import Callable
 from functools import partial
 from importlib.util import find_spec
+from urllib.error import URLError
 
 import pytest
 import torch
@@ -212,6 +213,16 @@ def test_missing_weights_say_where_to_put_them_and_nothing_is_fetched(tmp_path, 
         with pytest.raises(ValueError) as caught:
             wrong()
         assert remedy in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_weights_that_cannot_be_fetched_are_one_line(tmp_path, monkeypatch):
+    def no_network(*_, **__):
+        raise URLError("Name or service not known")
+
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    monkeypatch.setattr("monai.losses.perceptual.PerceptualLoss", no_network)
+    with pytest.raises(ValueError, match=f"cannot be fetched .*not known.* into {tmp_path}"):
+        MonaiNetwork("alex", download=True)
 
 
 def test_missing_weights_end_the_command_with_one_line_and_code_2(tmp_path, monkeypatch, capsys):

@@ -36,6 +36,12 @@ def test_an_error_of_the_disk_names_the_file_that_was_to_be(tmp_path, named):
     assert caught.value.filename == str(tmp_path / "another")
 
 
+@pytest.mark.parametrize("path", ["", "/"])
+def test_what_is_no_name_of_a_file_is_refused(path):
+    with pytest.raises(ValueError, match="no name of a file"), whole_file(path):
+        pass
+
+
 def test_two_writers_do_not_share_a_temporary(tmp_path):
     with whole_file(tmp_path / "a") as one, whole_file(tmp_path / "a") as two:
         assert one != two

@@ -137,6 +137,7 @@ def evaluate(
         num_slices=trained["data"]["num_slices"],
     )
     how = vars(coding)
+    distance = perceptual() if perceptual is not None else None
     if mode == "patch":
         check_patch(patch, vae.factor)
         tile_faces([1] * vae.spatial_dims, patch, overlap, blend)  # overlap < patch
@@ -174,10 +175,8 @@ def evaluate(
             store.write_skipped(out)
         if verify and world.is_main:
             print(verify_exact(vae, store))
-        distance = None
-        if perceptual is not None:
-            distance = perceptual().to(world.device)
-            distance.data_range = store.data_range
+        if distance is not None:
+            distance.to(world.device).data_range = store.data_range
         evaluator = Evaluator(
             vae, store, out, how, facts, latent_bits, patch_gap, pca, distance, save_recon, media
         )

@@ -45,8 +45,11 @@ def patches(
     from loaders import PatchLoader, open_data
     from vae3d.tracking.media import write_png
 
+    path = Path(out)
     if n < 1:
         raise ValueError(f"n is {n}: use 1 or more")
+    if path.suffix.lower() != ".png":
+        raise ValueError(f"--out {out}: give a name that ends in .png")
     store, _ = open_data(replace(data, root=root), len(patch_size))
     loader = PatchLoader(store, patch_size, patching, seed=seed, threads=0, **data.loader_options())
     low, high = store.channel_ranges[0]
@@ -55,7 +58,6 @@ def patches(
         shown = (batch.image[0, 0].numpy() - low) / (high - low)
         tiles.append(planes(np.rint(np.clip(shown, 0, 1) * 255).astype(np.uint8)))
         rows.append([ids[int(batch.volume[0])], *batch.corner[0].tolist()])
-    path = Path(out)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_png(path, sheet(tiles))
     with open(path.with_suffix(".csv"), "w", newline="", encoding="utf-8") as file:

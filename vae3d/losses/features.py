@@ -21,6 +21,7 @@ from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
 from typing import Literal
+from urllib.error import URLError
 
 import torch
 from torch import Tensor, nn
@@ -218,6 +219,11 @@ class MonaiNetwork(FeatureNetwork):
         except OptionalImportError as error:
             needed = "pip install lpips torchvision"
             raise ValueError(f"{name} needs more packages: {needed}") from error
+        except URLError as error:
+            raise ValueError(
+                f"the weights of {name} cannot be fetched ({error.reason}): put "
+                f"{' and '.join(missing)} into {hub}"
+            ) from error
         self.network = loss.perceptual_function
 
     @property
