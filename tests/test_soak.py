@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 import yaml
 from processes import GAN, TINY, Process, assert_equal, fork_server, losses, run
-from troubles import DEEDS, FIRST, MOMENTS, RARE, SIGNALS, Trouble, relieve
+from troubles import DEEDS, FIRST, LATER, MOMENTS, OFTEN, ONCE, SIGNALS, Trouble, relieve
 
 from vae3d.training.checkpoint import load_checkpoint
 
@@ -29,7 +29,7 @@ __all__ = ["fork_server"]  # a fixture
 MINUTES = float(os.environ.get("VAE3D_SOAK_MINUTES", 3))
 SEED = int(os.environ.get("VAE3D_SOAK_SEED", 0))
 STEPS, BATCH = 60, 4  # of all ranks together
-OFTEN = {"save_every": 5, "val_every": 10, "media_every": 20}
+EVERY = {"save_every": 5, "val_every": 10, "media_every": 20}
 DISK = "size=32m"
 CODES = {"SIGTERM": 143, "SIGINT": 130, "SIGUSR1": 138}
 STATE = ("model", "ema", "task", "optimizers", "scaler", "loader", "samples", "best")
@@ -73,7 +73,7 @@ class Soak:
             "threads": 2,
             "model.init_args.linear_code": "true",
             "force": "true",  # another number of ranks takes another batch
-            **OFTEN,
+            **EVERY,
         }
         return [word for name, value in options.items() for word in (f"--{name}", str(value))]
 
@@ -117,8 +117,8 @@ def samples(process: Process, ranks: int) -> dict[int, list]:
 def draw(rng: random.Random, soak: Soak, ranks: int, begun: bool) -> Trouble:
     """A trouble at a random moment that can come."""
     deed = rng.choice([*SIGNALS, *DEEDS])  # signals twice as often
-    moment = rng.choice([name for name in MOMENTS if not begun or name not in FIRST])
-    count = rng.choice([1, 1, 2, 3]) if moment in RARE else rng.randint(1, 15)
+    moment = rng.choice([m for m in MOMENTS if m not in (FIRST if begun else LATER)])
+    count = 1 if moment in ONCE else rng.randint(1, 15 if moment in OFTEN else 3)
     rank = rng.randrange(ranks) if deed in SIGNALS else 0  # rank 0 writes
     return Trouble(rank, moment, count, rng.random() < 0.5, deed, soak.place, soak.small)
 

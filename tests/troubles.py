@@ -34,8 +34,11 @@ MOMENTS = {
     "the run is closed": "vae3d.tracking.tracker.Tracker.close",
 }
 FIRST = {"a volume is cached", "a file of the cache is written", "the linear code is fitted"}
-RARE = set(MOMENTS) - {"a step is computed", "weights are updated", "a line is logged"}
-RARE -= {"a volume is cached", "a file of the cache is written", "a volume is validated"}
+LATER = {"a checkpoint is read"}  # in a run that goes on
+ONCE = LATER | {"the data are found", "the headers are asked", "the linear code is fitted"}
+ONCE |= {"the configuration is written", "the run is closed"}
+OFTEN = {"a step is computed", "weights are updated", "a line is logged", "a volume is validated"}
+OFTEN |= {"a volume is cached", "a file of the cache is written"}
 SIGNALS = ("SIGKILL", "SIGTERM", "SIGINT", "SIGUSR1")
 DEEDS = (*SIGNALS, "full disk", "read-only", "vanished volume", "vanished cache")
 BALLAST = "ballast"  # the file that fills a disk
