@@ -2,6 +2,7 @@
 
 import os
 import resource
+import signal
 import sys
 
 import torch
@@ -32,6 +33,7 @@ def train_command(
     os.environ.update(environ)
     torch.set_num_threads(1)
     if troubles is not None:
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored below a shell's `&`
         obey_modes()
         note_samples()
         for trouble in troubles:

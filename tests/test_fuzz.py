@@ -356,7 +356,9 @@ def bounded():
         signal.alarm(0)
         os.kill(os.getpid(), signal.SIGINT)
 
-    kept = {number: signal.signal(number, press) for number in (signal.SIGPROF, signal.SIGALRM)}
+    handlers = {signal.SIGPROF: press, signal.SIGALRM: press}
+    handlers[signal.SIGINT] = signal.default_int_handler  # it is ignored below a shell's `&`
+    kept = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     limits = resource.getrlimit(resource.RLIMIT_AS)
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, limits[1]))
