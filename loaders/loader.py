@@ -6,6 +6,7 @@ Images are (B, C, X, Y, Z) float32 in 3D and (B, C, X, Y) in 2D.
 from __future__ import annotations
 
 import itertools
+import signal
 import sys
 import threading
 from collections import deque
@@ -396,6 +397,7 @@ class PatchLoader:
             num_workers=self.threads,
             prefetch_factor=max(1, self.prefetch // self.threads),
             generator=torch.Generator().manual_seed(self.plan.seed),  # leaves the global one alone
+            worker_init_fn=leave_signals_to_the_parent,
         )
         for (after, _), batch in zip(order, loader, strict=False):
             if self.pin:
@@ -403,6 +405,13 @@ class PatchLoader:
                 if batch.weight is not None:
                     batch.weight = batch.weight.pin_memory()
             yield after, batch
+
+
+def leave_signals_to_the_parent(_worker: int) -> None:
+    """Ignore what asks a whole group of processes to stop: the parent's step needs its batches."""
+    for name in ("SIGTERM", "SIGINT", "SIGUSR1"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
 
 
 class _Batches(torch.utils.data.Dataset[Batch]):

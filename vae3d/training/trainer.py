@@ -23,11 +23,12 @@ from torch.distributed.tensor.experimental import implicit_replication
 from torch.nn.parallel import DistributedDataParallel
 
 from vae3d.config import check_at_least
+from vae3d.stop import Stop, Stopped, listening
 from vae3d.tracking.console import Console
 from vae3d.tracking.tracker import Tracker
 from vae3d.training.bad_steps import first_bad
 from vae3d.training.checkpoint import Checkpoints, versions
-from vae3d.training.distributed import Interrupt, World
+from vae3d.training.distributed import World
 from vae3d.training.ema import EMA
 from vae3d.training.optimizers import adamw, distributed, gradients, parts_of
 from vae3d.training.options import Loop
@@ -123,28 +124,45 @@ class Trainer:
         self.console = Console(self.loop.max_steps, self.step, enabled=self.world.is_main)
         self._clock()
         with ExitStack() as stack:
-            interrupt = stack.enter_context(Interrupt())
+            stop = stack.enter_context(listening())
             stack.callback(self.console.close)
             stack.enter_context(self.world.naming_the_missing(lambda: self.step))
             batches = stack.enter_context(closing(self.loader.stream()))
-            self.look()  # a kill may have come between the saving and the looking
-            while self.step < self.loop.max_steps and not self.without_progress():
-                window = self.fetch(batches)
-                terms = self.backward(window)
-                self.update(terms, window)
-                self.step += 1
-                if self.due(self.loop.log_every):
-                    self.log()
-                looks = {"validation": self.val_every, "pictures": self.media_every}
-                self.owed = [look for look, every in looks.items() if self.due(every)]
-                stop = self.world.max_int(interrupt.exit_code or self.wish_to_stop())
-                if stop or self.owed or self.due(self.loop.save_every):
-                    self.save()
-                if self.owed and stop <= TIME_IS_UP:  # a signal leaves little time: owed, then
-                    self.look()
-                    stop = stop or self.world.max_int(interrupt.exit_code)
-                if stop:
-                    return stop if stop > TIME_IS_UP else 0
+            try:
+                with stop.held():
+                    reason = self.train(batches, stop)
+            except Stopped as stopped:  # while looking at a step that has been saved
+                reason = stopped.code
+            if reason > TIME_IS_UP:
+                line = f"{Stopped(reason)}: step {self.step} is saved; the same command continues"
+                self.console.print(line)
+                return reason
+        return 0
+
+    def train(self, batches: Iterator[Any], stop: Stop) -> int:
+        """Take steps, save them and look at them; return why it ended, 0 when done.
+
+        Args:
+            batches: What to train on.
+            stop: Held: a signal waits for the step in hand; while looking, for nothing.
+        """
+        self.look(stop)  # a kill may have come between the saving and the looking
+        while self.step < self.loop.max_steps and not self.without_progress():
+            window = self.fetch(batches)
+            terms = self.backward(window)
+            self.update(terms, window)
+            self.step += 1
+            if self.due(self.loop.log_every):
+                self.log()
+            looks = {"validation": self.val_every, "pictures": self.media_every}
+            self.owed = [look for look, every in looks.items() if self.due(every)]
+            reason = self.world.max_int(stop.code or self.wish_to_stop())
+            if reason or self.owed or self.due(self.loop.save_every):
+                self.save()
+            if reason <= TIME_IS_UP:  # a signal leaves little time: it is owed, then
+                self.look(stop)
+            if reason:
+                return reason
         return 0
 
     def fetch(self, batches: Iterator[Any]) -> list[Any]:
@@ -300,24 +318,31 @@ class Trainer:
             numbers["perf/gpu_memory_gb"] = torch.cuda.max_memory_allocated(self.device) / 1e9
         return numbers
 
-    def look(self) -> None:
+    def look(self, stop: Stop) -> None:
         """Do what the present step owes: validate, then picture.
 
         The step has been saved before: neither a kill nor an error in here loses training, and the
         run that resumes does what is still owed. Pictures that end in an error are not tried again,
-        or a restarted run would end at the same step for ever.
+        or a restarted run would end at the same step for ever; those that a signal ends are.
         """
-        if "validation" in self.owed:
-            better = bool(self.val_every) and self.validate()
-            self.owed.remove("validation")
-            self.note(better)
-        if "pictures" in self.owed:
-            try:
-                if self.media_every:
-                    self.picture()
-            finally:
+        if not self.owed:
+            return
+        with stop.released():
+            if "validation" in self.owed:
+                better = bool(self.val_every) and self.validate()
+                self.owed.remove("validation")
+                self.note(better)
+            if "pictures" in self.owed:
+                try:
+                    if self.media_every:
+                        self.picture()
+                except Exception:
+                    self.owed.remove("pictures")
+                    self.note()
+                    raise
                 self.owed.remove("pictures")
                 self.note()
+            self.world.barrier()  # who has nothing to draw waits here, where a signal reaches it
 
     def validate(self) -> bool:
         """Measure the averaged network; tell whether it is the best so far."""
