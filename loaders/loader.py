@@ -297,15 +297,22 @@ class PatchLoader:
         plan = self.plan
         return {"samples": self.samples, "seed": plan.seed, "rows_per_epoch": plan.rows_per_epoch}
 
+    def changes_since(self, state: dict[str, Any]) -> list[str]:
+        """Return in what the order of the data is another than where `state_dict` was taken."""
+        mine = self.state_dict()
+        return [
+            f"{name} was {state[name]}, is {mine[name]}"
+            for name in ("seed", "rows_per_epoch")
+            if state[name] != mine[name]
+        ]
+
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Let the next iteration go on where `state_dict` was taken, on any number of ranks."""
-        mine = self.state_dict()
-        for name in ("seed", "rows_per_epoch"):
-            if state[name] != mine[name]:
-                raise ValueError(
-                    f"the checkpoint's data order has {name} {state[name]}, this run {mine[name]}: "
-                    f"resume with the same data, patching and seed"
-                )
+        if changes := self.changes_since(state):
+            raise ValueError(
+                f"the checkpoint's order of the data is another ({', '.join(changes)}): resume with"
+                f" the same data, patching and seed, or begin the order anew by --force"
+            )
         self._begin = self.samples = int(state["samples"])
 
     def __iter__(self) -> Iterator[Batch]:

@@ -344,8 +344,8 @@ def test_a_resumed_run_keeps_its_split_and_new_files_are_told_in_one_line(tmp_pa
         id for ids in old.values() for id in ids
     )
     assert survey.lines == [
-        "new: 2 volumes that this run did not begin with are not used, first p2__T1 (--fresh "
-        "begins anew with them)",
+        f"{tmp_path} has changed since this run began: 2 new and not used: p2__T1, p2__T2. The run "
+        "keeps its own split; --fresh begins anew",
         "split: 3 train, 1 val, 1 test",
     ]
 
