@@ -96,7 +96,7 @@ class Stop:
     def heard_by(self, ranks: Ranks) -> Iterator[None]:
         """Share requests with the other ranks of a run while the body runs."""
         self.ranks = ranks
-        self._wake()
+        self._bell.send(b"\0")  # `_watch` asks them from now on
         try:
             yield
         finally:
@@ -117,7 +117,7 @@ class Stop:
     def end(self) -> None:
         """Let `_watch` end."""
         self._over = True
-        self._wake()
+        self._bell.close()
 
     def take(self) -> None:
         """Be trusted with a request that has come: the time it takes is no longer watched."""
@@ -150,10 +150,6 @@ class Stop:
             if self.ranks and not code and not self._held and (heard := self.ranks.heard()):
                 signal.pthread_kill(threading.main_thread().ident or 0, heard - 128)
         self._door.close()
-        self._bell.close()
-
-    def _wake(self) -> None:
-        self._bell.send(b"\0")
 
 
 def _signals(door: socket.socket) -> list[int]:

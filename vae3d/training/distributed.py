@@ -239,19 +239,20 @@ def open_world(device: str = "auto", timeout_minutes: float = 30.0) -> Iterator[
     world = World(rank, size, where, None, store)
     backend = "nccl" if where.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
-    try:
-        world.control = dist.group.WORLD
-        if backend != "gloo":
-            world.control = dist.new_group(backend="gloo", timeout=timeout)
-        with listening() as stop, stop.heard_by(world):
-            yield world
-    except BaseException as error:
-        code = asked() or world.heard()
-        _leave(world, wait=False)
-        if code and is_lost(error):  # a rank that was asked to stop has gone before
-            raise Stopped(code) from error
-        raise
-    _leave(world, wait=not asked())
+    with listening() as stop:
+        try:
+            world.control = dist.group.WORLD
+            if backend != "gloo":
+                world.control = dist.new_group(backend="gloo", timeout=timeout)
+            with stop.heard_by(world):
+                yield world
+        except BaseException as error:
+            code = stop.code or world.heard()
+            _leave(world, wait=False)
+            if code and is_lost(error):  # a rank that was asked to stop has gone before
+                raise Stopped(code) from error
+            raise
+        _leave(world, wait=not stop.code)
 
 
 def _leave(world: World, wait: bool) -> None:
