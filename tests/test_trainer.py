@@ -1,6 +1,8 @@
 import contextlib
 import copy
 import math
+import os
+import signal
 import sys
 import time
 from dataclasses import replace
@@ -300,6 +302,40 @@ def test_time_limit_saves_and_ends_with_zero(tmp_path):
     assert trainer.fit() == 0
     assert trainer.step == 1
     assert trainer.checkpoints.resume(tmp_path / "last.pt")["step"] == 1
+
+
+def killed(*_):
+    """End as a look at the network does that a signal meets."""
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(30)
+
+
+@pytest.mark.parametrize("look", ["validate", "show"])
+def test_a_signal_while_looking_loses_no_step_and_the_next_run_looks_first(tmp_path, capsys, look):
+    every = {"validate": "val_every", "show": "media_every"}[look]
+    first = toy_trainer(tmp_path, **{look: killed, every: 3}, max_steps=5)
+    assert first.fit() == 143 and first.step == 3
+    line = "stopped by SIGTERM: step 3 is saved; the same command continues\n"
+    assert capsys.readouterr().err.endswith(line)
+    looked = []
+
+    def remember(_network, step):
+        looked.append(step)
+        return {"val/mae": 1.0}
+
+    again = toy_trainer(tmp_path, **{look: remember, every: 3}, max_steps=5)
+    again.load_state_dict(again.checkpoints.resume(tmp_path / "last.pt"))
+    assert again.fit() == 0 and looked == [3, 5]
+
+
+def test_a_signal_within_a_step_waits_for_its_checkpoint_and_is_told_once(
+    tmp_path, capsys, signal_at
+):
+    trainer = toy_trainer(tmp_path, max_steps=9)
+    signal_at(trainer, "update", 4)
+    assert trainer.fit() == 143
+    assert trainer.checkpoints.resume(tmp_path / "last.pt")["step"] == 4
+    assert capsys.readouterr().err.count("stopped by SIGTERM: step 4 is saved") == 1
 
 
 def scripted(*scores):
