@@ -20,13 +20,21 @@ SOURCES = sorted(
 ROOMS = {
     "loaders": set(),
     "recipes": set(),  # vae3d/recipes.py
+    "ranges": set(),  # vae3d/ranges.py
+    "mistakes": set(),  # vae3d/mistakes.py
     "kernels": set(),
     "models": {"kernels"},
     "losses": {"models"},
     "weights": {"models"},
     "exact": {"kernels", "models"},
     "tracking": {"loaders"},
-    "config": {"loaders", "models", "recipes"},  # vae3d/config.py: signatures to command lines
+    "config": {
+        "loaders",
+        "models",
+        "recipes",
+        "ranges",
+        "mistakes",
+    },  # vae3d/config.py: signatures to command lines
     "reports": {"loaders", "tracking"},
     "inference": {"loaders", "kernels", "models", "exact", "tracking", "reports"},
     "training": {
@@ -37,6 +45,7 @@ ROOMS = {
         "weights",
         "tracking",
         "config",
+        "ranges",
         "inference",
     },
     "stage2": {"loaders", "models", "tracking", "training"},

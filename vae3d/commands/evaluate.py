@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from loaders import Preprocess
 from loaders.readers import Reading
 from vae3d.losses.perceptual import Perceptual
+from vae3d.ranges import check_ranges
 
 if TYPE_CHECKING:
     from loaders import Subject, VolumeStore
@@ -110,7 +111,6 @@ def evaluate(
     """
     from loaders import VolumeStore, find_subjects
     from loaders.store import silent
-    from vae3d.config import check_at_least
     from vae3d.inference.evaluation import Evaluator, headline
     from vae3d.inference.reconstruct import Coding
     from vae3d.inference.stitching import check_patch, tile_faces
@@ -121,7 +121,7 @@ def evaluate(
 
     if isinstance(data, str):
         data = EvaluationData(data)
-    check_at_least(1, limit=limit, latent_bits=latent_bits)
+    check_ranges("evaluate", {"limit": limit, "latent_bits": latent_bits})
     state = load_checkpoint(checkpoint)
     trained = state["config"]
     vae = load_vae(checkpoint, ema=ema, trust=trust)
