@@ -41,7 +41,7 @@ from jsonargparse import _actions, _typehints
 from loaders.config import as_meant
 from loaders.texts import MAX_NUMBER, load_yaml
 from loaders.whole import write_text
-from vae3d.mistakes import LONG_LINE, classes_under, explained
+from vae3d.mistakes import LONG_LINE, classes_under, explained, is_contract
 from vae3d.models.classes import buildable, import_class
 from vae3d.models.spec import describe
 from vae3d.ranges import check_ranges
@@ -210,7 +210,10 @@ def _import_class(path: object, *_: Any, **__: Any) -> type:
         known = (cls for base in _buildable for cls in classes_under(base))
         found = next((cls for cls in known if cls.__name__ == path), None)
         path = f"{found.__module__}.{path}" if found else path
-    return import_class(path, tuple(_buildable))
+    cls = import_class(path, tuple(_buildable))
+    if is_contract(cls):
+        raise ImportError(f"{path} is no class that a socket takes; it is what those derive from")
+    return cls
 
 
 @dataclasses.dataclass

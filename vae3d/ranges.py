@@ -8,10 +8,10 @@ lies beyond them would fill the memory before it was refused.
 from __future__ import annotations
 
 import dataclasses
+import math
 import sys
 from collections.abc import Iterator, Mapping
 from functools import partial
-from numbers import Real
 from typing import NamedTuple
 
 MANY = 10**6  # a limit that only a slip exceeds, and that is told to no other
@@ -26,9 +26,8 @@ class Range(NamedTuple):
     open_low: bool = False
     open_high: bool = False
 
-    def __contains__(self, value: object) -> bool:
-        if not isinstance(value, Real) or value != value:
-            return False
+    def holds(self, value: float) -> bool:
+        """Whether an option may be this number; NaN is none."""
         above = value > self.low if self.open_low else value >= self.low
         return above and (value < self.high if self.open_high else value <= self.high)
 
@@ -41,6 +40,7 @@ class Range(NamedTuple):
         return f"give {low} to {'below ' * self.open_high}{self.high:g}"
 
 
+ANY = Range(-math.inf, math.inf)
 FINITE, POSITIVE, NOT_NEGATIVE = Range(), Range(0, open_low=True), Range(0)
 PART, BELOW_ONE = Range(0, 1), Range(0, 1, open_high=True)
 COUNT, WIDTH, SIDE = Range(1, 10**9), Range(1, 2**16), Range(1, 2**16)
@@ -113,9 +113,9 @@ def check_ranges(owner: str, options: Mapping[str, object], before: str = "--") 
         before: What stands before the names on a command line.
     """
     for name, value in options.items():
-        allowed = RANGES.get(f"{owner}.{name}", RANGES.get(name))
-        for number in numbers_in(value) if allowed else ():
-            if number not in allowed:
+        allowed = RANGES.get(f"{owner}.{name}", RANGES.get(name, ANY))
+        for number in numbers_in(value):
+            if not allowed.holds(number):
                 limit = f"give at most {allowed.high:g}" if number > allowed.high else allowed
                 raise ValueError(f"{before}{name} is {as_given(value)}; {limit}")
         for group, inside in groups_in(value):
@@ -124,8 +124,8 @@ def check_ranges(owner: str, options: Mapping[str, object], before: str = "--") 
 
 def numbers_in(value: object) -> Iterator[float]:
     """The numbers of an option: itself, or those in a list or a mapping."""
-    if isinstance(value, Real) and not isinstance(value, bool):
-        yield float(value) if not isinstance(value, int) else value
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        yield value
     elif isinstance(value, (list, tuple)):
         for one in value:
             yield from numbers_in(one)

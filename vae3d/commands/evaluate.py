@@ -113,7 +113,6 @@ def evaluate(
     from loaders.store import silent
     from vae3d.inference.evaluation import Evaluator, headline
     from vae3d.inference.reconstruct import Coding
-    from vae3d.inference.stitching import check_patch, tile_faces
     from vae3d.tracking.tracker import Tracker
     from vae3d.training.checkpoint import find_checkpoint, fingerprint, load_checkpoint, load_vae
     from vae3d.training.distributed import open_world
@@ -137,9 +136,7 @@ def evaluate(
         num_slices=trained["data"]["num_slices"],
     )
     how = vars(coding)
-    if mode == "patch":
-        check_patch(patch, vae.factor)
-        tile_faces([1] * vae.spatial_dims, patch, overlap, blend)  # overlap < patch
+    coding.check(vae)
     reading = Reading.of(trained["data"]).masked(data.mask)
     facts = {"checkpoint": str(find_checkpoint(checkpoint)), "step": state["step"], "ema": ema}
     facts["checkpoint_sha256"] = fingerprint(checkpoint)
@@ -160,6 +157,8 @@ def evaluate(
             preprocess=Preprocess.of_checkpoint(state["preprocess"], data.preprocess),
             on_error=data.on_error,
             reading=reading,
+            in_channels=vae.in_channels,
+            num_slices=coding.slices_of(vae),
         )
         out, pca = Path(out_dir), None
         with world.main_first():

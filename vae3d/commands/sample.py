@@ -122,6 +122,7 @@ def sample(
         vae = load_encoder(vae_path, template["made_by"], trust).to(world.device)
         given = dict(mode=mode, patch_size=patch_size, overlap=overlap, blend=blend)
         coding = coding_of(template["made_by"], **given, memory_gb=memory_gb)
+        coding.check(vae)
         writer = Writer(Path(out_dir), template, vae, coding, media)
         shape = (template["shape"][0], *(grid or template["shape"][1:]))
         done = {}
