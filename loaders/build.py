@@ -122,10 +122,8 @@ class Builder:
         """Refuse a volume that the model cannot take."""
         given = channels * self.num_slices
         if self.in_channels not in (None, given):
-            raise ValueError(
-                f"{subject.paths[0]}: gives {given} channels, the model takes {self.in_channels}:"
-                f" --model.in_channels {given}{color_hint(subject, {given, self.in_channels})}"
-            )
+            hint = color_hint(subject, {given, self.in_channels})
+            raise ValueError(f"{subject.paths[0]}: {other_channels(given, self.in_channels)}{hint}")
 
     def files(self, subject: Subject) -> list[Path]:
         """Paths that a subject is read from; a missing one is among them where that is an error."""
@@ -350,6 +348,14 @@ def in_c_order(data: np.ndarray) -> np.ndarray:
     for number in range(len(source)):
         target[number] = source[number].copy(order="K")
     return out
+
+
+def other_channels(given: int, taken: int | None) -> str:
+    """Say that a volume has other channels than the model takes, and what can be done."""
+    return (
+        f"gives {given} channels, the model takes {taken}: give it other volumes, or train one with"
+        f" --model.in_channels {given}"
+    )
 
 
 def color_hint(subject: Subject, channels: set[int | None]) -> str:

@@ -21,13 +21,22 @@ ROOMS = {
     "loaders": set(),
     "recipes": set(),  # vae3d/recipes.py
     "stop": set(),  # vae3d/stop.py: signals
+    "ranges": set(),  # vae3d/ranges.py
+    "mistakes": set(),  # vae3d/mistakes.py
     "kernels": set(),
     "models": {"kernels"},
     "losses": {"models"},
     "weights": {"models"},
     "exact": {"kernels", "models"},
     "tracking": {"loaders"},
-    "config": {"loaders", "models", "recipes", "stop"},  # vae3d/config.py
+    "config": {  # vae3d/config.py: signatures to command lines
+        "loaders",
+        "models",
+        "recipes",
+        "ranges",
+        "mistakes",
+        "stop",
+    },
     "reports": {"loaders", "tracking"},
     "inference": {"loaders", "kernels", "models", "exact", "tracking", "reports"},
     "training": {
@@ -39,6 +48,7 @@ ROOMS = {
         "tracking",
         "config",
         "stop",
+        "ranges",
         "inference",
     },
     "stage2": {"loaders", "models", "tracking", "training"},

@@ -162,8 +162,6 @@ def suffer(soak: Soak, trouble: Trouble, ranks: int, delay: float | None, both: 
         allowed.add(-signal.SIGKILL)
     if happened and trouble.deed != "SIGKILL":
         allowed.add(CODES.get(trouble.deed, 2))
-        # Known to fail: signals outside of the loop end the process at once (branch `stops`).
-        allowed |= {-signal.SIGTERM, -signal.SIGUSR1} if trouble.deed in CODES else set()
     assert codes[first] in allowed, everything
     assert "Traceback" not in texts[first], everything
     if codes[first] == 2:

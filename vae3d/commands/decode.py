@@ -59,6 +59,7 @@ def decode(
     given = dict(mode=mode, patch_size=patch_size, overlap=overlap, blend=blend)
     coding = coding_of(made_by, **given, memory_gb=memory_gb)
     vae = load_encoder(checkpoint, made_by, trust)
+    coding.check(vae)
     with open_world(device) as world, telling_of_memory(*SMALLER_PASSES):
         vae.to(world.device)
         for path in paths[world.rank :: world.size]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from loaders.whole import write_text
+from vae3d.ranges import check_ranges
 
 if TYPE_CHECKING:
     import numpy as np
@@ -91,13 +92,11 @@ def sample(
         trust: Module prefixes besides vae3d whose classes the checkpoints may import.
     """
     from vae3d.commands.decode import load_encoder
-    from vae3d.config import check_at_least
     from vae3d.inference.reconstruct import coding_of
     from vae3d.training.distributed import open_world
     from vae3d.training.memory import SMALLER_PASSES, telling_of_memory
 
-    check_at_least(1, n=n)
-    check_at_least(0, seed=seed)
+    check_ranges("sample", dict(n=n, seed=seed, steps=steps, guidance=guidance))
     vae_path, fitted = checkpoint or "", latents or ""
     if ldm is None:
         if not vae_path:
@@ -123,6 +122,7 @@ def sample(
         vae = load_encoder(vae_path, template["made_by"], trust).to(world.device)
         given = dict(mode=mode, patch_size=patch_size, overlap=overlap, blend=blend)
         coding = coding_of(template["made_by"], **given, memory_gb=memory_gb)
+        coding.check(vae)
         writer = Writer(Path(out_dir), template, vae, coding, media)
         shape = (template["shape"][0], *(grid or template["shape"][1:]))
         done = {}

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Literal
 
 from loaders import DataConfig, Preprocess
 from vae3d.losses.vae_loss import VAELoss
+from vae3d.models.classes import made
 from vae3d.models.custom_vae import Checkpointing, CustomVAE
 from vae3d.training.options import Loop, as_options, spread
 
@@ -85,10 +86,18 @@ def train_3d(
     from vae3d.training.validate import Validation
 
     torch.manual_seed(loop.seed)
-    vae = model()
+    vae, terms = made("--model", model), made("--loss", loss)
     check_sizes(vae, patching, patch_size)
+    if patching:
+        terms.check((vae.out_channels, *patch_size))
+    loading = data.loader_options(loop.threads)
     if freeze and not init_from:
         raise ValueError(f"--freeze {freeze} needs --init_from: new weights are nothing to keep")
+    if freeze == "decoder" and terms.adversarial is not None and terms.adversarial.adaptive:
+        raise ValueError(
+            "--freeze decoder: an adaptive adversarial weight is balanced at the decoder's last"
+            " layer; set --loss.adversarial.adaptive false"
+        )
     vae.set_checkpointing(checkpointing)
     with (
         open_world(loop.device, loop.timeout_minutes) as world,
@@ -106,13 +115,7 @@ def train_3d(
         if compile:
             vae.encoder.compile()
             vae.decoder.compile()
-        task = VAETask(vae, loss().to(world.device), loop.seed)
-        game = task.loss.adversarial
-        if freeze == "decoder" and game is not None and game.adaptive:
-            raise ValueError(
-                "--freeze decoder: an adaptive adversarial weight is balanced at the decoder's last"
-                " layer; set --loss.adversarial.adaptive false"
-            )
+        task = VAETask(vae, terms.to(world.device), loop.seed)
 
         with world.main_first():
             known, say = state and state["split"], print if world.is_main else None
@@ -122,7 +125,6 @@ def train_3d(
         split = world.broadcast(split)
         for fault in nobody_trains(data.root, split):
             raise fault
-        run.write_json("split.json", split)
         training, held_out = store.subset(split["train"]), store.subset(split["val"])
         sample = patch_size if patching else largest(map(training.shape, range(len(training))))[1:]
         begun_with = state["batch_size"] if state else None
@@ -136,7 +138,7 @@ def train_3d(
             patches_per_volume=patches_per_volume,
             seed=loop.seed,
             threads=loop.threads,
-            **data.loader_options(),
+            **loading,
         )
         pin = world.device.type == "cuda"
         loader = cut(batch_size=batch, rank=world.rank, world_size=world.size, pin=pin)
@@ -144,8 +146,6 @@ def train_3d(
             seen = cut(batch_size=1)
             batches = seen.stream() if patching == "random_parts" else seen
             fit_linear_code(vae, (batch.image[0] for batch in batches), world)
-        if world.is_main:
-            store.write_skipped(out_dir)
         # Sharded weights need all ranks at each volume; then no rank has volumes of its own.
         validation = Validation(
             held_out,
@@ -177,6 +177,9 @@ def train_3d(
                 "batch_size": batch,
             },
         )
+        run.write_json("split.json", split)
+        if world.is_main:
+            store.write_skipped(out_dir)
         return run.fit(trainer, state)
 
 

@@ -129,7 +129,6 @@ class Evaluator:
         if row is None:
             case = self.store.ids[index]
             x = torch.from_numpy(self.store.read(index))
-            self._check_channels(x)
             recon, mean, logvar = autoencode(self.vae, x, **self.how)
             row = {"case": case, **self.measure(index, x, recon, mean, logvar)}
             self._write_files(index, x, recon, row)
@@ -212,15 +211,6 @@ class Evaluator:
         write_text(self.out_dir / "summary.json", json.dumps(_finite(summary), indent=1) + "\n")
         write_report(self.out_dir)
         return summary
-
-    def _check_channels(self, x: Tensor) -> None:
-        wanted = self.vae.in_channels
-        slices = self.how["num_slices"] if self.vae.spatial_dims == 2 else 1
-        if x.shape[0] * slices != wanted:
-            raise ValueError(
-                f"the model takes {wanted} channels, the volumes have {x.shape[0]} "
-                "(data.root or --checkpoint is another data set's)"
-            )
 
     def _baselines(self, x: Tensor, recon: Tensor, mask: Tensor | None) -> dict[str, float]:
         """Linear codes of the same size, and how many of their numbers would do as well."""

@@ -60,7 +60,15 @@ def encode_file(vae: CustomVAE, path: str | Path, mode: str = "full", **how: obj
     coding = Coding(mode, **{"patch_size": known.get("patch_size"), **slicing, **how})
     prepared = Preprocess.of_checkpoint(known.get("preprocess"))
     with TemporaryDirectory() as cache:
-        store = VolumeStore.build([path], cache, prepared, progress=False, reading=Reading.of(data))
+        store = VolumeStore.build(
+            [path],
+            cache,
+            prepared,
+            progress=False,
+            reading=Reading.of(data),
+            in_channels=vae.in_channels,
+            num_slices=coding.slices_of(vae),
+        )
         if len(store) > 1:
             raise ValueError(
                 f"{path}: a series of {len(store)} time points: encode it by `vae3d encode`"

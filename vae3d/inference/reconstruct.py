@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from vae3d.exact.executor import check_budget, check_size, decode_exact, encode_exact
-from vae3d.inference.stitching import check_patch, overlap_voxels, stitch
+from vae3d.inference.stitching import check_patch, overlap_voxels, stitch, tile_faces
 from vae3d.models.custom_vae import CustomVAE
 
 MODES = ("full", "patch", "exact")
@@ -147,6 +147,18 @@ class Coding:
         if dims > len(factor):
             factor.insert(self.slice_axis, 1)
         return factor
+
+    def check(self, vae: CustomVAE) -> None:
+        """Refuse patches that do not go with a model, before anything is read or written."""
+        if self.mode == "patch":
+            assert self.patch_size is not None
+            check_patch(self.patch_size, vae.factor)
+            ends = [1] * vae.spatial_dims
+            tile_faces(ends, self.patch_size, self.overlap, self.blend)  # overlap < patch
+
+    def slices_of(self, vae: CustomVAE) -> int:
+        """Slices of a volume that become input channels of the model."""
+        return self.num_slices if vae.spatial_dims == 2 else 1
 
     def _tiling(self, vae: CustomVAE) -> tuple[Sequence[int], Sequence[int]]:
         """Patch and overlap in whole latent voxels, so that both ways have the same tiles."""

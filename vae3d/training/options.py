@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
-from vae3d.config import check_at_least
+from vae3d.ranges import check_ranges
 from vae3d.training.precision import Amp
 
 
@@ -82,15 +82,7 @@ class Loop:
 
     def __post_init__(self) -> None:
         """Refuse numbers out of range, before anything is read or written."""
-        at_least_one = ("max_steps", "grad_accum", "log_every", "early_stop", "max_bad_steps")
-        check_at_least(1, **{name: getattr(self, name) for name in at_least_one})
-        check_at_least(0, val_every=self.val_every, media_every=self.media_every)
-        check_at_least(0, save_every=self.save_every, warmup_steps=self.warmup_steps)
-        check_at_least(0, rewarm_steps=self.rewarm_steps)
-        check_at_least(0, clip_norm=self.clip_norm, max_hours=self.max_hours)
-        check_at_least(0, lr=self.lr, weight_decay=self.weight_decay)
-        if isinstance(self.betas, (tuple, list)) and not all(0 <= beta < 1 for beta in self.betas):
-            raise ValueError(f"--betas must be at least 0 and below 1, not {list(self.betas)}")
+        check_ranges("Loop", vars(self))
 
 
 def spread(function: Callable[..., int]) -> Callable[..., int]:
@@ -110,6 +102,8 @@ def spread(function: Callable[..., int]) -> Callable[..., int]:
     @functools.wraps(function)
     def flat(*args: Any, **options: Any) -> int:
         loop = group(**{name: options.pop(name) for name in names if name in options})
+        own = inspect.signature(function).bind(*args, loop=loop, **options).arguments
+        check_ranges(function.__name__, own)
         return function(*args, loop=loop, **options)
 
     own = [p for p in inspect.signature(function).parameters.values() if p.name != "loop"]

@@ -23,7 +23,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.experimental import implicit_replication
 from torch.nn.parallel import DistributedDataParallel
 
-from vae3d.config import check_at_least
+from vae3d.ranges import check_ranges
 from vae3d.stop import Stop, Stopped, listening
 from vae3d.tracking.console import Console
 from vae3d.tracking.tracker import Tracker
@@ -80,7 +80,7 @@ class Trainer:
         sources: Callable[[Any], list[str]] | None = None,
         record: dict[str, Any] | None = None,
     ):
-        check_at_least(0, discriminator_lr=discriminator_lr)
+        check_ranges("Trainer", {"discriminator_lr": discriminator_lr})
         if loop.amp is None:
             raise ValueError("Trainer takes an `amp` that is settled: off, bf16 or fp16")
         self.task, self.loader, self.world, self.tracker = task, loader, world or World(), tracker

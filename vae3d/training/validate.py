@@ -9,7 +9,6 @@ from typing import Any, Unpack
 
 import torch
 
-from vae3d.config import check_at_least
 from vae3d.inference.metrics import by_channel, in_one_unit, mae, psnr
 from vae3d.inference.reconstruct import reconstruct
 from vae3d.models.custom_vae import CustomVAE
@@ -41,7 +40,6 @@ class Validation:
         pictured: int = 0,
         overlap: float = 0.25,
     ):
-        check_at_least(0, val_volumes=max_volumes, media_volumes=pictured)
         self.store, self.world = store, world
         self.patch_size, self.overlap = patch_size, overlap
         count = min(len(store), max_volumes or len(store))
