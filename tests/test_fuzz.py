@@ -505,7 +505,12 @@ def try_file(world: Path, name: str, number: int) -> None:
     """Spoil a file in the way of this number, and let a command read it."""
     command, line = FILES[name]
     mutate(world / name, random.Random(f"{name} {number}"))
-    code = attempt(world, [command, *words(world, line)])
+    try:
+        code = attempt(world, [command, *words(world, line)])
+    except AssertionError as error:
+        raise AssertionError(f"{name}, spoiled in way {number}: {error}") from None
+    finally:
+        shutil.copy(world / name.replace("world", "again", 1), world / name)
     assert code != 130, f"{name} {number}: still at work after {CPU_S} s"
 
 

@@ -182,7 +182,7 @@ def check_folder(soak: Soak, codes: list[int], done: int) -> None:
     """A run folder is whole at any moment, and has the steps that are done for good."""
     folder = soak.place / "run"
     assert newest_step(folder) >= done
-    for path in folder.glob("checkpoints/*.pt"):
+    for path in folder.glob("checkpoints/[!.]*.pt"):
         load_checkpoint(path)
     for path in folder.glob("*.json"):
         json.loads(path.read_text())
