@@ -22,6 +22,7 @@ from vae3d.losses.vae_loss import VAELoss
 from vae3d.training import distributed
 from vae3d.training.distributed import World
 from vae3d.training.optimizers import FusedAdamW
+from vae3d.training.options import Loop
 from vae3d.training.precision import LossScaler, faults_of_conv3d, native_amp
 from vae3d.training.run import Run
 from vae3d.training.task import Task, VAETask, noise_of_sample
@@ -514,6 +515,14 @@ def test_known_faults_of_3d_convolutions_are_told_at_the_start(
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == len(told)
     assert all(part in line for part, line in zip(told, lines, strict=True))
+
+
+@pytest.mark.parametrize("max_steps, told", [(99, True), (100, False)])
+def test_a_run_that_ends_within_its_warm_up_is_told(tmp_path, capsys, max_steps, told):
+    loop = Loop(max_steps=max_steps, warmup_steps=100, lr=1e-3, wandb="disabled")
+    Run(tmp_path, World()).track(loop, {}, None).close()
+    line = "max_steps 99 ends within warmup_steps 100: the learning rate gets no higher than"
+    assert capsys.readouterr().out == f"{line} 0.00098 of 0.001\n" * told
 
 
 @pytest.mark.parametrize("error", [None, RuntimeError("rank 1 no longer answers")])
