@@ -267,11 +267,11 @@ def _parsing(parser: jsonargparse.ArgumentParser) -> Iterator[None]:
     token = _in_a_parser.set(True)
     try:
         yield
-    except jsonargparse.ArgumentError as error:
-        options = [option[2:] for action in parser._actions for option in action.option_strings]
-        raise ValueError(explained(" ".join(str(error).split()), options)) from error
     except UnicodeDecodeError as error:
         raise ValueError(f"--config: not a text file ({_one_line(error)})") from error
+    except (jsonargparse.ArgumentError, ValueError) as error:
+        options = [option[2:] for action in parser._actions for option in action.option_strings]
+        raise ValueError(explained(" ".join(str(error).split()), options)) from error
     except RecursionError as error:
         raise ValueError("the options are nested too deeply") from error
     finally:

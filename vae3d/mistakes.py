@@ -41,13 +41,12 @@ def explained(said: str, options: Iterable[str]) -> str:
         return no_class(key, found[1], found[2], said)
     if key and (found := re.search(r"Unable to load config '(.*?)'", said)):
         return f"--{key} is {found[1]}; give a file, or its options one by one"
+    if found := re.search(r"Union subtypes .*?Errors: - (?!Expected|Type )(.*?) - Expected", said):
+        return f"--{key}: {found[1]}" if key else found[1]
     wanted = " or ".join(dict.fromkeys(wishes(said)))
-    if (
-        key
-        and wanted
-        and (found := re.search(r"(?:Got|Given) value: (.*?)(?:\. Got value|$)", said))
-    ):
-        return f"--{key} is {found[1][:200]}; give {wanted}"
+    given = re.search(r"(?:Got|Given) value: (.*?)(?:\. Got value|$)", said)
+    if key and wanted and given:
+        return f"--{key} is {given[1][:200]}; give {wanted}"
     return said
 
 

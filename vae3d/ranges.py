@@ -78,7 +78,7 @@ RANGES = {
     "num_slices": Range(1, 4096),
     "DataConfig.threads": Range(1, 1024),
     "spatial_dims": Range(2, 3),
-    "memory_gb": Range(0, 10**6, open_low=True),
+    "memory_gb": Range(0.01, 10**6),  # less is not kept by the libraries alone
     "latent_bits": Range(1, 64),
     # networks
     **dict.fromkeys(("in_channels", "out_channels", "channels", "latent_channels"), WIDTH),
@@ -104,6 +104,9 @@ RANGES = {
 }
 
 
+MAY_BE_EMPTY = ("attn_resolutions",)
+
+
 def check_ranges(owner: str, options: Mapping[str, object], before: str = "--") -> None:
     """Raise ValueError, by the name of the option, for a number that it cannot be.
 
@@ -114,6 +117,8 @@ def check_ranges(owner: str, options: Mapping[str, object], before: str = "--") 
     """
     for name, value in options.items():
         allowed = RANGES.get(f"{owner}.{name}", RANGES.get(name, ANY))
+        if value in ((), []) and name in RANGES and name not in MAY_BE_EMPTY:
+            raise ValueError(f"{before}{name} is empty; {allowed}")
         for number in numbers_in(value):
             if not allowed.holds(number):
                 limit = f"give at most {allowed.high:g}" if number > allowed.high else allowed

@@ -189,7 +189,7 @@ def train_ldm(
             loop=loop,
             validate=validation,
             monitor="val/loss",
-            show=pictures and partial(pictures, tracker=tracker),
+            show=partial(pictures, tracker=tracker) if pictures else None,
             sources=lambda batch: sorted({train.ids[i] for i in batch.volume.tolist()}),
             record={
                 "spec": model.spec,
