@@ -101,7 +101,8 @@ def make_world(home: Path) -> None:
     norm = partial(GroupNorm, num_groups=4)
     vae = partial(CustomVAE, channels=(4, 8), num_res_blocks=1, norm=norm, mid_attention=None)
     tiny = dict(max_steps=1, val_every=0, media_every=0, threads=0, amp="off", **QUIET)
-    train_3d(str(manifest), str(home / "run"), vae, patch_size=(8, 8, 8), batch_size=1, **tiny)
+    validated = tiny | {"val_every": 1}
+    train_3d(str(manifest), str(home / "run"), vae, patch_size=(8, 8, 8), batch_size=1, **validated)
     encode(str(home / "run"), str(home / "latents"), VolumeSource(str(manifest)), device="cpu")
     unet = UNet((4, 8), 1, (False, True), (0, 4), 4)
     train_ldm(str(home / "latents"), str(home / "ldm"), unet, batch_size=1, **tiny)
@@ -427,6 +428,7 @@ FILES = {  # a file, and a command that reads it
     "world/recipe.yaml": ("plan", "world/recipe.yaml --memory_gb 1"),
     "world/run/config.yaml": ("report", "world/run --out OUT/r.html"),
     "world/run/metrics.jsonl": ("report", "world/run --out OUT/r.html"),
+    "world/run/tables.jsonl": ("report", "world/run --out OUT/r.html"),
     "world/run/split.json": ("report", "world/run --out OUT/r.html"),
     "world/run/checkpoints/last.pt": ("convert", "world/run/checkpoints/last.pt OUT"),
     "world/run/checkpoints/newest.json": ("train", LINES["train"].replace("OUT", "world/run")),

@@ -517,3 +517,32 @@ def test_a_dead_wandb_service_warns_and_the_run_goes_on(server, tmp_path):
     assert run["slowest"] < AT_ONCE_S and run["closed"] < 5 + AT_ONCE_S
     assert "the run goes on" in run["err"] and "wandb sync" in run["err"]
     assert len(read_metrics(tmp_path / "metrics.jsonl")) == 9
+
+
+def test_a_disk_that_fills_in_a_line_costs_that_line_alone(tmp_path, monkeypatch):
+    tracker, write = Tracker(tmp_path, "disabled"), os.write
+    tracker.log({"a": 1.0}, 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "write", lambda handle, line: write(handle, line[: len(line) // 2]))
+        with pytest.warns(UserWarning, match="No space left on device; numbers are missing"):
+            tracker.log({"a": 2.0}, 2)
+    tracker.log({"a": 3.0}, 3)
+    tracker.close()
+    rows = read_metrics(tmp_path / "metrics.jsonl")
+    assert [(row["step"], row["a"]) for row in rows] == [(1, 1.0), (3, 3.0)]
+
+
+def test_what_is_no_number_in_a_file_of_lines_is_passed_over(tmp_path):
+    odd = ["[1]", '{"a": 1}', '{"step": "1"}', '{"step": 1.5}', '{"step": -1}', '{"step": true}']
+    odd += ['{"step": %s}' % ("9" * 5000), '{"step": NaN}', "nonsense"]
+    line = '{"step": 1, "a": {}, "b": "x", "c": NaN, "d": 1e999, "e": %s, "f": null, "g": 2}'
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("\n".join([*odd, line % ("9" * 400)]))
+    assert read_metrics(path) == [{"step": 1, "f": None, "g": 2}]
+    rows = ["1", "[1]", '[{"a": []}]', '[{"a": 1e999}]', '[{"case": "x", "a": 1, "b": null}]']
+    names = ["a", "b", "c", "d", "good"]
+    tables = [
+        f'{{"step": 1, "table": "{n}", "rows": {r}}}' for n, r in zip(names, rows, strict=True)
+    ]
+    path.write_text("\n".join(['{"step": 1, "table": [], "rows": []}', *tables]))
+    assert list(read_tables(path)) == ["good"]

@@ -13,6 +13,7 @@ be sent stays in `wandb/` of the run folder; `wandb sync --include-online runs/a
 Make one on rank 0 only. Names have a slash: train/recon, val/psnr, perf/patches_per_s, latent/kl.
 """
 
+import errno
 import json
 import math
 import os
@@ -38,6 +39,7 @@ SECRET = re.compile(r"api_?key|token|secret|passw|credential|private_?key", re.I
 URL_LOGIN = re.compile(r"(?<=://)[^/@\s]+@")
 REDACTED = "[redacted]"
 MODES = ("online", "offline", "disabled")
+STEPS = range(2**53)  # what a line may be of
 MAX_FAILURES = 3  # W&B calls that fail in a row before it is left alone
 
 
@@ -344,12 +346,15 @@ class _LineFile:
         self.path = path
         self.handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
         size = os.fstat(self.handle).st_size
-        if size and os.pread(self.handle, 1, size - 1) != b"\n":  # cut by a kill
-            os.write(self.handle, b"\n")
+        self.cut = size > 0 and os.pread(self.handle, 1, size - 1) != b"\n"  # by a kill
 
     def write(self, row: Mapping) -> None:
+        line = "\n" * self.cut + json.dumps(row, ensure_ascii=False) + "\n"
         try:
-            os.write(self.handle, (json.dumps(row, ensure_ascii=False) + "\n").encode())
+            short = os.write(self.handle, line.encode()) - len(line.encode())
+            self.cut = short < 0
+            if self.cut:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError as error:  # a full disk; checkpoints will say so louder
             warnings.warn(f"{self.path}: {error.strerror}; numbers are missing, the run goes on")
 
@@ -361,11 +366,11 @@ def read_metrics(path: Path | str) -> list[dict]:
     """Rows of a `metrics.jsonl`, one per step, as the run that counts saw them.
 
     Lines of one step are merged. A step below the one before is a resume: what the earlier life
-    wrote beyond it is dropped. A line that a kill cut short is skipped.
+    wrote beyond it is dropped. A line that a kill cut short is skipped, and what is no number.
     """
     rows: dict[int, dict] = {}
-    for row in _read_lines(path):
-        step = row["step"]
+    for line in _read_lines(path):
+        step, row = line["step"], {k: v for k, v in line.items() if _is_number(v)}
         while rows and next(reversed(rows)) > step:
             rows.popitem()
         rows[step] = {**rows.get(step, {}), **row}
@@ -374,7 +379,11 @@ def read_metrics(path: Path | str) -> list[dict]:
 
 def read_tables(path: Path | str) -> dict[str, dict]:
     """The newest of each table in a `tables.jsonl`, by name: `{"step": ..., "rows": [...]}`."""
-    return {row["table"]: row for row in _read_lines(path)}
+    return {
+        row["table"]: row
+        for row in _read_lines(path)
+        if isinstance(row.get("table"), str) and _is_table(row.get("rows"))
+    }
 
 
 def choose_mode(mode: str | None) -> str:
@@ -470,10 +479,23 @@ def _read_lines(path: Path | str) -> Iterable[dict]:
     for line in Path(path).read_text(encoding="utf-8").splitlines():
         try:
             row = json.loads(line)
-        except (json.JSONDecodeError, RecursionError):
+        except (ValueError, RecursionError):
             continue  # cut by a kill
-        if isinstance(row, dict) and "step" in row:
+        if isinstance(row, dict) and type(row.get("step")) is int and row["step"] in STEPS:
             yield row
+
+
+def _is_number(value: object) -> bool:
+    """Whether a line may hold it: a finite number, or null for one that was not."""
+    return value is None or (type(value) in (int, float) and abs(value) < 1e300)
+
+
+def _is_table(rows: object) -> bool:
+    """Whether these are rows of names, texts and numbers."""
+    return isinstance(rows, list) and all(
+        isinstance(row, dict) and all(isinstance(v, str) or _is_number(v) for v in row.values())
+        for row in rows
+    )
 
 
 def _reason(error: Exception) -> str:
