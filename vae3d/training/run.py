@@ -44,6 +44,7 @@ HARMLESS = {
     "force",
     "data.root",  # a moved folder; the subjects of the split must be there
     "data.cache_dir",
+    "data.threads",
 }
 # A run keeps the split that these made when it began.
 SPLIT_BY = {f"data.{name}" for name in ("fractions", "folds", "fold", "stratify_by", "group_by")}

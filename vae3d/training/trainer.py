@@ -299,7 +299,7 @@ class Trainer:
             line += "; --rewarm_steps N would reach it in N steps"
         self.say(line)
 
-    def meet_order(self, begun: dict[str, Any]) -> None:
+    def meet_order(self, begun: dict[str, int]) -> None:
         """Take up the order of the data where a checkpoint left it; by force a new one where not.
 
         Args:
