@@ -112,7 +112,7 @@ class Stop:
         """Leave the signals as they were before `listen`; a forked child does that, too."""
         signal.set_wakeup_fd(self._bell_before)
         for number, handler in self._before.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
     def end(self) -> None:
         """Let `_watch` end."""

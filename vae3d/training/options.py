@@ -48,8 +48,8 @@ class Loop:
         threads: Threads that read the data ahead on each rank.
         timeout_minutes: How long a rank waits for one that does not answer [min].
         fresh: Remove the checkpoints in out_dir and begin anew.
-        force: Continue although options that change the training, or the data, have changed; where the
-            order of the data is another, it begins anew.
+        force: Continue although options that change the training, or the data, have changed; an
+            order of the data that is another begins anew.
     """
 
     grad_accum: int = 1
