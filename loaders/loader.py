@@ -297,7 +297,7 @@ class PatchLoader:
         plan = self.plan
         return {"samples": self.samples, "seed": plan.seed, "rows_per_epoch": plan.rows_per_epoch}
 
-    def changes_since(self, state: dict[str, Any]) -> list[str]:
+    def changes_since(self, state: dict[str, int]) -> list[str]:
         """Return in what the order of the data is another than where `state_dict` was taken."""
         mine = self.state_dict()
         return [

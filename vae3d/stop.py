@@ -112,7 +112,7 @@ class Stop:
         """Leave the signals as they were before `listen`; a forked child does that, too."""
         signal.set_wakeup_fd(self._bell_before)
         for number, handler in self._before.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
     def end(self) -> None:
         """Let `_watch` end."""
@@ -133,13 +133,14 @@ class Stop:
         """See to it, in a thread, that a signal is followed in time, and by all ranks."""
         code, begun, since = 0, 0.0, 0.0
         while not self._over:
-            self._door.settimeout(POLL_S if code or self.ranks else None)
+            ranks = self.ranks
+            self._door.settimeout(POLL_S if code or ranks else None)
             for number in _signals(self._door):
                 if not code:
                     code, begun = CODES[number], time.monotonic()
                     since = begun
-                    if self.ranks:
-                        self.ranks.tell(code)
+                    if ranks:
+                        ranks.tell(code)
                 elif "RANK" not in os.environ or time.monotonic() - begun > ECHO_S:
                     os._exit(CODES[number])
             now = time.monotonic()
@@ -147,7 +148,7 @@ class Stop:
             if now - since > GRACE_S and not self._taken:
                 say(f"{Stopped(code)}: what was finished is kept")
                 os._exit(code)
-            if self.ranks and not code and not self._held and (heard := self.ranks.heard()):
+            if ranks and not code and not self._held and (heard := ranks.heard()):
                 signal.pthread_kill(threading.main_thread().ident or 0, heard - 128)
         self._door.close()
 

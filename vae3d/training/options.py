@@ -48,7 +48,8 @@ class Loop:
         threads: Threads that read the data ahead on each rank.
         timeout_minutes: How long a rank waits for one that does not answer [min].
         fresh: Remove the checkpoints in out_dir and begin anew.
-        force: Continue although options that change the training have changed.
+        force: Continue although options that change the training, or the data, have changed; an
+            order of the data that is another begins anew.
     """
 
     grad_accum: int = 1

@@ -299,7 +299,7 @@ class Trainer:
             line += "; --rewarm_steps N would reach it in N steps"
         self.say(line)
 
-    def meet_order(self, begun: dict[str, Any]) -> None:
+    def meet_order(self, begun: dict[str, int]) -> None:
         """Take up the order of the data where a checkpoint left it; by force a new one where not.
 
         Args:
@@ -370,19 +370,15 @@ class Trainer:
             return
         with stop.released():
             if "validation" in self.owed:
-                better = bool(self.val_every) and self.validate()
-                self.owed.remove("validation")
-                self.note(better)
+                self.settle("validation", best=bool(self.val_every) and self.validate())
             if "pictures" in self.owed:
                 try:
                     if self.media_every:
                         self.picture()
                 except Exception:
-                    self.owed.remove("pictures")
-                    self.note()
+                    self.settle("pictures")
                     raise
-                self.owed.remove("pictures")
-                self.note()
+                self.settle("pictures")
             self.world.barrier()  # who has nothing to draw waits here, where a signal reaches it
 
     def validate(self) -> bool:
@@ -434,8 +430,9 @@ class Trainer:
         if self.world.is_main:
             self.checkpoints.save(state)
 
-    def note(self, best: bool = False) -> None:
-        """Add what a look has found to the checkpoint of the present step."""
+    def settle(self, look: str, best: bool = False) -> None:
+        """Owe a look no longer, and add what it has found to the present step's checkpoint."""
+        self.owed.remove(look)
         if self.world.is_main:
             found = {"best": self.best, "stale": self.stale, "owed": self.owed}
             self.checkpoints.note(found, best)
