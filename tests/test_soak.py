@@ -163,6 +163,8 @@ def suffer(soak: Soak, trouble: Trouble, ranks: int, delay: float | None, both: 
     if happened and trouble.deed != "SIGKILL":
         allowed.add(CODES.get(trouble.deed, 2))
     assert codes[first] in allowed, everything
+    if happened and delay is None and trouble.deed in CODES:  # all ranks stop for the one's signal
+        assert set(codes) <= {0, CODES[trouble.deed], -signal.SIGKILL}, everything
     assert "Traceback" not in texts[first], everything
     if codes[first] == 2:
         errors = [line for line in texts[first].splitlines() if "error: " in line]

@@ -12,6 +12,7 @@ from toys import on_ranks
 
 from vae3d import config
 from vae3d.stop import CODES, Stopped, asked, listening
+from vae3d.training import distributed
 
 
 def be_signalled(number=signal.SIGTERM):
@@ -128,3 +129,19 @@ def wait_for_all(world):
 @pytest.mark.parametrize("work", [wait_for_the_first, wait_for_all])
 def test_a_signal_to_one_rank_stops_all_that_wait(work):
     assert on_ranks(2, work) == [(143, True), (143, True)]
+
+
+def test_a_rank_that_leaves_has_told_the_others_before(monkeypatch):
+    """Its thread may not have had its turn; without the word they would call it lost."""
+    happened = []
+
+    class Store:
+        def set(self, key, value):
+            happened.append((key, value))
+
+    monkeypatch.setattr(distributed, "asked", lambda: 143)
+    monkeypatch.setattr(
+        distributed.dist.distributed_c10d, "_abort_process_group", lambda: happened.append("left")
+    )
+    distributed._leave(distributed.World(1, 2, store=Store()), wait=False)
+    assert happened == [("stop", "143"), ("stop/1", "told"), "left"]

@@ -194,7 +194,7 @@ class World:
         """Say to the other ranks that this one was asked to stop, and with which exit code."""
         with suppress(RuntimeError):  # rank 0 has gone, and with it the store
             self.store.set("stop", str(code))
-            self.store.add("stop/told", 1)
+            self.store.set(f"stop/{self.rank}", "told")
 
     def heard(self) -> int:
         """The exit code that some rank was asked to stop with, 0 for none."""
@@ -206,9 +206,8 @@ class World:
     def let_all_hear(self, seconds: float = 2.0) -> None:
         """Wait for that where there is no torchrun: rank 0 would take the store with it."""
         until = time.monotonic() + seconds
-        while self.is_main and time.monotonic() < until:
-            if self.store.add("stop/told", 0) >= self.size:
-                return
+        told = [f"stop/{rank}" for rank in range(self.size)]
+        while self.is_main and time.monotonic() < until and not self.store.check(told):
             time.sleep(0.05)
 
 
@@ -257,7 +256,8 @@ def open_world(device: str = "auto", timeout_minutes: float = 30.0) -> Iterator[
 
 def _leave(world: World, wait: bool) -> None:
     """Leave the other ranks: to destroy a group is to wait for them, of which one may be lost."""
-    if asked():
+    if code := asked():
+        world.tell(code)  # the thread that does so may not have had its turn
         world.let_all_hear()
     _groups.extend(dist.distributed_c10d._world.pg_map)
     if wait:
