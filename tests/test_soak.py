@@ -130,7 +130,10 @@ def end(process: Process, both: bool) -> tuple[list[int], int]:
     """
     deadline, alone_since, first = time.monotonic() + 300, 0.0, None
     while any(rank.exitcode is None for rank in process.ranks):
-        assert time.monotonic() < deadline, f"stuck: {process.text()}"
+        if time.monotonic() > deadline:
+            for rank in process.ranks:
+                rank.kill()
+            raise AssertionError(f"stuck: {[process.text(n) for n in range(len(process.ranks))]}")
         failed = [n for n, rank in enumerate(process.ranks) if rank.exitcode not in (None, 0)]
         if failed and first is None:
             first, alone_since = failed[0], time.monotonic()
@@ -221,7 +224,9 @@ def play_round(
         count, troubles = rng.choice(ranks), troubles + 1
         trouble = draw(rng, soak, count, begun=step > 0)
         delay = rng.uniform(0.2, 3) if rng.random() < 0.15 else None
-        process = suffer(soak, trouble, count, delay, both=rng.random() < 0.8)
+        # Who is killed before the ranks have met is waited for, by whom no torchrun ends.
+        both = rng.random() < 0.8 or delay is not None
+        process = suffer(soak, trouble, count, delay, both)
         lost_lines |= trouble.deed == "full disk"
         step = newest_step(soak.place / "run")
         assert_as_wanted(samples(process, count), wanted)
