@@ -112,6 +112,9 @@ def _run(fn: Callable[..., int | None], argv: list[str] | None, prog: str | None
         rank = f"[rank {os.environ['RANK']}] " if "RANK" in os.environ else ""
         print(f"{rank}error: {_one_line(error)}", file=sys.stderr)
         return MISTAKE
+    except MemoryError as error:
+        print(f"error: not enough memory: {_one_line(error)}", file=sys.stderr)
+        return MISTAKE
     except KeyboardInterrupt:  # before training, or outside of it; there it is caught and saved
         print("interrupted", file=sys.stderr)
         return INTERRUPTED

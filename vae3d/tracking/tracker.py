@@ -29,6 +29,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from loaders.texts import misfit, read_bytes
 from loaders.whole import write_text
 
 if TYPE_CHECKING:
@@ -365,6 +366,7 @@ def read_metrics(path: Path | str) -> list[dict]:
     """
     rows: dict[int, dict] = {}
     for row in _read_lines(path):
+        row = {k: v for k, v in row.items() if misfit(v, (float, None)) is None}
         step = row["step"]
         while rows and next(reversed(rows)) > step:
             rows.popitem()
@@ -374,7 +376,8 @@ def read_metrics(path: Path | str) -> list[dict]:
 
 def read_tables(path: Path | str) -> dict[str, dict]:
     """The newest of each table in a `tables.jsonl`, by name: `{"step": ..., "rows": [...]}`."""
-    return {row["table"]: row for row in _read_lines(path)}
+    shape = {"table": str, "rows": [{str: (float, str, None)}]}
+    return {row["table"]: row for row in _read_lines(path) if misfit(row, shape) is None}
 
 
 def choose_mode(mode: str | None) -> str:
@@ -467,12 +470,12 @@ def _keep_run_id(out_dir: Path, run_id: str) -> None:
 
 
 def _read_lines(path: Path | str) -> Iterable[dict]:
-    for line in Path(path).read_text(encoding="utf-8").splitlines():
+    for line in read_bytes(Path(path)).decode("utf-8", "replace").splitlines():
         try:
             row = json.loads(line)
-        except (json.JSONDecodeError, RecursionError):
+        except (ValueError, RecursionError):
             continue  # cut by a kill
-        if isinstance(row, dict) and "step" in row:
+        if misfit(row, {"step": int}) is None and abs(row["step"]) < 2**63:
             yield row
 
 
