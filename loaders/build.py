@@ -54,8 +54,12 @@ from loaders.whole import sweep, whole_file
 
 # What a sidecar holds; see `loaders.texts.misfit`. By `ALIKE` one value a channel.
 ALIKE = ("scale", "offset", "statistics")
-MEASURED = {name: float for name in ("min", "max", "foreground_threshold", "foreground_mean")}
-MEASURED |= {"foreground_std": float, "percentiles": {str: float}}
+ROBUST = {"foreground_fraction": float, "foreground_percentiles": {str: float}}
+MEASURED = {
+    **{name: float for name in ("min", "max", "foreground_threshold", "foreground_mean")},
+    "foreground_std": float,
+    "percentiles": {str: float},
+}
 SIDECAR = {
     "key": str,
     "scale": [float],
@@ -187,7 +191,7 @@ class Builder:
         """Read a sidecar; None where the volume is missing or torn, or measured by old rules."""
         try:
             meta = read_json(self.cache_dir / f"{key}.json")
-            if misfit(meta, SIDECAR) or len({len(meta[k]) for k in ALIKE} | {meta["shape"][0]}) > 1:
+            if not is_sidecar(meta):
                 return None
             measured = self.preprocess.rules == 1 or all("robust" in s for s in meta["statistics"])
             arrays = [part for part in (meta, meta.get("mask")) if part]
@@ -299,6 +303,19 @@ class Builder:
             "start": len(content),
             "num_bytes": len(content) + (data.nbytes if body is not None else 0),
         }
+
+
+def is_sidecar(meta: object) -> bool:
+    """Whether what a file held is all that a volume in the cache needs, whoever wrote it."""
+    if not isinstance(meta, dict) or misfit(meta, SIDECAR):
+        return False
+    channels = {len(meta[name]) for name in ALIKE} | {meta["shape"][0]}
+    robust = [stats["robust"] for stats in meta["statistics"] if "robust" in stats]
+    if not all(stats["percentiles"] for stats in meta["statistics"]):
+        return False
+    return len(channels) == 1 and not (
+        misfit(robust, [ROBUST]) or misfit(meta.get("notes", []), [str])
+    )
 
 
 def measured(volume: Volume, path: Path) -> tuple[list[Statistics], list[np.ndarray]]:

@@ -133,6 +133,8 @@ def is_of(value: object, kind: object) -> bool:
     """Whether a value is of a type, None for null; true and false are no numbers."""
     if isinstance(value, bool) or not isinstance(kind, type):
         return kind is bool or value is kind
+    if isinstance(value, int) and abs(value) >= 2**63:  # NumPy has no such number
+        return False
     return isinstance(value, (int, float) if kind is float else kind)
 
 

@@ -378,7 +378,8 @@ class LatentStore:
         chosen = [by_name[name] for name in subjects or by_name]
         self.paths, self.infos = [p for p, _ in chosen], [info for _, info in chosen]
         self.statistics = read_statistics(folder)
-        widths = {len(self.statistics.mean), *(info["shape"][0] for info in self.infos)}
+        lists = (part for part in vars(self.statistics).values() if isinstance(part, list))
+        widths = {*map(len, lists), *(info["shape"][0] for info in self.infos)}
         if len(widths) > 1:
             raise ValueError(f"{folder}: its files have {sorted(widths)} channels; encode it again")
         self.spatial_shapes = np.array([info["shape"][1:] for info in self.infos])
