@@ -114,6 +114,9 @@ def _run(fn: Callable[..., int | None], argv: list[str] | None, prog: str | None
         rank = f"[rank {os.environ['RANK']}] " if "RANK" in os.environ else ""
         print(f"{rank}error: {_one_line(error)}", file=sys.stderr)
         return MISTAKE
+    except MemoryError as error:
+        print(f"error: not enough memory: {_one_line(error)}", file=sys.stderr)
+        return MISTAKE
     except Stopped as stopped:
         say(f"{stopped}: what was finished is kept")
         return stopped.code

@@ -140,7 +140,10 @@ def numbers_in(value: object) -> Iterator[float]:
 
 def groups_in(value: object) -> Iterator[tuple[str, Mapping[str, object]]]:
     """Names and options of the groups and classes of ours in an option, one level deep."""
-    if isinstance(value, partial) and isinstance(value.func, type):
+    if isinstance(value, dict) and value.keys() == {"class_path", "init_args"}:
+        if isinstance(value["init_args"], dict):
+            yield str(value["class_path"]).rpartition(".")[2], value["init_args"]
+    elif isinstance(value, partial) and isinstance(value.func, type):
         if value.func.__module__.split(".")[0] in ("vae3d", "loaders"):
             yield value.func.__name__, value.keywords
     elif dataclasses.is_dataclass(value) and not isinstance(value, type):

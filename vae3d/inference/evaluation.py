@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from loaders.texts import misfit, read_json
 from loaders.whole import write_text
 from vae3d.inference.baselines import BlockPCA, pooled
 from vae3d.inference.metrics import (
@@ -117,11 +118,12 @@ class Evaluator:
         if not record.is_file() or not all(path.is_file() for path in wanted):
             return None
         try:
-            content = json.loads(record.read_text())
-            key, row = content["key"], content["row"]
-        except (json.JSONDecodeError, KeyError, TypeError, RecursionError) as error:
-            raise ValueError(f"{record}: damaged ({error}); delete it, it is made again") from error
-        return row if key == self.key(index) else None
+            content = read_json(record)
+        except ValueError as error:
+            raise ValueError(f"{error}; delete it, it is made again") from error
+        if found := misfit(content, {"key": str, "row": {str: (float, str, None)}}):
+            raise ValueError(f"{record}: damaged ({found}); delete it, it is made again")
+        return content["row"] if content["key"] == self.key(index) else None
 
     def volume(self, index: int) -> dict:
         """Evaluate a volume, unless it is finished; its row of metrics."""

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from vae3d.exact.executor import check_budget, check_size, decode_exact, encode_exact
-from vae3d.inference.stitching import check_patch, overlap_voxels, stitch, tile_faces
+from vae3d.inference.stitching import BLENDS, check_patch, overlap_voxels, stitch, tile_faces
 from vae3d.models.custom_vae import CustomVAE
 
 MODES = ("full", "patch", "exact")
@@ -58,6 +58,13 @@ class Coding:
         if self.batch_size < 1:
             raise ValueError(f"batch_size is {self.batch_size}; give 1 or more")
         check_budget(self.memory_gb)
+        if self.slice_axis not in (0, 1, 2) or self.num_slices not in range(1, 2**16, 2):
+            raise ValueError(
+                f"slice_axis is {self.slice_axis} and num_slices {self.num_slices}: use 0 to 2, and"
+                " an odd number"
+            )
+        if self.blend not in BLENDS:
+            raise ValueError(f"blend {self.blend!r} is unknown; choose one of {', '.join(BLENDS)}")
 
     def facts(self) -> dict:
         """What the latents depend on, JSON-able; `Coding(**facts)` decodes alike."""

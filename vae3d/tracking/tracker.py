@@ -30,6 +30,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from loaders.texts import misfit, read_bytes
 from loaders.whole import write_text
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ SECRET = re.compile(r"api_?key|token|secret|passw|credential|private_?key", re.I
 URL_LOGIN = re.compile(r"(?<=://)[^/@\s]+@")
 REDACTED = "[redacted]"
 MODES = ("online", "offline", "disabled")
-STEPS = range(2**53)  # what a line may be of
+NUMBER = (float, None)  # of a line; null for one that was not finite
 MAX_FAILURES = 3  # W&B calls that fail in a row before it is left alone
 
 
@@ -370,7 +371,8 @@ def read_metrics(path: Path | str) -> list[dict]:
     """
     rows: dict[int, dict] = {}
     for line in _read_lines(path):
-        step, row = line["step"], {k: v for k, v in line.items() if _is_number(v)}
+        step, numbers = line["step"], {k: v for k, v in line.items() if misfit(v, NUMBER) is None}
+        row = {k: v if v is None or math.isfinite(v) else None for k, v in numbers.items()}
         while rows and next(reversed(rows)) > step:
             rows.popitem()
         rows[step] = {**rows.get(step, {}), **row}
@@ -379,11 +381,8 @@ def read_metrics(path: Path | str) -> list[dict]:
 
 def read_tables(path: Path | str) -> dict[str, dict]:
     """The newest of each table in a `tables.jsonl`, by name: `{"step": ..., "rows": [...]}`."""
-    return {
-        row["table"]: row
-        for row in _read_lines(path)
-        if isinstance(row.get("table"), str) and _is_table(row.get("rows"))
-    }
+    shape = {"table": str, "rows": [{str: (str, *NUMBER)}]}
+    return {row["table"]: row for row in _read_lines(path) if misfit(row, shape) is None}
 
 
 def choose_mode(mode: str | None) -> str:
@@ -476,26 +475,13 @@ def _keep_run_id(out_dir: Path, run_id: str) -> None:
 
 
 def _read_lines(path: Path | str) -> Iterable[dict]:
-    for line in Path(path).read_text(encoding="utf-8").splitlines():
+    for line in read_bytes(Path(path)).decode("utf-8", "replace").splitlines():
         try:
             row = json.loads(line)
         except (ValueError, RecursionError):
             continue  # cut by a kill
-        if isinstance(row, dict) and type(row.get("step")) is int and row["step"] in STEPS:
+        if misfit(row, {"step": int}) is None and abs(row["step"]) < 2**63:
             yield row
-
-
-def _is_number(value: object) -> bool:
-    """Whether a line may hold it: a finite number, or null for one that was not."""
-    return value is None or (type(value) in (int, float) and abs(value) < 1e300)
-
-
-def _is_table(rows: object) -> bool:
-    """Whether these are rows of names, texts and numbers."""
-    return isinstance(rows, list) and all(
-        isinstance(row, dict) and all(isinstance(v, str) or _is_number(v) for v in row.values())
-        for row in rows
-    )
 
 
 def _reason(error: Exception) -> str:

@@ -198,7 +198,13 @@ class Run:
             The exit code.
         """
         if state is not None:
-            trainer.load_state_dict(state)
+            try:
+                trainer.load_state_dict(state)
+            except (AttributeError, LookupError, RuntimeError, TypeError) as error:
+                raise ValueError(
+                    f"{self.checkpoints.subject[0]}: cannot be continued ({error!r}): damaged, or "
+                    "of another training; begin anew with --fresh"
+                ) from error
         if self.world.is_main and self.function:
             save_config(self.folder / "config.yaml", self.function, self.options)
         patience = GRACE_S
