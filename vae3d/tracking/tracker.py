@@ -480,7 +480,7 @@ def _read_lines(path: Path | str) -> Iterable[dict]:
             row = json.loads(line)
         except (ValueError, RecursionError):
             continue  # cut by a kill
-        if misfit(row, {"step": int}) is None and abs(row["step"]) < 2**63:
+        if misfit(row, {"step": int}) is None and 0 <= row["step"] < 2**63:
             yield row
 
 
