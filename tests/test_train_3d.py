@@ -87,6 +87,16 @@ def test_a_command_that_is_refused_leaves_the_record_of_a_run(options, tmp_path)
         assert (tmp_path / "run" / "config.yaml").read_bytes() == before
 
 
+def test_fresh_removes_nothing_before_the_new_run_begins(options, tmp_path):
+    run([*options, "--max_steps", "2"], tmp_path)
+    folder = tmp_path / "run" / "checkpoints"
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    one_line([*options, "--fresh", "--data.root", "/no/such/folder"], tmp_path)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    run([*options, "--fresh", "--max_steps", "1"], tmp_path)
+    assert sorted(path.name for path in folder.glob("step*")) == ["step_00000001.pt"]
+
+
 def test_whole_volumes_train_from_python(tmp_path, volumes):
     model, loss = (parse(train_3d, ["--config", str(write(tmp_path, TINY)), "--data.root", ".",
         "--out_dir", "."])[k] for k in ("model", "loss"))  # fmt: skip

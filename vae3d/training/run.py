@@ -69,6 +69,7 @@ class Run:
         self.world = world
         self.checkpoints = Checkpoints(self.folder / "checkpoints", keep)
         self.made = False  # the folder, by this process
+        self.fresh = False  # what an earlier run has left goes when this one begins
         self.function: Callable | None = None  # whose call `begin` was told, and its arguments
         self.options: dict[str, Any] = {}
 
@@ -97,7 +98,8 @@ class Run:
     ) -> tuple[dict[str, Any], dict[str, Any] | None]:
         """Find the newest checkpoint and hold the configuration against it.
 
-        `config.yaml` is written by `fit`, when all that the options name has been found good.
+        `config.yaml` is written, and what --fresh removes is removed, by `fit`, when all that the
+        options name has been found good.
 
         Args:
             fn: The function whose call this run is.
@@ -110,10 +112,8 @@ class Run:
             The complete configuration, and the checkpoint to continue from or None. `options`
             holds the arguments by the rules that the run was begun under.
         """
-        path = None
-        if self.world.is_main:
-            if fresh:
-                self.checkpoints.clear()
+        path, self.fresh = None, fresh
+        if self.world.is_main and not fresh:
             path, skipped = self.checkpoints.find_latest()
             for reason in skipped:
                 say(f"skipped {reason}")
@@ -205,6 +205,8 @@ class Run:
                     f"{self.checkpoints.subject[0]}: cannot be continued ({error!r}): damaged, or "
                     "of another training; begin anew with --fresh"
                 ) from error
+        if self.world.is_main and self.fresh:
+            self.checkpoints.clear()
         if self.world.is_main and self.function:
             save_config(self.folder / "config.yaml", self.function, self.options)
         patience = GRACE_S
