@@ -81,6 +81,8 @@ def world(tmp_path_factory):
         patch.setattr("vae3d.tracking.tracker._Wandb", NoWandb)
         patch.setattr("vae3d.inference.export.export_programs", exported)
         make_world(home / "world")
+        # What it writes has been put together and checked before, at the same cost.
+        patch.setattr("vae3d.training.run.save_config", lambda *_: None)
         (home / "scratch").mkdir()
         patch.chdir(home / "scratch")
         shutil.copytree(home / "world", home / "again")
