@@ -5,7 +5,8 @@ upsampled one; norm and activation keep theirs, in float32. Here the step before
 computed again in the backward pass, and only what it starts from is kept: 2 bytes a value in
 bfloat16 where the plain layers keep 10. The numbers are those of the plain layers to the last bit.
 
-CPU and GPU have faster steps of their own (`steps.py`, `gpu.py`); a compiled network leaves this to the compiler.
+CPU and GPU have faster steps of their own (`steps.py`, `gpu.py`); a compiled network leaves this to
+the compiler.
 
 Axes: b batch, c channels, x y z space.
 """

@@ -119,7 +119,7 @@ def preparation(layers: Sequence[nn.Module], x: Tensor) -> Preparation | None:
     if is_fast(layer, x):
         parts = before.parts()
         return before if parts and parts.groups and set(layer.stride) == {1} else None
-    if is_fused(before, layer, x):
+    if is_fused(layer, x, before):
         return before
     return before if before.repeatable() and is_lean(layer, x) else None
 
@@ -147,7 +147,7 @@ def is_fast(layer: nn.Module, x: Tensor) -> TypeGuard[Conv]:
     )
 
 
-def is_fused(prepare: Preparation, layer: nn.Module, x: Tensor) -> TypeGuard[Conv]:
+def is_fused(layer: nn.Module, x: Tensor, prepare: Preparation) -> TypeGuard[Conv]:
     """Whether a GPU has norm, activation and this convolution as one step, see `gpu.py`."""
     return has_kernels(prepare) and on_gpu(x) and is_replaceable(layer, x)
 
@@ -212,7 +212,7 @@ def convolve(
     if not is_fast(layer, x):
         if padding:
             x = F.pad(x, [*chain(*reversed(padding))])
-        if norm_act is not None and is_fused(norm_act, layer, x):
+        if norm_act is not None and is_fused(layer, x, norm_act):
             return fused(norm_act, layer, x, residual)
         x = layer(x) if norm_act is None else prepared(norm_act, layer, x, norm_act.parameters())
         return x if residual is None else x + residual
