@@ -144,13 +144,15 @@ def test_a_network_keeps_channels_innermost_and_its_weights_as_they_are(as_on_a_
 def test_autocast_says_what_is_convolved_and_volumes_keep_their_precision(as_on_a_gpu):
     layers = nn.ModuleList([NormAct(RMSNorm(4), "silu"), nn.Conv2d(4, 5, 3, padding=1)]).to(DEVICE)
     x = torch.randn(1, 4, 3, 5, device=DEVICE, requires_grad=True)
-    grads = []
+    residual, grads = torch.ones(1, 5, 3, 5, device=DEVICE), []
     for plain in (False, True):
         with torch.autocast(DEVICE, BF16), steps.plain() if plain else nullcontext():
-            out = steps.run(layers, x, torch.ones(1, 5, 3, 5, device=DEVICE))
+            out = steps.run(layers, x, residual)
+            with torch.no_grad():
+                assert torch.equal(steps.run(layers, x, residual), out)
         assert out.dtype == FP32  # what a bfloat16 and a float32 volume add up to
         grads.append(torch.autograd.grad(out.square().sum(), [x, *layers.parameters()]))
-    assert len(as_on_a_gpu) == 1
+    assert len(as_on_a_gpu) == 2
     for ours, theirs in zip(*grads, strict=True):
         assert ours.dtype == FP32 and distance(ours, theirs) < 0.02
 
@@ -176,13 +178,24 @@ def test_other_norms_and_activations_leave_a_network_as_it_was(as_on_a_gpu):
 )
 def test_the_step_is_for_half_precision_on_gpus(device, precision, capability, chosen, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    monkeypatch.setattr(steps, "has_triton", lambda: True)
     with FakeTensorMode(allow_non_fake_inputs=True):
         x = torch.empty(1, 2, 3, 4, device=device, dtype=precision)
         assert steps.on_gpu(x) == chosen
         with steps.plain():
             assert not steps.on_gpu(x)
-    monkeypatch.setattr(steps, "HAS_TRITON", False)
+    monkeypatch.setattr(steps, "has_triton", lambda: False)
     assert not steps.on_gpu(x)
+
+
+def test_without_a_compiler_one_warning_says_why_the_layers_run(monkeypatch):
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr(steps, "which", lambda name: None)
+    steps.has_triton.cache_clear()
+    with pytest.warns(UserWarning, match="install gcc and python3-dev"):
+        assert not steps.has_triton()
+    assert not steps.has_triton()  # and no second warning
+    steps.has_triton.cache_clear()
 
 
 def test_nearest_upsampling_by_copies_is_that_of_pytorch():

@@ -14,11 +14,16 @@ compile and hooks, the plain layers run; the tests compare both.
 Axes: b batch, c channels, x y z space; a slab is a range of x of one sample.
 """
 
+import os
+import sysconfig
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import reduce
+from functools import cache, reduce
 from importlib.util import find_spec
 from itertools import chain, pairwise, product
+from pathlib import Path
+from shutil import which
 from typing import NamedTuple, TypeGuard
 
 import torch
@@ -40,8 +45,6 @@ FOLD = {
     1: torch.eye(3)[None],
     2: torch.tensor([[[1.0, 0, 0], [0, 1, 1]], [[1, 1, 0], [0, 0, 1]]]),
 }
-
-HAS_TRITON = find_spec("triton") is not None
 
 _enabled = True
 
@@ -163,10 +166,31 @@ def on_gpu(x: Tensor) -> bool:
 
     That is half precision, whose tensor cores read channels innermost.
     """
-    if not x.is_cuda or not _enabled or not HAS_TRITON or torch.compiler.is_compiling():
+    return (
+        not torch.compiler.is_compiling()
+        and _enabled
+        and x.is_cuda
+        and torch.version.hip is None
+        and dtype_of(x) in (torch.bfloat16, torch.float16)
+        and torch.cuda.get_device_capability(x.device) >= (8, 0)  # of which Triton makes code
+        and has_triton()
+    )
+
+
+@cache
+def has_triton() -> bool:
+    """Whether Triton is there with what it builds with; a warning tells what it lacks."""
+    if find_spec("triton") is None:
         return False
-    newer = torch.version.hip is None and torch.cuda.get_device_capability(x.device) >= (8, 0)
-    return newer and dtype_of(x) in (torch.bfloat16, torch.float16)
+    headers = Path(sysconfig.get_path("include", "posix_prefix"), "Python.h")
+    if headers.is_file() and (os.environ.get("CC") or which("gcc") or which("clang")):
+        return True
+    warnings.warn(
+        "the fast steps of GPUs are off: Triton finds no C compiler or no headers of Python;"
+        " install gcc and python3-dev",
+        stacklevel=2,
+    )
+    return False
 
 
 def dtype_of(x: Tensor) -> torch.dtype:
