@@ -43,6 +43,7 @@ def small_tiles(monkeypatch):
     """A tiny volume is then several chunks of several tiles, the last of each in part."""
     monkeypatch.setattr(gpu, "TILE", 128)
     monkeypatch.setattr(gpu, "CHUNK", 2)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
 
 
 @pytest.fixture
