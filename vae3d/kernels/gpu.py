@@ -105,8 +105,9 @@ class NormActConv(torch.autograd.Function):
             affine = x.new_empty(2, x.shape[1], dtype=torch.float32)
             means = x.new_empty(2, *x.shape[:2], dtype=torch.float32)
             sum_gradient(x, dy, *known, norm.groups, *options, y, affine, means)
-            grads[0] = dy if x.dtype == dtype else torch.empty_like(x)
-            input_gradient(x, dy, *known, means, *options, grads[0])
+            if need_x:
+                grads[0] = dy if x.dtype == dtype else torch.empty_like(x)
+                input_gradient(x, dy, *known, means, *options, grads[0])
             grads[3:] = (g if need else None for g, need in zip(affine, need_affine, strict=True))
         elif need_w:
             apply_norm(x, *known, *options, y)
