@@ -206,10 +206,11 @@ class World:
     def let_all_hear(self, seconds: float = 2.0) -> None:
         """Wait for that where there is no torchrun: rank 0 would take the store with it."""
         until = time.monotonic() + seconds
-        while self.is_main and time.monotonic() < until:
-            if self.store.add("stop/told", 0) >= self.size:
-                return
-            time.sleep(0.05)
+        with suppress(RuntimeError):  # torchrun has gone, and with it the store
+            while self.is_main and self.store.add("stop/told", 0) < self.size:
+                if time.monotonic() > until:
+                    return
+                time.sleep(0.05)
 
 
 def is_lost(error: BaseException) -> bool:
