@@ -362,8 +362,7 @@ def trained(tmp_path):
     trainer = toy_trainer(tmp_path / "checkpoints", max_steps=3, record={"spec": tiny_vae().spec})
     trainer.fit()
     trainer.save()
-    trainer.owed = ["validation"]
-    trainer.settle("validation", best=True)
+    trainer.note(best=True)
     return tmp_path, trainer
 
 

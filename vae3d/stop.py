@@ -102,11 +102,19 @@ class Stop:
         finally:
             self.ranks = None
 
+    def share(self, code: int) -> None:
+        """Take for one's own what another rank was asked, where the ranks have agreed on it."""
+        if not self.code:
+            self.code = code
+            if self.ranks:
+                self.ranks.tell(code)
+
     def listen(self) -> None:
         """Take the signals from now on. Only in the main thread."""
         self._before = {number: signal.signal(number, self._on_signal) for number in CODES}
         self._bell_before = signal.set_wakeup_fd(self._bell.fileno(), warn_on_full_buffer=False)
-        threading.Thread(target=self._watch, name="vae3d-stop", daemon=True).start()
+        self._watcher = threading.Thread(target=self._watch, name="vae3d-stop", daemon=True)
+        self._watcher.start()
 
     def give_back(self) -> None:
         """Leave the signals as they were before `listen`; a forked child does that, too."""
@@ -115,9 +123,10 @@ class Stop:
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
     def end(self) -> None:
-        """Let `_watch` end."""
+        """Let `_watch` end; a signal that it passes on now would find nobody."""
         self._over = True
         self._bell.close()
+        self._watcher.join(GRACE_S)
 
     def take(self) -> None:
         """Be trusted with a request that has come: the time it takes is no longer watched."""
@@ -148,7 +157,7 @@ class Stop:
             if now - since > GRACE_S and not self._taken:
                 say(f"{Stopped(code)}: what was finished is kept")
                 os._exit(code)
-            if ranks and not code and not self._held and (heard := ranks.heard()):
+            if ranks and not (code or self.code or self._held) and (heard := ranks.heard()):
                 signal.pthread_kill(threading.main_thread().ident or 0, heard - 128)
         self._door.close()
 
@@ -183,9 +192,9 @@ def listening() -> Iterator[Stop]:
     try:
         yield stop
     finally:
+        stop.end()
         _listening.clear()
         stop.give_back()
-        stop.end()
 
 
 def asked() -> int:

@@ -207,8 +207,9 @@ class World:
         """Wait for that where there is no torchrun: rank 0 would take the store with it."""
         until = time.monotonic() + seconds
         told = [f"stop/{rank}" for rank in range(self.size)]
-        while self.is_main and time.monotonic() < until and not self.store.check(told):
-            time.sleep(0.05)
+        with suppress(RuntimeError):  # torchrun has gone, and with it the store
+            while self.is_main and time.monotonic() < until and not self.store.check(told):
+                time.sleep(0.05)
 
 
 def is_lost(error: BaseException) -> bool:

@@ -159,6 +159,8 @@ class Trainer:
             looks = {"validation": self.val_every, "pictures": self.media_every}
             self.owed = [look for look, every in looks.items() if self.due(every)]
             reason = self.world.max_int(stop.code or self.wish_to_stop())
+            if reason > TIME_IS_UP:
+                stop.share(reason)
             if reason or self.owed or self.due(self.loop.save_every):
                 self.save()
             if reason <= TIME_IS_UP:  # a signal leaves little time: it is owed, then
@@ -431,8 +433,12 @@ class Trainer:
             self.checkpoints.save(state)
 
     def settle(self, look: str, best: bool = False) -> None:
-        """Owe a look no longer, and add what it has found to the present step's checkpoint."""
+        """Owe a look no longer."""
         self.owed.remove(look)
+        self.note(best)
+
+    def note(self, best: bool = False) -> None:
+        """Add what a look has found to the checkpoint of the present step."""
         if self.world.is_main:
             found = {"best": self.best, "stale": self.stale, "owed": self.owed}
             self.checkpoints.note(found, best)
