@@ -20,7 +20,7 @@ import typing
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
@@ -81,6 +81,8 @@ def world(tmp_path_factory):
         patch.setattr("vae3d.tracking.tracker._Wandb", NoWandb)
         patch.setattr("vae3d.inference.export.export_programs", exported)
         make_world(home / "world")
+        # Half of the time of an example; real processes below make theirs.
+        patch.setattr(config, "_parser", lru_cache(config._parser))
         # What it writes has been put together and checked before, at the same cost.
         patch.setattr("vae3d.training.run.save_config", lambda *_: None)
         (home / "scratch").mkdir()
