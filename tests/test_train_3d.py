@@ -500,6 +500,13 @@ def test_out_of_gpu_memory_is_one_line_that_names_what_helps(options, tmp_path, 
     assert _is_users_mistake(caught.value) and "\n" not in line
 
 
+def test_out_of_memory_without_a_gpu_is_one_line_too(options, tmp_path, monkeypatch):
+    monkeypatch.setattr(Trainer, "backward", lambda *_: torch.empty(2**60))
+    with pytest.raises(ValueError, match=r"allocate \d+ bytes of memory; what helps: --batch") as e:
+        train_3d(**parse(train_3d, options))
+    assert _is_users_mistake(e.value) and "\n" not in str(e.value)
+
+
 def test_batch_size_auto_is_found_once_and_kept_by_a_resume(options, tmp_path):
     argv = [*options, "--batch_size", "auto", "--max_steps", "1", "--val_every", "0"]
     text = run(argv, tmp_path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -169,7 +170,7 @@ class _Peak:
 
 @contextmanager
 def telling_of_memory(*options: str) -> Iterator[None]:
-    """Turn running out of GPU memory into one line that names what helps.
+    """Turn running out of memory, on a GPU or not, into one line that names what helps.
 
     Args:
         *options: Those that lower the memory that is needed.
@@ -182,6 +183,11 @@ def telling_of_memory(*options: str) -> Iterator[None]:
             f"{said}; what helps: {', '.join(options)}, or the environment variable "
             "PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True, which joins freed pieces"
         ) from error
+    except RuntimeError as error:  # that of the CPU has no type of its own
+        told = re.search(r"DefaultCPUAllocator: (.+? bytes)", str(error))
+        if told is None:
+            raise
+        raise ValueError(f"{told[1]} of memory; what helps: {', '.join(options)}") from error
 
 
 def budget_bytes(device: torch.device) -> float:
