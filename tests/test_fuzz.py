@@ -1,8 +1,7 @@
 """Whatever is typed: each command ends with 0 or 2 and at most one line, and leaves nothing half.
 
 The options are those of the parsers, down to the arguments of the classes in sockets, so a new one
-is tried because it exists. VAE3D_FUZZ_EXAMPLES is how many values all options get together, at
-least; 200 lines as a whole come on top.
+is tried because it exists. By VAE3D_FUZZ_TIMES=10 there are ten times as many values.
 """
 
 import contextlib
@@ -44,7 +43,8 @@ from vae3d.models.custom_vae import CustomVAE
 from vae3d.models.norm import GroupNorm
 
 ROOT = Path(__file__).resolve().parents[1]
-EXAMPLES = int(os.environ.get("VAE3D_FUZZ_EXAMPLES", 1800))
+TIMES = int(os.environ.get("VAE3D_FUZZ_TIMES", 1))
+NUM_LINES = 200
 DEPTH = 3  # of sockets in sockets whose arguments are options, `--loss.kl.weight` is at 2
 CPU_S, WALL_S, MEMORY = 3, 60, 3 * 2**30  # of one example; Ctrl-C comes after that
 QUIET = {"wandb": "disabled", "device": "cpu"}
@@ -232,6 +232,11 @@ def classes_of(hint: object) -> set[type]:
     return {base, *base.__subclasses__()} if inspect.isclass(base) else set()
 
 
+def test_there_are_two_thousand_examples():
+    values = sum(len(options_of(command)) * examples_each(command) for command in LINES)
+    assert values + NUM_LINES >= 2000
+
+
 def test_options_reach_down_to_the_arguments_of_sockets():
     names = {option.name for option in options_of("train")}
     for name in ("--lr", "--data.preprocess.window_hu", "--model.block", "--loss.kl.weight"):
@@ -390,8 +395,9 @@ FEW = dict(
 )
 
 
-def examples_each() -> int:
-    return -(-EXAMPLES // sum(len(options_of(command)) for command in LINES))
+def examples_each(command: str) -> int:
+    """Values of each option; a training takes as long as several of the other commands."""
+    return TIMES * (2 if command == "train" else 4)
 
 
 def line_with(world: Path, command: str, option: Option, value: str) -> list[str]:
@@ -421,7 +427,7 @@ def try_option(world: Path, command: str, option: Option, count: int) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("command", LINES)
 def test_any_value_of_any_option_is_taken_or_refused_in_one_line(command, world):
-    count = examples_each()
+    count = examples_each(command)
     for option in options_of(command):
         try_option(world, command, option, count)
 
@@ -551,7 +557,7 @@ def spoiled_line(world: Path, rng: random.Random) -> list[str]:
 
 
 @pytest.mark.slow
-@settings(max_examples=200, **FEW)
+@settings(max_examples=TIMES * NUM_LINES, **FEW)
 @given(number=st.integers(0, 2**32))
 def test_any_order_of_words_is_taken_or_refused_in_one_line(world, number):
     attempt(world, spoiled_line(world, random.Random(number)))

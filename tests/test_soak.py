@@ -26,7 +26,7 @@ from vae3d.training.checkpoint import load_checkpoint
 
 __all__ = ["fork_server"]  # a fixture
 
-MINUTES = float(os.environ.get("VAE3D_SOAK_MINUTES", 3))
+MINUTES = float(os.environ.get("VAE3D_SOAK_MINUTES", 1.2))
 SEED = int(os.environ.get("VAE3D_SOAK_SEED", 0))
 STEPS, BATCH = 60, 4  # of all ranks together
 EVERY = {"save_every": 5, "val_every": 10, "media_every": 20}
