@@ -1,5 +1,9 @@
 """Pictures and clips show what the volumes hold, in true proportions, and never each other's."""
 
+import gc
+import resource
+import sys
+
 import imageio.v3 as iio
 import nibabel
 import numpy as np
@@ -35,6 +39,22 @@ def panels(x, recon, column, axis, index, **view):
 
 
 @pytest.mark.parametrize("axis", [0, 1, 2])
+def test_a_full_disk_is_an_error_of_write_png_and_no_traceback_besides(tmp_path, monkeypatch):
+    printed = []
+    monkeypatch.setattr(sys, "unraisablehook", printed.append)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
+    try:
+        with pytest.raises(OSError, match=r"a\.png"):
+            write_png(
+                tmp_path / "a.png", np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)
+            )
+        gc.collect()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not printed and not list(tmp_path.iterdir())
+
+
 def test_a_panel_at_its_own_size_is_the_slice_upright(axis):
     x = blob()
     drawn = panels(x, x, "input", axis, 5)

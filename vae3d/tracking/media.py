@@ -294,10 +294,12 @@ def case_stem(case: str) -> str:
 
 
 def write_png(path: Path | str, image: np.ndarray) -> Path:
-    """Write a uint8 picture `(H, W, 3)`."""
-    import imageio.v3 as iio
+    """Write a uint8 picture `(H, W, 3)`.
 
-    return _replace(path, lambda temporary: iio.imwrite(temporary, image, plugin="pillow"))
+    By Pillow itself: imageio closes the file once more when it is gone, and where the disk is full
+    prints a traceback of that.
+    """
+    return _replace(path, Image.fromarray(image).save)
 
 
 def write_gif(path: Path | str, frames: Iterable[np.ndarray], fps: float = 12.0) -> Path:
