@@ -39,22 +39,6 @@ def panels(x, recon, column, axis, index, **view):
 
 
 @pytest.mark.parametrize("axis", [0, 1, 2])
-def test_a_full_disk_is_an_error_of_write_png_and_no_traceback_besides(tmp_path, monkeypatch):
-    printed = []
-    monkeypatch.setattr(sys, "unraisablehook", printed.append)
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
-    try:
-        with pytest.raises(OSError, match=r"a\.png"):
-            write_png(
-                tmp_path / "a.png", np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)
-            )
-        gc.collect()
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    assert not printed and not list(tmp_path.iterdir())
-
-
 def test_a_panel_at_its_own_size_is_the_slice_upright(axis):
     x = blob()
     drawn = panels(x, x, "input", axis, 5)
@@ -245,3 +229,19 @@ def test_a_real_head_fills_its_picture(real_volumes):
     picture = three_planes(x, x, (2, 2, 2))
     assert (picture.max(axis=2) > 60).mean() > 0.15
     assert COLUMNS == ("input", "recon", "error")
+
+
+def test_a_full_disk_is_an_error_of_write_png_and_no_traceback_besides(tmp_path, monkeypatch):
+    printed = []
+    monkeypatch.setattr(sys, "unraisablehook", printed.append)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
+    try:
+        with pytest.raises(OSError, match=r"a\.png"):
+            write_png(
+                tmp_path / "a.png", np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)
+            )
+        gc.collect()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not printed and not list(tmp_path.iterdir())
