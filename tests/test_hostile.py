@@ -75,7 +75,7 @@ def survives(value, use):
                 assert users, f"{path} = {new!r}: {error!r}"
             except Exception as error:
                 raise AssertionError(f"{path} = {new!r}: {error!r}") from error
-    assert tried > 20
+    assert tried > 3
 
 
 @pytest.fixture(scope="module")
@@ -141,6 +141,7 @@ def test_whatever_an_index_of_latents_says_it_opens_or_is_refused(latent):
     survives(index, use)
 
 
+@pytest.mark.slow
 def test_whatever_a_checkpoint_says_it_loads_or_is_refused(vae, tmp_path):
     path = tmp_path / "vae.pt"
     contract = {"preprocess": Preprocess().to_dict(), "patch_size": [8, 8, 8], "step": 3}
@@ -226,11 +227,6 @@ def test_a_note_names_no_file_but_ours(tmp_path, vae):
     (tmp_path / "run" / "precious").write_text("kept")
     state = checkpoint_of(vae.spec, vae.state_dict(), {})
     path = files.save(state | {"step": 1})
-    note = (
-        json.loads((files.folder / "newest.json").read_text())
-        if (files.folder / "newest.json").exists()
-        else {}
-    )
     evil = ["../precious", "/etc/passwd", "best.pt"]
     mark = load_checkpoint(path)["mark"]
     (files.folder / "newest.json").write_text(json.dumps({"mark": mark, "names": evil}))

@@ -67,7 +67,7 @@ def decode(
             if latent.info["made_by"]["checkpoint"] != made_by["checkpoint"]:
                 raise ValueError(f"{path}: from another model than {paths[0]}; encode them anew")
             size = latent.info["volume_shape"][1:]
-            x = coding.decode(vae, latent.mean, size)
+            x = coding.decode(vae, latent.mean, size, str(path))
             print(write_nifti(Path(out_dir), path.stem, x, latent.info["source"]["undo"]))
 
 

@@ -284,7 +284,7 @@ class Writer:
         same_grid = list(z.shape) == list(self.template["shape"])
         size = self.template["volume_shape"][1:] if same_grid else None
         begun = time.monotonic()
-        x = self.coding.decode(self.vae, z, size).numpy()
+        x = self.coding.decode(self.vae, z, size, f"{name} {number}").numpy()
         facts |= {"seconds_decode": time.monotonic() - begun}
         facts |= {"intensities_of": self.template["subject"], "shape": list(x.shape)}
         folder, stem = self.out_dir / name, f"sample_{number:03d}"

@@ -131,7 +131,7 @@ class Evaluator:
         if row is None:
             case = self.store.ids[index]
             x = torch.from_numpy(self.store.read(index))
-            recon, mean, logvar = autoencode(self.vae, x, **self.how)
+            recon, mean, logvar = autoencode(self.vae, x, name=case, **self.how)
             row = {"case": case, **self.measure(index, x, recon, mean, logvar)}
             self._write_files(index, x, recon, row)
             # Last, so that a volume with a row has everything; JSON's Infinity reads back.
