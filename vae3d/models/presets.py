@@ -219,8 +219,8 @@ class MonaiVAE(CustomVAE):
     """MONAI's `AutoencoderKL`: its arguments and weights, the calls of `CustomVAE`.
 
     Sizes that are no multiple of the factor are padded here, as in every `CustomVAE`, where MONAI's
-    drops voxels: of 9 x 11 at factor 4 the latent is 3 x 3 here and 2 x 2 there, and what is decoded
-    has 9 x 11 here and 8 x 8 there. At multiples of the factor both are equal.
+    drops voxels: of 9 x 11 at factor 4 the latent is 3 x 3 here and 2 x 2 there, and the
+    reconstruction has 9 x 11 here and 8 x 8 there. At multiples of the factor both are equal.
 
     Args:
         spatial_dims: 2 or 3.
