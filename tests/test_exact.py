@@ -179,7 +179,7 @@ def test_convolutions_in_groups_equal_the_plain_layers_at_size(groups):
         full = vae(x[None], sample_posterior=False)[0]
         with plain():
             expected = vae(x[None], sample_posterior=False)[0]
-    torch.testing.assert_close(full, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(full, expected, rtol=1e-3, atol=1e-4)
 
 
 def test_statistics_hold_the_variance_between_tiles():

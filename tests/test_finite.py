@@ -29,7 +29,7 @@ def test_a_stack_of_slices_is_looked_at_once_and_not_slice_by_slice(monkeypatch)
         "vae3d.inference.reconstruct.check_finite", lambda x, name: seen.append(name)
     )
     autoencode(tiny_vae(spatial_dims=2).eval(), torch.rand(1, 8, 6, 5), "full", name="a")
-    assert seen == [("a", 4)]
+    assert seen == ["a"]
 
 
 def test_four_rows_at_once_spoil_rows_that_a_voxel_does_not_touch():

@@ -22,7 +22,7 @@ from vae3d.inference.reconstruct import Coding, coding_of
 from vae3d.models.classes import made
 from vae3d.models.spec import build
 from vae3d.ranges import check_ranges
-from vae3d.stage2.latents import LatentStore, read_latent, write_index, write_latent
+from vae3d.stage2.latents import LatentStore, check_header, read_latent, write_index, write_latent
 from vae3d.tracking.tracker import read_metrics, read_tables
 from vae3d.training.checkpoint import (
     Checkpoints,
@@ -110,6 +110,7 @@ def test_whatever_a_latent_says_of_itself_it_decodes_or_is_refused(latent, vae):
         tensors = {"mean": whole.mean, "logvar": whole.logvar}
         save_file(tensors, latent, metadata={"vae3d": json.dumps(header)})
         read = read_latent(latent)
+        check_header(read.info, latent)
         coding = coding_of(read.info["made_by"])
         coding.check(vae)
         x = coding.decode(vae, read.mean, read.info["volume_shape"][1:])
