@@ -42,6 +42,7 @@ from loaders.consistency import Facts, Survey, refuse, wrong_channels
 from loaders.preprocess import (
     PERCENTILES,
     Preprocess,
+    Record,
     by_rules,
     from_store_grid,
     intensity_lines,
@@ -498,7 +499,7 @@ def undo(x: np.ndarray, record: dict[str, Any]) -> Volume:
         ) from error
 
 
-def undone(x: np.ndarray, record: dict[str, Any]) -> Volume:
+def undone(x: np.ndarray, record: Record) -> Volume:
     """Do as `undo` does, with a record that is whole."""
     data = np.empty_like(x)
     known = [min(channel, len(record["gain"]) - 1) for channel in range(len(x))]

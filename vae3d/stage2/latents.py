@@ -469,7 +469,7 @@ def _header(file: safe_open, path: str | Path) -> dict[str, Any]:
     return info
 
 
-def check_header(info: dict[str, Any], path: str | Path, shape: object = HEADER) -> None:
+def check_header(info: object, path: str | Path, shape: object = HEADER) -> None:
     """Refuse what a latent says of itself, if it does not lead back to a volume.
 
     Args:
