@@ -147,6 +147,8 @@ class Store:
 class Jobs:
     """A tracker that keeps what it is asked to draw."""
 
+    alias = staticmethod(str)
+
     def __init__(self):
         self.jobs = []
 
