@@ -4,6 +4,7 @@ import gzip
 import http.server
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -19,7 +20,7 @@ import pytest
 from vae3d.tracking.media import save_views
 from vae3d.tracking.options import Tracking
 from vae3d.tracking.privacy import REDACTED, redact
-from vae3d.tracking.to_wandb import WandbRun, choose_mode
+from vae3d.tracking.to_wandb import RunId, WandbRun, choose_mode
 from vae3d.tracking.tracker import Tracker, read_metrics, read_tables
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -302,7 +303,8 @@ class FakeWandb(http.server.ThreadingHTTPServer):
     """As much of a W&B server as a run needs.
 
     `mood`: ok | down (500) | silent (no answer) | full (refuses uploads, 403) | slow (uploads get
-    no answer). Answers are held until `released`.
+    no answer) | deleted (the run, after it began, 404). Answers are held until `released`. Runs in
+    `deleted` were deleted before.
     """
 
     daemon_threads = True
@@ -329,6 +331,8 @@ class FakeHandler(http.server.BaseHTTPRequestHandler):
         if self.headers.get("content-encoding") == "gzip":
             body = gzip.decompress(body)
         upload = "file_stream" in self.path or self.path.startswith("/up/")
+        if self.server.mood == "deleted" and "file_stream" in self.path:
+            return self.reply({"error": "run was deleted"}, 404)
         if self.server.mood == "silent" or (self.server.mood == "slow" and upload):
             self.server.released.wait(HELD_S)
         if self.server.mood in ("down", "silent"):
@@ -414,14 +418,16 @@ def server():
 
 
 def train_online(
-    server, out_dir, steps, timeout_s=30.0, close_s=90.0, pause_s=0.0, before="", how="", **variables
-) -> dict:
+    server, out_dir, steps, timeout_s=30.0, close_s=90.0, pause_s=0.0, before="", how="",
+    wanted=None, **variables,
+) -> dict:  # fmt: skip
     """A small run in a process of its own, because wandb keeps state per process."""
     script = f"""
 import json, time, sys
 from vae3d.tracking.tracker import Tracker, Tracking
 begun = time.monotonic()
-tracker = Tracker({str(out_dir)!r}, Tracking(wandb="online", {how}), timeout_s={timeout_s})
+tracker = Tracker({str(out_dir)!r}, Tracking(wandb="online", {how}), None, {wanted!r},
+                  timeout_s={timeout_s})
 slowest = 0.0
 for step in range({steps.start}, {steps.stop}):
     {before or "pass"}
@@ -453,6 +459,97 @@ def test_an_online_run_arrives_and_its_resume_continues_it(server, tmp_path):
     second = train_online(server, tmp_path, range(4, 6))
     assert first["id"] == second["id"] and server.runs == [first["id"]]
     assert [row["step"] for row in server.history] == [1, 2, 3, 4, 5]
+
+
+@pytest.mark.slow
+def test_a_run_that_was_deleted_on_the_site_goes_on_under_a_new_id_and_arrives(server, tmp_path):
+    server.deleted.add("old")
+    first = train_online(server, tmp_path, range(3, 5), timeout_s=20.0, wanted="old")
+    new = first["id"]
+    assert f"run old was deleted there; this run goes on as {new}" in first["err"]
+    assert [row["step"] for row in server.history] == [3, 4]
+    second = train_online(server, tmp_path, range(5, 6), wanted="old")  # by the same checkpoint
+    assert second["id"] == new and "deleted" not in second["err"]
+    assert server.runs == [new] and [row["step"] for row in server.history] == [3, 4, 5]
+
+
+@pytest.mark.slow
+def test_a_run_that_is_deleted_while_it_trains_is_sent_under_a_new_id(server, tmp_path):
+    server.mood = "deleted"
+    run = train_online(server, tmp_path, range(1, 4))
+    old = server.runs[0]
+    assert f"wandb sync --include-online --id {run['id']} " in run["err"] and run["id"] != old
+    rows = sync(tmp_path, server, "--id", run["id"])
+    assert [row["step"] for row in rows] == [1, 2, 3] and server.runs == [old, run["id"]]
+    assert RunId(tmp_path, old).now == run["id"], "the next life goes on there"
+
+
+@pytest.mark.parametrize(
+    ("variable", "wanted", "kept", "taken"),
+    [
+        (None, None, "", None),
+        (None, None, "new old", "new"),
+        (None, "old", "new old", "new"),
+        (None, "other", "new old", "other"),
+        ("sweeps", "other", "new old", "sweeps"),
+        ("old", None, "new old", "new"),
+    ],
+)
+def test_the_id_is_the_sweeps_then_the_checkpoints_then_the_folders_but_no_deleted_one(
+    tmp_path, monkeypatch, variable, wanted, kept, taken
+):
+    if variable:
+        monkeypatch.setenv("WANDB_RUN_ID", variable)
+    (tmp_path / "wandb").mkdir()
+    (tmp_path / "wandb" / "run_id").write_text(kept.replace(" ", "\n"))
+    found = RunId(tmp_path, wanted).now
+    assert found == taken if taken else re.fullmatch("[0-9a-f]{8}", found)
+
+
+def test_no_id_is_tried_again_for_ever(tmp_path, monkeypatch):
+    """The old one, once a new one, and then the run is offline."""
+    tried = []
+
+    def refused(run, _wandb, _config):
+        tried.append((run.mode, run.id.now))
+        if run.mode == "online":
+            raise RuntimeError("Timed out while retrying: HTTP 409: created and deleted")
+
+    monkeypatch.setattr(WandbRun, "_init", refused)
+    monkeypatch.setattr("wandb.teardown", lambda: None)
+    ids = RunId(tmp_path, "old")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        WandbRun(tmp_path, "online", ids, Tracking(), 1.0).start({})
+    assert tried == [("online", "old"), ("online", ids.now), ("offline", ids.now)]
+    assert ["was deleted there" in str(w.message) for w in caught] == [True, False]
+    assert "offline" in str(caught[1].message)
+    assert RunId(tmp_path, "old").now == ids.now != "old", "the next life knows"
+
+
+def test_project_name_tags_and_a_sweeps_id_are_taken_from_the_environment(server, tmp_path):
+    sweep = {"WANDB_SWEEP_ID": "sweep1", "WANDB_RUN_ID": "trial7", "WANDB_PROJECT": "lungs"}
+    more = {"WANDB_NAME": "by variable", "WANDB_TAGS": "a,b", "WANDB_ENTITY": "lab"}
+    run = train_online(server, tmp_path, range(1, 3), **sweep, **more)
+    assert run["id"] == "trial7" and server.runs == ["trial7"]
+    said = server.upserts[0]
+    assert (said["project"], said["sweep"], said["displayName"]) == (
+        "lungs",
+        "sweep1",
+        "by variable",
+    )
+    assert said["tags"] == ["a", "b"]
+
+
+def test_options_of_project_name_and_tags_come_before_the_environment(server, tmp_path):
+    how = "wandb_project='hearts', wandb_name='by option', wandb_tags=('c', 'd e')"
+    variables = {"WANDB_PROJECT": "lungs", "WANDB_NAME": "by variable", "WANDB_TAGS": "a,b"}
+    train_online(server, tmp_path, range(1, 3), how=how, **variables)
+    said = server.upserts[0]
+    assert (said["project"], said["displayName"]) == ("hearts", "by option")
+    assert said["tags"] == ["c", "d e"]
+    assert {upsert["host"] or "" for upsert in server.upserts} == {""}, "a host may be a name"
+    assert {upsert["program"] for upsert in server.upserts} <= {"vae3d", None}
 
 
 @pytest.mark.parametrize("mood", ["down", pytest.param("silent", marks=pytest.mark.slow)])

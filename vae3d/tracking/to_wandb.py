@@ -28,6 +28,9 @@ MODES = ("online", "offline", "disabled")
 DELETED = re.compile(r"HTTP 409|Response \[409\]|previously created and deleted")
 
 
+DELETED_SINCE = re.compile("404|409|410")  # of an upload to a run that was there
+
+
 class RunId:
     """The id of a run in W&B, and those before it that were deleted on the site.
 
@@ -120,6 +123,8 @@ class WandbRun(Guest):
             save_code=False,
             disable_git=True,  # a remote's URL may hold a password
             x_disable_meta=True,  # it would store the command line, host and user
+            host=os.environ.get("WANDB_HOST", ""),  # which are told elsewhere, too
+            program="vae3d",
         )
         self.run = wandb.init(
             mode=self.mode,
@@ -166,6 +171,8 @@ class WandbRun(Guest):
         log = Path(self.run.settings.log_internal)
         self.run.finish()
         self.refusal = _refusal(log)
+        if DELETED_SINCE.match(self.refusal):
+            self.id.renew()
 
     def leave(self, finished: bool) -> str:
         """Name the command that sends what was not sent."""

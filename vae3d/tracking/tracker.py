@@ -243,7 +243,7 @@ def code_version() -> dict[str, str]:
 
     from vae3d import __version__
 
-    version = {"vae3d": __version__, "torch": torch.__version__}
+    version = {"vae3d": __version__, "torch": str(torch.__version__)}
     home = Path(__file__).resolve().parents[2]
     if (home / ".git").exists():
         git = ["git", "-C", str(home), "describe", "--always", "--dirty", "--abbrev=12"]
