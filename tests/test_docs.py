@@ -21,7 +21,7 @@ from vae3d.models.custom_vae import CustomVAE
 from vae3d.models.norm import GroupNorm
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")])
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 STARTS = re.compile("(vae3d|python|torchrun|srun) ")
 SCRIPTS = {"train_3d.py": "train", "evaluate.py": "evaluate"}
