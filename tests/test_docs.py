@@ -23,8 +23,8 @@ from vae3d.models.norm import GroupNorm
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-STARTS = re.compile("(vae3d|python|torchrun|srun) ")
-SCRIPTS = {"train_3d.py": "train", "evaluate.py": "evaluate"}
+STARTS = re.compile("(vae3d|python|torchrun|sbatch) ")
+SCRIPTS = {"train_3d.py": "train", "evaluate.py": "evaluate", "examples/train.sbatch": "train"}
 ELSEWHERE = {"train": "--config demo --data.root DIR --out_dir runs/a"}  # what `...` stands for
 
 TINY = partial(
