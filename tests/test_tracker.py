@@ -584,7 +584,9 @@ def test_a_full_quota_and_a_slow_upload_cost_nothing_and_leave_all_to_sync(
     server, tmp_path, mood, close_s, said
 ):
     server.mood = mood
-    picture = """if step == 2:
+    picture = """while not tracker._hosts[0].there:  # else it may have begun nothing in 3 s
+        time.sleep(0.1)
+    if step == 2:
         import numpy
         from pathlib import Path
         from vae3d.tracking.media import write_png
