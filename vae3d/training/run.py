@@ -7,7 +7,8 @@ import os
 import socket
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from loaders.config import DataConfig, as_meant
 from loaders.whole import write_text
 from vae3d.config import config_dict, save_config, up_to_date
 from vae3d.tracking.console import Console
+from vae3d.tracking.options import Tracking
 from vae3d.tracking.tracker import Tracker
 from vae3d.training.checkpoint import NOTED, Checkpoints
 from vae3d.training.distributed import World
@@ -27,7 +29,7 @@ HARMLESS = {
     "max_steps",
     "max_hours",
     "early_stop",
-    "wandb",
+    *(field.name for field in fields(Tracking)),
     "log_every",
     "val_every",
     "val_volumes",
@@ -158,8 +160,8 @@ class Run:
         """Open the tracker on the rank that writes; None on the others.
 
         Args:
-            loop: Says whether W&B is online.
-            config: What the dashboard shows as the configuration.
+            loop: Says which trackers.
+            config: What they show as the configuration.
             state: Checkpoint to continue from, or None.
             about: Facts for the terminal.
         """
@@ -168,8 +170,8 @@ class Run:
         if about:
             with Console(loop.max_steps) as console:
                 console.summary(about, title=str(self.folder))
-        run_id = state["wandb_id"] if state else None
-        return Tracker(self.folder, loop.wandb, config=config, run_id=run_id)
+        run_id, done = (state["wandb_id"], state["step"]) if state else (None, 0)
+        return Tracker(self.folder, loop, config=config, run_id=run_id, begun_at=done)
 
     def fit(self, trainer: Any, state: dict[str, Any] | None) -> int:
         """Train, then let the tracker finish what is under way.
@@ -212,10 +214,15 @@ class Run:
 def as_begun(kwargs: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
     """Return the arguments of a run by the rules that it was begun under, where it is that old."""
     data, begun = kwargs.get("data"), config.get("data")
-    if not (isinstance(data, DataConfig) and isinstance(begun, dict)):
-        return kwargs
-    preprocess = data.preprocess.as_old_as(begun.get("preprocess") or {})
-    return kwargs | {"data": replace(data, preprocess=preprocess)}
+    if isinstance(data, DataConfig) and isinstance(begun, dict):
+        preprocess = data.preprocess.as_old_as(begun.get("preprocess") or {})
+        kwargs = kwargs | {"data": replace(data, preprocess=preprocess)}
+    model, begun = kwargs.get("model"), config.get("model")
+    was = (begun.get("init_args") or {}).get("linear_code") if isinstance(begun, dict) else None
+    told = model.keywords if isinstance(model, partial) else {}
+    if model is not None and was is not None and told.get("linear_code") is None:
+        kwargs = kwargs | {"model": partial(model, linear_code=was)}
+    return kwargs
 
 
 def with_new_options(config: dict[str, Any], fn: Callable) -> dict[str, Any]:

@@ -121,9 +121,11 @@ def load_weights(
         if FIRST[OURS] not in weights:
             name = str(state["spec"].get("class_path")).rpartition(".")[2]
             raise ValueError(f"{path}: holds a {name}, not a VAE; give the VAE's run")
+        vae.settle_linear_code(has_linear_code(weights))
         return load_but(vae, weights, keep, path, Report(OURS))
     state, report = clean(state, ignore_keys, layout, path)
     if report.layout == OURS:
+        vae.settle_linear_code(has_linear_code(state))
         return load_but(vae, state, keep, path, report)
     source = LAYOUTS[report.layout]
     state, _ = settle_proj_attn(state, source, Hints(), report)
@@ -159,6 +161,11 @@ def kept_names(names: Iterable[str], keep: Sequence[str], others: Iterable[str] 
 def named_by(name: str, patterns: Sequence[str]) -> bool:
     """Whether a name begins with one of the patterns, or is of it."""
     return any(name.startswith(one) or fnmatchcase(name, one) for one in patterns)
+
+
+def has_linear_code(weights: Iterable[str]) -> bool:
+    """Whether there is one among weights of ours."""
+    return "linear_code.analysis.weight" in weights
 
 
 def clean(
