@@ -54,7 +54,7 @@ from loaders.whole import sweep, whole_file, write_text
 
 # What a sidecar holds; see `loaders.texts.misfit`. By `ALIKE` one value a channel.
 ALIKE = ("scale", "offset", "statistics")
-ROBUST = {"foreground_fraction": float, "foreground_percentiles": {str: float}}
+ROBUST = {"hot_voxels": int, "foreground_fraction": float, "foreground_percentiles": {str: float}}
 MEASURED = {
     **{name: float for name in ("min", "max", "foreground_threshold", "foreground_mean")},
     "foreground_std": float,

@@ -41,6 +41,7 @@ from vae3d.commands.train import train_3d
 from vae3d.commands.train_ldm import UNet, train_ldm
 from vae3d.models.custom_vae import CustomVAE
 from vae3d.models.norm import GroupNorm
+from vae3d.tracking.guests import Guest
 
 ROOT = Path(__file__).resolve().parents[1]
 TIMES = int(os.environ.get("VAE3D_FUZZ_TIMES", 1))
@@ -78,7 +79,8 @@ def world(tmp_path_factory):
     home = tmp_path_factory.mktemp("fuzz")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VAE3D_CACHE", str(home / "cache"))
-        patch.setattr("vae3d.tracking.tracker._Wandb", NoWandb)
+        for name in ("WandbRun", "TensorBoard", "MLflowRun"):
+            patch.setattr(f"vae3d.tracking.tracker.{name}", NoTracker)
         patch.setattr("vae3d.inference.export.export_programs", exported)
         make_world(home / "world")
         # Half of the time of an example; real processes below make theirs.
@@ -124,15 +126,18 @@ def make_world(home: Path) -> None:
         (home / name).write_bytes(content)
 
 
-class NoWandb:
-    """In the place of W&B, which takes seconds to start."""
+class NoTracker(Guest):
+    """In the place of trackers, which take seconds to start."""
+
+    name = "none"
 
     def __init__(self, *_):
-        self.worker = SimpleNamespace(put=lambda *_: None)
-        self.start = self.call = lambda *_: None
-
-    def close(self, *_):
         pass
+
+    def start(self, *_):
+        pass
+
+    log = log_table = log_media = finish = start
 
 
 def exported(vae, folder, formats, patch_size):

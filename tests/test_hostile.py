@@ -22,7 +22,7 @@ from vae3d.inference.reconstruct import Coding, coding_of
 from vae3d.models.classes import made
 from vae3d.models.spec import build
 from vae3d.ranges import check_ranges
-from vae3d.stage2.latents import LatentStore, read_latent, write_index, write_latent
+from vae3d.stage2.latents import LatentStore, check_header, read_latent, write_index, write_latent
 from vae3d.tracking.tracker import read_metrics, read_tables
 from vae3d.training.checkpoint import (
     Checkpoints,
@@ -75,7 +75,7 @@ def survives(value, use):
                 assert users, f"{path} = {new!r}: {error!r}"
             except Exception as error:
                 raise AssertionError(f"{path} = {new!r}: {error!r}") from error
-    assert tried > 20
+    assert tried > 3
 
 
 @pytest.fixture(scope="module")
@@ -110,6 +110,7 @@ def test_whatever_a_latent_says_of_itself_it_decodes_or_is_refused(latent, vae):
         tensors = {"mean": whole.mean, "logvar": whole.logvar}
         save_file(tensors, latent, metadata={"vae3d": json.dumps(header)})
         read = read_latent(latent)
+        check_header(read.info, latent)
         coding = coding_of(read.info["made_by"])
         coding.check(vae)
         x = coding.decode(vae, read.mean, read.info["volume_shape"][1:])
@@ -141,6 +142,7 @@ def test_whatever_an_index_of_latents_says_it_opens_or_is_refused(latent):
     survives(index, use)
 
 
+@pytest.mark.slow
 def test_whatever_a_checkpoint_says_it_loads_or_is_refused(vae, tmp_path):
     path = tmp_path / "vae.pt"
     contract = {"preprocess": Preprocess().to_dict(), "patch_size": [8, 8, 8], "step": 3}
@@ -226,11 +228,6 @@ def test_a_note_names_no_file_but_ours(tmp_path, vae):
     (tmp_path / "run" / "precious").write_text("kept")
     state = checkpoint_of(vae.spec, vae.state_dict(), {})
     path = files.save(state | {"step": 1})
-    note = (
-        json.loads((files.folder / "newest.json").read_text())
-        if (files.folder / "newest.json").exists()
-        else {}
-    )
     evil = ["../precious", "/etc/passwd", "best.pt"]
     mark = load_checkpoint(path)["mark"]
     (files.folder / "newest.json").write_text(json.dumps({"mark": mark, "names": evil}))

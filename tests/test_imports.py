@@ -61,7 +61,9 @@ BY_NAME = ("vae3d/models/classes.py", "module")  # what a recipe names, see `imp
 # Third-party libraries and the only places that may import them.
 ONE_PLACE = {
     "jsonargparse": {"vae3d/config.py"},
-    "wandb": {"vae3d/tracking/tracker.py"},
+    "wandb": {"vae3d/tracking/to_wandb.py"},
+    "tensorboard": {"vae3d/tracking/to_tensorboard.py"},
+    "mlflow": {"vae3d/tracking/to_mlflow.py"},
     "imageio": {"vae3d/tracking/media.py"},
     "imageio_ffmpeg": {"vae3d/tracking/media.py"},
     "torchio": {"loaders/preprocess.py"},
@@ -208,7 +210,17 @@ def test_sources_keep_the_rules_of_safety(path):
 
 @pytest.mark.parametrize("command", [["train_3d.py", "--help"], ["evaluate.py", "--help"]])
 def test_help_loads_no_heavy_library(command):
-    heavy = ["torchio", "wandb", "monai", "nibabel", "SimpleITK", "imageio", "lightning"]
+    heavy = [
+        "torchio",
+        "wandb",
+        "tensorboard",
+        "mlflow",
+        "monai",
+        "nibabel",
+        "SimpleITK",
+        "imageio",
+        "lightning",
+    ]
     spy = (
         "import sys, runpy; sys.argv = sys.argv[1:]\n"
         "try: runpy.run_path(sys.argv[0], run_name='__main__')\n"

@@ -111,7 +111,7 @@ def encode(
             print(f"{len(mine) - len(todo)} of {len(mine)} volumes are done already", flush=True)
         begun = time.monotonic()
         for number, index in enumerate(todo, start=1):
-            mean, logvar = coding.encode(vae, torch.from_numpy(store.read(index)))
+            mean, logvar = coding.encode(vae, torch.from_numpy(store.read(index)), store.ids[index])
             path = latent_path(folder, store.ids[index])
             factor = coding.factor(vae, mean.ndim - 1)
             write_latent(path, mean, logvar, header(store, index, factor, made_by, parts))

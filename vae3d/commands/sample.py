@@ -93,6 +93,7 @@ def sample(
     """
     from vae3d.commands.decode import load_encoder
     from vae3d.inference.reconstruct import coding_of
+    from vae3d.stage2.latents import check_header
     from vae3d.training.distributed import open_world
     from vae3d.training.memory import SMALLER_PASSES, telling_of_memory
 
@@ -116,6 +117,7 @@ def sample(
             kinds = ("gaussian", "standard") if grid else ("joint", "gaussian", "standard")
             sources = from_gaussians(fitted, kinds if prior == "all" else (prior,))
         template = next(iter(sources.values())).template
+        check_header(template, fitted or str(ldm))
         axes = len(template["shape"]) - 1
         if grid and (len(grid) != axes or min(grid) < 1):
             raise ValueError(f"--grid {list(grid)}: give {axes} numbers of latent voxels, each > 0")
@@ -284,7 +286,7 @@ class Writer:
         same_grid = list(z.shape) == list(self.template["shape"])
         size = self.template["volume_shape"][1:] if same_grid else None
         begun = time.monotonic()
-        x = self.coding.decode(self.vae, z, size).numpy()
+        x = self.coding.decode(self.vae, z, size, f"{name} {number}").numpy()
         facts |= {"seconds_decode": time.monotonic() - begun}
         facts |= {"intensities_of": self.template["subject"], "shape": list(x.shape)}
         folder, stem = self.out_dir / name, f"sample_{number:03d}"

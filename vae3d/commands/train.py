@@ -36,6 +36,7 @@ def train_3d(
     compile: bool = False,
     checkpointing: Checkpointing = "none",
     init_from: str | None = None,
+    ignore_keys: tuple[str, ...] = (),
     freeze: Literal["encoder", "decoder"] | None = None,
     loop: Loop,
 ) -> int:
@@ -61,6 +62,8 @@ def train_3d(
         checkpointing: none | block | level, what the backward pass computes again to save memory.
         init_from: Weights to begin with, not read again on resuming: a run folder, a checkpoint, a
             folder of save_pretrained, hf://owner/name, or a file in any layout that convert knows.
+        ignore_keys: Weights of the network that init_from does not fill, by the beginning of their
+            names or a pattern, e.g. '[decoder.*.bias, quant_conv]'; which they are is told.
         freeze: Half of the network that stays as init_from gives it: encoder (so that latents stay
             what they are, and a decoder is tuned on them) | decoder; null to train both.
         loop: Each option of the loop by its own name, see `vae3d.training.options`.
@@ -98,6 +101,8 @@ def train_3d(
             "--freeze decoder: an adaptive adversarial weight is balanced at the decoder's last"
             " layer; set --loss.adversarial.adaptive false"
         )
+    if ignore_keys and not init_from:
+        raise ValueError(f"--ignore_keys {list(ignore_keys)} needs --init_from")
     vae.set_checkpointing(checkpointing)
     with (
         open_world(loop.device, loop.timeout_minutes) as world,
@@ -111,7 +116,7 @@ def train_3d(
             had = state["spec"]["init_args"].get("linear_code")
             vae.settle_linear_code(bool(had))
         elif init_from:
-            begin_with(vae, init_from, data.preprocess, world)
+            begin_with(vae, init_from, ignore_keys, data.preprocess, world)
         else:
             vae.settle_linear_code()
         if freeze:
@@ -211,7 +216,13 @@ def check_sizes(vae: CustomVAE, patching: str | None, patch_size: tuple[int, ...
             )
 
 
-def begin_with(vae: CustomVAE, init_from: str, preprocess: Preprocess, world: World) -> None:
+def begin_with(
+    vae: CustomVAE,
+    init_from: str,
+    ignore_keys: tuple[str, ...],
+    preprocess: Preprocess,
+    world: World,
+) -> None:
     """Fill a network with the weights that `--init_from` names.
 
     Says in one line where they were trained on volumes that were prepared in another way; that may
@@ -220,6 +231,7 @@ def begin_with(vae: CustomVAE, init_from: str, preprocess: Preprocess, world: Wo
     Args:
         vae: The network.
         init_from: A run folder, a checkpoint, a folder of save_pretrained, a file, or hf://...
+        ignore_keys: What it does not fill.
         preprocess: What this run does to its volumes.
         world: The ranks; the main one speaks.
     """
@@ -227,7 +239,7 @@ def begin_with(vae: CustomVAE, init_from: str, preprocess: Preprocess, world: Wo
     from vae3d.weights.convert import load_weights
 
     weights = find_checkpoint(init_from)
-    report = load_weights(vae, weights)
+    report = load_weights(vae, weights, keep=ignore_keys)
     if report.lines and world.is_main:
         print(f"{weights}: {report.layout} weights", *report.lines, sep="\n  ", flush=True)
     trained = preprocess_of(weights)

@@ -307,8 +307,10 @@ class Pictures:
     ):
         from vae3d.commands.decode import load_encoder
         from vae3d.inference.reconstruct import coding_of
+        from vae3d.stage2.latents import check_header
 
         self.template: dict[str, Any] = store.infos[0]
+        check_header(self.template, store.paths[0])
         made_by = self.template["made_by"]
         self.coding = coding_of(made_by, mode="full")
         self.vae = load_encoder(vae, made_by, trust)  # now: another model must not fail hours later

@@ -59,6 +59,7 @@ class Evaluator:
         perceptual: Perceptual distance `(x, recon) -> scalar`; None for none.
         save_recon: Write reconstructions as NIfTI.
         media: Write pictures and clips.
+        alias: What a case is called in pictures and in trackers.
     """
 
     vae: CustomVAE
@@ -72,6 +73,7 @@ class Evaluator:
     perceptual: Any = None
     save_recon: bool = True
     media: bool = True
+    alias: Callable[[str], str] = str
 
     @property
     def widths(self) -> list[float]:
@@ -80,8 +82,11 @@ class Evaluator:
 
     def key(self, index: int) -> str:
         """Hash of what the numbers of a volume depend on."""
+        case = self.store.ids[index]
+        shown_as = self.alias(case)  # drawn in the pictures, which may have been sent
         parts = {
             "version": VERSION,
+            **({"shown_as": shown_as} if shown_as != case else {}),
             # The checkpoint's bytes, not its place.
             **{k: v for k, v in self.facts.items() if k != "checkpoint"},
             "how": {k: v for k, v in self.how.items() if k not in ("batch_size", "memory_gb")},
@@ -131,7 +136,7 @@ class Evaluator:
         if row is None:
             case = self.store.ids[index]
             x = torch.from_numpy(self.store.read(index))
-            recon, mean, logvar = autoencode(self.vae, x, **self.how)
+            recon, mean, logvar = autoencode(self.vae, x, name=case, **self.how)
             row = {"case": case, **self.measure(index, x, recon, mean, logvar)}
             self._write_files(index, x, recon, row)
             # Last, so that a volume with a row has everything; JSON's Infinity reads back.
@@ -214,6 +219,14 @@ class Evaluator:
         write_report(self.out_dir)
         return summary
 
+    def pictures(self, count: int) -> dict[str, Path]:
+        """The picture and clips of the first `count` volumes, by panel."""
+        return {
+            f"eval/{self.alias(case)}/{kind}": self.out_dir / "media" / f"{case_stem(case)}.{kind}"
+            for case in self.store.ids[:count]
+            for kind in ("png", "gif", "mp4")
+        }
+
     def _baselines(self, x: Tensor, recon: Tensor, mask: Tensor | None) -> dict[str, float]:
         """Linear codes of the same size, and how many of their numbers would do as well."""
         factor, channels = self.factor(x.ndim - 1), self.vae.latent_channels
@@ -283,7 +296,7 @@ class Evaluator:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 write_png(path, picture)
             a, b, ends = in_one_range(self.store.channel_ranges, x.numpy(), recon.numpy())
-            spacing, title = self.store.spacing_mm(index), f"{case}  {headline(row)}"
+            spacing, title = self.store.spacing_mm(index), f"{self.alias(case)}  {headline(row)}"
             save_views(self.out_dir / "media", case, a, b, spacing, ends, title=title)
 
 

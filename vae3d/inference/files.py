@@ -74,7 +74,7 @@ def encode_file(vae: CustomVAE, path: str | Path, mode: str = "full", **how: obj
                 f"{path}: a series of {len(store)} time points: encode it by `vae3d encode`"
             )
         x = torch.from_numpy(store.read(0))
-        mean, logvar = coding.encode(vae, x)
+        mean, logvar = coding.encode(vae, x, str(path))
         info = latent_info(store, 0, coding.factor(vae, x.ndim - 1))
     return Encoded(mean, logvar, {**info, "made_by": coding.facts()})
 

@@ -75,22 +75,30 @@ class Coding:
         return {k: list(v) if isinstance(v, tuple) else v for k, v in facts.items()}
 
     @torch.no_grad()
-    def encode(self, vae: CustomVAE, x: Tensor) -> tuple[Tensor, Tensor]:
+    def encode(self, vae: CustomVAE, x: Tensor, name: str = "the volume") -> tuple[Tensor, Tensor]:
         """Posterior of a volume.
 
         Args:
             vae: The model, in eval mode.
             x: `(C, X, Y, Z)` or `(C, X, Y)`, normalized as the model was trained; any device.
+            name: Of the volume, for messages.
 
         Returns:
             mean and logvar, `(C', *spatial)`, float32 on the device of `x`.
+
+        Raises:
+            ValueError: It is not finite.
         """
+        check_finite(x, name)
+        return self._encode(vae, x)
+
+    def _encode(self, vae: CustomVAE, x: Tensor) -> tuple[Tensor, Tensor]:
         if x.ndim == 4 and vae.spatial_dims == 2:
             axis, half = 1 + self.slice_axis, self.num_slices // 2
             planes = x.movedim(axis, 0)
             near = torch.arange(len(planes))[:, None] + torch.arange(-half, half + 1)
             stacks = planes[near.clamp(0, len(planes) - 1)].flatten(1, 2)
-            parts = [self.encode(vae, stack) for stack in stacks]
+            parts = [self._encode(vae, stack) for stack in stacks]
             mean, logvar = (torch.stack(part, axis) for part in zip(*parts, strict=True))
             return mean, logvar
         if self.mode == "exact":
@@ -110,21 +118,35 @@ class Coding:
         return mean, logvar
 
     @torch.no_grad()
-    def decode(self, vae: CustomVAE, z: Tensor, size: Sequence[int] | None = None) -> Tensor:
+    def decode(
+        self, vae: CustomVAE, z: Tensor, size: Sequence[int] | None = None, name: str = "the latent"
+    ) -> Tensor:
         """Reconstruction of a latent.
 
         Args:
             vae: The model, in eval mode.
             z: `(C', *spatial)`, as `encode` gives its mean; any device.
             size: Voxels per axis of the volume; None for those of the latent times the factor.
+            name: Of the latent, for messages.
 
         Returns:
             `(C, *size)`, normalized intensities, float32 on the device of `z`.
+
+        Raises:
+            ValueError: It is not finite.
         """
+        check_finite(z, name)
+        return self.decode_as_it_is(vae, z, size)
+
+    @torch.no_grad()
+    def decode_as_it_is(
+        self, vae: CustomVAE, z: Tensor, size: Sequence[int] | None = None
+    ) -> Tensor:
+        """`decode` of a latent that nobody has looked at."""
         if z.ndim == 4 and vae.spatial_dims == 2:
             axis = 1 + self.slice_axis
             size = size and [n for i, n in enumerate(size) if i != self.slice_axis]
-            planes = [self.decode(vae, plane, size) for plane in z.unbind(axis)]
+            planes = [self.decode_as_it_is(vae, plane, size) for plane in z.unbind(axis)]
             return torch.stack([self._middle(vae, plane) for plane in planes], axis)
         size = size or [n * f for n, f in zip(z.shape[1:], vae.factor, strict=True)]
         if self.mode == "exact":
@@ -182,6 +204,17 @@ class Coding:
         return plane[first : first + channels]
 
 
+def check_finite(values: Tensor, name: str) -> None:
+    """Refuse a volume or latent that is not finite.
+
+    Statistics of norms would make all of it NaN, and without norms the sums over four rows at once,
+    which serve at inference, would carry it to rows that it does not touch.
+    """
+    if not (finite := values.isfinite()).all():
+        count = values.numel() - int(finite.sum())
+        raise ValueError(f"{name}: {count} of {values.numel()} values are NaN or infinite")
+
+
 def coding_of(made_by: dict, **given: Any) -> Coding:
     """The `Coding` with which some latents were made.
 
@@ -210,7 +243,7 @@ def reconstruct(vae: CustomVAE, x: Tensor, mode: str = "patch", **how: Any) -> T
 
 
 def autoencode(
-    vae: CustomVAE, x: Tensor, mode: str = "patch", **how: Any
+    vae: CustomVAE, x: Tensor, mode: str = "patch", name: str = "the volume", **how: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Reconstruct one volume through the posterior mean, and return the posterior as well.
 
@@ -218,14 +251,16 @@ def autoencode(
         vae: The model, in eval mode.
         x: `(C, X, Y, Z)` or `(C, X, Y)`, normalized as the model was trained; any device.
         mode: full | patch | exact.
+        name: Of the volume, for messages.
         **how: Further options of `Coding`.
 
     Returns:
         recon `(C, X, Y, Z)`, and mean and logvar of the latent; float32 on the device of `x`.
     """
     coding = Coding(mode, **how)
-    mean, logvar = coding.encode(vae, x)
-    return coding.decode(vae, mean, x.shape[1:]), mean, logvar
+    mean, logvar = coding.encode(vae, x, name)
+    # What a network that has diverged makes of it is measured, not refused.
+    return coding.decode_as_it_is(vae, mean, x.shape[1:]), mean, logvar
 
 
 def _home(vae: CustomVAE) -> torch.device:

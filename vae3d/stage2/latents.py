@@ -54,9 +54,10 @@ HEADER = {
     "made_by": MADE_BY,
 }
 PARTS = {"mean", "logvar"}  # tensors of a file
+NEEDED = ("shape", "moments", "crc32")  # that `write_latent` adds
 INDEX_SHAPE = {
     "vae": str,
-    "made_by": MADE_BY,
+    "made_by": {},
     "subjects": {str: ABOUT},
     "statistics": {
         str: {
@@ -463,6 +464,18 @@ def _header(file: safe_open, path: str | Path) -> dict[str, Any]:
     info = load_json((file.metadata() or {}).get("vae3d", "{}"), f"{path}: its header")
     if not isinstance(info, dict) or info.get("format") != FORMAT or not {*file.keys()} >= PARTS:
         raise ValueError(f"{path}: a safetensors file, but not one that vae3d encode wrote")
-    if found := misfit(info, HEADER):
-        raise ValueError(f"{path}: its header is damaged ({found}); delete it and encode again")
+    lent = HEADER | {"made_by": {}, "source": {}}  # who writes latents in Python may say less
+    check_header(info, path, {k: v for k, v in lent.items() if k in info or k in NEEDED})
     return info
+
+
+def check_header(info: object, path: str | Path, shape: object = HEADER) -> None:
+    """Refuse what a latent says of itself, if it does not lead back to a volume.
+
+    Args:
+        info: Its header.
+        path: Its file, for the message.
+        shape: What it has to be, see `loaders.texts.misfit`.
+    """
+    if found := misfit(info, shape):
+        raise ValueError(f"{path}: its header is damaged ({found}); delete it and encode again")

@@ -306,7 +306,8 @@ def load_vae(path: str | Path, ema: bool = True, trust: Iterable[str] = ()) -> C
     model = _network(state, path, ema, trust)
     if not isinstance(model, CustomVAE):
         raise ValueError(f"{path}: holds a {type(model).__name__}, not a VAE; give the VAE's run")
-    _require(state, STATE | {"config": CONFIG}, path)
+    needed = ("step", "spec", "model", "ema", "preprocess", "split")
+    _require(state, {name: STATE[name] for name in needed} | {"config": CONFIG}, path)
     return model
 
 
@@ -434,7 +435,7 @@ def _upgrade(state: dict[str, Any], path: Path) -> dict[str, Any]:
     return defaults | {"rewarm": None} | state
 
 
-def _require(state: dict[str, Any], shape: dict[str, Any], path: Path | str) -> None:
+def _require(state: object, shape: object, path: Path | str) -> None:
     """Refuse a checkpoint that lacks what a command reads of it, or holds another kind of thing."""
     if found := misfit(state, shape):
         raise ValueError(f"{path}: damaged, or not of vae3d: its {found} is none that could be")

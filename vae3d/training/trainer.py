@@ -104,8 +104,11 @@ class Trainer:
             for name, (_, params) in parts.items()
         }
         self.networks = {name: module for name, (module, _) in parts.items()}
-        if self.world.size > 1 and not self.sharded:
-            self.networks = distributed(task, self.networks)
+        if self.world.size > 1:
+            alone = {name for name in self.networks if self.sharded and name == "generator"}
+            self.networks |= distributed(
+                task, {k: v for k, v in self.networks.items() if k not in alone}
+            )
         self.ema = EMA(task.network, loop.ema_decay) if loop.ema_decay else None
         self.scaler = LossScaler(self.device, enabled=self.amp == "fp16")
 
