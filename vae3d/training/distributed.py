@@ -35,7 +35,7 @@ class World:
     rank: int = 0
     size: int = 1
     device: torch.device = torch.device("cpu")  # noqa: RUF009 - immutable
-    control: Any = None  # gloo process group for flags and objects
+    control: dist.ProcessGroup | None = None  # gloo, for flags and objects
     store: Any = None  # key-value store shared by all ranks, lives in torchrun's agent
     turns: int = 0  # how often rank 0 went first
 
