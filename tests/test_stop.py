@@ -145,3 +145,10 @@ def test_a_rank_that_leaves_has_told_the_others_before(monkeypatch):
     )
     distributed._leave(distributed.World(1, 2, store=Store()), wait=False)
     assert happened == [("stop", "143"), ("stop/1", "told"), "left"]
+
+
+@pytest.mark.parametrize("name", ["cuda", "mps"])
+def test_a_device_that_is_not_there_is_one_line(monkeypatch, name):
+    monkeypatch.setattr(f"torch.{'cuda' if name == 'cuda' else 'backends.mps'}.is_available", bool)
+    with pytest.raises(ValueError, match=f"--device {name}: torch sees no {name.upper()} device"):
+        distributed._device(name, 0)

@@ -281,6 +281,8 @@ def _device(name: str, local_rank: int) -> torch.device:
             )
         torch.cuda.set_device(local_rank)
         return torch.device("cuda", local_rank)
+    if name == "mps" and not torch.backends.mps.is_available():
+        raise ValueError("--device mps: torch sees no MPS device here; use --device cpu")
     if name not in ("cpu", "mps"):
         raise ValueError(f"--device must be auto, cpu, cuda or mps, not {name!r}")
     return torch.device(name)
