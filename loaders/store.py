@@ -39,6 +39,7 @@ from loaders.build import (
 )
 from loaders.compressed import CompressedArray
 from loaders.consistency import Facts, Survey, refuse, wrong_channels
+from loaders.layout import Layout
 from loaders.preprocess import (
     PERCENTILES,
     Preprocess,
@@ -188,6 +189,11 @@ class VolumeStore:
     def spacing_mm(self, index: int) -> tuple[float, float, float]:
         """Voxel size on the store's grid in millimeters."""
         return self.entries[index].spacing_mm
+
+    def layout(self, index: int) -> Layout:
+        """Return how a volume on the store's grid is shown to people."""
+        path = self.entries[index].subject.paths[0]
+        return Layout.of(self.meta(index), path, self.preprocess.channels)
 
     def labels(self, index: int) -> dict[str, str]:
         """Return the manifest's further columns of a volume."""

@@ -69,6 +69,7 @@ def evaluate(
     verify: bool = False,
     save_recon: bool = True,
     media: bool = True,
+    radiological: bool = False,
     wandb: Literal["online", "offline", "disabled"] | None = None,
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto",
     trust: tuple[str, ...] = (),
@@ -103,7 +104,8 @@ def evaluate(
         perceptual: Perceptual distance and its network; null for none.
         verify: Compare the exact and the full pass on a crop first, and print the difference.
         save_recon: Write the reconstructions as NIfTI.
-        media: Write pictures and clips.
+        media: Write pictures, clips and what the report's viewer shows.
+        radiological: Draw bodies as radiologists read them, their right on the left.
         wandb: online | offline | disabled; null for online with a WANDB_API_KEY, else offline.
         device: auto | cpu | cuda | mps.
         trust: Module prefixes besides vae3d whose classes the checkpoint may import.
@@ -179,8 +181,9 @@ def evaluate(
             distance = perceptual().to(world.device)
             distance.data_range = store.data_range
         evaluator = Evaluator(
-            vae, store, out, how, facts, latent_bits, patch_gap, pca, distance, save_recon, media
-        )
+            vae, store, out, how, facts, latent_bits, patch_gap, pca, distance, save_recon, media,
+            radiological,
+        )  # fmt: skip
         mine = range(world.rank, len(store), world.size)
         begun, kept = time.monotonic(), 0
         for done, index in enumerate(mine, start=1):

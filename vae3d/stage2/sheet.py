@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from PIL import Image, ImageDraw
 
+from loaders.layout import Layout
 from vae3d.tracking.media import (
     BACKGROUND,
     FAINT,
@@ -16,7 +17,6 @@ from vae3d.tracking.media import (
     font,
     gray_colors,
     resize,
-    upright,
 )
 
 TITLE = 20  # pixels above a row
@@ -119,5 +119,5 @@ def _panel(
     width, height = (
         max(2, round(n * mm * px_per_mm)) for n, mm in zip(plane.shape, spacing, strict=True)
     )
-    values = (upright(plane.astype(np.float32)) - low) / (high - low)
+    values = (Layout().upright(plane.astype(np.float32)) - low) / (high - low)
     return gray_colors(resize(values, (width, height)))

@@ -30,6 +30,7 @@ class Validation:
         pictured: The first so many are shown; their reconstructions stay in memory from one
             validation to the next, so that pictures of the same step cost no second pass.
         overlap: Overlap of patches, a fraction of the patch.
+        radiological: Draw bodies with their right on the left.
     """
 
     def __init__(
@@ -40,10 +41,12 @@ class Validation:
         max_volumes: int | None = None,
         pictured: int = 0,
         overlap: float = 0.25,
+        radiological: bool = False,
     ):
         check_at_least(0, val_volumes=max_volumes, media_volumes=pictured)
         self.store, self.world = store, world
         self.patch_size, self.overlap = patch_size, overlap
+        self.radiological = radiological
         count = min(len(store), max_volumes or len(store))
         self.volumes = [i * len(store) // count for i in range(count)]
         self.shown = self.volumes[:pictured]
@@ -130,7 +133,8 @@ class Validation:
                 ends,
                 step=step,
                 title=f"{self.store.ids[i]}   step {step}",
-                window_hu=self._window_hu(),
+                window_hu=self.store.preprocess.drawn_hu,
+                layout=self.store.layout(i).read_by(self.radiological),
             )
         if not self.shown:
             return
@@ -140,18 +144,12 @@ class Validation:
                 self.patch_size,
                 self.store.spacing_mm(self.shown[0]),
                 self.store.data_range,
+                layout=self.store.layout(self.shown[0]).read_by(self.radiological),
             )
         measured = self.probes.measure(network)
         if tracker is not None:
             tracker.log(measured.numbers, step)
             tracker.in_background(self.probes.draw, measured, folder, step=step)
-
-    def _window_hu(self) -> tuple[float, float] | None:
-        """HU of the ends of the data range, where it has such: the same for all that is shown."""
-        preprocess = self.store.preprocess
-        if isinstance(preprocess.window_hu, dict) or isinstance(preprocess.intensity, dict):
-            return None
-        return preprocess.window_hu if preprocess.intensity in ("unit", "symmetric") else None
 
 
 def _views(folder: Path, case: str, *pair: Any, **view: Unpack[View]) -> dict[str, Path]:
