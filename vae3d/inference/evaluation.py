@@ -38,7 +38,8 @@ from vae3d.inference.reconstruct import Coding, autoencode
 from vae3d.inference.stitching import tile_faces
 from vae3d.models.custom_vae import CustomVAE
 from vae3d.reports.evaluation import write_report
-from vae3d.tracking.media import View, case_stem, in_one_range, save_views, write_png
+from vae3d.tracking.media import case_stem, in_one_range, save_views, write_png
+from vae3d.tracking.voxels import write_voxels
 
 VERSION = 4  # of the numbers: raised when the same options give others, so that old rows are redone
 
@@ -298,9 +299,11 @@ class Evaluator:
                 write_png(path, picture)
             a, b, ends = in_one_range(self.store.channel_ranges, x.numpy(), recon.numpy())
             pair = (a, b, self.store.spacing_mm(index), ends)
-            view = View(title=f"{case}  {headline(row)}", layout=layout)
-            view["window_hu"] = self.store.preprocess.drawn_hu
-            save_views(self.out_dir / "media", case, *pair, **view)
+            folder, hu = self.out_dir / "media", self.store.preprocess.drawn_hu
+            title = f"{case}  {headline(row)}"
+            save_views(folder, case, *pair, title=title, layout=layout, window_hu=hu)
+            volumes, ranges = (x.numpy(), recon.numpy(), pair[2]), self.store.channel_ranges
+            write_voxels(folder, case, *volumes, ranges, layout=layout, window_hu=hu)
 
 
 def seam_picture(

@@ -12,7 +12,9 @@ from typing import TypeGuard
 from loaders.texts import read_json
 from loaders.whole import write_text
 from vae3d.reports import page
+from vae3d.reports.viewer import NOTE, viewers, with_pictures
 from vae3d.tracking.media import case_stem
+from vae3d.tracking.voxels import SUFFIX, voxels_file
 
 HIGHER_IS_BETTER = ("psnr", "ssim", "ms_ssim", "dice", "ncc")
 LOWER_IS_BETTER = ("mae", "mse", "rmse", "lpips", "hfen")
@@ -41,6 +43,7 @@ def write_report(out_dir: Path | str) -> Path:
         raise ValueError(f"{out_dir / 'metrics.csv'}: no volumes")
     case_column = next(iter(rows[0]))
     leading = next((m for m in ("psnr", *metrics) if m in metrics), None)
+    looking = f" {NOTE}" if any((out_dir / "media").glob(f"*{SUFFIX}")) else ""
     sections = [
         page.tiles(_headline(rows, metrics)),
         page.section("Look at first", page.findings(find(rows, metrics, leading))),
@@ -48,8 +51,8 @@ def write_report(out_dir: Path | str) -> Path:
         page.section(
             "Views",
             *_views(out_dir / "media", _worst_first(rows, leading), case_column),
-            note=f"Worst {leading} first. Columns are input, recon and error = recon - input; "
-            "the scale under the error is the same for every volume.",
+            note=f"Worst {leading} first. Columns are input, recon and error = recon - input; the "
+            "scale under the error is the same for every picture." + looking,
         ),
         page.section("All volumes", page.table(rows, first=case_column)),
         page.section("How it was measured", f'<div class="card">{page.facts(_how(summary))}</div>'),
@@ -202,10 +205,13 @@ def _views(media: Path, rows: Sequence[dict], case: str) -> list[str]:
         if path.is_file() and path.stat().st_size <= room:
             room -= path.stat().st_size
             embedded.add(path)
+    files = {row[case]: voxels_file(media, row[case]) for row in rows}
+    looks = viewers(files, media.parent / "report.html")
     cards = []
     for row in rows:
         picture, seams, clip = (media / f"{stems[row[case]]}{kind}" for kind in kinds)
         parts = [page.image(picture, f"planes of {row[case]}")] if picture in embedded else []
+        viewer = looks.get(row[case], "")
         if seams in embedded:
             parts.append(page.image(seams, f"error and patches of {row[case]}"))
         parts += [page.video(clip)] if clip in embedded else []
@@ -217,10 +223,11 @@ def _views(media: Path, rows: Sequence[dict], case: str) -> list[str]:
                 f'<a href="media/{page.escape(p.name.replace("%", "%25"))}">{p.suffix[1:]}</a>'
                 for p in links
             )
+            pictures = f'<div class="pair">{"".join(parts)}</div>'
             cards.append(
                 f'<article class="card"><h3>{page.escape(row[case])} <small class="note">'
-                f"{page.escape(numbers)} {linked}</small></h3>"
-                f'<div class="pair">{"".join(parts)}</div></article>'
+                f"{page.escape(numbers)} {linked}</small></h3>{with_pictures(viewer, pictures)}"
+                "</article>"
             )
     return cards
 

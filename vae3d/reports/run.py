@@ -16,7 +16,9 @@ import yaml
 from loaders.texts import read_yaml
 from loaders.whole import write_text
 from vae3d.reports import page
+from vae3d.reports.viewer import NOTE, viewers, with_pictures
 from vae3d.tracking.tracker import read_metrics, read_tables, redact
+from vae3d.tracking.voxels import SUFFIX
 
 GROUPS = {
     "val": "Validation",
@@ -68,6 +70,7 @@ def write_run_report(run_dirs: Sequence[Path | str], out: Path | str | None = No
         for run in runs:
             run.name = str(run.folder)
     alone = len(runs) == 1
+    path = Path(out) if out else runs[0].folder / "report.html"
     sections = [
         page.legend([run.name for run in runs]) if not alone else "",
         *(_overview(run, alone) for run in runs),
@@ -76,7 +79,7 @@ def write_run_report(run_dirs: Sequence[Path | str], out: Path | str | None = No
             page.findings([f for run in runs for f in find(run, None if alone else run.name)]),
         ),
         *_curves(runs),
-        *_media(runs),
+        *_media(runs, path),
         *_latents(runs),
         *(_volumes(run, alone) for run in runs),
         _differences(runs) if not alone else "",
@@ -84,7 +87,6 @@ def write_run_report(run_dirs: Sequence[Path | str], out: Path | str | None = No
     ]
     title = runs[0].name if alone else f"{len(runs)} runs"
     subtitle = page.escape("Training run, " + _progress(runs[0]) if alone else " | ".join(names))
-    path = Path(out) if out else runs[0].folder / "report.html"
     path.parent.mkdir(parents=True, exist_ok=True)
     return write_text(path, page.page(title, subtitle, sections))
 
@@ -281,9 +283,13 @@ def steps_with_media(folder: Path) -> list[Path]:
     return found
 
 
-def _media(runs: Sequence[RunData]) -> list[str]:
-    """Per volume: the picture at some steps with a slider, and the newest clip."""
+def _media(runs: Sequence[RunData], path: Path) -> list[str]:
+    """Per volume: the viewer, the picture at some steps with a slider, and the newest clip."""
     parts: dict[str, dict[str, str]] = {}
+    looks = {}
+    if len(runs) == 1:
+        files = sorted((runs[0].folder / "media").glob(f"*{SUFFIX}"))
+        looks = viewers({unquote(f.name.removesuffix(SUFFIX)): f for f in files}, path)
     for run in runs:
         folders = steps_with_media(run.folder)
         for name in sorted({p.name for f in folders for p in f.glob("*.png")}):
@@ -292,8 +298,9 @@ def _media(runs: Sequence[RunData]) -> list[str]:
             frames = [(f, f / name) for f in folders if (f / name).is_file()]
             clips = [f / name.replace(".png", ".mp4") for f in folders]
             newest = next((page.video(clip) for clip in reversed(clips) if clip.is_file()), "")
-            part = f'<div class="pair">{_stepper(frames)}{newest}</div>'
-            parts.setdefault(unquote(Path(name).stem), {})[run.name] = part
+            case = unquote(Path(name).stem)
+            pictures = f'<div class="pair">{_stepper(frames)}{newest}</div>'
+            parts.setdefault(case, {})[run.name] = with_pictures(looks.get(case, ""), pictures)
     if not parts:
         return []
     return [
@@ -301,7 +308,7 @@ def _media(runs: Sequence[RunData]) -> list[str]:
             "Validation volumes",
             *(_card(title, part, len(runs)) for title, part in parts.items()),
             note="Input, recon and error = recon - input, on a fixed scale; the slider goes back "
-            "in training, the clip is the newest.",
+            f"in training, the clip is the newest. {NOTE if looks else ''}",
         )
     ]
 

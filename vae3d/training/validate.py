@@ -7,6 +7,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, Unpack
 
+import numpy as np
 import torch
 
 from vae3d.config import check_at_least
@@ -16,6 +17,7 @@ from vae3d.models.custom_vae import CustomVAE
 from vae3d.tracking.media import View, in_one_range, save_views
 from vae3d.tracking.probes import LatentProbes
 from vae3d.tracking.tracker import Tracker
+from vae3d.tracking.voxels import SMALL, write_voxels
 from vae3d.training.distributed import World
 
 
@@ -123,16 +125,15 @@ class Validation:
             if tracker is None:  # a rank that only lends its part of the weights
                 continue
             a, b, ends = in_one_range(self._ranges(len(x)), x.numpy(), recon.numpy())
+            spacing, case = self.store.spacing_mm(i), self.store.ids[i]
             tracker.in_background(
                 _views,
                 folder,
-                self.store.ids[i],
-                a,
-                b,
-                self.store.spacing_mm(i),
-                ends,
+                case,
+                (a, b, spacing, ends),
+                (x.numpy(), recon.numpy(), spacing, self._ranges(len(x))),
                 step=step,
-                title=f"{self.store.ids[i]}   step {step}",
+                title=f"{case}   step {step}",
                 window_hu=self.store.preprocess.drawn_hu,
                 layout=self.store.layout(i).read_by(self.radiological),
             )
@@ -152,7 +153,20 @@ class Validation:
             tracker.in_background(self.probes.draw, measured, folder, step=step)
 
 
-def _views(folder: Path, case: str, *pair: Any, **view: Unpack[View]) -> dict[str, Path]:
-    """Write a case's picture and clips; return them by the name of their panel."""
-    files = save_views(folder, case, *pair, separate=True, **view)
+def _views(
+    folder: Path,
+    case: str,
+    drawn: tuple[np.ndarray, np.ndarray, Sequence[float], tuple[float, float]],
+    whole: tuple[np.ndarray, np.ndarray, Sequence[float], Sequence[tuple[float, float]]],
+    **view: Unpack[View],
+) -> dict[str, Path]:
+    """Write a case's picture and clips, and what the report's viewer shows of the newest step.
+
+    Returns:
+        Pictures and clips by the name of their panel.
+    """
+    files = save_views(folder, case, *drawn, separate=True, **view)
+    if whole[0].size <= SMALL:
+        layout, hu = view.get("layout"), view.get("window_hu")
+        write_voxels(folder.parent, case, *whole, layout=layout, window_hu=hu)
     return {f"views/{case}/{kind}": path for kind, path in files.items()}
