@@ -16,6 +16,8 @@ from test_tracker import FakeWandb, clean_environment, no_key, server, sync  # n
 from toys import tiny_vae
 
 from loaders import DataConfig, Preprocess, Volume, write_volume
+from loaders.layout import Layout
+from loaders.readers import Look
 from train_3d import train_3d
 from vae3d.models.custom_vae import CustomVAE
 from vae3d.models.norm import GroupNorm
@@ -139,6 +141,9 @@ class Store:
 
     def spacing_mm(self, _index):
         return (1.0, 1.0, 5.0)
+
+    def layout(self, _index):
+        return Layout(Look("body"))
 
     def seen(self, _index):
         return None

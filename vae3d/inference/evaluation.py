@@ -214,6 +214,7 @@ class Evaluator:
         if len(self.store.channel_names) > 1:
             ranges = zip(self.store.channel_names, self.store.channel_ranges, strict=True)
             summary["channel_ranges"] = {name: list(ends) for name, ends in ranges}
+        summary["latent_channels"] = self.vae.latent_channels
         summary |= {"latent_bits": self.latent_bits, **summarize(rows)}
         write_text(self.out_dir / "summary.json", json.dumps(_finite(summary), indent=1) + "\n")
         write_report(self.out_dir)
