@@ -177,7 +177,7 @@ def test_metrics_are_grouped_and_explained_with_their_baselines(tmp_path):
     assert "psnr 30 0 dB higher pooled_psnr 22, pca_psnr 27 Peak signal" in said
     assert "lattice_score 1.02 0 ideal 1 How much" in said
     assert said.index("Against what the network") < said.index("Channel by channel")
-    assert said.index("Against linear codes") < said.index("Others metric")
+    assert said.index("Against linear codes") < said.index("Others own 3")
     assert "Spread over the volumes" not in text, "one volume has none"
 
 

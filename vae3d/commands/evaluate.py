@@ -69,7 +69,7 @@ def evaluate(
     verify: bool = False,
     save_recon: bool = True,
     media: bool = True,
-    radiological: bool = False,
+    radiological: bool | None = None,
     wandb: Literal["online", "offline", "disabled"] | None = None,
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto",
     trust: tuple[str, ...] = (),
@@ -105,7 +105,8 @@ def evaluate(
         verify: Compare the exact and the full pass on a crop first, and print the difference.
         save_recon: Write the reconstructions as NIfTI.
         media: Write pictures, clips and what the report's viewer shows.
-        radiological: Draw bodies as radiologists read them, their right on the left.
+        radiological: Draw bodies with their right on the left, as radiologists read them; null for
+            as in training.
         wandb: online | offline | disabled; null for online with a WANDB_API_KEY, else offline.
         device: auto | cpu | cuda | mps.
         trust: Module prefixes besides vae3d whose classes the checkpoint may import.
@@ -139,6 +140,8 @@ def evaluate(
         num_slices=trained["data"]["num_slices"],
     )
     how = vars(coding)
+    if radiological is None:
+        radiological = trained.get("radiological", False)
     if mode == "patch":
         check_patch(patch, vae.factor)
         tile_faces([1] * vae.spatial_dims, patch, overlap, blend)  # overlap < patch

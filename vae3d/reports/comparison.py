@@ -16,7 +16,7 @@ def compared(runs: Sequence[RunData]) -> str:
     """A table with a column for each run; the best of each row is marked."""
     rows = []
     scores = sorted({k for run in runs for row in run.rows for k in row if k.startswith("val/")})
-    for key in sorted(scores, key=lambda k: (k not in ("val/psnr", "val/mae"), k)):
+    for key in sorted(scores, key=lambda k: (k != "val/psnr", k != "val/mae", k)):
         found = [run.best(key) for run in runs]
         texts = [f"at {page.number(f[1])}" if f else "" for f in found]
         way = 1 if key.endswith(HIGHER_IS_BETTER) else -1
@@ -27,7 +27,10 @@ def compared(runs: Sequence[RunData]) -> str:
     for label, way, of in COSTS:
         rows.append(_row(label, [of(run) for run in runs], way))
     heads = "".join(f'<th class="n">{page.escape(run.name)}</th>' for run in runs)
-    table = f"<table><thead><tr><th></th>{heads}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
+    table = (
+        f'<table class="compare"><thead><tr><th></th>{heads}</tr></thead>'
+        f"<tbody>{''.join(rows)}</tbody></table>"
+    )
     return page.section(
         "Side by side",
         f'<div class="scroll">{table}</div>',

@@ -18,6 +18,8 @@ from vae3d.tracking.media import case_stem
 from vae3d.tracking.voxels import SUFFIX, voxels_file
 
 ENOUGH = 5  # volumes, for a spread
+BASELINES = {"pooled_psnr": "pooling", "pca_psnr": "block PCA"}
+NUMBERS = ("mean", "sd")
 TILES = ("psnr", "ssim", "mae_original", "mae", "pca_equivalent", "lattice_score", "seam_score")
 MAX_EMBEDDED_BYTES = 60_000_000  # pictures first, then clips, the worst volumes first
 
@@ -52,7 +54,7 @@ def write_report(out_dir: Path | str) -> Path:
             note=f"Worst {leading} first. Columns are input, recon and error = recon - input; the "
             "scale under the error is the same for every picture." + looking,
         ),
-        *_explained(rows, metrics),
+        _explained(rows, metrics),
         page.section("Spread over the volumes", _spread(rows, metrics, case_column)),
         page.section("All volumes", page.table(rows, first=case_column)),
         page.section("How it was measured", f'<div class="card">{page.facts(_how(summary))}</div>'),
@@ -80,10 +82,13 @@ def _headline(rows: Sequence[dict], metrics: Sequence[str]) -> list[tuple[str, s
     summary = _summary(rows, metrics)
     for metric in [m for m in TILES if m in summary][:6]:
         of = meaning(metric)
-        beside = [other for other in of.against if other in summary] if of else []
-        told = f"{beside[-1]} {page.number(summary[beside[-1]]['mean'])}" if beside else ""
-        told = told or (of.better if of and of.better and not of.better[0].isdigit() else "")
-        facts.append((metric, page.number(summary[metric]["mean"]), told.replace("_psnr", "")))
+        assert of, f"{metric} is explained"
+        beside = [name for name in of.against if name in summary and name in BASELINES]
+        small = f"{of.better} is better" if better(metric) else f"ideal {of.better}"
+        for name in beside[-1:]:
+            small = f"{BASELINES[name]} {page.number(summary[name]['mean'])}"
+        small = f"dB, {small}" if of.unit == "dB" else small
+        facts.append((metric, page.number(summary[metric]["mean"]), small))
     return facts
 
 
@@ -99,13 +104,24 @@ def _summary(rows: Sequence[dict], metrics: Sequence[str]) -> dict[str, dict[str
     return found
 
 
-def _explained(rows: Sequence[dict], metrics: Sequence[str]) -> list[str]:
-    """A table for each group of metrics: numbers, unit, direction, baseline, meaning."""
-    tables = explained(_summary(rows, metrics))
-    parts = (
-        f"<h3>{page.escape(group)}</h3>{page.table(t, 'metric')}" for group, t in tables.items()
-    )
-    return [page.section("What the numbers say", *parts)]
+def _explained(rows: Sequence[dict], metrics: Sequence[str]) -> str:
+    """One table with a heading for each group: numbers, unit, direction, baseline, meaning."""
+    body = ""
+    for group, lines in explained(_summary(rows, metrics)).items():
+        heads = list(lines[0])
+        body += f'<tr class="group"><th colspan="{len(heads)}">{page.escape(group)}</th></tr>'
+        for line in lines:
+            cells = (
+                f'<td class="n">{page.number(value)}</td>' if isinstance(value, float)
+                else f"<td>{page.escape(value)}</td>"
+                for value in list(line.values())[1:]
+            )  # fmt: skip
+            body += f"<tr><th>{page.escape(line['metric'])}</th>{''.join(cells)}</tr>"
+    if not body:
+        return ""
+    names = "".join(f"<th{' class=n' * (h in NUMBERS)}>{page.escape(h)}</th>" for h in heads)
+    table = f'<table class="explained"><thead><tr>{names}</tr></thead><tbody>{body}</tbody></table>'
+    return page.section("What the numbers say", f'<div class="scroll">{table}</div>')
 
 
 def _spread(rows: Sequence[dict], metrics: Sequence[str], case: str) -> str:
@@ -141,7 +157,7 @@ def _views(media: Path, rows: Sequence[dict], case: str) -> list[str]:
         parts += [page.video(clip)] if clip in embedded else []
         links = [p for p in (picture, seams, clip) if p.is_file() and p not in embedded]
         if parts or links:
-            measured = ((k, v) for k, v in row.items() if isinstance(v, float))
+            measured = ((k, row[k]) for k in (*TILES, *BASELINES) if isinstance(row.get(k), float))
             numbers = "  ".join(f"{k} {page.number(v)}" for k, v in measured)
             linked = " ".join(
                 f'<a href="media/{page.escape(p.name.replace("%", "%25"))}">{p.suffix[1:]}</a>'

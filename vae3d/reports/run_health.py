@@ -71,7 +71,7 @@ def _validation(run: RunData) -> Iterator[tuple[str, str]]:
     quarter = values[-max(2, len(values) // 4) :]
     gained = sign * (quarter[-1] - quarter[0])
     whole = sign * (values[-1] - values[0])
-    if len(values) >= 4 and whole > 0 and gained > 0.05 * whole:
+    if len(values) >= 4 and whole > 0.01 * abs(values[0]) and gained > 0.05 * whole:
         yield (
             "good",
             f"{best_text} and was still improving at the end (<b>underfitting</b>): raise "
@@ -100,12 +100,19 @@ def _got_worse(run: RunData, since: int) -> str:
 
 def _latent_health(run: RunData) -> Iterator[tuple[str, str]]:
     active = run.values("latent/active_channels")
+    dead = run.values("train/kl_dead_channels")
     channels = run.values("latent/channels")
     if active and channels and active[-1] < channels[-1]:
         text = (
             f"{page.number(active[-1])} of {page.number(channels[-1])} latent channels are "
             "active, the others are <b>dead</b>: lower <code>--loss.kl.weight</code>, or save "
             "<code>--model.latent_channels</code>."
+        )
+        yield "warn", text
+    elif dead and dead[-1] > 0 and not active:
+        text = (
+            f"{page.number(dead[-1])} latent channels are <b>dead</b>: lower "
+            "<code>--loss.kl.weight</code>, or save <code>--model.latent_channels</code>."
         )
         yield "warn", text
     std = run.values("latent/mean_std")
