@@ -43,28 +43,36 @@ class Layout:
     radiological: bool = False
 
     @classmethod
-    def of(cls, meta: dict, path: Path, names: Sequence[str] | None) -> Layout:
-        """Take it from the sidecar of a volume.
+    def of(
+        cls, look: Look, affine: np.ndarray, geometry: dict, count: int,
+        names: Sequence[str] | None = None,
+    ) -> Layout:  # fmt: skip
+        """Work it out from how a volume came to the store's grid.
 
         Args:
-            meta: The sidecar; one from before it told of the look is asked what its file has.
-            path: The file.
+            look: What its file knows.
+            affine: On the store's grid.
+            geometry: What undoes its preprocessing.
+            count: Its channels.
             names: Of the channels, where the user has given some.
         """
-        look = Look.of(meta["look"]) if "look" in meta else guessed(path, meta)
         axes, flips = list(range(3)), [False] * 3
-        undo = meta["undo"]
         if look.space == "body":
-            axes, flips = ras_axes(np.array(meta["affine"]))
-        elif "axes" in undo:  # turned as if it lay in a body: turn it back
-            axes = [undo["axes"].index(axis) for axis in range(3)]
-            flips = [undo["flips"][axis] for axis in axes]
-        count = len(meta["statistics"])
+            axes, flips = ras_axes(affine)
+        elif "axes" in geometry:  # turned as if it lay in a body: turn it back
+            axes = [geometry["axes"].index(axis) for axis in range(3)]
+            flips = [geometry["flips"][axis] for axis in axes]
         channels = colored(look.channels) if len(look.channels) == count else ()
         if names and len(names) == count:
             colors = [color for _, color in channels or [("", "")] * count]
             channels = tuple(zip(names, colors, strict=True))
         return cls(look, tuple(axes), tuple(flips), channels)
+
+    @classmethod
+    def of_record(cls, record: dict) -> Layout:
+        """Take it from an `undo_record`; one of old does not know the look: a body."""
+        look = Look.of(record["look"]) if "look" in record else Look()
+        return cls.of(look, np.array(record["affine"]), record["geometry"], len(record["gain"]))
 
     def volume(self, x: np.ndarray) -> np.ndarray:
         """Give a slice (C, X, Y) the axis back that it was cut across."""
@@ -140,8 +148,15 @@ def colored(channels: tuple[tuple[str, str], ...]) -> tuple[tuple[str, str], ...
     return tuple((name, colors[n % len(colors)]) for n, (name, _) in enumerate(channels))
 
 
-def guessed(path: Path, meta: dict) -> Look:
-    """What a file of its kind looks like, where the cache is older than the question."""
+def look_of(meta: dict, path: Path) -> Look:
+    """What a file knows, by the sidecar of its volume; one of old is asked what its kind has.
+
+    Args:
+        meta: The sidecar.
+        path: The file.
+    """
+    if "look" in meta:
+        return Look.of(meta["look"])
     affine = np.array(meta["undo"]["source_affine"])
     if has_place(path, affine):
         return Look()

@@ -218,3 +218,31 @@ def test_names_do_not_keep_the_ome_of_a_suffix_unless_a_run_has_it_so(tmp_path):
     assert [s.id for s in find_subjects(tmp_path)] == ["cells.ome.tif", "cells.tif", "other"]
     known = find_subjects(tmp_path, named=["other.ome"])
     assert [s.id for s in known] == ["cells.ome.tif", "cells.tif", "other.ome"]
+
+
+def test_sheets_of_samples_and_latents_stand_as_their_source(tmp_path):
+    from vae3d.stage2.sheet import scroll, three_slices
+
+    tifffile.imwrite(tmp_path / "a.tif", np.stack([page()] * 5))
+    volumes = store(tmp_path / "a.tif", tmp_path, UNIT)
+    layout = Layout.of_record(json.loads(json.dumps(volumes.undo_record(0))))
+    assert layout == volumes.layout(0)
+    x = volumes.read(0)
+    sheet = three_slices(x, (1, 1, 1), layout=layout, panel_px=24)
+    assert np.abs(sheet[:24, 4:20, 0] - as_grays(page())).max() <= 1
+    frames = scroll(x, (1, 1, 1), layout=layout, panel_px=24)
+    assert len(frames) == 5 and np.abs(frames[0][20:, :, 0] - as_grays(page())).max() <= 1
+    record = volumes.undo_record(0)
+    del record["look"]
+    assert Layout.of_record(record).look == Look(), "latents of old are bodies, as they were"
+
+
+def test_patches_are_shown_as_their_file_shows_them(tmp_path):
+    from vae3d.commands.patches import planes
+
+    tifffile.imwrite(tmp_path / "a.tif", page())
+    volumes = store(tmp_path / "a.tif", tmp_path, UNIT)
+    patch = volumes.read(0)[0]
+    assert (planes(patch, volumes.layout(0)) == patch[..., 0].T).all()
+    upward = planes(np.arange(24).reshape(2, 3, 4), Layout(Look("body")))
+    assert upward.shape == (4, 2 + 2 + 3) and upward[0, 0] == 2 * 4 + 2  # y 2, z 2

@@ -124,14 +124,15 @@ class Validation:
             x, recon = self.reconstruct(network, i, self.kept.pop((step, i), None))
             if tracker is None:  # a rank that only lends its part of the weights
                 continue
-            a, b, ends = in_one_range(self._ranges(len(x)), x.numpy(), recon.numpy())
-            spacing, case = self.store.spacing_mm(i), self.store.ids[i]
+            case = self.store.ids[i]
             tracker.in_background(
                 _views,
                 folder,
                 case,
-                (a, b, spacing, ends),
-                (x.numpy(), recon.numpy(), spacing, self._ranges(len(x))),
+                x.numpy(),
+                recon.numpy(),
+                self.store.spacing_mm(i),
+                self._ranges(len(x)),
                 step=step,
                 title=f"{case}   step {step}",
                 window_hu=self.store.preprocess.drawn_hu,
@@ -156,8 +157,10 @@ class Validation:
 def _views(
     folder: Path,
     case: str,
-    drawn: tuple[np.ndarray, np.ndarray, Sequence[float], tuple[float, float]],
-    whole: tuple[np.ndarray, np.ndarray, Sequence[float], Sequence[tuple[float, float]]],
+    x: np.ndarray,
+    recon: np.ndarray,
+    spacing: Sequence[float],
+    ranges: Sequence[tuple[float, float]],
     **view: Unpack[View],
 ) -> dict[str, Path]:
     """Write a case's picture and clips, and what the report's viewer shows of the newest step.
@@ -165,8 +168,10 @@ def _views(
     Returns:
         Pictures and clips by the name of their panel.
     """
-    files = save_views(folder, case, *drawn, separate=True, **view)
-    if whole[0].size <= SMALL:
+    a, b, ends = in_one_range(ranges, x, recon)
+    files = save_views(folder, case, a, b, spacing, ends, separate=True, **view)
+    if x.size <= SMALL:
         layout, hu = view.get("layout"), view.get("window_hu")
-        write_voxels(folder.parent, case, *whole, layout=layout, window_hu=hu)
+        pair = (x, recon, spacing, ranges)
+        write_voxels(folder.parent, case, *pair, layout=layout, window_hu=hu)
     return {f"views/{case}/{kind}": path for kind, path in files.items()}
