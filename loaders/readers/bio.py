@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from importlib import import_module
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from loaders.readers.common import (
 )
 from loaders.readers.units import Sizes, millimeters, shown_unit, spacing_mm
 
+UNNAMED = re.compile(r"^Channel:\d+:\d+$")  # bioio's name of a channel without one
 EXTRAS = {".lif": "bio", ".nd2": "bio", ".czi": "czi"}
 
 
@@ -42,7 +44,7 @@ def read_bio(path: Path, reading: Reading = READING) -> Volume:
         units = {axis: getattr(file.dimension_properties, axis).unit for axis in "XYZ"}
         told = {axis: getattr(file.physical_pixel_sizes, axis) for axis in "XYZ"}
         data, count = np.asarray(file.data), len(file.scenes)
-        names = [str(name) for name in file.channel_names or ()]
+        names = [UNNAMED.sub("", str(name)) for name in file.channel_names or ()]
     except BrokenVolume:
         raise
     except Exception as error:  # nobody lists what these libraries raise over a damaged file
