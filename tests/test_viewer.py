@@ -68,6 +68,13 @@ def test_a_page_without_volumes_has_no_viewer(tmp_path):
     assert "viewer" not in page and "<img" in page
 
 
+def test_a_volume_without_pictures_has_its_viewer(tmp_path):
+    evaluation_folder(tmp_path, ["a"], media=False)
+    write_voxels(tmp_path / "media", "a", *pair(), None, [(0, 1)])
+    page = write_report(tmp_path).read_text()
+    assert page.count('class="viewer"') == 1 and "Pictures and clip" not in page
+
+
 def test_a_case_cannot_end_the_script_that_holds_it(tmp_path):
     with_viewer(tmp_path, "</script><b>")
     page = write_report(tmp_path).read_text()

@@ -156,14 +156,14 @@ def _views(media: Path, rows: Sequence[dict], case: str) -> list[str]:
             parts.append(page.image(seams, f"error and patches of {row[case]}"))
         parts += [page.video(clip)] if clip in embedded else []
         links = [p for p in (picture, seams, clip) if p.is_file() and p not in embedded]
-        if parts or links:
+        if parts or links or viewer:
             measured = ((k, row[k]) for k in (*TILES, *BASELINES) if isinstance(row.get(k), float))
             numbers = "  ".join(f"{k} {page.number(v)}" for k, v in measured)
             linked = " ".join(
                 f'<a href="media/{page.escape(p.name.replace("%", "%25"))}">{p.suffix[1:]}</a>'
                 for p in links
             )
-            pictures = f'<div class="pair">{"".join(parts)}</div>'
+            pictures = f'<div class="pair">{"".join(parts)}</div>' if parts else ""
             cards.append(
                 f'<article class="card"><h3>{page.escape(row[case])} <small class="note">'
                 f"{page.escape(numbers)} {linked}</small></h3>{with_pictures(viewer, pictures)}"

@@ -51,7 +51,7 @@ def viewers(volumes: Mapping[str, Path], page: Path) -> dict[str, str]:
 
 def with_pictures(viewer: str, pictures: str) -> str:
     """Put a volume's pictures behind its viewer; in view where that has yet to be asked for."""
-    if "data-src" in viewer or not viewer:
+    if "data-src" in viewer or not viewer or not pictures:
         return viewer + pictures
     return f"{viewer}<details><summary>Pictures and clip</summary>{pictures}</details>"
 
