@@ -69,6 +69,7 @@ ONE_PLACE = {
     "onnxruntime": {"vae3d/inference/export.py"},
     "onnxscript": {"vae3d/inference/export.py"},
     "huggingface_hub": {"vae3d/weights/hub.py"},
+    "triton": {"vae3d/kernels/gpu.py"},
 }
 
 
@@ -141,10 +142,10 @@ def test_no_two_files_import_each_other_round_any_number_of_corners():
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
-def test_the_architecture_and_its_kernels_know_torch_and_einops_alone(path):
+def test_the_architecture_and_its_kernels_know_torch_einops_and_triton_alone(path):
     if room(dotted_name(path)) not in ("kernels", "models"):
         pytest.skip("another room")
-    known = {*sys.stdlib_module_names, "torch", "einops", "vae3d"}
+    known = {*sys.stdlib_module_names, "torch", "einops", "vae3d", "triton"}
     assert {module.split(".")[0] for module, _ in imports(path)} <= known
 
 
