@@ -35,6 +35,7 @@ HARMLESS = {
     "val_volumes",
     "media_every",
     "media_volumes",
+    "radiological",
     "save_every",
     "keep_checkpoints",
     "device",
