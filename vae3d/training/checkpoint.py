@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from loaders import DataConfig
+from loaders.preprocess import Record
 from loaders.readers import Reading
 from loaders.texts import misfit, read_json
 from loaders.whole import sweep, whole_file, write_text
@@ -281,9 +282,7 @@ def load_model(path: str | Path, ema: bool = True, trust: Iterable[str] = ()) ->
     return _network(load_checkpoint(path), path, ema, trust)
 
 
-def _network(
-    state: dict[str, Any], path: str | Path, ema: bool, trust: Iterable[str]
-) -> torch.nn.Module:
+def _network(state: Record, path: str | Path, ema: bool, trust: Iterable[str]) -> torch.nn.Module:
     """Build the network of a checkpoint that was read; see `load_model`."""
     from vae3d.models.custom_vae import CustomVAE
     from vae3d.models.spec import build
