@@ -27,6 +27,7 @@ from vae3d.losses.features import ScriptedNetwork
 from vae3d.losses.perceptual import Perceptual
 from vae3d.models.custom_vae import CustomVAE
 from vae3d.models.norm import GroupNorm, RMSNorm
+from vae3d.tracking.voxels import read_voxels_json
 from vae3d.training.checkpoint import load_checkpoint, load_model
 
 SHAPE = (20, 14, 12)
@@ -106,11 +107,22 @@ def test_the_folder_holds_what_the_contract_says(place):
     assert summary["checkpoint"].endswith(".pt") and summary["volumes"] == len(cases) > 1
     for case in cases:
         assert (out / "recon" / f"{case}.nii.gz").is_file()
-        for kind in ("png", "gif", "mp4", "seams.png"):
+        for kind in ("png", "gif", "mp4", "seams.png", "view.js"):
             assert (out / "media" / f"{case}.{kind}").stat().st_size > 100
     page = (out / "report.html").read_text()
     assert all(case in page for case in cases)
+    assert page.count('class="viewer"') == len(cases) and summary["latent_channels"] == 2
     assert not list(out.rglob("*.partial.*"))
+
+
+def test_bodies_are_drawn_as_in_training_unless_told_otherwise(place, tmp_path):
+    run = str(train(tmp_path / "run", place / "volumes", radiological=True, max_steps=1))
+    quick = {"mode": "full", "limit": 1, "baseline": False, "save_recon": False, **QUIET}
+    for told, mirrored in ((None, True), (False, False)):
+        out = tmp_path / f"out_{told}"
+        evaluate(run, data(place), str(out), radiological=told, **quick)
+        (volume,) = (out / "media").glob("*.view.js")
+        assert json.loads(read_voxels_json(volume))["mirrored"] is mirrored
 
 
 def test_summary_is_mean_sd_and_count_over_volumes(place):
@@ -166,6 +178,27 @@ def test_finished_volumes_are_kept_and_missing_ones_are_made(place, tmp_path, ca
     said = capsys.readouterr().out
     assert re.search(r"^volumes: .* voxels of .* mm; 1 channel; ", said)  # before it caches
     assert "psnr" in said and "report:" in said and "gif:" in said and "mp4:" in said
+
+
+def test_a_signal_within_a_volume_keeps_those_before_and_the_next_run_does_the_rest(
+    place, tmp_path, capsys, signal_at, monkeypatch
+):
+    argv = ["--checkpoint", str(place / "run"), "--data.root", str(place / "volumes"),
+            "--data.cache_dir", str(place / "cache"), "--patch_size", "[8,8,8]", "--out_dir",
+            str(tmp_path), "--device", "cpu", "--wandb", "disabled"]  # fmt: skip
+    signal_at(CustomVAE, "decode", 30)  # of 24 tiles a volume
+    with pytest.raises(SystemExit) as end:
+        main(evaluate, argv)
+    monkeypatch.undo()
+    assert end.value.code == 143
+    assert capsys.readouterr().err == "stopped by SIGTERM: what was finished is kept\n"
+    (first,) = (tmp_path / "rows").glob("*.json")
+    assert [path.name for path in (tmp_path / "recon").iterdir()] == [f"{first.stem}.nii.gz"]
+    assert not list(tmp_path.rglob("*.partial.*")) and not (tmp_path / "metrics.csv").exists()
+    written = first.stat().st_mtime_ns
+    evaluate(str(place / "run"), data(place), str(tmp_path), patch_size=(8, 8, 8), **QUIET)
+    assert first.stat().st_mtime_ns == written
+    assert rows(tmp_path) == rows(place / "done")
 
 
 def test_other_settings_are_computed_again(place, tmp_path):

@@ -22,19 +22,14 @@ ROOMS = {
     "recipes": set(),  # vae3d/recipes.py
     "ranges": set(),  # vae3d/ranges.py
     "mistakes": set(),  # vae3d/mistakes.py
+    "stop": set(),  # vae3d/stop.py: signals
     "kernels": set(),
     "models": {"kernels"},
     "losses": {"models"},
     "weights": {"models"},
     "exact": {"kernels", "models"},
     "tracking": {"loaders"},
-    "config": {
-        "loaders",
-        "models",
-        "recipes",
-        "ranges",
-        "mistakes",
-    },  # vae3d/config.py: signatures to command lines
+    "config": {"loaders", "models", "recipes", "ranges", "mistakes", "stop"},  # vae3d/config.py
     "reports": {"loaders", "tracking"},
     "inference": {"loaders", "kernels", "models", "exact", "tracking", "reports"},
     "training": {
@@ -46,6 +41,7 @@ ROOMS = {
         "tracking",
         "config",
         "ranges",
+        "stop",
         "inference",
     },
     "stage2": {"loaders", "models", "tracking", "training"},

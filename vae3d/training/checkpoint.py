@@ -431,7 +431,7 @@ def _upgrade(state: dict[str, Any], path: Path) -> dict[str, Any]:
             "update vae3d"
         )
     defaults = {"names": ["last.pt"], "mark": "", "owed": [], "written": [], "best": math.inf}
-    return defaults | state
+    return defaults | {"rewarm": None} | state
 
 
 def _require(state: object, shape: object, path: Path | str) -> None:

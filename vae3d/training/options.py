@@ -26,6 +26,8 @@ class Loop(Tracking):
         max_steps: Updates in all [steps].
         lr: Peak learning rate of AdamW.
         warmup_steps: Linear rise of the learning rate [steps].
+        rewarm_steps: Linear way from the old learning rate to the new one, where the schedule of a
+            resumed run is another than before, as by a larger max_steps [steps].
         lr_schedule: cosine | linear | constant, the way down after the rise.
         weight_decay: Decay of kernels and matrices; norms and biases have none.
         betas: Decay of AdamW's mean gradient and mean squared gradient.
@@ -39,6 +41,7 @@ class Loop(Tracking):
         val_volumes: Validate on at most this many volumes (or latents), always the same.
         media_every: Interval of pictures and clips [steps]; 0 for none.
         media_volumes: Validation volumes (or samples) that are pictured.
+        radiological: Draw bodies as radiologists read them, their right on the left.
         save_every: Interval of checkpoints [steps].
         keep_checkpoints: Step files that are kept beside best and last, at least 2.
         max_hours: Save and end with exit code 0 after this time [h]; null for no limit.
@@ -48,13 +51,15 @@ class Loop(Tracking):
         threads: Threads that read the data ahead on each rank.
         timeout_minutes: How long a rank waits for one that does not answer [min].
         fresh: Remove the checkpoints in out_dir and begin anew.
-        force: Continue although options that change the training have changed.
+        force: Continue although options that change the training, or the data, have changed; an
+            order of the data that is another begins anew.
     """
 
     grad_accum: int = 1
     max_steps: int = 10000
     lr: float = 2e-4
     warmup_steps: int = 100
+    rewarm_steps: int = 0
     lr_schedule: Literal["cosine", "linear", "constant"] = "cosine"
     weight_decay: float = 0.0
     betas: tuple[float, float] = (0.9, 0.99)
@@ -67,6 +72,7 @@ class Loop(Tracking):
     val_volumes: int = 8
     media_every: int = 1000
     media_volumes: int = 2
+    radiological: bool = False
     save_every: int = 500
     keep_checkpoints: int = 2
     max_hours: float | None = None
