@@ -20,23 +20,16 @@ SOURCES = sorted(
 ROOMS = {
     "loaders": set(),
     "recipes": set(),  # vae3d/recipes.py
-    "stop": set(),  # vae3d/stop.py: signals
     "ranges": set(),  # vae3d/ranges.py
     "mistakes": set(),  # vae3d/mistakes.py
+    "stop": set(),  # vae3d/stop.py: signals
     "kernels": set(),
     "models": {"kernels"},
     "losses": {"models"},
     "weights": {"models"},
     "exact": {"kernels", "models"},
     "tracking": {"loaders"},
-    "config": {  # vae3d/config.py: signatures to command lines
-        "loaders",
-        "models",
-        "recipes",
-        "ranges",
-        "mistakes",
-        "stop",
-    },
+    "config": {"loaders", "models", "recipes", "ranges", "mistakes", "stop"},  # vae3d/config.py
     "reports": {"loaders", "tracking"},
     "inference": {"loaders", "kernels", "models", "exact", "tracking", "reports"},
     "training": {
@@ -47,8 +40,8 @@ ROOMS = {
         "weights",
         "tracking",
         "config",
-        "stop",
         "ranges",
+        "stop",
         "inference",
     },
     "stage2": {"loaders", "models", "tracking", "training"},

@@ -50,7 +50,7 @@ RANGES = {
     # the loop
     **dict.fromkeys(("max_steps", "log_every", "early_stop", "max_bad_steps"), Range(1, 10**12)),
     **dict.fromkeys(("val_every", "media_every", "save_every", "warmup_steps"), STEPS),
-    **dict.fromkeys(("rewarm_steps", "start_step", "val_volumes", "media_volumes"), STEPS),
+    **dict.fromkeys(("start_step", "val_volumes", "media_volumes", "rewarm_steps"), STEPS),
     **dict.fromkeys(("lr", "discriminator_lr", "weight_decay"), Range(0, 1e6)),
     **dict.fromkeys(("betas", "ema_decay"), BELOW_ONE),
     **dict.fromkeys(("clip_norm", "max_hours"), NOT_NEGATIVE),

@@ -145,9 +145,9 @@ def evaluate(
     )
     how = vars(coding)
     distance = perceptual() if perceptual is not None else None
+    coding.check(vae)
     if radiological is None:
         radiological = trained.get("radiological", False)
-    coding.check(vae)
     reading = Reading.of(trained["data"]).masked(data.mask)
     facts = {"checkpoint": str(find_checkpoint(checkpoint)), "step": state["step"], "ema": ema}
     facts["checkpoint_sha256"] = fingerprint(checkpoint)
