@@ -14,8 +14,8 @@ from vae3d.models.custom_vae import Checkpointing, CustomVAE
 from vae3d.training.options import Loop, as_options, spread
 
 if TYPE_CHECKING:
+    from vae3d.kernels.precision import Amp
     from vae3d.training.distributed import World
-    from vae3d.training.precision import Amp
     from vae3d.training.task import VAETask
 
 

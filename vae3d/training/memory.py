@@ -12,7 +12,7 @@ import torch
 
 from loaders import Batch
 from vae3d.kernels.memory import pages
-from vae3d.training.precision import Amp, autocast
+from vae3d.kernels.precision import Amp, autocast
 from vae3d.training.task import Task
 
 CPU_SHARE = 0.7  # of the free memory; the rest is for reading ahead and for other programs

@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 from vae3d.config import check_at_least
-from vae3d.training.precision import Amp
+from vae3d.kernels.precision import Amp
 
 
 @dataclass(frozen=True, kw_only=True)

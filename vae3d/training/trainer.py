@@ -23,6 +23,7 @@ from torch.distributed.tensor.experimental import implicit_replication
 from torch.nn.parallel import DistributedDataParallel
 
 from vae3d.config import check_at_least
+from vae3d.kernels.precision import autocast
 from vae3d.tracking.console import Console
 from vae3d.tracking.tracker import Tracker
 from vae3d.training.bad_steps import first_bad
@@ -31,7 +32,7 @@ from vae3d.training.distributed import Interrupt, World
 from vae3d.training.ema import EMA
 from vae3d.training.optimizers import adamw, distributed, gradients, parts_of
 from vae3d.training.options import Loop
-from vae3d.training.precision import LossScaler, autocast
+from vae3d.training.precision import LossScaler
 from vae3d.training.schedule import lr_scale
 from vae3d.training.sharding import part, parts_of_optimizer, shard, whole
 from vae3d.training.task import Task, share_weights
