@@ -166,6 +166,7 @@ def train_3d(
             loop=replace(loop, amp=amp),
             discriminator_lr=discriminator_lr,
             sharding=sharding,
+            same_shapes=patching is not None,
             validate=validation if len(held_out) else None,
             show=show if len(held_out) else None,
             sources=lambda batch: sorted({loader.store.ids[i] for i in batch.volume.tolist()}),
@@ -255,7 +256,7 @@ def settled_batch(
     from vae3d.training.memory import Trial
 
     trial = Trial(task, (task.network.in_channels, *sample), amp, num_weights)
-    size = min(n for (n,) in world.gather_ints(trial.largest_batch()))
+    size = min(world.gather(trial.largest_batch()))
     if world.is_main:
         print(f"batch_size auto: {size} on each rank", flush=True)
     return size

@@ -11,28 +11,35 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import (
+    MixedPrecisionPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from vae3d.kernels.precision import AMP, Amp
 from vae3d.training.distributed import World
 from vae3d.training.task import Task
 
 
-def shard(task: Task, world: World) -> None:
+def shard(task: Task, world: World, amp: Amp = "off") -> None:
     """Cut the parameters of a task over the ranks, one group for each layer of its network.
 
     Args:
         task: What is trained. Its network is gathered layer by layer when it runs.
         world: The ranks.
+        amp: off | bf16 | fp16, what the weights travel in; gradients are summed in float32.
     """
     if task.discriminator is not None:
         raise ValueError("--sharding fsdp does not go with an adversarial term; use ddp")
     mesh = init_device_mesh(world.device.type, (world.size,))
     network = task.network
+    travel = MixedPrecisionPolicy(AMP[amp], torch.float32, cast_forward_inputs=False)
     for layer in [layer for chain in network.children() for layer in chain.children()]:
         if any(True for _ in layer.parameters()):
-            fully_shard(layer, mesh=mesh)
-    fully_shard(network, mesh=mesh)
+            fully_shard(layer, mesh=mesh, mp_policy=travel)
+    fully_shard(network, mesh=mesh, mp_policy=travel)
     for name in ("encode", "decode"):  # the task calls these, not the network itself
         if hasattr(network, name):
             register_fsdp_forward_method(network, name)

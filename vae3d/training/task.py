@@ -167,8 +167,8 @@ def share_weights(window: list[Batch], world: World) -> list[Batch]:
     weights = [weight for weight in found if weight is not None]
     if not weights:
         return window
-    mine = sum(weight.sum(dtype=torch.float64).item() for weight in weights)
-    total, count = map(sum, zip(*world.gather((mine, sum(map(len, weights)))), strict=True))
+    total = world.add(sum(weight.sum(dtype=torch.float64).item() for weight in weights))
+    count = sum(map(len, weights)) * world.size
     each = [total / count / weight[0].numel() for weight in weights]
     return [replace(batch, mean_weight=mean) for batch, mean in zip(window, each, strict=True)]
 
