@@ -28,8 +28,8 @@ class Loop:
         betas: Decay of AdamW's mean gradient and mean squared gradient.
         clip_norm: Longer gradients are shortened to this norm; 0 for never.
         ema_decay: Decay of the averaged weights, which validation and users see; 0 for none.
-        amp: off | bf16 | fp16, precision of convolutions and matrix products; null for bf16 where
-            the device multiplies it natively, else off.
+        amp: off | bf16 | fp16, precision of convolutions and matrix products, in validation too;
+            null for bf16 where the device multiplies it natively, else off.
         seed: Seed of weights, order of the data, and noise.
         log_every: Interval of numbers in metrics.jsonl and W&B [steps].
         val_every: Interval of validation [steps]; 0 for none.
