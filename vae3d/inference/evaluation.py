@@ -98,10 +98,8 @@ class Evaluator:
 
     def _matters(self) -> dict[str, object]:
         """The options that the numbers depend on; `amp` where it is one, so that old keys hold."""
-        left_out = {"batch_size", "memory_gb"} | (
-            {"amp"} if self.how.get("amp") == "off" else set()
-        )
-        return {k: v for k, v in self.how.items() if k not in left_out}
+        matters = {k: v for k, v in self.how.items() if k not in ("batch_size", "memory_gb")}
+        return {k: v for k, v in matters.items() if (k, v) != ("amp", "off")}
 
     @cached_property
     def _perceptual_key(self) -> str | None:
