@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Literal
 from loaders import DataConfig, Preprocess
 from vae3d.losses.vae_loss import VAELoss
 from vae3d.models.custom_vae import Checkpointing, CustomVAE
+from vae3d.training.augment import Augmentation
 from vae3d.training.options import Loop, as_options, spread
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ def train_3d(
     patch_size: tuple[int, ...] = (64, 64, 64),
     patches_per_volume: int = 8,
     batch_size: int | Literal["auto"] = 2,
+    augment: Augmentation | None = None,
     discriminator_lr: float | None = None,
     sharding: Literal["ddp", "fsdp"] = "ddp",
     compile: bool = False,
@@ -54,6 +56,8 @@ def train_3d(
         patch_size: Patch per axis [voxels], a multiple of the model's factor.
         patches_per_volume: Random patches of a volume in one epoch [patches].
         batch_size: Patches in a micro-batch on each rank [patches]; auto for the most that fit.
+        augment: Changes of patches on the device, e.g. {flip: [0], noise: 0.02}; TorchIO's, which
+            data.augment takes, are made in processes of the CPU.
         discriminator_lr: Learning rate of the discriminator; null for lr.
         sharding: ddp | fsdp (weights cut over the ranks, for models that outgrow a GPU).
         compile: Compile encoder and decoder with torch.compile.
@@ -106,7 +110,7 @@ def train_3d(
         if compile:
             vae.encoder.compile()
             vae.decoder.compile()
-        task = VAETask(vae, loss().to(world.device), loop.seed)
+        task = VAETask(vae, loss().to(world.device), loop.seed, augment)
         game = task.loss.adversarial
         if freeze == "decoder" and game is not None and game.adaptive:
             raise ValueError(
