@@ -68,8 +68,8 @@ def test_patches_of_a_volume_on_the_device_stay_there_and_go_through_together(mo
         recon, *_ = autoencode(vae, x, "patch", patch_size=(64, 64, 64), batch_size=32)
     assert recon.shape == x.shape
     assert passes == [32, 32, 32, 32]  # 64 patches there, 64 back
-    weights = 4 * (64 + 64 + 64) // 2  # of a blend, all axes, at most once each way
-    assert len(bus.copies) == 2 and max(bus.copies) <= 3 * 4 * 64, weights
+    # The weights of a blend, of four tiles along each of three axes, in latent voxels and others.
+    assert bus.copies == [4 * 3 * 32, 4 * 3 * 64]
 
 
 def test_on_a_gpu_as_many_patches_go_together_as_half_of_its_free_memory_takes():
@@ -151,7 +151,8 @@ def test_activations_and_statistics_of_the_exact_mode_stay_on_the_device():
         posterior = encode_exact(vae, x, memory_gb=1)
         decode_exact(vae, posterior.mean, memory_gb=1, out=out)
     assert posterior.mean.shape == (vae.latent_channels, 16, 12, 8)
-    assert bus.copies == [x.numel()]
+    fold = 8 * 8 * 27  # how the weights after an upsampling are summed, in decoding
+    assert bus.copies == [x.numel(), fold]
 
 
 @pytest.mark.parametrize(("budget", "place"), [(1.0, META), (1e-4, torch.device("cpu"))])
@@ -226,10 +227,12 @@ def counted(world, folder):
     """The collectives that a run of five steps asks for, by name."""
     calls = []
     for name in ("all_reduce", "all_gather", "all_gather_object", "broadcast_object_list"):
-        true = getattr(dist, name)
-        setattr(
-            dist, name, lambda *a, name=name, true=true, **k: calls.append(name) or true(*a, **k)
-        )
+
+        def spy(*args, name=name, true=getattr(dist, name), **options):
+            calls.append(name)
+            return true(*args, **options)
+
+        setattr(dist, name, spy)
     trainer = toy_trainer(folder, world, max_steps=5, log_every=100, save_every=0)
     calls.clear()
     trainer.due = lambda every: False  # the end would be logged and saved
@@ -437,10 +440,10 @@ def test_half_a_turn_of_a_patch_that_is_no_cube_keeps_its_voxels():
 
 
 def test_scaling_enlarges_about_the_middle():
-    x = torch.zeros(1, 1, 9, 9)
-    x[..., 3:6, 3:6] = 1
+    x = torch.zeros(1, 1, 8, 8)
+    x[..., 3:5, 3:5] = 1
     found = Augmentation(scaling=0.999).affine(Most(), x.shape[2:])
-    assert float(resampled(x, found[None], "nearest", "zeros").sum()) == 36  # 6 x 6
+    assert float(resampled(x, found[None], "nearest", "zeros").sum()) == 16  # 4 x 4
 
 
 @pytest.mark.parametrize(
