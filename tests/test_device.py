@@ -3,6 +3,7 @@
 import random
 import runpy
 import sys
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -226,13 +227,13 @@ def test_the_exact_mode_never_takes_tf32():
 def counted(world, folder):
     """The collectives that a run of five steps asks for, by name."""
     calls = []
+
+    def spy(name, true, *args, **options):
+        calls.append(name)
+        return true(*args, **options)
+
     for name in ("all_reduce", "all_gather", "all_gather_object", "broadcast_object_list"):
-
-        def spy(*args, name=name, true=getattr(dist, name), **options):
-            calls.append(name)
-            return true(*args, **options)
-
-        setattr(dist, name, spy)
+        setattr(dist, name, partial(spy, name, getattr(dist, name)))
     trainer = toy_trainer(folder, world, max_steps=5, log_every=100, save_every=0)
     calls.clear()
     trainer.due = lambda every: False  # the end would be logged and saved
@@ -449,14 +450,14 @@ def test_scaling_enlarges_about_the_middle():
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"flip": (3,)}, "axes are 0, 1 and 2"),
+        ({"flip": (0, 2)}, r"--augment.flip \[0, 2\]: the model has the axes \[0, 1\]"),
         ({"scaling": 1.0}, "below 1"),
-        ({"noise": -1.0}, "0"),
+        ({"noise": -1.0}, "noise must be at least 0"),
     ],
 )
 def test_what_is_no_augmentation_is_refused(options, said):
     with pytest.raises(ValueError, match=said):
-        Augmentation(**options)
+        Augmentation(**options).check(dims=2)
 
 
 # make gpu-check

@@ -91,6 +91,8 @@ def train_3d(
     torch.manual_seed(loop.seed)
     vae = model()
     check_sizes(vae, patching, patch_size)
+    if augment:
+        augment.check(vae.spatial_dims)
     if freeze and not init_from:
         raise ValueError(f"--freeze {freeze} needs --init_from: new weights are nothing to keep")
     vae.set_checkpointing(checkpointing)

@@ -34,14 +34,16 @@ class Augmentation:
     scaling: float = 0.0
     noise: float = 0.0
 
-    def __post_init__(self) -> None:
-        """Refuse what is no augmentation."""
+    def check(self, dims: int) -> None:
+        """Raise ValueError unless these are augmentations of patches with `dims` axes."""
         if min(self.rotation_deg) < 0 or not 0 <= self.scaling < 1 or self.noise < 0:
             raise ValueError(
                 "--augment: rotation_deg and noise must be at least 0, scaling from 0 to below 1"
             )
-        if set(self.flip) - {0, 1, 2}:
-            raise ValueError(f"--augment.flip {list(self.flip)}: axes are 0, 1 and 2")
+        if set(self.flip) - set(range(dims)):
+            raise ValueError(
+                f"--augment.flip {list(self.flip)}: the model has the axes {list(range(dims))}"
+            )
 
     @torch.no_grad()
     def __call__(self, batch: Batch, seed: int, step: int) -> Batch:
