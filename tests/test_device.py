@@ -3,6 +3,7 @@
 import random
 import runpy
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,10 +24,13 @@ from vae3d.inference import reconstruct as coding_module
 from vae3d.inference.evaluation import Evaluator
 from vae3d.inference.reconstruct import Coding, autoencode, bytes_taken, fitting
 from vae3d.kernels.precision import exact_float32, settle_float32
+from vae3d.losses.vae_loss import VAELoss
 from vae3d.models.norm import BatchNorm
 from vae3d.training import distributed
 from vae3d.training.augment import Augmentation, resampled
+from vae3d.training.checkpoint import load_checkpoint
 from vae3d.training.distributed import World, open_world
+from vae3d.training.task import VAETask
 
 ROOT = Path(__file__).resolve().parents[1]
 META = torch.device("meta")
@@ -383,6 +387,55 @@ def test_nccl_is_told_its_device_from_the_start(backend, wanted, monkeypatch):
 
 def test_a_sum_over_ranks_of_one_is_the_number_itself():
     assert World().add(2.5) == 2.5
+
+
+# With a GPU
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("mode", ["full", "patch", "exact"])
+def test_a_gpu_reconstructs_what_the_cpu_does(mode):
+    vae, x = tiny_vae().eval(), torch.rand(1, 24, 16, 20)
+    how = {"patch_size": (8, 8, 8)} if mode == "patch" else {}
+    wanted = autoencode(vae, x, mode, **how)
+    with exact_float32():
+        found = autoencode(vae.cuda(), x, mode, **how)
+    for a, b in zip(found, wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_run_on_a_gpu_waits_for_nothing_in_a_step_saves_and_goes_on(tmp_path):
+    device = torch.device("cuda", 0)
+
+    def trainer_of(steps):
+        change = Augmentation((0, 1, 2), (5.0, 5.0, 5.0), 0.1, 0.02)
+        task = VAETask(tiny_vae().to(device), VAELoss().to(device), augment=change)
+        options = {
+            "task": task,
+            "amp": "bf16",
+            "same_shapes": True,
+            "save_every": 2,
+            "log_every": 4,
+        }
+        return toy_trainer(tmp_path, World(device=device), max_steps=steps, **options)
+
+    first = trainer_of(4)
+    batches = first.fetch(first.loader.stream())
+    window = [replace(batch, image=batch.image.to(device)) for batch in batches]
+    first.update(first.backward(window), window)  # takes memory, which waits
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        first.update(first.backward(window), window)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    first.fit()
+    second = trainer_of(6)
+    second.load_state_dict(load_checkpoint(tmp_path / "last.pt"))
+    second.fit()
+    assert second.step == 6 and float(second.skipped) == 0
 
 
 # Augmentation on the device
