@@ -49,7 +49,7 @@ from loaders.readers import (
 )
 from loaders.series import at_time, by_file
 from loaders.subjects import Subject
-from loaders.whole import sweep, whole_file
+from loaders.whole import sweep, whole_file, write_text
 
 Result = TypeVar("Result")
 Used = TypeVar("Used")
@@ -57,6 +57,8 @@ Used = TypeVar("Used")
 FORMAT = 1  # part of every key: raise it when what lies in the cache changes its meaning
 # The same for what is read from DICOM: 2 has the rescale and the position of each slice.
 DICOM_FORMAT = "dicom 2"
+# Backups pass over such a folder, and so do we: https://bford.info/cachedir
+TAG = "Signature: 8a477f597d28d172789f06886806bc55\n# Volumes as vae3d keeps them.\n"
 LINE_EVERY_S = 30.0  # in a log, while volumes are cached
 NUM_POINTS = 1024  # voxels remembered for the samplers
 
@@ -191,6 +193,7 @@ class Builder:
             return known, []
         try:
             self.cache_dir.mkdir(parents=True, exist_ok=True)
+            write_text(self.cache_dir / "CACHEDIR.TAG", TAG)
         except OSError as error:
             raise ValueError(f"{self.cache_dir}: {error.strerror} (data.cache_dir)") from error
         with exclusive(self.cache_dir):

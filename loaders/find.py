@@ -32,6 +32,8 @@ from loaders.readers import (
 from loaders.series import time_points
 from loaders.subjects import Subject, names_of
 
+# What of ours may lie below a folder of volumes, and the file that tells.
+OURS = {"CACHEDIR.TAG": "cache", "metrics.jsonl": "run"}
 STORES = (".zarr", ".n5")  # folders that are files of a kind
 DETACHED = (".hdr", ".mhd", ".nhdr")  # headers whose voxels lie beside them
 # Names that say what a file is: a map of labels, not an image.
@@ -152,7 +154,8 @@ def volumes_below(root: Path, say: Say = tell) -> list[Path]:
     """Walk a folder: files that a reader takes, and folders that hold DICOM slices.
 
     DICOM is known by its first bytes, whatever a file is called. What is passed over is told in one
-    line. Dot-files are skipped, links are followed, a loop of links is walked once.
+    line, caches and runs of ours among it. Dot-files are skipped, links are followed, a loop of
+    links is walked once.
     """
     found, passed, seen, todo = [], Passed(), set(), [root]
     while todo:
@@ -161,6 +164,9 @@ def volumes_below(root: Path, say: Say = tell) -> list[Path]:
             continue
         seen.add(real)
         names = sorted(entry for entry in os.listdir(folder) if not entry.startswith("."))
+        if folder != root and (ours := OURS.keys() & names):
+            passed.objects[OURS[min(ours)]] += 1
+            continue
         headers = {name.rpartition(".")[0] for name in names if name.endswith(DETACHED)}
         slices = False
         for path in (folder / name for name in names):

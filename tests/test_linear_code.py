@@ -5,6 +5,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+import yaml
 from toys import SHAPE, on_ranks, tiny_vae, toy_trainer
 
 from vae3d.commands.train import train_3d
@@ -244,6 +245,55 @@ def test_training_fits_it_once_and_a_resumed_run_never_again(
     monkeypatch.setattr("vae3d.training.linear_code.fit_linear_code", None)  # never called again
     assert train_3d(data, str(tmp_path / "run"), max_steps=2, **options) == 0
     assert load_checkpoint(tmp_path / "run")["step"] == 2
+
+
+def run_of(volumes, folder, model, **options):
+    """Train one step with `model` and return the network."""
+    from loaders import DataConfig
+
+    data = DataConfig(
+        str(volumes), cache_dir=str(folder.parent / "cache"), fractions=(0.5, 0.25, 0.25)
+    )
+    options = dict(max_steps=1, val_every=0, media_every=0, wandb="disabled") | options
+    sizes = dict(patch_size=(16, 16, 16), patches_per_volume=2)
+    assert train_3d(data, str(folder), model, **sizes, **options) == 0
+    return load_model(folder)
+
+
+SMALL = partial(CustomVAE, channels=(4, 8), norm=NoNorm)
+
+
+def test_training_gives_a_custom_vae_one_unless_it_is_told_not_to(volumes, tmp_path):
+    assert run_of(volumes, tmp_path / "a", SMALL).linear_code is not None
+    assert (
+        yaml.safe_load((tmp_path / "a/config.yaml").read_text())["model"]["init_args"][
+            "linear_code"
+        ]
+        is None
+    )
+    without = partial(SMALL, linear_code=False)
+    assert run_of(volumes, tmp_path / "b", without).linear_code is None
+    assert run_of(volumes, tmp_path / "c", partial(SMALL, output="tanh")).linear_code is None
+    published = partial(MonaiVAE, channels=(4, 8), norm_num_groups=4,
+                        attention_levels=(False, False))  # fmt: skip
+    assert run_of(volumes, tmp_path / "d", published).linear_code is None
+    assert run_of(volumes, tmp_path / "a", SMALL, max_steps=2).linear_code is not None
+
+
+def test_weights_to_begin_with_say_whether_there_is_one(volumes, tmp_path):
+    run_of(volumes, tmp_path / "with", SMALL)
+    run_of(volumes, tmp_path / "without", partial(SMALL, linear_code=False))
+    for name in ("with", "without"):
+        begun = run_of(volumes, tmp_path / f"{name}_b", SMALL, init_from=str(tmp_path / name), lr=0)
+        assert (begun.linear_code is not None) is (name == "with")
+        expected = load_model(tmp_path / name).state_dict()
+        assert all(torch.allclose(v, expected[k]) for k, v in begun.state_dict().items())
+
+
+def test_a_run_from_before_it_was_the_default_goes_on_without_it(volumes, tmp_path):
+    run_of(volumes, tmp_path / "old", partial(SMALL, linear_code=False))  # as runs were saved then
+    again = run_of(volumes, tmp_path / "old", SMALL, max_steps=2)
+    assert again.linear_code is None and load_checkpoint(tmp_path / "old")["step"] == 2
 
 
 def test_fitting_reads_no_more_for_more_volumes():

@@ -125,7 +125,7 @@ def test_a_run_begun_before_classes_learned_an_option_goes_on():
     assert not differences(with_new_options(old, train_3d), today)
     today["model"]["init_args"]["linear_code"] = today["data"]["nan"] = 3
     changed = differences(with_new_options(old, train_3d), today)
-    assert changed == ["data.nan: error -> 3", "model.init_args.linear_code: False -> 3"]
+    assert changed == ["data.nan: error -> 3", "model.init_args.linear_code: None -> 3"]
 
 
 def test_recipes_are_found_by_name_from_any_folder_and_a_path_wins(tmp_path, monkeypatch):

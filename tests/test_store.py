@@ -15,6 +15,7 @@ import pytest
 
 import loaders.build
 from loaders import DataConfig, Preprocess, VolumeStore, open_data, read_volume
+from loaders.find import find_subjects
 from loaders.readers import BrokenVolume, Reading, Volume, write_volume
 
 PSR = np.array([[0, 0, 2.0, -90], [-2, 0, 0, 100], [0, 2, 0, -60], [0, 0, 0, 1]])
@@ -619,3 +620,14 @@ def test_reading_by_torch_and_by_numpy_is_the_same_to_the_bit(tmp_path, dtype, i
     finally:
         torch.set_num_threads(1)
     assert np.array_equal(by_torch, by_numpy)
+
+
+def test_a_cache_and_a_run_below_the_volumes_are_no_volumes(tmp_path, capsys):
+    np.save(tmp_path / "a.npy", np.arange(120, dtype=np.float32).reshape(4, 5, 6))
+    VolumeStore.build(find_subjects(tmp_path), tmp_path / "cache", progress=False)
+    for name in ("metrics.jsonl", "recon/a.npy"):
+        path = tmp_path / "runs/a" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("")
+    assert [subject.id for subject in find_subjects(tmp_path)] == ["a"]
+    assert "passed over 2 files: 1 cache, 1 run" in capsys.readouterr().err

@@ -429,7 +429,7 @@ def test_a_decoder_is_tuned_on_an_encoder_that_stays(options, tmp_path):
     run([*tune, "--max_steps", "6"], tmp_path)  # a resumed run keeps to it
     old, new = (load_checkpoint(tmp_path / name) for name in ("run", "tuned"))
     for name, value in new["model"].items():
-        kept = name.startswith(("encoder.", "quant_conv.", "head."))
+        kept = name.startswith(("encoder.", "quant_conv.", "head.", "linear_code.analysis."))
         assert torch.equal(value, old["ema"][name]) == kept, name
     assert "needs --init_from" in one_line([*options, "--freeze", "decoder"], tmp_path)
 

@@ -109,6 +109,7 @@ def plan_recipe(
     if batch_size is None:
         batch_size = 1 if options["batch_size"] == "auto" else options["batch_size"]
     vae = options["model"]()
+    vae.settle_linear_code()
     check_sizes(vae, "full", patch)
     vae.set_checkpointing(options["checkpointing"])
 

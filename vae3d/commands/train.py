@@ -104,8 +104,13 @@ def train_3d(
         config, state = run.begin(train_3d, call, loop.fresh, loop.force)
         data = run.options["data"]  # by the rules that the run was begun under
         amp = run.precision(loop.amp, state)
-        if init_from and state is None:
+        if state is not None:
+            had = state["spec"]["init_args"].get("linear_code")
+            vae.settle_linear_code(bool(had))
+        elif init_from:
             begin_with(vae, init_from, data.preprocess, world)
+        else:
+            vae.settle_linear_code()
         if freeze:
             vae.freeze(freeze)
         vae.to(world.device)

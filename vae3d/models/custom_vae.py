@@ -4,6 +4,7 @@ Axes: b batch, c channels, x y z space in storage order; 2D is `(B, C, X, Y)`, 3
 """
 
 import copy
+import inspect
 import json
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -26,7 +27,7 @@ from vae3d.models.attention import Attention
 from vae3d.models.blocks import Block, ResBlock
 from vae3d.models.conv import conv, per_axis
 from vae3d.models.downsample import ConvDown, Down
-from vae3d.models.linear_code import LinearCode
+from vae3d.models.linear_code import LinearCode, too_large
 from vae3d.models.norm import GroupNorm, Norm, NormAct, named, recomputing
 from vae3d.models.posterior import DiagonalGaussian, LogVarianceHead, PosteriorHead
 from vae3d.models.spec import Described
@@ -164,7 +165,8 @@ class CustomVAE(Described, nn.Module):
         quant_conv: 1x1 convolutions on both sides of the latent.
         output: Function on the reconstruction: none, tanh or sigmoid.
         linear_code: A linear code of blocks round both networks, which begin at zero; training
-            fits it to its volumes before the first step. Blocks are cut by `factors`.
+            fits it to its volumes before the first step. Blocks are cut by `factors`. None is
+            false, but `train_3d` then decides: true where nothing speaks against it.
         latent_scale: Factor of `encode_stage_2_inputs`, so that latents have unit variance.
         latent_shift: Subtracted before scaling.
     """
@@ -198,7 +200,7 @@ class CustomVAE(Described, nn.Module):
         stem_channels: int | None = None,
         quant_conv: bool = True,
         output: Literal["none", "tanh", "sigmoid"] = "none",
-        linear_code: bool = False,
+        linear_code: bool | None = None,
         latent_scale: float = 1.0,
         latent_shift: float = 0.0,
     ):
@@ -259,14 +261,40 @@ class CustomVAE(Described, nn.Module):
         self.output = named(OUTPUTS, output, "output")()
         self.linear_code: LinearCode | None = None
         if linear_code:
-            if output != "none" or self.out_channels != in_channels:
-                raise ValueError(
-                    "linear_code reconstructs its input: it takes output none, and no out_channels"
-                    " other than in_channels"
-                )
-            shape = (spatial_dims, in_channels, latent_channels, self.factor)
-            self.linear_code = LinearCode(*shape)
-            self.silence()
+            self.add_linear_code()
+
+    def settle_linear_code(self, wanted: bool | None = None) -> None:
+        """Decide on the linear code of a network that was not told, before it gets weights.
+
+        Does nothing for one that was told, nor for a published layout, which has no such argument.
+
+        Args:
+            wanted: What the weights to come have; None for a new network, which has a linear code
+                where there is a place for one.
+        """
+        parameters = inspect.signature(type(self)).parameters
+        if "linear_code" not in parameters or self._arguments.get("linear_code") is not None:
+            return
+        self._arguments["linear_code"] = not self.no_linear_code() if wanted is None else wanted
+        if self._arguments["linear_code"]:
+            self.add_linear_code()
+
+    def no_linear_code(self) -> str | None:
+        """Why there is no place for a linear code, for a message; None where there is."""
+        if not isinstance(self.output, nn.Identity) or self.out_channels != self.in_channels:
+            return (
+                "linear_code reconstructs its input: it takes output none, and no out_channels"
+                " other than in_channels"
+            )
+        return too_large(self.in_channels, self.factor)
+
+    def add_linear_code(self) -> None:
+        """Put the linear code round the networks, and let these begin at zero."""
+        if reason := self.no_linear_code():
+            raise ValueError(reason)
+        shape = (self.spatial_dims, self.in_channels, self.latent_channels, self.factor)
+        self.linear_code = LinearCode(*shape)
+        self.silence()
 
     def silence(self) -> None:
         """Let both networks begin at zero: the mean, not its spread, and the reconstruction."""

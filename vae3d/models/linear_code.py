@@ -37,12 +37,6 @@ class LinearCode(nn.Module):
     ):
         super().__init__()
         block = tuple(factor)
-        if (values := channels * prod(block)) > MAX_BLOCK:
-            raise ValueError(
-                f"linear_code: a block of {' x '.join(map(str, block))} voxels with {channels}"
-                f" channels has {values} values, {MAX_BLOCK} is the most; shrink less, or set it to"
-                " false"
-            )
         self.analysis = CONV[spatial_dims](channels, latent_channels, block, block)
         self.synthesis = CONV_TRANSPOSE[spatial_dims](latent_channels, channels, block, block)
 
@@ -74,3 +68,18 @@ class LinearCode(nn.Module):
         new["synthesis.weight"].flatten(1)[:kept] = components * std
         new["synthesis.bias"] += level
         self.load_state_dict(new)
+
+
+def too_large(channels: int, factor: Sequence[int]) -> str | None:
+    """Why blocks of `factor` voxels are too large for principal components; None if they are not.
+
+    Args:
+        channels: Channels of the volume.
+        factor: Voxels of a block per axis.
+    """
+    if (values := channels * prod(factor)) <= MAX_BLOCK:
+        return None
+    return (
+        f"linear_code: a block of {' x '.join(map(str, factor))} voxels with {channels} channels"
+        f" has {values} values, {MAX_BLOCK} is the most; shrink less, or set it to false"
+    )

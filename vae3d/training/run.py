@@ -8,6 +8,7 @@ import socket
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -201,10 +202,15 @@ class Run:
 def as_begun(kwargs: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
     """Return the arguments of a run by the rules that it was begun under, where it is that old."""
     data, begun = kwargs.get("data"), config.get("data")
-    if not (isinstance(data, DataConfig) and isinstance(begun, dict)):
-        return kwargs
-    preprocess = data.preprocess.as_old_as(begun.get("preprocess") or {})
-    return kwargs | {"data": replace(data, preprocess=preprocess)}
+    if isinstance(data, DataConfig) and isinstance(begun, dict):
+        preprocess = data.preprocess.as_old_as(begun.get("preprocess") or {})
+        kwargs = kwargs | {"data": replace(data, preprocess=preprocess)}
+    model, begun = kwargs.get("model"), config.get("model")
+    was = (begun.get("init_args") or {}).get("linear_code") if isinstance(begun, dict) else None
+    told = model.keywords if isinstance(model, partial) else {}
+    if model is not None and was is not None and told.get("linear_code") is None:
+        kwargs = kwargs | {"model": partial(model, linear_code=was)}
+    return kwargs
 
 
 def with_new_options(config: dict[str, Any], fn: Callable) -> dict[str, Any]:

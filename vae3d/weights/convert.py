@@ -114,16 +114,23 @@ def load_weights(
         if FIRST[OURS] not in weights:
             name = str(state["spec"].get("class_path")).rpartition(".")[2]
             raise ValueError(f"{path}: holds a {name}, not a VAE; give the VAE's run")
+        vae.settle_linear_code(has_linear_code(weights))
         load_strictly(vae, weights, f"the weights in {path}")
         return Report(OURS)
     state, report = clean(state, ignore_keys, layout, path)
     if report.layout == OURS:
+        vae.settle_linear_code(has_linear_code(state))
         load_strictly(vae, state, f"the weights in {path}")
         return report
     source = LAYOUTS[report.layout]
     state, _ = settle_proj_attn(state, source, Hints(), report)
     fill(vae, modern_names(state, source), source, report)
     return report
+
+
+def has_linear_code(weights: Iterable[str]) -> bool:
+    """Whether there is one among weights of ours."""
+    return "linear_code.analysis.weight" in weights
 
 
 def clean(
