@@ -31,6 +31,7 @@ from loaders import PatchLoader, Preprocess, VolumeStore
 from vae3d import train_3d
 from vae3d.losses.vae_loss import VAELoss
 from vae3d.models.custom_vae import CustomVAE
+from vae3d.tracking.options import Tracking
 from vae3d.tracking.tracker import Tracker
 from vae3d.training.checkpoint import Checkpoints
 from vae3d.training.distributed import World
@@ -79,13 +80,13 @@ def drawing(folder: Path, size: int, every: int) -> None:
 
     folder.mkdir()
     count, x = DEFAULT["media_volumes"], smooth((size,) * 3)[None]
-    tracker = Tracker(folder, "disabled")
-    _views(folder, "warm", x[:, :32, :32, :32], x[:, :32, :32, :32], None, (0, 1))
+    tracker = Tracker(folder, Tracking(wandb="disabled"))
+    _views(folder, "warm", x[:, :32, :32, :32], x[:, :32, :32, :32], None, (0, 1), panel="v")
     until = time.monotonic() + 5
     idle = stood_still(lambda: time.monotonic() < until)
     cpu = os.times()
     for n in range(count):
-        tracker.in_background(_views, folder, f"v{n}", x, x * 0.9, None, (0, 1), step=n)
+        tracker.in_background(_views, folder, f"v{n}", x, x * 0.9, None, (0, 1), panel="v", step=n)
     begun, mine = time.monotonic(), time.thread_time()
     share = stood_still(lambda: tracker._pending_bytes > 0) - idle
     lasted, used = time.monotonic() - begun, os.times()
@@ -109,7 +110,7 @@ def make_store(folder: Path, size: int) -> VolumeStore:
 def make_trainer(folder: Path, store: VolumeStore) -> Trainer:
     torch.manual_seed(0)
     loader = PatchLoader(store, DEFAULT["patch_size"], batch_size=DEFAULT["batch_size"], threads=1)
-    tracker = Tracker(folder / "run", "disabled")
+    tracker = Tracker(folder / "run", Tracking(wandb="disabled"))
     shown = (DEFAULT["media_volumes"],) * 2
     validation = Validation(store, World(), DEFAULT["patch_size"], *shown)
     return Trainer(

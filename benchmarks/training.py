@@ -27,6 +27,7 @@ from loaders import PatchLoader, Preprocess, VolumeStore
 from vae3d.losses.vae_loss import VAELoss
 from vae3d.models.custom_vae import CustomVAE
 from vae3d.models.norm import GroupNorm
+from vae3d.tracking.options import Tracking
 from vae3d.tracking.tracker import Tracker
 from vae3d.training.checkpoint import Checkpoints
 from vae3d.training.distributed import World
@@ -102,7 +103,7 @@ def bare_loop(store, steps: int) -> tuple[float, float]:
 
 def trainer_loop(store, steps: int, folder: Path) -> tuple[float, float]:
     """The same of the trainer with everything on but validation and checkpoints."""
-    tracker = Tracker(folder, "offline")
+    tracker = Tracker(folder, Tracking(wandb="offline"))
     trainer = Trainer(
         make_task(), make_loader(store), Checkpoints(folder / "checkpoints"), World(), tracker,
         loop=Loop(max_steps=1, lr=1e-4, warmup_steps=0, save_every=0, amp="off"),

@@ -39,6 +39,7 @@ from loaders.build import (
 )
 from loaders.compressed import CompressedArray
 from loaders.consistency import Facts, Survey, refuse, wrong_channels
+from loaders.find import Say, find_subjects
 from loaders.preprocess import (
     PERCENTILES,
     Preprocess,
@@ -112,7 +113,7 @@ class VolumeStore:
     """Volumes on disk as normalized float32 arrays; made by `VolumeStore.build`.
 
     Example:
-        >>> store = VolumeStore.build(["a.nii.gz", "b.nii.gz"], "cache", Preprocess())
+        >>> store = VolumeStore.build("folder", "cache", Preprocess())
         >>> x = store.read(0)                                   # (C, X, Y, Z)
         >>> patch = store.read(0, (slice(0, 64), slice(0, 64), slice(0, 64)))
         >>> volume = store.undo(0, x)                           # original grid and intensities
@@ -280,19 +281,25 @@ class VolumeStore:
             return np.ones(self.shape(index)[1:], bool)
         return weights[(slice(0, 1),) + (slice(None),) * 3][0] > 0
 
-    def undo(self, index: int, x: np.ndarray) -> Volume:
-        """Invert the preprocessing: original intensities, grid and affine.
+    def undo(self, index: int, x: np.ndarray | torch.Tensor) -> Volume:
+        """Invert the preprocessing: original intensities (HU of CT), grid and affine.
 
         What was clipped stays clipped; outside a foreground crop stands each channel's lowest
         intensity.
 
         Args:
             index: Which volume `x` is of.
-            x: Normalized (C, X, Y, Z) on the store's grid; channels may differ in number.
+            x: Normalized (C, X, Y, Z) on the store's grid, an array or a tensor of any device;
+                channels may differ in number.
 
         Returns:
             Float32 intensities on the grid of the source file.
+
+        Example:
+            >>> write_volume("recon.nii.gz", store.undo(0, recon))  # doctest: +SKIP
         """
+        if isinstance(x, torch.Tensor):
+            x = x.detach().float().cpu().numpy()
         entry = self.entries[index]
         if tuple(x.shape[1:]) != tuple(entry.shape[1:]):
             raise ValueError(
@@ -363,7 +370,7 @@ class VolumeStore:
     @classmethod
     def build(
         cls,
-        subjects_or_paths: Sequence[Subject | str | Path],
+        volumes: str | Path | Sequence[Subject | str | Path],
         cache_dir: str | Path | None = None,
         preprocess: Preprocess | None = None,
         *,
@@ -383,7 +390,8 @@ class VolumeStore:
         is already there is used; a cache that cannot be written to is fine if nothing is missing.
 
         Args:
-            subjects_or_paths: Subjects of `find_subjects`, or paths.
+            volumes: A folder (searched below), glob or manifest; or subjects of `find_subjects`; or
+                paths.
             cache_dir: Folder of the cache, shared by runs and data sets; None for $VAE3D_CACHE or
                 else ~/.cache/vae3d.
             preprocess: What is done to each volume; None for the defaults.
@@ -400,9 +408,9 @@ class VolumeStore:
                 `silent` is for who follows another that has told.
             survey: What is known of the volumes; None for nothing.
         """
-        subjects = as_subjects(subjects_or_paths, reading)
         preprocess = preprocess or Preprocess()
         tell, asks = say or partial(print, file=sys.stderr), say is not None and say is not silent
+        subjects = as_subjects(volumes, reading, tell)
         if survey is None:
             how = (reading, preprocess, on_error, in_channels, num_slices)
             survey = Survey(subjects, {}, [], *how)
@@ -504,10 +512,12 @@ def undo(x: np.ndarray, record: dict[str, Any]) -> Volume:
 
 
 def as_subjects(
-    subjects_or_paths: Sequence[Subject | str | Path], reading: Reading
-) -> list[Subject]:  # fmt: skip
+    volumes: str | Path | Sequence[Subject | str | Path], reading: Reading, say: Say
+) -> list[Subject]:
     """Return subjects; paths are named relative to the folder that holds them all."""
-    items = list(subjects_or_paths)
+    if isinstance(volumes, (str, Path)):
+        return find_subjects(volumes, reading, say=say)
+    items = list(volumes)
     if not items:
         raise ValueError("no volumes given")
     subjects = [item for item in items if isinstance(item, Subject)]

@@ -11,6 +11,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import pytest
 import torch
 
+if not torch.cuda.is_available():  # before the first import of Triton, whose kernels then run here
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 torch.set_num_threads(1)  # also for fixtures of a module, which come before `clean_torch`
 
 REAL_VOLUMES = Path(__file__).resolve().parents[2] / "shared" / "data"

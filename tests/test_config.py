@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import yaml
@@ -72,6 +73,38 @@ def work(studio: Studio):
     Args:
         studio: Where.
     """
+
+
+def shelve(
+    shelf: str, /, tools: tuple[Literal["oil", "chalk"], ...] = (), tags: tuple[str, ...] = ()
+):
+    """Shelve tools.
+
+    Args:
+        shelf: Where.
+        tools: Which.
+        tags: Words on them.
+    """
+
+
+@pytest.mark.parametrize(
+    ("argv", "tools", "tags"),
+    [
+        (["up", "--tools", "oil", "chalk", "--tags", "a b", "12"], ("oil", "chalk"), ("a b", "12")),
+        (["up", "--tags=a,b", "--tools", "chalk"], ("chalk",), ("a,b",)),
+        (["--tools", "[oil]", "up", "--tags", "['a b',c]"], ("oil",), ("a b", "c")),
+        (["up", "--tools", "[]"], (), ()),
+    ],
+)
+def test_an_option_of_several_words_takes_them_one_after_the_other_or_as_a_list(argv, tools, tags):
+    found = config.parse(shelve, argv)
+    assert (found["shelf"], found["tools"], found["tags"]) == ("up", tools, tags)
+
+
+@pytest.mark.parametrize("argv", [["up", "--tools"], ["up", "--tools", "oil", "brush"]])
+def test_a_word_too_few_or_a_wrong_one_names_the_option(argv):
+    with pytest.raises(ValueError, match="tools"):
+        config.parse(shelve, argv)
 
 
 def test_sockets_inside_dataclasses_arrive_as_plain_partials(tmp_path):

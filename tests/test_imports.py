@@ -49,7 +49,9 @@ BY_NAME = ("vae3d/models/classes.py", "module")  # what a recipe names, see `imp
 # Third-party libraries and the only places that may import them.
 ONE_PLACE = {
     "jsonargparse": {"vae3d/config.py"},
-    "wandb": {"vae3d/tracking/tracker.py"},
+    "wandb": {"vae3d/tracking/to_wandb.py"},
+    "tensorboard": {"vae3d/tracking/to_tensorboard.py"},
+    "mlflow": {"vae3d/tracking/to_mlflow.py"},
     "imageio": {"vae3d/tracking/media.py"},
     "imageio_ffmpeg": {"vae3d/tracking/media.py"},
     "torchio": {"loaders/preprocess.py"},
@@ -69,6 +71,7 @@ ONE_PLACE = {
     "onnxruntime": {"vae3d/inference/export.py"},
     "onnxscript": {"vae3d/inference/export.py"},
     "huggingface_hub": {"vae3d/weights/hub.py"},
+    "triton": {"vae3d/kernels/gpu.py"},
 }
 
 
@@ -141,10 +144,10 @@ def test_no_two_files_import_each_other_round_any_number_of_corners():
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
-def test_the_architecture_and_its_kernels_know_torch_and_einops_alone(path):
+def test_the_architecture_and_its_kernels_know_torch_einops_and_triton_alone(path):
     if room(dotted_name(path)) not in ("kernels", "models"):
         pytest.skip("another room")
-    known = {*sys.stdlib_module_names, "torch", "einops", "vae3d"}
+    known = {*sys.stdlib_module_names, "torch", "einops", "vae3d", "triton"}
     assert {module.split(".")[0] for module, _ in imports(path)} <= known
 
 
@@ -195,7 +198,17 @@ def test_sources_keep_the_rules_of_safety(path):
 
 @pytest.mark.parametrize("command", [["train_3d.py", "--help"], ["evaluate.py", "--help"]])
 def test_help_loads_no_heavy_library(command):
-    heavy = ["torchio", "wandb", "monai", "nibabel", "SimpleITK", "imageio", "lightning"]
+    heavy = [
+        "torchio",
+        "wandb",
+        "tensorboard",
+        "mlflow",
+        "monai",
+        "nibabel",
+        "SimpleITK",
+        "imageio",
+        "lightning",
+    ]
     spy = (
         "import sys, runpy; sys.argv = sys.argv[1:]\n"
         "try: runpy.run_path(sys.argv[0], run_name='__main__')\n"

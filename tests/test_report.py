@@ -17,6 +17,7 @@ from vae3d.reports.evaluation import find as find_in_evaluation
 from vae3d.reports.evaluation import write_report
 from vae3d.reports.run import find, read_run, write_run_report
 from vae3d.tracking.media import save_views, write_png
+from vae3d.tracking.options import Tracking
 from vae3d.tracking.tracker import Tracker
 
 
@@ -72,7 +73,7 @@ def evaluation_folder(folder, cases=("a", "b/c", "<b>"), spoil=None, media=True)
 def run_folder(folder, steps=40, psnr=lambda s: 20 + s / 4, config=None, media=True, **series):
     """A run folder as train_3d.py writes it."""
     x = np.random.default_rng(0).random((1, 10, 8, 6), dtype=np.float32)
-    with Tracker(folder, "disabled") as tracker:
+    with Tracker(folder, Tracking(wandb="disabled")) as tracker:
         for step in range(1, steps + 1):
             extra = {key.replace("__", "/"): f(step) for key, f in series.items()}
             tracker.log({"train/loss": 1 / step, "train/lr": 1e-4, **extra}, step)
@@ -243,7 +244,7 @@ def test_a_good_run_raises_no_alarm(tmp_path):
 
 
 def test_a_run_that_has_only_begun_has_a_page(tmp_path):
-    with Tracker(tmp_path, "disabled") as tracker:
+    with Tracker(tmp_path, Tracking(wandb="disabled")) as tracker:
         Document(write_run_report([tmp_path]))
         tracker.log({"train/loss": 1.0}, 1)
         assert "train/loss" in Document(write_run_report([tmp_path])).text

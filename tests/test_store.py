@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 import loaders.build
 from loaders import DataConfig, Preprocess, VolumeStore, open_data, read_volume
@@ -91,6 +92,31 @@ def test_undo_gives_back_grid_affine_and_intensities(tmp_path, preprocess, scale
     assert np.allclose(volume.data[inside], source.intensities()[inside], atol=1e-2)
     if not preprocess.crop_foreground:
         assert np.allclose(volume.data, source.intensities(), atol=1e-2)
+
+
+@pytest.mark.parametrize("as_what", [str, Path])
+def test_a_folder_a_glob_and_a_manifest_are_built_as_the_paths_in_them(paths, tmp_path, as_what):
+    cache, folder = tmp_path / "cache", tmp_path / "data"
+    wanted = VolumeStore.build(paths, cache)
+    (tmp_path / "list.csv").write_text("path\n" + "".join(f"{path}\n" for path in paths))
+    for volumes in (folder, folder / "*.nii.gz", tmp_path / "list.csv"):
+        store = VolumeStore.build(as_what(volumes), cache)
+        assert store.ids == wanted.ids
+        assert np.array_equal(store.read(2), wanted.read(2))
+    assert VolumeStore.build(as_what(paths[1]), cache).ids == ["s1"]
+    with pytest.raises(ValueError, match=r"nowhere: no such folder, glob or manifest"):
+        VolumeStore.build(as_what(tmp_path / "nowhere"), cache)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_tensor_with_a_gradient_goes_back_to_intensities_and_a_file(paths, tmp_path, dtype):
+    store = VolumeStore.build(paths[:1], tmp_path / "cache", Preprocess(percentiles=(0, 100)))
+    recon = torch.from_numpy(store.read(0)).to(dtype).requires_grad_()
+    write_volume(tmp_path / "recon.nii.gz", store.undo(0, recon))
+    source, back = read_volume(paths[0]), read_volume(tmp_path / "recon.nii.gz")
+    assert np.allclose(back.affine, source.affine)
+    off = np.abs(back.intensities() - source.intensities()).max()
+    assert off < (1e-3 if dtype == torch.float32 else 1.0)
 
 
 def test_raw_intensities_are_those_of_the_file(tmp_path):

@@ -4,6 +4,7 @@ import gzip
 import http.server
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -16,16 +17,11 @@ from urllib.parse import quote, unquote
 import numpy as np
 import pytest
 
-from vae3d.tracking import tracker as tracker_module
 from vae3d.tracking.media import save_views
-from vae3d.tracking.tracker import (
-    REDACTED,
-    Tracker,
-    choose_mode,
-    read_metrics,
-    read_tables,
-    redact,
-)
+from vae3d.tracking.options import Tracking
+from vae3d.tracking.privacy import REDACTED, redact
+from vae3d.tracking.to_wandb import RunId, WandbRun, choose_mode
+from vae3d.tracking.tracker import Tracker, read_metrics, read_tables
 
 ROOT = Path(__file__).resolve().parents[1]
 KEY = "k1" * 20
@@ -53,13 +49,13 @@ def clean_environment(**more: str) -> dict[str, str]:
     return {k: v for k, v in os.environ.items() if k != "WANDB_SERVICE"} | more
 
 
-def sync(run_dir: Path, server: "FakeWandb") -> list[dict]:
+def sync(run_dir: Path, server: "FakeWandb", *more: str) -> list[dict]:
     """Send what a run left on the disk with `wandb sync`, wandb's own reader; return its rows."""
     server.mood, server.history = "ok", []
     server.released.set()
     command = [sys.executable, "-m", "wandb", "sync", "--yes", "--include-online"]
     done = subprocess.run(
-        [*command, str(run_dir / "wandb")],
+        [*command, *more, str(run_dir / "wandb")],
         env=clean_environment(WANDB_API_KEY=KEY, WANDB_BASE_URL=server.url, WANDB_MODE="online"),
         capture_output=True,
         text=True,
@@ -76,7 +72,7 @@ def views(folder: Path) -> dict[str, Path]:
 
 
 def test_numbers_are_lines_of_json_and_what_is_not_finite_is_null(tmp_path):
-    with Tracker(tmp_path, "disabled") as tracker:
+    with Tracker(tmp_path, Tracking(wandb="disabled")) as tracker:
         tracker.log({"train/loss": 0.5, "train/kl": float("nan")}, step=10)
         tracker.log({"train/loss": float("inf")}, step=20)
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
@@ -104,7 +100,7 @@ def test_reading_merges_lines_of_a_step_and_forgets_what_a_resume_repeats(tmp_pa
 
 def test_a_line_cut_by_a_kill_does_not_spoil_the_next_one(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "a": 1}\n{"step": 2, "a"')
-    with Tracker(tmp_path, "disabled") as tracker:
+    with Tracker(tmp_path, Tracking(wandb="disabled")) as tracker:
         tracker.log({"a": 3}, step=3)
     assert [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [1, 3]
 
@@ -143,7 +139,7 @@ def test_a_login_in_netrc_is_a_key(monkeypatch, tmp_path):
 
 def test_a_wrong_mode_names_the_choices(tmp_path):
     with pytest.raises(ValueError, match=r"--wandb 'on' .*online, offline, disabled"):
-        Tracker(tmp_path, "on")
+        Tracker(tmp_path, Tracking(wandb="on"))
 
 
 def test_secrets_are_blanked_by_name_by_value_and_in_addresses(monkeypatch):
@@ -165,7 +161,8 @@ def test_secrets_are_blanked_by_name_by_value_and_in_addresses(monkeypatch):
 
 
 def test_the_offline_file_holds_every_panel_with_its_media(tmp_path, server):
-    with patient(tmp_path, "offline", config={"lr": 0.1, "model": {"channels": [4, 8]}}) as tracker:
+    config = {"lr": 0.1, "model": {"channels": [4, 8]}}
+    with patient(tmp_path, Tracking(wandb="offline"), config=config) as tracker:
         tracker.log({"train/loss": 0.5, "val/psnr": 20.0}, step=7)
         tracker.log_table("val/volumes", [{"case": "a", "psnr": 20.0}], step=7)
         assert tracker.in_background(views, tmp_path / "media", step=7)
@@ -190,7 +187,7 @@ def test_the_offline_file_holds_every_panel_with_its_media(tmp_path, server):
 
 def test_a_resumed_offline_run_is_sent_as_one_run(tmp_path, server):
     for step in (1, 2):
-        with patient(tmp_path, "offline") as tracker:
+        with patient(tmp_path, Tracking(wandb="offline")) as tracker:
             tracker.log({"train/loss": 1.0 / step}, step=step)
         time.sleep(1.1)  # wandb names its folders by the second
     assert [row["step"] for row in sync(tmp_path, server)] == [1, 2]
@@ -198,17 +195,18 @@ def test_a_resumed_offline_run_is_sent_as_one_run(tmp_path, server):
 
 
 def test_a_run_id_from_a_checkpoint_wins_over_the_folder(tmp_path):
-    with patient(tmp_path, "offline") as first:
+    with patient(tmp_path, Tracking(wandb="offline")) as first:
         pass
-    with Tracker(tmp_path, "disabled", run_id="fromckpt") as second:
+    with Tracker(tmp_path, Tracking(wandb="disabled"), run_id="fromckpt") as second:
         assert second.run_id == "fromckpt" != first.run_id
 
 
 def test_no_secret_reaches_a_file_of_the_run_folder(tmp_path):
     script = (
-        "import sys; from vae3d.tracking.tracker import Tracker\n"
+        "import sys; from vae3d.tracking.tracker import Tracker, Tracking\n"
         "config = {'token': 'inconfig99', 'argv': sys.argv}\n"
-        f"tracker = Tracker({str(tmp_path)!r}, 'offline', config=config, timeout_s=120)\n"
+        "how = Tracking(wandb='offline')\n"
+        f"tracker = Tracker({str(tmp_path)!r}, how, config=config, timeout_s=120)\n"
         "tracker.log({'a': 1.0}, 1); tracker.close(240)\n"
     )
     environment = clean_environment(WANDB_API_KEY=KEY, HUB_TOKEN="inenviron99")
@@ -228,7 +226,7 @@ def test_a_failing_picture_warns_and_the_run_goes_on(tmp_path):
 
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        with Tracker(tmp_path, "disabled") as tracker:
+        with Tracker(tmp_path, Tracking(wandb="disabled")) as tracker:
             tracker.in_background(broken, step=1)
             tracker.log({"a": 1}, step=2)
     assert any("no such color" in str(w.message) for w in caught)
@@ -243,7 +241,7 @@ def test_slow_pictures_do_not_block_and_are_bounded_in_memory(tmp_path):
         made.append(volume.nbytes)
         return {}
 
-    tracker = Tracker(tmp_path, "disabled", max_pending_bytes=3000)
+    tracker = Tracker(tmp_path, Tracking(wandb="disabled"), max_pending_bytes=3000)
     volume = np.zeros(1000, np.uint8)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -258,21 +256,21 @@ def test_slow_pictures_do_not_block_and_are_bounded_in_memory(tmp_path):
 
 def test_one_picture_larger_than_the_bound_is_still_made(tmp_path):
     made = []
-    with Tracker(tmp_path, "disabled", max_pending_bytes=10) as tracker:
+    with Tracker(tmp_path, Tracking(wandb="disabled"), max_pending_bytes=10) as tracker:
         assert tracker.in_background(lambda v: made.append(1) or {}, np.zeros(1000), step=1)
     assert made == [1]
 
 
 def test_training_waits_for_wandb_nowhere_however_long_it_takes(tmp_path, monkeypatch):
     """W&B starts only when the gate opens, which is after all that training has to say."""
-    gate, init = threading.Event(), tracker_module._Wandb._init
+    gate, init = threading.Event(), WandbRun._init
 
     def late(*args):
         gate.wait()
         init(*args)
 
-    monkeypatch.setattr(tracker_module._Wandb, "_init", late)
-    tracker = Tracker(tmp_path, "offline", timeout_s=120)
+    monkeypatch.setattr(WandbRun, "_init", late)
+    tracker = Tracker(tmp_path, Tracking(wandb="offline"), timeout_s=120)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for step in range(1, 5001):  # more than its queue holds
@@ -291,8 +289,8 @@ def test_training_waits_for_wandb_nowhere_however_long_it_takes(tmp_path, monkey
 def test_closing_takes_no_longer_than_it_is_given(tmp_path, monkeypatch):
     """A picture that never ends and a W&B that never starts: half a second is half a second."""
     never = threading.Event()
-    monkeypatch.setattr(tracker_module._Wandb, "_init", lambda *_: never.wait())
-    tracker = Tracker(tmp_path, "offline")
+    monkeypatch.setattr(WandbRun, "_init", lambda *_: never.wait())
+    tracker = Tracker(tmp_path, Tracking(wandb="offline"))
     tracker.in_background(lambda: never.wait() and {}, step=1)
     begun = time.monotonic()
     with pytest.warns(UserWarning, match="wandb sync"):
@@ -305,7 +303,8 @@ class FakeWandb(http.server.ThreadingHTTPServer):
     """As much of a W&B server as a run needs.
 
     `mood`: ok | down (500) | silent (no answer) | full (refuses uploads, 403) | slow (uploads get
-    no answer). Answers are held until `released`.
+    no answer) | deleted (the run, after it began, 404). Answers are held until `released`. Runs in
+    `deleted` were deleted before.
     """
 
     daemon_threads = True
@@ -314,6 +313,7 @@ class FakeWandb(http.server.ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), FakeHandler)
         self.mood, self.released = "ok", threading.Event()
         self.runs, self.history, self.config, self.files = [], [], {}, {}
+        self.deleted, self.upserts = set(), []  # ids; what was said of runs, newest last
 
     def handle_error(self, request, client_address):
         """A client that has gone away is no failure of the server."""
@@ -331,6 +331,8 @@ class FakeHandler(http.server.BaseHTTPRequestHandler):
         if self.headers.get("content-encoding") == "gzip":
             body = gzip.decompress(body)
         upload = "file_stream" in self.path or self.path.startswith("/up/")
+        if self.server.mood == "deleted" and "file_stream" in self.path:
+            return self.reply({"error": "run was deleted"}, 404)
         if self.server.mood == "silent" or (self.server.mood == "slow" and upload):
             self.server.released.wait(HELD_S)
         if self.server.mood in ("down", "silent"):
@@ -340,7 +342,11 @@ class FakeHandler(http.server.BaseHTTPRequestHandler):
         answer = {}
         if self.path == "/graphql":
             request = json.loads(body)
-            data = self.graphql(request["query"], request.get("variables", {}))
+            variables = request.get("variables", {})
+            if "UpsertBucket" in request["query"] and variables["name"] in self.server.deleted:
+                said = f"run {variables['name']} was previously created and deleted"
+                return self.reply({"errors": [{"message": said}]}, 409)
+            data = self.graphql(request["query"], variables)
             unknown = {"errors": [{"message": "this server does not do that"}]}
             answer = {"data": data} if data else unknown
         elif "file_stream" in self.path:
@@ -377,6 +383,7 @@ class FakeHandler(http.server.BaseHTTPRequestHandler):
         if "UpsertBucket" in query:
             new = variables["name"] not in self.server.runs
             self.server.runs += [variables["name"]] * new
+            self.server.upserts.append(variables)
             self.server.config |= json.loads(variables["config"] or "{}")
             bucket = {"id": "b", "name": variables["name"], "displayName": "a", "project": project}
             return {"upsertBucket": {"bucket": {**bucket, "historyLineCount": 0}, "inserted": new}}
@@ -411,14 +418,16 @@ def server():
 
 
 def train_online(
-    server, out_dir, steps, timeout_s=30.0, close_s=90.0, pause_s=0.0, before=""
-) -> dict:
+    server, out_dir, steps, timeout_s=30.0, close_s=90.0, pause_s=0.0, before="", how="",
+    wanted=None, **variables,
+) -> dict:  # fmt: skip
     """A small run in a process of its own, because wandb keeps state per process."""
     script = f"""
 import json, time, sys
-from vae3d.tracking.tracker import Tracker
+from vae3d.tracking.tracker import Tracker, Tracking
 begun = time.monotonic()
-tracker = Tracker({str(out_dir)!r}, "online", timeout_s={timeout_s})
+tracker = Tracker({str(out_dir)!r}, Tracking(wandb="online", {how}), None, {wanted!r},
+                  timeout_s={timeout_s})
 slowest = 0.0
 for step in range({steps.start}, {steps.stop}):
     {before or "pass"}
@@ -434,7 +443,7 @@ print("RESULT", json.dumps({{"slowest": slowest, "closed": time.monotonic() - be
     begun = time.monotonic()
     done = subprocess.run(
         [sys.executable, "-c", script],
-        env=clean_environment(WANDB_API_KEY=KEY, WANDB_BASE_URL=server.url),
+        env=clean_environment(WANDB_API_KEY=KEY, WANDB_BASE_URL=server.url, **variables),
         capture_output=True,
         text=True,
         timeout=300,
@@ -452,6 +461,97 @@ def test_an_online_run_arrives_and_its_resume_continues_it(server, tmp_path):
     assert [row["step"] for row in server.history] == [1, 2, 3, 4, 5]
 
 
+@pytest.mark.slow
+def test_a_run_that_was_deleted_on_the_site_goes_on_under_a_new_id_and_arrives(server, tmp_path):
+    server.deleted.add("old")
+    first = train_online(server, tmp_path, range(3, 5), timeout_s=20.0, wanted="old")
+    new = first["id"]
+    assert f"run old was deleted there; this run goes on as {new}" in first["err"]
+    assert [row["step"] for row in server.history] == [3, 4]
+    second = train_online(server, tmp_path, range(5, 6), wanted="old")  # by the same checkpoint
+    assert second["id"] == new and "deleted" not in second["err"]
+    assert server.runs == [new] and [row["step"] for row in server.history] == [3, 4, 5]
+
+
+@pytest.mark.slow
+def test_a_run_that_is_deleted_while_it_trains_is_sent_under_a_new_id(server, tmp_path):
+    server.mood = "deleted"
+    run = train_online(server, tmp_path, range(1, 4))
+    old = server.runs[0]
+    assert f"wandb sync --include-online --id {run['id']} " in run["err"] and run["id"] != old
+    rows = sync(tmp_path, server, "--id", run["id"])
+    assert [row["step"] for row in rows] == [1, 2, 3] and server.runs == [old, run["id"]]
+    assert RunId(tmp_path, old).now == run["id"], "the next life goes on there"
+
+
+@pytest.mark.parametrize(
+    ("variable", "wanted", "kept", "taken"),
+    [
+        (None, None, "", None),
+        (None, None, "new old", "new"),
+        (None, "old", "new old", "new"),
+        (None, "other", "new old", "other"),
+        ("sweeps", "other", "new old", "sweeps"),
+        ("old", None, "new old", "new"),
+    ],
+)
+def test_the_id_is_the_sweeps_then_the_checkpoints_then_the_folders_but_no_deleted_one(
+    tmp_path, monkeypatch, variable, wanted, kept, taken
+):
+    if variable:
+        monkeypatch.setenv("WANDB_RUN_ID", variable)
+    (tmp_path / "wandb").mkdir()
+    (tmp_path / "wandb" / "run_id").write_text(kept.replace(" ", "\n"))
+    found = RunId(tmp_path, wanted).now
+    assert found == taken if taken else re.fullmatch("[0-9a-f]{8}", found)
+
+
+def test_no_id_is_tried_again_for_ever(tmp_path, monkeypatch):
+    """The old one, once a new one, and then the run is offline."""
+    tried = []
+
+    def refused(run, _wandb, _config):
+        tried.append((run.mode, run.id.now))
+        if run.mode == "online":
+            raise RuntimeError("Timed out while retrying: HTTP 409: created and deleted")
+
+    monkeypatch.setattr(WandbRun, "_init", refused)
+    monkeypatch.setattr("wandb.teardown", lambda: None)
+    ids = RunId(tmp_path, "old")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        WandbRun(tmp_path, "online", ids, Tracking(), 1.0).start({})
+    assert tried == [("online", "old"), ("online", ids.now), ("offline", ids.now)]
+    assert ["was deleted there" in str(w.message) for w in caught] == [True, False]
+    assert "offline" in str(caught[1].message)
+    assert RunId(tmp_path, "old").now == ids.now != "old", "the next life knows"
+
+
+def test_project_name_tags_and_a_sweeps_id_are_taken_from_the_environment(server, tmp_path):
+    sweep = {"WANDB_SWEEP_ID": "sweep1", "WANDB_RUN_ID": "trial7", "WANDB_PROJECT": "lungs"}
+    more = {"WANDB_NAME": "by variable", "WANDB_TAGS": "a,b", "WANDB_ENTITY": "lab"}
+    run = train_online(server, tmp_path, range(1, 3), **sweep, **more)
+    assert run["id"] == "trial7" and server.runs == ["trial7"]
+    said = server.upserts[0]
+    assert (said["project"], said["sweep"], said["displayName"]) == (
+        "lungs",
+        "sweep1",
+        "by variable",
+    )
+    assert said["tags"] == ["a", "b"]
+
+
+def test_options_of_project_name_and_tags_come_before_the_environment(server, tmp_path):
+    how = "wandb_project='hearts', wandb_name='by option', wandb_tags=('c', 'd e')"
+    variables = {"WANDB_PROJECT": "lungs", "WANDB_NAME": "by variable", "WANDB_TAGS": "a,b"}
+    train_online(server, tmp_path, range(1, 3), how=how, **variables)
+    said = server.upserts[0]
+    assert (said["project"], said["displayName"]) == ("hearts", "by option")
+    assert said["tags"] == ["c", "d e"]
+    assert {upsert["host"] or "" for upsert in server.upserts} == {""}, "a host may be a name"
+    assert {upsert["program"] for upsert in server.upserts} <= {"vae3d", None}
+
+
 @pytest.mark.parametrize("mood", ["down", pytest.param("silent", marks=pytest.mark.slow)])
 def test_an_outage_at_the_start_costs_nothing_and_leaves_a_file_to_sync(server, tmp_path, mood):
     server.mood = mood
@@ -466,7 +566,7 @@ def test_an_outage_at_the_start_costs_nothing_and_leaves_a_file_to_sync(server, 
 def test_an_outage_in_the_middle_costs_nothing_and_leaves_a_file_to_sync(server, tmp_path):
     outage = """if step == 5:
         import os, urllib.request
-        while tracker._wandb.run is None:
+        while not tracker._hosts[0].there:
             time.sleep(0.1)
         urllib.request.urlopen(os.environ["WANDB_BASE_URL"] + "/outage")"""
     run = train_online(server, tmp_path, range(1, 11), pause_s=0.3, before=outage, close_s=2.0)
@@ -484,7 +584,9 @@ def test_a_full_quota_and_a_slow_upload_cost_nothing_and_leave_all_to_sync(
     server, tmp_path, mood, close_s, said
 ):
     server.mood = mood
-    picture = """if step == 2:
+    picture = """while not tracker._hosts[0].there:  # else it may have begun nothing in 3 s
+        time.sleep(0.1)
+    if step == 2:
         import numpy
         from pathlib import Path
         from vae3d.tracking.media import write_png
@@ -507,7 +609,7 @@ def test_a_full_quota_and_a_slow_upload_cost_nothing_and_leave_all_to_sync(
 def test_a_dead_wandb_service_warns_and_the_run_goes_on(server, tmp_path):
     kill = """if step == 5:
         import os, psutil
-        while tracker._wandb.run is None:
+        while not tracker._hosts[0].there:
             time.sleep(0.1)
         services = [p for p in psutil.process_iter() if p.name() == "wandb-core"]
         ours, = [p for p in services if str(os.getpid()) in p.cmdline()]

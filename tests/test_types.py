@@ -6,7 +6,7 @@ from collections import Counter
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-MOST = {"Any": 223, "cast": 3, "type: ignore": 3}  # fewer is progress: lower them then
+MOST = {"Any": 222, "cast": 3, "type: ignore": 3}  # fewer is progress: lower them then
 
 
 def escapes() -> Counter:

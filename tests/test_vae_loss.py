@@ -30,6 +30,16 @@ SHAPE = (2, 1, 16, 12, 20)
 DISTANCES = [L1, L2, SSIM, GradientDifference, FocalFrequency]
 
 
+def test_the_room_opens_every_term_of_it_by_name():
+    namespace = {}
+    exec("from vae3d.losses import *", namespace)  # what `__all__` promises
+    assert namespace["VAELoss"] is VAELoss and namespace["SSIM"] is SSIM
+    terms = {cls.__name__ for cls in Term.__subclasses__() if cls.__module__.startswith("vae3d.")}
+    assert terms - {"Pointwise"} <= set(namespace), "a new term is opened, too"
+    with pytest.raises(ImportError, match="no_such_term"):
+        from vae3d.losses import no_such_term  # noqa: F401
+
+
 def pair(shape=SHAPE, noise=0.1):
     """A smooth volume in [0, 1] and a noisy version that leaves this range."""
     x = torch.rand(shape)

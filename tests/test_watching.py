@@ -13,6 +13,7 @@ import pytest
 import torch
 from test_report import Document
 from test_tracker import FakeWandb, clean_environment, no_key, server, sync  # noqa: F401
+from test_trackers import events
 from toys import tiny_vae
 
 from loaders import DataConfig, Preprocess, Volume, write_volume
@@ -28,6 +29,7 @@ from vae3d.training.run import Run
 
 NOTEBOOK = Path(__file__).resolve().parents[1] / "examples" / "visualize_reconstruction.ipynb"
 KINDS = ("png", "gif", "mp4", "input_gif", "input_mp4", "recon_gif", "recon_mp4")
+PICTURE = Path(__file__).resolve().parents[1] / "docs" / "demo.png"
 LATENT = ("between", "channels", "draws", "noise", "slices")
 
 
@@ -61,7 +63,7 @@ def run(tmp_path_factory):
     return data, out, said.getvalue()
 
 
-def train_tiny(data, out, max_steps=2):
+def train_tiny(data, out, max_steps=2, **more):
     train_3d(
         DataConfig(str(data), fractions=(0.4, 0.4, 0.2)),
         str(out),
@@ -81,6 +83,7 @@ def train_tiny(data, out, max_steps=2):
         media_volumes=1,
         wandb="offline",
         device="cpu",
+        **{"trackers": ("wandb", "tensorboard"), **more},
     )
 
 
@@ -146,6 +149,8 @@ class Store:
 
 class Jobs:
     """A tracker that keeps what it is asked to draw."""
+
+    alias = staticmethod(str)
 
     def __init__(self):
         self.jobs = []
@@ -266,6 +271,37 @@ def test_the_dashboard_gets_every_number_and_panel(run, server):  # noqa: F811
     assert server.config["patch_size"]["value"] == [8, 8, 8]
     assert server.config["about"]["value"]["data"].startswith("10 volumes")
     assert server.config["code"]["value"]["vae3d"]
+
+
+def test_tensorboard_gets_every_number_and_panel_too(run):
+    found = events(run[1])
+    local = {key for row in read_metrics(run[1] / "metrics.jsonl") for key in row}
+    assert local - {"time", "step"} == set(found.Tags()["scalars"])
+    case = json.loads((run[1] / "split.json").read_text())["val"][0]
+    moving = {f"views/{case}/{kind}" for kind in KINDS if "mp4" not in kind}
+    assert set(found.Tags()["images"]) == moving | {f"latent/{kind}" for kind in LATENT}
+
+
+def test_a_run_with_hashed_cases_tells_no_name_to_its_trackers(run, tmp_path, monkeypatch):
+    """Resumed from one that told them: what is written from there on has none."""
+    monkeypatch.setenv("VAE3D_CACHE", str(tmp_path / "cache"))
+    drawn = []
+    monkeypatch.setattr(
+        validate, "save_views", lambda *_, title, **__: drawn.append(title) or {"png": PICTURE}
+    )
+    out = shutil.copytree(run[1], tmp_path / "out")
+    before = set((out / "tensorboard").iterdir())
+    train_tiny(run[0], out, 4, hash_cases=True, trackers=("tensorboard",))
+    (new,) = set((out / "tensorboard").iterdir()) - before
+    cases = json.loads((out / "cases.json").read_text())
+    (shown,) = [alias for alias, case in cases.items() if drawn == [f"{alias}   step 4"]]
+    assert set(cases.values()) == set(json.loads((out / "split.json").read_text())["val"])
+    written = new.read_bytes()
+    assert f"views/{shown}/png".encode() in written and str(run[0]).encode() not in written
+    assert not any(f"views/{case}/".encode() in written for case in cases.values())
+    assert not any(f"| {case} |".encode() in written for case in cases.values())
+    rows = read_tables(out / "tables.jsonl")["val/volumes"]["rows"]
+    assert {row["case"] for row in rows} == set(cases.values()), "at home they have their names"
 
 
 def test_the_page_shows_the_run(run, tmp_path):

@@ -19,6 +19,7 @@ import argparse
 import atexit
 import dataclasses
 import inspect
+import json
 import os
 import re
 import sys
@@ -28,6 +29,7 @@ from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import partial
+from itertools import takewhile
 from numbers import Real
 from pathlib import Path
 from types import ModuleType
@@ -297,8 +299,12 @@ def _parser(fn: Callable, prog: str | None = None) -> jsonargparse.ArgumentParse
 
 
 def _spelled_out(fn: Callable, argv: list[str]) -> list[str]:
-    """Let `--fresh` be `--fresh=true`, a recipe's name its file, and old names those of today."""
+    """Let `--fresh` be `--fresh=true`, a recipe's name its file, and old names those of today.
+
+    What follows an option that takes several words is one list: `--trackers wandb tensorboard`.
+    """
     hints = typing.get_type_hints(fn)
+    argv = _listed({f"--{name}" for name, hint in hints.items() if _takes_words(hint)}, argv)
     flags = {f"--{name}" for name, hint in hints.items() if hint is bool}
     folders = {
         "--config": RECIPES.get(fn.__name__),
@@ -318,6 +324,28 @@ def _spelled_out(fn: Callable, argv: list[str]) -> list[str]:
             arg = f"{arg}=true"
         spelled.append(arg)
     return spelled
+
+
+def _takes_words(hint: object) -> bool:
+    """Whether an option takes any number of texts, such as names of trackers."""
+    one, *more = typing.get_args(hint) or [None]
+    words = one is str or typing.get_origin(one) is typing.Literal
+    return typing.get_origin(hint) is tuple and more == [...] and words
+
+
+def _listed(options: set[str], argv: list[str]) -> list[str]:
+    """Make one list of the words that follow each of `options`; one in YAML stays as it is."""
+    listed: list[str] = []
+    waiting = list(argv)
+    while waiting:
+        arg = waiting.pop(0)
+        option, equals, word = arg.partition("=")
+        words = [word] if equals else list(takewhile(lambda w: not w.startswith("--"), waiting))
+        if option in options and words and not re.match(r"\[|null$", words[0]):
+            arg = f"{option}={json.dumps(words)}"
+            waiting = waiting if equals else waiting[len(words) :]
+        listed.append(arg)
+    return listed
 
 
 def _positional(fn: Callable) -> list[str]:

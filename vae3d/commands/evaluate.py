@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from loaders import Preprocess
 from loaders.readers import Reading
 from vae3d.losses.perceptual import Perceptual
+from vae3d.tracking.options import Tracking
+from vae3d.training.options import spread
 
 if TYPE_CHECKING:
     from loaders import Subject, VolumeStore
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
     from vae3d.models.custom_vae import CustomVAE
 
 PCA_VOLUMES = 16  # training volumes that the block-PCA baseline is fitted on
+SHOWN = 4  # volumes whose pictures trackers get
 COMPONENTS = 8  # of it per latent channel, for pca_equivalent
 HEADLINE = (
     *("psnr", "ssim", "mae", "pooled_psnr", "pca_psnr"),
@@ -48,6 +51,7 @@ class EvaluationData:
     mask: str | None = "trained"
 
 
+@spread
 def evaluate(
     checkpoint: str,
     data: EvaluationData,
@@ -70,9 +74,9 @@ def evaluate(
     verify: bool = False,
     save_recon: bool = True,
     media: bool = True,
-    wandb: Literal["online", "offline", "disabled"] | None = None,
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto",
     trust: tuple[str, ...] = (),
+    tracking: Tracking,
 ) -> None:
     """Measure how well a trained model reconstructs volumes.
 
@@ -107,9 +111,9 @@ def evaluate(
         verify: Compare the exact and the full pass on a crop first, and print the difference.
         save_recon: Write the reconstructions as NIfTI.
         media: Write pictures and clips.
-        wandb: online | offline | disabled; null for online with a WANDB_API_KEY, else offline.
         device: auto | cpu | cuda | mps.
         trust: Module prefixes besides vae3d whose classes the checkpoint may import.
+        tracking: Each option of trackers by its own name, see `vae3d.tracking.options`.
     """
     from loaders import VolumeStore, find_subjects
     from loaders.store import silent
@@ -117,6 +121,7 @@ def evaluate(
     from vae3d.inference.evaluation import Evaluator, headline
     from vae3d.inference.reconstruct import Coding
     from vae3d.inference.stitching import check_patch, tile_faces
+    from vae3d.tracking.privacy import Aliases
     from vae3d.tracking.tracker import Tracker
     from vae3d.training.checkpoint import find_checkpoint, fingerprint, load_checkpoint, load_vae
     from vae3d.training.distributed import open_world
@@ -185,6 +190,8 @@ def evaluate(
         evaluator = Evaluator(
             vae, store, out, how, facts, latent_bits, patch_gap, pca, distance, save_recon, media
         )
+        if tracking.hash_cases:
+            evaluator.alias = Aliases(out, store.ids)
         mine = range(world.rank, len(store), world.size)
         begun, kept = time.monotonic(), 0
         for done, index in enumerate(mine, start=1):
@@ -197,11 +204,11 @@ def evaluate(
         if not world.is_main:
             return
         summary = evaluator.finish()
-        tracker = Tracker(out, wandb, config={**facts, **how})
+        tracker = Tracker(out, tracking, config={**facts, **how})
         means = {f"eval/{k}": v["mean"] for k, v in summary["metrics"].items()}
         tracker.log(means, step=state["step"])
-        shown = sorted((out / "media").glob("*.mp4"))[:4] if media else []
-        tracker.log_media({f"eval/{path.stem}": path for path in shown}, step=state["step"])
+        if media:
+            tracker.log_media(evaluator.pictures(SHOWN), step=state["step"])
         tracker.close()
         say_results(summary, out)
 

@@ -58,6 +58,7 @@ class Evaluator:
         perceptual: Perceptual distance `(x, recon) -> scalar`; None for none.
         save_recon: Write reconstructions as NIfTI.
         media: Write pictures and clips.
+        alias: What a case is called in pictures and in trackers.
     """
 
     vae: CustomVAE
@@ -71,6 +72,7 @@ class Evaluator:
     perceptual: Any = None
     save_recon: bool = True
     media: bool = True
+    alias: Callable[[str], str] = str
 
     @property
     def widths(self) -> list[float]:
@@ -79,8 +81,11 @@ class Evaluator:
 
     def key(self, index: int) -> str:
         """Hash of what the numbers of a volume depend on."""
+        case = self.store.ids[index]
+        shown_as = self.alias(case)  # drawn in the pictures, which may have been sent
         parts = {
             "version": VERSION,
+            **({"shown_as": shown_as} if shown_as != case else {}),
             # The checkpoint's bytes, not its place.
             **{k: v for k, v in self.facts.items() if k != "checkpoint"},
             "how": self._matters(),
@@ -219,6 +224,14 @@ class Evaluator:
         write_report(self.out_dir)
         return summary
 
+    def pictures(self, count: int) -> dict[str, Path]:
+        """The picture and clips of the first `count` volumes, by panel."""
+        return {
+            f"eval/{self.alias(case)}/{kind}": self.out_dir / "media" / f"{case_stem(case)}.{kind}"
+            for case in self.store.ids[:count]
+            for kind in ("png", "gif", "mp4")
+        }
+
     def _check_channels(self, x: Tensor) -> None:
         wanted = self.vae.in_channels
         slices = self.how["num_slices"] if self.vae.spatial_dims == 2 else 1
@@ -297,7 +310,7 @@ class Evaluator:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 write_png(path, picture)
             a, b, ends = in_one_range(self.store.channel_ranges, x.numpy(), recon.numpy())
-            spacing, title = self.store.spacing_mm(index), f"{case}  {headline(row)}"
+            spacing, title = self.store.spacing_mm(index), f"{self.alias(case)}  {headline(row)}"
             save_views(self.out_dir / "media", case, a, b, spacing, ends, title=title)
 
 

@@ -5,7 +5,8 @@ upsampled one; norm and activation keep theirs, in float32. Here the step before
 computed again in the backward pass, and only what it starts from is kept: 2 bytes a value in
 bfloat16 where the plain layers keep 10. The numbers are those of the plain layers to the last bit.
 
-The CPU has faster steps of its own (`steps.py`); a compiled network leaves this to the compiler.
+CPU and GPU have faster steps of their own (`steps.py`, `gpu.py`); a compiled network leaves this to
+the compiler.
 
 Axes: b batch, c channels, x y z space.
 """
@@ -25,18 +26,25 @@ S = TypeVar("S")
 Plan = tuple[Callable[[Tensor], Tensor], Conv, tuple[str, torch.dtype, bool]]
 
 
-def is_lean(layer: nn.Module, x: Tensor) -> TypeGuard[Conv]:
-    """Whether `prepared_conv` serves this layer and input: something is to be differentiated."""
+def is_replaceable(layer: nn.Module, x: Tensor) -> TypeGuard[Conv]:
+    """Whether a step of ours may take the place of this layer, outside compile and the like."""
     return (
         not torch.compiler.is_compiling()
         and torch.amp.is_autocast_available(x.device.type)  # not on the meta device
         and not torch.jit.is_tracing()
         and not torch._C._are_functorch_transforms_active()
         and (type(layer) is nn.Conv2d or type(layer) is nn.Conv3d)
-        and torch.is_grad_enabled()
-        and (x.requires_grad or layer.weight.requires_grad)
         and layer.padding_mode == "zeros"
         and not isinstance(layer.padding, str)
+    )
+
+
+def is_lean(layer: nn.Module, x: Tensor) -> TypeGuard[Conv]:
+    """Whether `prepared_conv` serves this layer and input: something is to be differentiated."""
+    return (
+        is_replaceable(layer, x)
+        and torch.is_grad_enabled()
+        and (x.requires_grad or layer.weight.requires_grad)
     )
 
 

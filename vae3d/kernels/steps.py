@@ -1,4 +1,4 @@
-"""Fast paths of the network on the CPU: the same numbers in less time and memory.
+"""Fast paths of the network: the same numbers in less time and memory; those of the CPU are here.
 
 PyTorch runs a network layer by layer over the whole volume and keeps what every layer read. Here
 norm, activation, convolution and residual sum are one step, done slab by slab along x, channels
@@ -7,16 +7,23 @@ computes it again, and oneDNN is called directly, also where PyTorch's own dispa
 slow kernel. Nearest upsampling by two followed by a convolution becomes one small convolution per
 phase on the coarse grid. The memory of large tensors that died serves the next ones (`Pages`).
 
-Where a fast path does not apply (other devices, float64), training keeps as little (`lean.py`).
-Within `plain()`, and for export, compile and hooks, the plain layers run; the tests compare both.
+GPUs have the same step as kernels of their own (`gpu.py`), in half precision. Where neither applies
+(other devices, float64), training keeps as little (`lean.py`). Within `plain()`, and for export,
+compile and hooks, the plain layers run; the tests compare both.
 
 Axes: b batch, c channels, x y z space; a slab is a range of x of one sample.
 """
 
+import os
+import sysconfig
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import reduce
+from functools import cache, reduce
+from importlib.util import find_spec
 from itertools import chain, pairwise, product
+from pathlib import Path
+from shutil import which
 from typing import NamedTuple, TypeGuard
 
 import torch
@@ -27,7 +34,7 @@ from torch.autograd.function import once_differentiable
 
 from vae3d.kernels import convolutions
 from vae3d.kernels.convolutions import Axes, Conv, Ends, Maybe, Pairs
-from vae3d.kernels.lean import Context, is_lean, prepared_conv
+from vae3d.kernels.lean import Context, is_lean, is_replaceable, prepared_conv
 from vae3d.kernels.memory import channels_last, empty, release
 
 SLAB_BYTES = 4 << 20  # per thread, float32; larger than the cache is slower, smaller repeats halos
@@ -42,13 +49,13 @@ FOLD = {
 _enabled = True
 
 
-class GroupNormAct(NamedTuple):
-    """What a fused step needs to know of a group norm and the activation after it."""
+class NormParts(NamedTuple):
+    """What a fused step needs to know of a norm and the activation after it."""
 
-    num_groups: int
+    groups: int  # of channels; 0: the root mean square of each voxel, without a bias
     eps: float
     weight: Tensor
-    bias: Tensor
+    bias: Maybe
     act: nn.Module
 
 
@@ -62,8 +69,8 @@ class Preparation(nn.Module):
         """Whether the backward pass may compute it again: the same result, and no trace."""
         raise NotImplementedError
 
-    def group_norm_act(self) -> GroupNormAct | None:
-        """Its parts where it is a group norm and an activation, else None."""
+    def parts(self) -> NormParts | None:
+        """Its parts where it is a group norm or a root mean square, and an activation."""
         raise NotImplementedError
 
 
@@ -113,7 +120,10 @@ def preparation(layers: Sequence[nn.Module], x: Tensor) -> Preparation | None:
     if any(map(hooked, (*before.modules(), layer))):
         return None
     if is_fast(layer, x):
-        return before if before.group_norm_act() and set(layer.stride) == {1} else None
+        parts = before.parts()
+        return before if parts and parts.groups and set(layer.stride) == {1} else None
+    if is_fused(layer, x, before):
+        return before
     return before if before.repeatable() and is_lean(layer, x) else None
 
 
@@ -138,6 +148,64 @@ def is_fast(layer: nn.Module, x: Tensor) -> TypeGuard[Conv]:
         and not torch.jit.is_tracing()
         and not torch._C._are_functorch_transforms_active()
     )
+
+
+def is_fused(layer: nn.Module, x: Tensor, prepare: Preparation) -> TypeGuard[Conv]:
+    """Whether a GPU has norm, activation and this convolution as one step, see `gpu.py`."""
+    return has_kernels(prepare) and on_gpu(x) and is_replaceable(layer, x)
+
+
+def has_kernels(prepare: Preparation) -> bool:
+    """Whether a norm and its activation are of those that `gpu.py` has."""
+    parts = prepare.parts()
+    return parts is not None and type(parts.act) in (nn.SiLU, nn.Identity)
+
+
+def on_gpu(x: Tensor) -> bool:
+    """Whether the fused steps of GPUs are there, and for the precision that `x` is convolved in.
+
+    That is half precision, whose tensor cores read channels innermost.
+    """
+    return (
+        not torch.compiler.is_compiling()
+        and _enabled
+        and x.is_cuda
+        and torch.version.hip is None
+        and dtype_of(x) in (torch.bfloat16, torch.float16)
+        and torch.cuda.get_device_capability(x.device) >= (8, 0)  # of which Triton makes code
+        and has_triton()
+    )
+
+
+@cache
+def has_triton() -> bool:
+    """Whether Triton is there with what it builds with; a warning tells what it lacks."""
+    if find_spec("triton") is None:
+        return False
+    headers = Path(sysconfig.get_path("include", "posix_prefix"), "Python.h")
+    if headers.is_file() and (os.environ.get("CC") or which("gcc") or which("clang")):
+        return True
+    warnings.warn(
+        "the fast steps of GPUs are off: Triton finds no C compiler or no headers of Python;"
+        " install gcc and python3-dev",
+        stacklevel=2,
+    )
+    return False
+
+
+def dtype_of(x: Tensor) -> torch.dtype:
+    """Dtype that `x` is convolved in here."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
+def arranged(layers: nn.Module, x: Tensor) -> Tensor:
+    """`x` with its channels innermost in memory where a GPU has all norms of `layers` in steps.
+
+    What follows keeps the layout; weights stay as they are.
+    """
+    steps = [layer for layer in layers.modules() if isinstance(layer, Preparation)]
+    return channels_last(x) if on_gpu(x) and steps and all(map(has_kernels, steps)) else x
 
 
 def hooked(layer: nn.Module) -> bool:
@@ -168,23 +236,37 @@ def convolve(
     if not is_fast(layer, x):
         if padding:
             x = F.pad(x, [*chain(*reversed(padding))])
+        if norm_act is not None and is_fused(layer, x, norm_act):
+            return fused(norm_act, layer, x, residual)
         x = layer(x) if norm_act is None else prepared(norm_act, layer, x, norm_act.parameters())
         return x if residual is None else x + residual
-    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
-    fused = residual if residual is not None and residual.dtype == dtype else None
-    norm = norm_act.group_norm_act() if norm_act is not None else None
+    dtype = dtype_of(x)
+    added = residual if residual is not None and residual.dtype == dtype else None
+    norm = norm_act.parts() if norm_act is not None else None
     step = Step(
         layer.stride,
         tuple(padding or convolutions.zeros_of(layer)),
         dtype,
-        overwrite and fused is not None and fused is channels_last(fused),
+        overwrite and added is not None and added is channels_last(added),
         2 if torch.is_grad_enabled() else 4,  # rows together
-        *((norm.num_groups, norm.eps, norm.act) if norm else ()),
+        *((norm.groups, norm.eps, norm.act) if norm else ()),
     )
-    affine = (norm.weight, norm.bias) if norm else ()
+    affine = norm[2:4] if norm else ()
     with torch.autocast("cpu", enabled=False):
-        out = NormActConv.apply(step, x, layer.weight, layer.bias, fused, *affine)
-    return out if residual is fused else out + residual
+        out = NormActConv.apply(step, x, layer.weight, layer.bias, added, *affine)
+    return out if residual is added else out + residual
+
+
+def fused(norm_act: Preparation, layer: Conv, x: Tensor, residual: Tensor | None) -> Tensor:
+    """`layer(norm_act(x)) + residual` on a GPU, where `is_fused` holds."""
+    from vae3d.kernels import gpu  # Triton, which not every machine has
+
+    parts, dtype = norm_act.parts(), dtype_of(x)
+    assert parts is not None
+    plan = gpu.Norm(parts.groups, parts.eps, type(parts.act) is nn.SiLU), layer, dtype
+    added = residual if residual is not None and residual.dtype == dtype else None
+    out = gpu.norm_act_convolve(plan, x, parts.weight, parts.bias, added)
+    return out if residual is None or residual is added else out + residual
 
 
 def prepared(
@@ -565,9 +647,8 @@ def upsample_convolve(layer: Conv, x: Tensor, factor: Sequence[int]) -> Tensor:
         x: `(B, C, *spatial)`.
         factor: Growth per axis, 1 or 2.
     """
-    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
     with torch.autocast("cpu", enabled=False):
-        return UpsampleConv.apply(factor, x, layer.weight, layer.bias, dtype)
+        return UpsampleConv.apply(factor, x, layer.weight, layer.bias, dtype_of(x))
 
 
 def statistics(x: Tensor, groups: int) -> tuple[Tensor, Tensor]:

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from vae3d.kernels.steps import run
+from vae3d.kernels.steps import arranged, run
 from vae3d.models.attention import Attention
 from vae3d.models.blocks import Block, ResBlock
 from vae3d.models.conv import conv, per_axis
@@ -59,6 +59,7 @@ class Chain(nn.Sequential):
 
     def forward(self, x: Tensor) -> Tensor:
         """Run every layer in order."""
+        x = arranged(self, x)
         if self.checkpointing == "none" or not torch.is_grad_enabled():
             return run(self, x)
         for part in self.levels() if self.checkpointing == "level" else self.blocks():

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.nn.functional import all_reduce
 
-from vae3d.kernels.steps import GroupNormAct, Preparation
+from vae3d.kernels.steps import NormParts, Preparation
 
 T = TypeVar("T")
 
@@ -196,11 +196,15 @@ class NormAct(Preparation):
         ours = (GroupNorm, InstanceNorm, RMSNorm, NoNorm)
         return type(self) is NormAct and type(self.norm) in ours
 
-    def group_norm_act(self) -> GroupNormAct | None:
-        """The parts of a group norm and its activation; None for another norm."""
+    def parts(self) -> NormParts | None:
+        """The norm's options and parameters, and the activation; None for another norm."""
         norm = self.norm
-        if type(self) is NormAct and (type(norm) is GroupNorm or type(norm) is InstanceNorm):
-            return GroupNormAct(norm.num_groups, norm.eps, norm.weight, norm.bias, self.act)
+        if type(self) is not NormAct:
+            return None
+        if type(norm) is GroupNorm or type(norm) is InstanceNorm:
+            return NormParts(norm.num_groups, norm.eps, norm.weight, norm.bias, self.act)
+        if type(norm) is RMSNorm:
+            return NormParts(0, norm.eps, norm.weight, None, self.act)
         return None
 
 

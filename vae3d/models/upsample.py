@@ -14,7 +14,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from vae3d.kernels.convolutions import Conv
-from vae3d.kernels.steps import is_fast, prepared, upsample_convolve
+from vae3d.kernels.steps import is_fast, on_gpu, prepared, upsample_convolve
 from vae3d.models.conv import CONV_TRANSPOSE, conv, per_axis
 from vae3d.models.downsample import Resampling, cell_sizes, check_haar
 
@@ -154,6 +154,8 @@ def interpolate(x: Tensor, factor: Sequence[int], mode: str) -> Tensor:
         factor: Growth per axis.
         mode: `nearest` or `linear`.
     """
+    if mode == "nearest" and on_gpu(x) and x.stride(1) == 1:
+        return repeat(x, factor)
     mode = LINEAR[len(factor)] if mode == "linear" else mode
     grow = partial(F.interpolate, scale_factor=tuple(float(f) for f in factor), mode=mode)
     if torch.compiler.is_compiling() or x.numel() * prod(factor) <= MAX_ELEMENTS:
@@ -161,6 +163,21 @@ def interpolate(x: Tensor, factor: Sequence[int], mode: str) -> Tensor:
     per_channel = x[:, :1].numel() * prod(factor)
     parts = x.split(max(MAX_ELEMENTS // per_channel, 1), dim=1)
     return torch.cat([grow(part) for part in parts], dim=1)
+
+
+def repeat(x: Tensor, factor: Sequence[int]) -> Tensor:
+    """Nearest neighbors of `(B, C, *spatial)`, channels innermost.
+
+    One pass of large copies, also over more elements than 32 bits count; PyTorch's own kernels turn
+    such a volume there and back.
+    """
+    x = x.movedim(1, -1)
+    for axis in range(len(factor), 0, -1):
+        x = x.unsqueeze(axis + 1)
+    cells = [n for axis in zip(x.shape[1:-1:2], factor, strict=True) for n in axis]
+    grown = x.expand(len(x), *cells, x.shape[-1])
+    size = [n * f for n, f in zip(x.shape[1:-1:2], factor, strict=True)]
+    return grown.reshape(len(x), *size, x.shape[-1]).movedim(-1, 1)
 
 
 def shuffle(x: Tensor, factor: Sequence[int]) -> Tensor:

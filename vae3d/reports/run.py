@@ -16,7 +16,8 @@ import yaml
 from loaders.texts import read_yaml
 from loaders.whole import write_text
 from vae3d.reports import page
-from vae3d.tracking.tracker import read_metrics, read_tables, redact
+from vae3d.tracking.privacy import redact
+from vae3d.tracking.tracker import read_metrics, read_tables
 
 GROUPS = {
     "val": "Validation",

@@ -8,15 +8,18 @@ import re
 import typing
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from vae3d.config import check_at_least
 from vae3d.kernels.precision import Amp
+from vae3d.tracking.options import Tracking
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Loop:
-    """What every training run can be told, whatever it trains.
+class Loop(Tracking):
+    """What every training run can be told, whatever it trains; where it is shown besides.
 
     Args:
         grad_accum: Micro-batches of one update; update size is batch_size x grad_accum x ranks.
@@ -31,7 +34,7 @@ class Loop:
         amp: off | bf16 | fp16, precision of convolutions and matrix products, in validation too;
             null for bf16 where the device multiplies it natively, else off.
         seed: Seed of weights, order of the data, and noise.
-        log_every: Interval of numbers in metrics.jsonl and W&B [steps].
+        log_every: Interval of numbers in metrics.jsonl and trackers [steps].
         val_every: Interval of validation [steps]; 0 for none.
         val_volumes: Validate on at most this many volumes (or latents), always the same.
         media_every: Interval of pictures and clips [steps]; 0 for none.
@@ -41,7 +44,6 @@ class Loop:
         max_hours: Save and end with exit code 0 after this time [h]; null for no limit.
         early_stop: End after so many validations without a better one; null for never.
         max_bad_steps: End after so many steps in a row that are not finite [steps].
-        wandb: online | offline | disabled; null for online with a WANDB_API_KEY, else offline.
         device: auto | cpu | cuda | mps.
         threads: Threads that read the data ahead on each rank.
         timeout_minutes: How long a rank waits for one that does not answer [min].
@@ -70,7 +72,6 @@ class Loop:
     max_hours: float | None = None
     early_stop: int | None = None
     max_bad_steps: int = 10
-    wandb: Literal["online", "offline", "disabled"] | None = None
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     threads: int = 2
     timeout_minutes: float = 30.0
@@ -79,6 +80,7 @@ class Loop:
 
     def __post_init__(self) -> None:
         """Refuse numbers out of range, before anything is read or written."""
+        super().__post_init__()
         at_least_one = ("max_steps", "grad_accum", "log_every", "early_stop", "max_bad_steps")
         check_at_least(1, **{name: getattr(self, name) for name in at_least_one})
         check_at_least(0, val_every=self.val_every, media_every=self.media_every)
@@ -89,37 +91,40 @@ class Loop:
             raise ValueError(f"--betas must be at least 0 and below 1, not {list(self.betas)}")
 
 
-def spread(function: Callable[..., int]) -> Callable[..., int]:
-    """Give `function` an option for each field of its last parameter, `loop`, in its place.
+def spread(function: Callable[..., T]) -> Callable[..., T]:
+    """Give `function` an option for each field of its last parameter, in its place.
 
     Signature, annotations and docstring become those of a function that declares them all, so that
     help(), the command line and YAML show them, and a caller writes `max_steps=1000`.
 
     Args:
-        function: Its keyword-only parameter `loop` is a `Loop` or a subclass.
+        function: Its last parameter is keyword-only, a `Loop` or another `Tracking`.
     """
     hints = typing.get_type_hints(function)
-    group = hints.pop("loop")
+    *own, last = inspect.signature(function).parameters.values()
+    group = hints.pop(last.name)
     known = typing.get_type_hints(group)
     names = [field.name for field in fields(group)]
 
     @functools.wraps(function)
-    def flat(*args: Any, **options: Any) -> int:
-        loop = group(**{name: options.pop(name) for name in names if name in options})
-        return function(*args, loop=loop, **options)
+    def flat(*args: Any, **options: Any) -> T:
+        chosen = group(**{name: options.pop(name) for name in names if name in options})
+        return function(*args, **{last.name: chosen}, **options)
 
-    own = [p for p in inspect.signature(function).parameters.values() if p.name != "loop"]
-    own = [p.replace(annotation=hints[p.name]) for p in own]
     keyword = functools.partial(inspect.Parameter, kind=inspect.Parameter.KEYWORD_ONLY)
     theirs = [
         keyword(field.name, default=field.default, annotation=known[field.name])
         for field in fields(group)
     ]
-    signature = inspect.Signature([*own, *theirs], return_annotation=int)
+    signature = inspect.Signature(
+        [*(p.replace(annotation=hints[p.name]) for p in own), *theirs],
+        return_annotation=hints["return"],
+    )
     flat.__signature__ = signature  # type: ignore[attr-defined]
     flat.__annotations__ = hints | {name: known[name] for name in names}
-    _, lines = inspect.cleandoc(Loop.__doc__ or "").split("Args:\n")
-    flat.__doc__ = re.sub(r" *loop: .*", lines, inspect.cleandoc(function.__doc__ or ""))
+    documented = [inspect.cleandoc(c.__doc__ or "").split("Args:\n") for c in group.__mro__]
+    lines = "\n".join(parts[1] for parts in documented if len(parts) == 2)
+    flat.__doc__ = re.sub(rf" *{last.name}: .*", lines, inspect.cleandoc(function.__doc__ or ""))
     del flat.__wrapped__  # what stands behind has other parameters
     return flat
 

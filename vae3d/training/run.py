@@ -7,7 +7,7 @@ import os
 import socket
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from loaders.whole import write_text
 from vae3d.config import config_dict, save_config, up_to_date
 from vae3d.kernels.precision import Amp
 from vae3d.tracking.console import Console
+from vae3d.tracking.options import Tracking
 from vae3d.tracking.tracker import Tracker
 from vae3d.training.checkpoint import NOTED, Checkpoints
 from vae3d.training.distributed import World
@@ -29,7 +30,7 @@ HARMLESS = {
     "max_steps",
     "max_hours",
     "early_stop",
-    "wandb",
+    *(field.name for field in fields(Tracking)),
     "log_every",
     "val_every",
     "val_volumes",
@@ -154,8 +155,8 @@ class Run:
         """Open the tracker on the rank that writes; None on the others.
 
         Args:
-            loop: Says whether W&B is online.
-            config: What the dashboard shows as the configuration.
+            loop: Says which trackers.
+            config: What they show as the configuration.
             state: Checkpoint to continue from, or None.
             about: Facts for the terminal.
         """
@@ -164,8 +165,8 @@ class Run:
         if about:
             with Console(loop.max_steps) as console:
                 console.summary(about, title=str(self.folder))
-        run_id = state["wandb_id"] if state else None
-        return Tracker(self.folder, loop.wandb, config=config, run_id=run_id)
+        run_id, done = (state["wandb_id"], state["step"]) if state else (None, 0)
+        return Tracker(self.folder, loop, config=config, run_id=run_id, begun_at=done)
 
     def fit(self, trainer: Any, state: dict[str, Any] | None) -> int:
         """Train, then let the tracker finish what is under way.

@@ -120,6 +120,7 @@ class Validation:
             if tracker is None:  # a rank that only lends its part of the weights
                 continue
             a, b, ends = in_one_range(self._ranges(len(x)), x.numpy(), recon.numpy())
+            name = tracker.alias(self.store.ids[i])
             tracker.in_background(
                 _views,
                 folder,
@@ -129,7 +130,8 @@ class Validation:
                 self.store.spacing_mm(i),
                 ends,
                 step=step,
-                title=f"{self.store.ids[i]}   step {step}",
+                panel=f"views/{name}",
+                title=f"{name}   step {step}",
                 window_hu=self._window_hu(),
             )
         if not self.shown:
@@ -154,7 +156,9 @@ class Validation:
         return preprocess.window_hu if preprocess.intensity in ("unit", "symmetric") else None
 
 
-def _views(folder: Path, case: str, *pair: Any, **view: Unpack[View]) -> dict[str, Path]:
+def _views(
+    folder: Path, case: str, *pair: Any, panel: str, **view: Unpack[View]
+) -> dict[str, Path]:
     """Write a case's picture and clips; return them by the name of their panel."""
     files = save_views(folder, case, *pair, separate=True, **view)
-    return {f"views/{case}/{kind}": path for kind, path in files.items()}
+    return {f"{panel}/{kind}": path for kind, path in files.items()}
