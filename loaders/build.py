@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -254,6 +254,7 @@ class Builder:
             "spacing_mm": list(stored.spacing_mm),
             "undo": undo,
             "notes": notes,
+            "look": asdict(volume.look),
         }
         if volume.weights is not None:
             mask = stored_weights(Volume(volume.weights, volume.affine), undo, data.shape[1:])
@@ -416,6 +417,8 @@ def check_one_grid(volumes: dict[Path, Volume]) -> None:
 def stacked(volumes: list[Volume], nothing: Volume) -> Volume:
     """Stack volumes of one grid as channels; `nothing` stands for a missing one."""
     first, missing, channels = volumes[0], [], 0
+    named = tuple(channel for volume in volumes for channel in volume.look.channels)
+    look = replace(first.look, channels=named)
     for volume in volumes:
         missing += [channels] if volume is nothing else []
         channels += len(volume.data)
@@ -423,11 +426,9 @@ def stacked(volumes: list[Volume], nothing: Volume) -> Volume:
     notes = tuple({note: None for volume in volumes for note in volume.notes})
     if len(kinds) > 1:  # one array needs one dtype and scale
         data = np.concatenate([volume.intensities() for volume in volumes])
-        return Volume(data, first.affine, missing=tuple(missing), notes=notes)
+        return Volume(data, first.affine, missing=tuple(missing), notes=notes, look=look)
     data = np.concatenate([volume.data for volume in volumes])
-    return Volume(
-        data, first.affine, first.scale, first.offset, missing=tuple(missing), notes=notes
-    )
+    return replace(first, data=data, missing=tuple(missing), notes=notes, look=look)
 
 
 def read_each(

@@ -105,7 +105,7 @@ def listed(root: Path, reading: Reading, named: Collection[str], say: Say) -> li
         raise ValueError("; ".join([line, *(over.removeprefix(f"{root}: ") for over in passed)]))
     for line in passed:
         say(line)
-    names = names_of(paths, base)
+    names = names_of(paths, base, named)
     subjects = [Subject(id, (path,)) for id, path in zip(names, paths, strict=True)]
     if paths != [root] and not is_label_map(relative_to(root, base)):  # not named themselves
         subjects = without_label_maps(subjects, root, base, named, say)

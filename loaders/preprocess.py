@@ -202,6 +202,13 @@ class Preprocess:
         names = self.channels or ()
         return names[channel] if channel < len(names) else str(channel)
 
+    @property
+    def drawn_hu(self) -> tuple[float, float] | None:
+        """HU of the ends of the data range, where it has such: the same for all that is shown."""
+        if isinstance(self.window_hu, dict) or isinstance(self.intensity, dict):
+            return None
+        return self.window_hu if self.intensity in ("unit", "symmetric") else None
+
     def channel(self, number: int) -> Normalization:
         """Return the settings of one channel."""
         given: Record = {"percentiles_of": self.percentiles_of}

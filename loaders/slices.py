@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from loaders.layout import Layout
 from loaders.preprocess import Preprocess
 from loaders.readers import Volume
 from loaders.store import VolumeStore, undo
@@ -97,6 +99,11 @@ class SliceStore:
         spacing = self.volumes.spacing_mm(self.locate(index)[0])
         x, y = (spacing[axis] for axis in self.kept)
         return x, y
+
+    def layout(self, index: int) -> Layout:
+        """Return how a slice is shown to people."""
+        layout = self.volumes.layout(self.locate(index)[0])
+        return replace(layout, cut=self.axis, channels=layout.channels * self.num_slices)
 
     def labels(self, index: int) -> dict[str, str]:
         """Return the manifest's further columns of the slice's volume."""

@@ -15,7 +15,7 @@ import mmap
 import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache, partial
 from math import inf
 from pathlib import Path
@@ -40,6 +40,7 @@ from loaders.build import (
 from loaders.compressed import CompressedArray
 from loaders.consistency import Facts, Survey, refuse, wrong_channels
 from loaders.find import Say, find_subjects
+from loaders.layout import Layout, look_of
 from loaders.preprocess import (
     PERCENTILES,
     Preprocess,
@@ -190,6 +191,12 @@ class VolumeStore:
         """Voxel size on the store's grid in millimeters."""
         return self.entries[index].spacing_mm
 
+    def layout(self, index: int) -> Layout:
+        """Return how a volume on the store's grid is shown to people."""
+        meta, names = self.meta(index), self.preprocess.channels
+        look = look_of(meta, self.entries[index].subject.paths[0])
+        return Layout.of(look, np.array(meta["affine"]), meta["undo"], self.num_channels, names)
+
     def labels(self, index: int) -> dict[str, str]:
         """Return the manifest's further columns of a volume."""
         return self.entries[index].subject.labels
@@ -317,6 +324,7 @@ class VolumeStore:
             "offset": meta["offset"],
             "affine": meta["affine"],
             "geometry": meta["undo"],
+            "look": asdict(look_of(meta, entry.subject.paths[0])),
             "background": [
                 meta["statistics"][0 if self.preprocess.rules == 1 else channel]["min"]
                 for channel in range(len(entry.gain))

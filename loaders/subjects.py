@@ -6,6 +6,7 @@ import hashlib
 import os
 import re
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -78,8 +79,14 @@ def bids_person(name: str) -> str | None:
     return found.group() if found else None
 
 
-def names_of(paths: list[Path], base: Path) -> list[str]:
-    """Return unique ids: path relative to `base` without suffix, `/` as `__`."""
+def names_of(paths: list[Path], base: Path, known: Collection[str] = ()) -> list[str]:
+    """Return unique ids: path relative to `base` without suffix, `/` as `__`.
+
+    Args:
+        paths: The files.
+        base: Folder that holds them all.
+        known: Ids of an earlier run, which had kept the `.ome` of `cells.ome.tif`.
+    """
 
     def name(path: Path, keep_suffix: bool) -> str:
         relative = os.path.relpath(path, base)
@@ -87,7 +94,8 @@ def names_of(paths: list[Path], base: Path) -> list[str]:
         suffix = "" if keep_suffix else (volume_suffix(path) or "")
         if suffix and not path.is_dir():
             relative = relative[: -len(suffix)]
-        return relative.replace("..", "").strip("/\\").replace(os.sep, "__")
+        name = relative.replace("..", "").strip("/\\").replace(os.sep, "__")
+        return name if keep_suffix or name in known else name.removesuffix(".ome")
 
     short = [name(path, False) for path in paths]
     # Names are compared as a case-folding disk would, where a.nii and A.nii are one output file.

@@ -27,6 +27,7 @@ from vae3d.losses.features import ScriptedNetwork
 from vae3d.losses.perceptual import Perceptual
 from vae3d.models.custom_vae import CustomVAE
 from vae3d.models.norm import GroupNorm, RMSNorm
+from vae3d.tracking.voxels import read_voxels_json
 from vae3d.training.checkpoint import load_checkpoint, load_model
 
 SHAPE = (20, 14, 12)
@@ -106,11 +107,22 @@ def test_the_folder_holds_what_the_contract_says(place):
     assert summary["checkpoint"].endswith(".pt") and summary["volumes"] == len(cases) > 1
     for case in cases:
         assert (out / "recon" / f"{case}.nii.gz").is_file()
-        for kind in ("png", "gif", "mp4", "seams.png"):
+        for kind in ("png", "gif", "mp4", "seams.png", "view.js"):
             assert (out / "media" / f"{case}.{kind}").stat().st_size > 100
     page = (out / "report.html").read_text()
     assert all(case in page for case in cases)
+    assert page.count('class="viewer"') == len(cases) and summary["latent_channels"] == 2
     assert not list(out.rglob("*.partial.*"))
+
+
+def test_bodies_are_drawn_as_in_training_unless_told_otherwise(place, tmp_path):
+    run = str(train(tmp_path / "run", place / "volumes", radiological=True, max_steps=1))
+    quick = {"mode": "full", "limit": 1, "baseline": False, "save_recon": False, **QUIET}
+    for told, mirrored in ((None, True), (False, False)):
+        out = tmp_path / f"out_{told}"
+        evaluate(run, data(place), str(out), radiological=told, **quick)
+        (volume,) = (out / "media").glob("*.view.js")
+        assert json.loads(read_voxels_json(volume))["mirrored"] is mirrored
 
 
 def test_summary_is_mean_sd_and_count_over_volumes(place):

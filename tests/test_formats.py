@@ -87,7 +87,7 @@ def test_imagej_units_are_read_in_any_spelling(tmp_path, unit, mm):
     from loaders.readers.tiff import imagej_sizes
 
     with tifffile.TiffFile(imagej(tmp_path / "a.tif", unit)) as tiff:
-        sizes, _ = imagej_sizes(tmp_path / "a.tif", tiff)
+        sizes, *_ = imagej_sizes(tmp_path / "a.tif", tiff)
     assert sizes == pytest.approx({"X": 0.5 * mm, "Y": 0.25 * mm, "Z": 3 * mm})
 
 

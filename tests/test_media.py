@@ -31,7 +31,7 @@ def blob(shape=(24, 20, 16), seed=0) -> np.ndarray:
 def panels(x, recon, column, axis, index, **view):
     """The slice as it is drawn, without the frame round it."""
     scene = media._Scene(x, recon, None, (0, 1), 0.2, None, max(x.shape[1:]), **view)
-    return scene.panel(column, 0, axis, index)
+    return scene.panel(column, (0,), axis, index)
 
 
 @pytest.mark.parametrize("axis", [0, 1, 2])
@@ -69,7 +69,7 @@ def test_anisotropic_voxels_keep_their_proportions():
     flat = media._Scene(x, x, (1.0, 1.0, 5.0), (0, 1), 0.2, None, 200)
     assert flat.panel_size(2) == (160, 160)
     assert flat.panel_size(1) == (160, 200)  # 40 mm wide, 50 mm tall
-    assert flat.panel("input", 0, 1, 3).shape[:2] == (200, 160)
+    assert flat.panel("input", (0,), 1, 3).shape[:2] == (200, 160)
 
 
 def test_slices_go_through_the_center_of_mass():
@@ -140,11 +140,11 @@ def test_gif_and_mp4_decode_to_the_slices_of_the_volume(tmp_path, axis):
     gif = iio.imread(write_gif(tmp_path / "a.gif", frames), plugin="pillow", mode="RGB")
     mp4 = np.stack(list(iio.imiter(write_mp4(tmp_path / "a.mp4", frames), plugin="FFMPEG")))
     assert gif.shape == mp4.shape == np.stack(frames).shape
-    scene = media._Scene(x, x, None, (0, 1), 0.2, None, 240, axis)
+    scene = media._Scene(x, x, None, (0, 1), 0.2, None, 240, None, axis)
     width, height = scene.panel_size(axis)
     top, left = media.GAP + 20, media.GAP
     for i in range(x.shape[1 + axis]):
-        expected = scene.panel("input", 0, axis, i).astype(int)
+        expected = scene.panel("input", (0,), axis, i).astype(int)
         shown = (slice(top + 20, top + height), slice(left + 20, left + width - 20))
         inner = (slice(20, height), slice(20, width - 20))  # without the labels
         assert np.abs(gif[i][shown].astype(int) - expected[inner]).mean() < 2.0  # 256 colors

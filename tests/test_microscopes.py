@@ -14,14 +14,15 @@ from loaders.readers import BrokenVolume, Reading, read_volume
 STACK = np.arange(4 * 5 * 6, dtype=np.uint8).reshape(4, 5, 6)  # (Z, Y, X)
 
 
-def stand_in(monkeypatch, data: np.ndarray, axes: str, sizes=(2.0, 0.5, 0.25), scenes=1, unit=None):
+def stand_in(monkeypatch, data: np.ndarray, axes: str, sizes=(2.0, 0.5, 0.25), scenes=1, unit=None,
+             names=None):  # fmt: skip
     """Install a reader like bioio's that gives this image, sizes along Z, Y, X."""
     pixel = SimpleNamespace(**dict(zip("ZYX", sizes, strict=True)))
     unit = SimpleNamespace(unit=unit)
     image = SimpleNamespace(
         dims=SimpleNamespace(order=axes), shape=data.shape, dtype=data.dtype, data=data,
         physical_pixel_sizes=pixel, scenes=("image",) * scenes,
-        dimension_properties=SimpleNamespace(X=unit, Y=unit, Z=unit),
+        dimension_properties=SimpleNamespace(X=unit, Y=unit, Z=unit), channel_names=names,
     )  # fmt: skip
     monkeypatch.setitem(sys.modules, "bioio_nd2", SimpleNamespace(Reader=lambda path: image))
 
@@ -30,6 +31,13 @@ def stand_in(monkeypatch, data: np.ndarray, axes: str, sizes=(2.0, 0.5, 0.25), s
 def nd2(tmp_path) -> Path:
     (tmp_path / "a.nd2").write_bytes(b"not empty")
     return tmp_path / "a.nd2"
+
+
+def test_channels_of_a_microscope_keep_their_names_and_the_unit(nd2, monkeypatch):
+    stand_in(monkeypatch, np.stack([STACK, STACK]), "CZYX", names=["DAPI", "Channel:0:1"])
+    look = read_volume(nd2, Reading(volumes_4d="channels")).look
+    assert look.channels == (("DAPI", ""), ("", "")) and look.unit == "um"
+    assert look.space == "picture"
 
 
 @pytest.mark.parametrize(("unit", "mm"), [(None, 1e-3), ("centimeter", 10.0)])

@@ -4,18 +4,20 @@ import csv
 import html.parser
 import json
 import re
-import shutil
-import subprocess
 
 import numpy as np
 import pytest
 import yaml
+from browser import BINARY, Browser
 
 from vae3d import cli
 from vae3d.reports import page
-from vae3d.reports.evaluation import find as find_in_evaluation
 from vae3d.reports.evaluation import write_report
-from vae3d.reports.run import find, read_run, write_run_report
+from vae3d.reports.evaluation_health import find as find_in_evaluation
+from vae3d.reports.meanings import MEANINGS, better, meaning
+from vae3d.reports.run import write_run_report
+from vae3d.reports.run_data import read_run
+from vae3d.reports.run_health import find
 from vae3d.tracking.media import save_views, write_png
 from vae3d.tracking.options import Tracking
 from vae3d.tracking.tracker import Tracker
@@ -52,6 +54,7 @@ class Document(html.parser.HTMLParser):
 
 def evaluation_folder(folder, cases=("a", "b/c", "<b>"), spoil=None, media=True):
     """An evaluation folder as evaluate.py writes it."""
+    folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(0)
     x = rng.random((1, 10, 8, 6), dtype=np.float32)
     rows = []
@@ -128,7 +131,7 @@ def test_evaluation_page_names_what_is_not_finite_and_what_is_far_off(tmp_path):
         (20.0, 1.0, "bad", "average pooling"),
         (25.0, 1.0, "warn", "linear code"),
         (30.0, 1.4, "warn", "grid of latent cells"),
-        (30.0, 1.0, "good", "worst psnr"),
+        (30.0, 1.0, "good", "pooling 22.0 dB and the best linear code of the same size 26.0 dB"),
     ],
 )
 def test_evaluation_page_says_when_a_linear_code_would_do_better(psnr, lattice, level, words):
@@ -137,6 +140,63 @@ def test_evaluation_page_says_when_a_linear_code_would_do_better(psnr, lattice, 
     found = find_in_evaluation([row], list(row)[1:], "psnr")
     assert found[0][0] == level and words in found[0][1]
     assert not any("finite" in text for _, text in found)
+
+
+@pytest.mark.parametrize(
+    ("row", "summary", "words"),
+    [
+        ({"active_channels": 5.0}, {"latent_channels": 8}, "3 of 8 latent channels are"),
+        ({"latent_std": 4.0}, {}, "--model.latent_scale 0.25"),
+        ({"seam_score": 1.5}, {}, "--mode exact"),
+        ({"psnr": 30.0, "patch_gap": 33.0}, {}, "near the error itself"),
+        ({"foreground_clipped": 0.02}, {}, "--data.preprocess.percentiles"),
+    ],
+)
+def test_evaluation_page_says_which_option_to_change(row, summary, words):
+    row = {"case": "a", **row}
+    level, text = find_in_evaluation([row], list(row)[1:], None, summary)[0]
+    assert level == "warn" and words in text and "<code>--" in text
+
+
+def test_a_sound_evaluation_raises_no_alarm():
+    row = {"case": "a", "psnr": 30.0, "pca_psnr": 27.0, "pooled_psnr": 22.0, "seam_score": 1.01}
+    row |= {"patch_gap": 60.0, "active_channels": 8.0, "latent_std": 1.0, "lattice_score": 1.0}
+    found = find_in_evaluation([row], list(row)[1:], "psnr", {"latent_channels": 8})
+    assert set(levels(found)) == {"good"}
+
+
+def test_metrics_are_grouped_and_explained_with_their_baselines(tmp_path):
+    folder = evaluation_folder(tmp_path, spoil={}, media=False)
+    rows = [{"case": "a", "psnr": 30.0, "pooled_psnr": 22.0, "pca_psnr": 27.0, "mae": 0.01,
+             "lattice_score": 1.02, "psnr_ct": 31.0, "own": 3.0}]  # fmt: skip
+    with open(folder / "metrics.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    text = Document(write_report(folder)).text
+    said = text.split("What the numbers say")[1]
+    assert "psnr 30 0 dB higher pooled_psnr 22, pca_psnr 27 Peak signal" in said
+    assert "lattice_score 1.02 0 ideal 1 How much" in said
+    assert said.index("Against what the network") < said.index("Channel by channel")
+    assert said.index("Against linear codes") < said.index("Others own 3")
+    assert "Spread over the volumes" not in text, "one volume has none"
+
+
+def test_a_spread_is_drawn_of_what_differs_between_enough_volumes(tmp_path):
+    cases = [f"case{i}" for i in range(6)]
+    page = write_report(evaluation_folder(tmp_path / "many", cases, media=False)).read_text()
+    assert page.count("<figure") == 2, "psnr and mae; ssim is the same for all"
+    page = write_report(evaluation_folder(tmp_path / "few", cases[:4], media=False)).read_text()
+    assert "<figure" not in page
+
+
+def test_what_a_metric_means_is_known_also_of_a_channel_and_of_the_foreground():
+    from vae3d.inference.metrics import METRICS
+
+    assert set(METRICS) <= set(MEANINGS)
+    assert better("foreground_psnr") == better("psnr_t1_post") == "higher"
+    assert better("mae_source_ct") == "lower" and meaning("mae_source_ct").unit == "of the file"
+    assert better("pooled_psnr") == better("lattice_score") == "" and meaning("own") is None
 
 
 def test_a_case_called_like_a_number_stays_a_name(tmp_path):
@@ -182,8 +242,20 @@ def test_several_runs_share_curves_and_list_their_differences(tmp_path):
     document, source = Document(path), path.read_text()
     differences = document.text.split("What differs between the runs")[1].split("Config")[0]
     assert "lr" in differences and "seed" not in differences
+    beside = document.text.split("Side by side")[1].split("Look at first")[0]
+    assert "best val/psnr 30 at 40 30 at 40" in beside and "last train/loss 0.025 0.025" in beside
     chart = json.loads(re.findall(r'application/json">(.*?)</script>', source)[0])
     assert [series["name"] for series in chart["series"]] == ["a", "b"]
+
+
+def test_the_best_of_several_runs_is_marked(tmp_path):
+    a = run_folder(tmp_path / "a", media=False)
+    b = run_folder(tmp_path / "b", media=False, psnr=lambda s: 24 + s / 8, val__mae=lambda s: 1 / s)
+    page = write_run_report([a, b], tmp_path / "page.html").read_text()
+    rows = dict(re.findall("<tr><th>(best [^<]+)</th>(.*?)</tr>", page))
+    psnr, mae = rows["best val/psnr"], rows["best val/mae"]
+    assert psnr.index(">30 ") > psnr.index('<td class="n best">') and psnr.count("best") == 1
+    assert "best" not in mae and ">0.025 <small>at 40" in mae, "only one run has it"
 
 
 def test_pictures_of_several_runs_stand_side_by_side(tmp_path):
@@ -228,7 +300,13 @@ def test_secrets_of_the_configuration_are_not_in_the_page(tmp_path):
             "2 of 4 latent channels",
         ),
         ("scale", {"latent__mean_std": lambda s: 9.0}, "warn", "latent_scale"),
-        ("worse", {"psnr": lambda s: 30 - s / 4}, "warn", "got worse"),
+        ("overfit", {"psnr": lambda s: 30 - s / 4}, "warn", "overfitting"),
+        (
+            "worse",
+            {"psnr": lambda s: 30 - s / 4, "train__recon": lambda s: 1 + s},
+            "warn",
+            "and so did train/recon: lower <code>--lr",
+        ),
         ("rising", {"psnr": lambda s: 20 + s}, "good", "still improving"),
     ],
 )
@@ -291,41 +369,23 @@ def test_numbers_are_written_for_people():
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(BINARY is None, reason="no chromium on this machine")
 def test_pages_open_in_a_browser_without_a_network_and_without_errors(tmp_path):
-    browser = shutil.which("chromium") or shutil.which("chromium-browser")
-    if browser is None:
-        pytest.skip("no chromium on this machine")
     run = run_folder(tmp_path / "run", latent__kl=lambda s: s)
     other = run_folder(tmp_path / "other", config={"max_steps": 9, "lr": 1})
     pages = [write_run_report([run]), write_report(evaluation_folder(tmp_path))]
     pages += [write_run_report([run, other], tmp_path / "both.html")]
-    for path in pages:
-        command = [
-            browser,
-            "--headless=new",
-            "--no-sandbox",
-            "--disable-gpu",
-            "--enable-logging=stderr",
-            "--host-resolver-rules=MAP * ~NOTFOUND",  # no name resolves
-            f"--user-data-dir={tmp_path / 'profile'}",
-            "--virtual-time-budget=4000",
-            f"--screenshot={path.with_suffix('.png')}",
-            "--window-size=1200,2400",
-            "--dump-dom",
-            path.as_uri(),
-        ]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-        complaints = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
-        assert not complaints, complaints
-        picture = path.with_suffix(".png")
-        assert picture.is_file() and picture.stat().st_size > 20_000
-        assert "</main>" in done.stdout
-    # The script ran: of a slider's two pictures the older one is hidden.
-    dom = subprocess.run(
-        [*command[:-4], "--dump-dom", pages[0].as_uri()],
-        capture_output=True,
-        text=True,
-        timeout=300,
-    ).stdout
-    assert 'data-step="10" hidden' in dom and 'data-step="20" hidden' not in dom
-    assert "step 20</output>" in dom
+    with Browser(tmp_path / "profile") as browser:
+        for path in pages:
+            for width in (390, 800, 1280):
+                browser.resize(width, 1000)
+                browser.open(path)
+                assert browser.run("document.documentElement.scrollWidth") <= width
+        assert not browser.complaints
+        # The script runs: of a slider's two pictures the older one is hidden.
+        browser.open(pages[0])
+        hidden = (
+            "[...document.querySelectorAll('[data-step]')].map(e => [e.dataset.step, e.hidden])"
+        )
+        assert browser.run(hidden)[:2] == [["10", True], ["20", False]]
+        assert "step 20" in browser.run("document.querySelector('.steps output').textContent")

@@ -17,10 +17,13 @@ from test_trackers import events
 from toys import tiny_vae
 
 from loaders import DataConfig, Preprocess, Volume, write_volume
+from loaders.layout import Layout
+from loaders.readers import Look
 from train_3d import train_3d
 from vae3d.models.custom_vae import CustomVAE
 from vae3d.models.norm import GroupNorm
 from vae3d.reports.run import write_run_report
+from vae3d.tracking.media import in_one_range
 from vae3d.tracking.tracker import read_metrics, read_tables
 from vae3d.training import validate
 from vae3d.training.distributed import World
@@ -143,6 +146,9 @@ class Store:
     def spacing_mm(self, _index):
         return (1.0, 1.0, 5.0)
 
+    def layout(self, _index):
+        return Layout(Look("body"))
+
     def seen(self, _index):
         return None
 
@@ -202,10 +208,11 @@ def test_validation_tells_channels_of_different_ranges_apart(monkeypatch, tmp_pa
     )
     assert scores["val/psnr_pet"] == pytest.approx(scores["val/psnr_ct"] + 20 * np.log10(2))
     assert scores["val/mae"] == pytest.approx((0.2 + 0.1) / 2)  # in parts of each range
-    monkeypatch.setattr(validate, "LatentProbes", lambda *_: SimpleNamespace(
+    monkeypatch.setattr(validate, "LatentProbes", lambda *_, **__: SimpleNamespace(
         measure=lambda _network: SimpleNamespace(numbers={}), draw=print))  # fmt: skip
     validation.show(tiny_vae().eval(), 1, jobs, tmp_path)
-    _, (_, _, x, recon, _, ends), kwargs = jobs.jobs[0]
+    _, (_, _, x, recon, _, ranges), kwargs = jobs.jobs[0]
+    x, recon, ends = in_one_range(ranges, x, recon)
     assert ends == (0, 1) and kwargs["window_hu"] is None
     assert x[:, 0, 0, 0] == pytest.approx([0.5, 0.0])
     assert recon[:, 0, 0, 0] == pytest.approx([0.7, 0.1])
@@ -216,7 +223,8 @@ def test_pictures_of_ct_are_labeled_in_hu_at_true_proportions(tmp_path):
     validation.show(tiny_vae().eval(), 1, jobs, tmp_path)
     name, args, kwargs = jobs.jobs[0]
     assert name == "_views" and kwargs["window_hu"] == (-160, 240)
-    assert args[4:] == ((1.0, 1.0, 5.0), (0.0, 1.0))
+    assert args[4:] == ((1.0, 1.0, 5.0), [(0.0, 1.0)])
+    assert kwargs["layout"].look.space == "body" and not kwargs["layout"].radiological
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ from loaders.readers.common import (
     READING,
     BrokenVolume,
     Dicom,
+    Look,
     MissingFile,
     Reading,
     Volume,
@@ -54,6 +55,7 @@ __all__ = [
     "SLICES",
     "BrokenVolume",
     "Dicom",
+    "Look",
     "MissingFile",
     "Reading",
     "Volume",
@@ -211,7 +213,7 @@ def read_folder(path: Path, reading: Reading = READING) -> Volume:
             raise BrokenVolume(file, f"differs from {pictures[0].name} in size, colors or dtype")
     data = np.concatenate([one.data for one in slices], axis=3)
     note = f"is a folder of slices, taken as {first.spacing_mm[2]:g} mm apart"
-    return Volume(data, first.affine, notes=(*first.notes, note))
+    return Volume(data, first.affine, notes=(*first.notes, note), look=first.look)
 
 
 def natural(path: Path) -> list[str | int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from importlib import import_module
 from pathlib import Path
 
@@ -13,13 +14,15 @@ from loaders.readers.common import (
     MAX_EXPANSION,
     READING,
     BrokenVolume,
+    Look,
     Reading,
     Volume,
     from_axes,
     num_items,
 )
-from loaders.readers.units import Sizes, millimeters, spacing_mm
+from loaders.readers.units import Sizes, millimeters, shown_unit, spacing_mm
 
+UNNAMED = re.compile(r"^Channel:\d+:\d+$")  # bioio's name of a channel without one
 EXTRAS = {".lif": "bio", ".nd2": "bio", ".czi": "czi"}
 
 
@@ -41,6 +44,7 @@ def read_bio(path: Path, reading: Reading = READING) -> Volume:
         units = {axis: getattr(file.dimension_properties, axis).unit for axis in "XYZ"}
         told = {axis: getattr(file.physical_pixel_sizes, axis) for axis in "XYZ"}
         data, count = np.asarray(file.data), len(file.scenes)
+        names = [UNNAMED.sub("", str(name)) for name in file.channel_names or ()]
     except BrokenVolume:
         raise
     except Exception as error:  # nobody lists what these libraries raise over a damaged file
@@ -50,19 +54,23 @@ def read_bio(path: Path, reading: Reading = READING) -> Volume:
         if shape[axes.index("M")] > 1:
             raise BrokenVolume(path, f"is a mosaic of {shape[axes.index('M')]} tiles: stitch them")
         data, axes = data.squeeze(axes.index("M")), axes.replace("M", "")
-    spacing, notes = spacing_mm(in_millimeters(path, told, units), shape[axes.index("Z")])
+    sizes = in_millimeters(path, told, units)
+    spacing, notes = spacing_mm(sizes, shape[axes.index("Z")])
     if count > 1:
         notes = (*notes, f"holds {count} images, of which the first is read")
-    return Volume(from_axes(path, data, axes, reading), np.diag([*spacing, 1.0]), notes=notes)
+    look = Look("picture", sizes[2], tuple((name, "") for name in names))
+    data = from_axes(path, data, axes, reading)
+    return Volume(data, np.diag([*spacing, 1.0]), notes=notes, look=look)
 
 
 def in_millimeters(
     path: Path, told: dict[str, float | None], units: dict[str, object]
 ) -> Sizes:  # fmt: skip
     """Voxel sizes as bioio tells them, in micrometers where it names no unit."""
-    sizes = {}
+    sizes, shown = {}, None
     for axis, size in told.items():
         unit = millimeters(path, str(units[axis] or "micrometer"), {})
         if size and unit is not None:
             sizes[axis] = abs(size) * unit  # against the direction of the stage it is negative
-    return sizes, next(iter(sizes.values()), 1.0)
+            shown = shown or unit
+    return sizes, next(iter(sizes.values()), 1.0), shown_unit(shown)

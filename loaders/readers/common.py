@@ -133,6 +133,31 @@ class MissingFile(BrokenVolume):
     """One of a subject's files is not there, others are."""
 
 
+@dataclass(frozen=True)
+class Look:
+    """What a file knows of how people see its volume.
+
+    Args:
+        space: body (the affine says where right, front and head are), picture (rows run down, as on
+            a screen; no place in a body) or array (neither).
+        unit: Of lengths in the file: mm, um or nm, and px where it knows no size.
+        channels: Name and color (`rrggbb`) of each channel, empty where the file does not say;
+            no entries where it does not even call them channels.
+    """
+
+    space: Literal["body", "picture", "array"] = "body"
+    unit: str = "mm"
+    channels: tuple[tuple[str, str], ...] = ()
+
+    @classmethod
+    def of(cls, record: dict) -> Look:
+        """Take it from plain values, as JSON holds them."""
+        return cls(**{**record, "channels": tuple(map(tuple, record["channels"]))})
+
+
+RGB = (("red", "ff0000"), ("green", "00ff00"), ("blue", "0000ff"))
+
+
 @dataclass
 class Volume:
     """A volume as its file holds it; intensity = data * scale + offset.
@@ -145,6 +170,7 @@ class Volume:
         notes: What the reader had to assume, each to be said after the file's name.
         missing: Channels whose file was not there: all zeros.
         weights: How much each voxel counts, (1, X, Y, Z); None for all alike.
+        look: How people see it.
     """
 
     data: np.ndarray
@@ -154,6 +180,7 @@ class Volume:
     notes: tuple[str, ...] = ()
     missing: tuple[int, ...] = ()
     weights: np.ndarray | None = None
+    look: Look = Look()
 
     @property
     def spacing_mm(self) -> tuple[float, float, float]:

@@ -174,7 +174,7 @@ def read_dicom(path: Path, reading: Reading = READING) -> Volume:
         data = interpolated(data, at)
     affine = affine_of(stack[0][0], step)
     volume = to_channels_first(path, data.T, reading.volumes_4d)
-    return Volume(volume, affine, slope, intercept)
+    return Volume(volume, affine, slope, intercept, look=stack[0][0].look)
 
 
 def affine_of(first: Plane, step: np.ndarray) -> np.ndarray:

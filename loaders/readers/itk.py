@@ -12,6 +12,7 @@ from loaders.readers.common import (
     LPS_TO_RAS,
     READING,
     BrokenVolume,
+    Look,
     Reading,
     Volume,
     num_items,
@@ -19,7 +20,7 @@ from loaders.readers.common import (
     require_number,
     to_channels_first,
 )
-from loaders.readers.units import millimeters
+from loaders.readers.units import millimeters, shown_unit
 
 NRRD_TYPES = {
     name: code
@@ -66,9 +67,20 @@ def read_nrrd(path: Path, reading: Reading = READING) -> Volume:
     affine, spatial = nrrd_affine(path, fields, len(shape))
     data = raw.reshape(shape, order="F")
     others = [axis for axis in range(data.ndim) if axis not in spatial]
-    return Volume(
-        to_channels_first(path, data.transpose(*spatial, *others), reading.volumes_4d), affine
-    )
+    data = to_channels_first(path, data.transpose(*spatial, *others), reading.volumes_4d)
+    return Volume(data, affine, look=nrrd_look(path, fields, spatial))
+
+
+def nrrd_look(path: Path, fields: dict[str, str], spatial: list[int]) -> Look:
+    """Say whether a NRRD lies in a body, and its unit; what names no anatomy is a picture."""
+    space = fields.get("space", "").lower()
+    body = "superior" in space or space.split("-")[0] in ("ras", "las", "lps", "scanner")
+    name = "space units" if "space directions" in fields else "units"
+    known = "space directions" in fields or "spacings" in fields
+    quoted = re.findall(r'"([^"]*)"', fields.get(name, ""))
+    unit = millimeters(path, quoted[spatial[0]], {}) if len(quoted) > max(spatial) else None
+    shown = shown_unit(unit) if unit else "mm" if body or known else "px"
+    return Look("body" if body and len(spatial) > 2 else "picture", shown)
 
 
 def nrrd_fields(path: Path) -> tuple[dict[str, str], int]:
@@ -167,7 +179,9 @@ def read_meta(path: Path, reading: Reading = READING) -> Volume:
         raw = read_voxels(voxels, dtype, count, start=start)
     data = raw.reshape(num_channels, *shape, order="F")  # the channel runs fastest
     data = to_channels_first(path, np.moveaxis(data, 0, -1), reading.volumes_4d)
-    return Volume(data, meta_affine(fields, len(shape)))
+    told = any(name in fields for name in ("ElementSpacing", "ElementSize"))
+    look = Look("body" if len(shape) > 2 else "picture", "mm" if told else "px")
+    return Volume(data, meta_affine(fields, len(shape)), look=look)
 
 
 def meta_fields(path: Path) -> tuple[dict[str, str], int]:

@@ -11,6 +11,7 @@ import numpy as np
 from loaders.readers.common import (
     READING,
     BrokenVolume,
+    Look,
     Reading,
     Volume,
     codec_of,
@@ -47,8 +48,12 @@ def read_nifti(path: Path, reading: Reading = READING) -> Volume:
     raw = read_voxels(voxels, dtype, num_items(shape), start=start, codec=codec_of(voxels))
     data = to_channels_first(path, raw.reshape(shape, order="F"), reading.volumes_4d)
     # The low three bits of xyzt_units: 1 meter, 2 millimeter, 3 micrometer.
-    affine[:3] *= {1: 1e3, 3: 1e-3}.get(int(header["xyzt_units"]) & 7, 1.0)
-    return Volume(data, affine, 1.0 if scale is None else scale, 0.0 if offset is None else offset)
+    unit = int(header["xyzt_units"]) & 7
+    affine[:3] *= {1: 1e3, 3: 1e-3}.get(unit, 1.0)
+    placed = int(header["qform_code"]) > 0 or int(header["sform_code"]) > 0
+    look = Look("body" if placed else "array", "um" if unit == 3 else "mm")
+    scale, offset = 1.0 if scale is None else scale, 0.0 if offset is None else offset
+    return Volume(data, affine, scale, offset, look=look)
 
 
 def nifti_header(path: Path) -> tuple[Nifti1Header, tuple[int, ...]]:
@@ -109,7 +114,8 @@ def read_mgh(path: Path, reading: Reading = READING) -> Volume:
         path, dtype, num_items(shape), start=284, codec=codec_of(path), trailing=2**22
     )
     data = to_channels_first(path, raw.reshape(shape, order="F"), reading.volumes_4d)
-    return Volume(data, header.get_affine())
+    look = Look("body" if header["goodRASFlag"] > 0 else "array")
+    return Volume(data, header.get_affine(), look=look)
 
 
 def mgh_header(path: Path) -> tuple[MGHHeader, tuple[int, ...]]:

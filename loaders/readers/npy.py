@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import zipfile
 import zlib
+from dataclasses import replace
 from pathlib import Path
 from typing import IO
 
@@ -14,6 +15,7 @@ from loaders.readers.common import (
     MAX_EXPANSION,
     READING,
     BrokenVolume,
+    Look,
     Reading,
     Volume,
     num_items,
@@ -31,7 +33,7 @@ def read_npy(path: Path, reading: Reading = READING) -> Volume:
     require_number(path, dtype)
     raw = read_voxels(path, dtype, num_items(shape), start=start)
     data = raw.reshape(shape, order="F" if fortran else "C")
-    return Volume(to_channels_first(path, data, reading.volumes_4d))
+    return Volume(to_channels_first(path, data, reading.volumes_4d), look=Look("array", "px"))
 
 
 def npy_header(path: Path, file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
@@ -58,13 +60,15 @@ def read_npz(path: Path, reading: Reading = READING) -> Volume:
         if "data" not in names and len(images) != 1:
             raise BrokenVolume(path, f"holds {sorted(names)}: name the volume 'data'")
         data = npz_array(path, archive, names["data" if "data" in names else images[0]])
-        affine = np.eye(4)
+        affine, look = np.eye(4), Look("array", "px")
         if "affine" in names:
             affine = npz_array(path, archive, names["affine"]).astype(float)
+            look = Look()
         for key in ("spacing_mm", "spacing"):
             if key in names:
                 affine[:3, :3] = np.diag(npz_array(path, archive, names[key]).astype(float))
-    return Volume(to_channels_first(path, data, reading.volumes_4d), affine)
+                look = replace(look, unit="mm")
+    return Volume(to_channels_first(path, data, reading.volumes_4d), affine, look=look)
 
 
 def npz_array(path: Path, archive: zipfile.ZipFile, name: str) -> np.ndarray:

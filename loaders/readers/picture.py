@@ -11,7 +11,9 @@ from loaders.readers.common import (
     LARGE,
     MAX_EXPANSION,
     READING,
+    RGB,
     BrokenVolume,
+    Look,
     Reading,
     Volume,
     luminance,
@@ -45,4 +47,5 @@ def read_picture(path: Path, reading: Reading = READING) -> Volume:
         data = np.repeat(data, 3, axis=2)
     notes = ("has 16 bits a color, of which 8 are read: save it as TIFF to keep them",) * halved
     data = np.ascontiguousarray(data.transpose(2, 1, 0))[..., None]  # (C, X, Y, 1)
-    return Volume(data, notes=notes)
+    look = Look("picture", "px", RGB if len(data) == 3 else ())
+    return Volume(data, notes=notes, look=look)

@@ -22,6 +22,7 @@ from loaders.readers.common import (
     LARGE,
     MAX_EXPANSION,
     BrokenVolume,
+    Look,
     num_items,
     read_voxels,
 )
@@ -111,6 +112,7 @@ class Plane:
         intercept: See slope.
         lut: Header whose table gives the intensities instead; None for nearly all.
         segment: Number of the segment that a plane of a binary segmentation shows; 0 for images.
+        look: Whether it lies in a body, as X-rays do not, and whether its pixels have a size.
     """
 
     pixels: Pixels
@@ -125,6 +127,7 @@ class Plane:
     intercept: float
     lut: Dataset | None
     segment: int
+    look: Look
 
     @property
     def file(self) -> Path:
@@ -312,6 +315,7 @@ def plane_of(header: Dataset, pixels: Pixels, index: int) -> Plane:
         slope=slope,
         intercept=intercept,
         lut=header if header.get("ModalityLUTSequence") else None,
+        look=look_of(told),
         segment=int(segment) if header.get("SegmentationType") == "BINARY" else 0,
     )
 
@@ -338,12 +342,24 @@ def edges_of(told: Told) -> np.ndarray:
     row, column = np.array([1, 0, 0, 0, 1, 0.0] if cosines is None else cosines).reshape(2, 3)
     row = row / np.linalg.norm(row)  # rounded cosines are made orthonormal again
     column = column - row * (row @ column)
-    spacings = (
-        told.numbers(name, "PixelMeasuresSequence")
-        for name in ("PixelSpacing", "ImagerPixelSpacing", "NominalScannedPixelSpacing")
-    )
-    down, right = next((found for found in spacings if found is not None), np.ones(2))
+    spacing = spacing_of(told)
+    down, right = np.ones(2) if spacing is None else spacing
     return np.stack([row * right, column / np.linalg.norm(column) * down], axis=1)
+
+
+def spacing_of(told: Told) -> np.ndarray | None:
+    """Return millimeters from row to row and from column to column; None where none are told."""
+    names = ("PixelSpacing", "ImagerPixelSpacing", "NominalScannedPixelSpacing")
+    spacings = (told.numbers(name, "PixelMeasuresSequence") for name in names)
+    return next((found for found in spacings if found is not None), None)
+
+
+def look_of(told: Told) -> Look:
+    """Whether a frame tells how it lies in the patient, and how large its pixels are."""
+    cosines = told.numbers("ImageOrientationPatient", "PlaneOrientationSequence")
+    return Look(
+        "picture" if cosines is None else "body", "px" if spacing_of(told) is None else "mm"
+    )
 
 
 def across(edges: np.ndarray) -> np.ndarray:

@@ -12,7 +12,9 @@ from loaders.readers.common import (
     LARGE,
     MAX_EXPANSION,
     READING,
+    RGB,
     BrokenVolume,
+    Look,
     Reading,
     Volume,
     are_headers_alone,
@@ -20,11 +22,12 @@ from loaders.readers.common import (
     num_items,
     require_number,
 )
-from loaders.readers.units import Sizes, millimeters, spacing_mm
+from loaders.readers.units import Sizes, millimeters, shown_unit, spacing_mm
 
 if TYPE_CHECKING:
     import tifffile
 
+Channels = tuple[tuple[str, str], ...]  # name and color of each, see `Look`
 # Millimeters of what OME calls otherwise than pint: line, typographic point, astronomical unit.
 OME_UNITS = {"li": 25.4 / 12, "pt": 25.4 / 72, "ua": 149597870700e3}
 
@@ -43,7 +46,7 @@ def read_tiff(path: Path, reading: Reading = READING) -> Volume:
             axes, data = series.axes, decoded(path, series)
             alpha = sum(kind in (1, 2) for kind in series.keyframe.extrasamples)
             sizes = ome_sizes(path, tiff) if tiff.ome_metadata else imagej_sizes(path, tiff)
-            count = len(tiff.series)
+            count, channels = len(tiff.series), channels_of(tiff, series)
     except (tifffile.TiffFileError, IndexError, RuntimeError) as error:
         raise BrokenVolume(path, f"damaged TIFF ({error})") from error
     if alpha and "S" in axes:
@@ -52,7 +55,30 @@ def read_tiff(path: Path, reading: Reading = READING) -> Volume:
     spacing, notes = spacing_mm(sizes, data.shape[3])
     if count > 1:
         notes = (*notes, f"holds {count} images, of which the first is read")
-    return Volume(data, np.diag([*spacing, 1.0]), notes=notes)
+    colored = "S" in axes or reading.color == "rgb"
+    look = Look("picture", sizes[2], RGB if colored and len(data) == 3 else channels)
+    return Volume(data, np.diag([*spacing, 1.0]), notes=notes, look=look)
+
+
+def channels_of(tiff: tifffile.TiffFile, series: tifffile.TiffPageSeries) -> Channels:
+    """Name and color of each channel of a stack, as OME and ImageJ tell them."""
+    count = dict(zip(series.axes, series.shape, strict=True)).get("C", 1)
+    if tiff.ome_metadata:
+        elements = ElementTree.fromstring(tiff.ome_metadata).iter()
+        pixels = next((element for element in elements if element.tag.endswith("Pixels")), ())
+        told = [element.attrib for element in pixels if element.tag.endswith("Channel")]
+        named = [(one.get("Name", ""), ome_color(one.get("Color"))) for one in told]
+    else:
+        imagej = (tiff.imagej_metadata or {}) if tiff.is_imagej else {}
+        tables = imagej.get("LUTs") if imagej.get("mode") in ("composite", "color") else None
+        named = [("", bytes(table[:, -1].tolist()).hex()) for table in tables or ()]
+    return tuple(named if len(named) == count else [("", "")] * count)
+
+
+def ome_color(text: str | None) -> str:
+    """Color of red, green, blue and alpha in one signed number; white is no choice of anybody."""
+    color = "" if text is None else f"{int(text) & 0xFFFFFFFF:08x}"[:6]
+    return "" if color in ("ffffff", "000000") else color
 
 
 def check_pages(path: Path, series: tifffile.TiffPageSeries) -> None:
@@ -106,14 +132,15 @@ def ome_sizes(path: Path, tiff: tifffile.TiffFile) -> Sizes:
         raise BrokenVolume(path, f"its OME metadata is not XML ({error})") from error
     pixels = next((element for element in elements if element.tag.endswith("Pixels")), None)
     told = {} if pixels is None else pixels.attrib
-    sizes = {}
+    sizes, shown = {}, None
     for axis in "XYZ":
         # OME counts in micrometers where it names no unit.
         unit = millimeters(path, told.get(f"PhysicalSize{axis}Unit", "\u00b5m"), OME_UNITS)
         size = float(told.get(f"PhysicalSize{axis}", 0))
         if unit is not None and size > 0:  # some write 0 for what they do not know
             sizes[axis] = size * unit
-    return sizes, next(iter(sizes.values()), 1.0)
+            shown = shown or unit
+    return sizes, next(iter(sizes.values()), 1.0), shown_unit(shown)
 
 
 def imagej_sizes(path: Path, tiff: tifffile.TiffFile) -> Sizes:
@@ -123,11 +150,11 @@ def imagej_sizes(path: Path, tiff: tifffile.TiffFile) -> Sizes:
     name = str(told.get("unit", "")).encode("latin-1", "backslashreplace").decode("unicode_escape")
     unit = millimeters(path, name, {})
     if unit is None:
-        return {}, 1.0
+        return {}, 1.0, "px"
     sizes = {"Z": float(told["spacing"]) * unit} if told.get("spacing") else {}
     for axis in "XY":
         tag = tiff.pages.first.tags.get(f"{axis}Resolution")
         if tag is not None and all(tag.value):
             pixels, units = tag.value
             sizes[axis] = units / pixels * unit
-    return sizes, unit
+    return sizes, unit, shown_unit(unit)

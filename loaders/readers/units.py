@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,8 +12,10 @@ from loaders.readers.common import BrokenVolume
 if TYPE_CHECKING:
     import pint
 
-# Axis X, Y or Z -> voxel size in millimeters where the file tells it, and what the others have.
-Sizes = tuple[dict[str, float], float]
+# Axis X, Y or Z -> voxel size in millimeters where the file tells it, what the others have, and the
+# unit to show lengths in.
+Sizes = tuple[dict[str, float], float, str]
+SHOWN = {"mm": 1.0, "um": 1e-3, "nm": 1e-6}  # millimeters
 # The file says that it does not know.
 NO_UNITS = ("", "???", "pixel", "pixels", "reference frame")
 
@@ -22,7 +25,7 @@ def spacing_mm(sizes: Sizes, num_slices: int) -> tuple[list[float], tuple[str, .
 
     A single slice has no thickness that anybody would miss, and a picture no size at all.
     """
-    told, assumed = sizes
+    told, assumed, _ = sizes
     asked = "XYZ" if num_slices > 1 else "XY" if told else ""
     lacking = [axis for axis in asked if axis not in told]
     note = f"has no voxel size along {', '.join(lacking)}: taken as {assumed:g} mm"
@@ -57,6 +60,13 @@ def millimeters(path: Path, name: str, own: dict[str, float]) -> float | None:
             except (pint.UndefinedUnitError, pint.DimensionalityError):
                 continue
     raise BrokenVolume(path, f"gives its voxel size in {name!r}, which is no known unit of length")
+
+
+def shown_unit(mm: float | None) -> str:
+    """Return the unit in which a file's lengths are shown: its own, where that is a usual one."""
+    if mm is None:
+        return "px"
+    return next((name for name, size in SHOWN.items() if math.isclose(mm, size)), "mm")
 
 
 @cache

@@ -74,6 +74,7 @@ def evaluate(
     verify: bool = False,
     save_recon: bool = True,
     media: bool = True,
+    radiological: bool | None = None,
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto",
     trust: tuple[str, ...] = (),
     tracking: Tracking,
@@ -110,7 +111,9 @@ def evaluate(
         perceptual: Perceptual distance and its network; null for none.
         verify: Compare the exact and the full pass on a crop first, and print the difference.
         save_recon: Write the reconstructions as NIfTI.
-        media: Write pictures and clips.
+        media: Write pictures, clips and what the report's viewer shows.
+        radiological: Draw bodies with their right on the left, as radiologists read them; null for
+            as in training.
         device: auto | cpu | cuda | mps.
         trust: Module prefixes besides vae3d whose classes the checkpoint may import.
         tracking: Each option of trackers by its own name, see `vae3d.tracking.options`.
@@ -146,6 +149,8 @@ def evaluate(
         num_slices=trained["data"]["num_slices"],
     )
     how = vars(coding)
+    if radiological is None:
+        radiological = trained.get("radiological", False)
     if mode == "patch":
         check_patch(patch, vae.factor)
         tile_faces([1] * vae.spatial_dims, patch, overlap, blend)  # overlap < patch
@@ -188,8 +193,9 @@ def evaluate(
             distance = perceptual().to(world.device)
             distance.data_range = store.data_range
         evaluator = Evaluator(
-            vae, store, out, how, facts, latent_bits, patch_gap, pca, distance, save_recon, media
-        )
+            vae, store, out, how, facts, latent_bits, patch_gap, pca, distance, save_recon, media,
+            radiological,
+        )  # fmt: skip
         if tracking.hash_cases:
             evaluator.alias = Aliases(out, store.ids)
         mine = range(world.rank, len(store), world.size)

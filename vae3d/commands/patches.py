@@ -12,6 +12,8 @@ from loaders import DataConfig
 if TYPE_CHECKING:
     import numpy as np
 
+    from loaders.layout import Layout
+
 GAP = 2  # pixels between patches
 
 
@@ -53,7 +55,8 @@ def patches(
     ids, tiles, rows = store.ids, [], []
     for batch in itertools.islice(loader.stream(), n):
         shown = (batch.image[0, 0].numpy() - low) / (high - low)
-        tiles.append(planes(np.rint(np.clip(shown, 0, 1) * 255).astype(np.uint8)))
+        layout = store.layout(int(batch.volume[0]))
+        tiles.append(planes(np.rint(np.clip(shown, 0, 1) * 255).astype(np.uint8), layout))
         rows.append([ids[int(batch.volume[0])], *batch.corner[0].tolist()])
     path = Path(out)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -63,13 +66,14 @@ def patches(
     print(f"{n} patches of {len(store)} volumes in {path}, their corners in {path.stem}.csv")
 
 
-def planes(patch: np.ndarray) -> np.ndarray:
-    """Return the middle planes of a patch (X, Y[, Z]) side by side, front and top up."""
+def planes(patch: np.ndarray, layout: Layout) -> np.ndarray:
+    """Return the middle planes of a patch (X, Y[, Z]) side by side, as its file shows them."""
     import numpy as np
 
-    if patch.ndim == 2:
-        return patch.T[::-1]
-    middle = [patch.take(size // 2, axis).T[::-1] for axis, size in enumerate(patch.shape)][::-1]
+    x = layout.arranged(patch[None])[0]
+    middle = [
+        layout.upright(x.take(x.shape[axis] // 2, axis)) for _, axis in layout.planes(x.shape)
+    ]
     height = max(plane.shape[0] for plane in middle)
     return np.concatenate(
         [np.pad(plane, ((0, height - len(plane)), (0, 0))) for plane in middle], axis=1

@@ -9,8 +9,10 @@ def report(runs: list[str], /, out: str | None = None) -> None:
         vae3d report runs/a
         vae3d report runs/a runs/b --out compare.html
 
-    The page needs no network: curves, pictures, latent health, configuration, and what to look at
-    first. It can be written while a run is training, and again later.
+    The page needs no network: what to look at first and which option to change, curves, a viewer on
+    the newest reconstructions, pictures, latent health, configuration. Several runs are compared: a
+    table, the options that differ, curves over each other. It can be written while a run is
+    training, and again later.
 
     Args:
         runs: Run folders.

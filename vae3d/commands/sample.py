@@ -281,6 +281,7 @@ class Writer:
     def write(self, name: str, number: int, z: torch.Tensor, facts: dict) -> Shown:
         """Decode a latent, write the volume and its GIF; return its picture and the facts."""
         from loaders import write_volume
+        from loaders.layout import Layout
         from loaders.store import undo
         from vae3d.stage2.sheet import scroll, three_slices
         from vae3d.tracking.media import write_gif
@@ -296,12 +297,13 @@ class Writer:
         record = self.template["source"]["undo"]
         on_store_grid = record | {"geometry": {"source_affine": record["affine"]}}
         write_volume(folder / f"{stem}.nii.gz", undo(x, on_store_grid))
-        view = (x, self.spacing_mm, self.range_of(x))
+        view, layout = (x, self.spacing_mm, self.range_of(x)), Layout.of_record(record)
         if self.media:
-            write_gif(folder / f"{stem}.gif", scroll(*view, title=f"{name} {number}"))
+            frames = scroll(*view, title=f"{name} {number}", layout=layout)
+            write_gif(folder / f"{stem}.gif", frames)
         seconds = facts["seconds_latent"] + facts["seconds_decode"]
         print(f"{folder / stem}.nii.gz  {seconds:.1f} s", flush=True)
-        return three_slices(*view), facts
+        return three_slices(*view, layout=layout), facts
 
     def finish(self, done: dict[tuple[str, int], Shown]) -> None:
         """Write samples.json and the contact sheet over the samples of all ranks."""

@@ -164,6 +164,7 @@ def train_3d(
             None if patching is None else patch_size,
             loop.val_volumes,
             loop.media_volumes,
+            radiological=loop.radiological,
         )
         about = facts(vae, store, split, loader, world, loop.grad_accum, amp)
         tracker = run.track(loop, {**config, "about": about}, state, about)

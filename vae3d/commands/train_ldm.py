@@ -284,19 +284,21 @@ class Pictures:
             return
         import torch
 
+        from loaders.layout import Layout
         from vae3d.stage2.latents import keyed_generator
         from vae3d.stage2.sheet import three_slices
 
         template, device = self.template, network.latent_mean.device
         vae = self.vae.to(device)
         spacing = [m / f for m, f in zip(template["spacing_mm"], template["factor"], strict=False)]
+        layout = Layout.of_record(template["source"]["undo"])
         pictures = []
         for number in range(self.count):
             noise = torch.randn(template["shape"], generator=keyed_generator(0, number))
             label, condition = self.guide(torch.tensor([number]), device)
             z = network.sample(noise[None].to(device), 25, None, label, condition)
             x = self.coding.decode(vae, z[0].cpu(), template["volume_shape"][1:])
-            pictures.append(three_slices(x.numpy(), spacing))
+            pictures.append(three_slices(x.numpy(), spacing, layout=layout))
         self.vae.to("cpu")
         path = self.folder / f"samples_{step:08d}.png"
         rows = {f"samples at step {step}": pictures}

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from loaders.layout import Layout
 from loaders.whole import write_text
 from vae3d.inference.baselines import BlockPCA, pooled
 from vae3d.inference.metrics import (
@@ -38,6 +39,7 @@ from vae3d.inference.stitching import tile_faces
 from vae3d.models.custom_vae import CustomVAE
 from vae3d.reports.evaluation import write_report
 from vae3d.tracking.media import case_stem, in_one_range, save_views, write_png
+from vae3d.tracking.voxels import write_voxels
 
 VERSION = 4  # of the numbers: raised when the same options give others, so that old rows are redone
 
@@ -58,6 +60,7 @@ class Evaluator:
         perceptual: Perceptual distance `(x, recon) -> scalar`; None for none.
         save_recon: Write reconstructions as NIfTI.
         media: Write pictures and clips.
+        radiological: Draw bodies with their right on the left.
         alias: What a case is called in pictures and in trackers.
     """
 
@@ -72,6 +75,7 @@ class Evaluator:
     perceptual: Any = None
     save_recon: bool = True
     media: bool = True
+    radiological: bool = False
     alias: Callable[[str], str] = str
 
     @property
@@ -99,6 +103,8 @@ class Evaluator:
                 self._perceptual_key,
             ],
         }
+        if self.media and self.radiological:
+            parts["radiological"] = True
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
     def _matters(self) -> dict[str, object]:
@@ -219,6 +225,7 @@ class Evaluator:
         if len(self.store.channel_names) > 1:
             ranges = zip(self.store.channel_names, self.store.channel_ranges, strict=True)
             summary["channel_ranges"] = {name: list(ends) for name, ends in ranges}
+        summary["latent_channels"] = self.vae.latent_channels
         summary |= {"latent_bits": self.latent_bits, **summarize(rows)}
         write_text(self.out_dir / "summary.json", json.dumps(_finite(summary), indent=1) + "\n")
         write_report(self.out_dir)
@@ -304,17 +311,24 @@ class Evaluator:
             path = self.out_dir / "recon" / f"{case_stem(case)}.nii.gz"
             write_volume(path, self.store.undo(index, recon.numpy()))
         if self.media:
-            if self.how["mode"] == "patch" and x.ndim == 4:
-                picture = seam_picture(x, recon, self.faces(x.shape[1:]), self.widths[0])
+            layout = self.store.layout(index).read_by(self.radiological)
+            if self.how["mode"] == "patch" and 1 not in x.shape[1:]:
+                picture = seam_picture(x, recon, self.faces(x.shape[1:]), self.widths[0], layout)
                 path = self.out_dir / "media" / f"{case_stem(case)}.seams.png"
                 path.parent.mkdir(parents=True, exist_ok=True)
                 write_png(path, picture)
             a, b, ends = in_one_range(self.store.channel_ranges, x.numpy(), recon.numpy())
-            spacing, title = self.store.spacing_mm(index), f"{self.alias(case)}  {headline(row)}"
-            save_views(self.out_dir / "media", case, a, b, spacing, ends, title=title)
+            pair = (a, b, self.store.spacing_mm(index), ends)
+            folder, hu = self.out_dir / "media", self.store.preprocess.drawn_hu
+            title = f"{self.alias(case)}  {headline(row)}"
+            save_views(folder, case, *pair, title=title, layout=layout, window_hu=hu)
+            volumes, ranges = (x.numpy(), recon.numpy(), pair[2]), self.store.channel_ranges
+            write_voxels(folder, case, *volumes, ranges, layout=layout, window_hu=hu)
 
 
-def seam_picture(x: Tensor, recon: Tensor, faces: list[list[int]], data_range: float) -> np.ndarray:
+def seam_picture(
+    x: Tensor, recon: Tensor, faces: list[list[int]], data_range: float, layout: Layout
+) -> np.ndarray:
     """The error of the middle slice, white at 10 % of the range, under the tile grid in orange.
 
     Args:
@@ -322,6 +336,7 @@ def seam_picture(x: Tensor, recon: Tensor, faces: list[list[int]], data_range: f
         recon: Its reconstruction.
         faces: Per axis the voxels at which tiles begin or end.
         data_range: Width of the intensity scale.
+        layout: Which way is up.
 
     Returns:
         uint8 picture (H, W, 3), three pixels a voxel.
@@ -333,7 +348,9 @@ def seam_picture(x: Tensor, recon: Tensor, faces: list[list[int]], data_range: f
         picture[3 * face, ::2] = (230, 96, 30)
     for face in faces[1]:
         picture[::2, 3 * face] = (230, 96, 30)
-    return np.ascontiguousarray(picture.transpose(1, 0, 2)[::-1])  # anterior up
+    colors = layout.arranged(picture.transpose(2, 0, 1)[..., None])
+    (_, axis), *_ = layout.planes(colors.shape[1:])
+    return np.stack([layout.upright(color.squeeze(axis)) for color in colors], axis=-1)
 
 
 def summarize(rows: list[dict]) -> dict:

@@ -41,22 +41,32 @@ class Series:
 
 
 def page(title: str, subtitle: str, sections: Iterable[str]) -> str:
-    """The whole document.
+    """The whole document; the viewer's style and script are in it where it has viewers.
 
     Args:
         title: In the header and the window.
         subtitle: One line under it, HTML.
         sections: HTML, in order; see `section`.
     """
+    body = "\n".join(sections)
+    parts = ("page", "viewer") if 'class="viewer"' in body else ("page",)
+    style, script = ("\n".join(map(part, parts)) for part in (_style, _script))
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         '<meta name="color-scheme" content="light dark">'
-        f"<title>{escape(title)}</title><style>{STYLE}</style></head>\n<body><main>"
-        f"<header><h1>{escape(title)}</h1><p>{subtitle}</p></header>\n"
-        + "\n".join(sections)
-        + f"\n</main><script>{SCRIPT}</script></body></html>\n"
+        f"<title>{escape(title)}</title><style>{style}</style></head>\n<body><main>"
+        f"<header><h1>{escape(title)}</h1><p>{subtitle}</p></header>\n{body}"
+        f"\n</main><script>{script}</script></body></html>\n"
     )
+
+
+def _style(name: str) -> str:
+    return Path(__file__).with_name(f"{name}.css").read_text("utf-8")
+
+
+def _script(name: str) -> str:
+    return Path(__file__).with_name(f"{name}.js").read_text("utf-8")
 
 
 def section(title: str, *parts: str, note: str = "") -> str:
@@ -355,126 +365,3 @@ def _short(value: float) -> str:
 def _in_script(text: str) -> str:
     """JSON inside a script element must not end the element."""
     return text.replace("<", "\\u003c")
-
-
-STYLE = """
-:root{--bg:#f7f7f5;--card:#fff;--ink:#16181d;--soft:#667085;--line:#e4e4e0;--grid:#ececea;
---c0:#2563eb;--c1:#e0701b;--c2:#0f9d76;--c3:#b3349f;--c4:#b8860b;--c5:#5b6472;
---bad:#c62828;--warn:#b26a00;--good:#1b7f4d;--shadow:0 1px 2px #0000000d,0 4px 16px #0000000a}
-@media (prefers-color-scheme:dark){:root{--bg:#0c0e12;--card:#14171d;--ink:#e9ebef;--soft:#98a1b0;
---line:#252a33;--grid:#20252d;--c0:#6ea8ff;--c1:#ff9d5c;--c2:#4fd1a5;--c3:#e58bd6;--c4:#e6c15c;
---c5:#a7b0bf;--bad:#ff7b72;--warn:#f0b44c;--good:#5fd29a;--shadow:none}}
-*{box-sizing:border-box}
-body{margin:0;background:var(--bg);color:var(--ink);font:15px/1.55 system-ui,-apple-system,
-"Segoe UI",Roboto,"Helvetica Neue",Arial,sans-serif;-webkit-font-smoothing:antialiased}
-main{max-width:1180px;margin:0 auto;padding:48px 24px 96px}
-header h1{font-size:32px;line-height:1.2;letter-spacing:-.02em;margin:0 0 6px;font-weight:680}
-header p{margin:0;color:var(--soft)}
-section{margin-top:44px}
-h2{font-size:19px;letter-spacing:-.01em;margin:0 0 14px;font-weight:640}
-h3{font-size:15px;margin:0 0 10px;font-weight:600}
-h4{font-size:13px;margin:0 0 6px;font-weight:600;color:var(--soft)}
-.note{margin:-8px 0 14px;color:var(--soft);max-width:75ch}
-.tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(128px,1fr));gap:12px;margin-top:28px}
-.tile,.card,.chart,.findings,.scroll,details{background:var(--card);border:1px solid var(--line);
-border-radius:12px;box-shadow:var(--shadow)}
-.tile{padding:14px 16px;display:flex;flex-direction:column}
-.tile span{color:var(--soft);font-size:13px}
-.tile b{font-size:23px;line-height:1.3;font-weight:640;letter-spacing:-.02em;
-font-variant-numeric:tabular-nums}
-.tile small{color:var(--soft)}
-.findings{list-style:none;margin:0;padding:6px 18px}
-.findings li{padding:9px 0 9px 24px;position:relative;border-top:1px solid var(--line)}
-.findings li:first-child{border-top:0}
-.findings li:before{content:"";position:absolute;left:2px;top:17px;width:9px;height:9px;
-border-radius:50%;background:var(--soft)}
-.findings .bad:before{background:var(--bad)}.findings .warn:before{background:var(--warn)}
-.findings .good:before{background:var(--good)}
-.charts{display:grid;grid-template-columns:repeat(auto-fill,minmax(340px,1fr));gap:14px}
-.chart{margin:0;padding:12px 12px 6px}
-.chart figcaption{display:flex;gap:8px;align-items:baseline;font-weight:600;font-size:14px;
-padding:0 4px 2px}
-.chart small{color:var(--soft);font-weight:400}
-.chart output{margin-left:auto;font-weight:400;font-size:13px;color:var(--soft);
-font-variant-numeric:tabular-nums;text-align:right}
-.chart svg{display:block;width:100%;height:auto;overflow:visible;touch-action:pan-y}
-polyline{fill:none;stroke-width:1.8;stroke-linejoin:round;stroke-linecap:round}
-.band{opacity:.16}.g{stroke:var(--grid)}.cursor{stroke:var(--soft);visibility:hidden}
-circle{fill:var(--c0);fill-opacity:.78}.mean{stroke:var(--ink);stroke-width:1.5}
-.t{fill:var(--soft);font-size:11px;font-variant-numeric:tabular-nums}
-.m{text-anchor:middle}.e{text-anchor:end}
-.legend{display:flex;flex-wrap:wrap;gap:6px 18px;margin:14px 0 0;color:var(--ink)}
-.legend i{display:inline-block;width:18px;height:4px;border-radius:2px;margin-right:8px;
-vertical-align:middle}
-.scroll{overflow-x:auto}
-table{border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums}
-thead th{position:sticky;top:0;cursor:pointer;user-select:none;color:var(--soft);font-weight:600;
-font-size:13px;background:var(--card)}
-th,td{padding:8px 14px;text-align:left;border-bottom:1px solid var(--line);white-space:nowrap}
-tbody th{font-weight:600}tbody tr:last-child>*{border-bottom:0}
-tbody tr:hover{background:color-mix(in srgb,var(--c0) 7%,transparent)}
-th.n,td.n{text-align:right}th[aria-sort]:after{content:" \\2191"}
-th[aria-sort=descending]:after{content:" \\2193"}
-.card{padding:16px;margin-bottom:14px}
-.views{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(420px,100%),1fr));gap:14px;
-align-items:start}
-img,video{display:block;max-width:100%;height:auto;border-radius:8px;background:#0b0c10}
-video{width:100%}.pair{display:flex;flex-wrap:wrap;gap:14px;align-items:flex-start}
-.pair>:first-child{flex:3 1 420px;min-width:0;max-width:760px}
-.pair>video:not(:first-child){flex:2 1 300px;min-width:0}
-.steps{display:flex;gap:12px;align-items:center;margin:0 0 12px;color:var(--soft)}
-.steps input{flex:1;max-width:420px;accent-color:var(--c0)}
-.steps output{font-variant-numeric:tabular-nums;color:var(--ink)}
-details{padding:0 18px}summary{cursor:pointer;padding:12px 0;font-weight:600}
-pre{margin:0 0 14px;overflow-x:auto;font:13px/1.55 ui-monospace,SFMono-Regular,Menlo,Consolas,
-monospace}
-dl{display:grid;grid-template-columns:max-content 1fr;gap:4px 22px;margin:0}
-dt{color:var(--soft)}dd{margin:0;overflow-wrap:anywhere}
-code{font:.92em ui-monospace,SFMono-Regular,Menlo,Consolas,monospace}
-a{color:var(--c0)}
-@media print{body{background:#fff}main{padding:0}section,.card,.chart{break-inside:avoid}}
-"""
-
-SCRIPT = """
-const show=v=>v===null?'not finite':Math.abs(v)>=1e4||Number.isInteger(v)?
-  Math.round(v).toLocaleString('en').replaceAll(',','\\u202f'):String(+v.toPrecision(4));
-for(const figure of document.querySelectorAll('figure.chart')){
-  const source=figure.querySelector('script');if(!source)continue;
-  const d=JSON.parse(source.textContent),svg=figure.querySelector('svg');
-  const cursor=svg.querySelector('.cursor'),out=figure.querySelector('output');
-  svg.addEventListener('pointermove',e=>{
-    const box=svg.getBoundingClientRect(),width=svg.viewBox.baseVal.width;
-    const px=(e.clientX-box.left)/box.width*width;
-    const x=d.x[0]+(px-d.left)/(d.right-d.left)*(d.x[1]-d.x[0]);
-    const near=d.series.map(s=>s.points.reduce((a,b)=>Math.abs(b[0]-x)<Math.abs(a[0]-x)?b:a));
-    const at=near.reduce((a,b)=>Math.abs(b[0]-x)<Math.abs(a[0]-x)?b:a)[0];
-    const cx=d.left+(at-d.x[0])/((d.x[1]-d.x[0])||1)*(d.right-d.left);
-    cursor.setAttribute('x1',cx);cursor.setAttribute('x2',cx);cursor.style.visibility='visible';
-    out.replaceChildren('step '+show(at),...near.flatMap((p,i)=>{
-      const s=document.createElement('b');s.style.color=d.series[i].color;
-      s.textContent='\\u2002'+show(p[1]);return[s]}));
-  });
-  svg.addEventListener('pointerleave',()=>{cursor.style.visibility='hidden';out.replaceChildren()});
-}
-for(const table of document.querySelectorAll('table.sortable')){
-  const body=table.tBodies[0];
-  [...table.tHead.rows[0].cells].forEach((head,i)=>head.addEventListener('click',()=>{
-    const down=head.getAttribute('aria-sort')==='ascending';
-    for(const h of table.tHead.rows[0].cells)h.removeAttribute('aria-sort');
-    head.setAttribute('aria-sort',down?'descending':'ascending');
-    const key=row=>{const c=row.cells[i];return c.dataset.v===undefined?c.textContent:+c.dataset.v};
-    const rows=[...body.rows].sort((a,b)=>{const x=key(a),y=key(b);
-      return typeof x==='number'&&typeof y==='number'?x-y:String(x).localeCompare(String(y))});
-    body.append(...(down?rows.reverse():rows));
-  }));
-}
-for(const box of document.querySelectorAll('.stepper')){
-  const range=box.querySelector('input');if(!range)continue;
-  const out=box.querySelector('.steps output');
-  const frames=[...box.querySelectorAll('[data-step]')];
-  const steps=[...new Set(frames.map(f=>f.dataset.step))];
-  const go=()=>{const step=steps[+range.value];out.textContent='step '+show(+step);
-    for(const f of frames)f.hidden=f.dataset.step!==step};
-  range.addEventListener('input',go);go();
-}
-"""

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from PIL import Image, ImageDraw
 
+from loaders.layout import Layout
 from vae3d.tracking.media import (
     BACKGROUND,
     FAINT,
@@ -16,7 +17,6 @@ from vae3d.tracking.media import (
     font,
     gray_colors,
     resize,
-    upright,
 )
 
 TITLE = 20  # pixels above a row
@@ -49,25 +49,27 @@ def three_slices(
     volume: np.ndarray,
     spacing_mm: Sequence[float],
     data_range: tuple[float, float] = (0.0, 1.0),
+    layout: Layout | None = None,
     panel_px: int = 110,
 ) -> np.ndarray:
-    """Axial, coronal and sagittal middle slice, one above the other, uint8 `(h, w, 3)`.
+    """The middle planes, one above the other, uint8 `(h, w, 3)`; the one plane of a 2D image.
 
     Args:
-        volume: `(C, X, Y, Z)`, or `(C, X, Y)` for its one plane; the first channel is shown.
+        volume: `(C, X, Y, Z)` or `(C, X, Y)`; the first channel is shown.
         spacing_mm: Voxel size per axis in mm.
         data_range: Intensities drawn black and white.
+        layout: Which way is up; see `Layout.of_record`.
         panel_px: Longest side of the largest panel in pixels.
     """
-    volume = volume[0]
-    px_per_mm = panel_px / max(n * mm for n, mm in zip(volume.shape, spacing_mm, strict=False))
-    if volume.ndim == 2:
-        return _panel(volume, spacing_mm[:2], data_range, px_per_mm)
-    panels = []
-    for axis in (2, 1, 0):
-        plane = np.take(volume, volume.shape[axis] // 2, axis)
-        others = [spacing_mm[i] for i in range(3) if i != axis]
-        panels.append(_panel(plane, others, data_range, px_per_mm))
+    layout = layout or Layout()
+    x, sizes = layout.arranged(volume[:1])[0], layout.spacing(spacing_mm)
+    planes = layout.planes(x.shape)
+    shown = {i for _, axis in planes for i in range(3) if i != axis}
+    scale = panel_px / max(x.shape[i] * sizes[i] for i in shown)
+    panels = [
+        _panel(x.take(x.shape[axis] // 2, axis), axis, sizes, data_range, scale, layout)
+        for _, axis in planes
+    ]
     width = max(p.shape[1] for p in panels)
     column = np.empty((sum(p.shape[0] + 4 for p in panels), width, 3), np.uint8)
     column[:] = BACKGROUND
@@ -76,7 +78,7 @@ def three_slices(
         left = (width - panel.shape[1]) // 2
         column[top : top + panel.shape[0], left : left + panel.shape[1]] = panel
         top += panel.shape[0] + 4
-    return column
+    return column[: top - 4]
 
 
 def scroll(
@@ -84,40 +86,47 @@ def scroll(
     spacing_mm: Sequence[float],
     data_range: tuple[float, float] = (0.0, 1.0),
     title: str = "",
+    layout: Layout | None = None,
     panel_px: int = 200,
     max_frames: int = 60,
 ) -> list[np.ndarray]:
-    """Axial slices of one volume from low to high as frames; a 2D image is one frame.
+    """Slices of one volume along z from low to high as frames; a 2D image is one frame.
 
     Args:
         volume: `(C, X, Y, Z)` or `(C, X, Y)`; the first channel is shown.
         spacing_mm: Voxel size per axis in mm.
         data_range: Intensities drawn black and white.
         title: Text above the slice.
+        layout: Which way is up.
         panel_px: Longest side of a slice in pixels.
         max_frames: Longer volumes are shown in even steps.
     """
-    planes = volume[0][..., None] if volume.ndim == 3 else volume[0]
-    count = planes.shape[-1]
+    layout = layout or Layout()
+    x, sizes = layout.arranged(volume[:1])[0], layout.spacing(spacing_mm)
+    (_, cut), *_ = layout.planes(x.shape)
+    count = x.shape[cut]
     picks = np.unique(np.linspace(0, count - 1, min(count, max_frames)).round().astype(int))
-    px_per_mm = panel_px / max(n * mm for n, mm in zip(planes.shape[:2], spacing_mm, strict=False))
+    scale = panel_px / max(x.shape[i] * sizes[i] for i in range(3) if i != cut)
     frames = []
     for index in picks:
-        panel = _panel(planes[..., index], spacing_mm[:2], data_range, px_per_mm)
+        panel = _panel(x.take(index, cut), cut, sizes, data_range, scale, layout)
         frame = Image.new("RGB", even(panel.shape[1], panel.shape[0] + TITLE), BACKGROUND)
         frame.paste(Image.fromarray(panel), (0, TITLE))
-        ImageDraw.Draw(frame).text((4, 3), f"{title}  z={index}", FAINT, font(11))
+        place = f"  {'xyz'[cut]}={index}" if count > 1 else ""
+        ImageDraw.Draw(frame).text((4, 3), f"{title}{place}", FAINT, font(11))
         frames.append(np.asarray(frame))
     return frames
 
 
 def _panel(
-    plane: np.ndarray, spacing: Sequence[float], ends: tuple[float, float], px_per_mm: float
-) -> np.ndarray:
-    """A plane in true proportions, uint8 `(h, w, 3)`."""
+    plane: np.ndarray, cut: int, sizes: Sequence[float], ends: tuple[float, float], scale: float,
+    layout: Layout,
+) -> np.ndarray:  # fmt: skip
+    """A plane across the axis `cut` in true proportions, uint8 `(h, w, 3)`."""
     low, high = ends
+    along = [size for axis, size in enumerate(sizes) if axis != cut]
     width, height = (
-        max(2, round(n * mm * px_per_mm)) for n, mm in zip(plane.shape, spacing, strict=True)
+        max(2, round(n * size * scale)) for n, size in zip(plane.shape, along, strict=True)
     )
-    values = (upright(plane.astype(np.float32)) - low) / (high - low)
+    values = (layout.upright(plane.astype(np.float32)) - low) / (high - low)
     return gray_colors(resize(values, (width, height)))

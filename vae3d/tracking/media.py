@@ -1,9 +1,11 @@
 """Pictures of volumes: three planes, scroll-throughs, PNG, GIF, MP4 (only importer of imageio).
 
-Volumes are `(C, X, Y, Z)` or `(C, X, Y)` arrays in RAS+ order. Every picture shows the columns
-input | recon | error; the error is `recon - input` on a fixed scale that is printed in the picture,
-so pictures of two steps or two runs can be compared. Panels keep true proportions: a voxel of
-1 x 1 x 5 mm is drawn five times as tall as wide.
+Volumes are `(C, X, Y, Z)` or `(C, X, Y)` arrays on the store's grid; a `Layout` says which way
+their axes go in a picture, and what may be written on it: sides of a body only where the file knows
+them, lengths in its unit. Every picture shows the columns input | recon | error; the error is
+`recon - input` on a fixed scale that is printed in the picture, so pictures of two steps or two
+runs can be compared. Panels keep true proportions: a voxel of 1 x 1 x 5 mm is drawn five times as
+tall as wide.
 """
 
 import math
@@ -16,17 +18,16 @@ from typing import TypedDict, Unpack
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from loaders.layout import Layout
+from loaders.readers.common import RGB
 from loaders.whole import whole_file
 
 COLUMNS = ("input", "recon", "error")
-PLANES = (("axial", 2), ("coronal", 1), ("sagittal", 0))  # name, axis that the plane cuts
-
 BACKGROUND = (11, 12, 16)
 TEXT = (235, 237, 242)
 FAINT = (139, 145, 158)
-# Left and right of the picture.
-SIDES = {"axial": "LR", "coronal": "LR", "sagittal": "PA", "image": "  "}
 GAP = 10  # pixels between panels
+NARROW = 150  # pixels of a column at least: its labels and scale stand side by side
 FOOT = 24
 # Error colors from -scale to +scale: ice, blue, background, orange, sand.
 ERROR_COLORS = np.array(
@@ -34,7 +35,7 @@ ERROR_COLORS = np.array(
 )
 
 
-Row = tuple[int, str, int, int]  # channel, plane, axis that it cuts, slice
+Row = tuple[tuple[int, ...], str, int, int]  # channels, plane, axis that it cuts, slice
 
 
 class View(TypedDict, total=False):
@@ -43,6 +44,7 @@ class View(TypedDict, total=False):
     error_scale: float
     window_hu: tuple[float, float] | None
     title: str
+    layout: Layout | None
 
 
 def in_one_range(
@@ -70,31 +72,36 @@ def three_planes(
     error_scale: float = 0.2,
     window_hu: tuple[float, float] | None = None,
     title: str = "",
+    layout: Layout | None = None,
     panel_px: int = 240,
 ) -> np.ndarray:
-    """Axial, coronal and sagittal slice of input, recon and error in one picture.
+    """Three planes of input, recon and error in one picture; the one plane of a 2D image.
 
     The slices go through the center of mass of the input, so they meet the anatomy and not air.
+    Each gray channel has its own rows; channels with colors are merged, and each is shown alone in
+    the first plane.
 
     Args:
-        x: Input, `(C, X, Y, Z)` or `(C, X, Y)`; one row of panels per channel and plane.
+        x: Input, `(C, X, Y, Z)` or `(C, X, Y)`.
         recon: Reconstruction, same shape.
         spacing_mm: Voxel size per axis in mm; None means cubic voxels.
         data_range: Intensities drawn black and white.
         error_scale: End of the error's color scale, as a part of `data_range`.
         window_hu: HU of `data_range`'s ends (CT); the scale is then printed in HU.
         title: Text above the panels, such as the case and its PSNR.
+        layout: Which way is up, and what the file knows; see `VolumeStore.layout`.
         panel_px: Longest side of the largest panel in pixels.
 
     Returns:
         uint8 picture `(H, W, 3)`, even height and width.
     """
-    scene = _Scene(x, recon, spacing_mm, data_range, error_scale, window_hu, panel_px)
+    scene = _Scene(x, recon, spacing_mm, data_range, error_scale, window_hu, panel_px, layout)
     rows = [
-        (channel, plane, axis, scene.center[axis])
-        for channel in range(len(scene.x))
+        (channels, plane, axis, scene.center[axis])
+        for channels in scene.groups
         for plane, axis in scene.planes
     ]
+    rows += [((c,), *scene.planes[0], scene.center[scene.planes[0][1]]) for c in scene.alone]
     return scene.draw(rows, COLUMNS, title)
 
 
@@ -110,6 +117,7 @@ def scroll_frames(
     error_scale: float = 0.2,
     window_hu: tuple[float, float] | None = None,
     title: str = "",
+    layout: Layout | None = None,
     panel_px: int = 200,
 ) -> list[np.ndarray]:
     """Frames that scroll through a volume slice by slice; a 2D pair blinks input, recon.
@@ -120,25 +128,26 @@ def scroll_frames(
         spacing_mm: Voxel size per axis in mm; None means cubic voxels.
         data_range: Intensities drawn black and white.
         columns: Which of input, recon, error to show side by side.
-        axis: Spatial axis to scroll along; 2 gives axial slices.
+        axis: Axis of the layout to scroll along; 2 gives axial slices.
         max_frames: Longer volumes are shown in even steps.
         error_scale: End of the error's color scale, as a part of `data_range`.
         window_hu: HU of `data_range`'s ends (CT).
         title: Text above the panels.
+        layout: Which way is up, and what the file knows.
         panel_px: Longest side of a panel in pixels.
 
     Returns:
         uint8 frames `(H, W, 3)`, all of one size, even height and width.
     """
-    scene = _Scene(x, recon, spacing_mm, data_range, error_scale, window_hu, panel_px, axis)
-    if len(scene.shape) == 2:
-        rows = [(channel, "image", 2, 0) for channel in range(len(scene.x))]
+    scene = _Scene(x, recon, spacing_mm, data_range, error_scale, window_hu, panel_px, layout, axis)
+    if scene.flat:
+        rows = [(channels, *scene.planes[0], 0) for channels in scene.groups]
         return [scene.draw(rows, (c,), title) for c in columns if c != "error"]
-    plane = next(name for name, cut in PLANES if cut == axis)
+    plane = next(name for name, cut in scene.planes if cut == axis)
     count = scene.shape[axis]
     picks = np.unique(np.linspace(0, count - 1, min(count, max_frames)).round().astype(int))
     return [
-        scene.draw([(c, plane, axis, int(i)) for c in range(len(scene.x))], columns, title)
+        scene.draw([(channels, plane, axis, int(i)) for channels in scene.groups], columns, title)
         for i in picks
     ]
 
@@ -151,53 +160,67 @@ class _Scene:
 
     def __init__(self, x: np.ndarray, recon: np.ndarray, spacing_mm: Sequence[float] | None,
                  data_range: tuple[float, float], error_scale: float,
-                 window_hu: tuple[float, float] | None, panel_px: int, cut: int = 3):  # fmt: skip
-        self.x, self.recon = (np.asarray(v, dtype=np.float32) for v in (x, recon))
-        if self.x.shape != self.recon.shape or self.x.ndim not in (3, 4):
+                 window_hu: tuple[float, float] | None, panel_px: int,
+                 layout: Layout | None = None, cut: int = 3):  # fmt: skip
+        x, recon = (np.asarray(v, dtype=np.float32) for v in (x, recon))
+        if x.shape != recon.shape or x.ndim not in (3, 4):
             raise ValueError(
                 "x and recon must share one shape (C, X, Y, Z) or (C, X, Y); "
-                f"got {self.x.shape} and {self.recon.shape}"
+                f"got {x.shape} and {recon.shape}"
             )
+        self.layout = layout or Layout()
+        self.x, self.recon = self.layout.arranged(x), self.layout.arranged(recon)
         self.shape = self.x.shape[1:]
-        spacing = (1.0,) * len(self.shape) if spacing_mm is None else spacing_mm
-        self.spacing = tuple(map(float, spacing))[: len(self.shape)]
+        self.spacing = self.layout.spacing(spacing_mm)
         self.lo, self.hi = map(float, data_range)
         self.error = error_scale * (self.hi - self.lo)
         self.window_hu = window_hu
-        self.planes = PLANES if len(self.shape) == 3 else (("image", 2),)
+        self.planes = self.layout.planes(self.shape)
+        self.flat = 1 in self.shape
+        cut = self.planes[0][1] if self.flat else cut
         extents = [n * s for n, s in zip(self.shape, self.spacing, strict=True)]
-        self.px_per_mm = panel_px / max(mm for axis, mm in enumerate(extents) if axis != cut)
+        self.px_per_unit = panel_px / max(e for axis, e in enumerate(extents) if axis != cut)
+        colored = tuple(c for c in range(len(self.x)) if self.layout.color(c))
+        grays = [(c,) for c in range(len(self.x)) if c not in colored]
+        self.groups = [colored, *grays] if colored else grays
+        named = [self.layout.channels[c] for c in colored]
+        self.alone = () if tuple(named) == RGB else colored  # nobody asks for the red of a photo
 
     @cached_property
     def center(self) -> tuple[int, ...]:
         """Voxel at the center of mass of the input; clips, which show all slices, never ask."""
-        return (*center_of_mass(self.x - self.lo), 0)[:3]
+        a, b, c = center_of_mass(self.x - self.lo)
+        return a, b, c
 
-    def panel(self, column: str, channel: int, axis: int, index: int) -> np.ndarray:
-        """One slice in color at true proportions, anterior and superior up: uint8 (h, w, 3)."""
-        x, recon = (self._cut(v[channel], axis, index) for v in (self.x, self.recon))
+    def panel(self, column: str, channels: tuple[int, ...], axis: int, index: int) -> np.ndarray:
+        """One slice in color at true proportions, the right way up: uint8 (h, w, 3).
+
+        The error of merged channels is that of the one which is furthest off.
+        """
+        x, recon = (np.take(v, index, 1 + axis)[list(channels)] for v in (self.x, self.recon))
         size = self.panel_size(axis)
         if column == "error":
-            return error_colors(resize(upright((recon - x) / self.error), size))
-        gray = ((x if column == "input" else recon) - self.lo) / (self.hi - self.lo)
-        return gray_colors(resize(upright(gray), size))
-
-    def _cut(self, volume: np.ndarray, axis: int, index: int) -> np.ndarray:
-        return volume if volume.ndim == 2 else np.take(volume, index, axis)
+            off = recon - x
+            worst = np.take_along_axis(off, np.abs(off).argmax(0, keepdims=True), 0)[0]
+            return error_colors(resize(self.layout.upright(worst / self.error), size))
+        grays = ((x if column == "input" else recon) - self.lo) / (self.hi - self.lo)
+        planes = [resize(self.layout.upright(gray), size) for gray in grays]
+        return merged(planes, [self.layout.color(c) for c in channels])
 
     def panel_size(self, axis: int) -> tuple[int, int]:
         """Width and height in pixels of a plane that cuts `axis`."""
-        a, b = (i for i in range(3) if i != axis) if len(self.shape) == 3 else (0, 1)
-        width, height = (self.shape[i] * self.spacing[i] * self.px_per_mm for i in (a, b))
+        a, b = (i for i in range(3) if i != axis)
+        width, height = (self.shape[i] * self.spacing[i] * self.px_per_unit for i in (a, b))
         return max(2, round(width)), max(2, round(height))
 
     def draw(self, rows: Sequence[Row], columns: Sequence[str], title: str) -> np.ndarray:
         """Rows (channel, plane, axis, index) under the column names, the scales at the foot."""
         sizes = [self.panel_size(axis) for _, _, axis, _ in rows]
-        width = max(w for w, _ in sizes)
+        width = max(NARROW, *(w for w, _ in sizes))
         top = GAP + (24 if title else 0) + 20
         height = top + sum(h + GAP for _, h in sizes) + FOOT
-        canvas = Image.new("RGB", even(GAP + len(columns) * (width + GAP), height), BACKGROUND)
+        wide = max(len(columns) * (width + GAP), round(font(15).getlength(title)) + GAP)
+        canvas = Image.new("RGB", even(GAP + wide, height), BACKGROUND)
         pen = ImageDraw.Draw(canvas)
         if title:
             pen.text((GAP, GAP - 2), title, TEXT, font(15))
@@ -206,36 +229,55 @@ class _Scene:
             pen.text((left, top - 19), column, TEXT, font(13))
         y = top
         for row, (w, h) in zip(rows, sizes, strict=True):
-            channel, _, axis, index = row
+            channels, _, axis, index = row
             for left, column in zip(lefts, columns, strict=True):
-                panel = Image.fromarray(self.panel(column, channel, axis, index))
+                panel = Image.fromarray(self.panel(column, channels, axis, index))
                 canvas.paste(panel, (left + (width - w) // 2, y))
-            self._label(pen, (GAP + (width - w) // 2, y, w, h), row)
+            self._label(pen, (GAP, y, width, h), w, row)
             y += h + GAP
         self._foot(canvas, y - GAP + 5, dict(zip(columns, lefts, strict=True)), width)
         return np.asarray(canvas)
 
-    def _label(self, pen: ImageDraw.ImageDraw, box: tuple[int, int, int, int], row: Row) -> None:
-        """Plane, slice and patient sides on the first panel of a row."""
-        (x, y, w, h), (channel, plane, axis, index) = box, row
-        parts = [] if plane == "image" else [f"{plane}  {'xyz'[axis]} {index}"]
-        parts += [f"channel {channel}"] if len(self.x) > 1 else []
-        pen.text((x + 4, y + 3), "  ".join(parts), TEXT, font(11), stroke_width=1, stroke_fill=0)
-        for side, at in zip(SIDES[plane], (x + 4, x + w - 12), strict=True):
-            pen.text((at, y + h // 2 - 7), side, FAINT, font(11), stroke_width=1, stroke_fill=0)
+    def _label(
+        self, pen: ImageDraw.ImageDraw, box: tuple[int, int, int, int], w: int, row: Row
+    ) -> None:
+        """Plane, slice, channels and sides of the body on the first panel of a row."""
+        (x, y, width, h), (channels, plane, axis, index) = box, row
+        letters = self.layout.sides(plane)
+        told = [] if self.flat and not any(letters) else [plane]
+        told += [] if self.flat else [f"{'xyz'[axis]} {index}"]
+        told += ["R on the left"] if letters == ("R", "L") else []
+        left = x + max(4, min((width - w) // 2 + 4, width - 150))
+        parts = [("  ".join(told), TEXT)] if told else []
+        if len(self.x) > 1 and (len(channels) == 1 or self.alone):
+            parts += [(self.layout.name(c), self._ink(c)) for c in channels]
+        for part, color in parts:
+            pen.text((left, y + 3), part, color, font(11), stroke_width=1, stroke_fill=0)
+            left += round(font(11).getlength(part)) + 10
+        if h >= 40:  # below the line of text
+            edges = x + (width - w) // 2 + 4, x + (width + w) // 2 - 12
+            for letter, at in zip(letters, edges, strict=True):
+                pen.text((at, y + h // 2), letter, FAINT, font(11), stroke_width=1, stroke_fill=0)
+
+    def _ink(self, channel: int) -> tuple[int, int, int]:
+        """Color of a channel's name, bright enough to be read."""
+        color = self.layout.color(channel)
+        r, g, b = (128 + v // 2 for v in bytes.fromhex(color)) if color else TEXT
+        return r, g, b
 
     def _foot(self, canvas: Image.Image, y: int, lefts: dict[str, int], width: int) -> None:
-        """Gray window and ruler under the first column, error scale under its own."""
+        """Gray window under the first column, ruler under the recon, error scale under its own."""
         pen, unit = ImageDraw.Draw(canvas), " HU" if self.window_hu else ""
         lo, hi = self.window_hu or (self.lo, self.hi)
         error = self.error * (hi - lo) / (self.hi - self.lo)
         ramp = np.repeat(np.linspace(0, 1, 56, dtype=np.float32)[None], 8, axis=0)
-        gray = next(left for name, left in lefts.items() if name != "error")
+        grays = [left for name, left in lefts.items() if name != "error"]
+        gray = grays[0]
         end = color_scale(canvas, (gray, y), gray_colors(ramp), f"{lo:.4g}", f"{hi:.4g}{unit}")
-        mm = round_length(width / self.px_per_mm / 4)
-        x1 = gray + width
-        x0 = x1 - mm * self.px_per_mm
-        text = f"{mm:g} mm" if mm >= 0.1 else f"{mm * 1000:g} um"
+        length = round_length(width / self.px_per_unit / 4)
+        x1 = grays[-1] + width
+        x0 = x1 - length * self.px_per_unit
+        text = f"{length:g} {self.layout.look.unit}"
         text_x = x0 - 6 - pen.textlength(text, font(11))
         if text_x > end + 8:  # a narrow panel has no room for both
             pen.text((text_x, y), text, FAINT, font(11))
@@ -267,23 +309,24 @@ def save_views(
         spacing_mm: Voxel size per axis in mm.
         data_range: Intensities drawn black and white.
         separate: Also write scroll-throughs of the input alone and of the recon alone.
-        **view: `error_scale`, `window_hu` and `title` of `three_planes`.
+        **view: `error_scale`, `window_hu`, `title` and `layout` of `three_planes`.
 
     Returns:
         Paths by kind: png, gif, mp4; with `separate` also input_gif, input_mp4 and so on.
     """
     folder, stem = Path(folder), case_stem(case)
     folder.mkdir(parents=True, exist_ok=True)
-    pair = (x, recon, spacing_mm, data_range)
+    pair, layout = (x, recon, spacing_mm, data_range), view.get("layout")
     paths = {"png": write_png(folder / f"{stem}.png", three_planes(*pair, **view))}
-    fps = 12.0 if np.ndim(x) == 4 else 2.0
+    fps = 2.0 if 1 in np.shape(x)[1:] or np.ndim(x) == 3 else 12.0
     clips = {"": COLUMNS, "input_": ("input",), "recon_": ("recon",)}
     for prefix, columns in clips.items():
         if prefix and not separate:
             continue
         frames = scroll_frames(*pair, columns=columns, **view)
         name = f"{stem}.{prefix[:-1]}" if prefix else stem
-        paths[f"{prefix}gif"] = write_gif(folder / f"{name}.gif", frames, fps)
+        palette = own_palette(frames) if layout and any(c for _, c in layout.channels) else None
+        paths[f"{prefix}gif"] = write_gif(folder / f"{name}.gif", frames, fps, palette)
         paths[f"{prefix}mp4"] = write_mp4(folder / f"{name}.mp4", frames, fps)
     return paths
 
@@ -300,12 +343,17 @@ def write_png(path: Path | str, image: np.ndarray) -> Path:
     return _replace(path, lambda temporary: iio.imwrite(temporary, image, plugin="pillow"))
 
 
-def write_gif(path: Path | str, frames: Iterable[np.ndarray], fps: float = 12.0) -> Path:
+def write_gif(
+    path: Path | str,
+    frames: Iterable[np.ndarray],
+    fps: float = 12.0,
+    palette: Image.Image | None = None,
+) -> Path:
     """Write uint8 frames `(H, W, 3)` as a GIF that loops forever, one palette for all frames.
 
     By Pillow itself: imageio, which calls it, would search for a palette again in every frame.
     """
-    colors, dither = gif_palette(), Image.Dither.NONE
+    colors, dither = palette or gray_palette(), Image.Dither.NONE
     few = [Image.fromarray(f).quantize(palette=colors, dither=dither) for f in frames]
     how = {"save_all": True, "append_images": few[1:], "duration": 1000 / fps, "loop": 0}
     return _replace(path, lambda temporary: few[0].save(temporary, "GIF", **how))
@@ -362,19 +410,29 @@ def _error_table() -> np.ndarray:
     return np.stack(channels, axis=-1).round().astype(np.uint8)
 
 
+def merged(planes: Sequence[np.ndarray], colors: Sequence[str]) -> np.ndarray:
+    """Planes (h, w) in [0, 1], each in its color (`rrggbb`, empty for gray), as one picture."""
+    total = np.zeros((*planes[0].shape, 3), np.float32)
+    for plane, color in zip(planes, colors, strict=True):
+        share = np.frombuffer(bytes.fromhex(color or "ffffff"), np.uint8) / np.float32(255)
+        total += np.clip(np.nan_to_num(plane), 0, 1)[..., None] * share
+    return (np.clip(total, 0, 1) * 255).round().astype(np.uint8)
+
+
+def own_palette(frames: Sequence[np.ndarray]) -> Image.Image:
+    """One palette for all frames of colored channels: one each would flicker."""
+    some = np.concatenate(frames[:: max(1, len(frames) // 4)])
+    return Image.fromarray(some).quantize(256)
+
+
 @lru_cache
-def gif_palette() -> Image.Image:
-    """One for all frames, grays and error colors: adaptive ones would flicker."""
+def gray_palette() -> Image.Image:
+    """Grays and error colors."""
     grays = gray_colors(np.linspace(0, 1, 175))
     errors = _error_table()[np.linspace(0, 255, 80).round().astype(int)]
     holder = Image.new("P", (1, 1))
     holder.putpalette(np.concatenate([grays, [BACKGROUND], errors]).astype(np.uint8).tobytes())
     return holder
-
-
-def upright(plane: np.ndarray) -> np.ndarray:
-    """A plane (first axis, second axis) as a picture: first axis to the right, second axis up."""
-    return np.ascontiguousarray(plane.T[::-1])
 
 
 def resize(picture: np.ndarray, size: tuple[int, int]) -> np.ndarray:

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
+from loaders.layout import Layout
 from vae3d.tracking.media import (
     BACKGROUND,
     FAINT,
@@ -32,7 +33,6 @@ from vae3d.tracking.media import (
     font,
     gray_colors,
     resize,
-    upright,
     write_png,
 )
 
@@ -114,6 +114,7 @@ class LatentProbes:
         spacing_mm: Voxel size, for the proportions of the pictures.
         data_range: Intensities drawn black and white.
         seed: Of the draws, the same at every call.
+        layout: Which way is up; see `VolumeStore.layout`.
     """
 
     def __init__(
@@ -123,6 +124,7 @@ class LatentProbes:
         spacing_mm: Sequence[float] | None = None,
         data_range: tuple[float, float] = (0.0, 1.0),
         seed: int = 0,
+        layout: Layout | None = None,
     ):
         if not len(volumes):
             raise ValueError("latent probes need at least one volume")
@@ -131,8 +133,12 @@ class LatentProbes:
             shapes = [x.shape[1:] for x in self.patches]
             smallest = [min(sizes) for sizes in zip(*shapes, strict=True)]
             self.patches = [cut_patch(x, smallest) for x in self.patches]
-        dims = self.patches[0].ndim - 1
-        self.spacing = tuple(spacing_mm)[:dims] if spacing_mm is not None else (1.0,) * dims
+        self.layout = layout or Layout()
+        (_, self.axis), *_ = self.layout.planes(
+            self.layout.arranged(self.patches[0].numpy()).shape[1:]
+        )
+        sizes = self.layout.spacing(spacing_mm)
+        self.spacing = tuple(size for axis, size in enumerate(sizes) if axis != self.axis)
         self.data_range, self.seed = data_range, seed
 
     @torch.no_grad()
@@ -150,7 +156,7 @@ class LatentProbes:
         noise = torch.Generator().manual_seed(self.seed)
 
         def decode(z: torch.Tensor) -> np.ndarray:
-            return _middle(vae.decode(z.to(like.dtype))[0, 0].float())
+            return self._middle(vae.decode(z.to(like.dtype))[0, :1].float())
 
         def draw(shape: torch.Size) -> torch.Tensor:
             return torch.randn(shape, generator=noise).to(like.device)
@@ -175,7 +181,7 @@ class LatentProbes:
             between=[decode(first + t * (last - first)) for t in BETWEEN * (len(means) > 1)],
             prior=[decode(z) for z in z_prior],
             fitted=[decode(z) for z in z_fitted],
-            latents=[_middle(channel) for channel in first[0]],
+            latents=[self._middle(channel[None]) for channel in first[0]],
             values=values.cpu().numpy(),
             std=stds.cpu().numpy(),
             kl=kl.cpu().numpy(),
@@ -217,7 +223,7 @@ class LatentProbes:
             pen.text((GAP, y - 2), title, TEXT, font(13))
             for k, (label, values) in enumerate(slices.items()):
                 x = GAP + k * (size[0] + GAP)
-                gray = gray_colors(resize(upright((values - lo) / (hi - lo)), size))
+                gray = gray_colors(resize(self.layout.upright((values - lo) / (hi - lo)), size))
                 canvas.paste(Image.fromarray(gray), (x, y + 20))
                 if isinstance(label, str):
                     pen.text((x + 4, y + 22), label, TEXT, font(11), stroke_width=1, stroke_fill=0)
@@ -237,10 +243,15 @@ class LatentProbes:
         for c, values in enumerate(measured.latents):
             x = GAP + c % columns * (size[0] + GAP)
             y = 30 + c // columns * (size[1] + GAP)
-            picture = Image.fromarray(error_colors(upright(values / end)))
+            picture = Image.fromarray(error_colors(self.layout.upright(values / end)))
             canvas.paste(picture.resize(size, Image.Resampling.NEAREST), (x, y))
             pen.text((x + 4, y + 2), str(c), TEXT, font(11), stroke_width=1, stroke_fill=0)
         return np.asarray(canvas)
+
+    def _middle(self, volume: torch.Tensor) -> np.ndarray:
+        """`(1, X, Y, Z)` or `(1, X, Y)` -> the plane in the middle, as float32 on the CPU."""
+        arranged = self.layout.arranged(volume.cpu().numpy())[0]
+        return np.take(arranged, arranged.shape[self.axis] // 2, self.axis)
 
     def _size(self, shape: tuple[int, int], width: int) -> tuple[int, int]:
         return width, max(2, round(width * shape[1] * self.spacing[1] / shape[0] / self.spacing[0]))
@@ -321,8 +332,3 @@ def _fit(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     power, axes = torch.linalg.eigh(covariance)
     root = axes * power.clamp(min=0).sqrt()  # the covariance is root @ root.T
     return values.mean(dim=1), root.to(values.dtype).to(values.device)
-
-
-def _middle(volume: torch.Tensor) -> np.ndarray:
-    """`(X, Y, Z)` or `(X, Y)` -> the slice in the middle of z, as float32 on the CPU."""
-    return (volume if volume.ndim == 2 else volume[..., volume.shape[-1] // 2]).cpu().numpy()

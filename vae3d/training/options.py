@@ -39,6 +39,7 @@ class Loop(Tracking):
         val_volumes: Validate on at most this many volumes (or latents), always the same.
         media_every: Interval of pictures and clips [steps]; 0 for none.
         media_volumes: Validation volumes (or samples) that are pictured.
+        radiological: Draw bodies as radiologists read them, their right on the left.
         save_every: Interval of checkpoints [steps].
         keep_checkpoints: Step files that are kept beside best and last, at least 2.
         max_hours: Save and end with exit code 0 after this time [h]; null for no limit.
@@ -67,6 +68,7 @@ class Loop(Tracking):
     val_volumes: int = 8
     media_every: int = 1000
     media_volumes: int = 2
+    radiological: bool = False
     save_every: int = 500
     keep_checkpoints: int = 2
     max_hours: float | None = None

@@ -36,6 +36,7 @@ HARMLESS = {
     "val_volumes",
     "media_every",
     "media_volumes",
+    "radiological",
     "save_every",
     "keep_checkpoints",
     "device",

@@ -7,6 +7,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, Unpack
 
+import numpy as np
 import torch
 
 from vae3d.config import check_at_least
@@ -16,6 +17,7 @@ from vae3d.models.custom_vae import CustomVAE
 from vae3d.tracking.media import View, in_one_range, save_views
 from vae3d.tracking.probes import LatentProbes
 from vae3d.tracking.tracker import Tracker
+from vae3d.tracking.voxels import SMALL, write_voxels
 from vae3d.training.distributed import World
 
 
@@ -30,6 +32,7 @@ class Validation:
         pictured: The first so many are shown; their reconstructions stay in memory from one
             validation to the next, so that pictures of the same step cost no second pass.
         overlap: Overlap of patches, a fraction of the patch.
+        radiological: Draw bodies with their right on the left.
     """
 
     def __init__(
@@ -40,10 +43,12 @@ class Validation:
         max_volumes: int | None = None,
         pictured: int = 0,
         overlap: float = 0.25,
+        radiological: bool = False,
     ):
         check_at_least(0, val_volumes=max_volumes, media_volumes=pictured)
         self.store, self.world = store, world
         self.patch_size, self.overlap = patch_size, overlap
+        self.radiological = radiological
         count = min(len(store), max_volumes or len(store))
         self.volumes = [i * len(store) // count for i in range(count)]
         self.shown = self.volumes[:pictured]
@@ -119,20 +124,21 @@ class Validation:
             x, recon = self.reconstruct(network, i, self.kept.pop((step, i), None))
             if tracker is None:  # a rank that only lends its part of the weights
                 continue
-            a, b, ends = in_one_range(self._ranges(len(x)), x.numpy(), recon.numpy())
-            name = tracker.alias(self.store.ids[i])
+            case = self.store.ids[i]
+            name = tracker.alias(case)
             tracker.in_background(
                 _views,
                 folder,
-                self.store.ids[i],
-                a,
-                b,
+                case,
+                x.numpy(),
+                recon.numpy(),
                 self.store.spacing_mm(i),
-                ends,
+                self._ranges(len(x)),
                 step=step,
                 panel=f"views/{name}",
                 title=f"{name}   step {step}",
-                window_hu=self._window_hu(),
+                window_hu=self.store.preprocess.drawn_hu,
+                layout=self.store.layout(i).read_by(self.radiological),
             )
         if not self.shown:
             return
@@ -142,23 +148,33 @@ class Validation:
                 self.patch_size,
                 self.store.spacing_mm(self.shown[0]),
                 self.store.data_range,
+                layout=self.store.layout(self.shown[0]).read_by(self.radiological),
             )
         measured = self.probes.measure(network)
         if tracker is not None:
             tracker.log(measured.numbers, step)
             tracker.in_background(self.probes.draw, measured, folder, step=step)
 
-    def _window_hu(self) -> tuple[float, float] | None:
-        """HU of the ends of the data range, where it has such: the same for all that is shown."""
-        preprocess = self.store.preprocess
-        if isinstance(preprocess.window_hu, dict) or isinstance(preprocess.intensity, dict):
-            return None
-        return preprocess.window_hu if preprocess.intensity in ("unit", "symmetric") else None
-
 
 def _views(
-    folder: Path, case: str, *pair: Any, panel: str, **view: Unpack[View]
+    folder: Path,
+    case: str,
+    x: np.ndarray,
+    recon: np.ndarray,
+    spacing: Sequence[float],
+    ranges: Sequence[tuple[float, float]],
+    panel: str,
+    **view: Unpack[View],
 ) -> dict[str, Path]:
-    """Write a case's picture and clips; return them by the name of their panel."""
-    files = save_views(folder, case, *pair, separate=True, **view)
+    """Write a case's picture and clips, and what the report's viewer shows of the newest step.
+
+    Returns:
+        Pictures and clips by the name of their panel.
+    """
+    a, b, ends = in_one_range(ranges, x, recon)
+    files = save_views(folder, case, a, b, spacing, ends, separate=True, **view)
+    if x.size <= SMALL:
+        layout, hu = view.get("layout"), view.get("window_hu")
+        pair = (x, recon, spacing, ranges)
+        write_voxels(folder.parent, case, *pair, layout=layout, window_hu=hu)
     return {f"{panel}/{kind}": path for kind, path in files.items()}
