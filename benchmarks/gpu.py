@@ -539,7 +539,7 @@ def runs(bench: Bench) -> Iterator[Row]:
             *("train-ldm", latents, "--vae", str(folder / "run"), "--out_dir", str(folder / "ldm")),
             *(*where, "--max_steps", "2", "--media_every", "2", "--wandb", "disabled"),
             *("--unet.channels", "[8,16]", "--unet.num_res_blocks", "1", "--batch_size", "1"),
-            *("--unet.attention_levels", "[false,false]", "--unet.num_head_channels", "[0,0]"),
+            *("--unet.attention_levels", "[false,true]", "--unet.num_head_channels", "[0,8]"),
             *("--unet.norm_num_groups", "4"),
         )
         yield "train-ldm", "with a picture"
