@@ -226,9 +226,15 @@ class Builder:
                         raise with_remedy(found, len(subjects)) from found
                     skipped.append((subject.id, found.path, found.reason))
         finally:
-            pool.shutdown(cancel_futures=True)
-            write_whole(self.cache_dir / "sources.json", json.dumps(self.digests).encode())
+            pool.shutdown(wait=False, cancel_futures=True)
+            self.write_digests()  # who is asked to stop may not have the time for those in hand
+            pool.shutdown()
+            self.write_digests()
         return made, skipped
+
+    def write_digests(self) -> None:
+        """Remember which bytes the source files hold, while others may still be added."""
+        write_whole(self.cache_dir / "sources.json", json.dumps(dict(self.digests)).encode())
 
     def build_one(self, subject: Subject, volume: Volume) -> dict[str, Any]:
         """Check, preprocess and store one volume, as it was read."""

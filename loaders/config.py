@@ -127,7 +127,7 @@ def survey_data(
         spatial_dims: 3 for volumes, 2 for their slices.
         split: Ids of train, val and test, as saved by an earlier run; None to split anew.
         in_channels: Channels that the model takes; None for any.
-        force: Go on with `split` although the manifest's has changed since.
+        force: Go on with what is left of `split` although the data have changed since.
 
     Returns:
         The volumes, their split, and what there is to tell of them.
@@ -150,7 +150,8 @@ def survey_data(
         fold = (config.folds, config.fold, config.stratify_by)
         split = split_subjects(subjects, config.fractions, *fold)
     else:
-        told = changes_since(subjects, split, force, config.root)
+        today = {subject.id: subject.split for subject in subjects}
+        split, told = changes_since(today, split, force, config.root)
         subjects = [subject for subject in subjects if subject.id in known]
     parts = ", ".join(f"{len(ids)} {name}" for name, ids in split.items())
     return Survey(
@@ -222,7 +223,7 @@ def open_data(
         in_channels: Channels that the model takes, checked before anything is cached; None for any.
         say: Takes the lines on the data set; None for a rank that follows another, which has told
             and checked already.
-        force: Go on with `split` although the manifest's has changed since.
+        force: Go on with what is left of `split` although the data have changed since.
 
     Returns:
         (store, split): a `VolumeStore` of all volumes (a `SliceStore` in 2D), and the ids of the

@@ -6,6 +6,7 @@ Images are (B, C, X, Y, Z) float32 in 3D and (B, C, X, Y) in 2D.
 from __future__ import annotations
 
 import itertools
+import signal
 import sys
 import threading
 from collections import deque
@@ -296,15 +297,22 @@ class PatchLoader:
         plan = self.plan
         return {"samples": self.samples, "seed": plan.seed, "rows_per_epoch": plan.rows_per_epoch}
 
+    def changes_since(self, state: dict[str, int]) -> list[str]:
+        """Return in what the order of the data is another than where `state_dict` was taken."""
+        mine = self.state_dict()
+        return [
+            f"{name} was {state[name]}, is {mine[name]}"
+            for name in ("seed", "rows_per_epoch")
+            if state[name] != mine[name]
+        ]
+
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Let the next iteration go on where `state_dict` was taken, on any number of ranks."""
-        mine = self.state_dict()
-        for name in ("seed", "rows_per_epoch"):
-            if state[name] != mine[name]:
-                raise ValueError(
-                    f"the checkpoint's data order has {name} {state[name]}, this run {mine[name]}: "
-                    f"resume with the same data, patching and seed"
-                )
+        if changes := self.changes_since(state):
+            raise ValueError(
+                f"the checkpoint's order of the data is another ({', '.join(changes)}): resume with"
+                f" the same data, patching and seed, or begin the order anew by --force"
+            )
         self._begin = self.samples = int(state["samples"])
 
     def __iter__(self) -> Iterator[Batch]:
@@ -396,6 +404,7 @@ class PatchLoader:
             num_workers=self.threads,
             prefetch_factor=max(1, self.prefetch // self.threads),
             generator=torch.Generator().manual_seed(self.plan.seed),  # leaves the global one alone
+            worker_init_fn=leave_signals_to_the_parent,
         )
         for (after, _), batch in zip(order, loader, strict=False):
             if self.pin:
@@ -403,6 +412,13 @@ class PatchLoader:
                 if batch.weight is not None:
                     batch.weight = batch.weight.pin_memory()
             yield after, batch
+
+
+def leave_signals_to_the_parent(_worker: int) -> None:
+    """Ignore what asks a whole group of processes to stop: the parent's step needs its batches."""
+    for name in ("SIGTERM", "SIGINT", "SIGUSR1"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
 
 
 class _Batches(torch.utils.data.Dataset[Batch]):

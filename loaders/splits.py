@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from loaders.subjects import Subject
 
@@ -153,44 +153,46 @@ def deal(strata: dict[str, str], shares: dict[str, float]) -> dict[str, str]:
 
 
 def changes_since(
-    subjects: Sequence[Subject], split: Split, force: bool = False, root: str = "data.root"
-) -> list[str]:
-    """Hold the split of a run that goes on against today's data; return what to tell.
+    today: Mapping[str, str | None], split: Split, force: bool = False, root: str = "data.root"
+) -> tuple[Split, list[str]]:
+    """Hold the split of a run that goes on against today's data.
 
     Args:
-        subjects: The volumes of today.
-        split: That of the run's split.json; it stays.
-        force: Go on although the manifest's own split has changed.
+        today: The volumes of today, and the part that a manifest puts them in.
+        split: That of the run's split.json.
+        force: Go on without volumes that are gone, and although the manifest's parts have changed.
         root: Where the volumes lie, for messages.
+
+    Returns:
+        The run's split, less what is gone, and what to tell.
     """
     part_of = {id: name for name, ids in split.items() for id in ids}
-    vanished = sorted(part_of.keys() - {s.id for s in subjects})
-    if vanished:
+    gone = sorted(part_of.keys() - today.keys())
+    moved = [
+        f"{id} ({part_of[id]} -> {part})"
+        for id, part in today.items()
+        if part and part_of.get(id, part) != part
+    ]
+    new = [id for id in today if id not in part_of]
+    found = {"gone": gone, "in another split": moved, "new and not used": new}
+    changes = [f"{len(ids)} {what}: {some(ids)}" for what, ids in found.items() if ids]
+    if not changes:
+        return split, []
+    line = f"{root} has changed since this run began: {'; '.join(changes)}"
+    if (gone or moved) and not force:
         raise ValueError(
-            f"{root}: of this run's split.json {len(vanished)} are gone, first {vanished[0]!r}; "
-            f"put them back, or begin anew with --fresh"
+            f"{line}. Put it back, go on by --force with the run's own split of what is left, or"
+            " begin anew with --fresh"
         )
-    lines = []
-    new = [s.id for s in subjects if s.id not in part_of]
-    if new:
-        lines.append(
-            f"new: {len(new)} volumes that this run did not begin with are not used, first "
-            f"{new[0]} (--fresh begins anew with them)"
-        )
-    moved = [s for s in subjects if s.split and part_of.get(s.id, s.split) != s.split]
-    if moved:
-        first = moved[0]
-        what = (
-            f"{root}: puts {first.id} into {first.split} today, this run began with it in "
-            f"{part_of[first.id]} ({len(moved)} changed)"
-        )
-        if not force:
-            raise ValueError(
-                f"{what}: put the column split back, begin anew with --fresh, or go on with the "
-                f"run's own split by --force"
-            )
-        lines.append(f"split: {what}; the run goes on with its own split.json")
-    return lines
+    lacking = set(gone)
+    kept = {name: [id for id in ids if id not in lacking] for name, ids in split.items()}
+    return kept, [f"{line}. The run keeps its own split; --fresh begins anew"]
+
+
+def some(names: Sequence[str], most: int = 3) -> str:
+    """Return the first few names, and how many there are besides."""
+    rest = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + rest
 
 
 def stable_fraction(name: str) -> float:

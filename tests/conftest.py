@@ -1,6 +1,8 @@
 """Fixtures for every test: seeds, one thread, no process group left; real volumes, a command."""
 
+import itertools
 import os
+import signal
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -50,3 +52,20 @@ def vae3d(capfd):
         return SimpleNamespace(returncode=caught.value.code, stdout=out, stderr=err)
 
     return run
+
+
+@pytest.fixture
+def signal_at(monkeypatch):
+    """Let a function send this process a signal in one of its calls, before it does its work."""
+
+    def hook(owner, name, call=1, number=signal.SIGTERM) -> None:
+        real, calls = getattr(owner, name), itertools.count(1)
+
+        def signalling(*args, **kwargs):
+            if next(calls) == call:
+                os.kill(os.getpid(), number)
+            return real(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, signalling)
+
+    return hook

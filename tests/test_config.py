@@ -282,13 +282,6 @@ def test_main_turns_the_users_mistake_into_one_line_and_exit_code_2(capsys, monk
     assert capsys.readouterr().err == "error: scan.nii: No such file or directory\n"
 
 
-def test_ctrl_c_is_one_line_and_exit_code_130(capsys):
-    with pytest.raises(SystemExit) as stop:
-        config.main(raises(KeyboardInterrupt()), [])
-    assert stop.value.code == 130
-    assert capsys.readouterr().err == "interrupted\n"
-
-
 def test_an_error_from_inside_a_library_keeps_its_traceback():
     def fn():
         """Fail inside a library."""

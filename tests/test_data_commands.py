@@ -5,6 +5,7 @@ import pytest
 from dicoms import write_series
 
 from loaders import DataConfig, find_subjects, read_volume, split_subjects
+from loaders.build import Builder
 from loaders.demo import write_demo
 
 
@@ -198,3 +199,28 @@ def test_several_dicom_series_in_a_folder_are_told_and_options_take_them(tmp_pat
     assert run.returncode == 0 and "\n1 volumes in" in run.stdout, run.stderr
     run = vae3d(*prepare, "--data.dicom.gaps", "fill")
     assert run.returncode == 2 and "gaps" in run.stderr
+
+
+def test_a_signal_while_caching_keeps_the_finished_volumes_and_the_next_run_makes_the_rest(
+    tmp_path, vae3d, signal_at, monkeypatch
+):
+    root, cache = tmp_path / "volumes", tmp_path / "cache"
+    root.mkdir()
+    for n in range(5):
+        image = np.random.default_rng(n).integers(0, 99, (8, 8, 8))
+        np.save(root / f"v{n}.npy", image.astype(np.int16))
+    argv = ["prepare", "--data.root", root, "--data.cache_dir", cache, "--data.threads", "1"]
+    signal_at(Builder, "build_one", 3)
+    done = vae3d(*argv)
+    assert done.returncode == 143
+    assert done.stderr == "stopped by SIGTERM: what was finished is kept\n"
+    finished = len([path for path in cache.glob("*.json") if path.name != "sources.json"])
+    assert 2 <= finished < 5 and not list(cache.glob("*.partial.*"))
+    monkeypatch.undo()
+    made = []
+    real = Builder.build_one
+    monkeypatch.setattr(
+        Builder, "build_one", lambda self, *given: (made.append(given[0].id), real(self, *given))[1]
+    )
+    assert vae3d(*argv).returncode == 0
+    assert len(made) == 5 - finished

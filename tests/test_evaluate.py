@@ -180,6 +180,27 @@ def test_finished_volumes_are_kept_and_missing_ones_are_made(place, tmp_path, ca
     assert "psnr" in said and "report:" in said and "gif:" in said and "mp4:" in said
 
 
+def test_a_signal_within_a_volume_keeps_those_before_and_the_next_run_does_the_rest(
+    place, tmp_path, capsys, signal_at, monkeypatch
+):
+    argv = ["--checkpoint", str(place / "run"), "--data.root", str(place / "volumes"),
+            "--data.cache_dir", str(place / "cache"), "--patch_size", "[8,8,8]", "--out_dir",
+            str(tmp_path), "--device", "cpu", "--wandb", "disabled"]  # fmt: skip
+    signal_at(CustomVAE, "decode", 30)  # of 24 tiles a volume
+    with pytest.raises(SystemExit) as end:
+        main(evaluate, argv)
+    monkeypatch.undo()
+    assert end.value.code == 143
+    assert capsys.readouterr().err == "stopped by SIGTERM: what was finished is kept\n"
+    (first,) = (tmp_path / "rows").glob("*.json")
+    assert [path.name for path in (tmp_path / "recon").iterdir()] == [f"{first.stem}.nii.gz"]
+    assert not list(tmp_path.rglob("*.partial.*")) and not (tmp_path / "metrics.csv").exists()
+    written = first.stat().st_mtime_ns
+    evaluate(str(place / "run"), data(place), str(tmp_path), patch_size=(8, 8, 8), **QUIET)
+    assert first.stat().st_mtime_ns == written
+    assert rows(tmp_path) == rows(place / "done")
+
+
 def test_other_settings_are_computed_again(place, tmp_path):
     out = tmp_path / "out"
     shutil.copytree(place / "done", out)

@@ -20,13 +20,14 @@ SOURCES = sorted(
 ROOMS = {
     "loaders": set(),
     "recipes": set(),  # vae3d/recipes.py
+    "stop": set(),  # vae3d/stop.py: signals
     "kernels": set(),
     "models": {"kernels"},
     "losses": {"models"},
     "weights": {"models"},
     "exact": {"kernels", "models"},
     "tracking": {"loaders"},
-    "config": {"loaders", "models", "recipes"},  # vae3d/config.py: signatures to command lines
+    "config": {"loaders", "models", "recipes", "stop"},  # vae3d/config.py
     "reports": {"loaders", "tracking"},
     "inference": {"loaders", "kernels", "models", "exact", "tracking", "reports"},
     "training": {
@@ -37,6 +38,7 @@ ROOMS = {
         "weights",
         "tracking",
         "config",
+        "stop",
         "inference",
     },
     "stage2": {"loaders", "models", "tracking", "training"},

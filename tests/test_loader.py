@@ -152,7 +152,7 @@ def test_resuming_inside_an_epoch_finishes_it(store):
 
 def test_state_of_other_data_is_told(store):
     state = loader(store).state_dict()
-    with pytest.raises(ValueError, match="seed 0, this run 1"):
+    with pytest.raises(ValueError, match="seed was 0, is 1"):
         loader(store, seed=1).load_state_dict(state)
     with pytest.raises(ValueError, match="rows_per_epoch"):
         loader(store, patches_per_volume=3).load_state_dict(state)

@@ -344,8 +344,8 @@ def test_a_resumed_run_keeps_its_split_and_new_files_are_told_in_one_line(tmp_pa
         id for ids in old.values() for id in ids
     )
     assert survey.lines == [
-        "new: 2 volumes that this run did not begin with are not used, first p2__T1 (--fresh "
-        "begins anew with them)",
+        f"{tmp_path} has changed since this run began: 2 new and not used: p2__T1, p2__T2. The run "
+        "keeps its own split; --fresh begins anew",
         "split: 3 train, 1 val, 1 test",
     ]
 
@@ -358,10 +358,12 @@ def test_a_manifest_whose_split_changed_is_refused_unless_it_is_forced(tmp_path)
     begun = {"train": ["a", "c"], "val": ["b"], "test": []}
     assert survey_data(config, split=begun).split == begun
     manifest.write_text("path,split\na.nii.gz,test\nb.nii.gz,val\nc.nii.gz,\n")
-    with pytest.raises(ValueError, match=r"m.csv: puts a into test today.*--fresh.*--force"):
+    with pytest.raises(
+        ValueError, match=r"1 in another split: a \(train -> test\).*--force.*--fresh"
+    ):
         survey_data(config, split=begun)
     survey = survey_data(config, split=begun, force=True)
-    assert survey.split == begun and "goes on with its own split.json" in survey.lines[0]
+    assert survey.split == begun and "keeps its own split" in survey.lines[0]
 
 
 def test_channels_that_nnu_net_names_are_of_one_case_and_running_numbers_are_not(tmp_path):

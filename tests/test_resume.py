@@ -55,6 +55,54 @@ def losses(*trainers):
     return rows
 
 
+def rates(trainer):
+    return {step: row["train/lr"] for step, row in trainer.tracker.rows.items()}
+
+
+def test_a_longer_schedule_is_told_and_risen_to_where_that_is_asked(tmp_path, capsys):
+    """Cosine to nothing at step 8, then to nothing at step 20: 16 times the rate at once."""
+    options = dict(loss=VAELoss, log_every=1, lr_schedule="cosine")
+    short = trainer_of(tmp_path, 8, **options)
+    short.fit()
+    state = short.checkpoints.resume(tmp_path / "last.pt")
+    longer = trainer_of(tmp_path / "longer", 20, state, **options)
+    line = "learning rate: 0.00067 up to step 8, from here 0.0075 (max_steps 20)"
+    assert capsys.readouterr().out == f"{line}; --rewarm_steps N would reach it in N steps\n"
+    longer.fit()
+    slowly = trainer_of(tmp_path / "slowly", 20, state, rewarm_steps=3, **options)
+    assert capsys.readouterr().out == f"{line}, reached in 3 steps\n"
+    slowly.fit()
+    last, aim, rise = rates(short)[8], rates(longer), rates(slowly)
+    for n in range(3):  # a quarter, a half and three quarters of the way
+        assert rise[9 + n] == pytest.approx(last + (aim[9 + n] - last) * (n + 1) / 4)
+    assert [rise[n] for n in range(12, 21)] == [aim[n] for n in range(12, 21)]
+
+
+def test_a_run_stopped_while_its_rate_rises_anew_goes_on_rising(tmp_path, capsys):
+    options = dict(loss=VAELoss, log_every=1, lr_schedule="cosine", rewarm_steps=4)
+
+    def go_on(folder, after, **more):
+        state = load_checkpoint(tmp_path / after / "last.pt") if after else None
+        trainer = trainer_of(tmp_path / folder, 12 if after else 6, state, **options, **more)
+        trainer.fit()
+        return trainer
+
+    go_on("short", None)
+    whole = go_on("whole", "short")
+    half = go_on("half", "short", max_hours=0.0)
+    capsys.readouterr()
+    rest = go_on("rest", "half")
+    assert half.step == 7 and capsys.readouterr().out == ""
+    assert rates(whole) == rates(half) | rates(rest) and same(result(whole)[1], result(rest)[1])
+
+
+def test_a_schedule_that_goes_on_is_not_told(tmp_path, capsys):
+    options = dict(loss=VAELoss, lr_schedule="cosine", rewarm_steps=4)
+    trainer_of(tmp_path, 6, max_hours=0.0, **options).fit()
+    trainer_of(tmp_path, 6, load_checkpoint(tmp_path / "last.pt"), **options)
+    assert capsys.readouterr().out == ""
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """A run of 9 steps never stopped; 10 samples in batches of 2, so it ends mid-epoch."""

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from loaders.find import find_subjects
-from loaders.splits import split_subjects
+from loaders.splits import changes_since, split_subjects
 from loaders.subjects import Subject
 
 
@@ -140,3 +140,19 @@ def test_shares_follow_the_fractions_in_the_long_run():
     split = split_subjects(people(5000), (0.6, 0.3, 0.1))
     shares = np.array([len(split[name]) for name in ("train", "val", "test")]) / 5000
     assert np.allclose(shares, (0.6, 0.3, 0.1), atol=0.03)
+
+
+def test_what_changed_since_a_run_began_is_told_by_a_few_names_and_counts():
+    begun = {"train": ["a", "b", "c", "d", "e"], "val": ["f"], "test": ["g"]}
+    assert changes_since(dict.fromkeys("abcdefg"), begun) == (begun, [])
+    split, (line,) = changes_since(dict.fromkeys("gfedcbazyxw"), begun, root="DIR")
+    assert split == begun
+    assert line.startswith("DIR has changed since this run began: 4 new and not used: z, y, x and ")
+    today = dict.fromkeys("ex") | {"g": "train", "f": "val"}
+    what = "DIR has changed since this run began: 4 gone: a, b, c and 1 more; 1 in another split: "
+    what += "g (test -> train); 1 new and not used: x. "
+    with pytest.raises(ValueError) as error:
+        changes_since(today, begun, root="DIR")
+    assert str(error.value).startswith(what) and "by --force" in str(error.value)
+    split, (line,) = changes_since(today, begun, force=True, root="DIR")
+    assert split == {"train": ["e"], "val": ["f"], "test": ["g"]} and line.startswith(what)

@@ -22,6 +22,7 @@ from vae3d.commands.decode import decode
 from vae3d.commands.encode import VolumeSource, encode
 from vae3d.commands.sample import sample
 from vae3d.commands.train_ldm import UNet, train_ldm
+from vae3d.exact.executor import Executor
 from vae3d.models.custom_vae import CustomVAE
 from vae3d.models.norm import GroupNorm
 from vae3d.stage2.diffusion import LatentDiffusion
@@ -560,3 +561,76 @@ def test_the_second_stage_brings_samples_closer_to_the_data_than_the_prior_does(
         distance[source] = wasserstein(drawn * gain + record["bias"][0], real)
     assert distance["ldm"] < 0.5 * distance["standard"], distance  # 0.019 and 0.091 when written
     assert distance["joint"] < 0.5 * distance["standard"], distance
+
+
+@pytest.mark.parametrize(
+    ("mode", "owner", "name", "call"),
+    [("patch", CustomVAE, "encode", 50), ("full", CustomVAE, "encode", 2)]
+    + [("exact", Executor, "sweep", 16)],
+)
+def test_a_signal_while_encoding_keeps_whole_latents_and_the_next_run_goes_on(
+    home, tmp_path, vae3d, signal_at, monkeypatch, mode, owner, name, call
+):
+    argv = ["encode", "--checkpoint", home / "run", "--out_dir", tmp_path, "--device", "cpu",
+            "--mode", mode]  # fmt: skip
+    signal_at(owner, name, call)  # within the second volume
+    done = vae3d(*argv)
+    assert done.returncode == 143
+    assert done.stderr == "stopped by SIGTERM: what was finished is kept\n"
+    files = sorted(path.name for path in tmp_path.iterdir())
+    assert files == ["v0.safetensors"] and read_latent(tmp_path / "v0.safetensors")
+    monkeypatch.undo()
+    done = vae3d(*argv)
+    assert done.returncode == 0 and "1 of 6 volumes are done already" in done.stdout
+    assert len(read_index(tmp_path)["subjects"]) == 6
+
+
+def test_a_signal_while_decoding_or_sampling_keeps_whole_volumes(
+    home, tmp_path, vae3d, signal_at, monkeypatch
+):
+    vae = ["--checkpoint", home / "run", "--device", "cpu"]
+    decoding = ["decode", home / "latents", *vae, "--out_dir", tmp_path / "decoded"]
+    sampling = ["sample", *vae, "--latents", home / "latents", "--prior", "gaussian", "--n", "3",
+                "--media", "false", "--out_dir", tmp_path / "samples"]  # fmt: skip
+    for argv in (decoding, sampling):
+        monkeypatch.undo()
+        signal_at(CustomVAE, "decode", 2)
+        done = vae3d(*argv)
+        assert (done.returncode, done.stderr) == (
+            143,
+            "stopped by SIGTERM: what was finished is kept\n",
+        )
+    files = [path.relative_to(tmp_path) for path in tmp_path.rglob("*") if path.is_file()]
+    assert sorted(map(str, files)) == ["decoded/v0.nii.gz", "samples/gaussian/sample_000.nii.gz"]
+    assert all(np.isfinite(read_volume(tmp_path / path).data).all() for path in files)
+
+
+def test_a_signal_while_samples_are_pictured_ends_the_run_which_then_pictures_them(
+    home, tmp_path, signal_at, monkeypatch
+):
+    options = dict(max_steps=4, media_every=2, media_volumes=2)
+    signal_at(LatentDiffusion, "sample", 2)
+    assert ldm(home / "latents", tmp_path, **options) == 143
+    monkeypatch.undo()
+    assert load_checkpoint(tmp_path / "checkpoints" / "last.pt")["step"] == 2
+    assert not list(tmp_path.rglob("*.png"))
+    assert ldm(home / "latents", tmp_path, **options) == 0
+    pictures = sorted(path.name for path in (tmp_path / "media").iterdir())
+    assert pictures == ["samples_00000002.png", "samples_00000004.png"]
+    assert len(losses(tmp_path)) == 4
+
+
+def test_latents_that_changed_since_a_run_began_are_told_and_forced(home, tmp_path, capsys):
+    latents, run = shutil.copytree(home / "latents", tmp_path / "latents"), tmp_path / "ldm"
+    ldm(latents, run, max_steps=2)
+    begun = load_checkpoint(run)["split"]
+    shutil.copy(latents / "v0.safetensors", latents / "w0.safetensors")
+    (latents / "v1.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"changed since this run began: 1 gone: v1\. .*--force"):
+        ldm(latents, run, max_steps=4)
+    assert ldm(latents, run, max_steps=4, force=True) == 0
+    text = capsys.readouterr().out
+    assert "1 gone: v1" in text
+    assert "the order of the data begins anew: rows_per_epoch was 4, is 3" in text
+    left = {part: [name for name in names if name != "v1"] for part, names in begun.items()}
+    assert load_checkpoint(run / "checkpoints" / "last.pt")["split"] == left

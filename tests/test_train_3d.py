@@ -332,6 +332,24 @@ def test_a_signal_to_one_rank_stops_both_at_the_same_step(options, tmp_path):
     assert load_checkpoint(tmp_path / "run" / "checkpoints" / "last.pt")["step"] >= 3
 
 
+def test_a_signal_to_a_rank_that_waits_ends_the_validation_of_the_other(options, tmp_path):
+    """Rank 0 decodes for a minute, rank 1 waits for it in a collective call."""
+    argv = [*options, "--model.class_path", "slow.SlowVAE", "--val_every", "2"]
+    process = Process(argv, tmp_path, ranks=2)
+    wait_for_step(process, tmp_path / "run", 2)
+    while not (tmp_path / "run" / "checkpoints" / "last.pt").exists():
+        time.sleep(0.02)
+    time.sleep(1)
+    begun = time.monotonic()
+    os.kill(process.ranks[1].pid, signal.SIGUSR1)
+    assert process.wait(60) == [138, 138]
+    assert time.monotonic() - begun < 15, process.text()
+    assert process.text().count("stopped by SIGUSR1: step 2 is saved; the same command") == 1
+    assert "Traceback" not in process.text() + process.text(1)
+    state = load_checkpoint(tmp_path / "run" / "checkpoints" / "last.pt")
+    assert state["step"] == 2 and state["owed"] == ["validation"]
+
+
 def test_a_rank_that_dies_ends_the_other_and_is_named(options, tmp_path):
     argv = [*options, "--max_steps", "5000", "--save_every", "2", "--val_every", "0",
             "--timeout_minutes", "0.2"]  # fmt: skip
@@ -417,8 +435,17 @@ def test_changed_options_are_listed_and_harmless_ones_pass(options, tmp_path):
     line = one_line([*options, "--lr", "5e-3", "--model.init_args.latent_channels", "2"], tmp_path)
     assert "lr: 0.001 -> 0.005" in line and "latent_channels: 4 -> 2" in line and "--force" in line
     run([*options, "--max_steps", "3", "--log_every", "3"], tmp_path)
-    run([*options, "--max_steps", "4", "--lr", "5e-3", "--force"], tmp_path)
-    assert load_checkpoint(tmp_path / "run" / "checkpoints" / "last.pt")["step"] == 4
+    other = ["--lr", "5e-3", "--patches_per_volume", "3", "--data.fractions", "[0.6,0.2,0.2]"]
+    line = one_line([*options, "--max_steps", "4", *other], tmp_path)
+    assert "patches_per_volume: 2 -> 3" in line
+    text = run([*options, "--max_steps", "4", *other, "--force"], tmp_path)
+    assert "changed by --force: lr: 0.001 -> 0.005\n" in text
+    assert re.search(r"the order of the data begins anew: rows_per_epoch was \d+, is \d+\n", text)
+    kept = "data.fractions: [0.8, 0.1, 0.1] -> [0.6, 0.2, 0.2]; no effect, the run keeps its split"
+    assert kept in text
+    assert re.search(r"learning rate: \S+ up to step 3, from here 0\.00", text)
+    run([*options, "--max_steps", "5", *other], tmp_path)  # the checkpoint has them by now
+    assert load_checkpoint(tmp_path / "run" / "checkpoints" / "last.pt")["step"] == 5
 
 
 def test_a_decoder_is_tuned_on_an_encoder_that_stays(options, tmp_path):
@@ -471,7 +498,11 @@ def test_a_volume_that_has_vanished_is_named(options, tmp_path, volumes, part):
     gone = json.loads((tmp_path / "run" / "split.json").read_text())[part][0]
     next(root.glob(f"{gone}*")).unlink()
     line = one_line([*argv, "--max_steps", "4"], tmp_path)
-    assert gone in line and "gone" in line and "--fresh" in line
+    assert f"1 gone: {gone}." in line and "--force" in line and "--fresh" in line
+    text = run([*argv, "--max_steps", "4", "--force"], tmp_path)
+    assert f"1 gone: {gone}. The run keeps its own split" in text
+    assert gone not in json.loads((tmp_path / "run" / "split.json").read_text())[part]
+    assert ("order of the data begins anew" in text) == (part == "train")
 
 
 def test_a_run_tells_of_its_data_and_goes_on_without_volumes_that_came_later(
@@ -486,7 +517,7 @@ def test_a_run_tells_of_its_data_and_goes_on_without_volumes_that_came_later(
     split = json.loads((tmp_path / "run" / "split.json").read_text())
     np.save(root / "zz_later.npy", np.load(root / "subject_00.npy") * 2)
     text = run([*argv, "--max_steps", "4"], tmp_path)
-    assert text.count("new: 1 volumes") == 1 and "first zz_later" in text
+    assert text.count("1 new and not used: zz_later") == 1
     assert json.loads((tmp_path / "run" / "split.json").read_text()) == split
 
 

@@ -1,6 +1,8 @@
 import contextlib
 import copy
 import math
+import os
+import signal
 import sys
 import time
 from dataclasses import replace
@@ -20,6 +22,7 @@ from vae3d.losses.vae_loss import VAELoss
 from vae3d.training import distributed
 from vae3d.training.distributed import World
 from vae3d.training.optimizers import FusedAdamW
+from vae3d.training.options import Loop
 from vae3d.training.precision import LossScaler, faults_of_conv3d, native_amp
 from vae3d.training.run import Run
 from vae3d.training.task import Task, VAETask, noise_of_sample
@@ -302,6 +305,40 @@ def test_time_limit_saves_and_ends_with_zero(tmp_path):
     assert trainer.checkpoints.resume(tmp_path / "last.pt")["step"] == 1
 
 
+def killed(*_):
+    """End as a look at the network does that a signal meets."""
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(30)
+
+
+@pytest.mark.parametrize("look", ["validate", "show"])
+def test_a_signal_while_looking_loses_no_step_and_the_next_run_looks_first(tmp_path, capsys, look):
+    every = {"validate": "val_every", "show": "media_every"}[look]
+    first = toy_trainer(tmp_path, **{look: killed, every: 3}, max_steps=5)
+    assert first.fit() == 143 and first.step == 3
+    line = "stopped by SIGTERM: step 3 is saved; the same command continues\n"
+    assert capsys.readouterr().err.endswith(line)
+    looked = []
+
+    def remember(_network, step):
+        looked.append(step)
+        return {"val/mae": 1.0}
+
+    again = toy_trainer(tmp_path, **{look: remember, every: 3}, max_steps=5)
+    again.load_state_dict(again.checkpoints.resume(tmp_path / "last.pt"))
+    assert again.fit() == 0 and looked == [3, 5]
+
+
+def test_a_signal_within_a_step_waits_for_its_checkpoint_and_is_told_once(
+    tmp_path, capsys, signal_at
+):
+    trainer = toy_trainer(tmp_path, max_steps=9)
+    signal_at(trainer, "update", 4)
+    assert trainer.fit() == 143
+    assert trainer.checkpoints.resume(tmp_path / "last.pt")["step"] == 4
+    assert capsys.readouterr().err.count("stopped by SIGTERM: step 4 is saved") == 1
+
+
 def scripted(*scores):
     scores = iter(scores)
     return lambda network, step: {"val/mae": next(scores)}
@@ -478,6 +515,14 @@ def test_known_faults_of_3d_convolutions_are_told_at_the_start(
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == len(told)
     assert all(part in line for part, line in zip(told, lines, strict=True))
+
+
+@pytest.mark.parametrize("max_steps, told", [(99, True), (100, False)])
+def test_a_run_that_ends_within_its_warm_up_is_told(tmp_path, capsys, max_steps, told):
+    loop = Loop(max_steps=max_steps, warmup_steps=100, lr=1e-3, wandb="disabled")
+    Run(tmp_path, World()).track(loop, {}, None).close()
+    line = "max_steps 99 ends within warmup_steps 100: the learning rate gets no higher than"
+    assert capsys.readouterr().out == f"{line} 0.00098 of 0.001\n" * told
 
 
 @pytest.mark.parametrize("error", [None, RuntimeError("rank 1 no longer answers")])

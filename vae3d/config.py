@@ -46,9 +46,9 @@ from loaders.whole import write_text
 from vae3d.models.classes import buildable, import_class
 from vae3d.models.spec import describe
 from vae3d.recipes import find_recipe
+from vae3d.stop import Stopped, listening, say
 
 MISTAKE = 2  # exit code when the user's input is at fault
-INTERRUPTED = 130  # exit code after Ctrl-C, 128 + SIGINT
 LONG_LINE = 1500  # characters of a message; jsonargparse repeats the whole value
 
 # Options of old, in recipes, command lines and runs that are resumed: what they are called today,
@@ -81,7 +81,8 @@ def main(
 
     A `ValueError` raised by this project, or an `OSError` that names a file, is the user's
     mistake: one line on stderr, exit code 2. An error from inside a library is ours and keeps its
-    traceback, as does every error where `VAE3D_DEBUG` is set.
+    traceback, as does every error where `VAE3D_DEBUG` is set. Signals that ask to stop end `fn`
+    with one line and their code, see `vae3d.stop`.
 
     Args:
         fn: What to run. Its parameters and their docstring are the options and their help.
@@ -90,7 +91,8 @@ def main(
     """
     several_ranks = os.environ.get("WORLD_SIZE", "1") != "1"
     try:
-        code = _run(fn, argv, prog)
+        with listening():
+            code = _run(fn, argv, prog)
     except Exception:
         if not several_ranks:
             raise
@@ -113,9 +115,9 @@ def _run(fn: Callable[..., int | None], argv: list[str] | None, prog: str | None
         rank = f"[rank {os.environ['RANK']}] " if "RANK" in os.environ else ""
         print(f"{rank}error: {_one_line(error)}", file=sys.stderr)
         return MISTAKE
-    except KeyboardInterrupt:  # before training, or outside of it; there it is caught and saved
-        print("interrupted", file=sys.stderr)
-        return INTERRUPTED
+    except Stopped as stopped:
+        say(f"{stopped}: what was finished is kept")
+        return stopped.code
 
 
 def _leave_at_once(code: int) -> NoReturn:

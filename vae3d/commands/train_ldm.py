@@ -5,6 +5,7 @@ The loop, checkpoints, resuming, averaging and tracking are those of the first s
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from vae3d.training.options import Loop, as_options, spread
 
 if TYPE_CHECKING:
+    from loaders.splits import Split
     from vae3d.stage2.diffusion import LatentDiffusion
     from vae3d.stage2.latents import LatentStore
     from vae3d.stage2.task import Guide
@@ -127,7 +129,9 @@ def train_ldm(
     ):
         config, state = run.begin(train_ldm, call, loop.fresh, loop.force)
         loop = replace(loop, amp=run.precision(loop.amp, state))
-        train, held_out, (given, held_out_given) = open_latents(latents, condition)
+        begun, say = state and state["split"], print if world.is_main else None
+        parts = parts_of(latents, begun, loop.force, say)
+        train, held_out, (given, held_out_given) = open_latents(latents, condition, parts)
         check_crop(crop, train, condition)
 
         torch.manual_seed(loop.seed)
@@ -197,23 +201,53 @@ def train_ldm(
         return run.fit(trainer, state)
 
 
+def parts_of(
+    latents: str, begun: Split | None, force: bool, say: Callable[[str], None] | None = print
+) -> Split:
+    """The subjects that train and validate: those that the run began with, where it goes on.
+
+    Args:
+        latents: Folder of latents.
+        begun: What the run began with, or None.
+        force: Go on although the latents have changed since.
+        say: Takes the line on that; None for ranks that follow.
+    """
+    from loaders.splits import changes_since
+    from vae3d.stage2.latents import find_latents, read_info
+
+    infos = [read_info(path) for path in find_latents(latents)]
+    part_of = {info["subject"]: info["split"] for info in infos}
+    if "train" not in part_of.values():  # there was no split: all train
+        part_of = dict.fromkeys(part_of, "train")
+    used = ("train", "val")
+    if begun is None:
+        return {part: [name for name, of in part_of.items() if of == part] for part in used}
+    known = {name for names in begun.values() for name in names}
+    today = {name: part for name, part in part_of.items() if name in known or part in used}
+    split, lines = changes_since(today, begun, force, latents)
+    if say is not None:
+        for line in lines:
+            say(line)
+    return split
+
+
 def open_latents(
-    latents: str, condition: str | None
+    latents: str, condition: str | None, parts: Split
 ) -> tuple[LatentStore, LatentStore | None, tuple[LatentStore | None, LatentStore | None]]:
     """Open training and validation latents, and the conditions of both.
 
     Args:
         latents: Folder of latents.
         condition: Folder of conditions, or None.
+        parts: The subjects that train and validate.
 
     Returns:
         Training store, validation store or None, and their conditions (or Nones).
     """
-    from vae3d.stage2.latents import LatentStore, read_index
+    from vae3d.stage2.latents import LatentStore
 
-    parts = {info["split"] for info in read_index(latents)["subjects"].values()}
-    train = LatentStore(latents, split="train" if "train" in parts else None)
-    held_out = LatentStore(latents, split="val") if {"train", "val"} <= parts else None
+    train = LatentStore(latents, parts["train"])
+    held_out = LatentStore(latents, parts["val"]) if parts["val"] else None
     if condition is None:
         return train, held_out, (None, None)
     held_out_condition = LatentStore(condition, held_out.ids) if held_out else None

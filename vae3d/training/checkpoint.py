@@ -383,7 +383,7 @@ def _upgrade(state: dict[str, Any], path: Path) -> dict[str, Any]:
             f"{path}: format {state['format']} is newer than this program reads ({FORMAT}); "
             "update vae3d"
         )
-    return {"names": ["last.pt"], "mark": "", "owed": [], **state}
+    return {"names": ["last.pt"], "mark": "", "owed": [], "rewarm": None, **state}
 
 
 def _link_atomic(source: Path, target: Path) -> None:

@@ -8,7 +8,6 @@ makes a GPU wait.
 from __future__ import annotations
 
 import os
-import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -22,6 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from vae3d.kernels.precision import settle_float32
+from vae3d.stop import Stopped, asked, listening
 
 # Process groups stay to the end of the process: to free one is to wait for its threads, holding
 # Python's lock, and they may be waiting for that lock to free the tensors of their last work.
@@ -123,6 +123,9 @@ class World:
         try:
             yield
             outcome = "done"
+        except Stopped as stopped:
+            outcome = str(stopped.code)
+            raise
         finally:
             over.set()
             thread.join()
@@ -139,7 +142,10 @@ class World:
             elif time.monotonic() - since > patience_s:
                 raise RuntimeError(f"rank 0 has not answered for {patience_s / 60:g} minutes")
             time.sleep(0.1)
-        if self.store.get(key) != b"done":
+        outcome = self.store.get(key).decode()
+        if outcome.isdigit():
+            raise Stopped(int(outcome))
+        if outcome != "done":
             raise ValueError("rank 0 could not do what the others wait for; it says why")
 
     @contextmanager
@@ -152,10 +158,11 @@ class World:
         try:
             yield
         except RuntimeError as error:
-            lost = isinstance(error, dist.DistError) or "gloo" in str(error)
-            if self.size == 1 or not lost:
+            if self.size == 1 or not is_lost(error):
                 raise
             names = ", ".join(map(str, self.missing(step())))
+            if self.heard():  # it has stopped, as this rank does
+                raise
             raise RuntimeError(
                 f"rank {names or 'unknown'} no longer answers; rank {self.rank} had done step "
                 f"{step()}. The same command continues from the last checkpoint"
@@ -170,12 +177,39 @@ class World:
             self.store.set(f"failed/{step}/{self.rank}", "here")
             until = time.monotonic() + wait_s
             absent = set(range(self.size))
-            while absent and time.monotonic() < until:
+            while absent and time.monotonic() < until and not self.heard():
                 absent = {r for r in absent if not self.store.check([f"failed/{step}/{r}"])}
                 time.sleep(0.1)
             return sorted(absent)
         except (RuntimeError, dist.DistError):  # the store's own host, rank 0, is gone
             return [0]
+
+    def tell(self, code: int) -> None:
+        """Say to the other ranks that this one was asked to stop, and with which exit code."""
+        with suppress(RuntimeError):  # rank 0 has gone, and with it the store
+            self.store.set("stop", str(code))
+            self.store.add("stop/told", 1)
+
+    def heard(self) -> int:
+        """The exit code that some rank was asked to stop with, 0 for none."""
+        try:
+            return int(self.store.get("stop")) if self.store.check(["stop"]) else 0
+        except RuntimeError:  # rank 0 has gone, and with it the store
+            return asked()
+
+    def let_all_hear(self, seconds: float = 2.0) -> None:
+        """Wait for that where there is no torchrun: rank 0 would take the store with it."""
+        until = time.monotonic() + seconds
+        with suppress(RuntimeError):  # torchrun has gone, and with it the store
+            while self.is_main and self.store.add("stop/told", 0) < self.size:
+                if time.monotonic() > until:
+                    return
+                time.sleep(0.05)
+
+
+def is_lost(error: BaseException) -> bool:
+    """Whether this is how torch tells that another rank does not answer."""
+    return isinstance(error, dist.DistError) or "gloo" in str(error)
 
 
 @contextmanager
@@ -202,6 +236,7 @@ def open_world(
     # would wait for its ranks.
     store = dist.PrefixStore(f"attempt{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
     store.set_timeout(timeout)
+    world = World(rank, size, where, None, store)
     backend = backend or ("nccl" if where.type == "cuda" else "gloo")
     dist.init_process_group(
         backend,
@@ -211,19 +246,32 @@ def open_world(
         timeout=timeout,
         device_id=where if backend == "nccl" else None,
     )
-    try:
-        control = dist.group.WORLD
-        if backend != "gloo":
-            control = dist.new_group(backend="gloo", timeout=timeout)
-        yield World(rank, size, where, control, store)
-    except BaseException:
-        _groups.extend(dist.distributed_c10d._world.pg_map)
-        # To destroy a group is to wait for its ranks, of which one may be lost.
-        with suppress(RuntimeError):  # gloo knows nothing to abort in some versions of torch
-            dist.distributed_c10d._abort_process_group()
-        raise
+    with listening() as stop:
+        try:
+            world.control = dist.group.WORLD
+            if backend != "gloo":
+                world.control = dist.new_group(backend="gloo", timeout=timeout)
+            with stop.heard_by(world):
+                yield world
+        except BaseException as error:
+            code = stop.code or world.heard()
+            _leave(world, wait=False)
+            if code and is_lost(error):  # a rank that was asked to stop has gone before
+                raise Stopped(code) from error
+            raise
+        _leave(world, wait=not stop.code)
+
+
+def _leave(world: World, wait: bool) -> None:
+    """Leave the other ranks: to destroy a group is to wait for them, of which one may be lost."""
+    if asked():
+        world.let_all_hear()
     _groups.extend(dist.distributed_c10d._world.pg_map)
-    dist.destroy_process_group()
+    if wait:
+        dist.destroy_process_group()
+        return
+    with suppress(RuntimeError):  # gloo knows nothing to abort in some versions of torch
+        dist.distributed_c10d._abort_process_group()
 
 
 def _device(name: str, local_rank: int, shared: bool = False) -> torch.device:
@@ -244,41 +292,3 @@ def _device(name: str, local_rank: int, shared: bool = False) -> torch.device:
     if name not in ("cpu", "mps"):
         raise ValueError(f"--device must be auto, cpu, cuda or mps, not {name!r}")
     return torch.device(name)
-
-
-EXIT_CODES = {
-    getattr(signal, name): 128 + getattr(signal, name)
-    for name in ("SIGTERM", "SIGINT", "SIGUSR1")
-    if hasattr(signal, name)
-}
-ECHO_S = 2.0  # torchrun repeats the terminal's Ctrl-C to its workers; that is one request, not two
-
-
-class Interrupt:
-    """Turns SIGTERM, SIGINT and SIGUSR1 into a flag that the loop reads between two steps.
-
-    `exit_code` is 0 until a signal has come, then 143, 130 or 138. A second signal ends the
-    process at once. Use as a context manager; outside the main thread signals stay as they are.
-    """
-
-    def __init__(self) -> None:
-        self.exit_code = 0
-        self._since = 0.0
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> Interrupt:
-        if threading.current_thread() is threading.main_thread():
-            self._before = {s: signal.signal(s, self._handle) for s in EXIT_CODES}
-        return self
-
-    def __exit__(self, *_exc: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _handle(self, number: int, _frame: object) -> None:
-        if self.exit_code:
-            if "TORCHELASTIC_RUN_ID" in os.environ and time.monotonic() - self._since < ECHO_S:
-                return
-            os._exit(EXIT_CODES[number])
-        self.exit_code = EXIT_CODES[number]
-        self._since = time.monotonic()

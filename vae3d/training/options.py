@@ -26,6 +26,8 @@ class Loop(Tracking):
         max_steps: Updates in all [steps].
         lr: Peak learning rate of AdamW.
         warmup_steps: Linear rise of the learning rate [steps].
+        rewarm_steps: Linear way from the old learning rate to the new one, where the schedule of a
+            resumed run is another than before, as by a larger max_steps [steps].
         lr_schedule: cosine | linear | constant, the way down after the rise.
         weight_decay: Decay of kernels and matrices; norms and biases have none.
         betas: Decay of AdamW's mean gradient and mean squared gradient.
@@ -49,13 +51,15 @@ class Loop(Tracking):
         threads: Threads that read the data ahead on each rank.
         timeout_minutes: How long a rank waits for one that does not answer [min].
         fresh: Remove the checkpoints in out_dir and begin anew.
-        force: Continue although options that change the training have changed.
+        force: Continue although options that change the training, or the data, have changed; an
+            order of the data that is another begins anew.
     """
 
     grad_accum: int = 1
     max_steps: int = 10000
     lr: float = 2e-4
     warmup_steps: int = 100
+    rewarm_steps: int = 0
     lr_schedule: Literal["cosine", "linear", "constant"] = "cosine"
     weight_decay: float = 0.0
     betas: tuple[float, float] = (0.9, 0.99)
@@ -87,6 +91,7 @@ class Loop(Tracking):
         check_at_least(1, **{name: getattr(self, name) for name in at_least_one})
         check_at_least(0, val_every=self.val_every, media_every=self.media_every)
         check_at_least(0, save_every=self.save_every, warmup_steps=self.warmup_steps)
+        check_at_least(0, rewarm_steps=self.rewarm_steps)
         check_at_least(0, clip_norm=self.clip_norm, max_hours=self.max_hours)
         check_at_least(0, lr=self.lr, weight_decay=self.weight_decay)
         if isinstance(self.betas, (tuple, list)) and not all(0 <= beta < 1 for beta in self.betas):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import fields, replace
 from functools import partial
@@ -29,6 +29,7 @@ HARMLESS = {
     "out_dir",
     "max_steps",
     "max_hours",
+    "rewarm_steps",
     "early_stop",
     *(field.name for field in fields(Tracking)),
     "log_every",
@@ -47,8 +48,10 @@ HARMLESS = {
     "force",
     "data.root",  # a moved folder; the subjects of the split must be there
     "data.cache_dir",
+    "data.threads",
 }
-
+# A run keeps the split that these made when it began.
+SPLIT_BY = {f"data.{name}" for name in ("fractions", "folds", "fold", "stratify_by", "group_by")}
 
 PATIENCE_S = 60.0  # for pictures and uploads at the end of a run
 GRACE_S = 10.0  # the same after a signal or an error: who kills often waits for 30 s alone
@@ -128,6 +131,9 @@ class Run:
             if self.world.is_main:
                 self.checkpoints.name(path, state["names"])
                 say(f"continuing {path} from step {state['step']}")
+                for change in changes:
+                    kept = "; no effect, the run keeps its split.json" * _is_one(change, SPLIT_BY)
+                    say(f"changed by --force: {change}{kept}")
         self.function, self.options = fn, kwargs
         return config, state
 
@@ -163,6 +169,13 @@ class Run:
         """
         if not self.world.is_main:
             return None
+        if loop.max_steps < loop.warmup_steps:
+            highest = loop.lr * loop.max_steps / (loop.warmup_steps + 1)
+            print(
+                f"max_steps {loop.max_steps} ends within warmup_steps {loop.warmup_steps}: the "
+                f"learning rate gets no higher than {highest:.2g} of {loop.lr:.2g}",
+                flush=True,
+            )
         if about:
             with Console(loop.max_steps) as console:
                 console.summary(about, title=str(self.folder))
@@ -230,12 +243,13 @@ def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     return [
         f"{key}: {before.get(key, 'not set')} -> {after.get(key, 'not set')}"
         for key in sorted(before.keys() | after.keys())
-        if before.get(key, "not set") != after.get(key, "not set") and not _harmless(key)
+        if before.get(key, "not set") != after.get(key, "not set") and not _is_one(key, HARMLESS)
     ]
 
 
-def _harmless(key: str) -> bool:
-    return any(key == name or key.startswith(name + ".") for name in HARMLESS)
+def _is_one(key: str, names: Iterable[str]) -> bool:
+    """Whether a key, or a change of it, is of one of these options or of a part of it."""
+    return any(key == name or key.startswith((f"{name}.", f"{name}:")) for name in names)
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:

@@ -29,3 +29,16 @@ def lr_scale(
         return 1.0 - (1.0 - final) * progress
     assert schedule == "cosine", schedule
     return final + (1.0 - final) * 0.5 * (1.0 + math.cos(math.pi * progress))
+
+
+def rewarmed(scale: float, step: int, since: int, begin: float, steps: int) -> float:
+    """Factor at `step` of a schedule that is risen to anew, linearly, from where another one ended.
+
+    Args:
+        scale: Factor of the schedule at this step.
+        step: Number of updates done so far, at least `since`.
+        since: Where the other schedule ended.
+        begin: Its last factor.
+        steps: Length of the rise [steps].
+    """
+    return begin + (scale - begin) * min((step - since + 1) / (steps + 1), 1.0)

@@ -7,6 +7,7 @@ uninterrupted one bit by bit on the CPU. The host reads a device value only when
 
 from __future__ import annotations
 
+import math
 import random
 import time
 from collections.abc import Callable, Iterator
@@ -25,16 +26,17 @@ from torch.nn.parallel import DistributedDataParallel
 from vae3d.config import check_at_least
 from vae3d.kernels.device import fastest_kernels
 from vae3d.kernels.precision import autocast
+from vae3d.stop import Stop, Stopped, listening
 from vae3d.tracking.console import Console
 from vae3d.tracking.tracker import Tracker
 from vae3d.training.bad_steps import first_bad
 from vae3d.training.checkpoint import Checkpoints, versions
-from vae3d.training.distributed import Interrupt, World
+from vae3d.training.distributed import World
 from vae3d.training.ema import EMA
 from vae3d.training.optimizers import adamw, distributed, gradients, parts_of
 from vae3d.training.options import Loop
 from vae3d.training.precision import LossScaler
-from vae3d.training.schedule import lr_scale
+from vae3d.training.schedule import lr_scale, rewarmed
 from vae3d.training.sharding import part, parts_of_optimizer, shard, whole
 from vae3d.training.task import Task, share_weights
 from vae3d.weights.hub import check_fit
@@ -115,6 +117,7 @@ class Trainer:
         self.step, self.samples = 0, 0
         self.best, self.stale = float("inf"), 0
         self.owed: list[str] = []  # what the present step has yet to get: validation, pictures
+        self.rewarm: tuple[int, float] | None = None  # since which step, from which factor
         self.skipped = torch.zeros((), device=self.device)
         self.bad_in_row = torch.zeros((), device=self.device)
         self.meter: dict[str, Tensor] = {}
@@ -128,29 +131,48 @@ class Trainer:
         self.console = Console(self.loop.max_steps, self.step, enabled=self.world.is_main)
         self._clock()
         with ExitStack() as stack:
-            interrupt = stack.enter_context(Interrupt())
+            stop = stack.enter_context(listening())
             stack.callback(self.console.close)
             stack.enter_context(self.world.naming_the_missing(lambda: self.step))
             batches = stack.enter_context(closing(self.loader.stream()))
-            self.look()  # a kill may have come between the saving and the looking
-            while self.step < self.loop.max_steps and not self.without_progress():
-                window = self.fetch(batches)
-                with fastest_kernels(self.same_shapes):
-                    terms = self.backward(window)
-                self.update(terms, window)
-                self.step += 1
-                if self.due(self.loop.log_every):
-                    self.log()
-                looks = {"validation": self.val_every, "pictures": self.media_every}
-                self.owed = [look for look, every in looks.items() if self.due(every)]
-                stop = self.world.max_int(interrupt.exit_code or self.wish_to_stop())
-                if stop or self.owed or self.due(self.loop.save_every):
-                    self.save()
-                if self.owed and stop <= TIME_IS_UP:  # a signal leaves little time: owed, then
-                    self.look()
-                    stop = stop or self.world.max_int(interrupt.exit_code)
-                if stop:
-                    return stop if stop > TIME_IS_UP else 0
+            try:
+                with stop.held():
+                    reason = self.train(batches, stop)
+            except Stopped as stopped:  # while looking at a step that has been saved
+                reason = stopped.code
+            if reason > TIME_IS_UP:
+                line = f"{Stopped(reason)}: step {self.step} is saved; the same command continues"
+                self.console.print(line)
+                return reason
+        return 0
+
+    def train(self, batches: Iterator[Any], stop: Stop) -> int:
+        """Take steps, save them and look at them; return why it ended, 0 when done.
+
+        Args:
+            batches: What to train on.
+            stop: Held: a signal waits for the step in hand; while looking, for nothing.
+        """
+        self.look(stop)  # a kill may have come between the saving and the looking
+        while self.step < self.loop.max_steps and not self.without_progress():
+            window = self.fetch(batches)
+            with fastest_kernels(self.same_shapes):
+                terms = self.backward(window)
+            self.update(terms, window)
+            self.step += 1
+            if self.due(self.loop.log_every):
+                self.log()
+            looks = {"validation": self.val_every, "pictures": self.media_every}
+            self.owed = [look for look, every in looks.items() if self.due(every)]
+            reason = self.world.max_int(stop.code or self.wish_to_stop())
+            if reason > TIME_IS_UP:
+                stop.share(reason)
+            if reason or self.owed or self.due(self.loop.save_every):
+                self.save()
+            if reason <= TIME_IS_UP:  # a signal leaves little time: it is owed, then
+                self.look(stop)
+            if reason:
+                return reason
         return 0
 
     def fetch(self, batches: Iterator[Any]) -> list[Any]:
@@ -241,7 +263,7 @@ class Trainer:
         for name in active:
             optimizer = self.optimizers[name]
             for group in optimizer.param_groups:
-                group["lr"] = self.rates[name] * self.lr_scale()
+                group["lr"] = self.rates[name] * self.lr_scale(self.step)
             with self._mixing():
                 optimizer.step_unless(bad)
             optimizer.zero_grad(set_to_none=True)
@@ -261,14 +283,53 @@ class Trainer:
         """Context in which scalars go with sharded tensors."""
         return implicit_replication() if self.sharded else nullcontext()
 
-    def lr_scale(self) -> float:
-        """Factor of the schedule on the learning rates at this step."""
-        return lr_scale(
-            self.step,
+    def lr_scale(self, step: int) -> float:
+        """Factor of the schedule on the learning rates at a step."""
+        scale = lr_scale(
+            step,
             schedule=self.loop.lr_schedule,
             warmup_steps=self.loop.warmup_steps,
             max_steps=self.loop.max_steps,
         )
+        if self.rewarm is None:
+            return scale
+        return rewarmed(scale, step, *self.rewarm, self.loop.rewarm_steps)
+
+    def meet_schedule(self) -> None:
+        """Tell where the schedule does not go on from the last learning rate; rise to it if asked.
+
+        What the last rate would have been is known from the schedule, what it was from the
+        optimizer.
+        """
+        base, last = self.rates["generator"], self.optimizers["generator"].param_groups[0]["lr"]
+        as_now = base * self.lr_scale(self.step - 1)
+        if self.step >= self.loop.max_steps or math.isclose(last, as_now, rel_tol=1e-6):
+            return
+        self.rewarm = None
+        line = f"learning rate: {last:.2g} up to step {self.step}, from here "
+        line += f"{base * self.lr_scale(self.step):.2g} (max_steps {self.loop.max_steps})"
+        if base and self.loop.rewarm_steps:
+            self.rewarm = self.step, last / base
+            line += f", reached in {self.loop.rewarm_steps} steps"
+        else:
+            line += "; --rewarm_steps N would reach it in N steps"
+        self.say(line)
+
+    def meet_order(self, begun: dict[str, int]) -> None:
+        """Take up the order of the data where a checkpoint left it; by force a new one where not.
+
+        Args:
+            begun: The loader's state.
+        """
+        if not self.loop.force or not (changes := self.loader.changes_since(begun)):
+            self.loader.load_state_dict(begun)
+            return
+        self.say(f"the order of the data begins anew: {', '.join(changes)}")
+
+    def say(self, line: str) -> None:
+        """Tell the user, once for all ranks."""
+        if self.world.is_main:
+            print(line, flush=True)
 
     # Numbers and pictures
 
@@ -316,24 +377,27 @@ class Trainer:
             torch.cuda.reset_peak_memory_stats(self.device)
         return numbers
 
-    def look(self) -> None:
+    def look(self, stop: Stop) -> None:
         """Do what the present step owes: validate, then picture.
 
         The step has been saved before: neither a kill nor an error in here loses training, and the
         run that resumes does what is still owed. Pictures that end in an error are not tried again,
-        or a restarted run would end at the same step for ever.
+        or a restarted run would end at the same step for ever; those that a signal ends are.
         """
-        if "validation" in self.owed:
-            better = bool(self.val_every) and self.validate()
-            self.owed.remove("validation")
-            self.note(better)
-        if "pictures" in self.owed:
-            try:
-                if self.media_every:
-                    self.picture()
-            finally:
-                self.owed.remove("pictures")
-                self.note()
+        if not self.owed:
+            return
+        with stop.released():
+            if "validation" in self.owed:
+                self.settle("validation", best=bool(self.val_every) and self.validate())
+            if "pictures" in self.owed:
+                try:
+                    if self.media_every:
+                        self.picture()
+                except Exception:
+                    self.settle("pictures")
+                    raise
+                self.settle("pictures")
+            self.world.barrier()  # who has nothing to draw waits here, where a signal reaches it
 
     def validate(self) -> bool:
         """Measure the averaged network; tell whether it is the best so far."""
@@ -384,6 +448,11 @@ class Trainer:
         if self.world.is_main:
             self.checkpoints.save(state)
 
+    def settle(self, look: str, best: bool = False) -> None:
+        """Owe a look no longer."""
+        self.owed.remove(look)
+        self.note(best)
+
     def note(self, best: bool = False) -> None:
         """Add what a look has found to the checkpoint of the present step."""
         if self.world.is_main:
@@ -406,6 +475,7 @@ class Trainer:
             "best": self.best,
             "stale": self.stale,
             "owed": list(self.owed),
+            "rewarm": self.rewarm,
             "model": whole(self.task.network.state_dict(), keep),
             "ema": whole(self.ema.state_dict(), keep) if self.ema else None,
             "task": self.task.extra_state(),
@@ -433,9 +503,11 @@ class Trainer:
         self.task.load_extra_state(state["task"])
         for name, optimizer in self.optimizers.items():
             optimizer.load_state_dict(parts_of_optimizer(state["optimizers"][name], optimizer))
+        self.rewarm = state["rewarm"]
+        self.meet_schedule()
         self.scaler.load_state_dict(state["scaler"])
         self.skipped.copy_(state["skipped"])
-        self.loader.load_state_dict(state["loader"])
+        self.meet_order(state["loader"])
         ranks = state["ranks"]
         if len(ranks) == self.world.size:
             _set_rng_state(ranks[self.world.rank]["rng"], self.device)

@@ -1,0 +1,130 @@
+"""Signals that ask to stop: what they end at once, what they wait for, and who sees to it."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+from toys import on_ranks
+
+from vae3d import config
+from vae3d.stop import CODES, Stopped, asked, listening
+
+
+def be_signalled(number=signal.SIGTERM):
+    """Send this process a signal and work on for a while."""
+    os.kill(os.getpid(), number)
+    time.sleep(30)
+
+
+@pytest.mark.parametrize("number, code", CODES.items())
+def test_a_signal_ends_a_command_with_its_code_and_one_line(capsys, number, code):
+    def command():
+        """Work."""
+        be_signalled(number)
+
+    before = signal.getsignal(number)
+    with pytest.raises(SystemExit) as end:
+        config.main(command, [])
+    assert end.value.code == code == 128 + number
+    name = signal.Signals(number).name
+    assert capsys.readouterr().err == f"stopped by {name}: what was finished is kept\n"
+    assert signal.getsignal(number) is before and signal.set_wakeup_fd(-1) == -1
+
+
+def test_what_is_held_comes_to_its_end_and_what_is_released_in_it_does_not_begin():
+    done = []
+    with pytest.raises(Stopped) as stopped, listening() as stop, stop.held():
+        os.kill(os.getpid(), signal.SIGUSR1)
+        done.append(f"step {stop.code}")
+        with stop.released():
+            done.append("validation")
+    assert done == ["step 138"] and stopped.value.code == 138
+
+
+def test_a_released_part_is_ended_where_it_is():
+    done = []
+    with listening() as stop, stop.held():
+        with pytest.raises(Stopped), stop.released():
+            done.append("validation")
+            be_signalled()
+            done.append("score")
+        done.append(f"held again, asked {asked()}")
+    assert done == ["validation", "held again, asked 143"] and asked() == 0
+
+
+def test_a_library_that_hangs_is_ended_in_time():
+    """A loop in C with one call from Python: no handler of Python's runs before it returns."""
+    assert run_script(
+        "stop.GRACE_S = 0.2",
+        "with stop.listening():",
+        "    threading.Timer(0.1, os.kill, [os.getpid(), signal.SIGTERM]).start()",
+        "    hashlib.pbkdf2_hmac('sha256', b'', b'', 10**9)",
+    ) == (143, "stopped by SIGTERM: what was finished is kept\n")
+
+
+def test_a_second_signal_ends_even_what_is_held_at_once():
+    assert run_script(
+        "with stop.listening() as request, request.held():",
+        "    os.kill(os.getpid(), signal.SIGTERM)",
+        "    while not request.code: pass",
+        "    time.sleep(0.1)",
+        "    os.kill(os.getpid(), signal.SIGINT)",
+        "    time.sleep(30)",
+    ) == (130, "")
+
+
+def run_script(*lines):
+    code = "\n".join(
+        ["import hashlib, os, signal, threading, time; from vae3d import stop", *lines]
+    )
+    environ = {name: value for name, value in os.environ.items() if name != "RANK"}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, env=environ, timeout=60)
+    return done.returncode, done.stderr
+
+
+def test_a_forked_child_has_the_signals_as_they_were():
+    before = [signal.getsignal(number) for number in CODES]
+    with listening():
+        child = os.fork()
+        if not child:
+            same = [signal.getsignal(number) for number in CODES] == before and not asked()
+            os._exit(0 if same and signal.set_wakeup_fd(-1) == -1 else 1)
+        _, status = os.waitpid(child, 0)
+    assert status == 0
+
+
+def wait_for_the_first(world):
+    """Rank 0 works alone, the other is sent a signal."""
+    if not world.is_main:
+        threading.Timer(0.3, os.kill, [os.getpid(), signal.SIGTERM]).start()
+    begun = time.monotonic()
+    try:
+        with world.main_first():
+            if world.is_main:
+                time.sleep(30)
+    except Stopped as stopped:
+        return stopped.code, time.monotonic() - begun < 8
+
+
+def wait_for_all(world):
+    """Rank 0 is sent a signal while the other waits for it in the library."""
+    begun = time.monotonic()
+    try:
+        if world.is_main:
+            threading.Timer(0.3, os.kill, [os.getpid(), signal.SIGTERM]).start()
+            time.sleep(30)
+        world.barrier()
+    except Stopped as stopped:
+        return stopped.code, time.monotonic() - begun < 8
+    except RuntimeError as error:  # rank 0 has left: `open_world` knows that it was asked to stop
+        return world.heard(), "gloo" in str(error)
+
+
+@pytest.mark.parametrize("work", [wait_for_the_first, wait_for_all])
+def test_a_signal_to_one_rank_stops_all_that_wait(work):
+    assert on_ranks(2, work) == [(143, True), (143, True)]
