@@ -49,8 +49,31 @@ from loaders.readers import (
 )
 from loaders.series import at_time, by_file
 from loaders.subjects import Subject
+from loaders.texts import misfit, read_json
 from loaders.whole import sweep, whole_file, write_text
 
+# What a sidecar holds; see `loaders.texts.misfit`. By `ALIKE` one value a channel.
+ALIKE = ("scale", "offset", "statistics")
+ROBUST = {"hot_voxels": int, "foreground_fraction": float, "foreground_percentiles": {str: float}}
+MEASURED = {
+    **{name: float for name in ("min", "max", "foreground_threshold", "foreground_mean")},
+    "foreground_std": float,
+    "percentiles": {str: float},
+}
+SIDECAR = {
+    "key": str,
+    "scale": [float],
+    "offset": [float],
+    "statistics": [MEASURED],
+    "affine": [[float]],
+    "spacing_mm": [float],
+    "undo": {"source_shape": [int], "source_affine": [[float]]},
+    "file": str,
+    "shape": [int],
+    "dtype": str,
+    "start": int,
+    "num_bytes": int,
+}
 Result = TypeVar("Result")
 Used = TypeVar("Used")
 
@@ -108,9 +131,11 @@ class Builder:
         if not self.cache_dir.is_dir():
             return {}
         try:
-            self.digests |= json.loads((self.cache_dir / "sources.json").read_text())
-        except (FileNotFoundError, ValueError, RecursionError):  # torn by a crash of the machine
+            known = read_json(self.cache_dir / "sources.json")
+        except (FileNotFoundError, ValueError):  # torn by a crash of the machine
             return {}
+        if misfit(known, {str: [([int], str)]}) is None:
+            self.digests |= known
         found = {}
         for subject in subjects:
             if all(self.remembered(path) for path in self.files(subject)):
@@ -124,10 +149,8 @@ class Builder:
         """Refuse a volume that the model cannot take."""
         given = channels * self.num_slices
         if self.in_channels not in (None, given):
-            raise ValueError(
-                f"{subject.paths[0]}: gives {given} channels, the model takes {self.in_channels}:"
-                f" --model.in_channels {given}{color_hint(subject, {given, self.in_channels})}"
-            )
+            hint = color_hint(subject, {given, self.in_channels})
+            raise ValueError(f"{subject.paths[0]}: {other_channels(given, self.in_channels)}{hint}")
 
     def files(self, subject: Subject) -> list[Path]:
         """Paths that a subject is read from; a missing one is among them where that is an error."""
@@ -169,13 +192,15 @@ class Builder:
     def sidecar(self, key: str) -> dict[str, Any] | None:
         """Read a sidecar; None where the volume is missing or torn, or measured by old rules."""
         try:
-            meta = json.loads((self.cache_dir / f"{key}.json").read_text())
+            meta = read_json(self.cache_dir / f"{key}.json")
+            if not is_sidecar(meta):
+                return None
             measured = self.preprocess.rules == 1 or all("robust" in s for s in meta["statistics"])
             arrays = [part for part in (meta, meta.get("mask")) if part]
             sizes = [os.path.getsize(self.cache_dir / part["file"]) for part in arrays]
             if measured and sizes == [part["num_bytes"] for part in arrays]:
                 return meta
-        except (FileNotFoundError, ValueError, KeyError, RecursionError):
+        except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
             pass  # not built, or torn by a crash of the machine: it is built again
         return None
 
@@ -290,6 +315,19 @@ class Builder:
         }
 
 
+def is_sidecar(meta: object) -> bool:
+    """Whether what a file held is all that a volume in the cache needs, whoever wrote it."""
+    if not isinstance(meta, dict) or misfit(meta, SIDECAR):
+        return False
+    channels = {len(meta[name]) for name in ALIKE} | {meta["shape"][0]}
+    robust = [stats["robust"] for stats in meta["statistics"] if "robust" in stats]
+    if not all(stats["percentiles"] for stats in meta["statistics"]):
+        return False
+    return len(channels) == 1 and not (
+        misfit(robust, [ROBUST]) or misfit(meta.get("notes", []), [str])
+    )
+
+
 def measured(volume: Volume, path: Path) -> tuple[list[Statistics], list[np.ndarray]]:
     """Return statistics and quantiles of each channel's voxels that count, as `statistics` does."""
     counts = slice(None) if volume.weights is None else volume.weights[0] > 0
@@ -354,6 +392,14 @@ def in_c_order(data: np.ndarray) -> np.ndarray:
     for number in range(len(source)):
         target[number] = source[number].copy(order="K")
     return out
+
+
+def other_channels(given: int, taken: int | None) -> str:
+    """Say that a volume has other channels than the model takes, and what can be done."""
+    return (
+        f"gives {given} channels, the model takes {taken}: give it other volumes, or train one with"
+        f" --model.in_channels {given}"
+    )
 
 
 def color_hint(subject: Subject, channels: set[int | None]) -> str:

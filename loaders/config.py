@@ -84,6 +84,12 @@ class DataConfig:
     augment: dict[str, dict[str, Any]] | None = None
     threads: int | None = None
 
+    def __post_init__(self) -> None:
+        if self.num_slices % 2 == 0:
+            raise ValueError(f"data.num_slices is {self.num_slices}: use an odd number")
+        if self.fold and self.folds is None:
+            raise ValueError(f"data.fold is {self.fold}, of how many? Set data.folds")
+
     @property
     def reading(self) -> Reading:
         """How the files are read."""
@@ -91,8 +97,20 @@ class DataConfig:
 
         return Reading.of(vars(self))
 
-    def loader_options(self) -> dict[str, Any]:
-        """Return what the training loader takes from here: sampler, balance, augmentation."""
+    def loader_options(self, threads: int) -> dict[str, Any]:
+        """Return what the training loader takes from here: sampler, balance, augmentation.
+
+        Args:
+            threads: Of the loader.
+
+        Raises:
+            ValueError: One of them cannot be; no volume is needed to know.
+        """
+        from loaders.guard import require_guard
+
+        self.sampler()
+        if self.augment and threads:
+            require_guard()
         return {
             "sampler": self.sampler,
             "balance_by": self.balance_by,
@@ -153,6 +171,11 @@ def survey_data(
         today = {subject.id: subject.split for subject in subjects}
         split, told = changes_since(today, split, force, config.root)
         subjects = [subject for subject in subjects if subject.id in known]
+    lacking = [s for s in subjects if config.balance_by not in (None, *s.labels)]
+    if lacking:
+        raise ValueError(
+            f"data.balance_by: the manifest has no {config.balance_by!r} for {lacking[0].id}"
+        )
     parts = ", ".join(f"{len(ids)} {name}" for name, ids in split.items())
     return Survey(
         subjects,

@@ -25,6 +25,7 @@ from loaders.build import (
     missing_files,
     note_lines,
     num_threads,
+    other_channels,
     progress_bar,
     read_each,
     read_label_map,
@@ -359,8 +360,7 @@ def wrong_channels(
         given = usual * num_slices
         if in_channels in (None, given):
             return []
-        reason = f"gives {given} channels, the model takes {in_channels}: --model.in_channels"
-        return [BrokenVolume(known[0].paths[0], f"{reason} {given}")]
+        return [BrokenVolume(known[0].paths[0], other_channels(given, in_channels))]
     wanted, others = usual, f"{counts[usual]} others have {usual}"
     if in_channels is not None:
         wanted, others = in_channels // num_slices, f"the model takes {in_channels}"

@@ -13,6 +13,7 @@ from pathlib import Path, PureWindowsPath
 from loaders.readers import volume_suffix
 from loaders.splits import SPLITS
 from loaders.subjects import Subject, names_of
+from loaders.texts import read_bytes
 
 SUFFIXES = (".csv", ".tsv", ".json")
 COLUMNS = ("path", "id", "subject", "split", "label", "label_map")  # known in any case
@@ -59,7 +60,7 @@ def manifest_subjects(manifest: Path) -> list[Subject]:
 
 def read_rows(manifest: Path) -> dict[int, Row]:
     """Return the rows of a manifest by their numbers from 1, columns by their names."""
-    raw = manifest.read_bytes()
+    raw = read_bytes(manifest)
     try:
         text = decoded(raw)
         if manifest.suffix.lower() != ".json":

@@ -251,7 +251,7 @@ class Preprocess:
             raise ValueError(f"preprocess has unknown keys {unknown}: made by a newer version?")
         try:
             return cls(**{**(FIRST_RULES if is_old(values) else {}), **values})
-        except TypeError as error:  # a text where a number stands
+        except (TypeError, LookupError) as error:  # a text where a number stands
             raise ValueError(f"preprocess is damaged ({error})") from error
 
     def difference(self, other: Preprocess) -> str | None:

@@ -44,6 +44,7 @@ from loaders.layout import Layout, look_of
 from loaders.preprocess import (
     PERCENTILES,
     Preprocess,
+    Record,
     by_rules,
     from_store_grid,
     intensity_lines,
@@ -506,7 +507,16 @@ def undo(x: np.ndarray, record: dict[str, Any]) -> Volume:
         x: Normalized (C, X, Y, Z) on the store's grid; channels may differ in number.
         record: What `VolumeStore.undo_record` returned.
     """
-    x = np.asarray(x, np.float32)
+    try:
+        return undone(np.asarray(x, np.float32), record)
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise ValueError(
+            f"the record of how a volume was prepared is damaged ({error}); encode it again"
+        ) from error
+
+
+def undone(x: np.ndarray, record: Record) -> Volume:
+    """Do as `undo` does, with a record that is whole."""
     data = np.empty_like(x)
     known = [min(channel, len(record["gain"]) - 1) for channel in range(len(x))]
     for channel, which in enumerate(known):

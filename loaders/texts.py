@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 MAX_CHARACTERS = 1_000_000  # of one YAML text
+MAX_BYTES = 2**28  # of any other text: some million volumes
 MAX_VALUES = 100_000  # after all aliases are replaced by what they stand for; PyYAML takes seconds
 MAX_DEPTH = 100
 MAX_NUMBER = 100  # characters; Python takes quadratic time over what is longer
@@ -39,7 +40,7 @@ def read_yaml(path: Path) -> Any:
         ValueError: Not YAML, too large, or nested too deeply.
     """
     try:
-        return load_yaml(path.read_text(encoding="utf-8"))
+        return load_yaml(read_text(path, 4 * MAX_CHARACTERS))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: not a YAML file that can be read ({error})") from error
 
@@ -51,9 +52,90 @@ def read_json(path: Path) -> Any:
         ValueError: Not JSON, or nested too deeply.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
+        text = read_text(path)
+    except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not JSON that can be read ({error})") from error
+    return load_json(text, str(path))
+
+
+def load_json(text: str, where: str) -> object:
+    """Return what a JSON text says.
+
+    Args:
+        text: The text.
+        where: Where it stands, for the message.
+
+    Raises:
+        ValueError: Not JSON, or nested too deeply.
+    """
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where}: not JSON that can be read ({error})") from error
+
+
+def read_text(path: Path, most: int = MAX_BYTES) -> str:
+    """Return a UTF-8 text, unless its file is larger than any such text is.
+
+    Raises:
+        ValueError: Too large; UnicodeDecodeError, which is one, where it is no text.
+    """
+    return read_bytes(path, most).decode("utf-8")
+
+
+def read_bytes(path: Path, most: int = MAX_BYTES) -> bytes:
+    """Return the bytes of a regular file that is no larger than `most`.
+
+    Raises:
+        ValueError: Too large, or a pipe or device, which may have no end.
+    """
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path}: not a regular file")
+    with open(path, "rb") as file:
+        data = file.read(most + 1)
+    if len(data) > most:
+        raise ValueError(f"{path}: larger than {most} bytes, which no such file is")
+    return data
+
+
+def misfit(value: object, shape: object, where: str = "") -> str | None:
+    """Where plain data from outside is not of the shape that it has to be; None where it is.
+
+    Args:
+        value: What a file held.
+        shape: A type; a tuple of shapes, one of which it has to be, None for null; `[shape]` for a
+            list; `{"key": shape}` for a mapping that has these keys, `{str: shape}` for any keys.
+        where: Name of the value.
+
+    Example:
+        >>> misfit({"step": "x"}, {"step": int, "best": (float, None)})
+        'step'
+    """
+    here = where or "all of it"
+    if isinstance(shape, tuple):
+        return None if any(misfit(value, one) is None for one in shape) else here
+    if isinstance(shape, list) and isinstance(value, (list, tuple)):
+        parts = [(str(number), one, shape[0]) for number, one in enumerate(value)]
+    elif isinstance(shape, dict) and isinstance(value, dict):
+        if not all(isinstance(key, str) for key in value):
+            return here
+        keys = value if str in shape else shape
+        if lacking := [key for key in keys if key not in value]:
+            return f"{where}.{lacking[0]}".strip(".")
+        parts = [(key, value[key], shape.get(str, shape.get(key))) for key in keys]
+    else:
+        return None if is_of(value, shape) else here
+    found = (misfit(part, of, f"{where}.{key}".strip(".")) for key, part, of in parts)
+    return next(filter(None, found), None)
+
+
+def is_of(value: object, kind: object) -> bool:
+    """Whether a value is of a type, None for null; true and false are no numbers."""
+    if isinstance(value, bool) or not isinstance(kind, type):
+        return kind is bool or value is kind
+    if isinstance(value, int) and abs(value) >= 2**63:  # NumPy has no such number
+        return False
+    return isinstance(value, (int, float) if kind is float else kind)
 
 
 class _Strict(yaml.SafeLoader):

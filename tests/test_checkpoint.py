@@ -21,11 +21,14 @@ from toys import tiny_vae, toy_trainer
 import vae3d
 from loaders import DataConfig, Preprocess
 from vae3d.commands.convert import convert
+from vae3d.commands.encode import VolumeSource, encode
 from vae3d.commands.evaluate import evaluate
+from vae3d.commands.sample import sample
 from vae3d.commands.train import train_3d
 from vae3d.config import config_dict
 from vae3d.models.custom_vae import CustomVAE
 from vae3d.models.norm import GroupNorm
+from vae3d.stage2.latents import find_latents
 from vae3d.training import checkpoint
 from vae3d.training.checkpoint import (
     Checkpoints,
@@ -447,6 +450,10 @@ def test_a_run_of_an_earlier_version_loads_is_evaluated_and_goes_on(tmp_path, mo
     convert("run", tmp_path / "folder")
     x = torch.rand(1, 1, 4, 8, 4)
     assert torch.equal(load_vae("folder")(x)[0], vae(x)[0])
+    encode("run", "latents", VolumeSource("data"))
+    assert len(find_latents("latents")) == 3
+    sample("run", latents="latents", out_dir="samples", n=1, prior="gaussian", media=False)
+    assert (tmp_path / "samples" / "gaussian" / "sample_000.nii.gz").is_file()
     size = dict(channels=(2, 2), num_res_blocks=1, latent_channels=1)
     model = partial(
         CustomVAE, **size, norm=partial(GroupNorm, num_groups=1), encoder_mid=False,

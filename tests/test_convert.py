@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from loaders import DataConfig
 from vae3d.commands.convert import convert
+from vae3d.commands.train import train_3d
 from vae3d.models.custom_vae import CustomVAE
 from vae3d.models.norm import NoNorm
 from vae3d.models.presets import AutoencoderKL, MaisiVAE, MonaiVAE, T1LightVAE, VAEModel
@@ -839,3 +840,51 @@ def test_from_pretrained_builds_what_was_saved_and_checks_its_class(tmp_path):
     same(again, vae, torch.randn(1, 1, 8, 8, 8))
     with pytest.raises(ValueError, match="not a AutoencoderKL"):
         AutoencoderKL.from_pretrained(tmp_path / "t1")
+
+
+def test_init_from_leaves_out_what_ignore_keys_names_and_says_so(tmp_path):
+    source, target = CustomVAE(channels=(32,)), CustomVAE(channels=(32,))
+    write_state(tmp_path / "w.safetensors", source.state_dict())
+    before = {name: value.clone() for name, value in target.state_dict().items()}
+    keep = ("quant_conv", "decoder.*.bias")
+    report = load_weights(target, tmp_path / "w.safetensors", keep=keep)
+    kept = {n for n in before if n.startswith("quant_conv") or re.match(r"decoder\..*\.bias", n)}
+    for name, value in target.state_dict().items():
+        wanted = before if name in kept else source.state_dict()
+        assert torch.equal(value, wanted[name]), name
+    (line,) = report.lines
+    assert line.startswith("kept as they are in the network") and "quant_conv.weight" in line
+    with pytest.raises(ValueError, match=r"--ignore_keys nothing: no weight is called that"):
+        load_weights(target, tmp_path / "w.safetensors", keep=("nothing",))
+
+
+def test_ignore_keys_names_the_networks_weights_whatever_the_layout(tmp_path):
+    theirs, ours = shaken(MonaiVAE(**MONAI)), MonaiVAE(**MONAI)
+    write_state(tmp_path / "monai.safetensors", export_monai_state(theirs))
+    before = ours.state_dict()["post_quant_conv.weight"].clone()
+    report = load_weights(ours, tmp_path / "monai.safetensors", keep=("post_quant_conv",))
+    assert torch.equal(ours.state_dict()["post_quant_conv.weight"], before)
+    first = "encoder.0.weight"
+    assert torch.equal(ours.state_dict()[first], theirs.state_dict()[first])
+    assert any("post_quant_conv.weight" in line for line in report.lines)
+
+
+def test_ignore_keys_lets_a_network_of_another_width_begin_with_the_rest(tmp_path):
+    """Two channels instead of one: the first and the last convolution are new."""
+    source, wide = CustomVAE(channels=(32,)), CustomVAE(channels=(32,), in_channels=2)
+    write_state(tmp_path / "w.safetensors", source.state_dict())
+    with pytest.raises(ValueError, match="misshaped"):
+        load_weights(wide, tmp_path / "w.safetensors")
+    last = len(wide.decoder) - 1
+    load_weights(wide, tmp_path / "w.safetensors", keep=("encoder.0.", f"decoder.{last}."))
+    assert torch.equal(wide.state_dict()["quant_conv.bias"], source.state_dict()["quant_conv.bias"])
+
+
+def test_training_tells_which_weights_it_did_not_take(training, tmp_path, capsys):
+    write_state(tmp_path / "w.pt", MonaiVAE(**MONAI).state_dict())
+    options = dict(model=partial(MonaiVAE, **MONAI), init_from=str(tmp_path / "w.pt"), max_steps=1)
+    training(**options, ignore_keys=("quant_conv",))
+    told = capsys.readouterr().out
+    assert "kept as they are in the network (2): quant_conv.bias, quant_conv.weight" in told
+    with pytest.raises(ValueError, match=r"--ignore_keys \['x'\] needs --init_from"):
+        train_3d("d", str(tmp_path / "other"), ignore_keys=("x",))

@@ -21,6 +21,7 @@ from vae3d.exact.executor import (
 )
 from vae3d.exact.nodes import Moments, Source, Stored, leaves_of
 from vae3d.kernels import steps, winograd
+from vae3d.kernels.steps import plain
 from vae3d.models import attention, blocks, downsample, norm, presets, upsample
 from vae3d.models.custom_vae import CustomVAE
 from vae3d.models.posterior import PosteriorHead
@@ -158,6 +159,28 @@ def test_every_preset_equals_the_full_pass(preset, dims):
             **{widths: (4, 8)},
         )
     assert_exact(trained(vae))
+
+
+@pytest.mark.parametrize("groups", [2, 4])
+def test_convolutions_in_groups_equal_the_plain_layers_at_size(groups):
+    """128 channels: a group is as wide as what Winograd's sums would take without groups."""
+    vae = tiny(channels=(128,), num_res_blocks=1, encoder_mid=False, decoder_mid=False)
+    grouped = [
+        (layer, name)
+        for layer in vae.modules()
+        for name, conv in layer.named_children()
+        if isinstance(conv, torch.nn.Conv3d) and conv.weight.shape[:3] == (128, 128, 3)
+    ]
+    assert len(grouped) == 4
+    for layer, name in grouped:
+        setattr(layer, name, torch.nn.Conv3d(128, 128, 3, padding=1, groups=groups))
+    x = torch.rand(1, 24, 20, 18)
+    assert_exact(vae, x, tile=None, memory_gb=0.02)
+    with torch.no_grad():
+        full = vae(x[None], sample_posterior=False)[0]
+        with plain():
+            expected = vae(x[None], sample_posterior=False)[0]
+    torch.testing.assert_close(full, expected, rtol=1e-3, atol=1e-4)
 
 
 def test_statistics_hold_the_variance_between_tiles():

@@ -20,6 +20,8 @@ SOURCES = sorted(
 ROOMS = {
     "loaders": set(),
     "recipes": set(),  # vae3d/recipes.py
+    "ranges": set(),  # vae3d/ranges.py
+    "mistakes": set(),  # vae3d/mistakes.py
     "stop": set(),  # vae3d/stop.py: signals
     "kernels": set(),
     "models": {"kernels"},
@@ -27,7 +29,7 @@ ROOMS = {
     "weights": {"models"},
     "exact": {"kernels", "models"},
     "tracking": {"loaders"},
-    "config": {"loaders", "models", "recipes", "stop"},  # vae3d/config.py
+    "config": {"loaders", "models", "recipes", "ranges", "mistakes", "stop"},  # vae3d/config.py
     "reports": {"loaders", "tracking"},
     "inference": {"loaders", "kernels", "models", "exact", "tracking", "reports"},
     "training": {
@@ -38,6 +40,7 @@ ROOMS = {
         "weights",
         "tracking",
         "config",
+        "ranges",
         "stop",
         "inference",
     },

@@ -223,6 +223,24 @@ def test_monai_networks_are_rebuilt_from_their_weights(options):
         assert_close(ours(x)[0], theirs.reconstruct(x))
 
 
+def test_odd_sizes_are_padded_where_monai_drops_voxels():
+    config = BASE | {"spatial_dims": 2, "channels": (4, 4, 8), "attention_levels": (False,) * 3}
+    theirs = shake(monai_nets.AutoencoderKL(**config)).eval()
+    hints = Hints(norm_num_groups=config["norm_num_groups"])
+    ours = read_model(theirs.state_dict(), hints)[0].eval()
+    shapes = {}
+    for size in ((9, 11), (8, 12)):
+        x = torch.rand(1, config["in_channels"], *size)
+        with torch.no_grad():
+            latents = ours.encode(x).mean, theirs.encode(x)[0]
+            recons = ours(x, sample_posterior=False)[0], theirs.reconstruct(x)
+        pairs = (latents, recons)
+        shapes[size] = [tuple(tuple(y.shape[2:]) for y in pair) for pair in pairs]
+    assert shapes[9, 11] == [((3, 3), (2, 2)), ((9, 11), (8, 8))]
+    assert shapes[8, 12] == [((2, 3), (2, 3)), ((8, 12), (8, 12))]
+    assert_close(recons[0], recons[1])
+
+
 MAISI_CONFIGS = {
     "plain": {},
     "transposed": {"use_convtranspose": True},

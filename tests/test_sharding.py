@@ -2,12 +2,15 @@ import multiprocessing
 import os
 import socket
 import weakref
+from functools import partial
 
 import pytest
 import torch
 from torch.distributed.tensor import DTensor
 from toys import OnGPU, on_ranks, tiny_vae, toy_trainer
 
+from vae3d.losses.adversarial import Adversarial, PatchDiscriminator
+from vae3d.losses.vae_loss import VAELoss
 from vae3d.training import distributed
 from vae3d.training.checkpoint import load_checkpoint, write_atomic
 from vae3d.training.distributed import World
@@ -106,11 +109,31 @@ def test_process_groups_outlive_what_was_done_with_them():
     assert all(ours.poll(60) and ours.recv() for ours, _ in pipes)
 
 
-def test_sharding_refuses_a_discriminator(tmp_path):
-    from test_resume import GAN
+def adversarial(world, folder, adaptive, sharding):
+    """Train with a discriminator; the losses, and the weight of its term at the end."""
+    discriminator = partial(PatchDiscriminator, channels=8, num_layers=1)
+    game = partial(
+        Adversarial, spatial_dims=3, discriminator=discriminator, adaptive=adaptive, weight=0.5
+    )
+    loss = partial(VAELoss, adversarial=game)
+    batch = 4 // world.size
+    torch.manual_seed(1)
+    trainer = toy_trainer(
+        folder, world, loss, max_steps=4, sharding=sharding, batch_size=batch, save_every=4
+    )
+    trainer.fit()
+    rows = [trainer.tracker.losses(f"train/{name}") for name in ("loss", "discriminator_loss")]
+    return rows, float(trainer.task.loss.adversarial.adaptive_weight)
 
-    from vae3d.training.sharding import shard
-    from vae3d.training.task import VAETask
 
-    with pytest.raises(ValueError, match="fsdp does not go with an adversarial term"):
-        shard(VAETask(tiny_vae(), GAN()), World(size=2))
+@pytest.mark.filterwarnings("ignore:FSDP2-wrapped")
+@pytest.mark.parametrize("adaptive", [False, True])
+def test_sharded_training_takes_an_adversarial_term(tmp_path, adaptive):
+    wanted, weight = adversarial(World(), tmp_path / "alone", adaptive, "ddp")
+    (losses, mine), _ = on_ranks(2, adversarial, tmp_path / "fsdp", adaptive, "fsdp")
+    assert losses[0] == pytest.approx(wanted[0], rel=1e-3)
+    assert losses[1] == pytest.approx(wanted[1], rel=1e-3)
+    assert mine == pytest.approx(weight, rel=1e-2) and (mine > 0) == adaptive
+    states = [load_checkpoint(tmp_path / name / "last.pt") for name in ("fsdp", "alone")]
+    for name, value in states[1]["task"]["loss"].items():
+        torch.testing.assert_close(states[0]["task"]["loss"][name], value, rtol=1e-2, atol=1e-3)

@@ -29,8 +29,8 @@ from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import partial
+from importlib import import_module
 from itertools import takewhile
-from numbers import Real
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NoReturn
@@ -43,13 +43,14 @@ from jsonargparse import _actions, _typehints
 from loaders.config import as_meant
 from loaders.texts import MAX_NUMBER, load_yaml
 from loaders.whole import write_text
+from vae3d.mistakes import LONG_LINE, classes_under, explained, is_contract
 from vae3d.models.classes import buildable, import_class
 from vae3d.models.spec import describe
+from vae3d.ranges import check_ranges
 from vae3d.recipes import find_recipe
 from vae3d.stop import Stopped, listening, say
 
 MISTAKE = 2  # exit code when the user's input is at fault
-LONG_LINE = 1500  # characters of a message; jsonargparse repeats the whole value
 
 # Options of old, in recipes, command lines and runs that are resumed: what they are called today,
 # or in a sentence what became of them.
@@ -115,6 +116,9 @@ def _run(fn: Callable[..., int | None], argv: list[str] | None, prog: str | None
         rank = f"[rank {os.environ['RANK']}] " if "RANK" in os.environ else ""
         print(f"{rank}error: {_one_line(error)}", file=sys.stderr)
         return MISTAKE
+    except MemoryError as error:
+        print(f"error: not enough memory: {_one_line(error)}", file=sys.stderr)
+        return MISTAKE
     except Stopped as stopped:
         say(f"{stopped}: what was finished is kept")
         return stopped.code
@@ -136,17 +140,19 @@ def parse(fn: Callable, argv: list[str] | None = None, prog: str | None = None) 
     """Return the keyword arguments for `fn` from a command line and the YAML files it names.
 
     Raises:
-        ValueError: An unknown or missing key, or a value of the wrong type.
+        ValueError: An unknown or missing key, a value of the wrong type, a number out of range.
     """
     parser = _parser(fn, prog)
     argv = _spelled_out(fn, sys.argv[1:] if argv is None else argv)
-    with _parsing():
+    with _parsing(parser):
         kwargs = dict(vars(parser.instantiate_classes(parser.parse_args(argv))))
         if any(kwargs[old] is not None for old in FORMER.get(fn.__name__, {})):
             said = parser.parse_args(argv, defaults=False)
             kwargs = up_to_date(fn, kwargs, [name for name in kwargs if name in said])
     known = inspect.signature(fn).parameters
-    return {name: _plain_sockets(value) for name, value in kwargs.items() if name in known}
+    options = {name: _plain_sockets(value) for name, value in kwargs.items() if name in known}
+    check_ranges(fn.__name__, options)
+    return options
 
 
 def up_to_date(fn: Callable, options: dict[str, Any], said: Container[str] = ()) -> dict[str, Any]:
@@ -171,13 +177,6 @@ def up_to_date(fn: Callable, options: dict[str, Any], said: Container[str] = ())
     return options
 
 
-def check_at_least(low: float, **options: float | None) -> None:
-    """Raise ValueError, by the name of the option, for a number below `low`; None passes."""
-    for name, value in options.items():
-        if isinstance(value, Real) and not value >= low:
-            raise ValueError(f"--{name} is {value}; give {low} or more")
-
-
 def config_dict(fn: Callable, kwargs: dict[str, Any]) -> dict[str, Any]:
     """Return the complete configuration of a call `fn(**kwargs)` as plain data.
 
@@ -186,7 +185,7 @@ def config_dict(fn: Callable, kwargs: dict[str, Any]) -> dict[str, Any]:
     """
     parser = _parser(fn)
     given = {name: _plain(value) for name, value in kwargs.items()}
-    with _parsing():
+    with _parsing(parser):
         config = yaml.safe_load(parser.dump(parser.parse_object(given), skip_none=False))
     known = inspect.signature(fn).parameters
     return {name: value for name, value in config.items() if name in known}
@@ -213,7 +212,15 @@ _in_a_parser = ContextVar("_in_a_parser", default=False)
 
 def _import_class(path: object, *_: Any, **__: Any) -> type:
     """Import what a recipe names, if a socket takes it; jsonargparse would import anything."""
-    return import_class(path, tuple(_buildable))
+    if isinstance(path, str) and path.isidentifier():  # jsonargparse knows what is loaded already
+        import_module("vae3d.models.presets")
+        known = (cls for base in _buildable for cls in classes_under(base))
+        found = next((cls for cls in known if cls.__name__ == path), None)
+        path = f"{found.__module__}.{path}" if found else path
+    cls = import_class(path, tuple(_buildable))
+    if is_contract(cls):
+        raise ImportError(f"{path} is no class that a socket takes; it is what those derive from")
+    return cls
 
 
 @dataclasses.dataclass
@@ -260,15 +267,16 @@ _basic_load = _while_parsing("basic_json_or_yaml_load", _number, _typehints)
 
 
 @contextmanager
-def _parsing() -> Iterator[None]:
-    """Put our rules for imports in force, and tell what jsonargparse cannot read in one line."""
+def _parsing(parser: jsonargparse.ArgumentParser) -> Iterator[None]:
+    """Put our rules for imports in force, and tell what `parser` cannot read in one line."""
     token = _in_a_parser.set(True)
     try:
         yield
-    except jsonargparse.ArgumentError as error:
-        raise ValueError(_one_line(error)) from error
     except UnicodeDecodeError as error:
         raise ValueError(f"--config: not a text file ({_one_line(error)})") from error
+    except (jsonargparse.ArgumentError, ValueError) as error:
+        options = [option[2:] for action in parser._actions for option in action.option_strings]
+        raise ValueError(explained(" ".join(str(error).split()), options)) from error
     except RecursionError as error:
         raise ValueError("the options are nested too deeply") from error
     finally:
@@ -285,6 +293,7 @@ def _parser(fn: Callable, prog: str | None = None) -> jsonargparse.ArgumentParse
         formatter_class=_Help,
         parser_mode="strict_yaml",
         exit_on_error=False,
+        allow_abbrev=False,  # a slip must not be taken for another option
     )
     parser.add_argument("--config", action="config", help="YAML file with any of the options")
     helps = {p.arg_name: p.description for p in docstring_parser.parse(fn.__doc__ or "").params}

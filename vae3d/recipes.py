@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+MAX_BYTES = 4 * 10**6  # of a recipe, which is read whole
 HERE = Path(__file__).resolve().parent
 HOME = next(p for p in (HERE / "configs", HERE.parent / "configs") if p.is_dir())
 
@@ -23,6 +24,8 @@ def find_recipe(kind: str, name: str) -> str:
         'demo.yaml'
     """
     if Path(name).is_file():
+        if Path(name).stat().st_size > MAX_BYTES:
+            raise ValueError(f"{name}: larger than {MAX_BYTES} bytes, which no recipe is")
         return name
     recipe = HOME / kind / f"{name}.yaml"
     if recipe.is_file():

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal, cast, get_args, get_origin, get_type_hints
 
 import numpy as np
 
@@ -87,6 +87,14 @@ class Reading:
     mask: str | None = None
     mask_weights: dict[int, float] | None = None
 
+    def __post_init__(self) -> None:
+        for name, kinds in get_type_hints(type(self)).items():
+            value, literal = getattr(self, name), get_origin(kinds) is Literal
+            if literal and value not in get_args(kinds):
+                raise ValueError(f"data.{name} is {value!r}: use {', '.join(get_args(kinds))}")
+        if not isinstance(self.mask, str | None) or not isinstance(self.mask_weights, dict | None):
+            raise ValueError(f"data.mask is {self.mask!r} with weights {self.mask_weights!r}")
+
     @classmethod
     def names(cls) -> tuple[str, ...]:
         """Names of the options."""
@@ -97,7 +105,10 @@ class Reading:
         """Take from a record what it tells; what it does not know has its default."""
         known = {name: told[name] for name in cls.names() if name in told}
         if isinstance(known.get("dicom"), Mapping):  # a record holds plain values
-            known["dicom"] = Dicom(**known["dicom"])
+            try:
+                known["dicom"] = Dicom(**known["dicom"])
+            except TypeError as error:
+                raise ValueError(f"data.dicom is damaged ({error})") from error
         return cls(**known)
 
     def chosen(self) -> dict[str, object]:

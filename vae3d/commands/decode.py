@@ -51,24 +51,28 @@ def decode(
         trust: Module prefixes besides vae3d whose classes the checkpoint may import.
     """
     from vae3d.inference.reconstruct import coding_of
-    from vae3d.stage2.latents import find_latents, read_info, read_latent
+    from vae3d.stage2.latents import check_header, find_latents, read_info, read_latent
     from vae3d.training.distributed import open_world
     from vae3d.training.memory import SMALLER_PASSES, telling_of_memory
 
     path = Path(latents)
     paths = [path] if path.is_file() else find_latents(path, None if split == "all" else split)
-    made_by = read_info(paths[0])["made_by"]
+    info = read_info(paths[0])
+    check_header(info, paths[0])
+    made_by = info["made_by"]
     given = dict(mode=mode, patch_size=patch_size, overlap=overlap, blend=blend)
     coding = coding_of(made_by, **given, memory_gb=memory_gb, amp=amp)
     vae = load_encoder(checkpoint, made_by, trust)
+    coding.check(vae)
     with open_world(device) as world, telling_of_memory(*SMALLER_PASSES):
         vae.to(world.device)
         for path in paths[world.rank :: world.size]:
             latent = read_latent(path)
+            check_header(latent.info, path)
             if latent.info["made_by"]["checkpoint"] != made_by["checkpoint"]:
                 raise ValueError(f"{path}: from another model than {paths[0]}; encode them anew")
             size = latent.info["volume_shape"][1:]
-            x = coding.decode(vae, latent.mean, size)
+            x = coding.decode(vae, latent.mean, size, str(path))
             print(write_nifti(Path(out_dir), path.stem, x, latent.info["source"]["undo"]))
 
 

@@ -93,6 +93,7 @@ def encode(
     patch_size = patch_size or state["config"]["patch_size"]
     patch_size = patch_size and tuple(patch_size)
     coding = Coding(mode, patch_size, overlap, blend, memory_gb=memory_gb, amp=amp, **slicing)
+    coding.check(vae)
     made_by = {"checkpoint": weights_hash(vae), "step": state["step"], "ema": ema}
     made_by |= coding.facts()
     folder = Path(out_dir)
@@ -100,7 +101,8 @@ def encode(
         vae.to(world.device)
         with world.main_first():
             say = print if world.is_main else None
-            store, parts = open_volumes(state, data or VolumeSource(), split, say)
+            channels = vae.in_channels, coding.slices_of(vae)
+            store, parts = open_volumes(state, data or VolumeSource(), split, say, *channels)
         if world.is_main:
             folder.mkdir(parents=True, exist_ok=True)
             sweep(folder)
@@ -111,7 +113,7 @@ def encode(
             print(f"{len(mine) - len(todo)} of {len(mine)} volumes are done already", flush=True)
         begun = time.monotonic()
         for number, index in enumerate(todo, start=1):
-            mean, logvar = coding.encode(vae, torch.from_numpy(store.read(index)))
+            mean, logvar = coding.encode(vae, torch.from_numpy(store.read(index)), store.ids[index])
             path = latent_path(folder, store.ids[index])
             factor = coding.factor(vae, mean.ndim - 1)
             write_latent(path, mean, logvar, header(store, index, factor, made_by, parts))
@@ -129,15 +131,18 @@ def open_volumes(
     source: VolumeSource,
     split: str = "all",
     say: Callable[[str], None] | None = print,
+    in_channels: int | None = None,
+    num_slices: int = 1,
 ) -> tuple[VolumeStore, dict[str, str]]:
     """Open volumes as the run read them.
 
     Args:
         state: The checkpoint.
         source: Which volumes.
-        spatial_dims: 3 where the network takes volumes, 2 where it takes their slices.
         split: train, val, test or all.
         say: Takes the lines on the volumes; None for ranks that follow.
+        in_channels: Channels that the model takes; None for any.
+        num_slices: Neighboring slices that become channels.
 
     Returns:
         The store, and the part of the split of each subject that has one.
@@ -168,6 +173,8 @@ def open_volumes(
         reading=config.reading,
         backend=config.backend,
         threads=config.threads,
+        in_channels=in_channels,
+        num_slices=num_slices,
         say=say or silent,
     )
     return store, parts

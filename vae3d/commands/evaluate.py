@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from loaders import Preprocess
 from loaders.readers import Reading
 from vae3d.losses.perceptual import Perceptual
+from vae3d.ranges import check_ranges
 from vae3d.tracking.options import Tracking
 from vae3d.training.options import spread
 
@@ -120,10 +121,8 @@ def evaluate(
     """
     from loaders import VolumeStore, find_subjects
     from loaders.store import silent
-    from vae3d.config import check_at_least
     from vae3d.inference.evaluation import Evaluator, headline
     from vae3d.inference.reconstruct import Coding
-    from vae3d.inference.stitching import check_patch, tile_faces
     from vae3d.tracking.privacy import Aliases
     from vae3d.tracking.tracker import Tracker
     from vae3d.training.checkpoint import find_checkpoint, fingerprint, load_checkpoint, load_vae
@@ -132,7 +131,7 @@ def evaluate(
 
     if isinstance(data, str):
         data = EvaluationData(data)
-    check_at_least(1, limit=limit, latent_bits=latent_bits)
+    check_ranges("evaluate", {"limit": limit, "latent_bits": latent_bits})
     state = load_checkpoint(checkpoint)
     trained = state["config"]
     vae = load_vae(checkpoint, ema=ema, trust=trust)
@@ -149,11 +148,9 @@ def evaluate(
         num_slices=trained["data"]["num_slices"],
     )
     how = vars(coding)
+    coding.check(vae)
     if radiological is None:
         radiological = trained.get("radiological", False)
-    if mode == "patch":
-        check_patch(patch, vae.factor)
-        tile_faces([1] * vae.spatial_dims, patch, overlap, blend)  # overlap < patch
     reading = Reading.of(trained["data"]).masked(data.mask)
     facts = {"checkpoint": str(find_checkpoint(checkpoint)), "step": state["step"], "ema": ema}
     facts["checkpoint_sha256"] = fingerprint(checkpoint)
@@ -174,6 +171,8 @@ def evaluate(
             preprocess=Preprocess.of_checkpoint(state["preprocess"], data.preprocess),
             on_error=data.on_error,
             reading=reading,
+            in_channels=vae.in_channels,
+            num_slices=coding.slices_of(vae),
         )
         out, pca = Path(out_dir), None
         with world.main_first():

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from loaders import DataConfig
+from vae3d.ranges import check_ranges
 
 if TYPE_CHECKING:
     import numpy as np
@@ -47,10 +48,10 @@ def patches(
     from loaders import PatchLoader, open_data
     from vae3d.tracking.media import write_png
 
-    if n < 1:
-        raise ValueError(f"n is {n}: use 1 or more")
+    check_ranges("patches", {"n": n, "seed": seed, "patch_size": patch_size})
+    options = data.loader_options(threads=0)
     store, _ = open_data(replace(data, root=root), len(patch_size))
-    loader = PatchLoader(store, patch_size, patching, seed=seed, threads=0, **data.loader_options())
+    loader = PatchLoader(store, patch_size, patching, seed=seed, threads=0, **options)
     low, high = store.channel_ranges[0]
     ids, tiles, rows = store.ids, [], []
     for batch in itertools.islice(loader.stream(), n):

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Literal
 from loaders.fingerprint import measure, times
 from loaders.texts import read_yaml
 from loaders.whole import write_text
-from vae3d.config import check_at_least, parse
+from vae3d.config import parse
+from vae3d.ranges import check_ranges
 from vae3d.recipes import HOME, find_recipe
 
 if TYPE_CHECKING:
@@ -57,7 +58,7 @@ def plan(
         write: For data: file to write the recipe to; one that exists stays as it is.
         volumes: For data: measure at most this many volumes.
     """
-    check_at_least(1, batch_size=batch_size, volumes=volumes)
+    check_ranges("plan", locals())
     if is_data(what):
         plan_data(what, patch_size, batch_size, memory_gb, device, write, volumes)
     elif write:

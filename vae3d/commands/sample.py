@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from loaders.whole import write_text
+from vae3d.ranges import check_ranges
 
 if TYPE_CHECKING:
     import numpy as np
@@ -93,14 +94,13 @@ def sample(
         trust: Module prefixes besides vae3d whose classes the checkpoints may import.
     """
     from vae3d.commands.decode import load_encoder
-    from vae3d.config import check_at_least
     from vae3d.inference.reconstruct import coding_of
     from vae3d.kernels.precision import autocast
+    from vae3d.stage2.latents import check_header
     from vae3d.training.distributed import open_world
     from vae3d.training.memory import SMALLER_PASSES, telling_of_memory
 
-    check_at_least(1, n=n)
-    check_at_least(0, seed=seed)
+    check_ranges("sample", dict(n=n, seed=seed, steps=steps, guidance=guidance))
     vae_path, fitted = checkpoint or "", latents or ""
     if ldm is None:
         if not vae_path:
@@ -120,12 +120,14 @@ def sample(
             kinds = ("gaussian", "standard") if grid else ("joint", "gaussian", "standard")
             sources = from_gaussians(fitted, kinds if prior == "all" else (prior,))
         template = next(iter(sources.values())).template
+        check_header(template, fitted or str(ldm))
         axes = len(template["shape"]) - 1
         if grid and (len(grid) != axes or min(grid) < 1):
             raise ValueError(f"--grid {list(grid)}: give {axes} numbers of latent voxels, each > 0")
         vae = load_encoder(vae_path, template["made_by"], trust).to(world.device)
         given = dict(mode=mode, patch_size=patch_size, overlap=overlap, blend=blend)
         coding = coding_of(template["made_by"], **given, memory_gb=memory_gb, amp=amp)
+        coding.check(vae)
         writer = Writer(Path(out_dir), template, vae, coding, media)
         shape = (template["shape"][0], *(grid or template["shape"][1:]))
         done = {}
@@ -289,7 +291,7 @@ class Writer:
         same_grid = list(z.shape) == list(self.template["shape"])
         size = self.template["volume_shape"][1:] if same_grid else None
         begun = time.monotonic()
-        x = self.coding.decode(self.vae, z, size).numpy()
+        x = self.coding.decode(self.vae, z, size, f"{name} {number}").numpy()
         facts |= {"seconds_decode": time.monotonic() - begun}
         facts |= {"intensities_of": self.template["subject"], "shape": list(x.shape)}
         folder, stem = self.out_dir / name, f"sample_{number:03d}"

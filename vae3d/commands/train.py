@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Literal
 
 from loaders import DataConfig, Preprocess
 from vae3d.losses.vae_loss import VAELoss
+from vae3d.models.classes import made
 from vae3d.models.custom_vae import Checkpointing, CustomVAE
 from vae3d.training.augment import Augmentation
 from vae3d.training.options import Loop, as_options, spread
@@ -37,6 +38,7 @@ def train_3d(
     compile: bool = False,
     checkpointing: Checkpointing = "none",
     init_from: str | None = None,
+    ignore_keys: tuple[str, ...] = (),
     freeze: Literal["encoder", "decoder"] | None = None,
     loop: Loop,
 ) -> int:
@@ -64,6 +66,8 @@ def train_3d(
         checkpointing: none | block | level, what the backward pass computes again to save memory.
         init_from: Weights to begin with, not read again on resuming: a run folder, a checkpoint, a
             folder of save_pretrained, hf://owner/name, or a file in any layout that convert knows.
+        ignore_keys: Weights of the network that init_from does not fill, by the beginning of their
+            names or a pattern, e.g. '[decoder.*.bias, quant_conv]'; which they are is told.
         freeze: Half of the network that stays as init_from gives it: encoder (so that latents stay
             what they are, and a decoder is tuned on them) | decoder; null to train both.
         loop: Each option of the loop by its own name, see `vae3d.training.options`.
@@ -89,12 +93,22 @@ def train_3d(
     from vae3d.training.validate import Validation
 
     torch.manual_seed(loop.seed)
-    vae = model()
+    vae, terms = made("--model", model), made("--loss", loss)
     check_sizes(vae, patching, patch_size)
     if augment:
         augment.check(vae.spatial_dims)
+    if patching:
+        terms.check((vae.out_channels, *patch_size))
+    loading = data.loader_options(loop.threads)
     if freeze and not init_from:
         raise ValueError(f"--freeze {freeze} needs --init_from: new weights are nothing to keep")
+    if freeze == "decoder" and terms.adversarial is not None and terms.adversarial.adaptive:
+        raise ValueError(
+            "--freeze decoder: an adaptive adversarial weight is balanced at the decoder's last"
+            " layer; set --loss.adversarial.adaptive false"
+        )
+    if ignore_keys and not init_from:
+        raise ValueError(f"--ignore_keys {list(ignore_keys)} needs --init_from")
     vae.set_checkpointing(checkpointing)
     with (
         open_world(loop.device, loop.timeout_minutes) as world,
@@ -108,7 +122,7 @@ def train_3d(
             had = state["spec"]["init_args"].get("linear_code")
             vae.settle_linear_code(bool(had))
         elif init_from:
-            begin_with(vae, init_from, data.preprocess, world)
+            begin_with(vae, init_from, ignore_keys, data.preprocess, world)
         else:
             vae.settle_linear_code()
         if freeze:
@@ -117,13 +131,7 @@ def train_3d(
         if compile:
             vae.encoder.compile()
             vae.decoder.compile()
-        task = VAETask(vae, loss().to(world.device), loop.seed, augment)
-        game = task.loss.adversarial
-        if freeze == "decoder" and game is not None and game.adaptive:
-            raise ValueError(
-                "--freeze decoder: an adaptive adversarial weight is balanced at the decoder's last"
-                " layer; set --loss.adversarial.adaptive false"
-            )
+        task = VAETask(vae, terms.to(world.device), loop.seed, augment)
 
         with world.main_first():
             known, say = state and state["split"], print if world.is_main else None
@@ -133,7 +141,6 @@ def train_3d(
         split = world.broadcast(split)
         for fault in nobody_trains(data.root, split):
             raise fault
-        run.write_json("split.json", split)
         training, held_out = store.subset(split["train"]), store.subset(split["val"])
         sample = patch_size if patching else largest(map(training.shape, range(len(training))))[1:]
         begun_with = state["batch_size"] if state else None
@@ -147,7 +154,7 @@ def train_3d(
             patches_per_volume=patches_per_volume,
             seed=loop.seed,
             threads=loop.threads,
-            **data.loader_options(),
+            **loading,
         )
         pin = world.device.type == "cuda"
         loader = cut(batch_size=batch, rank=world.rank, world_size=world.size, pin=pin)
@@ -155,8 +162,6 @@ def train_3d(
             seen = cut(batch_size=1)
             batches = seen.stream() if patching == "random_parts" else seen
             fit_linear_code(vae, (batch.image[0] for batch in batches), world)
-        if world.is_main:
-            store.write_skipped(out_dir)
         # Sharded weights need all ranks at each volume; then no rank has volumes of its own.
         validation = Validation(
             held_out,
@@ -190,6 +195,9 @@ def train_3d(
                 "batch_size": batch,
             },
         )
+        run.write_json("split.json", split)
+        if world.is_main:
+            store.write_skipped(out_dir)
         return run.fit(trainer, state)
 
 
@@ -216,7 +224,13 @@ def check_sizes(vae: CustomVAE, patching: str | None, patch_size: tuple[int, ...
             )
 
 
-def begin_with(vae: CustomVAE, init_from: str, preprocess: Preprocess, world: World) -> None:
+def begin_with(
+    vae: CustomVAE,
+    init_from: str,
+    ignore_keys: tuple[str, ...],
+    preprocess: Preprocess,
+    world: World,
+) -> None:
     """Fill a network with the weights that `--init_from` names.
 
     Says in one line where they were trained on volumes that were prepared in another way; that may
@@ -225,6 +239,7 @@ def begin_with(vae: CustomVAE, init_from: str, preprocess: Preprocess, world: Wo
     Args:
         vae: The network.
         init_from: A run folder, a checkpoint, a folder of save_pretrained, a file, or hf://...
+        ignore_keys: What it does not fill.
         preprocess: What this run does to its volumes.
         world: The ranks; the main one speaks.
     """
@@ -232,7 +247,7 @@ def begin_with(vae: CustomVAE, init_from: str, preprocess: Preprocess, world: Wo
     from vae3d.weights.convert import load_weights
 
     weights = find_checkpoint(init_from)
-    report = load_weights(vae, weights)
+    report = load_weights(vae, weights, keep=ignore_keys)
     if report.lines and world.is_main:
         print(f"{weights}: {report.layout} weights", *report.lines, sep="\n  ", flush=True)
     trained = preprocess_of(weights)

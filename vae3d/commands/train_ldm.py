@@ -7,9 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from vae3d.models.classes import made
 from vae3d.training.options import Loop, as_options, spread
 
 if TYPE_CHECKING:
@@ -135,7 +137,8 @@ def train_ldm(
         check_crop(crop, train, condition)
 
         torch.manual_seed(loop.seed)
-        model = LatentDiffusion(
+        network = partial(
+            LatentDiffusion,
             latent_channels=train.shape(0)[0] // 2,
             spatial_dims=2 if len(train.shape(0)) == 3 else 3,
             unet=asdict(unet or UNet()),
@@ -148,6 +151,7 @@ def train_ldm(
             cross_attention_dim=cross_attention_dim,
             condition_dropout=condition_dropout,
         )
+        model = made("--unet", network)
         model.set_statistics(train.statistics, given.statistics if given else None)
         model.to(world.device)
         task = LatentTask(model, train, label, given, loop.seed)
@@ -163,17 +167,18 @@ def train_ldm(
             threads=loop.threads,
             pin=world.device.type == "cuda",
         )
-        validation = show = None
+        validation = None
         if held_out:
             guide = Guide(model, held_out, label, held_out_given)
             validation = LatentValidation(held_out, guide, world, loop.val_volumes)
-        tracker = run.track(loop, config, state)
         index = read_index(latents)
         if vae is None and Path(index["vae"]).is_file():
             vae = index["vae"]
+        pictures = None
         if loop.media_every and vae:
             folder = Path(out_dir) / "media"
-            show = Pictures(vae, trust, train, task.guide, tracker, folder, loop.media_volumes)
+            pictures = Pictures(vae, trust, train, task.guide, folder, loop.media_volumes)
+        tracker = run.track(loop, config, state)
 
         trainer = Trainer(
             task,
@@ -184,7 +189,7 @@ def train_ldm(
             loop=loop,
             validate=validation,
             monitor="val/loss",
-            show=show,
+            show=partial(pictures, tracker=tracker) if pictures else None,
             sources=lambda batch: sorted({train.ids[i] for i in batch.volume.tolist()}),
             record={
                 "spec": model.spec,
@@ -287,7 +292,6 @@ class Pictures:
         trust: Module prefixes whose classes it may import.
         store: Training latents: the first gives the grid.
         guide: Labels and conditions of the training subjects; each sample takes those of one.
-        tracker: Shows the picture; None on ranks that do not write.
         folder: Where pictures go.
         count: Samples in a picture.
     """
@@ -298,23 +302,24 @@ class Pictures:
         trust: tuple[str, ...],
         store: LatentStore,
         guide: Guide,
-        tracker: Tracker | None,
         folder: Path,
         count: int,
     ):
         from vae3d.commands.decode import load_encoder
         from vae3d.inference.reconstruct import coding_of
+        from vae3d.stage2.latents import check_header
 
         self.template: dict[str, Any] = store.infos[0]
+        check_header(self.template, store.paths[0])
         made_by = self.template["made_by"]
         self.coding = coding_of(made_by, mode="full")
         self.vae = load_encoder(vae, made_by, trust)  # now: another model must not fail hours later
-        self.guide, self.tracker, self.folder = guide, tracker, folder
+        self.guide, self.folder = guide, folder
         self.count = min(count, len(store))
 
-    def __call__(self, network: LatentDiffusion, step: int) -> None:
-        """Write `samples_<step>.png`. Only the main rank does it."""
-        if self.tracker is None:
+    def __call__(self, network: LatentDiffusion, step: int, tracker: Tracker | None) -> None:
+        """Write `samples_<step>.png` and show it. Only the rank with a tracker does it."""
+        if tracker is None:
             return
         import torch
 
@@ -336,7 +341,7 @@ class Pictures:
         self.vae.to("cpu")
         path = self.folder / f"samples_{step:08d}.png"
         rows = {f"samples at step {step}": pictures}
-        self.tracker.in_background(write_sheet, path, rows, step=step)
+        tracker.in_background(write_sheet, path, rows, step=step)
 
 
 def write_sheet(path: Path, rows: dict[str, list]) -> dict[str, Path]:

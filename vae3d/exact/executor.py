@@ -288,6 +288,11 @@ class Executor:
                         break
                     axis = 0 if 0 in larger and size[0] > 4 else max(larger, key=lambda i: size[i])
                     size[axis] = -(-size[axis] // 2)
+            if (needed := self.work_bytes(node, size)) > self.budget:
+                warnings.warn(
+                    f"memory_gb {self.budget / 2**30:.2g} is too small to be kept: the smallest "
+                    f"tile takes {needed / 2**30:.2g} GiB"
+                )
         return size
 
     def work_bytes(self, node: Node, size: Sequence[int]) -> int:

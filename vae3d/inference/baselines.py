@@ -22,6 +22,9 @@ from loaders.whole import whole_file
 
 BLOCKS_PER_VOLUME = 20_000
 
+# What torch may say of a file that is none of its own.
+DAMAGE = (RuntimeError, TypeError, EOFError, LookupError, ValueError, pickle.UnpicklingError)
+
 
 def pooled(x: Tensor, factor: Sequence[int]) -> Tensor:
     """Average-pool by `factor` and upsample linearly: (C, *spatial) to the same shape."""
@@ -136,7 +139,14 @@ class BlockPCA:
         """Read what `save` has written."""
         try:
             return cls(**torch.load(path, weights_only=True))
-        except (RuntimeError, TypeError, EOFError, pickle.UnpicklingError) as error:
+        except (
+            RuntimeError,
+            TypeError,
+            EOFError,
+            LookupError,
+            ValueError,
+            pickle.UnpicklingError,
+        ) as error:
             raise ValueError(f"{path}: damaged ({error}); delete it, it is fitted again") from error
 
     @cached_property

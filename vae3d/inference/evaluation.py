@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from loaders.layout import Layout
+from loaders.texts import misfit, read_json
 from loaders.whole import write_text
 from vae3d.inference.baselines import BlockPCA, pooled
 from vae3d.inference.metrics import (
@@ -133,11 +134,12 @@ class Evaluator:
         if not record.is_file() or not all(path.is_file() for path in wanted):
             return None
         try:
-            content = json.loads(record.read_text())
-            key, row = content["key"], content["row"]
-        except (json.JSONDecodeError, KeyError, TypeError, RecursionError) as error:
-            raise ValueError(f"{record}: damaged ({error}); delete it, it is made again") from error
-        return row if key == self.key(index) else None
+            content = read_json(record)
+        except ValueError as error:
+            raise ValueError(f"{error}; delete it, it is made again") from error
+        if found := misfit(content, {"key": str, "row": {str: (float, str, None)}}):
+            raise ValueError(f"{record}: damaged ({found}); delete it, it is made again")
+        return content["row"] if content["key"] == self.key(index) else None
 
     def volume(self, index: int) -> dict:
         """Evaluate a volume, unless it is finished; its row of metrics."""
@@ -145,8 +147,7 @@ class Evaluator:
         if row is None:
             case = self.store.ids[index]
             x = torch.from_numpy(self.store.read(index))
-            self._check_channels(x)
-            recon, mean, logvar = autoencode(self.vae, x, **self.how)
+            recon, mean, logvar = autoencode(self.vae, x, name=case, **self.how)
             row = {"case": case, **self.measure(index, x, recon, mean, logvar)}
             self._write_files(index, x, recon, row)
             # Last, so that a volume with a row has everything; JSON's Infinity reads back.
@@ -238,15 +239,6 @@ class Evaluator:
             for case in self.store.ids[:count]
             for kind in ("png", "gif", "mp4")
         }
-
-    def _check_channels(self, x: Tensor) -> None:
-        wanted = self.vae.in_channels
-        slices = self.how["num_slices"] if self.vae.spatial_dims == 2 else 1
-        if x.shape[0] * slices != wanted:
-            raise ValueError(
-                f"the model takes {wanted} channels, the volumes have {x.shape[0]} "
-                "(data.root or --checkpoint is another data set's)"
-            )
 
     def _baselines(self, x: Tensor, recon: Tensor, mask: Tensor | None) -> dict[str, float]:
         """Linear codes of the same size, and how many of their numbers would do as well."""

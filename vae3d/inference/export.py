@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from loaders.whole import whole_file
+from vae3d.inference.stitching import check_patch
 from vae3d.kernels.steps import plain
 from vae3d.models.custom_vae import CustomVAE
 
@@ -82,9 +83,8 @@ def export_programs(
         ValueError: A network that cannot be exported, or a program with other numbers.
     """
     vae = vae.cpu().float().eval().requires_grad_(False)
+    check_patch(patch_size, vae.factor)
     latent = [n // f for n, f in zip(patch_size, vae.factor, strict=True)]
-    if [n * f for n, f in zip(latent, vae.factor, strict=True)] != list(patch_size):
-        raise ValueError(f"patch_size {tuple(patch_size)} is not a multiple of {vae.factor}")
     generator = torch.Generator().manual_seed(0)
     parts = {
         "encoder": (Encoder(vae), vae.in_channels, vae.factor),

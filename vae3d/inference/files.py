@@ -60,13 +60,21 @@ def encode_file(vae: CustomVAE, path: str | Path, mode: str = "full", **how: obj
     coding = Coding(mode, **{"patch_size": known.get("patch_size"), **slicing, **how})
     prepared = Preprocess.of_checkpoint(known.get("preprocess"))
     with TemporaryDirectory() as cache:
-        store = VolumeStore.build([path], cache, prepared, progress=False, reading=Reading.of(data))
+        store = VolumeStore.build(
+            [path],
+            cache,
+            prepared,
+            progress=False,
+            reading=Reading.of(data),
+            in_channels=vae.in_channels,
+            num_slices=coding.slices_of(vae),
+        )
         if len(store) > 1:
             raise ValueError(
                 f"{path}: a series of {len(store)} time points: encode it by `vae3d encode`"
             )
         x = torch.from_numpy(store.read(0))
-        mean, logvar = coding.encode(vae, x)
+        mean, logvar = coding.encode(vae, x, str(path))
         info = latent_info(store, 0, coding.factor(vae, x.ndim - 1))
     return Encoded(mean, logvar, {**info, "made_by": coding.facts()})
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from vae3d.exact.executor import check_budget, check_size, decode_exact, encode_exact
-from vae3d.inference.stitching import check_patch, overlap_voxels, stitch
+from vae3d.inference.stitching import BLENDS, check_patch, overlap_voxels, stitch, tile_faces
 from vae3d.kernels.device import free_bytes
 from vae3d.kernels.precision import AMP, Amp, autocast
 from vae3d.models.custom_vae import CustomVAE
@@ -79,6 +79,13 @@ class Coding:
         if self.amp != "off" and self.mode == "exact":
             raise ValueError(f"mode exact computes in float32; leave out amp {self.amp}")
         check_budget(self.memory_gb)
+        if self.slice_axis not in (0, 1, 2) or self.num_slices not in range(1, 2**16, 2):
+            raise ValueError(
+                f"slice_axis is {self.slice_axis} and num_slices {self.num_slices}: use 0 to 2, and"
+                " an odd number"
+            )
+        if self.blend not in BLENDS:
+            raise ValueError(f"blend {self.blend!r} is unknown; choose one of {', '.join(BLENDS)}")
 
     def facts(self) -> dict:
         """What the latents depend on, JSON-able; `Coding(**facts)` decodes alike."""
@@ -91,16 +98,21 @@ class Coding:
         return {k: list(v) if isinstance(v, tuple) else v for k, v in facts.items()}
 
     @torch.no_grad()
-    def encode(self, vae: CustomVAE, x: Tensor) -> tuple[Tensor, Tensor]:
+    def encode(self, vae: CustomVAE, x: Tensor, name: str = "the volume") -> tuple[Tensor, Tensor]:
         """Posterior of a volume.
 
         Args:
             vae: The model, in eval mode.
             x: `(C, X, Y, Z)` or `(C, X, Y)`, normalized as the model was trained; any device.
+            name: Of the volume, for messages.
 
         Returns:
             mean and logvar, `(C', *spatial)`, float32 on the device of `x`.
+
+        Raises:
+            ValueError: It is not finite.
         """
+        check_finite(x, name)
         near = _near(vae, x, x.nbytes)
         with self._precision(vae):
             sliced = x.ndim == 4 and vae.spatial_dims == 2
@@ -108,17 +120,31 @@ class Coding:
         return mean.to(x.device), logvar.to(x.device)
 
     @torch.no_grad()
-    def decode(self, vae: CustomVAE, z: Tensor, size: Sequence[int] | None = None) -> Tensor:
+    def decode(
+        self, vae: CustomVAE, z: Tensor, size: Sequence[int] | None = None, name: str = "the latent"
+    ) -> Tensor:
         """Reconstruction of a latent.
 
         Args:
             vae: The model, in eval mode.
             z: `(C', *spatial)`, as `encode` gives its mean; any device.
             size: Voxels per axis of the volume; None for those of the latent times the factor.
+            name: Of the latent, for messages.
 
         Returns:
             `(C, *size)`, normalized intensities, float32 on the device of `z`.
+
+        Raises:
+            ValueError: It is not finite.
         """
+        check_finite(z, name)
+        return self.decode_as_it_is(vae, z, size)
+
+    @torch.no_grad()
+    def decode_as_it_is(
+        self, vae: CustomVAE, z: Tensor, size: Sequence[int] | None = None
+    ) -> Tensor:
+        """`decode` of a latent that nobody has looked at."""
         factor = self.factor(vae, z.ndim - 1)
         size = size or [n * f for n, f in zip(z.shape[1:], factor, strict=True)]
         near = _near(vae, z, 4 * vae.in_channels * math.prod(size))
@@ -198,6 +224,18 @@ class Coding:
             factor.insert(self.slice_axis, 1)
         return factor
 
+    def check(self, vae: CustomVAE) -> None:
+        """Refuse patches that do not go with a model, before anything is read or written."""
+        if self.mode == "patch":
+            assert self.patch_size is not None
+            check_patch(self.patch_size, vae.factor)
+            ends = [1] * vae.spatial_dims
+            tile_faces(ends, self.patch_size, self.overlap, self.blend)  # overlap < patch
+
+    def slices_of(self, vae: CustomVAE) -> int:
+        """Slices of a volume that become input channels of the model."""
+        return self.num_slices if vae.spatial_dims == 2 else 1
+
     def _tiling(self, vae: CustomVAE) -> tuple[Sequence[int], Sequence[int]]:
         """Patch and overlap in whole latent voxels, so that both ways have the same tiles."""
         assert self.patch_size is not None  # said on the way in, in mode patch
@@ -230,6 +268,17 @@ class Coding:
         return plane[first : first + channels]
 
 
+def check_finite(values: Tensor, name: str) -> None:
+    """Refuse a volume or latent that is not finite.
+
+    Statistics of norms would make all of it NaN, and without norms the sums over four rows at once,
+    which serve at inference, would carry it to rows that it does not touch.
+    """
+    if not (finite := values.isfinite()).all():
+        count = values.numel() - int(finite.sum())
+        raise ValueError(f"{name}: {count} of {values.numel()} values are NaN or infinite")
+
+
 def coding_of(made_by: dict, **given: Any) -> Coding:
     """The `Coding` with which some latents were made.
 
@@ -258,7 +307,7 @@ def reconstruct(vae: CustomVAE, x: Tensor, mode: str = "patch", **how: Any) -> T
 
 
 def autoencode(
-    vae: CustomVAE, x: Tensor, mode: str = "patch", **how: Any
+    vae: CustomVAE, x: Tensor, mode: str = "patch", name: str = "the volume", **how: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Reconstruct one volume through the posterior mean, and return the posterior as well.
 
@@ -266,14 +315,16 @@ def autoencode(
         vae: The model, in eval mode.
         x: `(C, X, Y, Z)` or `(C, X, Y)`, normalized as the model was trained; any device.
         mode: full | patch | exact.
+        name: Of the volume, for messages.
         **how: Further options of `Coding`.
 
     Returns:
         recon `(C, X, Y, Z)`, and mean and logvar of the latent; float32 on the device of `x`.
     """
     coding = Coding(mode, **how)
-    mean, logvar = coding.encode(vae, x)
-    return coding.decode(vae, mean, x.shape[1:]), mean, logvar
+    mean, logvar = coding.encode(vae, x, name)
+    # What a network that has diverged makes of it is measured, not refused.
+    return coding.decode_as_it_is(vae, mean, x.shape[1:]), mean, logvar
 
 
 def bytes_taken(run: Callable[[], object], device: torch.device) -> int:

@@ -6,7 +6,7 @@ gradient in them. The discriminator's pass sees detached reconstructions.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Literal
 
@@ -39,6 +39,9 @@ CRITERIA: dict[str, tuple[Callable[[Tensor], Tensor], ...]] = {
 
 class Discriminator(nn.Module):
     """Socket of discriminators, made from `(spatial_dims, in_channels)`."""
+
+    def check(self, size: Sequence[int]) -> None:
+        """Refuse volumes of this spatial size if they are too small."""
 
     def forward(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Return logits `(B, 1, ...)` in float32 and the feature maps before them."""
@@ -83,13 +86,17 @@ class PatchDiscriminator(Discriminator):
         self.head = conv(widths[-1], 1, 3, padding=1)
         self.smallest = 2**num_layers
 
-    def forward(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Return logits `(B, 1, ...)` in float32 and the feature maps before them."""
-        if min(x.shape[2:]) < self.smallest:
+    def check(self, size: Sequence[int]) -> None:
+        """See `Discriminator`."""
+        if min(size) < self.smallest:
             raise ValueError(
                 f"the discriminator needs {self.smallest} voxels along each axis, the patch has "
-                f"{tuple(x.shape[2:])}; set a smaller PatchDiscriminator.num_layers"
+                f"{tuple(size)}; set a smaller PatchDiscriminator.num_layers"
             )
+
+    def forward(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Return logits `(B, 1, ...)` in float32 and the feature maps before them."""
+        self.check(x.shape[2:])
         features = []
         for block in self.blocks:
             x = block(x)
@@ -219,6 +226,16 @@ class Adversarial(nn.Module):
         self.register_buffer("adaptive_weight", torch.zeros(()))
         self._slopes: Tensor | None = None  # (2, n): last layer's gradients of this step
 
+    def check(self, shape: Sequence[int]) -> None:
+        """Refuse volumes `(C, *spatial)` that the discriminator cannot judge."""
+        if shape[0] != self.in_channels:
+            raise ValueError(
+                f"Adversarial.in_channels is {self.in_channels}, the volume has {shape[0]}"
+            )
+        if len(shape) == 3 and self.spatial_dims == 3:
+            raise ValueError("Adversarial.spatial_dims is 3 but the volumes are 2D; set it to 2")
+        self.critic.net.check(shape[1:])
+
     def active(self, step: int) -> bool:
         """Tell whether the game is on at this step."""
         return step >= self.start_step
@@ -281,14 +298,9 @@ class Adversarial(nn.Module):
 
     def _views(self, volume: Tensor, step: int) -> Judged:
         """Return the batches to judge, and the function that averages one value for each."""
-        if volume.shape[1] != self.in_channels:
-            raise ValueError(
-                f"Adversarial.in_channels is {self.in_channels}, the volume has {volume.shape[1]}"
-            )
+        self.check(volume.shape[1:])
         if volume.ndim == 2 + self.spatial_dims:
             return [volume], lambda values: values[0]
-        if volume.ndim != 5:
-            raise ValueError("Adversarial.spatial_dims is 3 but the volumes are 2D; set it to 2")
         picks = draw_slices(tuple(volume.shape[2:]), self.num_slices, step, self.seed)
         return take_slices(volume, picks), lambda values: mean_over_slices(values, picks)
 

@@ -66,6 +66,11 @@ class Perceptual(Term):
         """The frozen network."""
         return self._network[0]
 
+    def check(self, shape: Sequence[int]) -> None:
+        """See `Term`."""
+        if len(shape) == 3 and self.network.spatial_dims == 3:
+            raise ValueError("Perceptual.view is 'volume' but the volumes are 2D; set it to slices")
+
     def forward(
         self,
         x: Tensor,
@@ -78,13 +83,12 @@ class Perceptual(Term):
 
         With a mask a feature weighs what the voxels under it do on average.
         """
+        self.check(x.shape[1:])
         dims = self.network.spatial_dims
         if weight is not None:
             weight = weight.expand_as(x)
         if x.ndim == 2 + dims:
             return self._distance(x, recon, weight)
-        if x.ndim != 5:
-            raise ValueError("Perceptual.view is 'volume' but the volumes are 2D; set it to slices")
         picks = draw_slices(tuple(x.shape[2:]), self.num_slices, step, self.seed)
         cuts = [take_slices(volume, picks) for volume in (x, recon, weight) if volume is not None]
         return mean_over_slices([self._distance(*cut) for cut in zip(*cuts, strict=True)], picks)

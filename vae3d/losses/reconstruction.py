@@ -8,7 +8,7 @@ both over the mean weight of the voxels.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -110,6 +110,14 @@ class LearnedVariance(Term):
         """Inverse variance that other distances in intensity space are multiplied with."""
         return (-self.logvar).exp().mean()
 
+    def check(self, shape: Sequence[int]) -> None:
+        """See `Term`."""
+        if len(self.logvar) not in (1, shape[0]):
+            raise ValueError(
+                f"LearnedVariance.channels is {len(self.logvar)}, the model has {shape[0]} "
+                f"output channels; set it to {shape[0]} or 1"
+            )
+
     def forward(
         self,
         x: Tensor,
@@ -119,15 +127,11 @@ class LearnedVariance(Term):
         weight: Tensor | None = None,
     ) -> Tensor:
         """Return the negative log-likelihood, mean over samples, channels and voxels."""
+        self.check(x.shape[1:])
         distance = self.base.pointwise(recon - x)
         if weight is not None:
             distance = distance * weight
         distance = distance.transpose(0, 1).flatten(1).mean(1)  # (c,)
-        if len(self.logvar) not in (1, len(distance)):
-            raise ValueError(
-                f"LearnedVariance.channels is {len(self.logvar)}, the model has {len(distance)} "
-                f"output channels; set it to {len(distance)} or 1"
-            )
         self.scalars = {"distance": distance.mean().detach(), "logvar": self.logvar.mean().detach()}
         return (distance * (-self.logvar).exp() + self.logvar).mean()
 
@@ -162,6 +166,15 @@ class SSIM(Term):
         kernel = torch.ones(window) if sigma is None else torch.exp(-0.5 * (taps / sigma) ** 2)
         self.kernel = (kernel / kernel.sum()).tolist()
 
+    def check(self, shape: Sequence[int]) -> None:
+        """See `Term`."""
+        size, smallest = len(self.kernel), min(shape[1:])
+        if smallest < size:
+            raise ValueError(
+                f"SSIM.window {size} is larger than the patch {tuple(shape[1:])}; "
+                f"set a window of at most {smallest}"
+            )
+
     def forward(
         self,
         x: Tensor,
@@ -171,6 +184,7 @@ class SSIM(Term):
         weight: Tensor | None = None,
     ) -> Tensor:
         """Return 1 - SSIM, mean over samples, channels and windows."""
+        self.check(x.shape[1:])
         maps = torch.stack((x, recon, x * x, recon * recon, x * recon))
         mean_x, mean_r, xx, rr, xr = self._smooth(maps.flatten(0, 1)).unflatten(0, (5, -1))
         var_x, var_r, cov = xx - mean_x**2, rr - mean_r**2, xr - mean_x * mean_r
@@ -185,11 +199,6 @@ class SSIM(Term):
     def _smooth(self, image: Tensor) -> Tensor:
         """Weighted mean in each window, one axis after the other; only windows that fit."""
         size = len(self.kernel)
-        if min(image.shape[2:]) < size:
-            raise ValueError(
-                f"SSIM.window {size} is larger than the patch {tuple(image.shape[2:])}; "
-                f"set a window of at most {min(image.shape[2:])}"
-            )
         for axis in range(2, image.ndim):
             # Shifted sums: exact in float32 everywhere (a GPU's conv may use TF32, which the
             # difference E[x^2] - E[x]^2 does not survive) and faster than one-channel convolutions.

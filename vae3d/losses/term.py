@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import reduce
 
 from torch import Tensor, nn
@@ -72,6 +72,16 @@ class Term(nn.Module):
                 alike. A term that is not `weighted` may leave the parameter out.
         """
         raise NotImplementedError
+
+    def check(self, shape: Sequence[int]) -> None:
+        """Refuse volumes that the term cannot be taken of; called before anything is read.
+
+        Args:
+            shape: `(C, X, Y, Z)` or `(C, X, Y)` of a sample.
+
+        Raises:
+            ValueError: In one line, with the option that helps.
+        """
 
     def weight_at(self, step: int) -> float | Tensor:
         """Return the weight of the term at a step; a tensor where only the device knows it."""

@@ -42,7 +42,7 @@ parameters, so it leaves no gradient there, frozen or not.
 
 from __future__ import annotations
 
-from collections.abc import Callable, ItemsView
+from collections.abc import Callable, ItemsView, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING
 
@@ -150,6 +150,13 @@ class VAELoss(nn.Module):
         total = add_up(weights[name] * values[name] for name in values)
         # Detached: a trainer that adds them up over an epoch keeps no graph alive.
         return {name: value.detach() for name, value in values.items()} | measured | {"loss": total}
+
+    def check(self, shape: Sequence[int]) -> None:
+        """Refuse samples `(C, *spatial)` that a term cannot be taken of, before any is read."""
+        for _, term in self.terms.items():
+            term.check(shape)
+        if self.adversarial is not None:
+            self.adversarial.check(shape)
 
     @property
     def discriminator(self) -> Critic | None:

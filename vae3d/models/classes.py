@@ -14,11 +14,13 @@ import dataclasses
 import sys
 import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib import import_module
 from importlib.machinery import ModuleSpec
 from importlib.util import resolve_name
-from typing import Any
+from typing import Any, TypeVar
+
+Made = TypeVar("Made")
 
 
 def buildable(hint: Any) -> set[type]:
@@ -55,6 +57,26 @@ def import_class(path: object, bases: tuple[type, ...]) -> type:
     elif all(map(str.isidentifier, module.split("."))) and not _find(module):
         why = f"there is no module {module}"
     raise ImportError(f"{path} is no class that a socket takes; {why}")
+
+
+def made(option: str, factory: Callable[[], Made]) -> Made:
+    """Build what an option names.
+
+    Args:
+        option: Its name, for the message.
+        factory: A class with its arguments.
+
+    Raises:
+        ValueError: The arguments do not go together, whoever finds out: the layers of torch and
+            other libraries do so in errors of any type.
+    """
+    try:
+        return factory()
+    except ValueError:
+        raise
+    except (ArithmeticError, LookupError, MemoryError, RuntimeError, TypeError) as error:
+        why = " ".join(str(error).split())[:500]
+        raise ValueError(f"{option}: cannot be built with these options ({why})") from error
 
 
 def names_class(path: object, bases: tuple[type, ...]) -> bool:

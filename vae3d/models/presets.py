@@ -218,6 +218,10 @@ def attended_levels(attn_resolutions: Sequence[int], sizes: Sequence[int]) -> tu
 class MonaiVAE(CustomVAE):
     """MONAI's `AutoencoderKL`: its arguments and weights, the calls of `CustomVAE`.
 
+    Sizes that are no multiple of the factor are padded here, as in every `CustomVAE`, where MONAI's
+    drops voxels: of 9 x 11 at factor 4 the latent is 3 x 3 here and 2 x 2 there, and the
+    reconstruction has 9 x 11 here and 8 x 8 there. At multiples of the factor both are equal.
+
     Args:
         spatial_dims: 2 or 3.
         in_channels: Channels of the volume.
@@ -330,7 +334,10 @@ class MeanAndStd(DiagonalGaussian):
 
 
 class VAEModel(MonaiVAE):
-    """MONAI's `AutoencoderKL` with MONAI's calls: `vae(x)` returns `(recon, z_mu, z_sigma)`."""
+    """MONAI's `AutoencoderKL` with MONAI's calls: `vae(x)` returns `(recon, z_mu, z_sigma)`.
+
+    Odd sizes are padded where MONAI's drops voxels, see `MonaiVAE`.
+    """
 
     def encode(self, x: Tensor) -> MeanAndStd:
         """Posterior of `x`, which unpacks as `(z_mu, z_sigma)`."""

@@ -128,7 +128,9 @@ def factory(
 
 
 def _is_spec(value: Any) -> bool:
-    return isinstance(value, dict) and set(value) == {"class_path", "init_args"}
+    if not isinstance(value, dict) or set(value) != {"class_path", "init_args"}:
+        return False
+    return isinstance(value["init_args"], dict)
 
 
 def _holds_spec(value: Any) -> bool:

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from loaders.texts import read_json
+from loaders.texts import load_json, misfit, read_json
 from loaders.whole import whole_file, write_text
 from vae3d.tracking.media import case_stem
 
@@ -34,6 +34,39 @@ if TYPE_CHECKING:
 
 FORMAT = "vae3d latents 1"
 INDEX = "latents.json"
+# What a latent says of itself, and an index of its files; see `loaders.texts.misfit`.
+MADE_BY = {"checkpoint": str, "step": int, "ema": bool, "mode": str}
+ABOUT = {"split": (str, None), "labels": {str: str}, "shape": [int], "crc32": int}
+UNDO = {
+    **{key: [float] for key in ("gain", "bias", "scale", "offset")},
+    "affine": [[float]],
+    "geometry": {"source_affine": [[float]]},
+    "background": ([float], float),
+}
+HEADER = {
+    **ABOUT,
+    "subject": str,
+    "spacing_mm": [float],
+    "factor": [int],
+    "volume_shape": [int],
+    "moments": {"count": int, "mean": [float], "squares": [float], "noise": [float]},
+    "source": {"fingerprint": str, "undo": UNDO},
+    "made_by": MADE_BY,
+}
+PARTS = {"mean", "logvar"}  # tensors of a file
+NEEDED = ("shape", "moments", "crc32")  # that `write_latent` adds
+INDEX_SHAPE = {
+    "vae": str,
+    "made_by": {},
+    "subjects": {str: ABOUT},
+    "statistics": {
+        str: {
+            **{key: [float] for key in ("mean", "std", "std_of_means", "noise_share")},
+            **dict.fromkeys(("total_noise_share", "scaling_factor"), float),
+            **dict.fromkeys(("subjects", "count"), int),
+        }
+    },
+}
 OPEN_LATENTS = 512  # kept in memory; a latent of 4 x 32^3 with its log-variance takes 1 MB
 
 
@@ -106,7 +139,9 @@ def read_latent(path: str | Path) -> Latent:
     """
     with _open(path) as file:
         info = _header(file, path)
-        mean, logvar = file.get_tensor("mean"), file.get_tensor("logvar")
+        mean, logvar = (file.get_tensor(name) for name in ("mean", "logvar"))
+    if not list(mean.shape) == list(logvar.shape) == info["shape"]:
+        raise ValueError(f"{path}: damaged, not of the shape it tells; delete it and encode again")
     if _checksum(mean, logvar) != info["crc32"]:
         raise ValueError(f"{path}: damaged, its checksum is wrong; delete it and encode again")
     return Latent(mean, logvar, info)
@@ -262,6 +297,8 @@ def read_index(folder: str | Path) -> dict[str, Any]:
         raise ValueError(f"{error}; run vae3d encode again") from error
     if not isinstance(index, dict) or index.get("format") != FORMAT:
         raise ValueError(f"{path}: not an index of latents; run vae3d encode again")
+    if found := misfit(index, INDEX_SHAPE) or misfit(index, {"statistics": {"all": {}}}):
+        raise ValueError(f"{path}: damaged ({found}); run vae3d encode again")
     return index
 
 
@@ -342,6 +379,10 @@ class LatentStore:
         chosen = [by_name[name] for name in subjects or by_name]
         self.paths, self.infos = [p for p, _ in chosen], [info for _, info in chosen]
         self.statistics = read_statistics(folder)
+        lists = (part for part in vars(self.statistics).values() if isinstance(part, list))
+        widths = {*map(len, lists), *(info["shape"][0] for info in self.infos)}
+        if len(widths) > 1:
+            raise ValueError(f"{folder}: its files have {sorted(widths)} channels; encode it again")
         self.spatial_shapes = np.array([info["shape"][1:] for info in self.infos])
         self.array = lru_cache(OPEN_LATENTS)(self._open)
 
@@ -420,10 +461,21 @@ def _open(path: str | Path) -> safe_open:
 
 
 def _header(file: safe_open, path: str | Path) -> dict[str, Any]:
-    try:
-        info = json.loads((file.metadata() or {}).get("vae3d", "{}"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: its header is damaged ({error}); encode again") from error
-    if info.get("format") != FORMAT:
+    info = load_json((file.metadata() or {}).get("vae3d", "{}"), f"{path}: its header")
+    if not isinstance(info, dict) or info.get("format") != FORMAT or not {*file.keys()} >= PARTS:
         raise ValueError(f"{path}: a safetensors file, but not one that vae3d encode wrote")
+    lent = HEADER | {"made_by": {}, "source": {}}  # who writes latents in Python may say less
+    check_header(info, path, {k: v for k, v in lent.items() if k in info or k in NEEDED})
     return info
+
+
+def check_header(info: object, path: str | Path, shape: object = HEADER) -> None:
+    """Refuse what a latent says of itself, if it does not lead back to a volume.
+
+    Args:
+        info: Its header.
+        path: Its file, for the message.
+        shape: What it has to be, see `loaders.texts.misfit`.
+    """
+    if found := misfit(info, shape):
+        raise ValueError(f"{path}: its header is damaged ({found}); delete it and encode again")

@@ -21,6 +21,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from loaders.texts import misfit, read_bytes
 from vae3d.tracking.guests import Guest, Host, Worker
 from vae3d.tracking.options import Tracking
 from vae3d.tracking.privacy import Aliases, redact, without_places
@@ -219,6 +220,7 @@ def read_metrics(path: Path | str) -> list[dict]:
     """
     rows: dict[int, dict] = {}
     for row in _read_lines(path):
+        row = {k: v for k, v in row.items() if misfit(v, (float, None)) is None}
         step = row["step"]
         while rows and next(reversed(rows)) > step:
             rows.popitem()
@@ -228,7 +230,8 @@ def read_metrics(path: Path | str) -> list[dict]:
 
 def read_tables(path: Path | str) -> dict[str, dict]:
     """The newest of each table in a `tables.jsonl`, by name: `{"step": ..., "rows": [...]}`."""
-    return {row["table"]: row for row in _read_lines(path)}
+    shape = {"table": str, "rows": [{str: (float, str, None)}]}
+    return {row["table"]: row for row in _read_lines(path) if misfit(row, shape) is None}
 
 
 def what_is_told(config: Mapping[str, object], hash_cases: bool) -> dict[str, object]:
@@ -262,10 +265,10 @@ def _plain(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _read_lines(path: Path | str) -> Iterable[dict]:
-    for line in Path(path).read_text(encoding="utf-8").splitlines():
+    for line in read_bytes(Path(path)).decode("utf-8", "replace").splitlines():
         try:
             row = json.loads(line)
-        except (json.JSONDecodeError, RecursionError):
+        except (ValueError, RecursionError):
             continue  # cut by a kill
-        if isinstance(row, dict) and "step" in row:
+        if misfit(row, {"step": int}) is None and abs(row["step"]) < 2**63:
             yield row

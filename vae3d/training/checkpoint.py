@@ -24,9 +24,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from loaders import DataConfig
+from loaders.preprocess import Record
 from loaders.readers import Reading
-from loaders.texts import read_json
+from loaders.texts import misfit, read_json
 from loaders.whole import sweep, whole_file, write_text
+from vae3d.models.classes import made
+from vae3d.ranges import check_ranges
 from vae3d.weights.hub import (
     RECIPE,
     WEIGHTS,
@@ -42,7 +45,35 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 STEP_FILE = re.compile(r"step_(\d+)\.pt")
-NOTE, NOTED = "newest.json", ("best", "stale", "owed", "names")  # a small file, and what is in it
+NAMES = ("last.pt", "best.pt")  # that step files bear beside their own
+NOTE = "newest.json"  # a small file, and what is in it
+NOTED = {"best": float, "stale": int, "owed": [str], "names": [str]}
+WEIGHTS_OF = {str: torch.Tensor}
+# What commands read of a checkpoint; see `loaders.texts.misfit`.
+STATE = {
+    "step": int,
+    "spec": {"class_path": str, "init_args": {}},
+    "model": WEIGHTS_OF,
+    "ema": (WEIGHTS_OF, None),
+    "preprocess": ({}, None),
+    "config": {},
+    "split": ({str: [str]}, None),
+    "names": [str],
+    "written": [str],
+    "owed": [str],
+    "mark": str,
+    "best": float,
+}
+CONFIG = {
+    "data": {
+        "root": str,
+        "cache_dir": (str, None),
+        "on_error": str,
+        "slice_axis": int,
+        "num_slices": int,
+    },
+    "patch_size": ([int], None),
+}
 # How files are read, of data.*: part of what a network wants of its volumes.
 READING = (*Reading.names(), "slice_axis", "num_slices")
 
@@ -136,10 +167,13 @@ class Checkpoints:
         """Take the state in `path` to go on from; it is never rotated away by this process."""
         found, self.newest = self.newest, None
         state = found[1] if found and found[0] == path else load_checkpoint(path)
-        self.written = [name for name in state["written"] if (self.folder / name).exists()]
+        # Names of ours alone: what a damaged file tells is neither removed nor written.
+        written = [name for name in state["written"] if STEP_FILE.fullmatch(name)]
+        self.written = [name for name in written if (self.folder / name).exists()]
         self.resumed_from = path.name
         self.subject = path, state["mark"]
-        return state | self._noted(state["mark"])
+        state |= self._noted(state["mark"])
+        return state | {"names": [name for name in state["names"] if name in NAMES]}
 
     def _noted(self, mark: str) -> dict[str, object]:
         """The note on the checkpoint with this mark; {} where there is none, or one on another."""
@@ -147,7 +181,10 @@ class Checkpoints:
             note = read_json(self.folder / NOTE)
         except (OSError, ValueError):  # missing, or torn by the disk: the step is validated again
             return {}
-        return note if isinstance(note, dict) and note.get("mark") == mark else {}
+        noted = isinstance(note, dict) and not misfit(
+            note, {"mark": str} | {k: kind for k, kind in NOTED.items() if k in note}
+        )
+        return note if noted and note["mark"] == mark else {}
 
     def name(self, path: Path, names: Iterable[str]) -> None:
         """Let these names stand for `path`; a kill may have come between the file and its names."""
@@ -162,9 +199,8 @@ class Checkpoints:
             path.unlink(missing_ok=True)
 
     def _files(self) -> list[Path]:
-        names = ("last.pt", "best.pt")
         found = self.folder.glob("*.pt") if self.folder.is_dir() else ()
-        return [p for p in found if p.name in names or STEP_FILE.fullmatch(p.name)]
+        return [p for p in found if p.name in NAMES or STEP_FILE.fullmatch(p.name)]
 
 
 def write_atomic(path: Path, state: dict[str, Any]) -> None:
@@ -202,7 +238,9 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         raise ValueError(f"{path}: not a checkpoint of vae3d, there is code in it") from error
     if not isinstance(state, dict) or not {"format", "step", "model"} <= set(state):
         raise _weights_alone(state, path)
-    return _upgrade(state, path)
+    state = _upgrade(state, path)
+    _require(state, {name: kind for name, kind in STATE.items() if name in state}, path)
+    return state
 
 
 def find_checkpoint(path: str | Path) -> Path:
@@ -241,11 +279,17 @@ def load_model(path: str | Path, ema: bool = True, trust: Iterable[str] = ()) ->
     Example:
         >>> vae = load_model("runs/a")  # doctest: +SKIP
     """
+    return _network(load_checkpoint(path), path, ema, trust)
+
+
+def _network(state: Record, path: str | Path, ema: bool, trust: Iterable[str]) -> torch.nn.Module:
+    """Build the network of a checkpoint that was read; see `load_model`."""
     from vae3d.models.custom_vae import CustomVAE
     from vae3d.models.spec import build
 
-    state = load_checkpoint(path)
-    model = build(state["spec"], trust=tuple(trust))
+    _require(state, {name: STATE[name] for name in ("spec", "model")}, path)
+    check_ranges("checkpoint", {"spec": state["spec"]}, f"{path}: its ")
+    model = made(f"the network of {path}", lambda: build(state["spec"], trust=tuple(trust)))
     weights = state["ema"] if ema and state.get("ema") else state["model"]
     load_strictly(model, weights, f"the weights in {path}")
     if isinstance(model, CustomVAE):
@@ -257,9 +301,12 @@ def load_vae(path: str | Path, ema: bool = True, trust: Iterable[str] = ()) -> C
     """`load_model`, where nothing but a VAE will do."""
     from vae3d.models.custom_vae import CustomVAE
 
-    model = load_model(path, ema, trust)
+    state = load_checkpoint(path)
+    model = _network(state, path, ema, trust)
     if not isinstance(model, CustomVAE):
         raise ValueError(f"{path}: holds a {type(model).__name__}, not a VAE; give the VAE's run")
+    needed = ("step", "spec", "model", "ema", "preprocess", "split")
+    _require(state, {name: STATE[name] for name in needed} | {"config": CONFIG}, path)
     return model
 
 
@@ -378,12 +425,19 @@ def _weights_alone(state: object, path: Path) -> ValueError:
 
 def _upgrade(state: dict[str, Any], path: Path) -> dict[str, Any]:
     """Bring a checkpoint of an older format up to date: add here what later formats add."""
-    if state["format"] > FORMAT:
+    if not isinstance(state["format"], int) or state["format"] > FORMAT:
         raise ValueError(
             f"{path}: format {state['format']} is newer than this program reads ({FORMAT}); "
             "update vae3d"
         )
-    return {"names": ["last.pt"], "mark": "", "owed": [], "rewarm": None, **state}
+    defaults = {"names": ["last.pt"], "mark": "", "owed": [], "written": [], "best": math.inf}
+    return defaults | {"rewarm": None} | state
+
+
+def _require(state: object, shape: object, path: Path | str) -> None:
+    """Refuse a checkpoint that lacks what a command reads of it, or holds another kind of thing."""
+    if found := misfit(state, shape):
+        raise ValueError(f"{path}: damaged, or not of vae3d: its {found} is none that could be")
 
 
 def _link_atomic(source: Path, target: Path) -> None:

@@ -10,8 +10,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any, Literal, TypeVar
 
-from vae3d.config import check_at_least
 from vae3d.kernels.precision import Amp
+from vae3d.ranges import check_ranges
 from vae3d.tracking.options import Tracking
 
 T = TypeVar("T")
@@ -87,15 +87,7 @@ class Loop(Tracking):
     def __post_init__(self) -> None:
         """Refuse numbers out of range, before anything is read or written."""
         super().__post_init__()
-        at_least_one = ("max_steps", "grad_accum", "log_every", "early_stop", "max_bad_steps")
-        check_at_least(1, **{name: getattr(self, name) for name in at_least_one})
-        check_at_least(0, val_every=self.val_every, media_every=self.media_every)
-        check_at_least(0, save_every=self.save_every, warmup_steps=self.warmup_steps)
-        check_at_least(0, rewarm_steps=self.rewarm_steps)
-        check_at_least(0, clip_norm=self.clip_norm, max_hours=self.max_hours)
-        check_at_least(0, lr=self.lr, weight_decay=self.weight_decay)
-        if isinstance(self.betas, (tuple, list)) and not all(0 <= beta < 1 for beta in self.betas):
-            raise ValueError(f"--betas must be at least 0 and below 1, not {list(self.betas)}")
+        check_ranges("Loop", vars(self))
 
 
 def spread(function: Callable[..., T]) -> Callable[..., T]:
@@ -116,7 +108,10 @@ def spread(function: Callable[..., T]) -> Callable[..., T]:
     @functools.wraps(function)
     def flat(*args: Any, **options: Any) -> T:
         chosen = group(**{name: options.pop(name) for name in names if name in options})
-        return function(*args, **{last.name: chosen}, **options)
+        all_of_them = options | {last.name: chosen}
+        given = inspect.signature(function).bind(*args, **all_of_them).arguments
+        check_ranges(function.__name__, given)
+        return function(*args, **all_of_them)
 
     keyword = functools.partial(inspect.Parameter, kind=inspect.Parameter.KEYWORD_ONLY)
     theirs = [

@@ -53,6 +53,7 @@ HARMLESS = {
 # A run keeps the split that these made when it began.
 SPLIT_BY = {f"data.{name}" for name in ("fractions", "folds", "fold", "stratify_by", "group_by")}
 
+LOCK = ".lock"
 PATIENCE_S = 60.0  # for pictures and uploads at the end of a run
 GRACE_S = 10.0  # the same after a signal or an error: who kills often waits for 30 s alone
 
@@ -70,18 +71,23 @@ class Run:
         self.folder = Path(out_dir)
         self.world = world
         self.checkpoints = Checkpoints(self.folder / "checkpoints", keep)
+        self.made = False  # the folder, by this process
         self.function: Callable | None = None  # whose call `begin` was told, and its arguments
         self.options: dict[str, Any] = {}
 
     def __enter__(self) -> Run:
         self._stack = ExitStack()
         if self.world.is_main:
+            self.made = not self.folder.exists()
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._stack.enter_context(_Lock(self.folder / ".lock"))
+            self._stack.enter_context(_Lock(self.folder / LOCK))
             self.checkpoints.sweep()
         return self
 
     def __exit__(self, *exc: object) -> None:
+        if self.made and [path.name for path in self.folder.iterdir()] == [LOCK]:
+            (self.folder / LOCK).unlink()  # refused: no run was begun
+            self.folder.rmdir()
         self._stack.close()
 
     def begin(
@@ -195,7 +201,13 @@ class Run:
             The exit code.
         """
         if state is not None:
-            trainer.load_state_dict(state)
+            try:
+                trainer.load_state_dict(state)
+            except (AttributeError, LookupError, RuntimeError, TypeError) as error:
+                raise ValueError(
+                    f"{self.checkpoints.subject[0]}: cannot be continued ({error!r}): damaged, or "
+                    "of another training; begin anew with --fresh"
+                ) from error
         if self.world.is_main and self.function:
             save_config(self.folder / "config.yaml", self.function, self.options)
         patience = GRACE_S
@@ -275,6 +287,10 @@ class _Lock:
             return self
         try:
             fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not self.path.exists() or not os.path.samestat(
+                os.stat(self.path), os.fstat(self.file.fileno())
+            ):
+                raise BlockingIOError("removed by a run that was refused")
         except BlockingIOError as error:
             self.file.seek(0)
             owner = self.file.read().strip() or "another process"

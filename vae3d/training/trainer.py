@@ -23,9 +23,9 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.experimental import implicit_replication
 from torch.nn.parallel import DistributedDataParallel
 
-from vae3d.config import check_at_least
 from vae3d.kernels.device import fastest_kernels
 from vae3d.kernels.precision import autocast
+from vae3d.ranges import check_ranges
 from vae3d.stop import Stop, Stopped, listening
 from vae3d.tracking.console import Console
 from vae3d.tracking.tracker import Tracker
@@ -84,7 +84,7 @@ class Trainer:
         sources: Callable[[Any], list[str]] | None = None,
         record: dict[str, Any] | None = None,
     ):
-        check_at_least(0, discriminator_lr=discriminator_lr)
+        check_ranges("Trainer", {"discriminator_lr": discriminator_lr})
         if loop.amp is None:
             raise ValueError("Trainer takes an `amp` that is settled: off, bf16 or fp16")
         self.task, self.loader, self.world, self.tracker = task, loader, world or World(), tracker
@@ -109,8 +109,11 @@ class Trainer:
             for name, (_, params) in parts.items()
         }
         self.networks = {name: module for name, (module, _) in parts.items()}
-        if self.world.size > 1 and not self.sharded:
-            self.networks = distributed(task, self.networks)
+        if self.world.size > 1:
+            alone = {name for name in self.networks if self.sharded and name == "generator"}
+            self.networks |= distributed(
+                task, {k: v for k, v in self.networks.items() if k not in alone}
+            )
         self.ema = EMA(task.network, loop.ema_decay) if loop.ema_decay else None
         self.scaler = LossScaler(self.device, enabled=self.amp == "fp16")
 

@@ -10,7 +10,6 @@ from typing import Any, Unpack
 import numpy as np
 import torch
 
-from vae3d.config import check_at_least
 from vae3d.inference.metrics import by_channel, in_one_unit, mae, psnr
 from vae3d.inference.reconstruct import reconstruct
 from vae3d.models.custom_vae import CustomVAE
@@ -45,7 +44,6 @@ class Validation:
         overlap: float = 0.25,
         radiological: bool = False,
     ):
-        check_at_least(0, val_volumes=max_volumes, media_volumes=pictured)
         self.store, self.world = store, world
         self.patch_size, self.overlap = patch_size, overlap
         self.radiological = radiological

@@ -8,6 +8,7 @@ missing, left over or of another shape is an error, and what is dropped or resha
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Literal
 
@@ -98,7 +99,11 @@ def read_model(
 
 
 def load_weights(
-    vae: CustomVAE, path: str | Path, ignore_keys: Sequence[str] = (), layout: str | None = None
+    vae: CustomVAE,
+    path: str | Path,
+    ignore_keys: Sequence[str] = (),
+    layout: str | None = None,
+    keep: Sequence[str] = (),
 ) -> Report:
     """Fill a network from a file in any layout; every key must find its place.
 
@@ -107,6 +112,8 @@ def load_weights(
         path: File of weights.
         ignore_keys: Prefixes of keys to leave out.
         layout: Name of the layout; None to recognize it.
+        keep: Names of the network's own weights that stay as they are, whatever the file holds:
+            beginnings of names, or patterns such as `decoder.*.bias`.
     """
     state = read_state(path)
     if "spec" in state:  # a checkpoint of ours: the averaged weights where there are some
@@ -115,17 +122,45 @@ def load_weights(
             name = str(state["spec"].get("class_path")).rpartition(".")[2]
             raise ValueError(f"{path}: holds a {name}, not a VAE; give the VAE's run")
         vae.settle_linear_code(has_linear_code(weights))
-        load_strictly(vae, weights, f"the weights in {path}")
-        return Report(OURS)
+        return load_but(vae, weights, keep, path, Report(OURS))
     state, report = clean(state, ignore_keys, layout, path)
     if report.layout == OURS:
         vae.settle_linear_code(has_linear_code(state))
-        load_strictly(vae, state, f"the weights in {path}")
-        return report
+        return load_but(vae, state, keep, path, report)
     source = LAYOUTS[report.layout]
     state, _ = settle_proj_attn(state, source, Hints(), report)
-    fill(vae, modern_names(state, source), source, report)
+    fill(vae, modern_names(state, source), source, report, keep)
     return report
+
+
+def load_but(
+    vae: CustomVAE,
+    state: Mapping[str, Tensor],
+    keep: Sequence[str],
+    path: str | Path,
+    report: Report,
+) -> Report:
+    """Fill a network from weights of ours, but for those that are to stay."""
+    target = vae.state_dict()
+    kept = kept_names(target, keep, state)
+    state = {name: value for name, value in state.items() if not named_by(name, keep)}
+    load_strictly(vae, {**state, **{name: target[name] for name in kept}}, f"the weights in {path}")
+    report.add("kept as they are in the network", kept)
+    return report
+
+
+def kept_names(names: Iterable[str], keep: Sequence[str], others: Iterable[str] = ()) -> list[str]:
+    """The names that stay; a pattern that names nothing is the user's mistake."""
+    names, others = list(names), list(others)
+    for pattern in keep:
+        if not any(named_by(name, [pattern]) for name in (*names, *others)):
+            raise ValueError(f"--ignore_keys {pattern}: no weight is called that")
+    return [name for name in names if named_by(name, keep)]
+
+
+def named_by(name: str, patterns: Sequence[str]) -> bool:
+    """Whether a name begins with one of the patterns, or is of it."""
+    return any(name.startswith(one) or fnmatchcase(name, one) for one in patterns)
 
 
 def has_linear_code(weights: Iterable[str]) -> bool:
@@ -294,7 +329,9 @@ def modern_names(state: State, layout: Layout) -> State:
     return {pattern.sub(lambda m: f"{m[1]}.{old[m[2]]}.", k): v for k, v in state.items()}
 
 
-def fill(vae: CustomVAE, state: State, layout: Layout, report: Report) -> None:
+def fill(
+    vae: CustomVAE, state: State, layout: Layout, report: Report, keep: Sequence[str] = ()
+) -> None:
     """Load renamed weights; every weight must be there, be used and have its shape.
 
     Args:
@@ -302,8 +339,14 @@ def fill(vae: CustomVAE, state: State, layout: Layout, report: Report) -> None:
         state: Weights in `layout`.
         layout: Their layout.
         report: Gets a line on reshaped weights.
+        keep: As for `load_weights`, by our names.
     """
     rows = layout.rows(vae)
+    kept = kept_names([row.ours for row in rows], keep)
+    left_out = {name for row in rows if row.ours in kept for name in row.theirs}
+    report.add("kept as they are in the network", kept)
+    rows = [row for row in rows if row.ours not in kept]
+    state = {name: value for name, value in state.items() if name not in left_out}
     target = vae.state_dict()
     # Shapes are compared under their names, before anything is renamed.
     expected: State = {}
@@ -312,7 +355,7 @@ def fill(vae: CustomVAE, state: State, layout: Layout, report: Report) -> None:
         shape = (shape[0] // len(row.theirs), *shape[1:])
         expected |= {name: torch.empty(shape, device="meta") for name in row.theirs}
     check_fit(state, expected, f"the {layout.name} weights")
-    vae.load_state_dict({row.ours: read_row(row, state) for row in rows})
+    vae.load_state_dict({**target, **{row.ours: read_row(row, state) for row in rows}})
     joined = {row.theirs[0] for row in rows if row.ones or len(row.theirs) > 1}
     report.add("reshaped or joined", joined)
 

@@ -4,6 +4,7 @@ The only importer of huggingface_hub.
 """
 
 import json
+import os
 import pickle
 import re
 import zipfile
@@ -23,6 +24,7 @@ from vae3d.models.spec import build
 
 WEIGHTS, RECIPE = "model.safetensors", "config.json"
 DIFFUSERS_WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
+MAX_EXPANSION = 100  # of an archive; small tensors have large entries in its table
 # What a contract holds beside the recipe.
 KINDS = {
     "preprocess": dict,
@@ -214,6 +216,9 @@ def check_archive(path: str | Path) -> None:
     with open(path, "rb") as file:
         try:
             with zipfile.ZipFile(file) as archive:
+                claimed = sum(entry.file_size for entry in archive.infolist())
+                if claimed > MAX_EXPANSION * os.path.getsize(path):  # torch stores as it is
+                    raise ValueError(f"it claims to hold {claimed} bytes")
                 damaged = archive.testzip()
         except Exception as error:  # BadZipFile, EOFError, OSError ...: damage has no one type
             raise ValueError(f"cut short, or not an archive ({error})") from error
