@@ -65,6 +65,7 @@ def _float32_as_before():
 
 def test_patches_of_a_volume_on_the_device_stay_there_and_go_through_together(monkeypatch):
     vae, x = tiny_vae().eval().to(META), torch.empty(1, 160, 160, 160, device=META)
+    monkeypatch.setattr(coding_module, "check_finite", lambda *_: None)  # it reads, once a volume
     passes = []
     for name in ("encode", "decode"):
         run = getattr(vae, name)
