@@ -1,10 +1,11 @@
 # make demo | make test | make check | make bench   (each creates .venv when it is missing)
+# make gpu-check PYTHON=python3   (installs nothing; measures on a GPU, in six minutes)
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: help demo test test-slow style check bench clean
+.PHONY: help demo test test-slow style check bench gpu-check clean
 .DEFAULT_GOAL := help
 
 help:
@@ -38,7 +39,11 @@ check: style test
 
 bench: $(STAMP)
 	$(BIN)/pip install -q -c constraints.txt -e '.[bench]'
-	for b in benchmarks/*.py; do $(BIN)/python $$b || exit 1; done
+	for b in $(filter-out benchmarks/gpu.py,$(wildcard benchmarks/*.py)); do $(BIN)/python $$b || exit 1; done
+
+# With the Python that is there, since a GPU's torch is rarely to be replaced.
+gpu-check:
+	$(PYTHON) benchmarks/gpu.py --out $(or $(OUT),.)/gpu_check.md
 
 clean:
 	rm -rf $(VENV) build *.egg-info

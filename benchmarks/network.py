@@ -236,8 +236,6 @@ def make_step(
     net = BUILD[name.split()[0]](len(shape) - 2, mode == "checkpoint" and name != "monai plain")
     net = net.to(device)
     x = torch.rand(shape, device=device)
-    if device == "cuda" and name == "vae3d":
-        net = net.to(memory_format=CHANNELS_LAST[x.dim()])
     autocast = torch.autocast(device, torch.bfloat16, enabled=precision == "bfloat16")
     if mode == "infer":
         net.eval()

@@ -26,6 +26,7 @@ SHAPE = (8, 4, 12)  # not cubic
 class ToyBatch:
     image: torch.Tensor
     index: torch.Tensor
+    weight: torch.Tensor | None = None
 
     def to(self, device, non_blocking=False):
         return replace(self, image=self.image.to(device))

@@ -97,6 +97,11 @@ RANGES = {
     **dict.fromkeys(("feature_matching_weight", "r1_weight"), NOT_NEGATIVE),
     **dict.fromkeys(("sigma", "target_std", "SSIM.data_range"), POSITIVE),
     "r1_every": COUNT,
+    # augmentation
+    "flip": Range(0, 2),
+    "rotation_deg": Range(0, 180),
+    "scaling": BELOW_ONE,
+    "noise": NOT_NEGATIVE,
     "power": Range(1, 2),
     # samples
     "steps": Range(1, 10**6),
@@ -104,7 +109,7 @@ RANGES = {
 }
 
 
-MAY_BE_EMPTY = ("attn_resolutions",)
+MAY_BE_EMPTY = ("attn_resolutions", "flip")
 
 
 def check_ranges(owner: str, options: Mapping[str, object], before: str = "--") -> None:

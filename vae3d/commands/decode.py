@@ -22,6 +22,7 @@ def decode(
     overlap: int | float | None = None,
     blend: Literal["hann", "gaussian", "average", "crop"] | None = None,
     memory_gb: float | None = None,
+    amp: Literal["off", "bf16", "fp16"] = "off",
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto",
     trust: tuple[str, ...] = (),
 ) -> None:
@@ -44,7 +45,8 @@ def decode(
         overlap: Overlap of neighboring patches: below 1 a fraction of the patch, else [voxels];
             null as encoded.
         blend: How overlapping patches are mixed; null as encoded.
-        memory_gb: Memory budget of mode exact [GiB]; null for half of what is free.
+        memory_gb: Memory budget of mode exact on the device [GiB]; null for half of what is free.
+        amp: off | bf16 | fp16, precision of convolutions and matrix products.
         device: auto | cpu | cuda | mps.
         trust: Module prefixes besides vae3d whose classes the checkpoint may import.
     """
@@ -59,7 +61,7 @@ def decode(
     check_header(info, paths[0])
     made_by = info["made_by"]
     given = dict(mode=mode, patch_size=patch_size, overlap=overlap, blend=blend)
-    coding = coding_of(made_by, **given, memory_gb=memory_gb)
+    coding = coding_of(made_by, **given, memory_gb=memory_gb, amp=amp)
     vae = load_encoder(checkpoint, made_by, trust)
     coding.check(vae)
     with open_world(device) as world, telling_of_memory(*SMALLER_PASSES):

@@ -46,6 +46,7 @@ def encode(
     overlap: int | float = 0.5,
     blend: Literal["hann", "gaussian", "average", "crop"] = "hann",
     memory_gb: float | None = None,
+    amp: Literal["off", "bf16", "fp16"] = "off",
     ema: bool = True,
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto",
     overwrite: bool = False,
@@ -70,7 +71,8 @@ def encode(
         patch_size: Patch in voxels for mode patch; null for that of training.
         overlap: Overlap of neighboring patches: below 1 a fraction of the patch, else [voxels].
         blend: How overlapping patches are mixed.
-        memory_gb: Memory budget of mode exact [GiB]; null for half of what is free.
+        memory_gb: Memory budget of mode exact on the device [GiB]; null for half of what is free.
+        amp: off | bf16 | fp16, precision of convolutions and matrix products.
         ema: Use the averaged weights where the run kept some.
         device: auto | cpu | cuda | mps.
         overwrite: Replace latents in out_dir that another model, or another mode, has written.
@@ -90,7 +92,7 @@ def encode(
     slicing = {k: state["config"]["data"][k] for k in ("slice_axis", "num_slices")}
     patch_size = patch_size or state["config"]["patch_size"]
     patch_size = patch_size and tuple(patch_size)
-    coding = Coding(mode, patch_size, overlap, blend, memory_gb=memory_gb, **slicing)
+    coding = Coding(mode, patch_size, overlap, blend, memory_gb=memory_gb, amp=amp, **slicing)
     coding.check(vae)
     made_by = {"checkpoint": weights_hash(vae), "step": state["step"], "ema": ema}
     made_by |= coding.facts()

@@ -62,8 +62,9 @@ def evaluate(
     patch_size: tuple[int, ...] | None = None,
     overlap: int | float = 0.5,
     blend: Literal["hann", "gaussian", "average", "crop"] = "hann",
-    batch_size: int = 1,
+    batch_size: int | None = None,
     memory_gb: float | None = None,
+    amp: Literal["off", "bf16", "fp16"] = "off",
     split: Literal["train", "val", "test", "all"] | None = None,
     limit: int | None = None,
     ema: bool = True,
@@ -97,8 +98,10 @@ def evaluate(
         patch_size: Patch per axis [voxels], multiples of the model's factor; null for training's.
         overlap: Overlap of neighboring patches: below 1 a fraction of the patch, else [voxels].
         blend: hann | gaussian | average | crop, how overlapping patches are mixed.
-        batch_size: Patches in a forward pass [patches].
-        memory_gb: Memory budget of mode exact [GiB]; null for half of what is free.
+        batch_size: Patches in a forward pass [patches]; null for 1, on a GPU for as many as fit.
+        memory_gb: Memory budget of mode exact on the device [GiB]; null for half of what is free.
+        amp: off | bf16 | fp16, precision of convolutions and matrix products; validation during
+            training runs in that of training.
         split: Subjects of the run's train, val or test part, or all that lie in the folder; null
             for test, or for all where the run has seen none of them.
         limit: Evaluate at most this many volumes [volumes]; null for no limit.
@@ -140,6 +143,7 @@ def evaluate(
         blend=blend,
         batch_size=batch_size,
         memory_gb=memory_gb,
+        amp=amp,
         slice_axis=trained["data"]["slice_axis"],
         num_slices=trained["data"]["num_slices"],
     )
@@ -289,6 +293,7 @@ def verify_exact(vae: CustomVAE, store: VolumeStore, size: int = 64) -> str:
     import torch
 
     from vae3d.exact.executor import decode_exact, encode_exact
+    from vae3d.kernels.precision import exact_float32
 
     shape = store.shape(0)[1:]
     cut = [slice((n - min(n, size)) // 2, (n + min(n, size)) // 2) for n in shape]
@@ -296,7 +301,7 @@ def verify_exact(vae: CustomVAE, store: VolumeStore, size: int = 64) -> str:
     if vae.spatial_dims == 2:
         x = x.select(-1, x.shape[-1] // 2).repeat(vae.in_channels // x.shape[0], 1, 1)
     tile = [16] * vae.spatial_dims
-    with torch.no_grad():
+    with torch.no_grad(), exact_float32():
         full, posterior = vae(x[None], sample_posterior=False)
     exact = encode_exact(vae, x, tile=tile)
     recon = decode_exact(vae, exact.mean, size=x.shape[1:], tile=tile).to(full)

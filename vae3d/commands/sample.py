@@ -43,6 +43,7 @@ def sample(
     overlap: int | float | None = None,
     blend: Literal["hann", "gaussian", "average", "crop"] | None = None,
     memory_gb: float | None = None,
+    amp: Literal["off", "bf16", "fp16"] = "off",
     seed: int = 0,
     ema: bool = True,
     media: bool = True,
@@ -84,7 +85,8 @@ def sample(
         overlap: Overlap of neighboring tiles: below 1 a fraction of the tile, else [voxels]; null
             as encoded.
         blend: How overlapping tiles are mixed; null as encoded.
-        memory_gb: Memory budget of mode exact [GiB]; null for half of what is free.
+        memory_gb: Memory budget of mode exact on the device [GiB]; null for half of what is free.
+        amp: off | bf16 | fp16, precision of convolutions and matrix products.
         seed: Seed of the samples.
         ema: Use the averaged weights of the ldm where the run kept some.
         media: Write GIFs and the contact sheet.
@@ -93,6 +95,7 @@ def sample(
     """
     from vae3d.commands.decode import load_encoder
     from vae3d.inference.reconstruct import coding_of
+    from vae3d.kernels.precision import autocast
     from vae3d.stage2.latents import check_header
     from vae3d.training.distributed import open_world
     from vae3d.training.memory import SMALLER_PASSES, telling_of_memory
@@ -123,7 +126,7 @@ def sample(
             raise ValueError(f"--grid {list(grid)}: give {axes} numbers of latent voxels, each > 0")
         vae = load_encoder(vae_path, template["made_by"], trust).to(world.device)
         given = dict(mode=mode, patch_size=patch_size, overlap=overlap, blend=blend)
-        coding = coding_of(template["made_by"], **given, memory_gb=memory_gb)
+        coding = coding_of(template["made_by"], **given, memory_gb=memory_gb, amp=amp)
         coding.check(vae)
         writer = Writer(Path(out_dir), template, vae, coding, media)
         shape = (template["shape"][0], *(grid or template["shape"][1:]))
@@ -131,7 +134,8 @@ def sample(
         for name, source in sources.items():
             for number in range(world.rank, n, world.size):
                 begun = time.monotonic()
-                z, facts = source.draw(shape, seed, number, world.device)
+                with autocast(world.device, amp if ldm else "off"):
+                    z, facts = source.draw(shape, seed, number, world.device)
                 facts |= {"seed": seed, "seconds_latent": time.monotonic() - begun}
                 done[name, number] = writer.write(name, number, z, facts)
         done = {key: value for part in world.gather(done) for key, value in part.items()}
@@ -254,7 +258,7 @@ class FromDiffusion:
         torch.manual_seed(generator.seed())  # the solver ddpm draws from the global generator
         label = None if self.label is None else self.label.to(device)
         z = self.model.to(device).sample(noise, label=label, condition=condition, **self.solving)
-        return z[0].cpu(), facts
+        return z[0].float().cpu(), facts
 
 
 class Writer:

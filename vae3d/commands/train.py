@@ -12,11 +12,12 @@ from loaders import DataConfig, Preprocess
 from vae3d.losses.vae_loss import VAELoss
 from vae3d.models.classes import made
 from vae3d.models.custom_vae import Checkpointing, CustomVAE
+from vae3d.training.augment import Augmentation
 from vae3d.training.options import Loop, as_options, spread
 
 if TYPE_CHECKING:
+    from vae3d.kernels.precision import Amp
     from vae3d.training.distributed import World
-    from vae3d.training.precision import Amp
     from vae3d.training.task import VAETask
 
 
@@ -31,6 +32,7 @@ def train_3d(
     patch_size: tuple[int, ...] = (64, 64, 64),
     patches_per_volume: int = 8,
     batch_size: int | Literal["auto"] = 2,
+    augment: Augmentation | None = None,
     discriminator_lr: float | None = None,
     sharding: Literal["ddp", "fsdp"] = "ddp",
     compile: bool = False,
@@ -56,6 +58,8 @@ def train_3d(
         patch_size: Patch per axis [voxels], a multiple of the model's factor.
         patches_per_volume: Random patches of a volume in one epoch [patches].
         batch_size: Patches in a micro-batch on each rank [patches]; auto for the most that fit.
+        augment: Changes of patches on the device, e.g. {flip: [0], noise: 0.02}; TorchIO's, which
+            data.augment takes, are made in processes of the CPU.
         discriminator_lr: Learning rate of the discriminator; null for lr.
         sharding: ddp | fsdp (weights cut over the ranks, for models that outgrow a GPU).
         compile: Compile encoder and decoder with torch.compile.
@@ -91,6 +95,8 @@ def train_3d(
     torch.manual_seed(loop.seed)
     vae, terms = made("--model", model), made("--loss", loss)
     check_sizes(vae, patching, patch_size)
+    if augment:
+        augment.check(vae.spatial_dims)
     if patching:
         terms.check((vae.out_channels, *patch_size))
     loading = data.loader_options(loop.threads)
@@ -125,7 +131,7 @@ def train_3d(
         if compile:
             vae.encoder.compile()
             vae.decoder.compile()
-        task = VAETask(vae, terms.to(world.device), loop.seed)
+        task = VAETask(vae, terms.to(world.device), loop.seed, augment)
 
         with world.main_first():
             known, say = state and state["split"], print if world.is_main else None
@@ -177,6 +183,7 @@ def train_3d(
             loop=replace(loop, amp=amp),
             discriminator_lr=discriminator_lr,
             sharding=sharding,
+            same_shapes=patching is not None,
             validate=validation if len(held_out) else None,
             show=show if len(held_out) else None,
             sources=lambda batch: sorted({loader.store.ids[i] for i in batch.volume.tolist()}),
@@ -276,7 +283,7 @@ def settled_batch(
     from vae3d.training.memory import Trial
 
     trial = Trial(task, (task.network.in_channels, *sample), amp, num_weights)
-    size = min(n for (n,) in world.gather_ints(trial.largest_batch()))
+    size = min(world.gather(trial.largest_batch()))
     if world.is_main:
         print(f"batch_size auto: {size} on each rank", flush=True)
     return size

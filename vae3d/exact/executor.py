@@ -17,12 +17,14 @@ Axes: b batch (always 1 here), c channels, x y z space. A region is ((lo, hi), .
 
 import itertools
 import math
+import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -36,6 +38,7 @@ from vae3d.exact.nodes import (
     Local,
     Moments,
     Node,
+    Place,
     Pointwise,
     Region,
     Scaled,
@@ -53,7 +56,9 @@ from vae3d.exact.nodes import (
 )
 from vae3d.kernels import convolutions
 from vae3d.kernels.convolutions import Axes, ConvT, Ends
+from vae3d.kernels.device import free_bytes
 from vae3d.kernels.memory import CHANNELS_LAST, channels_last, held_heap, trim
+from vae3d.kernels.precision import exact_float32
 from vae3d.models import attention, blocks, custom_vae, downsample, norm, upsample
 from vae3d.models.custom_vae import CustomVAE
 from vae3d.models.posterior import DiagonalGaussian
@@ -62,6 +67,7 @@ ROWS = 16  # of the first axis in a tile, at most
 SMALLEST = (4, 32, 32)  # tile in voxels
 CACHE = 32 << 20  # bytes
 Folder = str | Path | None
+HOST: Home = (torch.device("cpu"), torch.float32)
 CHEAP = 256  # operations per value below which computing again is faster than storing
 
 # What a subclass may not override if the handler of its base is to hold for it.
@@ -69,6 +75,7 @@ OVERRIDES = ("forward", "normalize", "update", "mix")
 
 
 @torch.no_grad()
+@exact_float32()
 @held_heap()
 def encode_exact(
     vae: CustomVAE,
@@ -83,7 +90,8 @@ def encode_exact(
     Args:
         vae: The model, in eval mode.
         volume: (C, X, Y, Z) or (C, X, Y): tensor, array or memory map.
-        memory_gb: Memory budget in GiB, the volume apart; None takes half of what is free.
+        memory_gb: Memory budget in GiB on the model's device, the volume apart; None takes half of
+            what is free there. What a GPU cannot hold goes to the host.
         tile: Largest tile per axis; None lets the budget choose.
         scratch_dir: Folder for activations that fit no other way; None for the system's.
 
@@ -95,22 +103,24 @@ def encode_exact(
     """
     assert not vae.training, "exact mode is for a model in eval mode"
     check_axes("volume", volume.shape, vae.in_channels, vae.spatial_dims)
-    run = Executor(memory_gb, tile, scratch_dir)
+    run = Executor(memory_gb, tile, scratch_dir, home=_home(vae))
+    volume = run.near(volume)
     shape = [-(-n // f) * f for n, f in zip(volume.shape[1:], vae.factor, strict=True)]
-    node = run.walk(vae.encoder, Source(volume, shape, *_home(vae)))
+    node = run.walk(vae.encoder, Source(volume, shape, *run.home))
     node = run.walk(vae.quant_conv, node)
-    moments = torch.empty(1, node.channels, *node.shape, device=_home(vae)[0])
+    moments = torch.empty(1, node.channels, *node.shape, device=run.device)
     for region, values in run.slabs(node):
         moments[(slice(None), slice(None), *(slice(*r) for r in region))] = values
     posterior = vae.head(moments)
     mean = posterior.mean
     if vae.linear_code is not None:
-        source = Source(volume, shape, *_home(vae))
+        source = Source(volume, shape, *run.home)
         mean = mean + run.take(run.walk(vae.linear_code.analysis, source)).to(mean)
     return DiagonalGaussian(mean[0], posterior.logvar[0])
 
 
 @torch.no_grad()
+@exact_float32()
 @held_heap()
 def decode_exact(
     vae: CustomVAE,
@@ -127,7 +137,8 @@ def decode_exact(
     Args:
         vae: The model, in eval mode.
         z: (C, *spatial): tensor, array or memory map.
-        memory_gb: Memory budget in GiB, latent and result apart; None takes half of what is free.
+        memory_gb: Memory budget in GiB on the model's device, latent and result apart; None takes
+            half of what is free there. What a GPU cannot hold goes to the host.
         out: Array or memory map (C', *size) to write to; default a new tensor in host memory.
         size: Crop the result to these voxels per axis, the size of the volume that was encoded.
         tile: Largest tile per axis; None lets the budget choose.
@@ -142,11 +153,12 @@ def decode_exact(
     """
     assert not vae.training, "exact mode is for a model in eval mode"
     check_axes("latent", z.shape, vae.latent_channels, vae.spatial_dims)
-    run = Executor(memory_gb, tile, scratch_dir)
-    node = run.walk(vae.post_quant_conv, Source(z, z.shape[1:], *_home(vae)))
+    run = Executor(memory_gb, tile, scratch_dir, home=_home(vae))
+    z = run.near(z)
+    node = run.walk(vae.post_quant_conv, Source(z, z.shape[1:], *run.home))
     node = run.walk(vae.decoder, node)
     if vae.linear_code is not None:
-        code = run.walk(vae.linear_code.synthesis, Source(z, z.shape[1:], *_home(vae)))
+        code = run.walk(vae.linear_code.synthesis, Source(z, z.shape[1:], *run.home))
         node = Sum(node, code)
     node = run.walk(vae.output, node)
     size = tuple(size or node.shape)
@@ -194,6 +206,15 @@ def _home(vae: nn.Module) -> Home:
     return parameter.device, parameter.dtype
 
 
+def half_of_free(device: torch.device) -> int:
+    """Half of the memory that is free on a device [bytes]."""
+    if device.type == "cuda":
+        return free_bytes(device) // 2
+    import psutil
+
+    return psutil.virtual_memory().available // 2
+
+
 # The executor ------------------------------------------------------------------------------------
 
 
@@ -201,23 +222,32 @@ class Executor:
     """Walks modules into a graph and settles nodes within a memory budget.
 
     Args:
-        memory_gb: What may be in use at once, in GiB, the input volume apart; None takes half of
-            what is free.
+        memory_gb: What may be in use at once on the device, in GiB, the input volume apart; None
+            takes half of what is free there.
         tile: Largest tile per axis in voxels of the grid at hand; None lets the budget choose.
         scratch_dir: Where activations go that fit no other way; None for the system's place.
+        home: Device and dtype of the model.
     """
 
     def __init__(
-        self, memory_gb: float | None = None, tile: Axes | None = None, scratch_dir: Folder = None
+        self,
+        memory_gb: float | None = None,
+        tile: Axes | None = None,
+        scratch_dir: Folder = None,
+        home: Home = HOST,
     ):
         check_budget(memory_gb)
-        if memory_gb is None:
-            import psutil
-
-            memory_gb = psutil.virtual_memory().available / 2 / 2**30
-        self.budget = int(memory_gb * 2**30)
+        self.home, (self.device, _) = home, home
+        self.budget = half_of_free(self.device) if memory_gb is None else int(memory_gb * 2**30)
+        on_host = self.device.type == "cpu"
+        # Where activations may lie, best first, and how much of them [bytes].
+        self.budgets = {self.device: self.budget}
+        if not on_host:
+            self.budgets[HOST[0]] = half_of_free(HOST[0])
         # For one tile, the rest is for storing; never as many as 2^31 values.
         self.work = min(self.budget // 8, 4 << 30)
+        # A processor has a cache to stay in; a GPU is fastest with much to do at once.
+        self.rows, self.cache = (ROWS, CACHE) if on_host else (sys.maxsize, self.work)
         self.tile, self.scratch_dir = tile, Path(scratch_dir or tempfile.gettempdir())
         self.live: list[Stored] = []
         self.waiting: list[Node] = []  # shortcuts that are read after the body at hand
@@ -245,12 +275,12 @@ class Executor:
         work = self.work // part
         size = [min(s, n) for s, n in zip(self.tile or node.shape, node.shape, strict=True)]
         if self.tile is None:
-            size[0] = min(size[0], ROWS)
+            size[0] = min(size[0], self.rows)
             # Thin slabs first: whole planes keep the halo on one axis, and a few rows the cache.
             # Below the smallest tile that is worth its halo, only what the budget cannot hold is
             # cut further.
             slab, dims = (SMALLEST[0], *node.shape[1:]), len(size)
-            limits = (slab, min(work, CACHE)), (SMALLEST[:dims], work)
+            limits = (slab, min(work, self.cache)), (SMALLEST[:dims], work)
             for smallest, limit in (*limits, ((1,) * dims, self.budget // 3)):
                 while self.work_bytes(node, size) > limit:
                     larger = [i for i, n in enumerate(size) if n > smallest[i]]
@@ -307,6 +337,8 @@ class Executor:
 
     def make_room(self, node: Node, size: Sequence[int]) -> None:
         """Give back what tiles of other shapes left free in the heap, if the budget may need it."""
+        if self.device.type != "cpu":
+            return
         stored = sum(leaf.rows_bytes(leaf.shape[0]) for leaf in self.live if not leaf.in_file)
         held = stored + self.fixed_bytes + self.work  # as much as those tiles were allowed
         if held + self.work_bytes(node, size) > self.budget:
@@ -325,22 +357,22 @@ class Executor:
         if node.moments is not None:
             return node, node.moments
         node = node if isinstance(node, (Stored, Kept)) else Kept(node)
-        moved, size, folder = self.to_store(node)
+        moved, size, place = self.to_store(node)
         going = self.going(moved) if moved else []
-        stores = [Stored(n.channels, n.shape, home_of(n), folder) for n in moved]
+        stores = [Stored(n.channels, n.shape, home_of(n), place) for n in moved]
         self.live += stores
-        moments = Moments(node.channels)
+        moments = Moments(node.channels, self.device)
         sources = [n.sources[0] for n in moved] or [node]
         for region in self.sweep(sources[0], going, sources[1:], size):
-            for source, stored in zip(sources, stores, strict=False):  # the one with a halo first
-                source.write(region, stored.part(region))
-            moments.update(stores[0].part(region) if moved else node.read(region))
+            # The one with a halo first.
+            parts = [s.take(source, region) for source, s in zip(sources, stores, strict=False)]
+            moments.update(parts[0] if parts else node.read(region))
         for n, stored in zip(moved, stores, strict=True):
             n.sources = (stored,)
         node.moments = moments
         return node, moments
 
-    def to_store(self, node: Node) -> tuple[list[Kept], list[int] | None, Path | None]:
+    def to_store(self, node: Node) -> tuple[list[Kept], list[int] | None, Place]:
         """What to store while a node is computed, in tiles of which size (None: largest), where.
 
         Beside the node itself that is the shortcut that waits for it, if both are computed from the
@@ -349,18 +381,18 @@ class Executor:
         need be in a file.
         """
         if node.operations() < CHEAP or not isinstance(node, Kept):
-            return [], None, None
+            return [], None, self.device
         choices = [[node]]
         for shortcut in self.waiting[-1:]:
             if isinstance(shortcut, Kept) and self.worth_storing(shortcut, node):
                 choices.insert(0, [node, shortcut])
-        sizes = (self.tile_size(node, part) for part in (1, 2))
-        for nodes, size in itertools.product(choices, sizes):
-            if self.fits(nodes, size):
-                return nodes, size, None
+        sizes = [self.tile_size(node, part) for part in (1, 2)]
+        for place, nodes, size in itertools.product(self.budgets, choices, sizes):
+            if self.fits(nodes, size, place):
+                return nodes, size, place
         if any(k.moments and k.operations() >= CHEAP for k in nodes_of(node.sources[0], Kept)):
             return [node], None, self.scratch_dir
-        return [], None, None
+        return [], None, self.device
 
     def worth_storing(self, shortcut: Kept, node: Node) -> bool:
         """Whether storing a shortcut beside a node saves memory or dear computation."""
@@ -370,18 +402,21 @@ class Executor:
         saves = sum(s.held_bytes() for s in inputs) >= shortcut.bytes()
         return inputs <= set(leaves_of(node)) and (saves or shortcut.operations() >= CHEAP)
 
-    def fits(self, nodes: Sequence[Node], size: Sequence[int]) -> bool:
-        """Whether the budget holds while nodes are computed in tiles of a size and stored."""
-        going = self.going(nodes)
+    def fits(self, nodes: Sequence[Node], size: Sequence[int], place: torch.device) -> bool:
+        """Whether a place's budget holds while nodes are computed in tiles and stored there."""
+        going = [s for s in self.going(nodes) if s.place == place]
         passing = sum(s.held_bytes() for s in going)
-        held = sum(s.held_bytes() for s in self.live) - passing + self.fixed_bytes
+        held = sum(s.held_bytes() for s in self.live if s.place == place) - passing
+        if place == self.device:
+            held += self.fixed_bytes + self.work_bytes(nodes[0], size)
         new = sum(n.bytes() for n in nodes)
+        if place.type != "cpu":  # there, tensors come and go whole
+            return held + passing + new <= self.budgets[place]
         # While one takes the place of the other, both hold the tile at hand: the old one is whole
         # when the first tile is written, the new one when the last is read.
         lag = sum(min(s.held_bytes(), s.rows_bytes(size[0] + 2) + GRAIN) for s in going)
         first = min(new, new * (size[0] + 2) // nodes[0].shape[0] + GRAIN)
-        peak = held + max(passing + first, new + lag) + self.work_bytes(nodes[0], size)
-        return peak <= self.budget
+        return held + max(passing + first, new + lag) <= self.budgets[place]
 
     def going(self, nodes: Sequence[Node]) -> list[Stored]:
         """What nobody reads once nodes are computed."""
@@ -391,10 +426,18 @@ class Executor:
 
     def hold(self, values: Tensor) -> Stored:
         """Store a whole tensor `(1, C, *shape)`."""
-        stored = Stored(values.shape[1], values.shape[2:], (values.device, values.dtype))
+        home = values.device, values.dtype
+        stored = Stored(values.shape[1], values.shape[2:], home, values.device)
         stored.part(whole_of(stored.shape)).copy_(values)
         self.live.append(stored)
         return stored
+
+    def near(self, volume: Array) -> Array:
+        """A volume on the GPU that the model is on, if it is little there; else as it is."""
+        if self.device.type == "cpu" or 4 * math.prod(volume.shape) > self.work:
+            return volume
+        whole = volume if isinstance(volume, Tensor) else torch.from_numpy(np.array(volume))
+        return whole.to(self.device)
 
     def take(self, node: Node) -> Tensor:
         """The whole of a node; what it was computed from is given back."""
@@ -536,8 +579,8 @@ def _batch_norm(run: Executor, module: norm.BatchNorm, node: Node) -> Node:
 
 def _affine(module: norm.GroupNorm | norm.BatchNorm, node: Node, mean: Tensor, var: Tensor) -> Node:
     """`(x - mean) / sqrt(var + eps) * weight + bias` as one multiplication and addition."""
-    scale = module.weight.double().cpu() / torch.sqrt(var.double().cpu() + module.eps)
-    shift = module.bias.double().cpu() - mean.double().cpu() * scale
+    scale = module.weight.double() / torch.sqrt(var.double() + module.eps)
+    shift = module.bias.double() - mean.double() * scale
     return Scaled(node, scale.to(module.weight), shift.to(module.bias))
 
 

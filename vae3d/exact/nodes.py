@@ -28,6 +28,7 @@ Array = Tensor | np.ndarray  # a memory map too
 Function = Callable[[Tensor], Tensor]
 Home = tuple[torch.device, torch.dtype]
 Region = tuple[tuple[int, int], ...]
+Place = torch.device | Path  # memory of a device, or a folder
 N = TypeVar("N", bound="Node")
 
 BLOCK = 4096  # voxels whose variance is summed in float32; longer blocks lose digits
@@ -115,25 +116,48 @@ class Source(Leaf):
 
 
 class Stored(Leaf):
-    """A tensor kept in host memory, or in a file that is mapped, channels innermost.
+    """A tensor kept in a device's memory, or in a file that is mapped, channels innermost.
 
-    Its memory grows as it is written, and rows are given back as its last reader passes them.
+    In host memory it grows as it is written, and rows are given back as its last reader passes
+    them; a GPU's memory is taken and given back whole.
     """
 
-    def __init__(self, channels: int, shape: Axes, home: Home, folder: Path | None = None):
+    def __init__(self, channels: int, shape: Axes, home: Home, place: Place):
         super().__init__(channels, shape, home)
-        self.in_file = folder is not None
-        size = self.rows_bytes(self.shape[0])
-        if self.in_file:
-            with tempfile.TemporaryFile(dir=folder) as file:
-                file.truncate(size)
-                self.pages = mmap.mmap(file.fileno(), size)
+        self.place = place
+        self.pages = self._pages()
+        if self.pages is None:
+            size = math.prod((channels, *shape))
+            flat = torch.empty(size, dtype=self.dtype, device=self.device)
         else:
-            self.pages = private_pages(size)
-        flat = torch.frombuffer(self.pages, dtype=self.dtype)
+            flat = torch.frombuffer(self.pages, dtype=self.dtype)
         self.values = flat.view(1, *shape, -1).movedim(-1, 1)
-        self.first, self.past = 0, 0  # rows in use
+        self.first, self.past = 0, 0 if self.pages else self.shape[0]  # rows in use
         self.lowest: int | None = None  # first row read by the tiles at hand
+
+    def _pages(self) -> mmap.mmap | None:
+        """Its memory on the host or in a file; None for that of a GPU."""
+        size = self.rows_bytes(self.shape[0])
+        if isinstance(self.place, Path):
+            with tempfile.TemporaryFile(dir=self.place) as file:
+                file.truncate(size)
+                return mmap.mmap(file.fileno(), size)
+        return private_pages(size) if self.place.type == "cpu" else None
+
+    @property
+    def in_file(self) -> bool:
+        """Whether it lies in a file."""
+        return isinstance(self.place, Path)
+
+    def take(self, source: Node, region: Region) -> Tensor:
+        """Compute a region of what is stored here; the values, where they were computed."""
+        part = self.part(region)
+        if part.device == self.device:
+            source.write(region, part)
+            return part
+        values = source.read(region)
+        part.copy_(values)
+        return values
 
     def part(self, region: Region) -> Tensor:
         """The memory of a region, to be written to."""
@@ -148,11 +172,13 @@ class Stored(Leaf):
 
     def let_go(self) -> None:
         """Unmap what is in a file; its pages stay the system's business."""
-        if self.in_file and hasattr(mmap, "MADV_DONTNEED"):
+        if self.pages and self.in_file and hasattr(mmap, "MADV_DONTNEED"):
             self.pages.madvise(mmap.MADV_DONTNEED)
 
     def free_passed(self) -> None:
         """Give back the rows before the first one that the tiles at hand have read."""
+        if self.pages is None:
+            return
         lowest = self.lowest or 0
         start, stop = (self.rows_bytes(n) // GRAIN * GRAIN for n in (self.first, lowest))
         if start < stop and not self.in_file and hasattr(mmap, "MADV_DONTNEED"):
@@ -161,7 +187,8 @@ class Stored(Leaf):
 
     def free(self) -> None:
         """Give everything back."""
-        del self.values, self.pages
+        del self.values
+        self.pages = None
         self.first = self.past
 
     def held_bytes(self) -> int:
@@ -547,20 +574,15 @@ class Moments:
     large mean, and the variance between blocks is added when they are merged.
     """
 
-    def __init__(self, channels: int):
+    def __init__(self, channels: int, device: torch.device = torch.device("cpu")):  # noqa: B008
         self.count = 0
-        self.mean = torch.zeros(channels, dtype=torch.float64)
-        self.m2 = torch.zeros(channels, dtype=torch.float64)
+        self.mean, self.m2 = torch.zeros(2, channels, dtype=torch.float64, device=device)
 
     def update(self, tile: Tensor) -> None:
         """Merge a tile `(1, C, *n)`."""
         values = tile.movedim(1, -1).reshape(-1, tile.shape[1])
         values = values.to(torch.promote_types(values.dtype, torch.float32))
-        # Blocks are short: the sums inside are float32, in one pass.
-        blocks = values.split(BLOCK)
-        pairs = [torch.batch_norm_update_stats(b, None, None, 0.0) for b in blocks]
-        means, variances = (torch.stack(t).double().cpu() for t in zip(*pairs, strict=True))
-        counts = torch.tensor([len(b) for b in blocks], dtype=torch.float64)[:, None]
+        means, variances, counts = of_blocks(values)
         mean = (means * counts).sum(0) / len(values)
         m2 = ((variances + (means - mean) ** 2) * counts).sum(0)
         delta, total = mean - self.mean, self.count + len(values)
@@ -576,6 +598,26 @@ class Moments:
         variance = variance.mean(1, keepdim=True)
         size = mean.shape[1]
         return shared.expand(-1, size).reshape(-1), variance.expand(-1, size).reshape(-1)
+
+
+def of_blocks(values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Means, variances and counts of short blocks of `(n, C)`, whose sums may be float32.
+
+    On the CPU block by block, while it is in the cache; on a GPU at once, without waiting for it.
+    """
+    if values.device.type == "cpu":
+        blocks = values.split(BLOCK)
+        pairs = [torch.batch_norm_update_stats(b, None, None, 0.0) for b in blocks]
+        means, variances = (torch.stack(t).double() for t in zip(*pairs, strict=True))
+        counts = torch.tensor([len(b) for b in blocks], dtype=torch.float64)[:, None]
+        return means, variances, counts
+    whole = len(values) // BLOCK * BLOCK
+    parts = [values[:whole].unflatten(0, (-1, BLOCK)), values[None, whole:]]
+    parts = [p for p in parts if p.numel()]
+    found = [torch.var_mean(p, 1, correction=0) for p in parts]
+    variances, means = (torch.cat(t).double() for t in zip(*found, strict=True))
+    counts = torch.cat([means.new_full((len(p), 1), p.shape[1]) for p in parts])
+    return means, variances, counts
 
 
 def nodes_of(node: Node, kind: type[N]) -> list[N]:

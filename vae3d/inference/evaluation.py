@@ -93,7 +93,7 @@ class Evaluator:
             **({"shown_as": shown_as} if shown_as != case else {}),
             # The checkpoint's bytes, not its place.
             **{k: v for k, v in self.facts.items() if k != "checkpoint"},
-            "how": {k: v for k, v in self.how.items() if k not in ("batch_size", "memory_gb")},
+            "how": self._matters(),
             "volume": self.store.meta(index)["key"],
             "data_range": self.store.channel_ranges,
             "names": self.store.channel_names,
@@ -107,6 +107,11 @@ class Evaluator:
         if self.media and self.radiological:
             parts["radiological"] = True
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+
+    def _matters(self) -> dict[str, object]:
+        """The options that the numbers depend on; `amp` where it is one, so that old keys hold."""
+        matters = {k: v for k, v in self.how.items() if k not in ("batch_size", "memory_gb")}
+        return {k: v for k, v in matters.items() if (k, v) != ("amp", "off")}
 
     @cached_property
     def _perceptual_key(self) -> str | None:
@@ -176,7 +181,8 @@ class Evaluator:
             faces, factor = self.faces(x.shape[1:]), self.factor(x.ndim - 1)
             row["seam_score"] = seam_score(x, recon, faces, factor)
             if self.patch_gap:
-                exact = autoencode(self.vae, x, **{**self.how, "mode": "exact"})[0]
+                how = {**self.how, "mode": "exact", "amp": "off"}
+                exact = autoencode(self.vae, x, **how)[0]
                 row["patch_gap"] = psnr(*in_one_unit(exact, recon, self.widths), mask)
         if self.perceptual is not None:
             device = next(self.vae.parameters()).device

@@ -9,19 +9,31 @@ one half.) A 2D model codes a volume slice by slice; its latent keeps the axis t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields
 from fractions import Fraction
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
 from vae3d.exact.executor import check_budget, check_size, decode_exact, encode_exact
 from vae3d.inference.stitching import BLENDS, check_patch, overlap_voxels, stitch, tile_faces
+from vae3d.kernels.device import free_bytes
+from vae3d.kernels.precision import AMP, Amp, autocast
 from vae3d.models.custom_vae import CustomVAE
 
 MODES = ("full", "patch", "exact")
+MOST_TOGETHER = 32  # inputs of a forward pass on a GPU, which has enough to do by then
+SHARE_OF_VOLUMES = 0.25  # of a GPU's free memory, for volumes beside the network's own tensors
+SHARE_OF_BATCH = 0.5
+Pass = Callable[[CustomVAE, Tensor], Tensor | tuple[Tensor, Tensor]]
+
+# What one input takes on a GPU [bytes], by what is done with it and its shape.
+_taken: WeakKeyDictionary[CustomVAE, dict[tuple, int]] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -35,8 +47,12 @@ class Coding:
         overlap: Overlap of neighboring patches: fraction of the patch (float) or voxels (int), one
             or one per axis.
         blend: hann | gaussian | average | crop.
-        batch_size: Patches in a forward pass.
-        memory_gb: Memory budget of mode exact in GiB; None takes half of what is free.
+        batch_size: Patches in a forward pass, or slices of a 2D model; None for one on the CPU, on
+            a GPU for as many as its free memory takes.
+        memory_gb: Memory budget of mode exact in GiB, of the device that the model is on; None
+            takes half of what is free.
+        amp: off | bf16 | fp16, precision of convolutions and matrix products; off leaves it to the
+            context. Mode exact is exact: off.
         slice_axis: For a 2D model: the axis that slices are cut across.
         num_slices: For a 2D model: neighboring slices that are its input channels.
     """
@@ -45,8 +61,9 @@ class Coding:
     patch_size: Sequence[int] | None = None
     overlap: float | int | Sequence = 0.5
     blend: str = "hann"
-    batch_size: int = 1
+    batch_size: int | None = None
     memory_gb: float | None = None
+    amp: Amp = "off"
     slice_axis: int = 2
     num_slices: int = 1
 
@@ -55,8 +72,12 @@ class Coding:
             raise ValueError(f"mode {self.mode!r} is unknown; choose one of {', '.join(MODES)}")
         if self.mode == "patch" and self.patch_size is None:
             raise ValueError("mode patch needs patch_size, for example '[64,64,64]'")
-        if self.batch_size < 1:
+        if self.batch_size is not None and self.batch_size < 1:
             raise ValueError(f"batch_size is {self.batch_size}; give 1 or more")
+        if self.amp not in AMP:
+            raise ValueError(f"amp {self.amp!r} is unknown; choose one of {', '.join(AMP)}")
+        if self.amp != "off" and self.mode == "exact":
+            raise ValueError(f"mode exact computes in float32; leave out amp {self.amp}")
         check_budget(self.memory_gb)
         if self.slice_axis not in (0, 1, 2) or self.num_slices not in range(1, 2**16, 2):
             raise ValueError(
@@ -71,6 +92,8 @@ class Coding:
         names = ["mode", "slice_axis", "num_slices"]
         if self.mode == "patch":
             names += ["patch_size", "overlap", "blend"]
+        if self.amp != "off":
+            names += ["amp"]
         facts = {name: getattr(self, name) for name in names}
         return {k: list(v) if isinstance(v, tuple) else v for k, v in facts.items()}
 
@@ -90,32 +113,11 @@ class Coding:
             ValueError: It is not finite.
         """
         check_finite(x, name)
-        return self._encode(vae, x)
-
-    def _encode(self, vae: CustomVAE, x: Tensor) -> tuple[Tensor, Tensor]:
-        if x.ndim == 4 and vae.spatial_dims == 2:
-            axis, half = 1 + self.slice_axis, self.num_slices // 2
-            planes = x.movedim(axis, 0)
-            near = torch.arange(len(planes))[:, None] + torch.arange(-half, half + 1)
-            stacks = planes[near.clamp(0, len(planes) - 1)].flatten(1, 2)
-            parts = [self._encode(vae, stack) for stack in stacks]
-            mean, logvar = (torch.stack(part, axis) for part in zip(*parts, strict=True))
-            return mean, logvar
-        if self.mode == "exact":
-            posterior = encode_exact(vae, x, self.memory_gb)
-            return posterior.mean.float().to(x.device), posterior.logvar.float().to(x.device)
-
-        def forward(batch: Tensor) -> tuple[Tensor, Tensor]:
-            posterior = vae.encode(batch.to(_home(vae)))
-            return posterior.mean.float().to(x.device), posterior.logvar.float().to(x.device)
-
-        if self.mode == "full":
-            mean, logvar = forward(x[None])
-            return mean[0], logvar[0]
-        scale = [Fraction(1, f) for f in vae.factor]
-        options = (*self._tiling(vae), self.blend, self.batch_size)
-        mean, logvar = stitch(forward, x, *options, scale=scale)
-        return mean, logvar
+        near = _near(vae, x, x.nbytes)
+        with self._precision(vae):
+            sliced = x.ndim == 4 and vae.spatial_dims == 2
+            mean, logvar = (self._encode_slices if sliced else self._encode)(vae, near)
+        return mean.to(x.device), logvar.to(x.device)
 
     @torch.no_grad()
     def decode(
@@ -143,27 +145,72 @@ class Coding:
         self, vae: CustomVAE, z: Tensor, size: Sequence[int] | None = None
     ) -> Tensor:
         """`decode` of a latent that nobody has looked at."""
-        if z.ndim == 4 and vae.spatial_dims == 2:
-            axis = 1 + self.slice_axis
-            size = size and [n for i, n in enumerate(size) if i != self.slice_axis]
-            planes = [self.decode_as_it_is(vae, plane, size) for plane in z.unbind(axis)]
-            return torch.stack([self._middle(vae, plane) for plane in planes], axis)
-        size = size or [n * f for n, f in zip(z.shape[1:], vae.factor, strict=True)]
+        factor = self.factor(vae, z.ndim - 1)
+        size = size or [n * f for n, f in zip(z.shape[1:], factor, strict=True)]
+        near = _near(vae, z, 4 * vae.in_channels * math.prod(size))
+        with self._precision(vae):
+            sliced = z.ndim == 4 and vae.spatial_dims == 2
+            x = (self._decode_slices if sliced else self._decode)(vae, near, size)
+        return x.to(z.device)
+
+    def _encode(self, vae: CustomVAE, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Posterior of a volume of as many axes as the model has."""
         if self.mode == "exact":
-            return decode_exact(vae, z, self.memory_gb, size=size).float().to(z.device)
-
-        def forward(batch: Tensor) -> Tensor:
-            return vae.decode(batch.to(_home(vae))).float().to(z.device)
-
+            posterior = encode_exact(vae, x, self.memory_gb)
+            return posterior.mean.float(), posterior.logvar.float()
         if self.mode == "full":
-            x = forward(z[None])[0]
+            mean, logvar = _posterior(vae, x[None])
+            return mean[0], logvar[0]
+        scale = [Fraction(1, f) for f in vae.factor]
+        patch, overlap = self._tiling(vae)
+        together = self._together(vae, _posterior, (len(x), *patch))
+        options = (patch, overlap, self.blend, together)
+        mean, logvar = stitch(lambda batch: _posterior(vae, batch), x, *options, scale=scale)
+        return mean, logvar
+
+    def _decode(self, vae: CustomVAE, z: Tensor, size: Sequence[int]) -> Tensor:
+        """Reconstruction of a latent of as many axes as the model has."""
+        if self.mode == "exact":
+            return decode_exact(vae, z, self.memory_gb, size=size).float()
+        if self.mode == "full":
+            x = _volume(vae, z[None])[0]
         else:
             tiling = self._tiling(vae)
             tile, overlap = ([n // f for n, f in zip(s, vae.factor, strict=True)] for s in tiling)
-            options = (overlap, self.blend, self.batch_size)
-            x = stitch(forward, z, tile, *options, scale=list(vae.factor))
+            together = self._together(vae, _volume, (len(z), *tile))
+            options = (tile, overlap, self.blend, together)
+            x = stitch(lambda batch: _volume(vae, batch), z, *options, scale=list(vae.factor))
         check_size(size, x.shape[1:])
         return x[(slice(None), *(slice(n) for n in size))]
+
+    def _encode_slices(self, vae: CustomVAE, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Posterior of a volume by a 2D model, slice by slice."""
+        axis, half = 1 + self.slice_axis, self.num_slices // 2
+        planes = x.movedim(axis, 0)
+        near = torch.arange(len(planes))[:, None] + torch.arange(-half, half + 1)
+        stacks = planes[near.clamp(0, len(planes) - 1)].flatten(1, 2)
+        if self.mode == "full":
+            together = self._together(vae, _posterior, stacks.shape[1:])
+            batches = [_posterior(vae, batch) for batch in stacks.split(together)]
+            mean, logvar = (torch.cat(part).movedim(0, axis) for part in zip(*batches, strict=True))
+        else:
+            parts = [self._encode(vae, stack) for stack in stacks]
+            mean, logvar = (torch.stack(part, axis) for part in zip(*parts, strict=True))
+        return mean.contiguous(), logvar.contiguous()
+
+    def _decode_slices(self, vae: CustomVAE, z: Tensor, size: Sequence[int]) -> Tensor:
+        """Reconstruction of a latent by a 2D model, slice by slice."""
+        axis = 1 + self.slice_axis
+        plane = [n for i, n in enumerate(size) if i != self.slice_axis]
+        latents = z.movedim(axis, 0)
+        if self.mode == "full":
+            together = self._together(vae, _volume, latents.shape[1:])
+            whole = torch.cat([_volume(vae, batch) for batch in latents.split(together)])
+            check_size(plane, whole.shape[2:])
+            slices = list(whole[(slice(None), slice(None), *(slice(n) for n in plane))])
+        else:
+            slices = [self._decode(vae, latent, plane) for latent in latents]
+        return torch.stack([self._middle(vae, part) for part in slices], axis)
 
     def factor(self, vae: CustomVAE, dims: int) -> list[int]:
         """Voxels per latent voxel and axis; a 2D model does not shrink the axis that is sliced.
@@ -194,6 +241,23 @@ class Coding:
         assert self.patch_size is not None  # said on the way in, in mode patch
         check_patch(self.patch_size, vae.factor)
         return self.patch_size, overlap_voxels(self.patch_size, self.overlap, vae.factor)
+
+    def _precision(self, vae: CustomVAE) -> AbstractContextManager:
+        """Context of the forward passes; without `amp` that of the caller, such as validation's."""
+        return nullcontext() if self.amp == "off" else autocast(_home(vae), self.amp)
+
+    def _together(self, vae: CustomVAE, run: Pass, shape: Sequence[int]) -> int:
+        """Inputs of a shape that go through the network at once: as asked, or as memory allows."""
+        device = _home(vae)
+        if self.batch_size is not None or device.type != "cuda":
+            return self.batch_size or 1
+        key = run, tuple(shape), torch.is_autocast_enabled("cuda")
+        taken = _taken.setdefault(vae, {})
+        if key not in taken:
+            taken[key] = bytes_taken(
+                lambda: run(vae, torch.zeros(1, *shape, device=device)), device
+            )
+        return fitting(taken[key], free_bytes(device))
 
     def _middle(self, vae: CustomVAE, plane: Tensor) -> Tensor:
         """Of a reconstruction of neighboring slices `(n C, X, Y)`, the middle one."""
@@ -261,6 +325,49 @@ def autoencode(
     mean, logvar = coding.encode(vae, x, name)
     # What a network that has diverged makes of it is measured, not refused.
     return coding.decode_as_it_is(vae, mean, x.shape[1:]), mean, logvar
+
+
+def bytes_taken(run: Callable[[], object], device: torch.device) -> int:
+    """What a call takes on a GPU at its peak, beside what was taken before [bytes].
+
+    Args:
+        run: The call.
+        device: The GPU.
+    """
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    run()
+    return torch.cuda.max_memory_allocated(device) - before
+
+
+def fitting(each: int, free: int) -> int:
+    """How many inputs go through the network together.
+
+    Args:
+        each: What one takes [bytes].
+        free: What is free [bytes].
+    """
+    return max(1, min(int(SHARE_OF_BATCH * free) // max(each, 1), MOST_TOGETHER))
+
+
+def _near(vae: CustomVAE, volume: Tensor, nbytes: int) -> Tensor:
+    """A volume on the model's GPU, if it and as much as `nbytes` beside it are little there."""
+    device = _home(vae)
+    if device.type != "cuda" or volume.device == device:
+        return volume
+    fits = volume.nbytes + nbytes <= SHARE_OF_VOLUMES * free_bytes(device)
+    return volume.to(device) if fits else volume
+
+
+def _posterior(vae: CustomVAE, batch: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and logvar of a batch, float32 where the batch is."""
+    posterior = vae.encode(batch.to(_home(vae)))
+    return posterior.mean.float().to(batch.device), posterior.logvar.float().to(batch.device)
+
+
+def _volume(vae: CustomVAE, batch: Tensor) -> Tensor:
+    """What a batch of latents decodes to, float32 where the batch is."""
+    return vae.decode(batch.to(_home(vae))).float().to(batch.device)
 
 
 def _home(vae: CustomVAE) -> torch.device:

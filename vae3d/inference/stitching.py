@@ -30,6 +30,7 @@ CACHED = 1 << 17  # blend weights that are computed at a time, to stay in the pr
 Tiles = torch.Tensor | tuple[torch.Tensor, ...]
 Overlap = float | int | Sequence  # a fraction of the patch or voxels, one or one per axis
 Scale = float | Fraction | Sequence
+Home = tuple[torch.device, torch.dtype]
 T = TypeVar("T", torch.Tensor, tuple[torch.Tensor, ...])
 
 
@@ -206,7 +207,9 @@ class Stitcher:
         self._index = dict(zip(self.corners(), np.ndindex(*self.seen.shape), strict=True))
         self._whole: list[torch.Tensor] = []
         self._parts: dict[int, list[torch.Tensor]] = {}
-        self._weights: dict[tuple, torch.Tensor] = {}  # memory of those at hand, by device, dtype
+        self._weights: dict[Home, torch.Tensor] = {}  # memory of those at hand
+        self._placed: dict[Home, list[list[Span]]] = {}  # spans with their weights
+        self._planes: dict[tuple[Home, tuple[int, ...]], torch.Tensor] = {}  # weights across rows
         self._popped = 0
         self._single = True
 
@@ -232,40 +235,67 @@ class Stitcher:
         for t in tiles:
             if tuple(t.shape[1:]) != self.tile:
                 raise ValueError(f"a tile has shape {tuple(t.shape)}, expected (C, *{self.tile})")
-        spans = [axis[i] for axis, i in zip(self.spans, index, strict=True)]
+        span = self.spans[0][index[0]]
         for number, (lo, hi) in enumerate(self.segments):
-            lo, hi = max(lo, spans[0].lo), min(hi, spans[0].hi)
+            lo, hi = max(lo, span.lo), min(hi, span.hi)
             if lo < hi:
                 for part, t in zip(self._segment(number, tiles), tiles, strict=True):
-                    inside = [_clip(spans[0], lo, hi), *spans[1:]]
-                    self._blend(part, t, inside, self.segments[number][0])
+                    self._blend(part, t, index, (lo, hi), self.segments[number][0])
         self.seen[index] = True
 
-    def _blend(self, out: torch.Tensor, tile: torch.Tensor, spans: list[Span], base: int) -> None:
-        """Add the weighted tile (crop: copy it) to `out`, whose first row is voxel `base`."""
-        x, *rest = spans
+    def _blend(
+        self,
+        out: torch.Tensor,
+        tile: torch.Tensor,
+        index: tuple[int, ...],
+        reach: tuple[int, int],
+        base: int,
+    ) -> None:
+        """Add rows of the weighted tile (crop: copy them) to `out`, whose first row is `base`."""
+        spans = [axis[i] for axis, i in zip(self._spans_of(out), index, strict=True)]
+        x, *rest = _clip(spans[0], *reach), *spans[1:]
         rows = (slice(None), slice(x.lo - base, x.hi - base))
         target = out[(*rows, *(slice(s.lo, s.hi) for s in rest))]
-        source = tile[(slice(None), *(slice(s.offset, s.offset + s.hi - s.lo) for s in spans))]
-        source = source.detach().to(out.dtype)
-        weights = [s.weight.to(out) for s in spans if s.weight is not None]
-        if not weights:
+        inside = (slice(s.offset, s.offset + s.hi - s.lo) for s in (x, *rest))
+        source = tile[(slice(None), *inside)].detach().to(out.dtype)
+        along = x.weight
+        if along is None:
             target.copy_(source)
             return
-        along, *others = weights
-        plane = reduce(operator.mul, torch.meshgrid(*others, indexing="ij"))
+        plane = self._plane(out, index[1:], [s.weight for s in rest if s.weight is not None])
         # A few rows at a time: their weights stay in the cache, and take little memory.
         step = max(1, CACHED // plane.numel()) if out.device.type == "cpu" else len(along)
         step = min(step, len(along))
-        memory = self._weights.get((out.device, out.dtype))
+        home = out.device, out.dtype
+        memory = self._weights.get(home)
         if memory is None or memory.numel() < step * plane.numel():
-            memory = out.new_empty(step * plane.numel())
-            self._weights[out.device, out.dtype] = memory
+            memory = self._weights[home] = out.new_empty(step * plane.numel())
         products = memory[: step * plane.numel()].view(step, *plane.shape)
         along = along.view(-1, *[1] * plane.ndim)
         parts = (t.split(step, d) for t, d in ((target, 1), (source, 1), (along, 0)))
         for into, values, factors in zip(*parts, strict=True):
             into.addcmul_(values, torch.mul(factors, plane, out=products[: len(factors)]))
+
+    def _spans_of(self, out: torch.Tensor) -> list[list[Span]]:
+        """The spans with their weights where `out` lies; they go there together, once."""
+        home = out.device, out.dtype
+        if home not in self._placed:
+            weights = [s.weight for axis in self.spans for s in axis if s.weight is not None]
+            if not weights:
+                return self.spans
+            moved = torch.cat(weights).to(out.device, out.dtype, non_blocking=True)
+            parts = iter(moved.split([len(w) for w in weights]))
+            self._placed[home] = [[s._replace(weight=next(parts)) for s in a] for a in self.spans]
+        return self._placed[home]
+
+    def _plane(
+        self, out: torch.Tensor, index: tuple[int, ...], weights: list[torch.Tensor]
+    ) -> torch.Tensor:
+        """The weights of a tile across its rows; tiles of all rows share them."""
+        key = (out.device, out.dtype), index
+        if key not in self._planes:
+            self._planes[key] = reduce(operator.mul, torch.meshgrid(*weights, indexing="ij"))
+        return self._planes[key]
 
     def _segment(self, number: int, like: tuple[torch.Tensor, ...]) -> list[torch.Tensor]:
         """The accumulators of one segment, one per output, allocated at first use."""

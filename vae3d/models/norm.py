@@ -123,7 +123,7 @@ class BatchNorm(Norm):
     def batch_statistics(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and variance per channel over batch, voxels and ranks; updates the running ones."""
         axes = (0, *range(2, x.dim()))
-        count = x.new_tensor(x.numel() / self.channels)
+        count = x.new_full((), x.numel() / self.channels)  # filled there: a GPU need not wait
         if dist.is_initialized() and dist.get_world_size() > 1:
             # Variance round the common mean, in two exchanges, does not cancel as E[x^2] would.
             totals = all_reduce(torch.cat([x.sum(axes), count[None]]))

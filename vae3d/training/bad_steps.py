@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vae3d.training.precision import Amp, autocast
+from vae3d.kernels.precision import Amp, autocast
 from vae3d.training.task import Task
 
 

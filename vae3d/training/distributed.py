@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from vae3d.kernels.precision import settle_float32
 from vae3d.stop import Stopped, asked, listening
 
 # Process groups stay to the end of the process: to free one is to wait for its threads, holding
@@ -50,12 +51,6 @@ class World:
             dist.all_reduce(tensor)
         return tensor
 
-    def max_(self, tensor: Tensor) -> Tensor:
-        """Elementwise maximum of `tensor` over all ranks, in place."""
-        if self.size > 1:
-            dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
-        return tensor
-
     def max_int(self, value: int) -> int:
         """Largest `value` of all ranks. Costs no GPU synchronization."""
         if self.size == 1:
@@ -64,14 +59,13 @@ class World:
         dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self.control)
         return int(flag)
 
-    def gather_ints(self, *values: int) -> list[tuple[int, ...]]:
-        """The `values` of every rank, in the order of ranks. Costs no GPU synchronization."""
+    def add(self, value: float) -> float:
+        """Sum of a number over all ranks. Costs no GPU synchronization."""
         if self.size == 1:
-            return [values]
-        mine = torch.tensor(values)
-        box = [torch.empty_like(mine) for _ in range(self.size)]
-        dist.all_gather(box, mine, group=self.control)
-        return [tuple(t.tolist()) for t in box]
+            return value
+        total = torch.tensor(value, dtype=torch.float64)
+        dist.all_reduce(total, group=self.control)
+        return float(total)
 
     def broadcast(self, value: Any) -> Any:
         """Rank 0's `value`, any picklable object, on all ranks."""
@@ -218,15 +212,20 @@ def is_lost(error: BaseException) -> bool:
 
 
 @contextmanager
-def open_world(device: str = "auto", timeout_minutes: float = 30.0) -> Iterator[World]:
+def open_world(
+    device: str = "auto", timeout_minutes: float = 30.0, backend: str | None = None
+) -> Iterator[World]:
     """Join the other ranks that `torchrun` started, or be alone; leave on exit.
 
     Args:
         device: auto | cpu | cuda | mps. `auto` takes CUDA where there is some.
         timeout_minutes: How long a rank waits for the others before it gives up [min].
+        backend: nccl | gloo, what tensors travel by; None for nccl between GPUs. By gloo ranks may
+            share a GPU, as tests on one do.
     """
     size, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
-    where = _device(device, int(os.environ.get("LOCAL_RANK", 0)))
+    where = _device(device, int(os.environ.get("LOCAL_RANK", 0)), shared=backend == "gloo")
+    settle_float32()
     if size == 1:
         yield World(device=where)
         return
@@ -237,8 +236,15 @@ def open_world(device: str = "auto", timeout_minutes: float = 30.0) -> Iterator[
     store = dist.PrefixStore(f"attempt{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
     store.set_timeout(timeout)
     world = World(rank, size, where, None, store)
-    backend = "nccl" if where.type == "cuda" else "gloo"
-    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
+    backend = backend or ("nccl" if where.type == "cuda" else "gloo")
+    dist.init_process_group(
+        backend,
+        store=store,
+        rank=rank,
+        world_size=size,
+        timeout=timeout,
+        device_id=where if backend == "nccl" else None,
+    )
     with listening() as stop:
         try:
             world.control = dist.group.WORLD
@@ -268,12 +274,14 @@ def _leave(world: World, wait: bool) -> None:
         dist.distributed_c10d._abort_process_group()
 
 
-def _device(name: str, local_rank: int) -> torch.device:
+def _device(name: str, local_rank: int, shared: bool = False) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda":
         if not torch.cuda.is_available():
             raise ValueError("--device cuda: torch sees no CUDA device here; use --device cpu")
+        if shared:
+            local_rank %= torch.cuda.device_count()
         if local_rank >= torch.cuda.device_count():
             raise ValueError(
                 f"local rank {local_rank} has no GPU of its own, there are "

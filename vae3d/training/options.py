@@ -10,9 +10,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any, Literal, TypeVar
 
+from vae3d.kernels.precision import Amp
 from vae3d.ranges import check_ranges
 from vae3d.tracking.options import Tracking
-from vae3d.training.precision import Amp
 
 T = TypeVar("T")
 
@@ -33,8 +33,8 @@ class Loop(Tracking):
         betas: Decay of AdamW's mean gradient and mean squared gradient.
         clip_norm: Longer gradients are shortened to this norm; 0 for never.
         ema_decay: Decay of the averaged weights, which validation and users see; 0 for none.
-        amp: off | bf16 | fp16, precision of convolutions and matrix products; null for bf16 where
-            the device multiplies it natively, else off.
+        amp: off | bf16 | fp16, precision of convolutions and matrix products, in validation too;
+            null for bf16 where the device multiplies it natively, else off.
         seed: Seed of weights, order of the data, and noise.
         log_every: Interval of numbers in metrics.jsonl and trackers [steps].
         val_every: Interval of validation [steps]; 0 for none.

@@ -2,25 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 
+from vae3d.kernels.precision import Amp
 from vae3d.kernels.steps import compute_dtype
-
-Amp = Literal["off", "bf16", "fp16"]
-AMP: dict[Amp, torch.dtype] = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-def autocast(device: torch.device, amp: Amp) -> torch.autocast:
-    """Context in which the networks run in the precision `amp`.
-
-    Args:
-        device: Where they are.
-        amp: off | bf16 | fp16.
-    """
-    return torch.autocast(device.type, AMP[amp], enabled=amp != "off")
 
 
 def native_amp(device: torch.device) -> Amp:

@@ -11,14 +11,19 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import (
+    MixedPrecisionPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from vae3d.kernels.precision import AMP, Amp
 from vae3d.training.distributed import World
 from vae3d.training.task import Task
 
 
-def shard(task: Task, world: World) -> None:
+def shard(task: Task, world: World, amp: Amp = "off") -> None:
     """Cut the parameters of a task over the ranks, one group for each layer of its network.
 
     Each rank has all of the discriminator, which is small, as with ddp.
@@ -26,19 +31,21 @@ def shard(task: Task, world: World) -> None:
     Args:
         task: What is trained. Its network is gathered layer by layer when it runs.
         world: The ranks.
+        amp: off | bf16 | fp16, what the weights travel in; gradients are summed in float32.
     """
     critic = task.discriminator
     apart = set() if critic is None else set(critic.parameters())
     mesh = init_device_mesh(world.device.type, (world.size,))
     network = task.network
+    travel = MixedPrecisionPolicy(AMP[amp], torch.float32, cast_forward_inputs=False)
     last = getattr(network, "last_layer", None)  # at which adversarial losses balance gradients
     for layer in [layer for chain in network.children() for layer in chain.children()]:
         if not (parameters := list(layer.parameters())):
             continue
         if critic is None or all(p is not last for p in parameters):
-            fully_shard(layer, mesh=mesh)
+            fully_shard(layer, mesh=mesh, mp_policy=travel)
     # With a discriminator the last layer stays whole from its forward pass to its backward pass.
-    fully_shard(network, mesh=mesh, reshard_after_forward=critic is None)
+    fully_shard(network, mesh=mesh, reshard_after_forward=critic is None, mp_policy=travel)
     for name in ("encode", "decode"):  # the task calls these, not the network itself
         if hasattr(network, name):
             register_fsdp_forward_method(network, name)

@@ -6,7 +6,7 @@ The loop in `trainer.py` knows nothing else about a task, so both stages share i
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -75,16 +75,23 @@ class VAETask(Task):
     Args:
         model: The VAE, see `vae3d.models.custom_vae`.
         loss: Named terms, see `vae3d.losses.vae_loss`.
-        seed: Seed of the posterior's noise.
+        seed: Seed of the posterior's noise, and of the augmentation.
+        augment: `augment(batch, seed, step)`, changes a batch on the device; None for nothing.
     """
 
     network: CustomVAE
 
-    def __init__(self, model: CustomVAE, loss: VAELoss, seed: int = 0):
+    def __init__(
+        self,
+        model: CustomVAE,
+        loss: VAELoss,
+        seed: int = 0,
+        augment: Callable[[Batch, int, int], Batch] | None = None,
+    ):
         super().__init__()
         self.network = model
         self.loss = loss
-        self.seed = seed
+        self.seed, self.augment = seed, augment
         self._last: tuple[Tensor, Tensor, Tensor | None] | None = None  # x, recon and weight
 
     @property
@@ -94,6 +101,8 @@ class VAETask(Task):
 
     def forward(self, batch: Any, step: int) -> dict[str, Tensor]:
         """Return the terms of the loss on `batch.image` `(B, C, X, Y, Z)`, weighted by its mask."""
+        if self.augment is not None:
+            batch = self.augment(batch, self.seed, step)
         x = batch.image
         posterior = self.network.encode(x)
         noise = torch.stack(
@@ -167,20 +176,20 @@ def share_weights(window: list[Batch], world: World) -> list[Batch]:
     weights = [weight for weight in found if weight is not None]
     if not weights:
         return window
-    mine = sum(weight.sum(dtype=torch.float64).item() for weight in weights)
-    total, count = map(sum, zip(*world.gather((mine, sum(map(len, weights)))), strict=True))
+    total = world.add(sum(weight.sum(dtype=torch.float64).item() for weight in weights))
+    count = sum(map(len, weights)) * world.size
     each = [total / count / weight[0].numel() for weight in weights]
     return [replace(batch, mean_weight=mean) for batch, mean in zip(window, each, strict=True)]
 
 
 def noise_of_sample(
-    shape: Sequence[int], seed: int, step: int, index: int, device: torch.device
+    shape: Sequence[int], seed: int | str, step: int, index: int, device: torch.device
 ) -> Tensor:
     """Standard normal noise that depends on the sample and the step, not on who draws it.
 
     Args:
         shape: Shape of one sample, `(C, X, Y, Z)`.
-        seed: Seed of the run.
+        seed: Seed of the run, or words that tell this noise from others.
         step: Number of optimizer updates done.
         index: The sample's number in the epoch.
         device: Where to draw.

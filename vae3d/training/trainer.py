@@ -23,6 +23,8 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.experimental import implicit_replication
 from torch.nn.parallel import DistributedDataParallel
 
+from vae3d.kernels.device import fastest_kernels
+from vae3d.kernels.precision import autocast
 from vae3d.ranges import check_ranges
 from vae3d.stop import Stop, Stopped, listening
 from vae3d.tracking.console import Console
@@ -33,7 +35,7 @@ from vae3d.training.distributed import World
 from vae3d.training.ema import EMA
 from vae3d.training.optimizers import adamw, distributed, gradients, parts_of
 from vae3d.training.options import Loop
-from vae3d.training.precision import LossScaler, autocast
+from vae3d.training.precision import LossScaler
 from vae3d.training.schedule import lr_scale, rewarmed
 from vae3d.training.sharding import part, parts_of_optimizer, shard, whole
 from vae3d.training.task import Task, share_weights
@@ -55,6 +57,7 @@ class Trainer:
         loop: How it is trained, with an `amp` that is settled.
         discriminator_lr: Learning rate of the discriminator; None for the generator's.
         sharding: ddp (each rank has all weights) | fsdp (each rank has a part of them).
+        same_shapes: Whether all batches are of one shape; then a GPU's kernels are tried out.
         validate: `validate(network, step) -> numbers`, the same on all ranks; called with EMA
             weights. None for no validation.
         monitor: The number of `validate` that decides which checkpoint is best; lower is better.
@@ -74,6 +77,7 @@ class Trainer:
         loop: Loop,
         discriminator_lr: float | None = None,
         sharding: str = "ddp",
+        same_shapes: bool = False,
         validate: Callable[[Any, int], dict[str, float]] | None = None,
         monitor: str = "val/mae",
         show: Callable[[Any, int], None] | None = None,
@@ -91,11 +95,12 @@ class Trainer:
         self.validate_network = validate or (lambda network, step: {})
         self.show = show or (lambda network, step: None)
         self.device = self.world.device
+        self.same_shapes = same_shapes
         self.free_reads = self.device.type == "cpu"  # no queue of kernels to wait for
 
         self.sharded = sharding == "fsdp" and self.world.size > 1
         if self.sharded:
-            shard(task, self.world)
+            shard(task, self.world, self.amp)
         parts = parts_of(task)
         rates = {"generator": loop.lr, "discriminator": discriminator_lr or loop.lr}
         self.rates = {name: rates[name] for name in parts}
@@ -154,7 +159,8 @@ class Trainer:
         self.look(stop)  # a kill may have come between the saving and the looking
         while self.step < self.loop.max_steps and not self.without_progress():
             window = self.fetch(batches)
-            terms = self.backward(window)
+            with fastest_kernels(self.same_shapes):
+                terms = self.backward(window)
             self.update(terms, window)
             self.step += 1
             if self.due(self.loop.log_every):
@@ -197,12 +203,14 @@ class Trainer:
     def backward(self, window: list[Any]) -> dict[str, Tensor]:
         """Accumulate the gradients of the mean loss over the window's samples on all ranks.
 
+        The loader gives all ranks as many samples, so nothing is asked of the others.
+
         Returns:
             This rank's part of each named scalar; the sum over ranks is the mean over samples.
         """
         window = share_weights(window, self.world)
         counts = [len(batch.index) for batch in window]
-        total = sum(n for (n,) in self.world.gather_ints(sum(counts)))
+        total = sum(counts) * self.world.size
         self.samples += total
         terms: dict[str, Tensor] = {}
         for n, (batch, count) in enumerate(zip(window, counts, strict=True)):
@@ -227,16 +235,22 @@ class Trainer:
                 else:
                     values = self.task.discriminator_loss(self.step, network)
                     loss = values["discriminator_loss"]
+            found = {key: value.detach().float() for key, value in values.items()}
+            # By 0 if a term is not finite: so are then the gradients, which all ranks get to see.
+            loss = loss / torch.stack([*found.values()]).isfinite().all()
             # DDP divides by the number of ranks; we want the sum of all samples over their count.
             self.scaler.scale(loss * (share * self.world.size)).backward()
-        for key, value in values.items():
-            terms[key] = terms.get(key, 0.0) + value.detach().float() * share
+        for key, value in found.items():
+            terms[key] = terms.get(key, 0.0) + value * share
 
     def update(self, terms: dict[str, Tensor], window: list[Any]) -> None:
-        """Clip, step the optimizers and the average; or, if a number is not finite, do nothing."""
+        """Clip, step the optimizers and the average; or, if a number is not finite, do nothing.
+
+        All ranks have the same gradients, so they agree on it.
+        """
         active = [n for n in self.optimizers if n == "generator" or "discriminator_loss" in terms]
         norms = {}
-        bad = ~torch.stack([v for v in terms.values()]).isfinite().all()
+        bad = torch.zeros((), dtype=torch.bool, device=self.device)
         for name in active:
             optimizer = self.optimizers[name]
             norm = torch.nn.utils.get_total_norm(gradients(optimizer))
@@ -248,7 +262,7 @@ class Trainer:
             if self.loop.clip_norm:
                 excess = (norms[name] + 1e-6) / self.loop.clip_norm
                 optimizer.grad_scale = optimizer.grad_scale * excess.clamp(min=1.0)
-        bad = self.world.max_(bad.float())
+        bad = bad.float()
         for name in active:
             optimizer = self.optimizers[name]
             for group in optimizer.param_groups:
@@ -362,6 +376,8 @@ class Trainer:
         self.waited = 0.0
         if self.device.type == "cuda":
             numbers["perf/gpu_memory_gb"] = torch.cuda.max_memory_allocated(self.device) / 1e9
+            numbers["perf/gpu_reserved_gb"] = torch.cuda.max_memory_reserved(self.device) / 1e9
+            torch.cuda.reset_peak_memory_stats(self.device)
         return numbers
 
     def look(self, stop: Stop) -> None:
