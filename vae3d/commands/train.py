@@ -82,7 +82,6 @@ def train_3d(
     import torch
 
     from loaders import PatchLoader, open_data
-    from loaders.config import nobody_trains
     from vae3d.training.distributed import World, open_world
     from vae3d.training.facts import facts, largest
     from vae3d.training.linear_code import fit_linear_code
@@ -136,11 +135,9 @@ def train_3d(
         with world.main_first():
             known, say = state and state["split"], print if world.is_main else None
             store, split = open_data(
-                data, vae.spatial_dims, known, vae.in_channels, say=say, force=loop.force
+                data, vae.spatial_dims, known, vae.in_channels, say, loop.force, world.size
             )
         split = world.broadcast(split)
-        for fault in nobody_trains(data.root, split):
-            raise fault
         training, held_out = store.subset(split["train"]), store.subset(split["val"])
         sample = patch_size if patching else largest(map(training.shape, range(len(training))))[1:]
         begun_with = state["batch_size"] if state else None
