@@ -454,7 +454,7 @@ def test_random_crops_of_latents_train_in_half_precision_too(home, tmp_path):
         ("train-ldm {volumes} --out_dir {tmp}", "vae3d encode"),
         ("train-ldm {latents} --out_dir {tmp} --prediction epsilon", "flow predicts v"),
         ("train-ldm {latents} --out_dir {tmp} --crop [4,4]", "--crop [4, 4]"),
-        ("train-ldm {latents} --out_dir {tmp} --crop [9,4,4]", "larger than the latent of"),
+        ("train-ldm {latents} --out_dir {tmp} --crop [99,4,4]", "larger than the latent of"),
         ("sample --out_dir {tmp}", "--checkpoint"),
         ("sample --ldm {run} --out_dir {tmp}", "not a run of vae3d train-ldm"),
         ("sample --checkpoint {run} --label F --out_dir {tmp}", "need --ldm"),
