@@ -191,12 +191,22 @@ def survey_data(
     )
 
 
-def nobody_trains(root: str, split: Split) -> list[BrokenVolume]:
-    """Return the fault of a split without training volumes, or nothing."""
+def nobody_trains(root: str, split: Split, ranks: int = 1) -> list[BrokenVolume]:
+    """Return the fault of a split with too few training volumes, or nothing.
+
+    Args:
+        root: Where the volumes come from.
+        split: Ids of train, val and test.
+        ranks: How many train, each on volumes of its own.
+    """
     from loaders.readers import BrokenVolume
 
-    if split["train"]:
+    if len(split["train"]) >= ranks:
         return []
+    if split["train"]:
+        there = f"{ranks} ranks but only {len(split['train'])} volumes to train on"
+        remedy = "start fewer, or leave more of them to training (data.fractions)"
+        return [BrokenVolume(root, f"{there}: {remedy}")]
     parts = ", ".join(f"{len(ids)} in {name}" for name, ids in split.items() if ids)
     reason = f"no volume is left to train on ({parts}): mend the column split or data.fractions"
     return [BrokenVolume(root, reason)]
@@ -219,6 +229,7 @@ def open_data(
     in_channels: int | None = None,
     say: Say | None = print,
     force: bool = False,
+    ranks: int = 0,
 ) -> tuple[VolumeStore, Split]: ...
 @overload
 def open_data(
@@ -228,6 +239,7 @@ def open_data(
     in_channels: int | None = None,
     say: Say | None = print,
     force: bool = False,
+    ranks: int = 0,
 ) -> tuple[VolumeStore | SliceStore, Split]: ...
 def open_data(
     config: DataConfig,
@@ -236,6 +248,7 @@ def open_data(
     in_channels: int | None = None,
     say: Say | None = print,
     force: bool = False,
+    ranks: int = 0,
 ) -> tuple[VolumeStore | SliceStore, Split]:
     """Find the volumes, split them by subject, and bring them into the cache.
 
@@ -247,6 +260,7 @@ def open_data(
         say: Takes the lines on the data set; None for a rank that follows another, which has told
             and checked already.
         force: Go on with what is left of `split` although the data have changed since.
+        ranks: How many train on it, each on volumes of its own; 0 for none.
 
     Returns:
         (store, split): a `VolumeStore` of all volumes (a `SliceStore` in 2D), and the ids of the
@@ -270,6 +284,8 @@ def open_data(
             say(line)
         if isinstance(config.sampler(), LabelCorners):
             refuse(missing_label_maps(survey.subjects), say)
+    needed = ranks if spatial_dims == 3 else min(ranks, 1)  # slices of one volume go to many
+    refuse(nobody_trains(config.root, survey.split, needed), silent)
     store = VolumeStore.build(
         survey.subjects,
         config.cache_dir,
@@ -288,6 +304,7 @@ def open_data(
         raise fault  # of a format that told nothing before it was read
     skipped = {row[0] for row in store.skipped}
     split = {name: [i for i in ids if i not in skipped] for name, ids in survey.split.items()}
+    refuse(nobody_trains(config.root, split, needed), silent)  # some may have been skipped
     if spatial_dims == 2:
         return SliceStore(store, config.slice_axis, config.num_slices), split
     return store, split

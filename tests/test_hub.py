@@ -287,6 +287,15 @@ def test_what_the_hub_has_not_is_one_line(tmp_path, hub, monkeypatch):
         convert("hf://me", tmp_path / "out")
 
 
+def test_a_recipe_out_of_range_builds_nothing(tmp_path):
+    tiny_vae().save_pretrained(tmp_path)
+    recipe = json.loads((tmp_path / "config.json").read_text())
+    recipe["init_args"]["num_res_blocks"] = 10**9
+    (tmp_path / "config.json").write_text(json.dumps(recipe))
+    with pytest.raises(ValueError, match="num_res_blocks is 1000000000; give"):
+        vae3d.CustomVAE.from_pretrained(tmp_path)
+
+
 @pytest.mark.parametrize("recipe", ["{", "[]", "3", '{"class_path": 3}', "[" * 5000])
 def test_a_damaged_recipe_is_one_line(tmp_path, recipe):
     tiny_vae().save_pretrained(tmp_path / "vae")
@@ -321,3 +330,10 @@ def test_a_damaged_contract_is_one_line(tmp_path, scans, entry):
     data = EvaluationData(str(scans), str(tmp_path / "cache"))
     with pytest.raises(ValueError):
         evaluate(str(tmp_path / "vae"), data, str(tmp_path / "out"), mode="full")
+
+
+def test_a_layout_of_others_is_refused_for_weights_of_vae3d(tmp_path):
+    tiny_vae().save_pretrained(tmp_path / "vae")
+    with pytest.raises(ValueError, match="is of vae3d, not of --layout MONAI; leave that out"):
+        convert(str(tmp_path / "vae"), tmp_path / "out", layout="MONAI")
+    assert not (tmp_path / "out").exists()

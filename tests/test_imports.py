@@ -26,7 +26,7 @@ ROOMS = {
     "kernels": set(),
     "models": {"kernels"},
     "losses": {"models"},
-    "weights": {"models"},
+    "weights": {"models", "ranges"},
     "exact": {"kernels", "models"},
     "tracking": {"loaders"},
     "config": {"loaders", "models", "recipes", "ranges", "mistakes", "stop"},  # vae3d/config.py

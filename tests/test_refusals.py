@@ -273,6 +273,7 @@ def test_an_optional_group_tells_what_is_wrong_in_it():
         (["--init_from", "/nowhere"], "/nowhere"),
         (["--freeze", "decoder"], "--init_from"),
         (["--data.root", "/nowhere"], "/nowhere"),
+        (["--data.fractions", "[0,1,0]"], "no volume is left to train on"),
     ],
 )
 def test_options_are_refused_before_caching_and_leave_no_file_behind(
@@ -281,6 +282,13 @@ def test_options_are_refused_before_caching_and_leave_no_file_behind(
     done = vae3d("train", "--data.root", volumes, "--out_dir", tmp_path / "run", *TINY, *argv)
     assert refused(done, words)
     assert not (tmp_path / "run").exists() and not (tmp_path / "cache").exists()
+
+
+def test_more_ranks_than_volumes_are_refused_before_caching(volumes, tmp_path):
+    with pytest.raises(loaders.BrokenVolume, match="2 ranks but only 1 volumes to train on"):
+        loaders.open_data(DataConfig(str(volumes)), ranks=2)
+    assert not (tmp_path / "cache").exists()
+    assert loaders.open_data(DataConfig(str(volumes)), spatial_dims=2, ranks=2)  # has slices enough
 
 
 def test_a_script_without_its_guard_is_refused_before_caching(volumes, tmp_path, monkeypatch):

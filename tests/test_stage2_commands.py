@@ -454,6 +454,7 @@ def test_random_crops_of_latents_train_in_half_precision_too(home, tmp_path):
         ("train-ldm {volumes} --out_dir {tmp}", "vae3d encode"),
         ("train-ldm {latents} --out_dir {tmp} --prediction epsilon", "flow predicts v"),
         ("train-ldm {latents} --out_dir {tmp} --crop [4,4]", "--crop [4, 4]"),
+        ("train-ldm {latents} --out_dir {tmp} --crop [99,4,4]", "larger than the latent of"),
         ("sample --out_dir {tmp}", "--checkpoint"),
         ("sample --ldm {run} --out_dir {tmp}", "not a run of vae3d train-ldm"),
         ("sample --checkpoint {run} --label F --out_dir {tmp}", "need --ldm"),
@@ -634,3 +635,22 @@ def test_latents_that_changed_since_a_run_began_are_told_and_forced(home, tmp_pa
     assert "the order of the data begins anew: rows_per_epoch was 4, is 3" in text
     left = {part: [name for name in names if name != "v1"] for part, names in begun.items()}
     assert load_checkpoint(run / "checkpoints" / "last.pt")["split"] == left
+
+
+def test_samples_that_a_signal_leaves_are_noted(home, tmp_path, monkeypatch):
+    from vae3d.commands.sample import FromGaussian
+    from vae3d.stop import Stopped
+
+    draw = FromGaussian.draw
+
+    def stopped(source, shape, seed, number, device):
+        if number == 1:
+            raise Stopped(143)
+        return draw(source, shape, seed, number, device)
+
+    monkeypatch.setattr(FromGaussian, "draw", stopped)
+    run, latents = str(home / "run"), str(home / "latents")
+    with pytest.raises(Stopped):
+        sample(run, out_dir=str(tmp_path), latents=latents, prior="gaussian", device="cpu")
+    noted = json.loads((tmp_path / "samples.json").read_text())
+    assert [*noted] == ["gaussian/sample_000"] and noted["gaussian/sample_000"]["seed"] == 0

@@ -10,7 +10,7 @@ import time
 import pytest
 from toys import on_ranks
 
-from vae3d import config
+from vae3d import cli, config
 from vae3d.stop import CODES, Stopped, asked, listening
 from vae3d.training import distributed
 
@@ -152,3 +152,11 @@ def test_a_device_that_is_not_there_is_one_line(monkeypatch, name):
     monkeypatch.setattr(f"torch.{'cuda' if name == 'cuda' else 'backends.mps'}.is_available", bool)
     with pytest.raises(ValueError, match=f"--device {name}: torch sees no {name.upper()} device"):
         distributed._device(name, 0)
+
+
+def test_a_signal_while_libraries_are_imported_is_one_line(capsys, monkeypatch):
+    monkeypatch.setattr("vae3d.cli.import_module", lambda name: be_signalled(signal.SIGINT))
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["report", "runs/a"])
+    assert ended.value.code == 130
+    assert capsys.readouterr().err == "stopped by SIGINT: nothing was begun\n"

@@ -5,6 +5,8 @@ from __future__ import annotations
 import sys
 from importlib import import_module
 
+from vae3d.stop import Stopped, listening, say
+
 COMMANDS = {
     # command: (module.function of vae3d.commands, what it does)
     "demo-data": ("demo_data.demo_data", "write a small set of brain-like volumes"),
@@ -36,8 +38,13 @@ def main(argv: list[str] | None = None) -> None:
         print(f"error: no command {name!r}; choose from {', '.join(COMMANDS)}", file=sys.stderr)
         sys.exit(2)
 
-    from vae3d import config
+    try:
+        with listening():  # the libraries take seconds to import, in which Ctrl-C may come
+            from vae3d import config
 
-    module, function = COMMANDS[name][0].split(".")
-    command = getattr(import_module(f"vae3d.commands.{module}"), function)
-    config.main(command, rest, prog=f"vae3d {name}")
+            module, function = COMMANDS[name][0].split(".")
+            command = getattr(import_module(f"vae3d.commands.{module}"), function)
+            config.main(command, rest, prog=f"vae3d {name}")
+    except Stopped as stopped:
+        say(f"{stopped}: nothing was begun")
+        sys.exit(stopped.code)

@@ -165,8 +165,13 @@ def read(
         trust: Prefixes of modules whose classes may be imported.
     """
     from vae3d.training.checkpoint import load_vae
-    from vae3d.weights.convert import Report, read_model
+    from vae3d.weights.convert import OURS, Report, read_model
     from vae3d.weights.hub import DIFFUSERS_WEIGHTS, RECIPE, WEIGHTS, from_hub, read_state
+
+    def ours(path: Path) -> tuple[CustomVAE, Report]:
+        if layout not in (None, OURS):
+            raise ValueError(f"{source} is of vae3d, not of --layout {layout}; leave that out")
+        return load_vae(path, trust=trust), Report(OURS)
 
     path = from_hub(source) if str(source).startswith("hf://") else Path(source)
     if not path.exists():
@@ -174,13 +179,13 @@ def read(
     if path.name in (WEIGHTS, *DIFFUSERS_WEIGHTS) and (path.parent / RECIPE).is_file():
         path = path.parent  # what stands beside them belongs to them
     if path.is_dir() and not (path / RECIPE).is_file():
-        return load_vae(path, trust=trust), Report("vae3d")
+        return ours(path)
     if path.is_dir():
         recipe = read_json(path / RECIPE)
         if not isinstance(recipe, dict):
             raise ValueError(f"{path / RECIPE}: not the configuration of a network")
         if "class_path" in recipe:
-            return load_vae(path, trust=trust), Report("vae3d")
+            return ours(path)
         hints = diffusers_hints(hints, recipe)
         present = [path / name for name in DIFFUSERS_WEIGHTS if (path / name).is_file()]
         if not present:
@@ -188,7 +193,7 @@ def read(
         path = present[0]
     state = read_state(path)
     if "spec" in state:
-        return load_vae(path, trust=trust), Report("vae3d")
+        return ours(path)
     return read_model(state, hints, layout, ignore_keys, path)
 
 

@@ -138,6 +138,8 @@ def sample(
                     z, facts = source.draw(shape, seed, number, world.device)
                 facts |= {"seed": seed, "seconds_latent": time.monotonic() - begun}
                 done[name, number] = writer.write(name, number, z, facts)
+                if world.is_main:
+                    writer.note(done)  # a signal may end the next one
         done = {key: value for part in world.gather(done) for key, value in part.items()}
         if world.is_main:
             writer.finish({key: done[key] for key in sorted(done)})
@@ -307,13 +309,17 @@ class Writer:
         print(f"{folder / stem}.nii.gz  {seconds:.1f} s", flush=True)
         return three_slices(*view, layout=layout), facts
 
+    def note(self, done: dict[tuple[str, int], Shown]) -> None:
+        """Write samples.json, the facts of all samples."""
+        facts = {f"{name}/sample_{n:03d}": facts for (name, n), (_, facts) in done.items()}
+        write_text(self.out_dir / "samples.json", json.dumps(facts, indent=1) + "\n")
+
     def finish(self, done: dict[tuple[str, int], Shown]) -> None:
         """Write samples.json and the contact sheet over the samples of all ranks."""
         from vae3d.stage2.sheet import contact_sheet
         from vae3d.tracking.media import write_png
 
-        facts = {f"{name}/sample_{n:03d}": facts for (name, n), (_, facts) in done.items()}
-        write_text(self.out_dir / "samples.json", json.dumps(facts, indent=1) + "\n")
+        self.note(done)
         rows: dict[str, list] = {}
         for (name, _), (picture, _) in done.items():
             rows.setdefault(name, []).append(picture)

@@ -82,7 +82,6 @@ def train_3d(
     import torch
 
     from loaders import PatchLoader, open_data
-    from loaders.config import nobody_trains
     from vae3d.training.distributed import World, open_world
     from vae3d.training.facts import facts, largest
     from vae3d.training.linear_code import fit_linear_code
@@ -100,15 +99,7 @@ def train_3d(
     if patching:
         terms.check((vae.out_channels, *patch_size))
     loading = data.loader_options(loop.threads)
-    if freeze and not init_from:
-        raise ValueError(f"--freeze {freeze} needs --init_from: new weights are nothing to keep")
-    if freeze == "decoder" and terms.adversarial is not None and terms.adversarial.adaptive:
-        raise ValueError(
-            "--freeze decoder: an adaptive adversarial weight is balanced at the decoder's last"
-            " layer; set --loss.adversarial.adaptive false"
-        )
-    if ignore_keys and not init_from:
-        raise ValueError(f"--ignore_keys {list(ignore_keys)} needs --init_from")
+    check_beginning(init_from, ignore_keys, freeze, terms)
     vae.set_checkpointing(checkpointing)
     with (
         open_world(loop.device, loop.timeout_minutes) as world,
@@ -136,11 +127,9 @@ def train_3d(
         with world.main_first():
             known, say = state and state["split"], print if world.is_main else None
             store, split = open_data(
-                data, vae.spatial_dims, known, vae.in_channels, say=say, force=loop.force
+                data, vae.spatial_dims, known, vae.in_channels, say, loop.force, world.size
             )
         split = world.broadcast(split)
-        for fault in nobody_trains(data.root, split):
-            raise fault
         training, held_out = store.subset(split["train"]), store.subset(split["val"])
         sample = patch_size if patching else largest(map(training.shape, range(len(training))))[1:]
         begun_with = state["batch_size"] if state else None
@@ -222,6 +211,28 @@ def check_sizes(vae: CustomVAE, patching: str | None, patch_size: tuple[int, ...
                 f"--patch_size {list(patch_size)} is no multiple of the model's factor "
                 f"{list(vae.factor)}; {size} could be {max(size // factor, 1) * factor}"
             )
+
+
+def check_beginning(
+    init_from: str | None, ignore_keys: tuple[str, ...], freeze: str | None, terms: VAELoss
+) -> None:
+    """Refuse what makes no sense of weights to begin with.
+
+    Args:
+        init_from: Where they come from, or None.
+        ignore_keys: What they do not fill.
+        freeze: encoder | decoder | None, the half that stays as they give it.
+        terms: The loss.
+    """
+    if freeze and not init_from:
+        raise ValueError(f"--freeze {freeze} needs --init_from: new weights are nothing to keep")
+    if freeze == "decoder" and terms.adversarial is not None and terms.adversarial.adaptive:
+        raise ValueError(
+            "--freeze decoder: an adaptive adversarial weight is balanced at the decoder's last"
+            " layer; set --loss.adversarial.adaptive false"
+        )
+    if ignore_keys and not init_from:
+        raise ValueError(f"--ignore_keys {list(ignore_keys)} needs --init_from")
 
 
 def begin_with(

@@ -267,6 +267,10 @@ def check_crop(crop: tuple[int, ...] | None, store: LatentStore, condition: str 
         raise ValueError("--crop does not go with --condition: positions must match; drop --crop")
     if len(crop) != len(store.shape(0)) - 1:
         raise ValueError(f"--crop {list(crop)}: latents have {len(store.shape(0)) - 1} axes")
+    for i, name in enumerate(store.ids):
+        size = list(store.shape(i)[1:])
+        if any(c > n for c, n in zip(crop, size, strict=True)):
+            raise ValueError(f"--crop {list(crop)} is larger than the latent of {name}, {size}")
 
 
 def classes_of(store: LatentStore, label: str | None) -> tuple[str, ...]:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from vae3d.models.custom_vae import Contract, CustomVAE
 from vae3d.models.spec import build
+from vae3d.ranges import check_ranges
 
 WEIGHTS, RECIPE = "model.safetensors", "config.json"
 DIFFUSERS_WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
@@ -78,6 +79,7 @@ class HubFolder(PyTorchModelHubMixin):
                 " vae3d convert"
             )
         spec, contract = recipe_of(config)
+        check_ranges(RECIPE, {"spec": spec}, f"{model_id}: its ")
         vae = build(spec, trust)
         vae.contract = contract
         folder = Path(model_id)
