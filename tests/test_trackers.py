@@ -167,6 +167,10 @@ def test_where_names_are_hashed_paths_of_the_data_are_not_told(tmp_path):
     told = what_is_told(config, True)
     assert told["data"] == {"root": REDACTED, "mask": REDACTED} and told["out_dir"] == REDACTED
     assert told["init_from"] is None and told["code"]["vae3d"]
+    second = what_is_told({"latents": "z/M", "condition": "c/M", "vae": "runs/M"}, True)
+    assert second == {"latents": REDACTED, "condition": REDACTED, "vae": REDACTED} | {
+        "code": told["code"]
+    }
     assert what_is_told(config, False)["data"]["root"] == "/d/M"
 
 

@@ -19,7 +19,10 @@ SECRET = re.compile(r"api_?key|token|secret|passw|credential|private_?key", re.I
 URL_LOGIN = re.compile(r"(?<=://)[^/@\s]+@")
 REDACTED = "[redacted]"
 # Options whose paths may name a person, as file names do.
-PLACES = {"root", "cache_dir", "out_dir", "mask", "init_from", "checkpoint", "latents"}
+PLACES = {
+    *("root", "cache_dir", "out_dir", "mask"),
+    *("init_from", "checkpoint", "vae", "latents", "condition"),
+}
 
 
 def redact(value: Any, name: str = "") -> Any:
