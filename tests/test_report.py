@@ -4,6 +4,7 @@ import csv
 import html.parser
 import json
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,11 +13,12 @@ from browser import BINARY, Browser
 
 from vae3d import cli
 from vae3d.reports import page
+from vae3d.reports.comparison import differences
 from vae3d.reports.evaluation import write_report
 from vae3d.reports.evaluation_health import find as find_in_evaluation
 from vae3d.reports.meanings import MEANINGS, better, meaning
 from vae3d.reports.run import write_run_report
-from vae3d.reports.run_data import read_run
+from vae3d.reports.run_data import RunData, read_run
 from vae3d.reports.run_health import find
 from vae3d.tracking.media import save_views, write_png
 from vae3d.tracking.options import Tracking
@@ -142,6 +144,16 @@ def test_evaluation_page_says_when_a_linear_code_would_do_better(psnr, lattice, 
     assert not any("finite" in text for _, text in found)
 
 
+def test_a_linear_code_is_advised_only_to_a_model_without_one():
+    row = {"case": "a", "psnr": 25.0, "pca_psnr": 26.0}
+    advice = [
+        find_in_evaluation([row], ["psnr", "pca_psnr"], "psnr", {"linear_code": has})[0][1]
+        for has in (False, True)
+    ]
+    assert ["--model.linear_code true" in text for text in advice] == [True, False]
+    assert all("--max_steps" in text for text in advice)
+
+
 @pytest.mark.parametrize(
     ("row", "summary", "words"),
     [
@@ -246,6 +258,13 @@ def test_several_runs_share_curves_and_list_their_differences(tmp_path):
     assert "best val/psnr 30 at 40 30 at 40" in beside and "last train/loss 0.025 0.025" in beside
     chart = json.loads(re.findall(r'application/json">(.*?)</script>', source)[0])
     assert [series["name"] for series in chart["series"]] == ["a", "b"]
+
+
+def test_an_option_that_no_run_sets_is_no_difference():
+    configs = ({"augment": {"noise": 0.1}}, {"augment": None}, {"lr": None})
+    runs = [RunData(name, Path(), [], {}, of) for name, of in zip("abc", configs, strict=True)]
+    rows = re.findall("<tr><th>(.*?)</th>", differences(runs))
+    assert rows == ["option", "augment.noise"]
 
 
 def test_the_best_of_several_runs_is_marked(tmp_path):
