@@ -880,6 +880,7 @@ def test_ignore_keys_lets_a_network_of_another_width_begin_with_the_rest(tmp_pat
     assert torch.equal(wide.state_dict()["quant_conv.bias"], source.state_dict()["quant_conv.bias"])
 
 
+@pytest.mark.slow
 def test_a_linear_code_that_ignore_keys_leaves_out_begins_at_the_components(training, tmp_path):
     """As that of a new network: weights at random would spoil what the others learned."""
     model = partial(CustomVAE, channels=(32,), latent_channels=2, factors=[(2, 2, 2)])

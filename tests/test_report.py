@@ -277,6 +277,16 @@ def test_the_best_of_several_runs_is_marked(tmp_path):
     assert "best" not in mae and ">0.025 <small>at 40" in mae, "only one run has it"
 
 
+def test_a_run_of_a_diffusion_model_shows_its_samples(tmp_path):
+    run = run_folder(tmp_path / "ldm", media=False)
+    (run / "media").mkdir()
+    for step in (10, 20):
+        write_png(run / "media" / f"samples_{step:08d}.png", np.zeros((8, 8, 3), np.uint8))
+    text = write_run_report([run]).read_text()
+    assert re.findall(r'data-step="(\d+)"', text) == ["10", "20"]
+    assert text.count("data:image/png") == 2 and "Samples" in text
+
+
 def test_pictures_of_several_runs_stand_side_by_side(tmp_path):
     runs = [run_folder(tmp_path / name) for name in "ab"]
     source = write_run_report(runs, tmp_path / "page.html").read_text()

@@ -27,9 +27,8 @@ from vae3d.exact.executor import Executor
 from vae3d.models.custom_vae import CustomVAE
 from vae3d.models.norm import GroupNorm
 from vae3d.stage2.diffusion import LatentDiffusion
-from vae3d.stage2.latents import read_info
-from vae3d.stage2.sheet import view_of
 from vae3d.stage2.latents import LatentDataset, LatentStore, read_index, read_info, read_latent
+from vae3d.stage2.sheet import view_of
 from vae3d.training.checkpoint import load_checkpoint, load_model
 
 ROOT = Path(__file__).resolve().parents[1]
