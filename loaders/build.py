@@ -36,6 +36,7 @@ from loaders.preprocess import (
 from loaders.readers import (
     SLICES,
     BrokenVolume,
+    Look,
     MissingFile,
     Reading,
     Volume,
@@ -322,6 +323,8 @@ def is_sidecar(meta: object) -> bool:
     channels = {len(meta[name]) for name in ALIKE} | {meta["shape"][0]}
     robust = [stats["robust"] for stats in meta["statistics"] if "robust" in stats]
     if not all(stats["percentiles"] for stats in meta["statistics"]):
+        return False
+    if "look" in meta and not Look.fits(meta["look"]):  # which old ones lack
         return False
     return len(channels) == 1 and not (
         misfit(robust, [ROBUST]) or misfit(meta.get("notes", []), [str])

@@ -8,11 +8,10 @@ from pathlib import Path
 
 import numpy as np
 
-from loaders.readers import Look, has_place, ras_axes
+from loaders.readers import UNIT_MM, Look, has_place, ras_axes
 
 # Of a microscope's channels that have no color of their own.
 PALETTE = ("00ff00", "ff00ff", "00ffff", "ffff00", "ff0000", "0000ff")
-UNIT_MM = {"mm": 1.0, "um": 1e-3, "nm": 1e-6, "px": 1.0}
 # Plane and the axis that it cuts; the other two run to the right and up (or down).
 BODY_PLANES = (("axial", 2), ("coronal", 1), ("sagittal", 0))
 GRID_PLANES = (("xy", 2), ("xz", 1), ("yz", 0))

@@ -445,7 +445,7 @@ def test_a_damaged_record_is_named(place, tmp_path, capsys):
     argv = ["--checkpoint", str(place / "run"), "--data.root", str(place / "volumes")]
     argv += ["--data.cache_dir", str(place / "cache"), "--out_dir", str(tmp_path / "out")]
     argv += ["--device", "cpu", "--patch_size", "[8, 8, 8]"]
-    assert re.search(f"{record.name}: damaged .* delete it", say(argv, capsys))
+    assert re.search(f"{record.name}: not JSON that can be read .* delete it", say(argv, capsys))
 
 
 def test_the_baseline_is_fitted_again_when_the_training_volumes_change(place, tmp_path):

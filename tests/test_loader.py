@@ -488,5 +488,5 @@ def test_plan_survives_pickling_for_worker_processes(store):
 def test_nothing_is_flipped_or_altered_unless_asked_for():
     from loaders import DataConfig
 
-    options = DataConfig().loader_options()
+    options = DataConfig().loader_options(threads=0)
     assert options["augment"] is None and options["balance_by"] is None

@@ -142,9 +142,10 @@ def test_patch_and_batch_are_the_largest_that_fit_into_the_memory(
     assert (options["patch_size"], options["batch_size"]) == (patch, batch)
 
 
-def test_memory_for_not_even_one_cell_is_told_and_nothing_written(data):
-    with pytest.raises(ValueError, match="no patch, not even 4 x 4 x 4, trains within 1e-05 GB"):
-        plan(data, memory_gb=1e-5, device="cpu", write="mine.yaml")
+def test_memory_for_not_even_the_smallest_patch_is_told_and_nothing_written(data):
+    options = dict(patch_size=(16, 16, 16), batch_size=16, device="cpu", write="mine.yaml")
+    with pytest.raises(ValueError, match="no patch, not even 16 x 16 x 16, trains within 0.01 GB"):
+        plan(data, memory_gb=0.01, **options)
     assert not Path("mine.yaml").exists()
 
 

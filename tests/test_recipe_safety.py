@@ -82,7 +82,7 @@ def test_a_free_value_is_plain_data_however_it_is_given(way, mark, tmp_path):
     assert kwargs["data"].augment == NOISE
     assert config.config_dict(train_3d, kwargs)["data"]["augment"] == NOISE
     with pytest.raises(ValueError, match=r"data\.augment: RandomNoise"):
-        kwargs["data"].loader_options()
+        kwargs["data"].loader_options(threads=0)
 
 
 class Tool:

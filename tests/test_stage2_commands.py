@@ -493,7 +493,7 @@ def test_random_crops_of_latents_train_in_half_precision_too(home, tmp_path):
         ("sample --checkpoint {run} --n 0 --out_dir {tmp}", "--n is 0"),
         ("sample --checkpoint {run} --seed -1 --out_dir {tmp}", "--seed is -1"),
         ("sample --checkpoint {run} --grid [3,4] --out_dir {tmp}", "3 numbers"),
-        ("sample --checkpoint {run} --grid [0,4,4] --out_dir {tmp}", "3 numbers"),
+        ("sample --checkpoint {run} --grid [0,4,4] --out_dir {tmp}", "--grid is [0, 4, 4]"),
         ("encode --checkpoint {run} --out_dir {tmp} --split test", "test split"),
         ("encode --checkpoint {volumes} --out_dir {tmp}", "run folder"),
         ("encode --checkpoint {run} --out_dir {tmp} --mode patch --patch_size [7,7,7]", "factor"),

@@ -509,6 +509,7 @@ def test_known_faults_of_3d_convolutions_are_told_at_the_start(
 ):
     monkeypatch.setattr(torch.backends.cudnn, "version", lambda: cudnn)
     monkeypatch.setattr(torch, "__version__", torch_version)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)  # not so by itself
     assert faults_of_conv3d(torch.device("cpu"), amp) == []
     run = Run(tmp_path, World(device=torch.device("cuda")))
     assert run.precision(amp, None) == amp

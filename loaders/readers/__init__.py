@@ -20,6 +20,7 @@ import numpy as np
 from loaders.readers.bio import read_bio
 from loaders.readers.common import (
     READING,
+    UNIT_MM,
     BrokenVolume,
     Dicom,
     Look,
@@ -53,6 +54,7 @@ __all__ = [
     "READERS",
     "READING",
     "SLICES",
+    "UNIT_MM",
     "BrokenVolume",
     "Dicom",
     "Look",

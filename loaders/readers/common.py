@@ -21,6 +21,8 @@ from typing import Any, Literal, cast, get_args, get_origin, get_type_hints
 
 import numpy as np
 
+from loaders.texts import misfit
+
 # ITK, DICOM, NRRD and MetaImage count millimeters towards left and posterior; we count in RAS+.
 LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 # Deflate cannot expand more than 1032-fold; an image with any content stays far below.
@@ -144,6 +146,10 @@ class MissingFile(BrokenVolume):
     """One of a subject's files is not there, others are."""
 
 
+# Of lengths in files, as `Look` has them; pixels of no known size count as 1 mm.
+UNIT_MM = {"mm": 1.0, "um": 1e-3, "nm": 1e-6, "px": 1.0}
+
+
 @dataclass(frozen=True)
 class Look:
     """What a file knows of how people see its volume.
@@ -159,6 +165,15 @@ class Look:
     space: Literal["body", "picture", "array"] = "body"
     unit: str = "mm"
     channels: tuple[tuple[str, str], ...] = ()
+
+    @staticmethod
+    def fits(record: object) -> bool:
+        """Whether `of` can take it."""
+        shape = {"space": str, "unit": str, "channels": [[str]]}
+        if not isinstance(record, dict) or misfit(record, shape) or record.keys() != shape.keys():
+            return False
+        known = record["space"] in ("body", "picture", "array") and record["unit"] in UNIT_MM
+        return known and all(len(channel) == 2 for channel in record["channels"])
 
     @classmethod
     def of(cls, record: dict) -> Look:

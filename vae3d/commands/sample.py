@@ -123,8 +123,8 @@ def sample(
         template = next(iter(sources.values())).template
         check_header(template, fitted or str(ldm))
         axes = len(template["shape"]) - 1
-        if grid and (len(grid) != axes or min(grid) < 1):
-            raise ValueError(f"--grid {list(grid)}: give {axes} numbers of latent voxels, each > 0")
+        if grid and len(grid) != axes:
+            raise ValueError(f"--grid {list(grid)}: give {axes} numbers of latent voxels")
         vae = load_encoder(vae_path, template["made_by"], trust).to(world.device)
         given = dict(mode=mode, patch_size=patch_size, overlap=overlap, blend=blend)
         coding = coding_of(template["made_by"], **given, memory_gb=memory_gb, amp=amp)
