@@ -144,7 +144,7 @@ def test_patch_and_batch_are_the_largest_that_fit_into_the_memory(
 
 def test_memory_for_not_even_the_smallest_patch_is_told_and_nothing_written(data):
     options = dict(patch_size=(16, 16, 16), batch_size=16, device="cpu", write="mine.yaml")
-    with pytest.raises(ValueError, match="no patch, not even 16 x 16 x 16, trains within 0.01 GB"):
+    with pytest.raises(ValueError, match=r"no patch, not even 16 x 16 x 16, trains within 0.01 GB"):
         plan(data, memory_gb=0.01, **options)
     assert not Path("mine.yaml").exists()
 
