@@ -880,6 +880,17 @@ def test_ignore_keys_lets_a_network_of_another_width_begin_with_the_rest(tmp_pat
     assert torch.equal(wide.state_dict()["quant_conv.bias"], source.state_dict()["quant_conv.bias"])
 
 
+@pytest.mark.slow
+def test_a_linear_code_that_ignore_keys_leaves_out_begins_at_the_components(training, tmp_path):
+    """As that of a new network: weights at random would spoil what the others learned."""
+    model = partial(CustomVAE, channels=(32,), latent_channels=2, factors=[(2, 2, 2)])
+    training(model=model, max_steps=1)
+    first = (tmp_path / "run").rename(tmp_path / "first")
+    training(model=model, max_steps=1, init_from=str(first), ignore_keys=("linear_code",))
+    fitted, again = (load_model(p).linear_code.state_dict() for p in (first, tmp_path / "run"))
+    assert all(torch.allclose(again[name], fitted[name], atol=1e-6) for name in fitted)
+
+
 def test_training_tells_which_weights_it_did_not_take(training, tmp_path, capsys):
     write_state(tmp_path / "w.pt", MonaiVAE(**MONAI).state_dict())
     options = dict(model=partial(MonaiVAE, **MONAI), init_from=str(tmp_path / "w.pt"), max_steps=1)

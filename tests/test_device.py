@@ -507,6 +507,7 @@ def test_scaling_enlarges_about_the_middle():
         ({"flip": (0, 2)}, r"--augment.flip \[0, 2\]: the model has the axes \[0, 1\]"),
         ({"scaling": 1.0}, "below 1"),
         ({"noise": -1.0}, "noise must be at least 0"),
+        ({"rotation_deg": (10.0, 0.0, 0.0)}, r"the last: \[0, 0, 10\]"),
     ],
 )
 def test_what_is_no_augmentation_is_refused(options, said):

@@ -20,6 +20,7 @@ from loaders import DataConfig, Preprocess, Subject, VolumeStore, find_subjects
 from train_3d import train_3d
 from vae3d.commands.evaluate import EvaluationData, choose_subjects, evaluate
 from vae3d.config import main
+from vae3d.inference import evaluation
 from vae3d.inference.evaluation import Evaluator
 from vae3d.inference.metrics import psnr
 from vae3d.inference.reconstruct import Coding, autoencode, reconstruct
@@ -123,6 +124,19 @@ def test_bodies_are_drawn_as_in_training_unless_told_otherwise(place, tmp_path):
         evaluate(run, data(place), str(out), radiological=told, **quick)
         (volume,) = (out / "media").glob("*.view.js")
         assert json.loads(read_voxels_json(volume))["mirrored"] is mirrored
+
+
+def test_names_that_a_run_kept_at_home_stay_there_in_its_evaluation(place, tmp_path, monkeypatch):
+    monkeypatch.setenv("VAE3D_CACHE", str(tmp_path / "home"))
+    run = str(train(tmp_path / "run", place / "volumes", hash_cases=True, max_steps=1))
+    titles = []
+    monkeypatch.setattr(evaluation, "save_views", lambda *_, title, **__: titles.append(title))
+    quick = {"mode": "full", "limit": 1, "baseline": False, "save_recon": False}
+    how = {"trackers": (), "device": "cpu"}
+    evaluate(run, data(place), str(tmp_path / "out"), **quick, **how)
+    ((alias, case),) = json.loads((tmp_path / "out" / "cases.json").read_text()).items()
+    assert case in {row["case"] for row in rows(tmp_path / "out")}
+    assert titles[0].startswith(f"{alias} ")
 
 
 def test_summary_is_mean_sd_and_count_over_volumes(place):

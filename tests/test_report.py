@@ -4,6 +4,7 @@ import csv
 import html.parser
 import json
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,11 +13,12 @@ from browser import BINARY, Browser
 
 from vae3d import cli
 from vae3d.reports import page
+from vae3d.reports.comparison import differences
 from vae3d.reports.evaluation import write_report
 from vae3d.reports.evaluation_health import find as find_in_evaluation
 from vae3d.reports.meanings import MEANINGS, better, meaning
 from vae3d.reports.run import write_run_report
-from vae3d.reports.run_data import read_run
+from vae3d.reports.run_data import RunData, read_run
 from vae3d.reports.run_health import find
 from vae3d.tracking.media import save_views, write_png
 from vae3d.tracking.options import Tracking
@@ -142,6 +144,16 @@ def test_evaluation_page_says_when_a_linear_code_would_do_better(psnr, lattice, 
     assert not any("finite" in text for _, text in found)
 
 
+def test_a_linear_code_is_advised_only_to_a_model_without_one():
+    row = {"case": "a", "psnr": 25.0, "pca_psnr": 26.0}
+    advice = [
+        find_in_evaluation([row], ["psnr", "pca_psnr"], "psnr", {"linear_code": has})[0][1]
+        for has in (False, True)
+    ]
+    assert ["--model.linear_code true" in text for text in advice] == [True, False]
+    assert all("--max_steps" in text for text in advice)
+
+
 @pytest.mark.parametrize(
     ("row", "summary", "words"),
     [
@@ -248,6 +260,13 @@ def test_several_runs_share_curves_and_list_their_differences(tmp_path):
     assert [series["name"] for series in chart["series"]] == ["a", "b"]
 
 
+def test_an_option_that_no_run_sets_is_no_difference():
+    configs = ({"augment": {"noise": 0.1}}, {"augment": None}, {"lr": None})
+    runs = [RunData(name, Path(), [], {}, of) for name, of in zip("abc", configs, strict=True)]
+    rows = re.findall("<tr><th>(.*?)</th>", differences(runs))
+    assert rows == ["option", "augment.noise"]
+
+
 def test_the_best_of_several_runs_is_marked(tmp_path):
     a = run_folder(tmp_path / "a", media=False)
     b = run_folder(tmp_path / "b", media=False, psnr=lambda s: 24 + s / 8, val__mae=lambda s: 1 / s)
@@ -256,6 +275,16 @@ def test_the_best_of_several_runs_is_marked(tmp_path):
     psnr, mae = rows["best val/psnr"], rows["best val/mae"]
     assert psnr.index(">30 ") > psnr.index('<td class="n best">') and psnr.count("best") == 1
     assert "best" not in mae and ">0.025 <small>at 40" in mae, "only one run has it"
+
+
+def test_a_run_of_a_diffusion_model_shows_its_samples(tmp_path):
+    run = run_folder(tmp_path / "ldm", media=False)
+    (run / "media").mkdir()
+    for step in (10, 20):
+        write_png(run / "media" / f"samples_{step:08d}.png", np.zeros((8, 8, 3), np.uint8))
+    text = write_run_report([run]).read_text()
+    assert re.findall(r'data-step="(\d+)"', text) == ["10", "20"]
+    assert text.count("data:image/png") == 2 and "Samples" in text
 
 
 def test_pictures_of_several_runs_stand_side_by_side(tmp_path):

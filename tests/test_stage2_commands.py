@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from toys import OnGPU, on_ranks
 
 from evaluate import evaluate
@@ -27,6 +28,7 @@ from vae3d.models.custom_vae import CustomVAE
 from vae3d.models.norm import GroupNorm
 from vae3d.stage2.diffusion import LatentDiffusion
 from vae3d.stage2.latents import LatentDataset, LatentStore, read_index, read_info, read_latent
+from vae3d.stage2.sheet import view_of
 from vae3d.training.checkpoint import load_checkpoint, load_model
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -434,6 +436,37 @@ def test_the_checkpoint_holds_unet_projector_statistics_and_classes(home, tmp_pa
 def test_pictures_of_samples_are_drawn_while_training(home, tmp_path):
     ldm(home / "latents", tmp_path, media_every=6, media_volumes=2)
     assert [p.name for p in (tmp_path / "media").iterdir()] == ["samples_00000006.png"]
+
+
+@pytest.mark.slow
+def test_pictures_of_samples_are_drawn_as_the_run_was_told(home, tmp_path):
+    """Mirrored for radiologists, while it trains and when it is sampled."""
+
+    def told(name, radiological):
+        run, out = tmp_path / name, tmp_path / f"{name}_samples"
+        options = {"media_every": 1, "max_steps": 1, "media_volumes": 1}
+        ldm(home / "latents", run, radiological=radiological, **options)
+        sample(ldm=str(run), out_dir=str(out), n=1, steps=2, device="cpu")
+        (training,) = (run / "media").iterdir()
+        return [np.asarray(Image.open(path)) for path in (training, out / "sheet.png")]
+
+    for usual, mirrored in zip(told("a", False), told("b", True), strict=True):
+        differs = np.argwhere((usual != mirrored).any(-1))
+        (top, left), (bottom, right) = differs.min(0), differs.max(0) + 1
+        box = slice(top, bottom), slice(left, right)
+        off = np.abs(usual[box][:, ::-1].astype(int) - mirrored[box])
+        assert (off <= 3).mean() > 0.9
+
+
+@pytest.mark.parametrize(
+    ("intensity", "seen"), [("unit", 0.5), ("symmetric", 0.75), ("zscore", 1.0)]
+)
+def test_decoded_volumes_are_drawn_in_the_range_of_their_model(home, intensity, seen):
+    header = read_info(next((home / "latents").glob("*.safetensors"))) | {"intensity": intensity}
+    x = np.full((1, *SHAPE), 0.5, np.float32)
+    x[0, 0, 0, 0] = 0.0
+    low, high = view_of(x, header)["data_range"]
+    assert (0.5 - low) / (high - low) == seen
 
 
 def test_pictures_of_samples_are_drawn_from_a_gpu_too(home, tmp_path, monkeypatch):

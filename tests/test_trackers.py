@@ -162,11 +162,28 @@ def test_without_the_users_key_nobody_finds_a_name_by_trying(tmp_path, monkeypat
     assert Aliases(tmp_path / "a")("Erika Muster") != first
 
 
+def test_a_key_or_a_list_of_cases_that_is_damaged_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.setenv("VAE3D_CACHE", str(tmp_path))
+    (tmp_path / "cases.json").write_text('{"case-1": 2}')
+    with pytest.raises(ValueError, match=r"cases.json: damaged .* or delete it"):
+        Aliases(tmp_path)
+    (tmp_path / "case_key").write_text("")  # by a full disk
+    with pytest.raises(ValueError, match="case_key: holds no key; delete it"):
+        Aliases(tmp_path / "b")
+    (tmp_path / "case_key").unlink()
+    Aliases(tmp_path / "b", ["Erika"])
+    assert [path.name for path in tmp_path.glob("case_key*")] == ["case_key"]
+
+
 def test_where_names_are_hashed_paths_of_the_data_are_not_told(tmp_path):
     config = {"out_dir": "runs/a", "init_from": None, "data": {"root": "/d/M", "mask": "~/M"}}
     told = what_is_told(config, True)
     assert told["data"] == {"root": REDACTED, "mask": REDACTED} and told["out_dir"] == REDACTED
     assert told["init_from"] is None and told["code"]["vae3d"]
+    second = what_is_told({"latents": "z/M", "condition": "c/M", "vae": "runs/M"}, True)
+    assert second == {"latents": REDACTED, "condition": REDACTED, "vae": REDACTED} | {
+        "code": told["code"]
+    }
     assert what_is_told(config, False)["data"]["root"] == "/d/M"
 
 

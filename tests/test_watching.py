@@ -218,6 +218,13 @@ def test_validation_tells_channels_of_different_ranges_apart(monkeypatch, tmp_pa
     assert recon[:, 0, 0, 0] == pytest.approx([0.7, 0.1])
 
 
+def test_pictures_of_latents_have_the_range_of_the_channel_that_they_show(tmp_path):
+    vae, jobs = tiny_vae(in_channels=2), Jobs()
+    validation = validate.Validation(TwoChannels(2), World(), None, pictured=1)
+    validation.show(vae.eval(), 1, jobs, tmp_path)
+    assert validation.probes.data_range == (0.0, 1.0), "of ct, and pet goes below"
+
+
 def test_pictures_of_ct_are_labeled_in_hu_at_true_proportions(tmp_path):
     validation, jobs = validate.Validation(Store(2), World(), (8, 8, 8), pictured=1), Jobs()
     validation.show(tiny_vae().eval(), 1, jobs, tmp_path)

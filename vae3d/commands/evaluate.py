@@ -6,7 +6,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -152,6 +152,8 @@ def evaluate(
     coding.check(vae)
     if radiological is None:
         radiological = trained.get("radiological", False)
+    if trained.get("hash_cases", False):  # names that a run has kept at home stay there
+        tracking = replace(tracking, hash_cases=True)
     reading = Reading.of(trained["data"]).masked(data.mask)
     facts = {"checkpoint": str(find_checkpoint(checkpoint)), "step": state["step"], "ema": ema}
     facts["checkpoint_sha256"] = fingerprint(checkpoint)

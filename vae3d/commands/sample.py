@@ -97,6 +97,7 @@ def sample(
     from vae3d.inference.reconstruct import coding_of
     from vae3d.kernels.precision import autocast
     from vae3d.stage2.latents import check_header
+    from vae3d.training.checkpoint import load_checkpoint
     from vae3d.training.distributed import open_world
     from vae3d.training.memory import SMALLER_PASSES, telling_of_memory
 
@@ -128,7 +129,9 @@ def sample(
         given = dict(mode=mode, patch_size=patch_size, overlap=overlap, blend=blend)
         coding = coding_of(template["made_by"], **given, memory_gb=memory_gb, amp=amp)
         coding.check(vae)
-        writer = Writer(Path(out_dir), template, vae, coding, media)
+        drawn = load_checkpoint(ldm or vae_path)["config"]  # bodies as the run drew them
+        radiological = drawn.get("radiological", False)
+        writer = Writer(Path(out_dir), template, vae, coding, media, radiological)
         shape = (template["shape"][0], *(grid or template["shape"][1:]))
         done = {}
         for name, source in sources.items():
@@ -272,22 +275,19 @@ class Writer:
         vae: The model, in eval mode on its device.
         coding: How to decode.
         media: Whether to write pictures.
+        radiological: Draw bodies with their right on the left.
     """
 
-    def __init__(self, out_dir: Path, template: dict, vae: CustomVAE, coding: Coding, media: bool):
+    def __init__(self, out_dir: Path, template: dict, vae: CustomVAE, coding: Coding, media: bool,
+                 radiological: bool):  # fmt: skip
         self.out_dir, self.template, self.vae = out_dir, template, vae
-        self.coding, self.media = coding, media
-        factor = template["factor"]
-        self.spacing_mm = [m / f for m, f in zip(template["spacing_mm"], factor, strict=False)]
-        intensity = template.get("intensity", "unit")
-        self.data_range = {"unit": (0.0, 1.0), "symmetric": (-1.0, 1.0)}.get(intensity)
+        self.coding, self.media, self.radiological = coding, media, radiological
 
     def write(self, name: str, number: int, z: torch.Tensor, facts: dict) -> Shown:
         """Decode a latent, write the volume and its GIF; return its picture and the facts."""
         from loaders import write_volume
-        from loaders.layout import Layout
         from loaders.store import undo
-        from vae3d.stage2.sheet import scroll, three_slices
+        from vae3d.stage2.sheet import scroll, three_slices, view_of
         from vae3d.tracking.media import write_gif
 
         same_grid = list(z.shape) == list(self.template["shape"])
@@ -301,13 +301,13 @@ class Writer:
         record = self.template["source"]["undo"]
         on_store_grid = record | {"geometry": {"source_affine": record["affine"]}}
         write_volume(folder / f"{stem}.nii.gz", undo(x, on_store_grid))
-        view, layout = (x, self.spacing_mm, self.range_of(x)), Layout.of_record(record)
+        view = view_of(x, self.template, self.radiological)
         if self.media:
-            frames = scroll(*view, title=f"{name} {number}", layout=layout)
+            frames = scroll(x, title=f"{name} {number}", **view)
             write_gif(folder / f"{stem}.gif", frames)
         seconds = facts["seconds_latent"] + facts["seconds_decode"]
         print(f"{folder / stem}.nii.gz  {seconds:.1f} s", flush=True)
-        return three_slices(*view, layout=layout), facts
+        return three_slices(x, **view), facts
 
     def note(self, done: dict[tuple[str, int], Shown]) -> None:
         """Write samples.json, the facts of all samples."""
@@ -325,7 +325,3 @@ class Writer:
             rows.setdefault(name, []).append(picture)
         if self.media:
             print(write_png(self.out_dir / "sheet.png", contact_sheet(rows)))
-
-    def range_of(self, x: np.ndarray) -> tuple[float, float]:
-        """Intensities drawn black and white: the model's range, or with z-scores the sample's."""
-        return self.data_range or (float(x.min()), float(x.max()))

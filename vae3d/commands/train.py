@@ -90,6 +90,7 @@ def train_3d(
     from vae3d.training.task import VAETask
     from vae3d.training.trainer import Trainer
     from vae3d.training.validate import Validation
+    from vae3d.weights.convert import LINEAR_CODE, named_by
 
     torch.manual_seed(loop.seed)
     vae, terms = made("--model", model), made("--loss", loss)
@@ -147,7 +148,8 @@ def train_3d(
         )
         pin = world.device.type == "cuda"
         loader = cut(batch_size=batch, rank=world.rank, world_size=world.size, pin=pin)
-        if vae.linear_code is not None and not (state or init_from):
+        filled = init_from and not named_by(LINEAR_CODE, ignore_keys)
+        if vae.linear_code is not None and not (state or filled):
             seen = cut(batch_size=1)
             batches = seen.stream() if patching == "random_parts" else seen
             fit_linear_code(vae, (batch.image[0] for batch in batches), world)

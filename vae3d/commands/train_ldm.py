@@ -177,7 +177,9 @@ def train_ldm(
         pictures = None
         if loop.media_every and vae:
             folder = Path(out_dir) / "media"
-            pictures = Pictures(vae, trust, train, task.guide, folder, loop.media_volumes)
+            pictures = Pictures(
+                vae, trust, train, task.guide, folder, loop.media_volumes, loop.radiological
+            )
         tracker = run.track(loop, config, state)
 
         trainer = Trainer(
@@ -298,6 +300,7 @@ class Pictures:
         guide: Labels and conditions of the training subjects; each sample takes those of one.
         folder: Where pictures go.
         count: Samples in a picture.
+        radiological: Draw bodies with their right on the left.
     """
 
     def __init__(
@@ -308,6 +311,7 @@ class Pictures:
         guide: Guide,
         folder: Path,
         count: int,
+        radiological: bool = False,
     ):
         from vae3d.commands.decode import load_encoder
         from vae3d.inference.reconstruct import coding_of
@@ -318,7 +322,7 @@ class Pictures:
         made_by = self.template["made_by"]
         self.coding = coding_of(made_by, mode="full")
         self.vae = load_encoder(vae, made_by, trust)  # now: another model must not fail hours later
-        self.guide, self.folder = guide, folder
+        self.guide, self.folder, self.radiological = guide, folder, radiological
         self.count = min(count, len(store))
 
     def __call__(self, network: LatentDiffusion, step: int, tracker: Tracker | None) -> None:
@@ -327,21 +331,18 @@ class Pictures:
             return
         import torch
 
-        from loaders.layout import Layout
         from vae3d.stage2.latents import keyed_generator
-        from vae3d.stage2.sheet import three_slices
+        from vae3d.stage2.sheet import three_slices, view_of
 
         template, device = self.template, network.latent_mean.device
         vae = self.vae.to(device)
-        spacing = [m / f for m, f in zip(template["spacing_mm"], template["factor"], strict=False)]
-        layout = Layout.of_record(template["source"]["undo"])
         pictures = []
         for number in range(self.count):
             noise = torch.randn(template["shape"], generator=keyed_generator(0, number))
             label, condition = self.guide(torch.tensor([number]), device)
             z = network.sample(noise[None].to(device), 25, None, label, condition)
-            x = self.coding.decode(vae, z[0].cpu(), template["volume_shape"][1:])
-            pictures.append(three_slices(x.numpy(), spacing, layout=layout))
+            x = self.coding.decode(vae, z[0].cpu(), template["volume_shape"][1:]).numpy()
+            pictures.append(three_slices(x, **view_of(x, template, self.radiological)))
         self.vae.to("cpu")
         path = self.folder / f"samples_{step:08d}.png"
         rows = {f"samples at step {step}": pictures}

@@ -86,11 +86,8 @@ class Evaluator:
 
     def key(self, index: int) -> str:
         """Hash of what the numbers of a volume depend on."""
-        case = self.store.ids[index]
-        shown_as = self.alias(case)  # drawn in the pictures, which may have been sent
         parts = {
             "version": VERSION,
-            **({"shown_as": shown_as} if shown_as != case else {}),
             # The checkpoint's bytes, not its place.
             **{k: v for k, v in self.facts.items() if k != "checkpoint"},
             "how": self._matters(),
@@ -103,15 +100,20 @@ class Evaluator:
                 self.pca and self.pca.key,
                 self._perceptual_key,
             ],
+            **(self._drawn(self.store.ids[index]) if self.media else {}),
         }
-        if self.media and self.radiological:
-            parts["radiological"] = True
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
     def _matters(self) -> dict[str, object]:
         """The options that the numbers depend on; `amp` where it is one, so that old keys hold."""
         matters = {k: v for k, v in self.how.items() if k not in ("batch_size", "memory_gb")}
         return {k: v for k, v in matters.items() if (k, v) != ("amp", "off")}
+
+    def _drawn(self, case: str) -> dict[str, object]:
+        """What pictures show beside the numbers; nothing where that is the usual."""
+        shown_as = self.alias(case)  # pictures may have been sent
+        drawn: dict[str, object] = {} if shown_as == case else {"shown_as": shown_as}
+        return drawn | ({"radiological": True} if self.radiological else {})
 
     @cached_property
     def _perceptual_key(self) -> str | None:
@@ -227,6 +229,7 @@ class Evaluator:
             ranges = zip(self.store.channel_names, self.store.channel_ranges, strict=True)
             summary["channel_ranges"] = {name: list(ends) for name, ends in ranges}
         summary["latent_channels"] = self.vae.latent_channels
+        summary["linear_code"] = self.vae.linear_code is not None
         summary |= {"latent_bits": self.latent_bits, **summarize(rows)}
         write_text(self.out_dir / "summary.json", json.dumps(_finite(summary), indent=1) + "\n")
         write_report(self.out_dir)

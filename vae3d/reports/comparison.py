@@ -94,21 +94,18 @@ COSTS = (
 def differences(runs: Sequence[RunData]) -> str:
     """A table of the options that are not the same in all runs."""
     flat = [_flatten(redact(run.config)) for run in runs]
-    keys = sorted({k for f in flat for k in f})
-    rows = [
-        {
-            "option": key,
-            **{r.name: str(f.get(key, "not set")) for r, f in zip(runs, flat, strict=True)},
-        }
-        for key in keys
-        if len({str(f.get(key, "not set")) for f in flat}) > 1
-    ]
+    rows = []
+    for key in sorted({k for options in flat for k in options}):
+        values = [options.get(key, "not set") for options in flat]
+        if len(set(values)) > 1:
+            names = (run.name for run in runs)
+            rows.append({"option": key, **dict(zip(names, values, strict=True))})
     return page.section("What differs between the runs", page.table(rows, "option"))
 
 
-def _flatten(value: object, prefix: str = "") -> dict[str, object]:
-    if isinstance(value, dict) and value:
-        return {
-            k: v for n, item in value.items() for k, v in _flatten(item, f"{prefix}{n}.").items()
-        }
-    return {prefix[:-1]: value}
+def _flatten(value: object, prefix: str = "") -> dict[str, str]:
+    """Options that are set by their whole names; null is none, as is a key that is not there."""
+    if isinstance(value, dict):
+        parts = (_flatten(item, f"{prefix}{name}.") for name, item in value.items())
+        return {name: text for part in parts for name, text in part.items()}
+    return {} if value is None else {prefix[:-1]: str(value)}

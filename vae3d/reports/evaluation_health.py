@@ -42,8 +42,8 @@ def find(
             ("good", f"Figures are of the voxels that the <b>masks</b> count, {share:.0f} % of a "
              "volume; pictures show all of the reconstruction.")
         )  # fmt: skip
-    means = _means(rows, metrics)
-    found += [*_against_linear_codes(means), *_seams(means), *_latent(means, summary or {})]
+    means, summary = _means(rows, metrics), summary or {}
+    found += [*_against_linear_codes(means, summary), *_seams(means), *_latent(means, summary)]
     for metric in metrics:
         found += _lost_to_the_clip(rows, metric) if metric.startswith("foreground_clipped") else []
     if leading:
@@ -65,13 +65,11 @@ def _means(rows: Sequence[dict], metrics: Sequence[str]) -> dict[str, float]:
     return {m: sum(r[m] for r in rows) / len(rows) for m in whole}
 
 
-def _against_linear_codes(means: Mapping[str, float]) -> Found:
+def _against_linear_codes(means: Mapping[str, float], summary: Mapping[str, object]) -> Found:
     """Whether the model is worth its training: above pooling, above block PCA, without a grid."""
-    psnr = means.get("psnr", math.inf)
-    remedy = (
-        "begin at the best linear code (<code>--model.linear_code true</code>), raise "
-        "<code>--max_steps</code>"
-    )
+    psnr, remedy = means.get("psnr", math.inf), "raise <code>--max_steps</code>"
+    if not summary.get("linear_code"):
+        remedy = f"begin at the best linear code (<code>--model.linear_code true</code>), {remedy}"
     found = []
     if psnr < means.get("pooled_psnr", -math.inf):
         found.append(

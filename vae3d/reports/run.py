@@ -60,6 +60,7 @@ def write_run_report(run_dirs: Sequence[Path | str], out: Path | str | None = No
         differences(runs) if not alone else "",
         *_curves(runs),
         *_media(runs, path),
+        *_samples(runs),
         *_latents(runs),
         *(_volumes(run, alone) for run in runs),
         page.section("Configuration", *(_configuration(run) for run in runs)),
@@ -129,9 +130,9 @@ def _flat(runs: Sequence[RunData], key: str) -> bool:
     return len(values) > 1 and min(values) == max(values)
 
 
-def steps_with_media(folder: Path) -> list[Path]:
-    """`media/step_*` folders in order, at most a few: the newest and even ones before it."""
-    found = sorted(p for p in folder.glob("media/step_*") if re.fullmatch(r"step_\d+", p.name))
+def steps_with_media(folder: Path, kind: str = r"step_\d+") -> list[Path]:
+    """Of a kind in `media` those of some steps, in order: the newest and even ones before it."""
+    found = sorted(p for p in folder.glob("media/*") if re.fullmatch(kind, p.name))
     if len(found) > MAX_STEPS_SHOWN:
         last = len(found) - 1
         found = [found[round(i * last / (MAX_STEPS_SHOWN - 1))] for i in range(MAX_STEPS_SHOWN)]
@@ -150,7 +151,7 @@ def _media(runs: Sequence[RunData], path: Path) -> list[str]:
         for name in sorted({p.name for f in folders for p in f.glob("*.png")}):
             if name.startswith("latent_"):
                 continue
-            frames = [(f, f / name) for f in folders if (f / name).is_file()]
+            frames = [(_step(f), f / name) for f in folders if (f / name).is_file()]
             clips = [f / name.replace(".png", ".mp4") for f in folders]
             newest = next((page.video(clip) for clip in reversed(clips) if clip.is_file()), "")
             case = unquote(Path(name).stem)
@@ -177,7 +178,22 @@ def _card(title: str, parts: dict[str, str], runs: int) -> str:
     return f'<article class="card"><h3>{page.escape(title)}</h3>{body}</article>'
 
 
-def _stepper(frames: list[tuple[Path, Path]]) -> str:
+def _samples(runs: Sequence[RunData]) -> list[str]:
+    """What a diffusion model draws, with a slider over the steps."""
+    parts = {}
+    for run in runs:
+        if found := steps_with_media(run.folder, r"samples_\d+\.png"):
+            parts[run.name] = _stepper([(_step(path), path) for path in found])
+    card = _card("Drawn and decoded", parts, len(runs)) if parts else ""
+    return [page.section("Samples", card)]
+
+
+def _step(path: Path) -> int:
+    """The step in the name of a picture, or of a folder of them."""
+    return int(path.stem.rpartition("_")[2])
+
+
+def _stepper(frames: list[tuple[int, Path]]) -> str:
     slider = (
         '<div class="steps"><input type="range" aria-label="step" min="0" '
         f'max="{len(frames) - 1}" value="{len(frames) - 1}"><output></output></div>'
@@ -185,8 +201,7 @@ def _stepper(frames: list[tuple[Path, Path]]) -> str:
         else ""
     )
     pictures = "".join(
-        f'<div data-step="{int(folder.name[5:])}">{page.image(path, path.stem)}</div>'
-        for folder, path in frames
+        f'<div data-step="{step}">{page.image(path, path.stem)}</div>' for step, path in frames
     )
     return f'<div class="stepper">{slider}{pictures}</div>'
 
@@ -205,7 +220,7 @@ def _latents(runs: Sequence[RunData]) -> list[str]:
     for name, title in LATENT_PICTURES.items():
         parts = {}
         for run in runs:
-            frames = [(f, f / f"latent_{name}.png") for f in steps_with_media(run.folder)]
+            frames = [(_step(f), f / f"latent_{name}.png") for f in steps_with_media(run.folder)]
             if frames := [frame for frame in frames if frame[1].is_file()]:
                 parts[run.name] = _stepper(frames)
         if parts:

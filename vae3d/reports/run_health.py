@@ -90,7 +90,7 @@ def _got_worse(run: RunData, since: int) -> str:
     if before and after and median(after) < median(before[-len(after) :]):
         return (
             f"<b>overfitting</b>, since {key} went on falling. More volumes help, or "
-            f"<code>--data.augment</code>; <code>--early_stop 3</code> ends in time. {kept}"
+            f"<code>--augment</code>; <code>--early_stop 3</code> ends in time. {kept}"
         )
     return (
         f"the run got worse, and so did {key}: lower <code>--lr</code>, or raise "

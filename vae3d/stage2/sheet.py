@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import TypedDict
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -20,6 +21,32 @@ from vae3d.tracking.media import (
 )
 
 TITLE = 20  # pixels above a row
+RANGES = {"unit": (0.0, 1.0), "symmetric": (-1.0, 1.0)}  # by the intensity of preprocessing
+
+
+class View(TypedDict):
+    """How a volume is drawn, see `three_slices`."""
+
+    spacing_mm: Sequence[float]
+    data_range: tuple[float, float]
+    layout: Layout
+
+
+def view_of(x: np.ndarray, header: dict, radiological: bool = False) -> View:
+    """How a volume that was decoded from a latent is drawn, in the model's range.
+
+    Args:
+        x: `(C, X, Y, Z)` or `(C, X, Y)`; with z-scores the range is that of the first channel.
+        header: Of a latent on the same grid.
+        radiological: Draw bodies with their right on the left.
+    """
+    steps = zip(header["spacing_mm"], header["factor"], strict=False)
+    own = (float(x[0].min()), float(x[0].max()))
+    return {
+        "spacing_mm": [step / factor for step, factor in steps],
+        "data_range": RANGES.get(header.get("intensity", "unit"), own),
+        "layout": Layout.of_record(header["source"]["undo"]).read_by(radiological),
+    }
 
 
 def contact_sheet(rows: Mapping[str, Sequence[np.ndarray]]) -> np.ndarray:

@@ -24,7 +24,8 @@ class Tracking:
         wandb_name: Name of the run in W&B; null for $WANDB_NAME, else the folder's name.
         wandb_tags: Tags of the run in W&B; none for $WANDB_TAGS.
         hash_cases: Show trackers and their pictures a hash in the place of each case's id, and no
-            path of the data; cases.json in the run folder tells which is which.
+            path of the data; cases.json in the run folder tells which is which. An evaluation of
+            a run that did so does, too.
     """
 
     trackers: tuple[Literal["wandb", "tensorboard", "mlflow"], ...] = ("wandb",)

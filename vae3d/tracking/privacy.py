@@ -13,13 +13,18 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from loaders.texts import misfit, read_json
 from loaders.whole import write_text
 
 SECRET = re.compile(r"api_?key|token|secret|passw|credential|private_?key", re.IGNORECASE)
 URL_LOGIN = re.compile(r"(?<=://)[^/@\s]+@")
 REDACTED = "[redacted]"
+KEY_BYTES = 32
 # Options whose paths may name a person, as file names do.
-PLACES = {"root", "cache_dir", "out_dir", "mask", "init_from", "checkpoint", "latents"}
+PLACES = {
+    *("root", "cache_dir", "out_dir", "mask"),
+    *("init_from", "checkpoint", "vae", "latents", "condition"),
+}
 
 
 def redact(value: Any, name: str = "") -> Any:
@@ -69,7 +74,10 @@ class Aliases:
         self.path, self.key = Path(out_dir) / "cases.json", users_key()
         self.known: dict[str, str] = {}
         if self.path.is_file():
-            self.known = json.loads(self.path.read_text(encoding="utf-8"))
+            known = read_json(self.path)
+            if found := misfit(known, {str: str}):
+                raise ValueError(f"{self.path}: damaged ({found}); restore it, or delete it")
+            self.known = known
         self._note({self._hash(case): case for case in cases})
 
     def __call__(self, case: str) -> str:
@@ -92,9 +100,19 @@ def users_key() -> bytes:
     folder = Path(os.environ.get("VAE3D_CACHE") or "~/.cache/vae3d").expanduser()
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "case_key"
-    with suppress(FileExistsError), open(path, "x", encoding="ascii", opener=_private) as file:
-        file.write(secrets.token_hex(32))
-    return path.read_bytes()
+    if not path.is_file():
+        mine = folder / f"case_key.{secrets.token_hex(4)}"
+        try:
+            with open(mine, "x", encoding="ascii", opener=_private) as file:
+                file.write(secrets.token_hex(KEY_BYTES))
+            with suppress(FileExistsError):  # of several processes the first one's counts, whole
+                os.link(mine, path)
+        finally:
+            mine.unlink(missing_ok=True)
+    key = path.read_bytes()
+    if len(key) != 2 * KEY_BYTES:  # names could be found by trying
+        raise ValueError(f"{path}: holds no key; delete it, cases then get other names")
+    return key
 
 
 def _private(path: str, flags: int) -> int:

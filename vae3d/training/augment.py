@@ -44,6 +44,11 @@ class Augmentation:
             raise ValueError(
                 f"--augment.flip {list(self.flip)}: the model has the axes {list(range(dims))}"
             )
+        if dims == 2 and any(self.rotation_deg[:2]):
+            raise ValueError(
+                f"--augment.rotation_deg {list(self.rotation_deg)}: slices turn about their one"
+                f" axis, the last: [0, 0, {max(self.rotation_deg):g}]"
+            )
 
     @torch.no_grad()
     def __call__(self, batch: Batch, seed: int, step: int) -> Batch:

@@ -141,11 +141,12 @@ class Validation:
         if not self.shown:
             return
         if self.probes is None:
+            probed = [torch.from_numpy(self.store.read(i)) for i in self.volumes[:2]]
             self.probes = LatentProbes(
-                [torch.from_numpy(self.store.read(i)) for i in self.volumes[:2]],
+                probed,
                 self.patch_size,
                 self.store.spacing_mm(self.shown[0]),
-                self.store.data_range,
+                self._ranges(len(probed[0]))[0],  # pictures are of the first channel
                 layout=self.store.layout(self.shown[0]).read_by(self.radiological),
             )
         measured = self.probes.measure(network)

@@ -33,6 +33,7 @@ from vae3d.weights.rebuild import BUILDERS, Hints, Weights
 
 State = dict[str, Tensor]
 OURS = "vae3d"  # our own layout, which needs no renaming
+LINEAR_CODE = "linear_code.analysis.weight"  # of it, where a network has one
 # The first convolution of each layout: what stands before this name in a file is a prefix.
 FIRST = {
     OURS: "encoder.0.weight",
@@ -165,7 +166,7 @@ def named_by(name: str, patterns: Sequence[str]) -> bool:
 
 def has_linear_code(weights: Iterable[str]) -> bool:
     """Whether there is one among weights of ours."""
-    return "linear_code.analysis.weight" in weights
+    return LINEAR_CODE in weights
 
 
 def clean(
