@@ -219,7 +219,6 @@ class Builder:
             return known, []
         try:
             self.cache_dir.mkdir(parents=True, exist_ok=True)
-            write_text(self.cache_dir / "CACHEDIR.TAG", TAG)
         except OSError as error:
             raise ValueError(f"{self.cache_dir}: {error.strerror} (data.cache_dir)") from error
         with exclusive(self.cache_dir):
@@ -260,7 +259,9 @@ class Builder:
 
     def write_digests(self) -> None:
         """Remember which bytes the source files hold, while others may still be added."""
-        write_whole(self.cache_dir / "sources.json", json.dumps(dict(self.digests)).encode())
+        if self.digests:
+            write_text(self.cache_dir / "CACHEDIR.TAG", TAG)
+            write_whole(self.cache_dir / "sources.json", json.dumps(dict(self.digests)).encode())
 
     def build_one(self, subject: Subject, volume: Volume) -> dict[str, Any]:
         """Check, preprocess and store one volume, as it was read."""

@@ -244,7 +244,14 @@ def test_a_preset_is_found_by_its_name_alone():
 
 @pytest.mark.parametrize(
     "option",
-    ["--loss.recon Term", "--loss.recon Pointwise", "--model.norm Norm", "--data.sampler Sampler"],
+    [
+        "--loss.recon Term",
+        "--loss.recon Pointwise",
+        "--model.norm Norm",
+        "--model.up Up",
+        "--model.down Down",
+        "--data.sampler Sampler",
+    ],
 )
 def test_what_classes_only_derive_from_is_none_to_take(option):
     with pytest.raises(ValueError, match="it is what those derive from"):
@@ -318,6 +325,18 @@ def test_errors_of_layers_that_do_not_go_together_are_the_users():
 
         with pytest.raises(ValueError, match=r"^--model: cannot be built with these options \("):
             made("--model", fail)
+
+
+def test_a_network_that_cannot_be_built_is_one_line_in_every_command(vae3d, tmp_path):
+    network = ("--model", "CustomVAE", "--model.in_channels", "null")
+    done = vae3d("convert", "nowhere.pt", tmp_path / "out", *network)
+    assert refused(done, "--model: cannot be built with these options")
+    (tmp_path / "a.yaml").write_text(
+        "model: {class_path: CustomVAE, init_args: {in_channels: null}}"
+    )
+    assert refused(
+        vae3d("plan", tmp_path / "a.yaml"), "--model: cannot be built with these options"
+    )
 
 
 def test_a_loss_is_asked_whether_it_fits_before_it_is_computed():

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from loaders import Preprocess
 from loaders.texts import read_json
+from vae3d.models.classes import made
 from vae3d.models.custom_vae import CustomVAE
 
 if TYPE_CHECKING:
@@ -91,7 +92,7 @@ def convert(
         latent_scale=latent_scale,
     )
     if model is not None:
-        vae = model().eval()
+        vae = made("--model", model).eval()
         report = load_weights(vae, find_checkpoint(source), ignore_keys, layout)
     else:
         vae, report = read(source, hints, layout, ignore_keys, trust)

@@ -13,6 +13,7 @@ from loaders.fingerprint import measure, times
 from loaders.texts import read_yaml
 from loaders.whole import write_text
 from vae3d.config import parse
+from vae3d.models.classes import made
 from vae3d.ranges import check_ranges
 from vae3d.recipes import HOME, find_recipe
 
@@ -109,13 +110,13 @@ def plan_recipe(
     patch = tuple(patch_size or options["patch_size"])
     if batch_size is None:
         batch_size = 1 if options["batch_size"] == "auto" else options["batch_size"]
-    vae = options["model"]()
+    vae, terms = made("--model", options["model"]), made("--loss", options["loss"])
     vae.settle_linear_code()
     check_sizes(vae, "full", patch)
     vae.set_checkpointing(options["checkpointing"])
 
     with open_world(device) as world, telling_of_memory("--batch_size", "--patch_size"):
-        task = VAETask(vae, options["loss"]()).to(world.device)
+        task = VAETask(vae, terms).to(world.device)
         amp, dtype = options["amp"] or native_amp(world.device), torch.float32
         smaller = tuple(max(n // 2 // f, 1) * f for n, f in zip(patch, vae.factor, strict=True))
         peaks = {
@@ -194,7 +195,7 @@ def read_back(text: str) -> tuple[CustomVAE, VAELoss]:
     with tempfile.TemporaryDirectory() as folder:
         path = write_text(Path(folder, "recipe.yaml"), text)
         options = parse(train_3d, ["--config", str(path)])
-    return options["model"](), options["loss"]()
+    return made("--model", options["model"]), made("--loss", options["loss"])
 
 
 def largest_patch(

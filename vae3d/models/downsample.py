@@ -48,6 +48,10 @@ class Down(Resampling):
         spatial_dims: 2 or 3.
     """
 
+    def forward(self, x: Tensor) -> Tensor:
+        """Shrink `(B, C, *spatial)` by `factor`."""
+        raise NotImplementedError
+
 
 class ConvDown(Down):
     """Strided convolution.

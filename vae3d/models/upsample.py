@@ -38,6 +38,10 @@ class Up(Resampling):
         spatial_dims: 2 or 3.
     """
 
+    def forward(self, x: Tensor) -> Tensor:
+        """Grow `(B, C, *spatial)` by `factor`."""
+        raise NotImplementedError
+
 
 class InterpUp(Up):
     """Interpolation, then a 3x3 convolution.
