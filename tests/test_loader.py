@@ -322,15 +322,17 @@ def test_ctrl_c_ends_a_loop_over_batches_at_once(store, tmp_path):
         "    if n == 20: print('running', flush=True)\n"
     )
     command = [sys.executable, "-c", code, str(tmp_path / "v.npy"), str(tmp_path / "cache")]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
-        assert process.stdout.readline() == b"running\n"
-        process.send_signal(signal.SIGINT)
-        try:
-            _, errors = process.communicate(timeout=20)
-        finally:
-            process.kill()  # else the end of `with` would wait for it
-    # Python itself now and then loses a lock of its own in this, and ends with 1.
-    assert process.returncode in (-signal.SIGINT, 1) and b"KeyboardInterrupt" in errors, errors
+    for _ in range(3):  # Python itself now and then loses a lock of its own in this
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+            assert process.stdout.readline() == b"running\n"
+            process.send_signal(signal.SIGINT)
+            try:
+                _, errors = process.communicate(timeout=20)
+            finally:
+                process.kill()  # else the end of `with` would wait for it
+        if b"cannot release un-acquired lock" not in errors:
+            break
+    assert process.returncode == -signal.SIGINT and errors.count(b"Traceback") == 1, errors
 
 
 @pytest.mark.gpu

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -84,10 +84,19 @@ def load_encoder(checkpoint: str, made_by: dict, trust: tuple[str, ...] = ()) ->
         made_by: What the latents say of their origin.
         trust: Module prefixes whose classes may be imported.
     """
-    from vae3d.commands.encode import weights_hash
-    from vae3d.training.checkpoint import load_vae
+    from vae3d.training.checkpoint import load_checkpoint
 
-    vae = load_vae(checkpoint, ema=made_by["ema"], trust=trust)
+    return encoder_of(load_checkpoint(checkpoint), checkpoint, made_by, trust)
+
+
+def encoder_of(
+    state: dict[str, Any], checkpoint: str, made_by: dict, trust: tuple[str, ...] = ()
+) -> CustomVAE:
+    """`load_encoder` from a checkpoint that was read."""
+    from vae3d.commands.encode import weights_hash
+    from vae3d.training.checkpoint import vae_of
+
+    vae = vae_of(state, checkpoint, made_by["ema"], trust)
     if weights_hash(vae) != made_by["checkpoint"]:
         raise ValueError(
             f"{checkpoint}: not the weights that wrote the latents (theirs are of step "

@@ -83,12 +83,12 @@ def encode(
     from loaders.whole import sweep
     from vae3d.inference.reconstruct import Coding
     from vae3d.stage2.latents import latent_path, write_index, write_latent
-    from vae3d.training.checkpoint import find_checkpoint, load_checkpoint, load_vae
+    from vae3d.training.checkpoint import find_checkpoint, load_checkpoint, vae_of
     from vae3d.training.distributed import open_world
     from vae3d.training.memory import SMALLER_PASSES, telling_of_memory
 
     state = load_checkpoint(checkpoint)
-    vae = load_vae(checkpoint, ema=ema, trust=trust)
+    vae = vae_of(state, checkpoint, ema, trust)
     slicing = {k: state["config"]["data"][k] for k in ("slice_axis", "num_slices")}
     patch_size = patch_size or state["config"]["patch_size"]
     patch_size = patch_size and tuple(patch_size)

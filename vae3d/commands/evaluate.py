@@ -125,7 +125,7 @@ def evaluate(
     from vae3d.inference.reconstruct import Coding
     from vae3d.tracking.privacy import Aliases
     from vae3d.tracking.tracker import Tracker
-    from vae3d.training.checkpoint import find_checkpoint, fingerprint, load_checkpoint, load_vae
+    from vae3d.training.checkpoint import find_checkpoint, fingerprint, load_checkpoint, vae_of
     from vae3d.training.distributed import open_world
     from vae3d.training.memory import SMALLER_PASSES, telling_of_memory
 
@@ -133,8 +133,8 @@ def evaluate(
         data = EvaluationData(data)
     check_ranges("evaluate", {"limit": limit, "latent_bits": latent_bits})
     state = load_checkpoint(checkpoint)
+    vae = vae_of(state, checkpoint, ema, trust)
     trained = state["config"]
-    vae = load_vae(checkpoint, ema=ema, trust=trust)
     patch = patch_size or trained["patch_size"]
     coding = Coding(  # says what is wrong before anything is written
         mode=mode,

@@ -93,7 +93,7 @@ def sample(
         device: auto | cpu | cuda | mps.
         trust: Module prefixes besides vae3d whose classes the checkpoints may import.
     """
-    from vae3d.commands.decode import load_encoder
+    from vae3d.commands.decode import encoder_of
     from vae3d.inference.reconstruct import coding_of
     from vae3d.kernels.precision import autocast
     from vae3d.stage2.latents import check_header
@@ -125,11 +125,12 @@ def sample(
         axes = len(template["shape"]) - 1
         if grid and len(grid) != axes:
             raise ValueError(f"--grid {list(grid)}: give {axes} numbers of latent voxels")
-        vae = load_encoder(vae_path, template["made_by"], trust).to(world.device)
+        state = load_checkpoint(vae_path)
+        vae = encoder_of(state, vae_path, template["made_by"], trust).to(world.device)
         given = dict(mode=mode, patch_size=patch_size, overlap=overlap, blend=blend)
         coding = coding_of(template["made_by"], **given, memory_gb=memory_gb, amp=amp)
         coding.check(vae)
-        drawn = load_checkpoint(ldm or vae_path)["config"]  # bodies as the run drew them
+        drawn = state["config"] if ldm is None else diffusion.config  # bodies as the run drew them
         radiological = drawn.get("radiological", False)
         writer = Writer(Path(out_dir), template, vae, coding, media, radiological)
         shape = (template["shape"][0], *(grid or template["shape"][1:]))
@@ -229,13 +230,15 @@ class FromDiffusion:
 
         from vae3d.stage2.diffusion import LatentDiffusion
         from vae3d.stage2.latents import LatentStore
-        from vae3d.training.checkpoint import load_checkpoint, load_model
+        from vae3d.training.checkpoint import load_checkpoint, model_of
 
-        state, model = load_checkpoint(path), load_model(path, ema=ema, trust=trust)
+        state = load_checkpoint(path)
+        model = model_of(state, path, ema, trust)
         if not isinstance(model, LatentDiffusion):
             raise ValueError(f"{path}: not a run of vae3d train-ldm; a VAE goes to --checkpoint")
         self.model = model
         self.vae, self.template = state["latents"]["vae"], state["latents"]["template"]
+        self.config = state["config"]
         self.solving, self.condition = solving, None
         self.label = None
         if label is not None:

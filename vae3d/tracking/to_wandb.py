@@ -26,8 +26,6 @@ if TYPE_CHECKING:
 
 MODES = ("online", "offline", "disabled")
 DELETED = re.compile(r"HTTP 409|Response \[409\]|previously created and deleted")
-
-
 DELETED_SINCE = re.compile("404|409|410")  # of an upload to a run that was there
 
 

@@ -279,11 +279,13 @@ def load_model(path: str | Path, ema: bool = True, trust: Iterable[str] = ()) ->
     Example:
         >>> vae = load_model("runs/a")  # doctest: +SKIP
     """
-    return _network(load_checkpoint(path), path, ema, trust)
+    return model_of(load_checkpoint(path), path, ema, trust)
 
 
-def _network(state: Record, path: str | Path, ema: bool, trust: Iterable[str]) -> torch.nn.Module:
-    """Build the network of a checkpoint that was read; see `load_model`."""
+def model_of(
+    state: Record, path: str | Path, ema: bool = True, trust: Iterable[str] = ()
+) -> torch.nn.Module:
+    """Rebuild the network of a checkpoint that was read from `path`; see `load_model`."""
     from vae3d.models.custom_vae import CustomVAE
     from vae3d.models.spec import build
 
@@ -299,10 +301,16 @@ def _network(state: Record, path: str | Path, ema: bool, trust: Iterable[str]) -
 
 def load_vae(path: str | Path, ema: bool = True, trust: Iterable[str] = ()) -> CustomVAE:
     """`load_model`, where nothing but a VAE will do."""
+    return vae_of(load_checkpoint(path), path, ema, trust)
+
+
+def vae_of(
+    state: Record, path: str | Path, ema: bool = True, trust: Iterable[str] = ()
+) -> CustomVAE:
+    """`model_of`, where nothing but a VAE will do."""
     from vae3d.models.custom_vae import CustomVAE
 
-    state = load_checkpoint(path)
-    model = _network(state, path, ema, trust)
+    model = model_of(state, path, ema, trust)
     if not isinstance(model, CustomVAE):
         raise ValueError(f"{path}: holds a {type(model).__name__}, not a VAE; give the VAE's run")
     needed = ("step", "spec", "model", "ema", "preprocess", "split")
