@@ -130,6 +130,8 @@ class World:
             over.set()
             thread.join()
             self.store.set(key, outcome)
+            if outcome != "done":
+                self._keep_store([f"{key}/{rank}" for rank in range(1, self.size)])
 
     def _wait_for_main(self, key: str) -> None:
         """Wait for what rank 0 does, for as long as it answers."""
@@ -143,6 +145,7 @@ class World:
                 raise RuntimeError(f"rank 0 has not answered for {patience_s / 60:g} minutes")
             time.sleep(0.1)
         outcome = self.store.get(key).decode()
+        self.store.set(f"{key}/{self.rank}", "heard")
         if outcome.isdigit():
             raise Stopped(int(outcome))
         if outcome != "done":
@@ -197,12 +200,16 @@ class World:
         except RuntimeError:  # rank 0 has gone, and with it the store
             return asked()
 
-    def let_all_hear(self, seconds: float = 2.0) -> None:
-        """Wait for that where there is no torchrun: rank 0 would take the store with it."""
+    def let_all_hear(self) -> None:
+        """Wait for that."""
+        if self.is_main:
+            self._keep_store([f"stop/{rank}" for rank in range(self.size)])
+
+    def _keep_store(self, keys: list[str], seconds: float = 2.0) -> None:
+        """Stay until others have set `keys`: without torchrun rank 0 takes the store with it."""
         until = time.monotonic() + seconds
-        told = [f"stop/{rank}" for rank in range(self.size)]
         with suppress(RuntimeError):  # torchrun has gone, and with it the store
-            while self.is_main and time.monotonic() < until and not self.store.check(told):
+            while time.monotonic() < until and not self.store.check(keys):
                 time.sleep(0.05)
 
 
