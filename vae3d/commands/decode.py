@@ -53,7 +53,7 @@ def decode(
     from vae3d.inference.reconstruct import coding_of
     from vae3d.stage2.latents import check_header, find_latents, read_info, read_latent
     from vae3d.training.distributed import open_world
-    from vae3d.training.memory import SMALLER_PASSES, telling_of_memory
+    from vae3d.training.memory import SMALLER_PASSES, telling_of_device
 
     path = Path(latents)
     paths = [path] if path.is_file() else find_latents(path, None if split == "all" else split)
@@ -64,7 +64,7 @@ def decode(
     coding = coding_of(made_by, **given, memory_gb=memory_gb, amp=amp)
     vae = load_encoder(checkpoint, made_by, trust)
     coding.check(vae)
-    with open_world(device) as world, telling_of_memory(*SMALLER_PASSES):
+    with open_world(device) as world, telling_of_device(*SMALLER_PASSES):
         vae.to(world.device)
         for path in paths[world.rank :: world.size]:
             latent = read_latent(path)

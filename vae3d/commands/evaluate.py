@@ -127,7 +127,7 @@ def evaluate(
     from vae3d.tracking.tracker import Tracker
     from vae3d.training.checkpoint import find_checkpoint, fingerprint, load_checkpoint, vae_of
     from vae3d.training.distributed import open_world
-    from vae3d.training.memory import SMALLER_PASSES, telling_of_memory
+    from vae3d.training.memory import SMALLER_PASSES, telling_of_device
 
     if isinstance(data, str):
         data = EvaluationData(data)
@@ -164,7 +164,7 @@ def evaluate(
     subjects = find_subjects(data.root, reading, seen, lines.append)
     chosen = choose_subjects(subjects, state["split"], split)[:limit]
 
-    with open_world(device) as world, telling_of_memory(*SMALLER_PASSES):
+    with open_world(device) as world, telling_of_device(*SMALLER_PASSES):
         vae.to(world.device)
         for line in lines if world.is_main else ():
             print(line)
