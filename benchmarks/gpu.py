@@ -50,12 +50,12 @@ def main() -> int:
     if options.part:
         run_part(options.part, options.device, tiny)
         return 0
+    begun, lines, failed = time.monotonic(), [], False
     if (title := name_of(options.device)) is None:
         return 2
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # which ends the part at hand, too
     title += ", tiny sizes" * tiny
     print(title, flush=True)
-    begun, lines, failed = time.monotonic(), [], False
     for part in options.parts or PARTS:
         limit = PARTS[part][1] * (10 if tiny else 1)
         left = math.inf if tiny else TOTAL_S - (time.monotonic() - begun)
