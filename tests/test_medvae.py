@@ -108,7 +108,7 @@ def test_low_rank_updates_are_added_and_what_only_classifies_is_left_out(spatial
     vae = shaken(AutoencoderKL(**TINY, spatial_dims=spatial_dims))
     ours, report = read_model(as_medvae(vae, tuned), GROUPS)
     assert report.layout == "MedVAE" and type(ours) is AutoencoderKL
-    assert "left out, features of a latent" in report.lines[0] and "channel_proj" in report.lines[0]
+    assert "left out, features of a latent" in report.lines[0] and "channel_ds.0" in report.lines[0]
     assert report.lines[1:-1] == ["low-rank updates added to their convolutions (30)"] * tuned
     x = torch.rand(1, 1, *(8,) * spatial_dims)
     close(ours(x)[:1], vae(x)[:1])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -93,6 +93,7 @@ def convert(
         latent_scale=latent_scale,
     )
     if model is not None:
+        only_default(hints, "--model says it")
         vae = made("--model", model).eval()
         report = load_weights(vae, find_checkpoint(source), ignore_keys, layout)
     else:
@@ -173,6 +174,9 @@ def read(
     def ours(path: Path) -> tuple[CustomVAE, Report]:
         if layout not in (None, OURS):
             raise ValueError(f"{source} is of vae3d, not of --layout {layout}; leave that out")
+        only_default(hints, f"{source} is of vae3d and says it")
+        if ignore_keys:
+            raise ValueError(f"--ignore_keys: {source} is of vae3d, whose network needs all of it")
         return load_vae(path, trust=trust), Report(OURS)
 
     path = from_hub(source) if str(source).startswith("hf://") else Path(source)
@@ -197,6 +201,13 @@ def read(
     if "spec" in state:
         return ours(path)
     return read_model(state, hints, layout, ignore_keys, path)
+
+
+def only_default(hints: Hints, why: str) -> None:
+    """Refuse what the user says of a network that is known already; it would change nothing."""
+    given = [f.name for f in fields(hints) if getattr(hints, f.name) != f.default]
+    if given:
+        raise ValueError(f"leave out {', '.join(f'--{name}' for name in given)}; {why}")
 
 
 def diffusers_hints(hints: Hints, config: dict[str, Any]) -> Hints:

@@ -46,6 +46,7 @@ FIRST = {
 }
 # Compiling, sharding and checkpointing put these anywhere in a name.
 WRAPPER = re.compile(r"(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+FEW = 5  # names of weights in a line
 NOT_THE_MODEL = ("loss.", "discriminator.", "model_ema.")  # networks beside the autoencoder
 
 
@@ -62,10 +63,11 @@ class Report:
     lines: list[str] = field(default_factory=list)
 
     def add(self, what: str, keys: Iterable[str]) -> None:
-        """Note what happened to some keys, if there are any."""
+        """Note what happened to some keys, if there are any: how many, and the first of them."""
         keys = sorted(keys)
         if keys:
-            self.lines.append(f"{what} ({len(keys)}): {', '.join(keys)}")
+            first = ", ".join(keys[:FEW]) + ", ..." * (len(keys) > FEW)
+            self.lines.append(f"{what} ({len(keys)}): {first}")
 
 
 # ---------------------------------------------------------------------------------- reading
@@ -121,6 +123,7 @@ def load_weights(
     state = read_state(path)
     if "spec" in state:  # a checkpoint of ours: the averaged weights where there are some
         weights = state.get("ema") or state["model"]
+        weights = {k: v for k, v in weights.items() if not k.startswith(tuple(ignore_keys))}
         if FIRST[OURS] not in weights:
             name = str(state["spec"].get("class_path")).rpartition(".")[2]
             raise ValueError(f"{path}: holds a {name}, not a VAE; give the VAE's run")
