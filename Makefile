@@ -11,13 +11,11 @@ STAMP  := $(VENV)/.installed
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
 
-# torch comes first and pinned: a CPU build is taken where one is offered. Of MedVAE the tests want
-# the networks alone, which need nothing more; its scripts ask for an old wandb.
+# torch comes first and pinned: a CPU build is taken where one is offered.
 $(STAMP): setup.cfg constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q -c constraints.txt torch
 	$(BIN)/pip install -q -c constraints.txt -e '.[test]'
-	$(BIN)/pip install -q -c constraints.txt --no-deps medvae
 	touch $(STAMP)
 
 demo: $(STAMP)
