@@ -43,7 +43,7 @@ bench: $(STAMP)
 	for b in $(filter-out benchmarks/gpu.py,$(wildcard benchmarks/*.py)); do $(BIN)/python $$b || exit 1; done
 
 docs: $(STAMP)
-	$(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 	@echo "build/site/index.html is the first page; its search needs: $(BIN)/python -m http.server -d build/site"
 
 # Of setup.cfg and constraints.txt, for every system and Python that setup.cfg admits.

@@ -43,7 +43,7 @@ TINY = partial(
 )
 QUICK = dict(
     model=TINY, patch_size=(8, 8, 8), batch_size=1, max_steps=1, val_every=0, media_every=0,
-    wandb="disabled", device="cpu",
+    wandb="disabled", device="cpu", fresh=True,
 )  # fmt: skip
 
 
