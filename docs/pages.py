@@ -189,7 +189,7 @@ def definition(name: str, said: str) -> str:
 def plain(text: str) -> str:
     """A text in which Markdown and HTML see nothing but `code`."""
     parts = text.split("`")
-    parts[::2] = [re.sub(r"([<*\[\]])", r"\\\1", part) for part in parts[::2]]
+    parts[::2] = [re.sub(r"([*\[\]])", r"\\\1", p).replace("<", "&lt;") for p in parts[::2]]
     return "`".join(parts)
 
 
