@@ -34,7 +34,7 @@ def vae():
 @pytest.fixture(scope="module")
 def odd():
     vae = tiny_vae().eval()
-    vae.decoder.append(Unknown())
+    vae.decoder.insert(0, Unknown())
     return vae
 
 
@@ -61,8 +61,9 @@ def test_auto_takes_patches_only_where_full_and_exact_are_refused_and_says_why(v
 def test_auto_gives_to_the_bit_what_the_mode_that_it_takes_gives(vae):
     x = torch.rand(1, 20, 14, 12)
     assert torch.equal(reconstruct(vae, x, "auto"), reconstruct(vae, x, "full"))
-    x = torch.rand(1, 40, 40, 40)
-    mean, _ = Coding("auto", memory_gb=0.01).encode(vae, x)
+    x, tight = torch.rand(1, *SIZE), Coding("auto", memory_gb=0.01)
+    assert tight.choice(vae, SIZE, ("encode",)).mode == "exact"
+    mean, _ = tight.encode(vae, x)
     assert torch.equal(mean, encode_exact(vae, x, 0.01).mean)
 
 
@@ -117,7 +118,7 @@ def test_latents_of_a_full_pass_and_of_mode_exact_are_decoded_as_memory_allows()
 def test_work_tells_how_far_it_has_come_and_changes_nothing(mode, dims, monkeypatch):
     monkeypatch.setattr("vae3d.exact.executor.WORTH_TELLING", 1)
     vae = tiny_vae(spatial_dims=dims).eval()
-    x, patch = torch.rand(1, 24, 20, 20), (8,) * dims
+    x, patch = torch.rand(1, 16, 12, 12), (8,) * dims
     heard: list[float] = []
     with watched(heard.append):
         watching = autoencode(vae, x, mode, patch_size=patch)
@@ -167,6 +168,6 @@ def test_a_terminal_sees_a_line_that_lives(monkeypatch):
 
 
 def test_layers_keep_no_hook_when_the_pass_is_over(vae):
-    with watched(lambda _: None), reconstruct_module.telling_of_layers(vae.encoder):
+    with watched(lambda _: None), reconstruct_module.telling_of_layers(vae, "encoder"):
         assert any(layer._forward_hooks for layer in vae.encoder)
     assert not any(layer._forward_hooks for layer in vae.encoder)

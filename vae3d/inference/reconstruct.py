@@ -14,11 +14,11 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, fields, replace
 from fractions import Fraction
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from vae3d.exact.executor import (
     WORTH_TELLING,
@@ -35,7 +35,7 @@ from vae3d.kernels.precision import AMP, Amp, autocast
 from vae3d.kernels.progress import is_watched, part, passed
 from vae3d.models.attention import Attention
 from vae3d.models.blocks import Block
-from vae3d.models.custom_vae import Chain, CustomVAE
+from vae3d.models.custom_vae import CustomVAE
 from vae3d.models.downsample import Down
 from vae3d.models.upsample import Up
 
@@ -234,7 +234,7 @@ class Coding:
             posterior = encode_exact(vae, x, self.memory_gb)
             return posterior.mean.float(), posterior.logvar.float()
         if self.mode == "full":
-            with telling_of_layers(vae.encoder):
+            with telling_of_layers(vae, "encoder"):
                 mean, logvar = _posterior(vae, x[None])
             return mean[0], logvar[0]
         scale = [Fraction(1, f) for f in vae.factor]
@@ -249,7 +249,7 @@ class Coding:
         if self.mode == "exact":
             return decode_exact(vae, z, self.memory_gb, size=size).float()
         if self.mode == "full":
-            with telling_of_layers(vae.decoder):
+            with telling_of_layers(vae, "decoder"):
                 x = _volume(vae, z[None])[0]
         else:
             tiling = self._tiling(vae)
@@ -449,14 +449,15 @@ def fitting(each: int, free: int) -> int:
 
 
 @contextmanager
-def telling_of_layers(chain: nn.Module) -> Iterator[None]:
-    """Let a chain of layers tell how far a pass has come, by the products of its convolutions.
+def telling_of_layers(vae: CustomVAE, half: Literal["encoder", "decoder"]) -> Iterator[None]:
+    """Let half of a model tell how far a pass has come, by the products of its convolutions.
 
     Only layers of several steps tell: a hook on a convolution would keep it from its fast path.
     """
-    if not is_watched() or not isinstance(chain, Chain):
+    if not is_watched():
         yield
         return
+    chain = getattr(vae, half)
     scale, works = 1.0, []
     for layer in chain:
         factor = math.prod(getattr(layer, "factor", (1,)))
