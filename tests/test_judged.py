@@ -145,7 +145,7 @@ def test_tables_for_a_text_have_every_metric_under_its_heading():
     summary = summarize([{**row, "psnr_label_1": 20.0} for row in rows])["metrics"]
     text = markdown(summary, "2 volumes.")
     assert "| psnr | 31 | 1.414 | 2 | dB | higher |" in text
-    assert "| mae_source | 1234 | 0 | 1 | of the file | lower |" in text
+    assert "| mae_source | 1234 | - | 1 | of the file | lower |" in text
     assert "**Label by label**" in text
     page = latex(summary, "50 % of a_b")
     assert r"psnr\_label\_1 & 20 & 0 & 2 & dB & higher \\" in page

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from loaders.whole import write_text
-from vae3d.reports.meanings import explained
+from vae3d.reports.meanings import explained, meaning
 
 HEAD = ("metric", "mean", "sd", "n", "unit", "better")
 ESCAPES = {c: f"\\{c}" for c in "&%$#_{}"} | {"\\": r"\textbackslash{}", "~": r"\~{}", "^": r"\^{}"}
@@ -51,20 +51,16 @@ def cells(summary: Mapping[str, Numbers]) -> Iterator[tuple[str, list[list[str]]
     """Each group that has metrics, with its lines as text."""
     for group, lines in explained(summary).items():
         if lines:
-            yield (
-                group,
-                [
-                    [
-                        str(line["metric"]),
-                        short(line["mean"]),
-                        short(line["sd"]),
-                        str(int(summary[line["metric"]]["n"])),
-                        line["unit"],
-                        line["better"],
-                    ]
-                    for line in lines
-                ],
-            )
+            yield group, [line_of(line["metric"], summary[line["metric"]]) for line in lines]
+
+
+def line_of(metric: str, numbers: Numbers) -> list[str]:
+    """The cells of a metric, under `HEAD`; one volume has no spread."""
+    of = meaning(metric)
+    unit, way = (of.unit, of.better) if of else ("", "")
+    way = f"ideal {way}" if way[:1].isdigit() else way
+    sd = short(numbers["sd"]) if numbers["n"] > 1 else "-"
+    return [metric, short(numbers["mean"]), sd, str(int(numbers["n"])), unit, way]
 
 
 def short(value: float) -> str:

@@ -171,7 +171,7 @@ class Gauge:
         if self.terminal.is_terminal:
             progress, task = self._shown()
             progress.update(task, completed=self.done, left=f"eta {self.left()}")
-        elif time.monotonic() >= self._next_line:
+        elif self.done < 1 and time.monotonic() >= self._next_line:
             self._next_line = time.monotonic() + self.every_s
             line = f"{self.what}: {self.done:.0%}  eta {self.left()}"
             self.terminal.print(line, markup=False)
