@@ -84,6 +84,12 @@ def test_the_snippets_of_the_readme_run_and_give_back_what_they_say(home, monkey
     assert np.array_equal(after["volume"].affine, scan.affine)
 
 
+def test_the_segmenter_of_the_page_on_evaluation_is_one(home, monkeypatch):
+    after = run_snippets(ROOT / "docs" / "evaluation.md", home, monkeypatch)
+    x = torch.rand(1, 6, 5, 4)
+    assert np.array_equal(after["Vessels"]()(x, (1, 1, 1)), (x[0] > 0.8).numpy())
+
+
 @pytest.mark.slow
 def test_the_snippets_of_the_two_stages_run(home, monkeypatch):
     import lightning
@@ -101,7 +107,7 @@ def test_the_snippets_of_the_two_stages_run(home, monkeypatch):
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_no_page_has_a_snippet_that_no_test_runs(page):
-    assert page.name in ("README.md", "two_stages.md") or not snippets(page)
+    assert page.name in ("README.md", "two_stages.md", "evaluation.md") or not snippets(page)
 
 
 def commands():
