@@ -204,7 +204,7 @@ class Rehearsal(NamedTuple):
     """What the exact mode of a network would do.
 
     Args:
-        encode: Work per voxel, in the unit of `Executor.work`.
+        encode: Work per voxel, in the unit of `Executor.swept`.
         decode: The same.
         at_once: Names of the layers that would be run on the whole volume at once.
     """
@@ -225,8 +225,8 @@ def rehearsed(vae: CustomVAE) -> Rehearsal:
             mean = _encode(vae, torch.zeros(vae.in_channels, *size), runs[0]).mean
             _decode(vae, mean, runs[1])
         names = dict.fromkeys(name for run in runs for name in run.run_at_once)
-        works = [run.work / math.prod(size) for run in runs]
-        _rehearsals[vae] = Rehearsal(*works, tuple(names))
+        encode, decode = (run.swept / math.prod(size) for run in runs)
+        _rehearsals[vae] = Rehearsal(encode, decode, tuple(names))
     return _rehearsals[vae]
 
 
@@ -308,7 +308,7 @@ class Executor:
         self.fixed_bytes = 0  # held to the end: keys and values of attention
         self.run_at_once: list[str] = []  # layers that were run on the whole volume
         # Operations times bytes of what was swept, and how much of that there will be.
-        self.work, self.expected = 0.0, math.inf
+        self.swept, self.expected = 0.0, math.inf
 
     def expect(self, vae: CustomVAE, what: Literal["encode", "decode"], voxels: int) -> None:
         """Tell whoever watches how much of the work for so many voxels has passed."""
@@ -387,9 +387,9 @@ class Executor:
         for row in tiles(node, size):
             for region in row:
                 yield region
-                work = dear * node.bytes(region)
-                self.work += work
-                passed(work / self.expected)
+                swept = dear * node.bytes(region)
+                self.swept += swept
+                passed(swept / self.expected)
                 for k in kept:
                     k.trim()
             for leaf in self.live:

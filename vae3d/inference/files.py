@@ -94,7 +94,7 @@ def decode_file(vae: CustomVAE, latent: Encoded, mode: str | None = None, **how:
     Returns:
         Float32 intensities with the file's affine, as `loaders.write_volume` takes them.
     """
-    coding, _ = coding_of(latent.info["made_by"], mode, **how)
+    coding, _ = coding_of(latent.info["made_by"], mode, None, **how)
     x = coding.decode(vae, latent.mean, latent.info["volume_shape"][1:])
     return undo(x.cpu().numpy(), latent.info["source"]["undo"])
 
