@@ -59,7 +59,7 @@ def decode(
     from vae3d.stage2.latents import check_header, find_latents, read_info, read_latent
     from vae3d.tracking.console import Gauge
     from vae3d.training.distributed import open_world
-    from vae3d.training.memory import SMALLER_PASSES, telling_of_memory
+    from vae3d.training.memory import SMALLER_PASSES, telling_of_device
 
     path = Path(latents)
     paths = [path] if path.is_file() else find_latents(path, None if split == "all" else split)
@@ -70,7 +70,7 @@ def decode(
     coding, lines = coding_of(made_by, mode, patching, memory_gb=memory_gb, amp=amp)
     vae = load_encoder(checkpoint, made_by, trust)
     coding.check(vae)
-    with open_world(device) as world, telling_of_memory(*SMALLER_PASSES):
+    with open_world(device) as world, telling_of_device(*SMALLER_PASSES):
         vae.to(world.device)
         mine = paths[world.rank :: world.size]
         sizes = [size_of(path, made_by) for path in mine]

@@ -91,7 +91,7 @@ def encode(
     from vae3d.tracking.console import Gauge
     from vae3d.training.checkpoint import find_checkpoint, load_checkpoint, vae_of
     from vae3d.training.distributed import open_world
-    from vae3d.training.memory import SMALLER_PASSES, telling_of_memory
+    from vae3d.training.memory import SMALLER_PASSES, telling_of_device
 
     state = load_checkpoint(checkpoint)
     vae = vae_of(state, checkpoint, ema, trust)
@@ -105,7 +105,7 @@ def encode(
     made_by = {"checkpoint": weights_hash(vae), "step": state["step"], "ema": ema}
     made_by |= coding.facts()
     folder = Path(out_dir)
-    with open_world(device) as world, telling_of_memory(*SMALLER_PASSES):
+    with open_world(device) as world, telling_of_device(*SMALLER_PASSES):
         vae.to(world.device)
         with world.main_first():
             say = print if world.is_main else None

@@ -143,7 +143,7 @@ def evaluate(
     from vae3d.tracking.tracker import Tracker
     from vae3d.training.checkpoint import find_checkpoint, fingerprint, load_checkpoint, vae_of
     from vae3d.training.distributed import open_world
-    from vae3d.training.memory import SMALLER_PASSES, telling_of_memory
+    from vae3d.training.memory import SMALLER_PASSES, telling_of_device
 
     if isinstance(data, str):
         data = EvaluationData(data)
@@ -183,7 +183,7 @@ def evaluate(
     subjects = with_label_maps(subjects, labels, Path(data.root))
     chosen = choose_subjects(subjects, state["split"], split)[:limit]
 
-    with open_world(device) as world, telling_of_memory(*SMALLER_PASSES):
+    with open_world(device) as world, telling_of_device(*SMALLER_PASSES):
         vae.to(world.device)
         for line in lines if world.is_main else ():
             print(line)

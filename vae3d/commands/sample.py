@@ -104,7 +104,7 @@ def sample(
     from vae3d.tracking.console import Gauge
     from vae3d.training.checkpoint import load_checkpoint
     from vae3d.training.distributed import open_world
-    from vae3d.training.memory import SMALLER_PASSES, telling_of_memory
+    from vae3d.training.memory import SMALLER_PASSES, telling_of_device
 
     check_ranges("sample", dict(n=n, seed=seed, steps=steps, guidance=guidance))
     vae_path, fitted = checkpoint or "", latents or ""
@@ -116,7 +116,7 @@ def sample(
         fitted = fitted or fitted_latents(vae_path, device, trust)
     sources: Mapping[str, FromGaussian | FromDiffusion]
     kinds: tuple[Kind, ...]
-    with open_world(device) as world, telling_of_memory(*SMALLER_PASSES):
+    with open_world(device) as world, telling_of_device(*SMALLER_PASSES):
         if ldm is not None:
             how = dict(solver=solver, steps=steps, guidance=guidance)
             diffusion = FromDiffusion(ldm, ema, trust, label, condition, **how)
