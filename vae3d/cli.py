@@ -16,6 +16,7 @@ COMMANDS = {
     "plan": ("plan.plan", "propose a recipe for data, or tell what one costs"),
     "train": ("train.train_3d", "train a VAE"),
     "evaluate": ("evaluate.evaluate", "reconstruct volumes with a trained VAE and measure them"),
+    "anomaly": ("anomaly.anomaly", "map what is unlike the healthy volumes of a training"),
     "report": ("report.report", "write one HTML page on one or several runs"),
     "convert": ("convert.convert", "bring weights in from other libraries, or out to them"),
     "export": ("export.export", "write encoder and decoder for torch.export and ONNX"),

@@ -320,7 +320,7 @@ class Pictures:
         self.template: dict[str, Any] = store.infos[0]
         check_header(self.template, store.paths[0])
         made_by = self.template["made_by"]
-        self.coding = coding_of(made_by, mode="full")
+        self.coding, _ = coding_of(made_by, "full")
         self.vae = load_encoder(vae, made_by, trust)  # now: another model must not fail hours later
         self.guide, self.folder, self.radiological = guide, folder, radiological
         self.count = min(count, len(store))
