@@ -97,6 +97,11 @@ RANGES = {
     **dict.fromkeys(("feature_matching_weight", "r1_weight"), NOT_NEGATIVE),
     **dict.fromkeys(("sigma", "target_std", "SSIM.data_range"), POSITIVE),
     "r1_every": COUNT,
+    "delta": Range(-16, 16),
+    "bins": Range(2, 4096),
+    "shrink": Range(1, 64),
+    "strength": NOT_NEGATIVE,
+    "smallest": WIDTH,
     # augmentation
     "flip": Range(0, 2),
     "rotation_deg": Range(0, 180),
