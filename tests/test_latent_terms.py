@@ -1,4 +1,5 @@
 import random
+import sys
 from functools import partial
 
 import numpy as np
@@ -7,6 +8,7 @@ import torch
 from scipy.fft import dctn
 from toys import ToyBatch, on_ranks, tiny_vae, toy_trainer
 
+from vae3d.losses import vae_loss
 from vae3d.losses.kl import KL
 from vae3d.losses.latents import (
     NoiseRobust,
@@ -249,6 +251,10 @@ def test_more_channels_to_keep_than_there_are_is_refused_before_anything_is_read
 
 
 # In training
+
+
+def test_a_recipe_may_say_the_plain_names_since_the_loss_loads_their_module():
+    assert vars(vae_loss)["latents"] is sys.modules[SpectrumMatching.__module__]
 
 
 def test_with_all_of_them_off_a_step_is_what_it_was_to_the_bit():

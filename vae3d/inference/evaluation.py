@@ -25,6 +25,7 @@ from loaders.layout import Layout
 from loaders.texts import misfit, read_json
 from loaders.whole import write_text
 from vae3d.inference.baselines import BlockPCA, pooled
+from vae3d.inference.diffusability import diffusability
 from vae3d.inference.metrics import (
     FOREGROUND,
     METRICS,
@@ -42,7 +43,7 @@ from vae3d.reports.evaluation import write_report
 from vae3d.tracking.media import case_stem, in_one_range, save_views, write_png
 from vae3d.tracking.voxels import write_voxels
 
-VERSION = 4  # of the numbers: raised when the same options give others, so that old rows are redone
+VERSION = 5  # of the numbers: raised when the same options give others, so that old rows are redone
 
 
 @dataclass
@@ -179,6 +180,8 @@ class Evaluator:
         if mask is not None:
             row["mask_fraction"] = float(mask.double().mean())
         row |= latent_summary(mean, logvar, math.prod(x.shape[1:]), self.latent_bits)
+        coding = Coding(**self.how)
+        row |= diffusability(self.vae, coding, x, mean, logvar, self.widths, mask)
         if self.how["mode"] == "patch":
             faces, factor = self.faces(x.shape[1:]), self.factor(x.ndim - 1)
             row["seam_score"] = seam_score(x, recon, faces, factor)

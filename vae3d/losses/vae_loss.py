@@ -53,6 +53,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from vae3d.losses import latents as latents  # a recipe names its terms without their module
 from vae3d.losses.adversarial import Adversarial, Critic
 from vae3d.losses.kl import KL
 from vae3d.losses.perceptual import Perceptual
