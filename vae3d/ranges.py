@@ -111,6 +111,7 @@ RANGES = {
     # samples
     "steps": Range(1, 10**6),
     "guidance": Range(0, 10**6),
+    "neighbors": Range(1, 10**6),
 }
 
 

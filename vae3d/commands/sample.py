@@ -147,6 +147,8 @@ def sample(
         done = {key: value for part in world.gather(done) for key, value in part.items()}
         if world.is_main:
             writer.finish({key: done[key] for key in sorted(done)})
+            print(f"judge them: vae3d compare {Path(out_dir) / next(iter(sources))} REAL "
+                  "--heldout UNSEEN, folders of real volumes")  # fmt: skip
 
 
 def fitted_latents(
