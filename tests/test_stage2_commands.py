@@ -17,11 +17,12 @@ from toys import OnGPU, on_ranks
 from evaluate import evaluate
 from loaders import DataConfig, Preprocess, read_volume, write_volume
 from loaders.readers import Volume
+from loaders.store import undo
 from train_3d import train_3d
 from vae3d.commands.convert import convert
 from vae3d.commands.decode import decode
 from vae3d.commands.encode import VolumeSource, encode, weights_hash
-from vae3d.commands.sample import sample
+from vae3d.commands.sample import sample, window_of
 from vae3d.commands.train_ldm import UNet, train_ldm
 from vae3d.exact.executor import Executor
 from vae3d.models.custom_vae import CustomVAE
@@ -393,6 +394,27 @@ def test_samples_depend_on_seed_and_number_alone(home, tmp_path):
     assert np.array_equal(read["three", 1], read["two", 1])
     assert not np.array_equal(read["two", 0], read["two", 1])
     assert not np.array_equal(read["two", 0], read["other", 0])
+
+
+def test_samples_are_clipped_to_the_window_when_asked(home, tmp_path, monkeypatch):
+    how = dict(checkpoint=str(home / "run"), latents=str(home / "latents"), prior="standard", n=1,
+               device="cpu", media=False)  # fmt: skip
+    sample(out_dir=str(tmp_path / "free"), **how)
+    sample(out_dir=str(tmp_path / "cut"), clip=True, **how)
+    free, cut = (
+        read_volume(tmp_path / name / "standard" / "sample_000.nii.gz").data
+        for name in ("free", "cut")
+    )
+    assert window_of({"intensity": "symmetric"}) == (-1, 1)
+    record = read_info(home / "latents" / "v0.safetensors")["source"]["undo"]
+    low, high = (
+        float(undo(np.full((1, *SHAPE), end, np.float32), record).data.mean())
+        for end in window_of({})
+    )
+    assert free.min() < low - 1 or free.max() > high + 1, "else there is nothing to clip"
+    np.testing.assert_allclose(cut, free.clip(low, high), atol=1)
+    with pytest.raises(ValueError, match=r"--clip: the VAE's intensities \(zscore\) have"):
+        window_of({"intensity": "zscore"})
 
 
 @pytest.mark.slow

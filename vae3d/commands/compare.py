@@ -396,6 +396,8 @@ def verdicts(found: dict) -> list[tuple[str, str]]:
 
 def draw_closest(sides: Mapping[str, Side], memorization: Mapping[str, dict], path: Path) -> None:
     """Draw the samples that are closest to a real volume beside it, closest first."""
+    import torch
+
     from vae3d.stage2.sheet import contact_sheet, three_slices
     from vae3d.tracking.media import write_png
 
@@ -406,8 +408,9 @@ def draw_closest(sides: Mapping[str, Side], memorization: Mapping[str, dict], pa
         for name, case in (("samples", pair["sample"]), ("real", pair["real"])):
             store = sides[name].store
             index = store.ids.index(case)
-            view = (store.spacing_mm(index), store.channel_ranges[0], store.layout(index))
-            pictures.append(three_slices(store.read(index), *view))
+            x = in_parts(torch.from_numpy(store.read(index)), store.channel_ranges).numpy()
+            spacing, layout = store.spacing_mm(index), store.layout(index)
+            pictures.append(three_slices(x, spacing, layout=layout))
         rows[f"{pair['sample']} | {pair['real']}  {pair['correlation']:.3f}"] = pictures
     write_png(path, contact_sheet(rows))
 

@@ -25,9 +25,11 @@ class Task(nn.Module):
 
     Attributes:
         network: The module whose weights are averaged (EMA), saved as `model` and given to users.
+        unit: What its samples are called where the speed is told, as in `perf/patches_per_s`.
     """
 
     network: nn.Module
+    unit = "patches"
 
     @property
     def discriminator(self) -> nn.Module | None:
