@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 
 INPUT, FILE = "Against what the network was given", "In the intensities of the file"
 FOREGROUND, CHANNELS = "In the foreground", "Channel by channel"
+LABELS, TASK = "Label by label", "In a task"
 LINEAR, PATCHES, LATENT = "Against linear codes", "Patches", "The latent"
 
 
@@ -72,7 +73,7 @@ MEANINGS = {
     "active_channels": Meaning(LATENT, "channels", "higher", "Channels that carry information."),
     "bits_per_voxel": Meaning(LATENT, "bit", "lower", "Size of the latent over the volume's."),
 }  # fmt: skip
-GROUPS = (INPUT, FOREGROUND, CHANNELS, FILE, LINEAR, PATCHES, LATENT)
+GROUPS = (INPUT, FOREGROUND, CHANNELS, LABELS, TASK, FILE, LINEAR, PATCHES, LATENT)
 
 
 def meaning(metric: str) -> Meaning | None:
@@ -81,6 +82,13 @@ def meaning(metric: str) -> Meaning | None:
         return MEANINGS[metric]
     if metric.startswith("foreground_") and (whole := meaning(metric.removeprefix("foreground_"))):
         return replace(whole, group=FOREGROUND, against=())
+    if metric.startswith("dice_"):
+        says = f"Overlap of what {metric[5:]} finds in the reconstruction and in the input."
+        return Meaning(TASK, "", "higher", says)
+    metric, _, label = metric.partition("_label_")
+    if label and (whole := meaning(metric)) is not None:
+        says = f"In label {label}: {whole.says[0].lower()}{whole.says[1:]}"
+        return replace(whole, group=LABELS, says=says, against=())
     parts = metric.split("_")
     for end in range(len(parts) - 1, 0, -1):  # mae_source_ct before mae_...
         name, channel = "_".join(parts[:end]), "_".join(parts[end:])
