@@ -92,7 +92,7 @@ def anomaly(
     from vae3d.tracking.console import Gauge
     from vae3d.training.checkpoint import fingerprint, load_checkpoint, vae_of
     from vae3d.training.distributed import open_world
-    from vae3d.training.memory import SMALLER_PASSES, telling_of_memory
+    from vae3d.training.memory import SMALLER_PASSES, telling_of_device
 
     check_ranges("anomaly", {"limit": limit, "lesions": lesions})
     state = load_checkpoint(checkpoint)
@@ -104,7 +104,7 @@ def anomaly(
     coding = Coding(taken, patch and list(patch), memory_gb=memory_gb, **slicing)
     coding.check(vae)
     reading = Reading.of(trained["data"]).masked(data.mask)
-    with open_world(device) as world, telling_of_memory(*SMALLER_PASSES):
+    with open_world(device) as world, telling_of_device(*SMALLER_PASSES):
         if world.size > 1:
             raise ValueError("vae3d anomaly runs in one process: start it without torchrun")
         vae.to(world.device)
