@@ -91,6 +91,31 @@ def test_a_wrong_unet_configuration_is_one_line_that_names_the_key(change, said)
         DiffusionUNet.from_config(options)
 
 
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (dict(num_head_channels=(4, 0)), "is 0 at level 2: give a divisor of its 8 channels"),
+        (dict(attention_levels=(False, False), num_head_channels=(0, 0)),
+         "level 2, below which the middle block attends"),
+        (dict(num_head_channels=(4,)), "must be of one length"),
+        (dict(num_head_channels=16), "is 16 at level"),
+        (dict(norm_num_groups=0), "do not divide each other"),
+    ],
+)  # fmt: skip
+def test_divisions_that_fail_in_monai_are_one_line_that_names_the_option(change, said):
+    options = config() | {"channels": (4, 8), "attention_levels": (False, True)}
+    options |= {"num_head_channels": (0, 4), "norm_num_groups": 4}
+    DiffusionUNet.from_config(options)
+    with pytest.raises(ValueError, match=said) as error:
+        DiffusionUNet.from_config(options | change)
+    assert "\n" not in str(error.value)
+
+
+def test_heads_of_a_level_that_does_not_attend_are_not_looked_at():
+    options = config() | {"channels": (4, 8), "attention_levels": (False, False)}
+    DiffusionUNet.from_config(options | {"num_head_channels": (0, 4), "norm_num_groups": 4})
+
+
 def test_tokens_are_the_voxels_in_storage_order():
     latent = torch.arange(2 * 3 * 4 * 5 * 6).reshape(2, 3, 4, 5, 6)
     tokens = tokens_of(latent)

@@ -166,6 +166,7 @@ LINES = {  # the sound line of each command; OUT is where it writes
     "encode": "--checkpoint world/run --data.root world/volumes --out_dir OUT --device cpu",
     "decode": "world/latents --checkpoint world/run --out_dir OUT --device cpu",
     "train-ldm": "world/latents --config world/ldm/config.yaml --out_dir OUT",
+    "compare": "world/volumes world/volumes --out_dir OUT --device cpu",
     "sample": "--checkpoint world/run --latents world/latents --n 1 --out_dir OUT --media false "
     "--device cpu --prior standard",
 }  # fmt: skip

@@ -23,15 +23,16 @@ ROOMS = {
     "ranges": set(),  # vae3d/ranges.py
     "mistakes": set(),  # vae3d/mistakes.py
     "stop": set(),  # vae3d/stop.py: signals
+    "spectrum": set(),  # vae3d/spectrum.py
     "kernels": set(),
     "models": {"kernels"},
-    "losses": {"models"},
+    "losses": {"models", "spectrum"},
     "weights": {"models", "ranges"},
     "exact": {"kernels", "models"},
     "tracking": {"loaders"},
     "config": {"loaders", "models", "recipes", "ranges", "mistakes", "stop"},  # vae3d/config.py
     "reports": {"loaders", "tracking"},
-    "inference": {"loaders", "kernels", "models", "exact", "tracking", "reports"},
+    "inference": {"loaders", "spectrum", "kernels", "models", "exact", "tracking", "reports"},
     "training": {
         "loaders",
         "kernels",

@@ -237,6 +237,19 @@ def test_sheets_of_samples_and_latents_stand_as_their_source(tmp_path):
     assert Layout.of_record(record).look == Look(), "latents of old are bodies, as they were"
 
 
+def test_sheets_show_every_channel_in_a_column_of_its_own():
+    from vae3d.stage2.sheet import three_slices
+
+    x = np.random.default_rng(0).random((3, 6, 5, 4)).astype(np.float32)
+    alone = [three_slices(x[c : c + 1], (1, 1, 1), panel_px=24) for c in range(3)]
+    together = three_slices(x, (1, 1, 1), panel_px=24)
+    width = alone[0].shape[1]
+    step = (together.shape[1] - width) // 2
+    assert step > width
+    for c, one in enumerate(alone):
+        assert np.array_equal(together[:, c * step : c * step + width], one)
+
+
 def test_patches_are_shown_as_their_file_shows_them(tmp_path):
     from vae3d.commands.patches import planes
 

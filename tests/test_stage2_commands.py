@@ -17,17 +17,27 @@ from toys import OnGPU, on_ranks
 from evaluate import evaluate
 from loaders import DataConfig, Preprocess, read_volume, write_volume
 from loaders.readers import Volume
+from loaders.store import undo
 from train_3d import train_3d
 from vae3d.commands.convert import convert
 from vae3d.commands.decode import decode
-from vae3d.commands.encode import VolumeSource, encode
-from vae3d.commands.sample import sample
+from vae3d.commands.encode import VolumeSource, encode, weights_hash
+from vae3d.commands.sample import sample, window_of
 from vae3d.commands.train_ldm import UNet, train_ldm
 from vae3d.exact.executor import Executor
 from vae3d.models.custom_vae import CustomVAE
 from vae3d.models.norm import GroupNorm
+from vae3d.models.presets import AutoencoderKL
 from vae3d.stage2.diffusion import LatentDiffusion
-from vae3d.stage2.latents import LatentDataset, LatentStore, read_index, read_info, read_latent
+from vae3d.stage2.latents import (
+    LatentDataset,
+    LatentStore,
+    read_index,
+    read_info,
+    read_latent,
+    write_index,
+    write_latent,
+)
 from vae3d.stage2.sheet import view_of
 from vae3d.training.checkpoint import load_checkpoint, load_model
 
@@ -149,6 +159,44 @@ def test_encode_then_decode_equals_evaluate(home, tmp_path, how):
         np.testing.assert_allclose(decoded.affine, source.affine, atol=1e-4)
         assert decoded.data.shape == source.data.shape
         assert np.corrcoef(decoded.data.ravel(), source.data.ravel())[0, 1] > 0.5
+
+
+def test_the_measured_scale_is_written_by_encode_and_convert_when_asked(home, tmp_path, capsys):
+    factor = read_index(home / "latents")["statistics"]["train"]["scaling_factor"]
+    source = VolumeSource(cache_dir=str(home / "cache"))
+    encode(str(home / "run"), str(tmp_path / "z"), source, measured_scale=True, device="cpu")
+    scaled = load_model(tmp_path / "z" / "vae.pt")
+    assert scaled.latent_scale == factor and load_model(home / "run").latent_scale == 1
+    convert(str(home / "run"), tmp_path / "vae", measured_scale=home / "latents")
+    assert f"latent_scale {factor:.5g}, measured (it was 1)" in capsys.readouterr().out
+    vae = CustomVAE.from_pretrained(tmp_path / "vae")
+    x = torch.rand(1, 1, 8, 8, 8)
+    with torch.no_grad():
+        torch.testing.assert_close(vae.encode_stage_2_inputs(x), vae.encode(x).mean * factor)
+        torch.testing.assert_close(scaled.encode(x).mean, vae.encode(x).mean)
+
+
+def test_the_measured_scale_becomes_the_scaling_factor_of_diffusers(home, tmp_path):
+    vae = AutoencoderKL(
+        resolution=16, base_ch=8, ch_mult=(1, 2), num_res_blocks=1, num_groups=4, z_channels=2,
+        embed_dim=2, spatial_dims=2,
+    )  # fmt: skip
+    vae.save_pretrained(tmp_path / "vae")
+    made_by = read_index(home / "latents")["made_by"] | {"checkpoint": weights_hash(vae)}
+    (tmp_path / "z").mkdir()
+    info = read_info(home / "latents" / "v0.safetensors") | {"made_by": made_by}
+    values = 5 * torch.randn(2, 8, 8)
+    write_latent(tmp_path / "z" / "a.safetensors", values, torch.full((2, 8, 8), -30.0), info)
+    write_index(tmp_path / "z", made_by)
+    source = str(tmp_path / "vae")
+    convert(source, tmp_path / "out", to="diffusers", measured_scale=tmp_path / "z")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["scaling_factor"] == pytest.approx(1 / values.std(correction=0).item(), rel=1e-4)
+    with pytest.raises(ValueError, match="latents of other weights; encode with the source"):
+        convert(str(home / "run"), tmp_path / "no", measured_scale=tmp_path / "z")
+    with pytest.raises(ValueError, match="--to monai, whose file keeps no scale"):
+        convert(source, tmp_path / "no.pt", to="monai", measured_scale=tmp_path / "z")
+    assert not (tmp_path / "no").exists() and not (tmp_path / "no.pt").exists()
 
 
 def test_a_2d_model_codes_volumes_slice_by_slice(home, tmp_path):
@@ -346,6 +394,27 @@ def test_samples_depend_on_seed_and_number_alone(home, tmp_path):
     assert np.array_equal(read["three", 1], read["two", 1])
     assert not np.array_equal(read["two", 0], read["two", 1])
     assert not np.array_equal(read["two", 0], read["other", 0])
+
+
+def test_samples_are_clipped_to_the_window_when_asked(home, tmp_path, monkeypatch):
+    how = dict(checkpoint=str(home / "run"), latents=str(home / "latents"), prior="standard", n=1,
+               device="cpu", media=False)  # fmt: skip
+    sample(out_dir=str(tmp_path / "free"), **how)
+    sample(out_dir=str(tmp_path / "cut"), clip=True, **how)
+    free, cut = (
+        read_volume(tmp_path / name / "standard" / "sample_000.nii.gz").data
+        for name in ("free", "cut")
+    )
+    assert window_of({"intensity": "symmetric"}) == (-1, 1)
+    record = read_info(home / "latents" / "v0.safetensors")["source"]["undo"]
+    low, high = (
+        float(undo(np.full((1, *SHAPE), end, np.float32), record).data.mean())
+        for end in window_of({})
+    )
+    assert free.min() < low - 1 or free.max() > high + 1, "else there is nothing to clip"
+    np.testing.assert_allclose(cut, free.clip(low, high), atol=1)
+    with pytest.raises(ValueError, match=r"--clip: the VAE's intensities \(zscore\) have"):
+        window_of({"intensity": "zscore"})
 
 
 @pytest.mark.slow

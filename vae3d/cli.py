@@ -24,6 +24,7 @@ COMMANDS = {
     "decode": ("decode.decode", "turn latents back into volumes"),
     "train-ldm": ("train_ldm.train_ldm", "train a latent diffusion model on encoded latents"),
     "sample": ("sample.sample", "draw new volumes"),
+    "compare": ("compare.compare", "judge drawn volumes against real ones"),
 }
 
 

@@ -98,6 +98,11 @@ RANGES = {
     **dict.fromkeys(("feature_matching_weight", "r1_weight"), NOT_NEGATIVE),
     **dict.fromkeys(("sigma", "target_std", "SSIM.data_range"), POSITIVE),
     "r1_every": COUNT,
+    "delta": Range(-16, 16),
+    "bins": Range(2, 4096),
+    "shrink": Range(1, 64),
+    "strength": NOT_NEGATIVE,
+    "smallest": WIDTH,
     # augmentation
     "flip": Range(0, 2),
     "rotation_deg": Range(0, 180),
@@ -107,6 +112,7 @@ RANGES = {
     # samples
     "steps": Range(1, 10**6),
     "guidance": Range(0, 10**6),
+    "neighbors": Range(1, 10**6),
 }
 
 

@@ -31,6 +31,7 @@ def convert(
     use_convtranspose: bool = False,
     proj_attn: Literal["auto", "drop", "apply"] = "auto",
     latent_scale: float | None = None,
+    measured_scale: Path | None = None,
     inflate: Literal["none", "center", "mean"] = "none",
     ignore_keys: tuple[str, ...] = (),
     preprocess: Preprocess | None = None,
@@ -69,6 +70,8 @@ def convert(
         proj_attn: What to do with `proj_attn` of GenerativeModels 0.2, which its forward pass
             never applies: drop, apply, or auto (drop what was never trained, else ask).
         latent_scale: Scale of the latents for a second stage.
+        measured_scale: Folder of latents that `vae3d encode` has made with SOURCE: one over their
+            standard deviation becomes latent_scale (scaling_factor of diffusers).
         inflate: Make a 3D network of 2D weights: center (a volume that is constant along the new
             axis gives the 2D result) or mean (kernels spread evenly; so only far from the faces).
         ignore_keys: Prefixes of names to leave out.
@@ -85,6 +88,9 @@ def convert(
 
     if target.exists():
         raise ValueError(f"{target} exists; remove it or choose another name")
+    if measured_scale is not None and (latent_scale is not None or to == "monai"):
+        other = "--to monai, whose file keeps no scale" if to == "monai" else "--latent_scale"
+        raise ValueError(f"--measured_scale does not go with {other}; leave one out")
     hints = Hints(
         norm_num_groups=norm_num_groups,
         norm_eps=norm_eps,
@@ -98,6 +104,8 @@ def convert(
         report = load_weights(vae, find_checkpoint(source), ignore_keys, layout)
     else:
         vae, report = read(source, hints, layout, ignore_keys, trust)
+    if measured_scale is not None:
+        report.lines.append(take_scale(vae, measured_scale))
     if inflate != "none":
         vae = inflated(vae, inflate)
         report.lines.append(f"inflated to 3D ({inflate})")
@@ -113,6 +121,24 @@ def convert(
     print(f"{source}: {report.layout} weights, {parameters / 1e6:.2f} M parameters")
     print(*(f"  {line}" for line in report.lines), sep="\n", end="\n" if report.lines else "")
     print(f"{target}: written for {to}, as {type(vae).__name__} with factor {vae.factor}")
+
+
+def take_scale(vae: CustomVAE, latents: Path) -> str:
+    """Take over the scale of latents that the network has made; a line that tells it.
+
+    Args:
+        vae: The network.
+        latents: Folder that `vae3d encode` wrote.
+    """
+    from vae3d.commands.encode import weights_hash
+    from vae3d.stage2.latents import read_index, read_statistics
+
+    if read_index(latents)["made_by"].get("checkpoint") != weights_hash(vae):
+        raise ValueError(f"{latents}: latents of other weights; encode with the source first")
+    scale = read_statistics(latents).scaling_factor
+    before, after = vae.latent_scale, scale
+    vae.set_latent_scale(scale)
+    return f"latent_scale {after:.5g}, measured (it was {before:.5g})"
 
 
 def complete(vae: CustomVAE, preprocess: Preprocess | None) -> Contract:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from loaders import VolumeStore
+    from vae3d.models.custom_vae import CustomVAE
 
 
 @dataclass
@@ -50,6 +51,7 @@ def encode(
     ema: bool = True,
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto",
     overwrite: bool = False,
+    measured_scale: bool = False,
     trust: tuple[str, ...] = (),
 ) -> None:
     """Write the latents of volumes: one safetensors file each, and latents.json over all.
@@ -79,6 +81,8 @@ def encode(
         ema: Use the averaged weights where the run kept some.
         device: auto | cpu | cuda | mps.
         overwrite: Replace latents in out_dir that another model, or another mode, has written.
+        measured_scale: Write vae.pt beside the latents too: the VAE with one over their standard
+            deviation (of the training subjects, where there are some) as its latent_scale.
         trust: Module prefixes besides vae3d whose classes the checkpoint may import.
     """
     import torch
@@ -102,6 +106,8 @@ def encode(
     options = dict(memory_gb=memory_gb, amp=amp, **slicing)
     coding = Coding(taken, *patching, blend or "hann", **options)
     coding.check(vae)
+    if measured_scale:
+        vae.set_latent_scale(vae.latent_scale)  # refuses what keeps none, before anything is made
     made_by = {"checkpoint": weights_hash(vae), "step": state["step"], "ema": ema}
     made_by |= coding.facts()
     folder = Path(out_dir)
@@ -139,6 +145,19 @@ def encode(
             report(
                 folder, write_index(folder, made_by, os.path.abspath(find_checkpoint(checkpoint)))
             )
+            if measured_scale:
+                write_scaled(vae, folder)
+
+
+def write_scaled(vae: CustomVAE, folder: Path) -> None:
+    """Write the VAE with the scale of its latents as `vae.pt` beside them."""
+    from vae3d.commands.convert import write
+    from vae3d.stage2.latents import read_statistics
+
+    scale = read_statistics(folder).scaling_factor
+    vae.set_latent_scale(scale)
+    write(vae.cpu(), folder / "vae.pt", "vae3d")
+    print(f"{folder / 'vae.pt'}: the VAE with latent_scale {scale:.5g}")
 
 
 def open_volumes(

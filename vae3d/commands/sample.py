@@ -44,6 +44,7 @@ def sample(
     blend: Literal["hann", "gaussian", "average", "crop"] | None = None,
     memory_gb: float | None = None,
     amp: Literal["off", "bf16", "fp16"] = "off",
+    clip: bool = False,
     seed: int = 0,
     ema: bool = True,
     media: bool = True,
@@ -89,6 +90,7 @@ def sample(
         memory_gb: Memory budget of modes exact and auto on the device [GiB]; null for half of what
             is free.
         amp: off | bf16 | fp16, precision of convolutions and matrix products.
+        clip: Clip intensities to the window, as those that the VAE was trained on are.
         seed: Seed of the samples.
         ema: Use the averaged weights of the ldm where the run kept some.
         media: Write GIFs and the contact sheet.
@@ -138,7 +140,8 @@ def sample(
         coding.check(vae)
         drawn = state["config"] if ldm is None else diffusion.config  # bodies as the run drew them
         radiological = drawn.get("radiological", False)
-        writer = Writer(Path(out_dir), template, vae, coding, media, radiological)
+        window = window_of(template) if clip else None
+        writer = Writer(Path(out_dir), template, vae, coding, media, radiological, window)
         shape = (template["shape"][0], *(grid or template["shape"][1:]))
         todo = [(name, k) for name in sources for k in range(world.rank, n, world.size)]
         size = writer.size_of(shape) or [
@@ -162,6 +165,24 @@ def sample(
         done = {key: value for of in world.gather(done) for key, value in of.items()}
         if world.is_main:
             writer.finish({key: done[key] for key in sorted(done)})
+            print(f"judge them: vae3d compare {Path(out_dir) / next(iter(sources))} REAL "
+                  "--heldout UNSEEN, folders of real volumes")  # fmt: skip
+
+
+def window_of(template: dict) -> tuple[float, float]:
+    """The normalized intensities between which samples are clipped.
+
+    Args:
+        template: Header of a training latent.
+    """
+    from vae3d.stage2.sheet import RANGES
+
+    intensity = template.get("intensity", "unit")
+    if intensity not in RANGES:
+        raise ValueError(
+            f"--clip: the VAE's intensities ({intensity}) have no window; leave it out"
+        )
+    return RANGES[intensity]
 
 
 def fitted_latents(
@@ -294,11 +315,12 @@ class Writer:
         coding: How to decode.
         media: Whether to write pictures.
         radiological: Draw bodies with their right on the left.
+        window: Intensities between which samples are clipped; None for all that come.
     """
 
     def __init__(self, out_dir: Path, template: dict, vae: CustomVAE, coding: Coding, media: bool,
-                 radiological: bool):  # fmt: skip
-        self.out_dir, self.template, self.vae = out_dir, template, vae
+                 radiological: bool, window: tuple[float, float] | None = None):  # fmt: skip
+        self.out_dir, self.template, self.vae, self.window = out_dir, template, vae, window
         self.coding, self.media, self.radiological = coding, media, radiological
 
     def size_of(self, shape: Sequence[int]) -> list[int] | None:
@@ -316,6 +338,8 @@ class Writer:
         size = self.size_of(z.shape)
         begun = time.monotonic()
         x = self.coding.decode(self.vae, z, size, f"{name} {number}").numpy()
+        if self.window is not None:
+            x = x.clip(*self.window)
         facts |= {"seconds_decode": time.monotonic() - begun}
         facts |= {"intensities_of": self.template["subject"], "shape": list(x.shape)}
         folder, stem = self.out_dir / name, f"sample_{number:03d}"

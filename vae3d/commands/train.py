@@ -98,7 +98,7 @@ def train_3d(
     if augment:
         augment.check(vae.spatial_dims)
     if patching:
-        terms.check((vae.out_channels, *patch_size))
+        terms.check((vae.out_channels, *patch_size), vae.latent_channels)
     loading = data.loader_options(loop.threads)
     check_beginning(init_from, ignore_keys, freeze, terms)
     vae.set_checkpointing(checkpointing)

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from vae3d.tracking.tracker import Tracker
 
 
+PICTURE_STEPS = 25  # of the solver, half of those of `vae3d sample`
+
+
 @dataclass
 class UNet:
     """MONAI's DiffusionModelUNet.
@@ -340,7 +343,7 @@ class Pictures:
         for number in range(self.count):
             noise = torch.randn(template["shape"], generator=keyed_generator(0, number))
             label, condition = self.guide(torch.tensor([number]), device)
-            z = network.sample(noise[None].to(device), 25, None, label, condition)
+            z = network.sample(noise[None].to(device), PICTURE_STEPS, None, label, condition)
             x = self.coding.decode(vae, z[0].cpu(), template["volume_shape"][1:]).numpy()
             pictures.append(three_slices(x, **view_of(x, template, self.radiological)))
         self.vae.to("cpu")

@@ -28,6 +28,7 @@ from loaders.layout import Layout
 from loaders.texts import misfit, read_json
 from loaders.whole import write_text
 from vae3d.inference.baselines import BlockPCA, pooled
+from vae3d.inference.diffusability import diffusability
 from vae3d.inference.metrics import (
     FOREGROUND,
     METRICS,
@@ -48,7 +49,7 @@ from vae3d.reports.tables import sentence, write_tables
 from vae3d.tracking.media import case_stem, in_one_range, save_views, write_png
 from vae3d.tracking.voxels import write_voxels
 
-VERSION = 4  # of the numbers: raised when the same options give others, so that old rows are redone
+VERSION = 5  # of the numbers: raised when the same options give others, so that old rows are redone
 
 NETWORK = 0.8  # of the time of a volume, for the progress; the rest is metrics and pictures
 
@@ -203,7 +204,9 @@ class Evaluator:
         if mask is not None:
             row["mask_fraction"] = float(mask.double().mean())
         row |= latent_summary(mean, logvar, math.prod(x.shape[1:]), self.latent_bits)
-        if self.coding(index).mode == "patch":
+        coding = self.coding(index)
+        row |= diffusability(self.vae, coding, x, mean, logvar, self.widths, mask)
+        if coding.mode == "patch":
             faces, factor = self.faces(x.shape[1:]), self.factor(x.ndim - 1)
             row["seam_score"] = seam_score(x, recon, faces, factor)
             if self.patch_gap and self.how["mode"] == "patch":  # not where exact was refused

@@ -9,11 +9,12 @@ from importlib import import_module
 
 _NAMES = {
     "vae_loss": ("VAELoss",),
-    "term": ("Term",),
+    "term": ("Term", "Disturbance", "Decoding"),
     "reconstruction": (
         *("L1", "L2", "Charbonnier", "LearnedVariance"),
         *("SSIM", "GradientDifference", "FocalFrequency"),
     ),
+    "latents": ("SpectrumMatching", "ScaleEquivariance", "NoiseRobust", "StructuredChannels"),
     "kl": ("KL",),
     "perceptual": ("Perceptual",),
     "adversarial": ("Adversarial", "PatchDiscriminator"),

@@ -4,12 +4,35 @@ from __future__ import annotations
 
 import operator
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from functools import reduce
 
+import torch
 from torch import Tensor, nn
 
 from vae3d.models.posterior import DiagonalGaussian
+
+# Standard normal numbers `(B, *shape)` for a shape and a word that tells them from others: a
+# function of sample and step alone, so that micro-batches and ranks draw what a large batch draws.
+Normal = Callable[[Sequence[int], str], Tensor]
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How a reconstruction came about, for terms that ask for it (`Term.decodes`).
+
+    Args:
+        z: Latent drawn from the posterior, `(B, c, x, y, z)`, with its gradient.
+        decoded: The latent that was decoded: `z`, unless a `Disturbance` has changed it.
+        decode: The network's decoder, for latents of any spatial size; call it under the caller's
+            autocast. Sizes come out as multiples of the network's factor.
+    """
+
+    z: Tensor
+    decoded: Tensor
+    decode: Callable[[Tensor], Tensor]
 
 
 class Term(nn.Module):
@@ -35,6 +58,7 @@ class Term(nn.Module):
 
     autocast = False
     weighted = False
+    decodes = False
 
     def __init__(self, weight: float = 1.0):
         super().__init__()
@@ -89,6 +113,33 @@ class Term(nn.Module):
 
     def after_step(self) -> None:
         """Update what the term controls, once an optimizer update; every rank calls it."""
+
+
+class Disturbance(Term):
+    """What is decoded in training instead of the drawn latent; it has no value and no weight.
+
+    Stands in `loss.extra` like a term. Several follow one another.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+
+    def check_latent(self, channels: int) -> None:
+        """Refuse latents that cannot be disturbed, before anything is read."""
+
+    def disturb(self, z: Tensor, normal: Normal) -> Tensor:
+        """Return what is decoded instead of `z`.
+
+        Args:
+            z: Latent `(B, c, x, y, z)`.
+            normal: Source of everything random.
+        """
+        raise NotImplementedError
+
+
+def in_float32(device_type: str, unless: bool = False) -> AbstractContextManager[object]:
+    """Leave autocast for formulas; what runs a network stays under the caller's."""
+    return nullcontext() if unless else torch.autocast(device_type, enabled=False)
 
 
 def mean(distance: Tensor, weight: Tensor | None) -> Tensor:

@@ -4,8 +4,12 @@
 
 What a trainer does with it, for each micro-batch of a step:
 
-    recon, posterior = vae(x)
-    terms = loss(x, recon, posterior, step, last_layer=vae.last_layer)
+    posterior = vae.encode(x)
+    z = posterior.sample()
+    decoded = loss.disturbed(z, normal)       # z itself, unless a term of `extra` changes it
+    recon = vae.crop(vae.decode(decoded), x)
+    decoding = Decoding(z, decoded, vae.decode)
+    terms = loss(x, recon, posterior, step, last_layer=vae.last_layer, decoding=decoding)
     terms["loss"].backward()                  # for vae and loss.generator_parameters()
     if loss.discriminator_active(step):
         terms |= loss.discriminator_loss(x, recon, step)
@@ -23,8 +27,9 @@ waits for the device.
 Contracts that make accumulation and DDP exact:
 - Every term is a mean over samples, so gradients of micro-batches weighted by their share of the
   samples add up to those of the large batch.
-- Whatever is random (slices) or controlled (KL weight, adaptive weight) is a function of `step` or
-  of a buffer that changes only in `after_step`, which reduces over ranks.
+- Whatever is random (slices, scales) or controlled (KL weight, adaptive weight) is a function of
+  `step` or of a buffer that changes only in `after_step`, which reduces over ranks; how the latent
+  is disturbed is a function of sample and `step`.
 - A mask's `weight` has the mean 1 over all samples of an update (the trainer sees to it). Where it
   is 0, input and reconstruction are 0 in every term and for the discriminator: what lies there
   changes no loss and no gradient. Weights other than 0 mean nothing to the discriminator, and the
@@ -43,17 +48,17 @@ parameters, so it leaves no gradient there, frozen or not.
 from __future__ import annotations
 
 from collections.abc import Callable, ItemsView, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
+from vae3d.losses import latents as latents  # a recipe names its terms without their module
 from vae3d.losses.adversarial import Adversarial, Critic
 from vae3d.losses.kl import KL
 from vae3d.losses.perceptual import Perceptual
 from vae3d.losses.reconstruction import L1
-from vae3d.losses.term import Term, add_up
+from vae3d.losses.term import Decoding, Disturbance, Normal, Term, add_up, in_float32
 from vae3d.models.posterior import DiagonalGaussian
 
 
@@ -75,7 +80,8 @@ class VAELoss(nn.Module):
         kl: How far the posterior may go from N(0, 1).
         perceptual: Distance in the features of a frozen network.
         adversarial: A discriminator that learns to tell reconstructions from inputs.
-        extra: Further terms, each logged under its class's name in snake case.
+        extra: Further terms, each logged under its class's name in snake case, and what changes the
+            latent before it is decoded in training.
     """
 
     def __init__(
@@ -90,13 +96,18 @@ class VAELoss(nn.Module):
         self.terms = Terms({"recon": recon(), "kl": kl()})
         if perceptual is not None:
             self.terms["perceptual"] = perceptual()
+        self.disturbances: dict[str, Disturbance] = {}  # no modules: they hold no tensors
         for make in extra or []:
             term = make()
-            if term.name in (*self.terms, "perceptual", "adversarial", "loss"):
+            taken = (*self.terms, *self.disturbances, "perceptual", "adversarial", "loss")
+            if term.name in taken:
                 raise ValueError(
                     f"loss.extra: {term.name!r} is taken; keep one or rename the class"
                 )
-            self.terms[term.name] = term
+            if isinstance(term, Disturbance):
+                self.disturbances[term.name] = term
+            else:
+                self.terms[term.name] = term
         self.adversarial = adversarial() if adversarial is not None else None
 
     def forward(
@@ -107,6 +118,7 @@ class VAELoss(nn.Module):
         step: int,
         last_layer: Tensor | None = None,
         weight: Tensor | None = None,
+        decoding: Decoding | None = None,
     ) -> dict[str, Tensor]:
         """Return the named terms and their weighted total `loss`, for the generator's update.
 
@@ -118,6 +130,7 @@ class VAELoss(nn.Module):
             last_layer: Weight of the model's last layer, for an adaptive adversarial weight.
             weight: How much each voxel counts, `(B, 1 or C, X, Y, Z)`, 1 on average over all
                 samples of the update; None for all alike.
+            decoding: How `recon` came about, for terms that ask for it; None where none does.
         """
         assert x.shape == recon.shape, f"{tuple(x.shape)} reconstructed as {tuple(recon.shape)}"
         x, recon = hidden(x.float(), weight), hidden(recon.float(), weight)
@@ -131,8 +144,11 @@ class VAELoss(nn.Module):
                     f"loss: {type(term).__name__} does not know what a mask is: leave out the term "
                     "or data.mask, or give its forward a `weight` and set `weighted`"
                 )
-            with _float32(x.device.type, unless=term.autocast):
-                values[name] = term(x, recon, posterior, step, *mask)
+            if term.decodes:
+                assert decoding is not None, f"{type(term).__name__} needs decoding=Decoding(...)"
+            more = {"decoding": decoding} if term.decodes else {}
+            with in_float32(x.device.type, unless=term.autocast):
+                values[name] = term(x, recon, posterior, step, *mask, **more)
             weights[name] = term.weight_at(step)
             measured |= {f"{name}_{key}": value for key, value in term.scalars.items()}
         if "perceptual" in values:
@@ -151,10 +167,33 @@ class VAELoss(nn.Module):
         # Detached: a trainer that adds them up over an epoch keeps no graph alive.
         return {name: value.detach() for name, value in values.items()} | measured | {"loss": total}
 
-    def check(self, shape: Sequence[int]) -> None:
-        """Refuse samples `(C, *spatial)` that a term cannot be taken of, before any is read."""
+    def disturbed(self, z: Tensor, normal: Normal) -> Tensor:
+        """Return the latent to decode instead of the drawn one; the same one outside training.
+
+        Args:
+            z: `(B, c, x, y, z)`.
+            normal: Source of everything random, a function of sample and step, see `term.py`.
+        """
+
+        def own(name: str) -> Normal:
+            return lambda shape, word: normal(shape, f"{name} {word}")
+
+        for name, term in self.disturbances.items() if self.training else ():
+            z = term.disturb(z, own(name))
+        return z
+
+    def check(self, shape: Sequence[int], latent_channels: int | None = None) -> None:
+        """Refuse what a term cannot be taken of, before any is read.
+
+        Args:
+            shape: `(C, *spatial)` of a sample.
+            latent_channels: Channels of its latent, where they are known.
+        """
         for _, term in self.terms.items():
             term.check(shape)
+        for disturbance in self.disturbances.values():
+            if latent_channels is not None:
+                disturbance.check_latent(latent_channels)
         if self.adversarial is not None:
             self.adversarial.check(shape)
 
@@ -207,8 +246,3 @@ class VAELoss(nn.Module):
 def hidden(volume: Tensor, weight: Tensor | None) -> Tensor:
     """Return a volume with 0 where no voxel counts, whatever stood there."""
     return volume if weight is None else torch.where(weight > 0, volume, 0.0)
-
-
-def _float32(device_type: str, unless: bool) -> AbstractContextManager[object]:
-    """Leave autocast for formulas; terms that run a network stay under the caller's."""
-    return nullcontext() if unless else torch.autocast(device_type, enabled=False)

@@ -415,6 +415,12 @@ class CustomVAE(Described, nn.Module):
         """Reconstruction of a scaled latent."""
         return self.decode(z / self.latent_scale + self.latent_shift)
 
+    def set_latent_scale(self, scale: float) -> None:
+        """Take over a measured scale, for `encode_stage_2_inputs` and in what is saved."""
+        if "latent_scale" not in inspect.signature(type(self)).parameters:
+            raise ValueError(f"a {type(self).__name__} keeps no scale of its latents")
+        self.latent_scale = self._arguments["latent_scale"] = scale
+
     def crop(self, recon: Tensor, x: Tensor) -> Tensor:
         """Cut `recon` to the spatial size of `x`, the inverse of `pad`."""
         return recon[(slice(None), slice(None), *(slice(n) for n in x.shape[2:]))]

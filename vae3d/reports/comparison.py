@@ -85,6 +85,7 @@ def _minutes(run: RunData) -> float | None:
 COSTS = (
     ("steps", 0, lambda run: run.rows[-1]["step"] if run.rows else 0),
     ("patches a second, median", 1, _median("perf/patches_per_s")),
+    ("latents a second, median", 1, _median("perf/latents_per_s")),
     ("GPU memory, most [GB]", -1, _most("perf/gpu_memory_gb")),
     ("memory, most [GB]", -1, _most("perf/cpu_memory_gb")),
     ("time [min]", 0, _minutes),

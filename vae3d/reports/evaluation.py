@@ -12,12 +12,13 @@ from loaders.texts import read_json
 from loaders.whole import write_text
 from vae3d.reports import page
 from vae3d.reports.evaluation_health import find, finite, worst_first
-from vae3d.reports.meanings import better, explained, meaning, ordered
+from vae3d.reports.meanings import LATENT_CHANNELS, better, explained, meaning, ordered
 from vae3d.reports.viewer import NOTE, viewers, with_pictures
 from vae3d.tracking.media import case_stem
 from vae3d.tracking.voxels import SUFFIX, voxels_file
 
 ENOUGH = 5  # volumes, for a spread
+TOO_MANY = LATENT_CHANNELS  # group of metrics that the table has, and no chart each
 BASELINES = {"pooled_psnr": "pooling", "pca_psnr": "block PCA"}
 NUMBERS = ("mean", "sd")
 TILES = ("psnr", "ssim", "mae_original", "mae", "pca_equivalent", "lattice_score", "seam_score")
@@ -128,7 +129,8 @@ def _spread(rows: Sequence[dict], metrics: Sequence[str], case: str) -> str:
     """Small multiples of what differs from volume to volume, where there are enough of them."""
     if len(rows) < ENOUGH:
         return ""
-    values = {m: {r[case]: r[m] for r in rows if finite(r[m])} for m in ordered(metrics)}
+    drawn = [m for m in ordered(metrics) if (of := meaning(m)) is None or of.group != TOO_MANY]
+    values = {m: {r[case]: r[m] for r in rows if finite(r[m])} for m in drawn}
     charts = "".join(
         page.dots(m, of, better(m)) for m, of in values.items() if len(set(of.values())) > 1
     )

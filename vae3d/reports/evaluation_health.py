@@ -1,7 +1,7 @@
 """What stands out in an evaluation, the worst first, and which option to change."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TypeGuard
 
 from vae3d.reports import page
@@ -10,6 +10,10 @@ from vae3d.reports.meanings import better
 GRID_SHOWS = 1.15  # lattice_score
 SEAM_SHOWS = 1.2  # seam_score
 MOST_CLIPPED = 0.005  # of the foreground
+FAR_SPECTRUM = 0.1  # nats, spectral_gap
+SCALE_COSTS_DB = 3.0  # scale_psnr below psnr
+MOSTLY_NOISE = 0.5  # noise_share
+HEAVY_TAILS = 10.0  # kurtosis
 CLOSE_DB = 6.0  # patch_gap so near to psnr: the patches make a good part of the error
 
 Found = list[tuple[str, str]]  # level (bad | warn | good) and HTML
@@ -128,7 +132,37 @@ def _latent(means: Mapping[str, float], summary: Mapping[str, object]) -> Found:
     std = means.get("latent_std")
     if std is not None and not 0.5 < std < 2:
         found.append(("warn", latent_scale_advice(std)))
-    return found
+    return [*found, *(("warn", f"For a second stage: {text}.") for text in _diffusability(means))]
+
+
+def _diffusability(means: Mapping[str, float]) -> Iterator[str]:
+    """What a diffusion model will find hard in the latents, and which option helps."""
+    gap, share = means.get("spectral_gap", 0.0), means.get("high_frequency_share", math.nan)
+    if gap > FAR_SPECTRUM:
+        yield (
+            f"the latent's <b>spectrum</b> is not the input's (spectral_gap {gap:.2f}; "
+            f"{100 * share:.0f} % of its power is of high frequency, "
+            f"{100 * means.get('input_high_frequency_share', math.nan):.0f} % of the input's), and "
+            "diffusion learns high frequencies last: <code>SpectrumMatching</code> in "
+            "<code>loss.extra</code>"
+        )
+    psnr, scaled = means.get("psnr", -math.inf), means.get("scale_psnr", math.inf)
+    if scaled < psnr - SCALE_COSTS_DB:
+        yield (
+            f"a latent at <b>half its size</b> decodes at {scaled:.1f} dB, the whole one at "
+            f"{psnr:.1f} dB: coarse structure is not coarse in the latent. "
+            "<code>ScaleEquivariance</code> in <code>loss.extra</code>"
+        )
+    if (noise := means.get("noise_share", 0.0)) > MOSTLY_NOISE:
+        yield (
+            f"{100 * noise:.0f} % of the latents' variance is <b>posterior noise</b>: lower "
+            "<code>--loss.kl.weight</code>"
+        )
+    if (tails := means.get("kurtosis", 0.0)) > HEAVY_TAILS:
+        yield (
+            f"a few latent values are <b>far out</b> (kurtosis {tails:.0f}, 0 as of a Gaussian): "
+            "raise <code>--loss.kl.weight</code>"
+        )
 
 
 def latent_scale_advice(std: float) -> str:

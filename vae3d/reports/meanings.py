@@ -11,6 +11,7 @@ INPUT, FILE = "Against what the network was given", "In the intensities of the f
 FOREGROUND, CHANNELS = "In the foreground", "Channel by channel"
 LABELS, TASK = "Label by label", "In a task"
 LINEAR, PATCHES, LATENT = "Against linear codes", "Patches", "The latent"
+STAGE2, LATENT_CHANNELS = "The latent, for a second stage", "The latent, channel by channel"
 
 
 @dataclass(frozen=True)
@@ -72,8 +73,28 @@ MEANINGS = {
         "Noise of the posterior; near 1 it says nothing, near 0 the model is an autoencoder."),
     "active_channels": Meaning(LATENT, "channels", "higher", "Channels that carry information."),
     "bits_per_voxel": Meaning(LATENT, "bit", "lower", "Size of the latent over the volume's."),
+    "spectral_gap": Meaning(STAGE2, "nats", "lower",
+        "How far the latent's spectrum is from the input's; SpectrumMatching in loss.extra."),
+    "high_frequency_share": Meaning(STAGE2, "part", "",
+        "Power of the latent beyond half of the highest frequency, which diffusion learns last; "
+        "much above the input's, it learns noise: SpectrumMatching or ScaleEquivariance.",
+        ("input_high_frequency_share",)),
+    "input_high_frequency_share": Meaning(STAGE2, "part", "", "The same of the input, pooled."),
+    "scale_psnr": Meaning(STAGE2, "dB", "higher",
+        "The latent at half its size, decoded, against the input at half its size; far below psnr "
+        "coarse structure sits in fine detail: ScaleEquivariance in loss.extra.", ("psnr",)),
+    "noise_share": Meaning(STAGE2, "part", "",
+        "Part of the latent's variance that is posterior noise: near 1 diffusion learns noise "
+        "(lower loss.kl.weight), near 0 every detail (raise it, or NoiseRobust)."),
+    "kurtosis": Meaning(STAGE2, "", "0",
+        "Weight of the tails, 0 as of a Gaussian; above 10 a few values are far out, and the scale "
+        "suits none: raise loss.kl.weight."),
 }  # fmt: skip
-GROUPS = (INPUT, FOREGROUND, CHANNELS, LABELS, TASK, FILE, LINEAR, PATCHES, LATENT)
+GROUPS = (
+    *(INPUT, FOREGROUND, CHANNELS, LABELS, TASK, FILE),
+    *(LINEAR, PATCHES, LATENT, STAGE2, LATENT_CHANNELS),
+)
+OF_CHANNELS = {INPUT: CHANNELS, LATENT: LATENT_CHANNELS, STAGE2: LATENT_CHANNELS}
 
 
 def meaning(metric: str) -> Meaning | None:
@@ -94,7 +115,7 @@ def meaning(metric: str) -> Meaning | None:
         name, channel = "_".join(parts[:end]), "_".join(parts[end:])
         if (whole := MEANINGS.get(name)) is not None:
             says = f"Of {channel}: {whole.says[0].lower()}{whole.says[1:]}"
-            group = CHANNELS if whole.group == INPUT else whole.group
+            group = OF_CHANNELS.get(whole.group, whole.group)
             against = tuple(f"{other}_{channel}" for other in whole.against)
             return replace(whole, group=group, says=says, against=against)
     return None

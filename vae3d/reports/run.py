@@ -87,8 +87,9 @@ def _overview(run: RunData) -> str:
             facts.append((f"best {key}", page.number(value), f"at step {page.number(step)}"))
     if loss := run.values("train/loss"):
         facts.append(("train/loss", page.number(loss[-1]), f"from {page.number(loss[0])}"))
-    if speed := run.values("perf/patches_per_s"):
-        facts.append(("patches/s", page.number(median(speed)), "median"))
+    for unit in ("patches", "latents"):
+        if speed := run.values(f"perf/{unit}_per_s"):
+            facts.append((f"{unit}/s", page.number(median(speed)), "median"))
     for key, label in (("perf/gpu_memory_gb", "GPU memory"), ("perf/cpu_memory_gb", "memory")):
         if used := run.values(key):
             facts.append((label, f"{max(used):.1f} GB", "most"))

@@ -67,10 +67,13 @@ class DiffusionUNet(DiffusionModelUNet):
             config.setdefault("cross_attention_dim", 512)
         else:
             config.pop("cross_attention_dim", None)
+        check_heads(config["channels"], config["attention_levels"], config["num_head_channels"])
         try:
             return cls(**config)
         except (TypeError, ValueError) as error:  # an unknown key, or sizes that do not fit
             raise ValueError(f"unet: {error}") from error
+        except ArithmeticError as error:  # MONAI divides before it looks
+            raise ValueError(f"unet: its numbers do not divide each other ({error})") from error
 
     def forward(self, x: Tensor, timesteps: Tensor, context: Tensor | None = None,
                 class_labels: Tensor | None = None, *residuals: Any, **named: Any,
@@ -100,6 +103,34 @@ class DiffusionUNet(DiffusionModelUNet):
             for name, module in self.named_modules()
             if name.endswith("attn2")
         )
+
+
+def check_heads(
+    channels: Sequence[int], attends: Sequence[bool], heads: Sequence[int] | int
+) -> None:
+    """Refuse heads of no channels, or of more than a level that attends has.
+
+    MONAI's middle block always attends, with the heads of the last level.
+
+    Args:
+        channels: Of each level.
+        attends: Which levels attend.
+        heads: Channels of a head, per level or of all.
+    """
+    heads = [heads] * len(channels) if isinstance(heads, int) else list(heads)
+    if not len(channels) == len(attends) == len(heads):
+        raise ValueError(
+            f"unet: channels {list(channels)}, attention_levels {list(attends)} and "
+            f"num_head_channels {heads} must be of one length"
+        )
+    for level, (width, attending, head) in enumerate(zip(channels, attends, heads, strict=True)):
+        last = level == len(channels) - 1
+        if (attending or last) and not 1 <= head <= width:
+            why = ", below which the middle block attends" if last and not attending else ""
+            raise ValueError(
+                f"unet: num_head_channels is {head} at level {level + 1}{why}: give a divisor of "
+                f"its {width} channels"
+            )
 
 
 def create_condition_projector(condition_input_dim: int, cross_attention_dim: int) -> nn.Linear:

@@ -82,15 +82,28 @@ def three_slices(
     """The middle planes, one above the other, uint8 `(h, w, 3)`; the one plane of a 2D image.
 
     Args:
-        volume: `(C, X, Y, Z)` or `(C, X, Y)`; the first channel is shown.
+        volume: `(C, X, Y, Z)` or `(C, X, Y)`; each channel has its own column.
         spacing_mm: Voxel size per axis in mm.
         data_range: Intensities drawn black and white.
         layout: Which way is up; see `Layout.of_record`.
         panel_px: Longest side of the largest panel in pixels.
     """
     layout = layout or Layout()
-    x, sizes = layout.arranged(volume[:1])[0], layout.spacing(spacing_mm)
-    planes = layout.planes(x.shape)
+    columns = [
+        _planes(layout.arranged(volume[c : c + 1])[0], spacing_mm, data_range, layout, panel_px)
+        for c in range(len(volume))
+    ]
+    gap = np.empty((len(columns[0]), GAP // 2, 3), np.uint8)
+    gap[:] = BACKGROUND
+    return np.concatenate([part for column in columns for part in (gap, column)][1:], axis=1)
+
+
+def _planes(
+    x: np.ndarray, spacing_mm: Sequence[float], data_range: tuple[float, float], layout: Layout,
+    panel_px: int,
+) -> np.ndarray:  # fmt: skip
+    """The middle planes of one channel `(X, Y, Z)`, one above the other."""
+    sizes, planes = layout.spacing(spacing_mm), layout.planes(x.shape)
     shown = {i for _, axis in planes for i in range(3) if i != axis}
     scale = panel_px / max(x.shape[i] * sizes[i] for i in shown)
     panels = [

@@ -29,6 +29,7 @@ class LatentTask(Task):
     """
 
     network: LatentDiffusion
+    unit = "latents"
 
     def __init__(
         self,

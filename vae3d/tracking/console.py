@@ -21,11 +21,12 @@ if TYPE_CHECKING:
     from rich.progress import Progress, ProgressColumn, Task, TaskID
 
 TERMS = ("loss", "recon", "kl", "perceptual", "adversarial", "discriminator_loss")
+UNITS = ("patches", "latents")  # that training counts, by its stage
 MEMORY = (("perf/gpu_memory_gb", "GPU"), ("perf/cpu_memory_gb", "RAM"))
 
 
 class Console:
-    """One progress line with step, loss terms, patches/s, time left and memory.
+    """One progress line with step, loss terms, speed, time left and memory.
 
     Args:
         total_steps: Step at which the run ends.
@@ -236,8 +237,9 @@ def in_short(metrics: Mapping[str, float]) -> str:
     ]
     if skipped := metrics.get("train/skipped_steps"):
         parts.append(f"skipped {float(skipped):.0f}")
-    if (speed := metrics.get("perf/patches_per_s")) is not None:
-        parts.append(f"{_speed(float(speed))} patches/s")
+    for unit in UNITS:
+        if (speed := metrics.get(f"perf/{unit}_per_s")) is not None:
+            parts.append(f"{_speed(float(speed))} {unit}/s")
     if (wait := metrics.get("perf/data_wait")) is not None and wait > 0.1:
         parts.append(f"waits {float(wait):.0%} for data")
     for key, label in MEMORY:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from loaders import Batch
+from vae3d.losses.term import Decoding
 from vae3d.losses.vae_loss import VAELoss
 from vae3d.models.custom_vae import CustomVAE
 from vae3d.training.distributed import World
@@ -24,9 +25,11 @@ class Task(nn.Module):
 
     Attributes:
         network: The module whose weights are averaged (EMA), saved as `model` and given to users.
+        unit: What its samples are called where the speed is told, as in `perf/patches_per_s`.
     """
 
     network: nn.Module
+    unit = "patches"
 
     @property
     def discriminator(self) -> nn.Module | None:
@@ -105,18 +108,26 @@ class VAETask(Task):
             batch = self.augment(batch, self.seed, step)
         x = batch.image
         posterior = self.network.encode(x)
-        noise = torch.stack(
-            [
-                noise_of_sample(mean.shape, self.seed, step, int(index), mean.device)
-                for mean, index in zip(posterior.mean, batch.index, strict=True)
-            ]
-        )
-        recon = self.network.decode(posterior.mean + posterior.std * noise)
-        recon = self.network.crop(recon, x)
+
+        def normal(shape: Sequence[int], word: str = "") -> Tensor:
+            seed = f"{word} {self.seed}" if word else self.seed
+            draws = [noise_of_sample(shape, seed, step, int(i), x.device) for i in batch.index]
+            return torch.stack(draws)
+
+        z = posterior.mean + posterior.std * normal(posterior.mean.shape[1:])
+        decoded = self.loss.disturbed(z, normal)
+        recon = self.network.crop(self.network.decode(decoded), x)
         weight = weight_of(batch)
         self._last = (x, recon.detach(), weight)
-        last_layer = self.network.last_layer
-        return self.loss(x, recon, posterior, step, last_layer=last_layer, weight=weight)
+        return self.loss(
+            x,
+            recon,
+            posterior,
+            step,
+            last_layer=self.network.last_layer,
+            weight=weight,
+            decoding=Decoding(z, decoded, self.network.decode),
+        )
 
     def discriminator_active(self, step: int) -> bool:
         """Whether the adversarial term has started."""

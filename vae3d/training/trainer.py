@@ -368,7 +368,7 @@ class Trainer:
         self._last_clock = (now, self.samples, self.step)
         seconds = max(now - before, 1e-9)
         numbers = {
-            "perf/patches_per_s": (self.samples - samples) / seconds,
+            f"perf/{self.task.unit}_per_s": (self.samples - samples) / seconds,
             "perf/step_s": seconds / max(self.step - step, 1),
             "perf/data_wait": min(self.waited / seconds, 1.0),
             "perf/cpu_memory_gb": psutil.Process().memory_info().rss / 1e9,

@@ -1,0 +1,109 @@
+"""How fit latents are for a second stage: numbers of one volume, of its posterior mean."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from vae3d.inference.metrics import in_one_unit, psnr
+from vae3d.inference.reconstruct import Coding
+from vae3d.models.custom_vae import CustomVAE
+from vae3d.spectrum import high_frequency_share, pooled_to, resized, spectral_gap
+
+HALF = 2  # the size at which the latent is decoded again, per axis
+COUNTED = 1 - 1e-4  # of a mask at that size
+
+
+def diffusability(
+    vae: CustomVAE,
+    coding: Coding,
+    x: Tensor,
+    mean: Tensor,
+    logvar: Tensor,
+    widths: list[float],
+    mask: Tensor | None = None,
+) -> dict[str, float]:
+    """What a second stage will find hard, and how each channel lies.
+
+    Args:
+        vae: The model, in eval mode.
+        coding: How its volumes are coded.
+        x: `(C, X, Y, Z)` or `(C, X, Y)`, as the model took it.
+        mean: Posterior mean `(c, *spatial)`.
+        logvar: Log of the posterior variance.
+        widths: Of each channel's intensity scale.
+        mask: Voxels that count; None for all.
+    """
+    grid = pooled_to(x[None], mean.shape[1:])
+    return {
+        "spectral_gap": float(spectral_gap(grid, mean[None])),
+        "high_frequency_share": float(high_frequency_share(mean[None])),
+        "input_high_frequency_share": float(high_frequency_share(grid)),
+        "scale_psnr": scale_psnr(vae, coding, x, mean, widths, mask),
+        **_by_channel(mean.flatten(1).double(), logvar.flatten(1).double()),
+    }
+
+
+def scale_psnr(
+    vae: CustomVAE,
+    coding: Coding,
+    x: Tensor,
+    mean: Tensor,
+    widths: list[float],
+    mask: Tensor | None = None,
+) -> float:
+    """PSNR of the decoding of the latent at half its size against the volume at half its size.
+
+    Both are resampled linearly; an axis that a 2D model slices keeps its size.
+
+    Args:
+        vae: The model.
+        coding: How its volumes are coded.
+        x: The volume.
+        mean: Its latent.
+        widths: Of each channel's intensity scale.
+        mask: Voxels that count; None for all.
+    """
+    factor = coding.factor(vae, x.ndim - 1)
+    by = [HALF] * vae.spatial_dims
+    if len(by) < len(factor):
+        by.insert(coding.slice_axis, 1)
+    size = [max(n // k, 1) for n, k in zip(mean.shape[1:], by, strict=True)]
+    got = coding.decode_as_it_is(vae, resized(mean[None], size)[0])
+    # The latent stands for whole cells; those at the far end hold less than that of the volume.
+    whole = [n * f for n, f in zip(mean.shape[1:], factor, strict=True)]
+    wanted = resized(_padded(x, whole)[None], got.shape[1:])[0]
+    if mask is not None:
+        counts = _padded(mask[None].to(x.dtype), whole)
+        mask = resized(counts[None], got.shape[1:])[0, 0] > COUNTED
+    return psnr(*in_one_unit(wanted, got, widths), mask)
+
+
+def _padded(x: Tensor, size: list[int]) -> Tensor:
+    """Repeat the last voxels of `(C, *spatial)` up to a size."""
+    places = (torch.arange(m).clamp_max(n - 1) for n, m in zip(x.shape[1:], size, strict=True))
+    for axis, place in enumerate(places, start=1):
+        x = x.index_select(axis, place.to(x.device))
+    return x
+
+
+def _by_channel(mean: Tensor, logvar: Tensor) -> dict[str, float]:
+    """Noise share and kurtosis over all channels, and mean, std and both of each one."""
+    centered = mean - mean.mean(1, keepdim=True)
+    variance, noise = centered.square().mean(1), logvar.exp().mean(1)
+    tails = centered.pow(4).mean(1) / variance.square().clamp_min(1e-300)
+    kurtosis = torch.where(variance > 0, tails - 3, 0.0)  # what is constant has no tails
+    share = noise / (noise + variance)
+    row = {
+        "noise_share": float(noise.sum() / (noise + variance).sum()),
+        "kurtosis": float(kurtosis.mean()),
+    }
+    columns = {
+        "latent_mean": mean.mean(1),
+        "latent_std": variance.sqrt(),
+        "noise_share": share,
+        "kurtosis": kurtosis,
+    }
+    for name, values in columns.items() if len(mean) > 1 else ():
+        row |= {f"{name}_z{channel}": value for channel, value in enumerate(values.tolist())}
+    return row

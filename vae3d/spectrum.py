@@ -1,0 +1,103 @@
+"""Spatial frequencies of volumes and latents, and both at a smaller size.
+
+All of it is linear maps along one axis after another, written as matrix products: exact in its
+gradients, the same on every device, and quick on grids of the size of latents.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+BINS = 16
+EPS = 1e-8
+
+
+def along_axes(x: Tensor, matrices: Sequence[Tensor]) -> Tensor:
+    """Apply a matrix along each spatial axis of `(B, C, *spatial)`."""
+    for axis, matrix in enumerate(matrices, start=2):
+        x = (x.movedim(axis, -1) @ matrix.to(x).mT).movedim(-1, axis)
+    return x
+
+
+@lru_cache(maxsize=64)
+def cosines(n: int) -> Tensor:
+    """The orthonormal DCT-II of `n` values, as a matrix; float64."""
+    k, i = torch.arange(n, dtype=torch.float64)[:, None], torch.arange(n, dtype=torch.float64)
+    matrix = torch.cos(math.pi / n * (i + 0.5) * k) * math.sqrt(2 / n)
+    return torch.cat((matrix[:1] / math.sqrt(2), matrix[1:]))
+
+
+@lru_cache(maxsize=256)
+def linear(n: int, size: int) -> Tensor:
+    """Linear resampling of `n` values to `size`, as a matrix; float64."""
+    every = torch.eye(n, dtype=torch.float64)[None]
+    return F.interpolate(every, size=size, mode="linear", align_corners=False)[0].T
+
+
+def resized(x: Tensor, size: Sequence[int]) -> Tensor:
+    """Bring `(B, C, *spatial)` to another size, linearly (of half the size: means of pairs)."""
+    return along_axes(x, [linear(n, m) for n, m in zip(x.shape[2:], size, strict=True)])
+
+
+def pooled_to(x: Tensor, size: Sequence[int]) -> Tensor:
+    """Bring a volume to the grid of its latent: each value is the mean of a cell."""
+    pool: Callable[..., Tensor] = F.adaptive_avg_pool3d if x.ndim == 5 else F.adaptive_avg_pool2d
+    return pool(x, tuple(size))
+
+
+def power(x: Tensor) -> Tensor:
+    """Squared DCT of `(B, C, *spatial)`, mean over channels, 0 where nothing changes (DC)."""
+    spectrum = along_axes(x, [cosines(n) for n in x.shape[2:]]).square().mean(1)
+    return spectrum * (radius(x.shape[2:]) > 0).to(spectrum)
+
+
+def radius(shape: Sequence[int]) -> Tensor:
+    """Frequency of each coefficient, in parts of the highest one of the grid."""
+    axes = [torch.arange(n, dtype=torch.float64) / n for n in shape]
+    squares = sum(k.square() for k in torch.meshgrid(*axes, indexing="ij"))
+    assert isinstance(squares, Tensor)
+    return squares.sqrt() / squares.max().sqrt().clamp_min(EPS)
+
+
+def rings(x: Tensor, bins: int = BINS) -> Tensor:
+    """Mean power `(B, bins)` of `(B, C, *spatial)` in rings of equal width, slow to fast."""
+    ring = (radius(x.shape[2:]) * bins).long().clamp_max(bins - 1).flatten()
+    member = F.one_hot(ring, bins).double()
+    return power(x).flatten(1) @ (member / member.sum(0).clamp_min(1)).to(x)
+
+
+def spectral_gap(x: Tensor, z: Tensor, delta: float = 1.0, bins: int = BINS) -> Tensor:
+    """KL divergence `(B,)` of the latent's spectrum from the input's, flattened by `f^delta`.
+
+    As in the code of Ning et al. 2026 (arXiv 2603.14645): the power of ring number f = 1, 2, ... of
+    the input is multiplied by `f^delta`; both are taken as log(1 + power), in parts of their sum.
+
+    Args:
+        x: The input on the latent's grid, `(B, C, *spatial)`.
+        z: The latent, `(B, c, *spatial)`.
+        delta: How much flatter than the input's the spectrum is to be; 0 for as steep.
+        bins: Rings of frequencies.
+    """
+    steps = torch.arange(1, bins + 1).to(x)
+    wanted, found = (
+        _parts(torch.log1p(p)) for p in (rings(x, bins) * steps**delta, rings(z, bins))
+    )
+    return (wanted * ((wanted + EPS).log() - (found + EPS).log())).sum(1)
+
+
+def _parts(values: Tensor) -> Tensor:
+    """Values in parts of their sum, sample by sample."""
+    return values / (values.sum(1, keepdim=True) + EPS)
+
+
+def high_frequency_share(x: Tensor) -> Tensor:
+    """Part `(B,)` of the power of `(B, C, *spatial)` beyond half of the highest frequency."""
+    spectrum = power(x).flatten(1)
+    high = (radius(x.shape[2:]) > 0.5).flatten().to(spectrum)
+    return (spectrum * high).sum(1) / spectrum.sum(1).clamp_min(EPS)
