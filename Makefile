@@ -1,11 +1,12 @@
-# make demo | make test | make check | make bench   (each creates .venv when it is missing)
+# make demo | make test | make check | make bench | make docs   (each creates .venv when it is missing)
+# make notebooks | make lock   (run the notebooks again; write requirements.lock again)
 # make gpu-check PYTHON=python3   (installs nothing; measures on a GPU, in six minutes)
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: help demo test test-slow style check bench gpu-check clean
+.PHONY: help demo test test-slow style check bench docs notebooks lock gpu-check clean
 .DEFAULT_GOAL := help
 
 help:
@@ -40,6 +41,20 @@ check: style test
 bench: $(STAMP)
 	$(BIN)/pip install -q -c constraints.txt -e '.[bench]'
 	for b in $(filter-out benchmarks/gpu.py,$(wildcard benchmarks/*.py)); do $(BIN)/python $$b || exit 1; done
+
+docs: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo "build/site/index.html is the first page; its search needs: $(BIN)/python -m http.server -d build/site"
+
+# Of setup.cfg and constraints.txt, for every system and Python that setup.cfg admits.
+lock: $(STAMP)
+	$(BIN)/uv pip compile setup.cfg --extra demo --extra formats --extra blosc2 --extra tensorboard \
+	  --constraint constraints.txt --universal --generate-hashes --no-emit-index-url --no-annotate --quiet \
+	  --default-index https://pypi.org/simple --custom-compile-command 'make lock' --output-file requirements.lock
+
+# Of what `make demo` made; their outputs are kept.
+notebooks: $(STAMP)
+	$(BIN)/python docs/notebooks.py
 
 # With the Python that is there, since a GPU's torch is rarely to be replaced.
 gpu-check:

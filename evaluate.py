@@ -12,11 +12,11 @@ by many under torchrun (volumes are shared out; the numbers are the same). From 
 What happens, from top to bottom: vae3d/commands/evaluate.py.
 """
 
-from vae3d.commands.evaluate import EvaluationData, evaluate
-
-__all__ = ["EvaluationData", "evaluate"]
-
 if __name__ == "__main__":
-    from vae3d.config import main
+    from vae3d.cli import run  # which hears signals while the libraries are imported
 
-    main(evaluate)
+    run("evaluate")
+else:
+    from vae3d.commands.evaluate import EvaluationData, evaluate
+
+    __all__ = ["EvaluationData", "evaluate"]

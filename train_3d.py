@@ -12,11 +12,11 @@ Several nodes: the same `torchrun` line on each, with --nnodes, --node_rank and 
 What happens, from top to bottom: vae3d/commands/train.py.
 """
 
-from vae3d.commands.train import train_3d
-
-__all__ = ["train_3d"]
-
 if __name__ == "__main__":
-    from vae3d.config import main
+    from vae3d.cli import run  # which hears signals while the libraries are imported
 
-    main(train_3d)
+    run("train")
+else:
+    from vae3d.commands.train import train_3d
+
+    __all__ = ["train_3d"]

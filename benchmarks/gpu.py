@@ -2,16 +2,19 @@
 
     make gpu-check PYTHON=python3          # nothing is installed; what lacks a library is left out
     python benchmarks/gpu.py steps syncs   # some parts
-    python benchmarks/gpu.py --device cpu  # a dry run at tiny sizes, to try out the script
+    python benchmarks/gpu.py --tiny        # a dry run, to try out the script; --device cpu is one
 
 The parts run in the order of their worth, each in a process and a time of its own. After each the
-table is written anew, as docs/benchmarks.md takes it. Without a GPU it says so, with exit code 2.
+table is written anew, as docs/benchmarks.md takes it. Exit code 1 where a part has failed or was
+stopped at its time; 2, and a line, without a GPU.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import io
+import math
 import os
 import signal
 import socket
@@ -20,8 +23,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext, redirect_stdout, suppress
 from functools import partial
 from pathlib import Path
 
@@ -30,6 +33,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 TOTAL_S = 350  # with the start of the last part under six minutes
 GOALS = {"train": (0.50, 0.45), "encode + decode": (0.50, 0.60)}  # of MONAI's time and memory
+SIZES = (2, 96), (4, 64)  # of the training steps that are timed: patches, and voxels per axis
 HEAD = "| part | what | figures |\n|---|---|---|\n"
 Row = tuple[str, str]  # what was measured, and the figures
 
@@ -38,87 +42,101 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("parts", nargs="*", choices=[*PARTS, []], help="all unless named")
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
+    parser.add_argument("--tiny", action="store_true", help="tiny sizes, ten times as much time")
     parser.add_argument("--out", type=Path, default=Path("gpu_check.md"), help="the table")
     parser.add_argument("--part", help=argparse.SUPPRESS)  # this process does that part
     options = parser.parse_args()
-    try:
-        import torch
-    except ImportError:
-        print("no GPU can be reached: this Python has no torch; choose one by make's PYTHON=")
-        return 2
-    if options.device == "cuda" and not torch.cuda.is_available():
-        print("there is no GPU here, so nothing is measured (--device cpu tries out the script)")
-        return 2
+    tiny = options.tiny or options.device == "cpu"
     if options.part:
-        run_part(options.part, Bench(options.device))
+        run_part(options.part, options.device, tiny)
         return 0
-    name = torch.cuda.get_device_name() if options.device == "cuda" else "cpu, tiny sizes"
-    title = f"{name}, torch {torch.__version__}, cuDNN {torch.backends.cudnn.version()}"
-    print(title, flush=True)
     begun, lines, failed = time.monotonic(), [], False
+    if (title := name_of(options.device)) is None:
+        return 2
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # which ends the part at hand, too
+    title += ", tiny sizes" * tiny
+    print(title, flush=True)
     for part in options.parts or PARTS:
-        found, code = in_a_process(part, options.device, begun)
+        limit = PARTS[part][1] * (10 if tiny else 1)
+        left = math.inf if tiny else TOTAL_S - (time.monotonic() - begun)
+        found, well = [f"| {part} | | left out: no time |"], True
+        if left > 5:
+            how = ["--device", options.device, *["--tiny"] * tiny]
+            found, well = in_a_process(part, min(limit, left), how)
         lines += found
-        failed |= code != 0
+        failed |= not well
         options.out.write_text(f"{title}\n\n{HEAD}" + "\n".join(lines) + "\n")
     print(f"{time.monotonic() - begun:.0f} s; the table is in {options.out}")
     return int(failed)
 
 
-def in_a_process(part: str, device: str, begun: float) -> tuple[list[str], int]:
-    """Run a part within its time; the lines of its table, and its exit code."""
-    limit = min(PARTS[part][1], TOTAL_S - (time.monotonic() - begun))
-    if device == "cpu":  # in nobody's time
-        limit = 10 * PARTS[part][1]
-    if limit < 5:
-        return [f"| {part} | | left out: no time |"], 0
-    command = [sys.executable, __file__, "--part", part, "--device", device]
-    since, lines, code = time.monotonic(), [], 0
+def name_of(device: str) -> str | None:
+    """The card and the libraries that drive it; None, and a line, where there is none."""
+    try:
+        import torch
+    except ImportError:
+        print("no GPU can be reached: this Python has no torch; choose one by make's PYTHON=")
+        return None
+    if device == "cuda" and not torch.cuda.is_available():
+        print("there is no GPU here, so nothing is measured (--device cpu tries out the script)")
+        return None
+    name = torch.cuda.get_device_name() if device == "cuda" else "cpu"
+    return f"{name}, torch {torch.__version__}, cuDNN {torch.backends.cudnn.version()}"
+
+
+def in_a_process(part: str, limit: float, options: Sequence[str]) -> tuple[list[str], bool]:
+    """Run a part within its time; the lines of its table, and whether it ended well."""
+    command = [sys.executable, sys.argv[0], "--part", part, *options]
+    since, why = time.monotonic(), ""
     with tempfile.TemporaryFile("w+") as said, tempfile.TemporaryFile("w+") as errors:
         process = subprocess.Popen(command, stdout=said, stderr=errors, start_new_session=True)
         try:
-            code = process.wait(limit)
+            if code := process.wait(limit):
+                why = f"FAILED: exit code {code}"
         except subprocess.TimeoutExpired:
-            lines = [f"| {part} | | stopped after {limit:.0f} s |"]
-            os.killpg(process.pid, signal.SIGKILL)  # with the processes that it has started
-            process.wait()
+            why = f"STOPPED after {limit:.0f} s"
+        finally:
+            with suppress(ProcessLookupError):  # what it has started, and may have left behind
+                os.killpg(process.pid, signal.SIGKILL)
+        with suppress(subprocess.TimeoutExpired):  # as one that waits for a driver that hangs
+            process.wait(10)
         for file in (said, errors):
             file.seek(0)
-        lines = [line.rstrip() for line in said if line.startswith("|")] + lines
-        if code:
-            tail = errors.read().strip().splitlines() or [""]
-            print(*tail[-12:], sep="\n")
-            why = f"exit code {code}, {tail[-1][:200].replace('|', '/')}"
-            lines.append(f"| {part} | | FAILED: {why} |")
+        lines = [line.rstrip() for line in said if line.startswith("|")]
+        if why:
+            tail = errors.read().strip().splitlines()[-12:] or [""]
+            print(*tail, sep="\n")
+            lines.append(f"| {part} | | {why}, {tail[-1][:200].replace('|', '/')} |")
     print(*lines, f"== {part}: {time.monotonic() - since:.0f} s", sep="\n", flush=True)
-    return lines, code
+    return lines, not why
 
 
-def run_part(part: str, bench: Bench) -> None:
+def run_part(part: str, device: str, tiny: bool) -> None:
     """Print a part's rows; a library that is missing leaves it out."""
     try:
-        for what, figures in PARTS[part][0](bench):
+        for what, figures in PARTS[part][0](Bench(device, tiny)):
             print(f"| {part} | {what} | {figures} |", flush=True)
     except ModuleNotFoundError as error:
         print(f"| {part} | | left out: no {error.name} |", flush=True)
 
 
 class Bench:
-    """The device that is measured, and how. On the CPU everything is tiny, to try out the parts.
+    """The device that is measured, and how.
 
     Args:
         device: cuda | cpu.
+        tiny: Everything is, to try out the parts.
     """
 
-    def __init__(self, device: str):
+    def __init__(self, device: str, tiny: bool):
         import torch
 
         self.torch, self.device, self.on_gpu = torch, torch.device(device), device == "cuda"
-        self.bf16 = torch.bfloat16
+        self.tiny, self.bf16 = tiny, torch.bfloat16
 
     def size(self, large: int, tiny: int = 16) -> int:
-        """A length on the GPU, or the tiny one of a dry run."""
-        return large if self.on_gpu else tiny
+        """A length, or the tiny one of a dry run."""
+        return tiny if self.tiny else large
 
     def wait(self) -> None:
         """Wait for the device."""
@@ -176,7 +194,7 @@ class Bench:
 
         narrow = dict(channels=(8, 16), num_res_blocks=1, norm=partial(GroupNorm, num_groups=4))
         self.torch.manual_seed(0)
-        return CustomVAE(**options if self.on_gpu else narrow | options).to(self.device)
+        return CustomVAE(**narrow | options if self.tiny else options).to(self.device)
 
     def step(self, vae, count: int, size: int, amp: bool = True, augment=None):
         """A training step of a network on one batch, as a function."""
@@ -244,16 +262,24 @@ def syncs(bench: Bench) -> Iterator[Row]:
 
     torch = bench.torch
     augment = Augmentation(flip=(0,), rotation_deg=(10, 10, 10), scaling=0.1, noise=0.02)
-    step = bench.step(bench.vae(), 4, bench.size(64), augment=augment)
-    for _ in range(3):
+    for count, size in SIZES:
+        size = bench.size(size)
+        what = f"{count} x {size}^3, augmentation on"
+        step = bench.step(bench.vae(), count, size, augment=augment)
+        for _ in range(3):
+            step()
+        if not bench.on_gpu:
+            yield what, "a dry run: nothing to wait for"
+            continue
+        torch.cuda.set_sync_debug_mode("error")
         step()
-    if not bench.on_gpu:
-        yield "a step", "a dry run: nothing to wait for"
-        return
-    torch.cuda.set_sync_debug_mode("error")
-    step()
-    torch.cuda.set_sync_debug_mode("default")
-    yield "a step with augmentation", "waits for nothing"
+        torch.cuda.set_sync_debug_mode("default")
+        yield what, "waits for nothing"
+        yield from ((what, figures) for figures in busy(bench, step))
+
+
+def busy(bench: Bench, step: Callable[[], None]) -> Iterator[str]:
+    """The part of a step's time in which the device computes, and by which kernels."""
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CUDA]) as found:
@@ -263,34 +289,46 @@ def syncs(bench: Bench) -> Iterator[Row]:
             step()
         bench.wait()
         wall = time.perf_counter() - since
-    kernels = sum(event.self_device_time_total for event in found.key_averages()) / 1e6
-    yield "4 x 64^3, augmentation on", f"GPU busy {100 * kernels / wall:.0f} % (goal 95 %)"
-    for event in sorted(found.key_averages(), key=lambda e: -e.self_device_time_total)[:8]:
+    events = sorted(found.key_averages(), key=lambda event: -event.self_device_time_total)
+    kernels = sum(event.self_device_time_total for event in events) / 1e6
+    yield f"GPU busy {100 * kernels / wall:.0f} % of {200 * wall:.1f} ms (goal 95 %)"
+    for event in events[:8]:
         share = event.self_device_time_total / 1e6 / kernels
-        yield f"kernel `{event.key[:60].replace('|', '/')}`", f"{100 * share:.0f} % of the time"
+        yield f"{100 * share:.0f} % in `{event.key[:60].replace('|', '/')}`"
 
 
 def steps(bench: Bench) -> Iterator[Row]:
     """Time, time on the host, and memory of a training step by path."""
-    from vae3d.kernels.device import fastest_kernels
     from vae3d.kernels.steps import plain
 
-    for count, size in ((2, bench.size(96)), (4, bench.size(64))):
-        for path in ("fused", "plain layers", "compiled", "fused float32"):
-            vae = bench.vae()
-            if path == "compiled":
-                if not bench.on_gpu:
-                    continue
-                bench.torch._dynamo.reset()
-                vae.encoder.compile()
-                vae.decoder.compile()
-            bench.fresh()
-            with plain() if path == "plain layers" else nullcontext(), fastest_kernels():
-                step = bench.step(vae, count, size, amp="float32" not in path)
-                ms, host = bench.milliseconds(step), bench.host_milliseconds(step)
-            figures = f"{ms:.1f} ms, host {host:.1f} ms, peak {bench.peak_gb():.2f} GB"
-            yield f"{count} x {size}^3, {path}", figures
-            del vae, step
+    for count, size in SIZES:
+        yield timed(bench, count, size, "fused")
+        with plain():
+            yield timed(bench, count, size, "plain layers")
+        yield timed(bench, count, size, "float32", amp=False)
+
+
+def compiled(bench: Bench) -> Iterator[Row]:
+    """The same of the plain layers as torch.compile makes them; it takes a minute to do so."""
+    for count, size in SIZES if bench.on_gpu else ():
+        bench.torch._dynamo.reset()
+        yield timed(bench, count, size, "compiled")
+
+
+def timed(bench: Bench, count: int, size: int, path: str, amp: bool = True) -> Row:
+    """Measure a training step on `count` patches of `size`."""
+    from vae3d.kernels.device import fastest_kernels
+
+    vae, size = bench.vae(), bench.size(size)
+    if path == "compiled":
+        vae.encoder.compile()
+        vae.decoder.compile()
+    bench.fresh()
+    with fastest_kernels():
+        step = bench.step(vae, count, size, amp)
+        ms, host = bench.milliseconds(step), bench.host_milliseconds(step)
+    figures = f"{ms:.1f} ms, host {host:.1f} ms, peak {bench.peak_gb():.2f} GB"
+    return f"{count} x {size}^3, {path}", figures
 
 
 def monai(bench: Bench) -> Iterator[Row]:
@@ -342,17 +380,22 @@ def monai(bench: Bench) -> Iterator[Row]:
 
 
 def batch(bench: Bench) -> Iterator[Row]:
-    """The batch that `batch_size: auto` finds must train."""
+    """The batch that `batch_size: auto` finds must train, on a card of 24 GB and on this one."""
     from vae3d.kernels.device import fastest_kernels
     from vae3d.losses.vae_loss import VAELoss
-    from vae3d.training.memory import Trial
+    from vae3d.training.memory import GPU_SHARE, Trial
     from vae3d.training.task import VAETask
 
-    for size in (bench.size(128), bench.size(64)):
+    whole = bench.torch.cuda.mem_get_info()[1] if bench.on_gpu else 64 << 30
+    for size, card in ((128, min(24 << 30, whole)), (64, min(24 << 30, whole)), (128, whole)):
+        size = bench.size(size)
         bench.fresh()
+        if bench.on_gpu:
+            bench.torch.cuda.set_per_process_memory_fraction(card / whole)
         vae = bench.vae()
-        task = VAETask(vae, VAELoss().to(bench.device))
-        found = Trial(task, (1, size, size, size), "bf16").largest_batch(most=bench.size(64, 2))
+        trial = Trial(VAETask(vae, VAELoss().to(bench.device)), (1, size, size, size), "bf16")
+        budget = None if card == whole else int(GPU_SHARE * card)
+        found = trial.largest_batch(budget, most=bench.size(64, 2))
         bench.fresh()
         with fastest_kernels():
             step = bench.step(vae, found, size)
@@ -360,8 +403,9 @@ def batch(bench: Bench) -> Iterator[Row]:
                 step()
         bench.wait()
         reserved = bench.torch.cuda.max_memory_reserved() / 1e9 if bench.on_gpu else float("nan")
-        yield f"{size}^3, auto", f"batch {found} trains, {reserved:.1f} GB reserved"
-        del vae, task, step
+        figures = f"batch {found} trains, {reserved:.1f} GB reserved"
+        yield f"{size}^3, auto, {card >> 30} GiB", figures
+        del vae, trial, step
 
 
 def inference(bench: Bench) -> Iterator[Row]:
@@ -502,8 +546,6 @@ def runs(bench: Bench) -> Iterator[Row]:
     """A run that is resumed, evaluated in each mode and followed by a second stage."""
     import numpy as np
 
-    for library in ("jsonargparse", "psutil", "rich", "torchio", "nibabel", "imageio"):
-        __import__(library)
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         (folder / "data").mkdir()
@@ -516,7 +558,7 @@ def runs(bench: Bench) -> Iterator[Row]:
         small = ["--model.channels", "[8,16]", "--model.num_res_blocks", "1"]
         small += ["--model.norm.class_path", "GroupNorm", "--model.norm.init_args.num_groups", "4"]
         train = [
-            *("train", *data, *where, *small, "--patch_size", "[16,16,16]", "--wandb", "disabled"),
+            *("train", *data, *where, *small, "--patch_size", "[16,16,16]", "--trackers", "[]"),
             *("--out_dir", str(folder / "run"), "--augment", "{flip: [0], noise: 0.02}"),
             *("--val_every", "2", "--media_every", "2", "--save_every", "2"),
         ]
@@ -528,7 +570,7 @@ def runs(bench: Bench) -> Iterator[Row]:
         run = ["--checkpoint", str(folder / "run")]
         for mode in ("full", "patch", "exact"):
             out = ["--out_dir", str(folder / mode), "--split", "all", "--media", "false"]
-            command("evaluate", *run, *data, *where, *out, "--mode", mode, "--wandb", "disabled")
+            command("evaluate", *run, *data, *where, *out, "--mode", mode, "--trackers", "[]")
         yield "evaluate", "full, patch and exact"
         latents = str(folder / "latents")
         command("encode", *run, *data, *where, "--out_dir", latents, "--amp", "bf16")
@@ -537,7 +579,7 @@ def runs(bench: Bench) -> Iterator[Row]:
         __import__("monai")
         command(
             *("train-ldm", latents, "--vae", str(folder / "run"), "--out_dir", str(folder / "ldm")),
-            *(*where, "--max_steps", "2", "--media_every", "2", "--wandb", "disabled"),
+            *(*where, "--max_steps", "2", "--media_every", "2", "--trackers", "[]"),
             *("--unet.channels", "[8,16]", "--unet.num_res_blocks", "1", "--batch_size", "1"),
             *("--unet.attention_levels", "[false,true]", "--unet.num_head_channels", "[0,8]"),
             *("--unet.norm_num_groups", "4"),
@@ -545,49 +587,61 @@ def runs(bench: Bench) -> Iterator[Row]:
         yield "train-ldm", "with a picture"
 
 
-def environment() -> dict[str, str]:
-    """That of a process which imports vae3d from here."""
-    before = os.environ.get("PYTHONPATH")
-    return {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *([before] if before else [])])}
-
-
 def command(*words: str) -> str:
-    """Run a command of vae3d; what it says. An error is raised with its last lines."""
-    code = "import sys; from vae3d.cli import main; sys.exit(main())"
-    done = subprocess.run(
-        [sys.executable, "-c", code, *words], capture_output=True, text=True, env=environment()
-    )  # fmt: skip
-    if done.returncode:
-        raise RuntimeError(f"vae3d {words[0]}: {done.stderr.strip()[-400:]}")
-    return done.stdout
+    """Run a command of vae3d, in this process to save imports; what it says."""
+    from vae3d.cli import main
+
+    said = io.StringIO()
+    try:
+        with redirect_stdout(said):
+            main([*words])
+    except SystemExit as end:
+        if end.code:
+            print(said.getvalue()[-400:], file=sys.stderr)
+            raise RuntimeError(f"vae3d {words[0]}: exit code {end.code}") from None
+    return said.getvalue()
 
 
 def suite(bench: Bench) -> Iterator[Row]:
     """The tests that are marked gpu."""
+    tests = sorted(ROOT.glob("tests/test_*.py"))
+    yield tested("-m", "gpu", *[file for file in tests if "pytest.mark.gpu" in file.read_text()])
+
+
+def kernels(bench: Bench) -> Iterator[Row]:
+    """The tests of the fused step, whose kernels are compiled where a GPU is."""
+    yield tested(ROOT / "tests" / "test_gpu.py")
+
+
+def tested(*what: str | Path) -> Row:
+    """Run some tests; what pytest says in its last line."""
     import pytest  # noqa: F401 - says here that it is missing
 
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "tests"],
-        capture_output=True, text=True, cwd=ROOT, env=environment(),
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *map(str, what)],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT,
     )  # fmt: skip
-    last = (done.stdout.strip() or done.stderr.strip()).splitlines()[-1]
-    yield "pytest -m gpu", last.strip("= ")
-    if done.returncode not in (0, 5) and bench.on_gpu:
-        raise RuntimeError(last)
+    *_, last = done.stdout.strip().splitlines() or [""]
+    if done.returncode not in (0, 5):  # 5: there are none
+        sys.exit(f"{done.stdout[-2000:]}\npytest ended with {done.returncode}: {last.strip('= ')}")
+    files = ", ".join(part.name for part in what if isinstance(part, Path))
+    return f"pytest {files}", last.strip("= ")
 
 
 # In the order of their worth, with the time that each may take [s].
 PARTS: dict[str, tuple[Callable[[Bench], Iterator[Row]], int]] = {
-    "numbers": (numbers, 40),
+    "numbers": (numbers, 60),
     "syncs": (syncs, 40),
-    "steps": (steps, 90),
+    "steps": (steps, 60),
     "monai": (monai, 40),
-    "inference": (inference, 60),
-    "batch": (batch, 70),
-    "suite": (suite, 60),
+    "inference": (inference, 50),
+    "batch": (batch, 60),
+    "suite": (suite, 50),
     "ranks": (ranks, 40),
-    "runs": (runs, 100),
-    "layers": (layers, 40),
+    "runs": (runs, 60),
+    "layers": (layers, 30),
+    "compiled": (compiled, 90),
+    "kernels": (kernels, 60),
 }
 
 if __name__ == "__main__":

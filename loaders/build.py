@@ -589,15 +589,24 @@ def draw_labels(subject: Subject, record: dict[str, Any], seed: int) -> dict[int
         record: How its volume came to the store's grid.
         seed: Of the draw.
     """
-    shape, affine = tuple(record["source_shape"]), np.array(record["source_affine"])
-    label = read_label_map(subject, shape, affine)
-    values = label_to_store_grid(label, record).data[0]
+    values = labels_of(subject, record)
     rng = np.random.default_rng(seed)
     found = {}
     for name in np.unique(values):
         points = np.argwhere(values == name)
         found[int(name)] = points[rng.permutation(len(points))[:NUM_POINTS]].astype(np.int32)
     return found
+
+
+def labels_of(subject: Subject, record: dict[str, Any]) -> np.ndarray:
+    """Return the label map of a subject (X, Y, Z) on the grid of the store, its padding apart.
+
+    Args:
+        subject: Whose label map.
+        record: How its volume came to the store's grid.
+    """
+    shape, affine = tuple(record["source_shape"]), np.array(record["source_affine"])
+    return label_to_store_grid(read_label_map(subject, shape, affine), record).data[0]
 
 
 def note_lines(notes: Sequence[tuple[Path, Sequence[str]]]) -> list[str]:

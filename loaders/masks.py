@@ -56,6 +56,31 @@ def with_masks(subjects: list[Subject], mask: str | None, root: Path) -> list[Su
     return [replace(subject, mask=paths[subject.id]) for subject in subjects]
 
 
+def with_label_maps(subjects: list[Subject], labels: str | None, root: Path) -> list[Subject]:
+    """Give subjects their label maps; files that are the map of another are no subjects.
+
+    Args:
+        subjects: What was found; who has no map, such as the healthy, stays without.
+        labels: Manifest column, or pattern with `{name}`; None for the manifest's `label_map`.
+        root: The folder, or the manifest, whose folder the column's paths are relative to.
+    """
+    if labels is None:
+        return subjects
+    places = {subject.id: mask_of(subject, labels, root) for subject in subjects}
+    found = {id: path for id, path in places.items() if path and path.exists()}
+    taken = {os.path.abspath(path) for path in found.values()}
+    if not found:
+        raise ValueError(
+            f"--labels {labels}: no volume in {root} has such a label map; give a "
+            "column of a manifest or a pattern, for example '{name}_seg.nii.gz'"
+        )
+    return [
+        replace(s, labels={**s.labels, "label_map": str(found[s.id])}) if s.id in found else s
+        for s in subjects
+        if os.path.abspath(s.paths[0]) not in taken
+    ]
+
+
 def mask_of(subject: Subject, mask: str, root: Path) -> Path | None:
     """Where the mask of a subject should lie; None where the manifest does not say."""
     image = subject.paths[0]

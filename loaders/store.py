@@ -31,6 +31,7 @@ from loaders.build import (
     foreground_bounds,
     foreground_points,
     label_map_of,
+    labels_of,
     main_channel,
     note_lines,
     points_file,
@@ -367,6 +368,18 @@ class VolumeStore:
                 write_whole(self.cache_dir / name, buffer.getvalue())
         with np.load(self.cache_dir / name) as archive:
             return {int(label): archive[label] for label in archive.files}
+
+    def label_map(self, index: int) -> np.ndarray | None:
+        """Return the label of each voxel (X, Y, Z) of a volume; None where it has no label map.
+
+        The file is read each time; what `pad_to_multiple` added has label 0.
+        """
+        subject = self.entries[index].subject
+        if subject.label_map is None:
+            return None
+        labels = labels_of(subject, self.meta(index)["undo"])
+        sizes = zip(self.shape(index)[1:], labels.shape, strict=True)
+        return np.pad(labels, [(0, n - m) for n, m in sizes])
 
     def write_skipped(self, folder: str | Path) -> None:
         """Write skipped.csv (id, path, reason) into a folder, if anything was skipped."""

@@ -642,6 +642,24 @@ def test_attention_of_old_diffusers_is_renamed():
         torch.testing.assert_close(ours(x)[0], expected, rtol=0, atol=1e-4)
 
 
+def test_what_weights_of_ours_say_themselves_is_not_to_be_said(tmp_path):
+    vae = MonaiVAE(**MONAI)
+    vae.save_pretrained(tmp_path / "a")
+    write_state(tmp_path / "w.pt", vae.state_dict())
+    for option in ({"norm_num_groups": 4}, {"proj_attn": "drop"}, {"latent_scale": 2.0}):
+        (name,) = option
+        with pytest.raises(ValueError, match=f"leave out --{name}; .*/a is of vae3d and says it"):
+            convert(tmp_path / "a", tmp_path / "out", **option)
+        with pytest.raises(ValueError, match=f"leave out --{name}; --model says it"):
+            convert(tmp_path / "w.pt", tmp_path / "out", model=partial(MonaiVAE), **option)
+    with pytest.raises(ValueError, match=r"--ignore_keys: .*/a is of vae3d"):
+        convert(tmp_path / "a", tmp_path / "out", ignore_keys=("quant_conv",))
+    convert(tmp_path / "a", tmp_path / "a.pt")
+    with pytest.raises(ValueError, match=r"missing: quant_conv\.bias"):
+        load_weights(vae, tmp_path / "a.pt", ignore_keys=("quant_conv.bias",))
+    assert not (tmp_path / "out").exists()
+
+
 def test_2d_weights_become_a_3d_network_on_the_command_line(tmp_path):
     vae = shaken(AutoencoderKL(**SD))
     torch.save(export_state(vae, COMPVIS), tmp_path / "sd.pt")
@@ -853,7 +871,8 @@ def test_init_from_leaves_out_what_ignore_keys_names_and_says_so(tmp_path):
         wanted = before if name in kept else source.state_dict()
         assert torch.equal(value, wanted[name]), name
     (line,) = report.lines
-    assert line.startswith("kept as they are in the network") and "quant_conv.weight" in line
+    assert re.match(rf"kept as they are in the network \({len(kept)}\): decoder\.0\.bias, ", line)
+    assert len(kept) > 5 and line.count("bias") == 5 and line.endswith(", ...")
     with pytest.raises(ValueError, match=r"--ignore_keys nothing: no weight is called that"):
         load_weights(target, tmp_path / "w.safetensors", keep=("nothing",))
 

@@ -108,7 +108,7 @@ def test_a_missing_contrast_is_named(tmp_path, capsys):
 
 
 def test_the_table_of_data_sets_names_every_recipe_and_files_that_exist():
-    for page in (ROOT / "docs" / "data_sets.md", ROOT / "README.md"):
+    for page in (ROOT / "docs" / "data_sets.md", ROOT / "docs" / "recipes.md"):
         text = page.read_text()
         for recipe in (ROOT / "configs" / "train").glob("*.yaml"):
             assert f"`{recipe.stem}" in text, f"{page.name} does not tell of {recipe.name}"

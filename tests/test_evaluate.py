@@ -489,7 +489,8 @@ def test_a_2d_model_is_evaluated_slice_by_slice(place, tmp_path):
     norm = partial(GroupNorm, num_groups=4)
     model = partial(CustomVAE, 2, channels=(4, 8), num_res_blocks=1, norm=norm)
     run = train(tmp_path / "run", place / "volumes", model=model, patch_size=(8, 8))
-    evaluate(str(run), data(place), str(tmp_path / "out"), limit=1, patch_gap=False, **QUIET)
+    how = {"mode": "patch", "patch_gap": False, "limit": 1}
+    evaluate(str(run), data(place), str(tmp_path / "out"), **how, **QUIET)
     row = rows(tmp_path / "out")[0]
     assert math.isfinite(float(row["psnr"])) and math.isfinite(float(row["seam_score"]))
     recon = nibabel.load(tmp_path / "out" / "recon" / f"{row['case']}.nii.gz")

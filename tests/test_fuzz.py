@@ -158,6 +158,8 @@ LINES = {  # the sound line of each command; OUT is where it writes
     "train": "--config world/recipe.yaml --data.root world/volumes --out_dir OUT",
     "evaluate": "--checkpoint world/run --data.root world/volumes --out_dir OUT --device cpu "
     "--media false --patch_gap false",
+    "anomaly": "--checkpoint world/run --data.root world/volumes/v3* --data.healthy "
+    "world/volumes/v2* --out_dir OUT --device cpu",
     "report": "world/run --out OUT/r.html",
     "convert": "world/run OUT",
     "export": "world/run OUT",

@@ -111,7 +111,7 @@ def test_whatever_a_latent_says_of_itself_it_decodes_or_is_refused(latent, vae):
         save_file(tensors, latent, metadata={"vae3d": json.dumps(header)})
         read = read_latent(latent)
         check_header(read.info, latent)
-        coding = coding_of(read.info["made_by"])
+        coding, _ = coding_of(read.info["made_by"])
         coding.check(vae)
         x = coding.decode(vae, read.mean, read.info["volume_shape"][1:])
         undo(x.numpy(), read.info["source"]["undo"])

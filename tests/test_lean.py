@@ -5,7 +5,6 @@ from functools import partial
 
 import pytest
 import torch
-from monai.networks.nets import AutoencoderKL
 from test_steps import CONV, GROUPS, MODELS, SHAPE, distance, randomize, values_and_gradients
 from torch import nn
 
@@ -107,6 +106,8 @@ def saved_bytes(net, x):
 
 
 def test_in_bfloat16_a_fraction_of_what_monai_and_the_layers_keep_is_kept():
+    from monai.networks.nets import AutoencoderKL  # here: the tests of a GPU go without
+
     options = dict(channels=(16, 32), num_res_blocks=(2, 2), norm_num_groups=4, latent_channels=4)
     options |= dict(spatial_dims=3, in_channels=1, out_channels=1, attention_levels=(False,) * 2)
     options |= dict(with_encoder_nonlocal_attn=False, with_decoder_nonlocal_attn=False)

@@ -17,7 +17,7 @@ from vae3d import config, train_3d
 from vae3d.cli import COMMANDS
 from vae3d.commands.evaluate import EvaluationData, evaluate
 from vae3d.losses.adversarial import Adversarial, PatchDiscriminator
-from vae3d.losses.reconstruction import SSIM, LearnedVariance
+from vae3d.losses.reconstruction import SSIM, Charbonnier, LearnedVariance
 from vae3d.losses.vae_loss import VAELoss
 from vae3d.models.classes import buildable, made
 from vae3d.ranges import RANGES, Range, check_ranges
@@ -256,6 +256,26 @@ def test_a_preset_is_found_by_its_name_alone():
 def test_what_classes_only_derive_from_is_none_to_take(option):
     with pytest.raises(ValueError, match="it is what those derive from"):
         config.parse(train_3d, ["--data.root", "d", "--out_dir", "o", *option.split()])
+
+
+class Capped(Charbonnier):
+    """A term of a user's own, which cannot do all that it could."""
+
+    def __init__(self, cap: float = 1.0):
+        super().__init__()
+        self.cap = cap
+
+    def capped(self, error):
+        """The error up to the cap."""
+        if self.cap <= 0:
+            raise NotImplementedError("no cap below zero")
+        return error.clamp(max=self.cap)
+
+
+def test_a_class_that_refuses_a_part_of_its_work_is_one_to_take():
+    argv = ["--data.root", "d", "--out_dir", "o", "--loss.recon", f"{__name__}.Capped"]
+    options = config.parse(train_3d, argv)
+    assert options["loss"].keywords["recon"].func is Capped
 
 
 def test_an_optional_group_tells_what_is_wrong_in_it():

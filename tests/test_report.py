@@ -159,6 +159,7 @@ def test_a_linear_code_is_advised_only_to_a_model_without_one():
     [
         ({"active_channels": 5.0}, {"latent_channels": 8}, "3 of 8 latent channels are"),
         ({"latent_std": 4.0}, {}, "--model.latent_scale 0.25"),
+        ({"latent_std": 0.0}, {}, "target_std 1</code>."),
         ({"seam_score": 1.5}, {}, "--mode exact"),
         ({"psnr": 30.0, "patch_gap": 33.0}, {}, "near the error itself"),
         ({"foreground_clipped": 0.02}, {}, "--data.preprocess.percentiles"),

@@ -1,11 +1,13 @@
 """Signals that ask to stop: what they end at once, what they wait for, and who sees to it."""
 
 import os
+import runpy
 import signal
 import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 from toys import on_ranks
@@ -158,5 +160,14 @@ def test_a_signal_while_libraries_are_imported_is_one_line(capsys, monkeypatch):
     monkeypatch.setattr("vae3d.cli.import_module", lambda name: be_signalled(signal.SIGINT))
     with pytest.raises(SystemExit) as ended:
         cli.main(["report", "runs/a"])
+    assert ended.value.code == 130
+    assert capsys.readouterr().err == "stopped by SIGINT: nothing was begun\n"
+
+
+@pytest.mark.parametrize("script", ["train_3d.py", "evaluate.py"])
+def test_a_script_hears_signals_while_its_libraries_are_imported(capsys, monkeypatch, script):
+    monkeypatch.setattr("vae3d.cli.import_module", lambda name: be_signalled(signal.SIGINT))
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(Path(__file__).resolve().parents[1] / script), run_name="__main__")
     assert ended.value.code == 130
     assert capsys.readouterr().err == "stopped by SIGINT: nothing was begun\n"

@@ -333,7 +333,6 @@ def test_the_notebook_runs_and_shows_volume_error_and_metrics(run, tmp_path, mon
 
     monkeypatch.setenv("PYTHONPATH", str(NOTEBOOK.parents[1]))
     notebook = nbformat.read(NOTEBOOK, as_version=4)
-    assert all(not cell.get("outputs") for cell in notebook.cells), "commit it without outputs"
     parameters = next(c for c in notebook.cells if "parameters" in c.metadata.get("tags", ()))
     parameters.source = f"RUN = {str(run[1])!r}\nDATA = {str(run[0])!r}\nCASE = None"
     client = NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}})

@@ -97,7 +97,7 @@ def toy_trainer(folder, world=None, loss=VAELoss, loader=None, task=None, batch_
     world = world or World()
     loader = loader or ToyLoader(10, batch_size, world.rank, world.size)
     defaults = dict(max_steps=8, lr=1e-2, warmup_steps=0, log_every=1, save_every=100)
-    options = defaults | dict(ema_decay=0.9, amp="off") | options
+    options = defaults | dict(ema_decay=0.9, amp="off", trackers=()) | options
     loop = Loop(**{f.name: options.pop(f.name) for f in fields(Loop) if f.name in options})
     task = task or VAETask(tiny_vae(), loss(), seed=0)
     files = Checkpoints(folder)

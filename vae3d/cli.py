@@ -16,6 +16,7 @@ COMMANDS = {
     "plan": ("plan.plan", "propose a recipe for data, or tell what one costs"),
     "train": ("train.train_3d", "train a VAE"),
     "evaluate": ("evaluate.evaluate", "reconstruct volumes with a trained VAE and measure them"),
+    "anomaly": ("anomaly.anomaly", "map what is unlike the healthy volumes of a training"),
     "report": ("report.report", "write one HTML page on one or several runs"),
     "convert": ("convert.convert", "bring weights in from other libraries, or out to them"),
     "export": ("export.export", "write encoder and decoder for torch.export and ONNX"),
@@ -38,14 +39,24 @@ def main(argv: list[str] | None = None) -> None:
     if name not in COMMANDS:
         print(f"error: no command {name!r}; choose from {', '.join(COMMANDS)}", file=sys.stderr)
         sys.exit(2)
+    run(name, rest, prog=f"vae3d {name}")
 
+
+def run(name: str, argv: list[str] | None = None, prog: str | None = None) -> None:
+    """Run one command and exit with its code; the scripts do no more than this.
+
+    Args:
+        name: One of `COMMANDS`.
+        argv: Its arguments; None for those of this process.
+        prog: Name of the program in the help; None for that of the script.
+    """
     try:
         with listening():  # the libraries take seconds to import, in which Ctrl-C may come
             from vae3d import config
 
             module, function = COMMANDS[name][0].split(".")
             command = getattr(import_module(f"vae3d.commands.{module}"), function)
-            config.main(command, rest, prog=f"vae3d {name}")
+            config.main(command, argv, prog)
     except Stopped as stopped:
         say(f"{stopped}: nothing was begun")
         sys.exit(stopped.code)

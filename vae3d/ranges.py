@@ -80,6 +80,7 @@ RANGES = {
     "spatial_dims": Range(2, 3),
     "memory_gb": Range(0.01, 10**6),  # less is not kept by the libraries alone
     "latent_bits": Range(1, 64),
+    "lesions": Range(-(2**31), 2**31),
     # networks
     **dict.fromkeys(("in_channels", "out_channels", "channels", "latent_channels"), WIDTH),
     **dict.fromkeys(("z_channels", "stem_channels", "base_ch", "ch_mult", "embed_dim"), WIDTH),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -23,7 +23,7 @@ def convert(
     source: str,
     target: Path,
     /,
-    to: Literal["vae3d", "monai", "diffusers"] = "vae3d",
+    to: Literal["vae3d", "monai", "diffusers", "compvis"] = "vae3d",
     layout: str | None = None,
     model: Callable[[], CustomVAE] | None = None,
     norm_num_groups: int | None = None,
@@ -42,13 +42,14 @@ def convert(
     """Convert the weights of an autoencoder between libraries.
 
     The layout of SOURCE is recognized by the names of its weights: vae3d (a run folder, checkpoint
-    or `save_pretrained` folder), MONAI, MAISI, GenerativeModels 0.1 and 0.2, CompVis, diffusers;
-    also below the prefixes that DDP, compile and Lightning put before them. Every weight must find
-    its place; what is left out or reshaped is printed.
+    or `save_pretrained` folder), MONAI, MAISI, GenerativeModels 0.1 and 0.2, CompVis, MedVAE,
+    diffusers; also below the prefixes that DDP, compile and Lightning put before them. Every weight
+    must find its place; what is left out or reshaped is printed.
 
     Examples:
         vae3d convert autoencoder.pt maisi.pt --norm_num_groups 32 --preprocess.intensity unit
         vae3d convert sd-vae-ft-mse vae3d-from-sd --inflate center
+        vae3d convert vae_4x_1c_3D.ckpt medvae.pt --preprocess.intensity symmetric
         vae3d convert runs/a autoencoder_for_monai.pt --to monai
         vae3d convert hf://stabilityai/sd-vae-ft-mse sd.pt --preprocess.intensity symmetric
         vae3d convert ours_by_ddp.pt vae.pt --model CustomVAE --model.channels '[32,64,128]'
@@ -58,8 +59,8 @@ def convert(
             Hugging Face Hub.
         target: What to write; must not exist. For vae3d a .pt file is a checkpoint that evaluate,
             encode and decode take, and a folder what `from_pretrained` takes. A folder for
-            diffusers, a .pt or .safetensors file for monai.
-        to: Library to write for.
+            diffusers, a .pt or .safetensors file for monai, a .ckpt file for compvis.
+        to: Library to write for; compvis is latent-diffusion and MedVAE.
         layout: Layout of SOURCE, such as "MONAI", where its names are ambiguous.
         model: The network, as in training, for weights of vae3d alone; null to find it out.
         norm_num_groups: Groups of the norms; the weights do not say it.
@@ -98,6 +99,7 @@ def convert(
         latent_scale=latent_scale,
     )
     if model is not None:
+        only_default(hints, "--model says it")
         vae = made("--model", model).eval()
         report = load_weights(vae, find_checkpoint(source), ignore_keys, layout)
     else:
@@ -198,6 +200,9 @@ def read(
     def ours(path: Path) -> tuple[CustomVAE, Report]:
         if layout not in (None, OURS):
             raise ValueError(f"{source} is of vae3d, not of --layout {layout}; leave that out")
+        only_default(hints, f"{source} is of vae3d and says it")
+        if ignore_keys:
+            raise ValueError(f"--ignore_keys: {source} is of vae3d, whose network needs all of it")
         return load_vae(path, trust=trust), Report(OURS)
 
     path = from_hub(source) if str(source).startswith("hf://") else Path(source)
@@ -222,6 +227,13 @@ def read(
     if "spec" in state:
         return ours(path)
     return read_model(state, hints, layout, ignore_keys, path)
+
+
+def only_default(hints: Hints, why: str) -> None:
+    """Refuse what the user says of a network that is known already; it would change nothing."""
+    given = [f.name for f in fields(hints) if getattr(hints, f.name) != f.default]
+    if given:
+        raise ValueError(f"leave out {', '.join(f'--{name}' for name in given)}; {why}")
 
 
 def diffusers_hints(hints: Hints, config: dict[str, Any]) -> Hints:
@@ -249,20 +261,27 @@ def write(vae: CustomVAE, target: Path, to: str) -> None:
     Args:
         vae: The network.
         target: File or folder.
-        to: `vae3d`, `monai` or `diffusers`.
+        to: As for `convert`.
     """
     from loaders.whole import whole_file
     from vae3d.training.checkpoint import checkpoint_of, write_atomic
-    from vae3d.weights.convert import export_diffusers, export_monai_state
+    from vae3d.weights.convert import export_compvis, export_diffusers, export_monai_state
     from vae3d.weights.hub import DIFFUSERS_WEIGHTS, RECIPE, write_state
 
-    suffixes = {"vae3d": ("", ".pt"), "monai": (".pt", ".safetensors"), "diffusers": ("",)}[to]
+    suffixes = {
+        "vae3d": ("", ".pt"),
+        "monai": (".pt", ".safetensors"),
+        "diffusers": ("",),
+        "compvis": (".ckpt",),
+    }[to]
     if target.suffix not in suffixes:
         kinds = " or ".join(f"a {s} file" if s else "a folder (no suffix)" for s in suffixes)
         raise ValueError(f"{target}: --to {to} writes {kinds}")
     with whole_file(target) as temporary:
         if to == "monai":
             write_state(temporary, export_monai_state(vae))
+        elif to == "compvis":
+            write_atomic(temporary, export_compvis(vae))
         elif to == "diffusers":
             state, config = export_diffusers(vae)
             temporary.mkdir()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -17,7 +18,7 @@ def decode(
     checkpoint: str,
     out_dir: str,
     split: Literal["train", "val", "test", "all"] = "all",
-    mode: Literal["full", "patch", "exact"] | None = None,
+    mode: Literal["auto", "full", "patch", "exact"] | None = None,
     patch_size: tuple[int, ...] | None = None,
     overlap: int | float | None = None,
     blend: Literal["hann", "gaussian", "average", "crop"] | None = None,
@@ -40,40 +41,59 @@ def decode(
             encoded them, or hf://owner/name.
         out_dir: Where `<subject>.nii.gz` go.
         split: Only subjects of this part of the split.
-        mode: full | patch | exact; null for the mode of encoding.
+        mode: auto | full | patch | exact; null for patch where they were encoded in patches or its
+            options are given, else auto, the cheaper of full and exact that fits in memory.
         patch_size: Patch in voxels for mode patch; null for that of encoding.
         overlap: Overlap of neighboring patches: below 1 a fraction of the patch, else [voxels];
             null as encoded.
         blend: How overlapping patches are mixed; null as encoded.
-        memory_gb: Memory budget of mode exact on the device [GiB]; null for half of what is free.
+        memory_gb: Memory budget of modes exact and auto on the device [GiB]; null for half of what
+            is free.
         amp: off | bf16 | fp16, precision of convolutions and matrix products.
         device: auto | cpu | cuda | mps.
         trust: Module prefixes besides vae3d whose classes the checkpoint may import.
     """
+    from vae3d.inference.estimate import told
     from vae3d.inference.reconstruct import coding_of
+    from vae3d.kernels.progress import part, watched
     from vae3d.stage2.latents import check_header, find_latents, read_info, read_latent
+    from vae3d.tracking.console import Gauge
     from vae3d.training.distributed import open_world
-    from vae3d.training.memory import SMALLER_PASSES, telling_of_memory
+    from vae3d.training.memory import SMALLER_PASSES, telling_of_device
 
     path = Path(latents)
     paths = [path] if path.is_file() else find_latents(path, None if split == "all" else split)
     info = read_info(paths[0])
     check_header(info, paths[0])
     made_by = info["made_by"]
-    given = dict(mode=mode, patch_size=patch_size, overlap=overlap, blend=blend)
-    coding = coding_of(made_by, **given, memory_gb=memory_gb, amp=amp)
+    patching = dict(patch_size=patch_size, overlap=overlap, blend=blend)
+    coding, lines = coding_of(made_by, mode, patching, memory_gb=memory_gb, amp=amp)
     vae = load_encoder(checkpoint, made_by, trust)
     coding.check(vae)
-    with open_world(device) as world, telling_of_memory(*SMALLER_PASSES):
+    with open_world(device) as world, telling_of_device(*SMALLER_PASSES):
         vae.to(world.device)
-        for path in paths[world.rank :: world.size]:
-            latent = read_latent(path)
-            check_header(latent.info, path)
-            if latent.info["made_by"]["checkpoint"] != made_by["checkpoint"]:
-                raise ValueError(f"{path}: from another model than {paths[0]}; encode them anew")
-            size = latent.info["volume_shape"][1:]
-            x = coding.decode(vae, latent.mean, size, str(path))
-            print(write_nifti(Path(out_dir), path.stem, x, latent.info["source"]["undo"]))
+        mine = paths[world.rank :: world.size]
+        sizes = [size_of(path, made_by) for path in mine]
+        if world.is_main:
+            print(*lines, told(coding, vae, sizes, ("decode",)), sep="\n", flush=True)
+        voxels = sum(map(math.prod, sizes))
+        with Gauge("decode", enabled=world.is_main) as gauge, watched(gauge.add):
+            for path, size in zip(mine, sizes, strict=True):
+                latent = read_latent(path)
+                with part(math.prod(size) / voxels):
+                    x = coding.decode(vae, latent.mean, size, str(path))
+                print(write_nifti(Path(out_dir), path.stem, x, latent.info["source"]["undo"]))
+
+
+def size_of(path: Path, made_by: dict) -> list[int]:
+    """Voxels of the volume of a latent, by its header, which has to be of the same model."""
+    from vae3d.stage2.latents import check_header, read_info
+
+    info = read_info(path)
+    check_header(info, path)
+    if info["made_by"]["checkpoint"] != made_by["checkpoint"]:
+        raise ValueError(f"{path}: from another model than the first; encode them anew")
+    return info["volume_shape"][1:]
 
 
 def load_encoder(checkpoint: str, made_by: dict, trust: tuple[str, ...] = ()) -> CustomVAE:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,10 +42,10 @@ def encode(
     out_dir: str,
     data: VolumeSource | None = None,
     split: Literal["train", "val", "test", "all"] = "all",
-    mode: Literal["full", "patch", "exact"] = "full",
+    mode: Literal["auto", "full", "patch", "exact"] = "auto",
     patch_size: tuple[int, ...] | None = None,
-    overlap: int | float = 0.5,
-    blend: Literal["hann", "gaussian", "average", "crop"] = "hann",
+    overlap: int | float | None = None,
+    blend: Literal["hann", "gaussian", "average", "crop"] | None = None,
     memory_gb: float | None = None,
     amp: Literal["off", "bf16", "fp16"] = "off",
     ema: bool = True,
@@ -69,11 +69,14 @@ def encode(
         data: Volumes to encode.
         split: Subjects of this part of the run's split; all for every volume in the data.
         mode: full (one pass) | patch (overlapped patches, blended) | exact (as full, in bounded
-            memory).
+            memory) | auto (full where it fits in memory, else exact; patch where both are refused,
+            or where the options of patches are given).
         patch_size: Patch in voxels for mode patch; null for that of training.
-        overlap: Overlap of neighboring patches: below 1 a fraction of the patch, else [voxels].
-        blend: How overlapping patches are mixed.
-        memory_gb: Memory budget of mode exact on the device [GiB]; null for half of what is free.
+        overlap: Overlap of neighboring patches: below 1 a fraction of the patch, else [voxels];
+            null for half of it.
+        blend: How overlapping patches are mixed; null for hann.
+        memory_gb: Memory budget of modes exact and auto on the device [GiB]; null for half of what
+            is free.
         amp: off | bf16 | fp16, precision of convolutions and matrix products.
         ema: Use the averaged weights where the run kept some.
         device: auto | cpu | cuda | mps.
@@ -85,25 +88,30 @@ def encode(
     import torch
 
     from loaders.whole import sweep
-    from vae3d.inference.reconstruct import Coding
+    from vae3d.inference.estimate import told
+    from vae3d.inference.reconstruct import HALF, Coding, mode_of
+    from vae3d.kernels.progress import part, watched
     from vae3d.stage2.latents import latent_path, write_index, write_latent
+    from vae3d.tracking.console import Gauge
     from vae3d.training.checkpoint import find_checkpoint, load_checkpoint, vae_of
     from vae3d.training.distributed import open_world
-    from vae3d.training.memory import SMALLER_PASSES, telling_of_memory
+    from vae3d.training.memory import SMALLER_PASSES, telling_of_device
 
     state = load_checkpoint(checkpoint)
     vae = vae_of(state, checkpoint, ema, trust)
     slicing = {k: state["config"]["data"][k] for k in ("slice_axis", "num_slices")}
+    taken, lines = mode_of(mode, patch_size=patch_size, overlap=overlap, blend=blend)
     patch_size = patch_size or state["config"]["patch_size"]
-    patch_size = patch_size and tuple(patch_size)
-    coding = Coding(mode, patch_size, overlap, blend, memory_gb=memory_gb, amp=amp, **slicing)
+    patching = patch_size and tuple(patch_size), HALF if overlap is None else overlap
+    options = dict(memory_gb=memory_gb, amp=amp, **slicing)
+    coding = Coding(taken, *patching, blend or "hann", **options)
     coding.check(vae)
     if measured_scale:
         vae.set_latent_scale(vae.latent_scale)  # refuses what keeps none, before anything is made
     made_by = {"checkpoint": weights_hash(vae), "step": state["step"], "ema": ema}
     made_by |= coding.facts()
     folder = Path(out_dir)
-    with open_world(device) as world, telling_of_memory(*SMALLER_PASSES):
+    with open_world(device) as world, telling_of_device(*SMALLER_PASSES):
         vae.to(world.device)
         with world.main_first():
             say = print if world.is_main else None
@@ -117,14 +125,21 @@ def encode(
         todo = [i for i in mine if not _finished(folder, store, i, made_by, overwrite)]
         if len(todo) < len(mine):
             print(f"{len(mine) - len(todo)} of {len(mine)} volumes are done already", flush=True)
-        begun = time.monotonic()
-        for number, index in enumerate(todo, start=1):
-            mean, logvar = coding.encode(vae, torch.from_numpy(store.read(index)), store.ids[index])
-            path = latent_path(folder, store.ids[index])
-            factor = coding.factor(vae, mean.ndim - 1)
-            write_latent(path, mean, logvar, header(store, index, factor, made_by, parts))
-            left = (time.monotonic() - begun) / number * (len(todo) - number)
-            print(f"{store.ids[index]}: {tuple(mean.shape)}  {left:.0f} s left", flush=True)
+        shapes = {i: store.shape(i)[1:] for i in todo}
+        codings = {i: coding.settled(vae, shape, ("encode",)) for i, shape in shapes.items()}
+        if todo and world.is_main:
+            print(*lines, told(coding, vae, [*shapes.values()], ("encode",)), sep="\n", flush=True)
+        voxels = sum(map(math.prod, shapes.values()))
+        with Gauge("encode", enabled=world.is_main) as gauge, watched(gauge.add):
+            for index in todo:
+                name, x = store.ids[index], torch.from_numpy(store.read(index))
+                with part(math.prod(shapes[index]) / voxels):
+                    mean, logvar = codings[index].encode(vae, x, name)
+                factor = coding.factor(vae, mean.ndim - 1)
+                by = made_by | codings[index].facts()
+                info = header(store, index, factor, by, parts)
+                write_latent(latent_path(folder, name), mean, logvar, info)
+                print(f"{name}: {tuple(mean.shape)}  eta {gauge.left()}", flush=True)
         world.barrier()
         if world.is_main:
             report(
@@ -210,7 +225,7 @@ def header(store: VolumeStore, index: int, factor: list[int], made_by: dict, par
 
 def _finished(folder: Path, store: VolumeStore, index: int, made_by: dict, overwrite: bool) -> bool:
     """Whether the latent of a volume lies there, whole and up to date."""
-    from vae3d.stage2.latents import latent_path, read_info
+    from vae3d.stage2.latents import latent_path, made_alike, read_info
 
     path = latent_path(folder, store.ids[index])
     if not path.is_file():
@@ -221,7 +236,7 @@ def _finished(folder: Path, store: VolumeStore, index: int, made_by: dict, overw
         if overwrite:
             return False
         raise
-    if info["made_by"] != made_by:
+    if not made_alike(info["made_by"], made_by):
         if overwrite:
             return False
         raise ValueError(

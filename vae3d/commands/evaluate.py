@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import time
+import math
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -58,10 +59,10 @@ def evaluate(
     data: EvaluationData,
     out_dir: str = "evaluation",
     *,
-    mode: Literal["full", "patch", "exact"] = "patch",
+    mode: Literal["auto", "full", "patch", "exact"] = "auto",
     patch_size: tuple[int, ...] | None = None,
-    overlap: int | float = 0.5,
-    blend: Literal["hann", "gaussian", "average", "crop"] = "hann",
+    overlap: int | float | None = None,
+    blend: Literal["hann", "gaussian", "average", "crop"] | None = None,
     batch_size: int | None = None,
     memory_gb: float | None = None,
     amp: Literal["off", "bf16", "fp16"] = "off",
@@ -72,6 +73,8 @@ def evaluate(
     patch_gap: bool = True,
     baseline: bool = True,
     perceptual: Callable[[], Perceptual] | None = None,
+    labels: str | None = None,
+    segmenter: str | None = None,
     verify: bool = False,
     save_recon: bool = True,
     media: bool = True,
@@ -82,24 +85,28 @@ def evaluate(
 ) -> None:
     """Measure how well a trained model reconstructs volumes.
 
-        python evaluate.py --checkpoint runs/a --data.root DIR --mode patch --out_dir out
+        python evaluate.py --checkpoint runs/a --data.root DIR --out_dir out
         torchrun --nproc_per_node=4 evaluate.py --checkpoint runs/a --data.root DIR --out_dir out
 
-    Writes to out_dir: metrics.csv (a row a volume), summary.json, recon/<case>.nii.gz (intensities
-    of the file up to the window, its affine and size), media/<case>.{png,gif,mp4} (input | recon |
-    error), report.html. The same command again continues: finished volumes are kept.
+    Writes to out_dir: metrics.csv (a row a volume), summary.json, results.md and results.tex (a
+    table for a text), recon/<case>.nii.gz (intensities of the file up to the window, its affine and
+    size), media/<case>.{png,gif,mp4} (input | recon | error), report.html. The same command again
+    continues: finished volumes are kept.
 
     Args:
         checkpoint: Run folder, checkpoint file, folder of save_pretrained, or hf://owner/name.
         data: Volumes to evaluate.
         out_dir: Where the results go.
         mode: full (one forward pass) | patch (overlapped patches, blended) | exact (equal to full,
-            layer by layer in bounded memory).
+            layer by layer in bounded memory) | auto (full where it fits in memory, else exact;
+            patch where both are refused, or where the options of patches are given).
         patch_size: Patch per axis [voxels], multiples of the model's factor; null for training's.
-        overlap: Overlap of neighboring patches: below 1 a fraction of the patch, else [voxels].
-        blend: hann | gaussian | average | crop, how overlapping patches are mixed.
+        overlap: Overlap of neighboring patches: below 1 a fraction of the patch, else [voxels];
+            null for half of it.
+        blend: hann | gaussian | average | crop, how overlapping patches are mixed; null for hann.
         batch_size: Patches in a forward pass [patches]; null for 1, on a GPU for as many as fit.
-        memory_gb: Memory budget of mode exact on the device [GiB]; null for half of what is free.
+        memory_gb: Memory budget of modes exact and auto on the device [GiB]; null for half of what
+            is free.
         amp: off | bf16 | fp16, precision of convolutions and matrix products; validation during
             training runs in that of training.
         split: Subjects of the run's train, val or test part, or all that lie in the folder; null
@@ -110,6 +117,10 @@ def evaluate(
         patch_gap: In mode patch, compute the exact result too, and the PSNR between the two.
         baseline: Fit a block PCA with as many values as the latent on the run's training volumes.
         perceptual: Perceptual distance and its network; null for none.
+        labels: Label maps, in each of whose labels metrics are taken too: a manifest column, or a
+            pattern beside the image such as `{name}_seg.nii.gz`; null for a manifest's `label_map`.
+        segmenter: What is looked for in input and reconstruction, for the Dice of the two: deepbet
+            (the brain in T1 heads), or a class such as my_lab.tasks.Vessels; null for none.
         verify: Compare the exact and the full pass on a crop first, and print the difference.
         save_recon: Write the reconstructions as NIfTI.
         media: Write pictures, clips and what the report's viewer shows.
@@ -120,14 +131,19 @@ def evaluate(
         tracking: Each option of trackers by its own name, see `vae3d.tracking.options`.
     """
     from loaders import VolumeStore, find_subjects
+    from loaders.masks import with_label_maps
     from loaders.store import silent
+    from vae3d.inference.estimate import told
     from vae3d.inference.evaluation import Evaluator, headline
-    from vae3d.inference.reconstruct import Coding
+    from vae3d.inference.reconstruct import HALF, Coding, mode_of
+    from vae3d.inference.segmenters import segmenter_named
+    from vae3d.kernels.progress import part, watched
+    from vae3d.tracking.console import Gauge
     from vae3d.tracking.privacy import Aliases
     from vae3d.tracking.tracker import Tracker
     from vae3d.training.checkpoint import find_checkpoint, fingerprint, load_checkpoint, vae_of
     from vae3d.training.distributed import open_world
-    from vae3d.training.memory import SMALLER_PASSES, telling_of_memory
+    from vae3d.training.memory import SMALLER_PASSES, telling_of_device
 
     if isinstance(data, str):
         data = EvaluationData(data)
@@ -135,12 +151,13 @@ def evaluate(
     state = load_checkpoint(checkpoint)
     vae = vae_of(state, checkpoint, ema, trust)
     trained = state["config"]
+    taken, about_mode = mode_of(mode, patch_size=patch_size, overlap=overlap, blend=blend)
     patch = patch_size or trained["patch_size"]
     coding = Coding(  # says what is wrong before anything is written
-        mode=mode,
-        patch_size=patch and list(patch),
-        overlap=overlap,
-        blend=blend,
+        taken,
+        patch and list(patch),
+        HALF if overlap is None else overlap,
+        blend or "hann",
         batch_size=batch_size,
         memory_gb=memory_gb,
         amp=amp,
@@ -149,6 +166,7 @@ def evaluate(
     )
     how = vars(coding)
     distance = perceptual() if perceptual is not None else None
+    judge = segmenter_named(segmenter) if segmenter else None
     coding.check(vae)
     if radiological is None:
         radiological = trained.get("radiological", False)
@@ -162,9 +180,10 @@ def evaluate(
     seen = [id for ids in state["split"].values() for id in ids]
     lines: list[str] = []
     subjects = find_subjects(data.root, reading, seen, lines.append)
+    subjects = with_label_maps(subjects, labels, Path(data.root))
     chosen = choose_subjects(subjects, state["split"], split)[:limit]
 
-    with open_world(device) as world, telling_of_memory(*SMALLER_PASSES):
+    with open_world(device) as world, telling_of_device(*SMALLER_PASSES):
         vae.to(world.device)
         for line in lines if world.is_main else ():
             print(line)
@@ -183,8 +202,10 @@ def evaluate(
             if baseline:
                 fitted_on = [s for s in subjects if s.id in state["split"].get("train", ())]
                 fitted_on = fitted_on[:PCA_VOLUMES]
-                quiet = partial(open_store, say=silent)
-                pca = block_pca(quiet, fitted_on, vae, coding.slice_axis, out)
+                quiet = partial(open_store, fitted_on, say=silent)
+                how_read = [store.preprocess.to_dict(), reading.chosen()]
+                kept_in = store.cache_dir if os.access(store.cache_dir, os.W_OK) else out
+                pca = block_pca(quiet, fitted_on, how_read, vae, coding.slice_axis, kept_in)
         if world.is_main:
             out.mkdir(parents=True, exist_ok=True)
             store.write_skipped(out)
@@ -194,18 +215,21 @@ def evaluate(
             distance.to(world.device).data_range = store.data_range
         evaluator = Evaluator(
             vae, store, out, how, facts, latent_bits, patch_gap, pca, distance, save_recon, media,
-            radiological,
+            radiological, segmenter=judge, segmenter_name=(segmenter or "").rpartition(".")[2],
         )  # fmt: skip
         if tracking.hash_cases:
             evaluator.alias = Aliases(out, store.ids)
         mine = range(world.rank, len(store), world.size)
-        begun, kept = time.monotonic(), 0
-        for done, index in enumerate(mine, start=1):
-            kept += evaluator.finished(index) is not None
-            row = evaluator.volume(index)
-            per_volume = (time.monotonic() - begun) / max(done - kept, 1)
-            left = time.strftime("%H:%M:%S", time.gmtime(per_volume * (len(mine) - done)))
-            print(f"{done}/{len(mine)} {row['case']}: {headline(row)}  eta {left}", flush=True)
+        todo = {i: store.shape(i)[1:] for i in mine if evaluator.finished(i) is None}
+        if todo and world.is_main:
+            print(*about_mode, told(coding, vae, list(todo.values())), sep="\n", flush=True)
+        voxels = sum(map(math.prod, todo.values()))
+        with Gauge("evaluate", enabled=world.is_main) as gauge, watched(gauge.add):
+            for done, index in enumerate(mine, start=1):
+                with part(math.prod(todo.get(index, (0,))) / max(voxels, 1)):
+                    row = evaluator.volume(index)
+                left = gauge.left() if todo else "0:00:00"
+                print(f"{done}/{len(mine)} {row['case']}: {headline(row)}  eta {left}", flush=True)
         world.barrier()
         if not world.is_main:
             return
@@ -217,6 +241,7 @@ def evaluate(
             tracker.log_media(evaluator.pictures(SHOWN), step=state["step"])
         tracker.close()
         say_results(summary, out)
+        print(evaluator.sentence(summary))
 
 
 def choose_subjects(
@@ -242,42 +267,48 @@ def choose_subjects(
 
 
 def block_pca(
-    open_store: Callable[[list[Subject]], VolumeStore],
+    open_store: Callable[[], VolumeStore],
     subjects: list[Subject],
+    how_read: list[dict],
     vae: CustomVAE,
     slice_axis: int,
-    out: Path,
+    folder: Path,
 ) -> BlockPCA | None:
-    """The baseline, fitted on the run's training volumes once and kept in the folder.
+    """The baseline, fitted on the run's training volumes once for all evaluations.
+
+    While their files stay as they are nothing of them is opened again.
 
     Args:
-        open_store: Brings subjects into the cache.
+        open_store: Brings these volumes into the cache.
         subjects: Training volumes.
+        how_read: How they are read and prepared.
         vae: Says how many values a block has.
         slice_axis: Axis along which a 2D model is sliced.
-        out: Evaluation folder.
+        folder: Where it is kept.
 
     Returns:
         A `BlockPCA`; None where no training volume lies in the folder.
     """
     import torch
 
+    from loaders.build import stamp
     from vae3d.inference.baselines import BlockPCA
 
     if not subjects:
         print("no pca_psnr: the run's training volumes are not in data.root")
         return None
-    factor = list(vae.factor)
+    factor, count = list(vae.factor), COMPONENTS * vae.latent_channels
     if vae.spatial_dims == 2:
         factor.insert(slice_axis, 1)
-    store = open_store(subjects)
-    fitted_on = [store.meta(i)["key"] for i in range(len(store))]
-    key = json.dumps([fitted_on, factor, COMPONENTS * vae.latent_channels])
-    path = out / f"block_pca_{hashlib.sha256(key.encode()).hexdigest()[:8]}.pt"
+    paths = [path for s in subjects for path in (*s.paths, s.mask) if path]
+    files = [[str(path.absolute()), stamp(path)] for path in paths if path.exists()]
+    key = json.dumps([files, how_read, factor, count], sort_keys=True)
+    path = folder / f"block_pca_{hashlib.sha256(key.encode()).hexdigest()[:16]}.pt"
     if not path.is_file():
+        store = open_store()
         volumes = (torch.from_numpy(store.read(i)) for i in range(len(store)))
-        out.mkdir(parents=True, exist_ok=True)
-        BlockPCA.fit(volumes, factor, COMPONENTS * vae.latent_channels).save(path)
+        folder.mkdir(parents=True, exist_ok=True)
+        BlockPCA.fit(volumes, factor, count).save(path)
     return BlockPCA.load(path)
 
 

@@ -102,7 +102,7 @@ def plan_recipe(
 
     from vae3d.commands.train import check_sizes, train_3d
     from vae3d.training.distributed import open_world
-    from vae3d.training.memory import Trial, budget_bytes, telling_of_memory
+    from vae3d.training.memory import Trial, budget_bytes, telling_of_device
     from vae3d.training.precision import native_amp
     from vae3d.training.task import VAETask
 
@@ -115,7 +115,7 @@ def plan_recipe(
     check_sizes(vae, "full", patch)
     vae.set_checkpointing(options["checkpointing"])
 
-    with open_world(device) as world, telling_of_memory("--batch_size", "--patch_size"):
+    with open_world(device) as world, telling_of_device("--batch_size", "--patch_size"):
         task = VAETask(vae, terms).to(world.device)
         amp, dtype = options["amp"] or native_amp(world.device), torch.float32
         smaller = tuple(max(n // 2 // f, 1) * f for n, f in zip(patch, vae.factor, strict=True))
@@ -157,7 +157,7 @@ def plan_data(
     from vae3d.commands.train import check_sizes
     from vae3d.proposal import propose, recipe_text, sizes
     from vae3d.training.distributed import open_world
-    from vae3d.training.memory import budget_bytes, telling_of_memory
+    from vae3d.training.memory import budget_bytes, telling_of_device
     from vae3d.training.precision import native_amp
     from vae3d.training.task import VAETask
 
@@ -169,7 +169,7 @@ def plan_data(
     where = Path(root).expanduser().absolute()
     folder = next(part for part in reversed(where.parts) if not glob.has_magic(part))
     out_dir = f"runs/{Path(write or folder).stem}"
-    with open_world(device) as world, telling_of_memory("--batch_size", "--patch_size"):
+    with open_world(device) as world, telling_of_device("--batch_size", "--patch_size"):
         recipe = propose(found, str(where), out_dir, world.device.type == "cuda")
         vae, loss = read_back(recipe_text(recipe))
         if patch_size:

@@ -38,7 +38,7 @@ def sample(
     solver: Literal["ddim", "ddpm", "euler", "heun"] | None = None,
     steps: int = 50,
     grid: tuple[int, ...] | None = None,
-    mode: Literal["full", "patch", "exact"] | None = None,
+    mode: Literal["auto", "full", "patch", "exact"] | None = None,
     patch_size: tuple[int, ...] | None = None,
     overlap: int | float | None = None,
     blend: Literal["hann", "gaussian", "average", "crop"] | None = None,
@@ -80,13 +80,15 @@ def sample(
         solver: ddim | ddpm for a ddpm model, euler | heun for a flow; null for the first.
         steps: Steps of the solver.
         grid: Latent voxels per axis; null for the grid of a training latent.
-        mode: How latents are decoded: full | patch (tiles, blended) | exact (bounded memory); null
-            for the mode of encoding.
+        mode: How latents are decoded: full | patch (tiles, blended) | exact (bounded memory) | auto
+            (full where it fits in memory, else exact); null for patch where they were encoded in
+            patches or its options are given, else auto.
         patch_size: Tile in voxels for mode patch; null for the patch of encoding.
         overlap: Overlap of neighboring tiles: below 1 a fraction of the tile, else [voxels]; null
             as encoded.
         blend: How overlapping tiles are mixed; null as encoded.
-        memory_gb: Memory budget of mode exact on the device [GiB]; null for half of what is free.
+        memory_gb: Memory budget of modes exact and auto on the device [GiB]; null for half of what
+            is free.
         amp: off | bf16 | fp16, precision of convolutions and matrix products.
         clip: Clip intensities to the window, as those that the VAE was trained on are.
         seed: Seed of the samples.
@@ -96,12 +98,15 @@ def sample(
         trust: Module prefixes besides vae3d whose classes the checkpoints may import.
     """
     from vae3d.commands.decode import encoder_of
+    from vae3d.inference.estimate import told
     from vae3d.inference.reconstruct import coding_of
     from vae3d.kernels.precision import autocast
+    from vae3d.kernels.progress import part, watched
     from vae3d.stage2.latents import check_header
+    from vae3d.tracking.console import Gauge
     from vae3d.training.checkpoint import load_checkpoint
     from vae3d.training.distributed import open_world
-    from vae3d.training.memory import SMALLER_PASSES, telling_of_memory
+    from vae3d.training.memory import SMALLER_PASSES, telling_of_device
 
     check_ranges("sample", dict(n=n, seed=seed, steps=steps, guidance=guidance))
     vae_path, fitted = checkpoint or "", latents or ""
@@ -113,7 +118,7 @@ def sample(
         fitted = fitted or fitted_latents(vae_path, device, trust)
     sources: Mapping[str, FromGaussian | FromDiffusion]
     kinds: tuple[Kind, ...]
-    with open_world(device) as world, telling_of_memory(*SMALLER_PASSES):
+    with open_world(device) as world, telling_of_device(*SMALLER_PASSES):
         if ldm is not None:
             how = dict(solver=solver, steps=steps, guidance=guidance)
             diffusion = FromDiffusion(ldm, ema, trust, label, condition, **how)
@@ -129,25 +134,35 @@ def sample(
             raise ValueError(f"--grid {list(grid)}: give {axes} numbers of latent voxels")
         state = load_checkpoint(vae_path)
         vae = encoder_of(state, vae_path, template["made_by"], trust).to(world.device)
-        given = dict(mode=mode, patch_size=patch_size, overlap=overlap, blend=blend)
-        coding = coding_of(template["made_by"], **given, memory_gb=memory_gb, amp=amp)
+        patching = dict(patch_size=patch_size, overlap=overlap, blend=blend)
+        made_by = template["made_by"]
+        coding, lines = coding_of(made_by, mode, patching, memory_gb=memory_gb, amp=amp)
         coding.check(vae)
         drawn = state["config"] if ldm is None else diffusion.config  # bodies as the run drew them
         radiological = drawn.get("radiological", False)
         window = window_of(template) if clip else None
         writer = Writer(Path(out_dir), template, vae, coding, media, radiological, window)
         shape = (template["shape"][0], *(grid or template["shape"][1:]))
+        todo = [(name, k) for name in sources for k in range(world.rank, n, world.size)]
+        size = writer.size_of(shape) or [
+            voxels * f for voxels, f in zip(shape[1:], coding.factor(vae, axes), strict=True)
+        ]
+        writer.coding = coding.settled(vae, size, ("decode",))
+        if todo and world.is_main:
+            print(*lines, told(coding, vae, [size] * len(todo), ("decode",)), sep="\n", flush=True)
         done = {}
-        for name, source in sources.items():
-            for number in range(world.rank, n, world.size):
-                begun = time.monotonic()
-                with autocast(world.device, amp if ldm else "off"):
-                    z, facts = source.draw(shape, seed, number, world.device)
-                facts |= {"seed": seed, "seconds_latent": time.monotonic() - begun}
-                done[name, number] = writer.write(name, number, z, facts)
+        with Gauge("sample", enabled=world.is_main) as gauge, watched(gauge.add):
+            for name, number in todo:
+                with part(1 / len(todo)):
+                    begun = time.monotonic()
+                    with autocast(world.device, amp if ldm else "off"):
+                        z, facts = sources[name].draw(shape, seed, number, world.device)
+                    facts |= {"seed": seed, "seconds_latent": time.monotonic() - begun}
+                    facts |= {"mode": writer.coding.mode}
+                    done[name, number] = writer.write(name, number, z, facts)
                 if world.is_main:
                     writer.note(done)  # a signal may end the next one
-        done = {key: value for part in world.gather(done) for key, value in part.items()}
+        done = {key: value for of in world.gather(done) for key, value in of.items()}
         if world.is_main:
             writer.finish({key: done[key] for key in sorted(done)})
             print(f"judge them: vae3d compare {Path(out_dir) / next(iter(sources))} REAL "
@@ -308,6 +323,11 @@ class Writer:
         self.out_dir, self.template, self.vae, self.window = out_dir, template, vae, window
         self.coding, self.media, self.radiological = coding, media, radiological
 
+    def size_of(self, shape: Sequence[int]) -> list[int] | None:
+        """Voxels of the volume of a latent; None where that is all that it decodes to."""
+        same_grid = list(shape) == list(self.template["shape"])
+        return self.template["volume_shape"][1:] if same_grid else None
+
     def write(self, name: str, number: int, z: torch.Tensor, facts: dict) -> Shown:
         """Decode a latent, write the volume and its GIF; return its picture and the facts."""
         from loaders import write_volume
@@ -315,8 +335,7 @@ class Writer:
         from vae3d.stage2.sheet import scroll, three_slices, view_of
         from vae3d.tracking.media import write_gif
 
-        same_grid = list(z.shape) == list(self.template["shape"])
-        size = self.template["volume_shape"][1:] if same_grid else None
+        size = self.size_of(z.shape)
         begun = time.monotonic()
         x = self.coding.decode(self.vae, z, size, f"{name} {number}").numpy()
         if self.window is not None:

@@ -85,7 +85,7 @@ def train_3d(
     from vae3d.training.distributed import World, open_world
     from vae3d.training.facts import facts, largest
     from vae3d.training.linear_code import fit_linear_code
-    from vae3d.training.memory import telling_of_memory
+    from vae3d.training.memory import telling_of_device
     from vae3d.training.run import Run
     from vae3d.training.task import VAETask
     from vae3d.training.trainer import Trainer
@@ -105,7 +105,7 @@ def train_3d(
     with (
         open_world(loop.device, loop.timeout_minutes) as world,
         Run(out_dir, world, loop.keep_checkpoints) as run,
-        telling_of_memory("--batch_size", "--patch_size", "--checkpointing level"),
+        telling_of_device("--batch_size", "--patch_size", "--checkpointing level"),
     ):
         config, state = run.begin(train_3d, call, loop.fresh, loop.force)
         data = run.options["data"]  # by the rules that the run was begun under

@@ -123,14 +123,14 @@ def train_ldm(
     from vae3d.stage2.latents import read_index
     from vae3d.stage2.task import Guide, LatentTask, LatentValidation
     from vae3d.training.distributed import open_world
-    from vae3d.training.memory import telling_of_memory
+    from vae3d.training.memory import telling_of_device
     from vae3d.training.run import Run
     from vae3d.training.trainer import Trainer
 
     with (
         open_world(loop.device, loop.timeout_minutes) as world,
         Run(out_dir, world, loop.keep_checkpoints) as run,
-        telling_of_memory("--batch_size", "--crop", "--unet.channels"),
+        telling_of_device("--batch_size", "--crop", "--unet.channels"),
     ):
         config, state = run.begin(train_ldm, call, loop.fresh, loop.force)
         loop = replace(loop, amp=run.precision(loop.amp, state))
@@ -323,7 +323,7 @@ class Pictures:
         self.template: dict[str, Any] = store.infos[0]
         check_header(self.template, store.paths[0])
         made_by = self.template["made_by"]
-        self.coding = coding_of(made_by, mode="full")
+        self.coding, _ = coding_of(made_by, "full")
         self.vae = load_encoder(vae, made_by, trust)  # now: another model must not fail hours later
         self.guide, self.folder, self.radiological = guide, folder, radiological
         self.count = min(count, len(store))

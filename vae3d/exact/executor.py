@@ -22,7 +22,8 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -59,6 +60,7 @@ from vae3d.kernels.convolutions import Axes, ConvT, Ends
 from vae3d.kernels.device import free_bytes
 from vae3d.kernels.memory import CHANNELS_LAST, channels_last, held_heap, trim
 from vae3d.kernels.precision import exact_float32
+from vae3d.kernels.progress import is_watched, passed
 from vae3d.models import attention, blocks, custom_vae, downsample, norm, upsample
 from vae3d.models.custom_vae import CustomVAE
 from vae3d.models.posterior import DiagonalGaussian
@@ -69,6 +71,10 @@ CACHE = 32 << 20  # bytes
 Folder = str | Path | None
 HOST: Home = (torch.device("cpu"), torch.float32)
 CHEAP = 256  # operations per value below which computing again is faster than storing
+LEAST_OPERATIONS = 8  # per value that is only read and written, for the progress
+WORTH_TELLING = 64**3  # voxels; below, a volume is done before anybody asks
+
+_rehearsals: "WeakKeyDictionary[CustomVAE, Rehearsal]" = WeakKeyDictionary()
 
 # What a subclass may not override if the handler of its base is to hold for it.
 OVERRIDES = ("forward", "normalize", "update", "mix")
@@ -104,6 +110,12 @@ def encode_exact(
     assert not vae.training, "exact mode is for a model in eval mode"
     check_axes("volume", volume.shape, vae.in_channels, vae.spatial_dims)
     run = Executor(memory_gb, tile, scratch_dir, home=_home(vae))
+    run.expect(vae, "encode", math.prod(volume.shape[1:]))
+    return _encode(vae, volume, run)
+
+
+def _encode(vae: CustomVAE, volume: Array, run: "Executor") -> DiagonalGaussian:
+    """`encode_exact` by an executor."""
     volume = run.near(volume)
     shape = [-(-n // f) * f for n, f in zip(volume.shape[1:], vae.factor, strict=True)]
     node = run.walk(vae.encoder, Source(volume, shape, *run.home))
@@ -154,6 +166,18 @@ def decode_exact(
     assert not vae.training, "exact mode is for a model in eval mode"
     check_axes("latent", z.shape, vae.latent_channels, vae.spatial_dims)
     run = Executor(memory_gb, tile, scratch_dir, home=_home(vae))
+    run.expect(vae, "decode", math.prod(z.shape[1:]) * math.prod(vae.factor))
+    return _decode(vae, z, run, out, size)
+
+
+def _decode(
+    vae: CustomVAE,
+    z: Array,
+    run: "Executor",
+    out: Array | None = None,
+    size: Sequence[int] | None = None,
+) -> Array:
+    """`decode_exact` by an executor."""
     z = run.near(z)
     node = run.walk(vae.post_quant_conv, Source(z, z.shape[1:], *run.home))
     node = run.walk(vae.decoder, node)
@@ -174,6 +198,36 @@ def decode_exact(
             where = (slice(None), *(slice(*r) for r in inside))
             out[where] = values.to(out.device) if isinstance(out, Tensor) else values.cpu()
     return out
+
+
+class Rehearsal(NamedTuple):
+    """What the exact mode of a network would do.
+
+    Args:
+        encode: Work per voxel, in the unit of `Executor.swept`.
+        decode: The same.
+        at_once: Names of the layers that would be run on the whole volume at once.
+    """
+
+    encode: float
+    decode: float
+    at_once: tuple[str, ...]
+
+
+@torch.no_grad()
+@exact_float32()
+def rehearsed(vae: CustomVAE) -> Rehearsal:
+    """Go through a network once on a few voxels, to see what exact mode does with it."""
+    if vae not in _rehearsals:
+        size = [4 * f for f in vae.factor]
+        runs = [Executor(home=_home(vae)) for _ in range(2)]
+        with warnings.catch_warnings(action="ignore"):  # they come when it is done in earnest
+            mean = _encode(vae, torch.zeros(vae.in_channels, *size), runs[0]).mean
+            _decode(vae, mean, runs[1])
+        names = dict.fromkeys(name for run in runs for name in run.run_at_once)
+        encode, decode = (run.swept / math.prod(size) for run in runs)
+        _rehearsals[vae] = Rehearsal(encode, decode, tuple(names))
+    return _rehearsals[vae]
 
 
 def check_axes(name: str, shape: Sequence[int], channels: int, dims: int) -> None:
@@ -252,6 +306,14 @@ class Executor:
         self.live: list[Stored] = []
         self.waiting: list[Node] = []  # shortcuts that are read after the body at hand
         self.fixed_bytes = 0  # held to the end: keys and values of attention
+        self.run_at_once: list[str] = []  # layers that were run on the whole volume
+        # Operations times bytes of what was swept, and how much of that there will be.
+        self.swept, self.expected = 0.0, math.inf
+
+    def expect(self, vae: CustomVAE, what: Literal["encode", "decode"], voxels: int) -> None:
+        """Tell whoever watches how much of the work for so many voxels has passed."""
+        if is_watched() and voxels >= WORTH_TELLING:
+            self.expected = getattr(rehearsed(vae), what) * voxels
 
     def walk(self, module: nn.Module, node: Node) -> Node:
         """Extend the graph by a module: by its handler, its declared halo, or in full."""
@@ -267,6 +329,7 @@ class Executor:
     def at_once(self, module: nn.Module, node: Node, why: str) -> Node:
         """Run a module on the whole volume, with a message."""
         name = type(module).__name__
+        self.run_at_once.append(name)
         warnings.warn(f"exact mode runs {name} on the whole volume at once: {why}")
         return self.hold(module(self.take(node)))
 
@@ -320,9 +383,13 @@ class Executor:
         kept = [k for n in (node, *beside) for k in nodes_of(n, Kept)]
         size = size or self.tile_size(node)
         self.make_room(node, size)
+        dear = max(node.operations(), LEAST_OPERATIONS)
         for row in tiles(node, size):
             for region in row:
                 yield region
+                swept = dear * node.bytes(region)
+                self.swept += swept
+                passed(swept / self.expected)
                 for k in kept:
                     k.trim()
             for leaf in self.live:

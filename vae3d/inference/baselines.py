@@ -8,7 +8,7 @@ training volumes: the best linear code of that size.
 import hashlib
 import math
 import pickle
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from math import prod
 from pathlib import Path
@@ -21,6 +21,7 @@ from torch import Tensor
 from loaders.whole import whole_file
 
 BLOCKS_PER_VOLUME = 20_000
+SLAB = 1 << 22  # values that are worked on at a time
 
 # What torch may say of a file that is none of its own.
 DAMAGE = (RuntimeError, TypeError, EOFError, LookupError, ValueError, pickle.UnpicklingError)
@@ -75,8 +76,14 @@ class BlockPCA:
 
     def __call__(self, x: Tensor, count: int | None = None) -> Tensor:
         """Code and decode a volume (C, *spatial) by the first `count` components; None for all."""
+        recon = torch.empty_like(x)
+        for rows in _slabs(x.shape, self.factor):
+            recon[:, rows] = self._coded(x[:, rows], self.components[:count])
+        return recon
+
+    def _coded(self, x: Tensor, kept: Tensor) -> Tensor:
+        """Code and decode some rows by some components."""
         blocks, grid = _blocks(_pad(x, self.factor), self.factor)
-        kept = self.components[:count]
         recon = (blocks - self.mean) @ kept.T @ kept + self.mean
         recon = recon.reshape(*grid, x.shape[0], *self.factor)
         dims = len(grid)
@@ -100,16 +107,18 @@ class BlockPCA:
             next to it; infinity where all components together are worse.
         """
         sizes = [n // f * f for n, f in zip(x.shape[1:], self.factor, strict=True)]
-        whole = (slice(None), *map(slice, sizes))
-        blocks = (_blocks(x[whole], self.factor)[0] - self.mean).double()
-        wanted = (x[whole] - recon[whole]).double().square()
-        if mask is None:
-            energy = (blocks @ self.components.T.double()).square().sum(0)
-            errors = blocks.square().sum() - torch.cat([torch.zeros(1), energy.cumsum(0)])
-        else:
-            errors = self._masked_errors(blocks, _blocks(mask.expand_as(x)[whole], self.factor)[0])
-            wanted = wanted * mask[whole[1:]]
-        wanted = wanted.sum()
+        x, recon = (v[(slice(None), *map(slice, sizes))] for v in (x, recon))
+        counts = None if mask is None else mask[tuple(map(slice, sizes))].expand_as(x)
+        errors = wanted = torch.zeros(1, dtype=torch.float64)
+        for rows in _slabs(x.shape, self.factor):
+            blocks = (_blocks(x[:, rows], self.factor)[0] - self.mean).double()
+            missed = (x[:, rows] - recon[:, rows]).double().square()
+            if counts is not None:
+                missed = missed * counts[:, rows]
+            wanted = wanted + missed.sum()
+            seen = None if counts is None else _blocks(counts[:, rows], self.factor)[0]
+            errors = errors + self._errors(blocks, seen)
+        errors = errors.cummin(0).values
         better = int((errors > wanted * (1 + 1e-6)).sum())  # counts that are not enough
         if better == len(errors):
             return math.inf
@@ -118,16 +127,19 @@ class BlockPCA:
         before, after = errors[better - 1 : better + 1].clamp(min=1e-12 * errors[0]).tolist()
         return better - 1 + math.log(before / max(float(wanted), after)) / math.log(before / after)
 
-    def _masked_errors(self, blocks: Tensor, counts: Tensor) -> Tensor:
-        """Squared error of 0, 1, 2, ... components over the voxels that count, none above another.
+    def _errors(self, blocks: Tensor, counts: Tensor | None) -> Tensor:
+        """Squared error of 0, 1, 2, ... components, over the values that count.
 
-        Components are not orthogonal there, so each error is summed up by itself.
+        Among those components are not orthogonal, so each error is summed up by itself.
         """
+        if counts is None:
+            energy = (blocks @ self.components.T.double()).square().sum(0)
+            return blocks.square().sum() - torch.cat([torch.zeros(1), energy.cumsum(0)])
         errors, left = [blocks[counts].square().sum()], blocks
         for component in self.components.double():
             left = left - torch.outer(blocks @ component, component)
             errors.append(left[counts].square().sum())
-        return torch.stack(errors).cummin(0).values
+        return torch.stack(errors)
 
     def save(self, path: Path) -> None:
         """Write to a file, whole or not at all."""
@@ -154,6 +166,13 @@ class BlockPCA:
         """Names what was fitted."""
         values = torch.cat([self.mean.flatten(), self.components.flatten()])
         return hashlib.sha256(values.numpy().tobytes()).hexdigest()[:16]
+
+
+def _slabs(shape: Sequence[int], factor: Sequence[int]) -> Iterator[slice]:
+    """Rows of whole blocks of a volume (C, *spatial), few enough to take little memory."""
+    each = shape[0] * prod(shape[2:]) * factor[0]
+    step = max(1, SLAB // max(each, 1)) * factor[0]
+    return (slice(a, min(a + step, shape[1])) for a in range(0, shape[1], step))
 
 
 def _pad(x: Tensor, factor: Sequence[int]) -> Tensor:

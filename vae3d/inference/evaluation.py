@@ -11,8 +11,9 @@ import io
 import json
 import math
 import statistics
+from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from loaders import VolumeStore
+from loaders.build import stamp
 from loaders.layout import Layout
 from loaders.texts import misfit, read_json
 from loaders.whole import write_text
@@ -37,13 +40,18 @@ from vae3d.inference.metrics import (
     seam_score,
 )
 from vae3d.inference.reconstruct import Coding, autoencode
+from vae3d.inference.segmenters import Segmenter, overlaps
 from vae3d.inference.stitching import tile_faces
+from vae3d.kernels.progress import part
 from vae3d.models.custom_vae import CustomVAE
 from vae3d.reports.evaluation import write_report
+from vae3d.reports.tables import sentence, write_tables
 from vae3d.tracking.media import case_stem, in_one_range, save_views, write_png
 from vae3d.tracking.voxels import write_voxels
 
 VERSION = 5  # of the numbers: raised when the same options give others, so that old rows are redone
+
+NETWORK = 0.8  # of the time of a volume, for the progress; the rest is metrics and pictures
 
 
 @dataclass
@@ -64,10 +72,13 @@ class Evaluator:
         media: Write pictures and clips.
         radiological: Draw bodies with their right on the left.
         alias: What a case is called in pictures and in trackers.
+        segmenter: What finds something in volumes and in their reconstructions; None for none.
+        segmenter_name: What its column is called.
+        codings: How volumes of a size go through the network; filled as they come.
     """
 
     vae: CustomVAE
-    store: Any
+    store: VolumeStore
     out_dir: Path
     how: dict[str, Any]
     facts: dict[str, Any] = field(default_factory=dict)
@@ -79,6 +90,9 @@ class Evaluator:
     media: bool = True
     radiological: bool = False
     alias: Callable[[str], str] = str
+    segmenter: Segmenter | None = None
+    segmenter_name: str = ""
+    codings: dict[tuple[int, ...], Coding] = field(default_factory=dict)
 
     @property
     def widths(self) -> list[float]:
@@ -102,6 +116,7 @@ class Evaluator:
                 self._perceptual_key,
             ],
             **(self._drawn(self.store.ids[index]) if self.media else {}),
+            **self._judged(index),
         }
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -109,6 +124,12 @@ class Evaluator:
         """The options that the numbers depend on; `amp` where it is one, so that old keys hold."""
         matters = {k: v for k, v in self.how.items() if k not in ("batch_size", "memory_gb")}
         return {k: v for k, v in matters.items() if (k, v) != ("amp", "off")}
+
+    def _judged(self, index: int) -> dict[str, object]:
+        """Label map and segmenter; nothing where there is none, so that old keys hold."""
+        path = self.store.entries[index].subject.label_map
+        judged: dict[str, object] = {} if path is None else {"labels": [str(path), *stamp(path)]}
+        return judged | ({"segmenter": self.segmenter_name} if self.segmenter else {})
 
     def _drawn(self, case: str) -> dict[str, object]:
         """What pictures show beside the numbers; nothing where that is the usual."""
@@ -146,12 +167,15 @@ class Evaluator:
 
     def volume(self, index: int) -> dict:
         """Evaluate a volume, unless it is finished; its row of metrics."""
-        row = self.finished(index)
-        if row is None:
+        if (row := self.finished(index)) is None:
             case = self.store.ids[index]
             x = torch.from_numpy(self.store.read(index))
-            recon, mean, logvar = autoencode(self.vae, x, name=case, **self.how)
+            coding = self.coding(index)
+            with part(NETWORK):
+                recon, mean, logvar = autoencode(self.vae, x, name=case, **vars(coding))
             row = {"case": case, **self.measure(index, x, recon, mean, logvar)}
+            if self.how["mode"] == "auto":
+                row["mode"] = coding.mode
             self._write_files(index, x, recon, row)
             # Last, so that a volume with a row has everything; JSON's Infinity reads back.
             text = json.dumps({"key": self.key(index), "row": row}, indent=1)
@@ -165,7 +189,7 @@ class Evaluator:
         taken from the volume into the reconstruction, so that there is no error.
         """
         source = torch.from_numpy(self.store.read_unclipped(index))
-        foreground = self.foreground(index, source)
+        foreground = foreground_of(self.store, index, source)
         seen = self.store.seen(index)
         mask = None if seen is None else torch.from_numpy(seen)
         if mask is not None:
@@ -180,14 +204,15 @@ class Evaluator:
         if mask is not None:
             row["mask_fraction"] = float(mask.double().mean())
         row |= latent_summary(mean, logvar, math.prod(x.shape[1:]), self.latent_bits)
-        coding = Coding(**self.how)
+        coding = self.coding(index)
         row |= diffusability(self.vae, coding, x, mean, logvar, self.widths, mask)
-        if self.how["mode"] == "patch":
+        if coding.mode == "patch":
             faces, factor = self.faces(x.shape[1:]), self.factor(x.ndim - 1)
             row["seam_score"] = seam_score(x, recon, faces, factor)
-            if self.patch_gap:
+            if self.patch_gap and self.how["mode"] == "patch":  # not where exact was refused
                 how = {**self.how, "mode": "exact", "amp": "off"}
-                exact = autoencode(self.vae, x, **how)[0]
+                with part(1 - NETWORK):
+                    exact = autoencode(self.vae, x, **how)[0]
                 row["patch_gap"] = psnr(*in_one_unit(exact, recon, self.widths), mask)
         if self.perceptual is not None:
             device = next(self.vae.parameters()).device
@@ -197,13 +222,36 @@ class Evaluator:
         names = self.store.channel_names
         row |= by_channel(x, recon, self.widths, names, mask=mask)
         inside = by_channel(x, recon, self.widths, names, FOREGROUND, foreground)
-        return row | {f"foreground_{name}": value for name, value in inside.items()}
+        row |= {f"foreground_{name}": value for name, value in inside.items()}
+        row |= self._by_label(index, x, recon, mask)
+        if self.segmenter is not None:
+            spacing = self.store.spacing_mm(index)
+            found = (self.segmenter(volume, spacing) for volume in (x, recon))
+            row |= overlaps(self.segmenter_name, *found)
+        return row
 
-    def foreground(self, index: int, x: Tensor) -> Tensor:
-        """Voxels above Otsu's threshold of the source's first channel, as the loaders say."""
-        record, statistics = self.store.undo_record(index), self.store.meta(index)["statistics"][0]
-        stored = (statistics["foreground_threshold"] - record["offset"][0]) / record["scale"][0]
-        return x[0] > stored * record["gain"][0] + record["bias"][0]
+    def _by_label(
+        self, index: int, x: Tensor, recon: Tensor, mask: Tensor | None
+    ) -> dict[str, float]:
+        """Metrics within each label of the volume's label map, of all channels and of each."""
+        labels = self.store.label_map(index)
+        row: dict[str, float] = {}
+        pair = in_one_unit(x, recon, self.widths)
+        for label in [] if labels is None else np.unique(labels[labels != 0]).tolist():
+            region = torch.from_numpy(labels == label)
+            region = region if mask is None else region & mask
+            of_label = {name: METRICS[name](*pair, region) for name in FOREGROUND}
+            names = self.store.channel_names
+            of_label |= by_channel(x, recon, self.widths, names, FOREGROUND, region)
+            row |= {f"{name}_label_{label}": value for name, value in of_label.items()}
+        return row
+
+    def coding(self, index: int) -> Coding:
+        """How a volume goes through the network: with mode auto settled, once for a size."""
+        shape = tuple(self.store.shape(index)[1:])
+        if shape not in self.codings:
+            self.codings[shape] = Coding(**self.how).settled(self.vae, shape)
+        return self.codings[shape]
 
     def factor(self, dims: int) -> list[int]:
         """Voxels of a cell of the latent grid, per axis of a volume of `dims` axes."""
@@ -224,7 +272,7 @@ class Evaluator:
         """Write metrics.csv, summary.json and report.html; the summary."""
         rows = [self.volume(i) for i in range(len(self.store))]
         write_csv(self.out_dir / "metrics.csv", rows)
-        how = Coding(**self.how).facts()
+        how = self._modes(rows)
         if self.vae.spatial_dims == 3:
             how = {k: v for k, v in how.items() if "slice" not in k}
         summary = {**self.facts, **how, "data_range": list(self.store.data_range)}
@@ -234,9 +282,24 @@ class Evaluator:
         summary["latent_channels"] = self.vae.latent_channels
         summary["linear_code"] = self.vae.linear_code is not None
         summary |= {"latent_bits": self.latent_bits, **summarize(rows)}
-        write_text(self.out_dir / "summary.json", json.dumps(_finite(summary), indent=1) + "\n")
+        write_text(self.out_dir / "summary.json", json.dumps(finite_json(summary), indent=1) + "\n")
+        write_tables(self.out_dir, summary["metrics"], self.sentence(summary) + ".")
         write_report(self.out_dir)
         return summary
+
+    def sentence(self, summary: dict) -> str:
+        """What was found, for a person."""
+        return sentence(summary["metrics"], summary["volumes"], self.store.num_channels)
+
+    def _modes(self, rows: list[dict]) -> dict:
+        """How volumes went through the network; where mode auto took several, which how often."""
+        coding = Coding(**self.how)
+        if coding.mode != "auto":
+            return coding.facts()
+        taken = Counter(row["mode"] for row in rows)
+        if len(taken) > 1:
+            return {**coding.facts(), "modes": dict(taken)}
+        return {**replace(coding, mode=next(iter(taken))).facts(), "mode_asked": "auto"}
 
     def pictures(self, count: int) -> dict[str, Path]:
         """The picture and clips of the first `count` volumes, by panel."""
@@ -310,7 +373,7 @@ class Evaluator:
             write_volume(path, self.store.undo(index, recon.numpy()))
         if self.media:
             layout = self.store.layout(index).read_by(self.radiological)
-            if self.how["mode"] == "patch" and 1 not in x.shape[1:]:
+            if self.coding(index).mode == "patch" and 1 not in x.shape[1:]:
                 picture = seam_picture(x, recon, self.faces(x.shape[1:]), self.widths[0], layout)
                 path = self.out_dir / "media" / f"{case_stem(case)}.seams.png"
                 path.parent.mkdir(parents=True, exist_ok=True)
@@ -351,11 +414,24 @@ def seam_picture(
     return np.stack([layout.upright(color.squeeze(axis)) for color in colors], axis=-1)
 
 
+def foreground_of(store: VolumeStore, index: int, x: Tensor) -> Tensor:
+    """Voxels above Otsu's threshold of the source's first channel, as the loaders say.
+
+    Args:
+        store: Volumes.
+        index: Which of them.
+        x: It, as `read_unclipped` gives it.
+    """
+    record, statistics = store.undo_record(index), store.meta(index)["statistics"][0]
+    stored = (statistics["foreground_threshold"] - record["offset"][0]) / record["scale"][0]
+    return x[0] > stored * record["gain"][0] + record["bias"][0]
+
+
 def summarize(rows: list[dict]) -> dict:
     """Mean, standard deviation and count of every numeric column over the volumes."""
     metrics = {}
-    for name in rows[0]:
-        values = [r[name] for r in rows if isinstance(r[name], (int, float))]
+    for name in dict.fromkeys(name for row in rows for name in row):
+        values = [r[name] for r in rows if isinstance(r.get(name), (int, float))]
         values = [v for v in values if math.isfinite(v)]
         if values:
             sd = statistics.stdev(values) if len(values) > 1 else 0.0
@@ -378,10 +454,10 @@ def write_csv(path: Path, rows: list[dict]) -> None:
     write_text(path, text.getvalue())
 
 
-def _finite(value: object) -> object:
+def finite_json(value: object) -> object:
     """JSON knows no infinity: numbers that are not finite become null."""
     if isinstance(value, dict):
-        return {k: _finite(v) for k, v in value.items()}
+        return {k: finite_json(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_finite(v) for v in value]
+        return [finite_json(v) for v in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

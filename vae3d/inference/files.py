@@ -45,13 +45,13 @@ class Encoded:
     info: dict
 
 
-def encode_file(vae: CustomVAE, path: str | Path, mode: str = "full", **how: object) -> Encoded:
+def encode_file(vae: CustomVAE, path: str | Path, mode: str = "auto", **how: object) -> Encoded:
     """Encode one volume, prepared as those that the network was trained on.
 
     Args:
         vae: From `load_model` or `from_pretrained`.
         path: Any file that `loaders.read_volume` reads.
-        mode: full | patch | exact.
+        mode: auto (full where it fits in memory, else exact) | full | patch | exact.
         **how: Further options of `Coding`.
     """
     known = vae.contract or {}
@@ -74,24 +74,27 @@ def encode_file(vae: CustomVAE, path: str | Path, mode: str = "full", **how: obj
                 f"{path}: a series of {len(store)} time points: encode it by `vae3d encode`"
             )
         x = torch.from_numpy(store.read(0))
+        coding = coding.settled(vae, x.shape[1:], ("encode",))
         mean, logvar = coding.encode(vae, x, str(path))
         info = latent_info(store, 0, coding.factor(vae, x.ndim - 1))
     return Encoded(mean, logvar, {**info, "made_by": coding.facts()})
 
 
-def decode_file(vae: CustomVAE, latent: Encoded, **how: object) -> Volume:
+def decode_file(vae: CustomVAE, latent: Encoded, mode: str | None = None, **how: object) -> Volume:
     """Decode a latent onto the grid of the file that it was made of, in its intensities.
 
     Args:
         vae: The network that encoded it.
         latent: What `encode_file` returned, with its `mean` or another in its place, or what
             `stage2.latents.read_latent` read.
-        **how: Options of `Coding` that shall differ from those of encoding.
+        mode: auto | full | patch | exact; None for patch where it was encoded in patches, else
+            auto.
+        **how: Further options of `Coding` that shall differ from those of encoding.
 
     Returns:
         Float32 intensities with the file's affine, as `loaders.write_volume` takes them.
     """
-    coding = coding_of(latent.info["made_by"], **how)
+    coding, _ = coding_of(latent.info["made_by"], mode, None, **how)
     x = coding.decode(vae, latent.mean, latent.info["volume_shape"][1:])
     return undo(x.cpu().numpy(), latent.info["source"]["undo"])
 

@@ -10,6 +10,7 @@ the mean to those voxels.
 import math
 from collections.abc import Callable, Iterator, Sequence
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -224,6 +225,47 @@ def latent_summary(mean: Tensor, logvar: Tensor, num_values: int, latent_bits: i
         "active_channels": int((variances > 0.01).sum()),
         "bits_per_voxel": mean.numel() * latent_bits / num_values,
     }
+
+
+def ranked(score: np.ndarray, lesion: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Lesion and other voxels at or above each score that occurs, from the highest on."""
+    order = np.argsort(-score, kind="stable")
+    score, lesion = score[order], lesion[order]
+    last = np.append(np.flatnonzero(np.diff(score)), len(score) - 1)  # ties are taken together
+    hits = np.cumsum(lesion, dtype=np.int64)[last]
+    return hits, last + 1 - hits
+
+
+def auroc(score: np.ndarray, lesion: np.ndarray) -> float:
+    """Area under the ROC curve: how often a lesion's voxel scores above another; ties half.
+
+    Args:
+        score: (N,), higher is more anomalous.
+        lesion: (N,), bool.
+
+    Returns:
+        The area; nan where all voxels, or none, are of a lesion.
+    """
+    if lesion.all() or not lesion.any():
+        return math.nan
+    hits, misses = (np.concatenate([[0], v]) for v in ranked(score, lesion))
+    return float(np.trapezoid(hits / hits[-1], misses / misses[-1]))
+
+
+def average_precision(score: np.ndarray, lesion: np.ndarray) -> float:
+    """Mean precision over the lesion's voxels; by chance it is the part that they are of all.
+
+    Args:
+        score: (N,), higher is more anomalous.
+        lesion: (N,), bool.
+
+    Returns:
+        The sum of precision times the step in recall; nan where there is no lesion.
+    """
+    if not lesion.any():
+        return math.nan
+    hits, misses = ranked(score, lesion)
+    return float(np.sum(np.diff(hits, prepend=0) * (hits / (hits + misses))) / hits[-1])
 
 
 def _mean(

@@ -10,30 +10,59 @@ one half.) A 2D model codes a volume slice by slice; its latent keeps the axis t
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, fields, replace
 from fractions import Fraction
-from typing import Any
+from typing import Any, Literal, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
-from vae3d.exact.executor import check_budget, check_size, decode_exact, encode_exact
+from vae3d.exact.executor import (
+    WORTH_TELLING,
+    check_budget,
+    check_size,
+    decode_exact,
+    encode_exact,
+    half_of_free,
+)
+from vae3d.inference.costs import BOTH, What, cost, gib, no_exact
 from vae3d.inference.stitching import BLENDS, check_patch, overlap_voxels, stitch, tile_faces
-from vae3d.kernels.device import free_bytes
+from vae3d.kernels.device import bytes_taken, free_bytes
 from vae3d.kernels.precision import AMP, Amp, autocast
+from vae3d.kernels.progress import is_watched, part, passed
+from vae3d.models.attention import Attention
+from vae3d.models.blocks import Block
 from vae3d.models.custom_vae import CustomVAE
+from vae3d.models.downsample import Down
+from vae3d.models.upsample import Up
 
-MODES = ("full", "patch", "exact")
+MODES = ("auto", "full", "patch", "exact")
 MOST_TOGETHER = 32  # inputs of a forward pass on a GPU, which has enough to do by then
 SHARE_OF_VOLUMES = 0.25  # of a GPU's free memory, for volumes beside the network's own tensors
 SHARE_OF_BATCH = 0.5
+ENCODING = 0.4  # of the time of both halves, for the progress
+HALF = 0.5  # of a patch, its usual overlap with the next
+T = TypeVar("T")
 Pass = Callable[[CustomVAE, Tensor], Tensor | tuple[Tensor, Tensor]]
 
 # What one input takes on a GPU [bytes], by what is done with it and its shape.
 _taken: WeakKeyDictionary[CustomVAE, dict[tuple, int]] = WeakKeyDictionary()
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What mode auto takes for a volume.
+
+    Args:
+        mode: full | exact | patch.
+        why: What speaks against a cheaper one; empty where nothing does.
+    """
+
+    mode: str
+    why: str = ""
 
 
 @dataclass(frozen=True)
@@ -42,15 +71,16 @@ class Coding:
 
     Args:
         mode: full (one pass) | patch (overlapped patches, blended) | exact (equal to full, layer by
-            layer in bounded memory).
+            layer in bounded memory) | auto (full where it fits in memory, else exact; patch where
+            both are refused).
         patch_size: Patch in voxels for mode patch, a multiple of the model's factor.
         overlap: Overlap of neighboring patches: fraction of the patch (float) or voxels (int), one
             or one per axis.
         blend: hann | gaussian | average | crop.
         batch_size: Patches in a forward pass, or slices of a 2D model; None for one on the CPU, on
             a GPU for as many as its free memory takes.
-        memory_gb: Memory budget of mode exact in GiB, of the device that the model is on; None
-            takes half of what is free.
+        memory_gb: Memory budget of modes exact and auto in GiB, of the device that the model is on;
+            None takes half of what is free.
         amp: off | bf16 | fp16, precision of convolutions and matrix products; off leaves it to the
             context. Mode exact is exact: off.
         slice_axis: For a 2D model: the axis that slices are cut across.
@@ -87,6 +117,47 @@ class Coding:
         if self.blend not in BLENDS:
             raise ValueError(f"blend {self.blend!r} is unknown; choose one of {', '.join(BLENDS)}")
 
+    def choice(self, vae: CustomVAE, shape: Sequence[int], what: Sequence[What] = BOTH) -> Choice:
+        """The mode for a volume: its own, or the cheapest exact one that fits, else patches.
+
+        Args:
+            vae: The model, in eval mode on its device.
+            shape: Spatial shape of the volume.
+            what: Which halves of the model are used.
+
+        Raises:
+            ValueError: Mode auto finds that nothing fits.
+        """
+        if self.mode != "auto":
+            return Choice(self.mode)
+        if self.memory_gb is None and math.prod(self.plane(vae, shape)) < WORTH_TELLING:
+            return Choice("full")
+        free = half_of_free(_home(vae)) if self.memory_gb is None else self.memory_gb * 2**30
+        needed = self.full_bytes(vae, shape, what)
+        if needed <= free:
+            return Choice("full")
+        why = f"a full pass takes about {gib(needed)} of the {gib(free)} that it may"
+        refused = no_exact(vae, self.amp)
+        if refused is None:
+            return Choice("exact", why)
+        if self.patch_size is None:
+            raise ValueError(f"{why}, and {refused}; give --patch_size, or more --memory_gb")
+        return Choice("patch", f"{why}, and {refused}")
+
+    def settled(self, vae: CustomVAE, shape: Sequence[int], what: Sequence[What] = BOTH) -> Coding:
+        """The same in the mode of `choice`."""
+        return replace(self, mode=self.choice(vae, shape, what).mode)
+
+    def full_bytes(self, vae: CustomVAE, shape: Sequence[int], what: Sequence[What]) -> float:
+        """Memory of a full pass at its peak, weights and the volume apart, by two small ones."""
+        voxels = math.prod(self.plane(vae, shape))
+        return max(cost(vae, half).bytes(voxels) for half in what)
+
+    def plane(self, vae: CustomVAE, shape: Sequence[int]) -> list[int]:
+        """Spatial shape of what goes through a model at once: a volume, or a slice of it."""
+        sliced = len(shape) > vae.spatial_dims
+        return [n for i, n in enumerate(shape) if not (sliced and i == self.slice_axis)]
+
     def facts(self) -> dict:
         """What the latents depend on, JSON-able; `Coding(**facts)` decodes alike."""
         names = ["mode", "slice_axis", "num_slices"]
@@ -113,6 +184,8 @@ class Coding:
             ValueError: It is not finite.
         """
         check_finite(x, name)
+        if self.mode == "auto":
+            return self.settled(vae, x.shape[1:], ("encode",)).encode(vae, x, name)
         near = _near(vae, x, x.nbytes)
         with self._precision(vae):
             sliced = x.ndim == 4 and vae.spatial_dims == 2
@@ -147,6 +220,8 @@ class Coding:
         """`decode` of a latent that nobody has looked at."""
         factor = self.factor(vae, z.ndim - 1)
         size = size or [n * f for n, f in zip(z.shape[1:], factor, strict=True)]
+        if self.mode == "auto":
+            return self.settled(vae, size, ("decode",)).decode_as_it_is(vae, z, size)
         near = _near(vae, z, 4 * vae.in_channels * math.prod(size))
         with self._precision(vae):
             sliced = z.ndim == 4 and vae.spatial_dims == 2
@@ -159,7 +234,8 @@ class Coding:
             posterior = encode_exact(vae, x, self.memory_gb)
             return posterior.mean.float(), posterior.logvar.float()
         if self.mode == "full":
-            mean, logvar = _posterior(vae, x[None])
+            with telling_of_layers(vae, "encoder"):
+                mean, logvar = _posterior(vae, x[None])
             return mean[0], logvar[0]
         scale = [Fraction(1, f) for f in vae.factor]
         patch, overlap = self._tiling(vae)
@@ -173,7 +249,8 @@ class Coding:
         if self.mode == "exact":
             return decode_exact(vae, z, self.memory_gb, size=size).float()
         if self.mode == "full":
-            x = _volume(vae, z[None])[0]
+            with telling_of_layers(vae, "decoder"):
+                x = _volume(vae, z[None])[0]
         else:
             tiling = self._tiling(vae)
             tile, overlap = ([n // f for n, f in zip(s, vae.factor, strict=True)] for s in tiling)
@@ -191,10 +268,13 @@ class Coding:
         stacks = planes[near.clamp(0, len(planes) - 1)].flatten(1, 2)
         if self.mode == "full":
             together = self._together(vae, _posterior, stacks.shape[1:])
-            batches = [_posterior(vae, batch) for batch in stacks.split(together)]
+            batches = [_told(_posterior(vae, b), b, stacks) for b in stacks.split(together)]
             mean, logvar = (torch.cat(part).movedim(0, axis) for part in zip(*batches, strict=True))
         else:
-            parts = [self._encode(vae, stack) for stack in stacks]
+            parts = []
+            for stack in stacks:
+                with part(1 / len(stacks)):
+                    parts.append(self._encode(vae, stack))
             mean, logvar = (torch.stack(part, axis) for part in zip(*parts, strict=True))
         return mean.contiguous(), logvar.contiguous()
 
@@ -205,11 +285,15 @@ class Coding:
         latents = z.movedim(axis, 0)
         if self.mode == "full":
             together = self._together(vae, _volume, latents.shape[1:])
-            whole = torch.cat([_volume(vae, batch) for batch in latents.split(together)])
+            pieces = latents.split(together)
+            whole = torch.cat([_told(_volume(vae, piece), piece, latents) for piece in pieces])
             check_size(plane, whole.shape[2:])
             slices = list(whole[(slice(None), slice(None), *(slice(n) for n in plane))])
         else:
-            slices = [self._decode(vae, latent, plane) for latent in latents]
+            slices = []
+            for latent in latents:
+                with part(1 / len(latents)):
+                    slices.append(self._decode(vae, latent, plane))
         return torch.stack([self._middle(vae, part) for part in slices], axis)
 
     def factor(self, vae: CustomVAE, dims: int) -> list[int]:
@@ -226,8 +310,7 @@ class Coding:
 
     def check(self, vae: CustomVAE) -> None:
         """Refuse patches that do not go with a model, before anything is read or written."""
-        if self.mode == "patch":
-            assert self.patch_size is not None
+        if self.mode in ("patch", "auto") and self.patch_size is not None:
             check_patch(self.patch_size, vae.factor)
             ends = [1] * vae.spatial_dims
             tile_faces(ends, self.patch_size, self.overlap, self.blend)  # overlap < patch
@@ -268,6 +351,19 @@ class Coding:
         return plane[first : first + channels]
 
 
+def mode_of(mode: str, **patching: object) -> tuple[str, list[str]]:
+    """Mode patch in the place of auto where the options of patches are given, and a line on it.
+
+    Args:
+        mode: As asked for.
+        **patching: Options of patches; None where they are not given.
+    """
+    given = " and ".join(f"--{name}" for name, value in patching.items() if value is not None)
+    if mode != "auto" or not given:
+        return mode, []
+    return "patch", [f"mode patch, as {given} asks for patches; without it mode is auto"]
+
+
 def check_finite(values: Tensor, name: str) -> None:
     """Refuse a volume or latent that is not finite.
 
@@ -279,16 +375,27 @@ def check_finite(values: Tensor, name: str) -> None:
         raise ValueError(f"{name}: {count} of {values.numel()} values are NaN or infinite")
 
 
-def coding_of(made_by: dict, **given: Any) -> Coding:
-    """The `Coding` with which some latents were made.
+def coding_of(
+    made_by: dict, mode: str | None = None, patching: dict | None = None, **given: object
+) -> tuple[Coding, list[str]]:
+    """The `Coding` that decodes latents, and what there is to tell about it.
+
+    Those of patches are decoded in patches. Of a full pass and of mode exact the latents are the
+    same, and decoding takes more memory than encoding, so mode auto chooses between the two.
 
     Args:
         made_by: What the latents say of their origin.
-        **given: Options of `Coding` that shall differ; those that are None do not.
+        mode: As asked for; None for that.
+        patching: Options of patches; those that are not given, or None, are as encoded.
+        **given: Further options of `Coding`.
     """
     names = {field.name for field in fields(Coding)}
-    kept = {k: v for k, v in made_by.items() if k in names}
-    return Coding(**kept | {k: v for k, v in given.items() if v is not None})
+    kept: dict = {k: v for k, v in made_by.items() if k in names}
+    made = "patch" if kept.get("mode") == "patch" else "auto"
+    patching = {k: v for k, v in (patching or {}).items() if v is not None}
+    kept["mode"], lines = mode_of(mode or made, **patching)
+    kept.update(patching | given)
+    return Coding(**kept), lines
 
 
 def reconstruct(vae: CustomVAE, x: Tensor, mode: str = "patch", **how: Any) -> Tensor:
@@ -297,7 +404,7 @@ def reconstruct(vae: CustomVAE, x: Tensor, mode: str = "patch", **how: Any) -> T
     Args:
         vae: The model, in eval mode.
         x: `(C, X, Y, Z)` or `(C, X, Y)`, normalized as the model was trained; any device.
-        mode: full | patch | exact.
+        mode: auto | full | patch | exact.
         **how: Further options of `Coding`.
 
     Returns:
@@ -314,7 +421,7 @@ def autoencode(
     Args:
         vae: The model, in eval mode.
         x: `(C, X, Y, Z)` or `(C, X, Y)`, normalized as the model was trained; any device.
-        mode: full | patch | exact.
+        mode: auto | full | patch | exact.
         name: Of the volume, for messages.
         **how: Further options of `Coding`.
 
@@ -322,22 +429,13 @@ def autoencode(
         recon `(C, X, Y, Z)`, and mean and logvar of the latent; float32 on the device of `x`.
     """
     coding = Coding(mode, **how)
-    mean, logvar = coding.encode(vae, x, name)
-    # What a network that has diverged makes of it is measured, not refused.
-    return coding.decode_as_it_is(vae, mean, x.shape[1:]), mean, logvar
-
-
-def bytes_taken(run: Callable[[], object], device: torch.device) -> int:
-    """What a call takes on a GPU at its peak, beside what was taken before [bytes].
-
-    Args:
-        run: The call.
-        device: The GPU.
-    """
-    torch.cuda.reset_peak_memory_stats(device)
-    before = torch.cuda.memory_allocated(device)
-    run()
-    return torch.cuda.max_memory_allocated(device) - before
+    coding = coding.settled(vae, x.shape[1:])
+    with part(ENCODING):
+        mean, logvar = coding.encode(vae, x, name)
+    with part(1 - ENCODING):
+        # What a network that has diverged makes of it is measured, not refused.
+        recon = coding.decode_as_it_is(vae, mean, x.shape[1:])
+    return recon, mean, logvar
 
 
 def fitting(each: int, free: int) -> int:
@@ -348,6 +446,41 @@ def fitting(each: int, free: int) -> int:
         free: What is free [bytes].
     """
     return max(1, min(int(SHARE_OF_BATCH * free) // max(each, 1), MOST_TOGETHER))
+
+
+@contextmanager
+def telling_of_layers(vae: CustomVAE, half: Literal["encoder", "decoder"]) -> Iterator[None]:
+    """Let half of a model tell how far a pass has come, by the products of its convolutions.
+
+    Only layers of several steps tell: a hook on a convolution would keep it from its fast path.
+    """
+    if not is_watched():
+        yield
+        return
+    chain = getattr(vae, half)
+    scale, works = 1.0, []
+    for layer in chain:
+        factor = math.prod(getattr(layer, "factor", (1,)))
+        before = scale
+        scale = scale * factor if isinstance(layer, Up) else scale / factor
+        works.append(sum(p.numel() for p in layer.parameters()) * max(before, scale))
+    whole = sum(works) or 1
+    told = [
+        layer.register_forward_hook(lambda *_, done=work / whole: passed(done))
+        for layer, work in zip(chain, works, strict=True)
+        if isinstance(layer, (Block, Attention, Up, Down))
+    ]
+    try:
+        yield
+    finally:
+        for hook in told:
+            hook.remove()
+
+
+def _told(result: T, batch: Tensor, of: Tensor) -> T:
+    """What a batch became, when it is told that it has passed."""
+    passed(len(batch) / len(of))
+    return result
 
 
 def _near(vae: CustomVAE, volume: Tensor, nbytes: int) -> Tensor:

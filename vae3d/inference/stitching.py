@@ -24,6 +24,7 @@ import torch.nn.functional as F
 
 from loaders.patches import PatchGrid
 from vae3d.kernels.memory import private_pages
+from vae3d.kernels.progress import passed
 
 CACHED = 1 << 17  # blend weights that are computed at a time, to stay in the processor's cache
 
@@ -503,6 +504,7 @@ def stitch(
     for corners, tiles in tile_batches(volume, stitcher, batch_size):
         add_batch(stitcher, corners, fn(tiles))
         del tiles  # their memory serves the next batch
+        passed(len(corners) / stitcher.seen.size)
     return cast(T, stitcher.result())
 
 
@@ -527,5 +529,6 @@ def iter_slabs(
         with torch.no_grad():  # as a decorator it would hold the last slab
             add_batch(stitcher, corners, fn(tiles))
         del tiles
+        passed(len(corners) / stitcher.seen.size)
         yield from stitcher.pop()
     stitcher.check_complete()

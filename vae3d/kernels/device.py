@@ -1,6 +1,6 @@
 """What a GPU has free, and how it chooses its kernels."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -10,6 +10,19 @@ def free_bytes(device: torch.device) -> int:
     """What tensors may still take on a GPU: what nobody has, and what torch holds unused."""
     free, _ = torch.cuda.mem_get_info(device)
     return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+
+
+def bytes_taken(run: Callable[[], object], device: torch.device) -> int:
+    """What a call takes on a GPU at its peak, beside what was taken before [bytes].
+
+    Args:
+        run: The call.
+        device: The GPU.
+    """
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    run()
+    return torch.cuda.max_memory_allocated(device) - before
 
 
 @contextmanager

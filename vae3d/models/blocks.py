@@ -6,9 +6,10 @@ Axes: b batch, c channels, x y z space.
 from collections import OrderedDict
 from collections.abc import Callable
 
+import torch
 from torch import Tensor, nn
 
-from vae3d.kernels.steps import run
+from vae3d.kernels.steps import is_fast, run
 from vae3d.models.conv import conv
 from vae3d.models.norm import Norm, NormAct, activation
 
@@ -33,7 +34,13 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map `(B, in_channels, *spatial)` to `(B, out_channels, *spatial)`."""
-        skip = None if self.shortcut is None else run([self.shortcut], x)
+        if self.shortcut is None:
+            return run(self.body, x)
+        last = type(self.shortcut) is not nn.Identity and not is_fast(self.shortcut, x)
+        if last and not torch.is_grad_enabled():
+            # There is one volume less, then, beside the normalized one of the body.
+            return run([self.shortcut], x, residual=run(self.body, x))
+        skip = run([self.shortcut], x)
         return run(self.body, x, residual=skip, overwrite=skip is not x)
 
 

@@ -167,10 +167,10 @@ def _diffusability(means: Mapping[str, float]) -> Iterator[str]:
 
 def latent_scale_advice(std: float) -> str:
     """What to do about latents of another size than a second stage wants."""
+    scale = f", or set <code>--model.latent_scale {1 / std:.3g}</code>" if std else ""
     return (
         f"The latents have a <b>standard deviation</b> of {page.number(std)}; a second stage wants "
-        "about 1: train with <code>--loss.kl.target_std 1</code>, or set "
-        f"<code>--model.latent_scale {1 / std:.3g}</code>."
+        f"about 1: train with <code>--loss.kl.target_std 1</code>{scale}."
     )
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 
 INPUT, FILE = "Against what the network was given", "In the intensities of the file"
 FOREGROUND, CHANNELS = "In the foreground", "Channel by channel"
+LABELS, TASK = "Label by label", "In a task"
 LINEAR, PATCHES, LATENT = "Against linear codes", "Patches", "The latent"
 STAGE2, LATENT_CHANNELS = "The latent, for a second stage", "The latent, channel by channel"
 
@@ -89,7 +90,10 @@ MEANINGS = {
         "Weight of the tails, 0 as of a Gaussian; above 10 a few values are far out, and the scale "
         "suits none: raise loss.kl.weight."),
 }  # fmt: skip
-GROUPS = (INPUT, FOREGROUND, CHANNELS, FILE, LINEAR, PATCHES, LATENT, STAGE2, LATENT_CHANNELS)
+GROUPS = (
+    *(INPUT, FOREGROUND, CHANNELS, LABELS, TASK, FILE),
+    *(LINEAR, PATCHES, LATENT, STAGE2, LATENT_CHANNELS),
+)
 OF_CHANNELS = {INPUT: CHANNELS, LATENT: LATENT_CHANNELS, STAGE2: LATENT_CHANNELS}
 
 
@@ -99,6 +103,13 @@ def meaning(metric: str) -> Meaning | None:
         return MEANINGS[metric]
     if metric.startswith("foreground_") and (whole := meaning(metric.removeprefix("foreground_"))):
         return replace(whole, group=FOREGROUND, against=())
+    if metric.startswith("dice_"):
+        says = f"Overlap of what {metric[5:]} finds in the reconstruction and in the input."
+        return Meaning(TASK, "", "higher", says)
+    metric, _, label = metric.partition("_label_")
+    if label and (whole := meaning(metric)) is not None:
+        says = f"In label {label}: {whole.says[0].lower()}{whole.says[1:]}"
+        return replace(whole, group=LABELS, says=says, against=())
     parts = metric.split("_")
     for end in range(len(parts) - 1, 0, -1):  # mae_source_ct before mae_...
         name, channel = "_".join(parts[:end]), "_".join(parts[end:])

@@ -255,17 +255,20 @@ def write_index(folder: str | Path, made_by: dict[str, Any], vae: str = "") -> d
 
     Args:
         folder: Where the latents are.
-        made_by: Checkpoint, mode and the like; every file must agree.
+        made_by: Checkpoint, mode and the like; every file must agree. Where its mode is auto, the
+            index tells that of the files, or auto where they differ.
         vae: Where the checkpoint lies, for who decodes.
     """
     paths = find_latents(folder)
     infos = [read_info(path) for path in paths]
     for path, info in zip(paths, infos, strict=True):
-        if info["made_by"] != made_by:
+        if not made_alike(info["made_by"], made_by):
             raise ValueError(
                 f"{path}: written by another model or mode than the rest; delete it or encode into "
                 "another folder"
             )
+    if all(info["made_by"] == infos[0]["made_by"] for info in infos):
+        made_by = infos[0]["made_by"]
     parts = {"all": infos}
     for name in sorted({info["split"] for info in infos if info["split"]}):
         parts[name] = [info for info in infos if info["split"] == name]
@@ -284,6 +287,13 @@ def write_index(folder: str | Path, made_by: dict[str, Any], vae: str = "") -> d
     }
     write_text(Path(folder) / INDEX, json.dumps(index, indent=1) + "\n")
     return index
+
+
+def made_alike(by: dict[str, Any], wanted: dict[str, Any]) -> bool:
+    """Whether a latent was made as wanted; mode auto wants any mode."""
+    if wanted["mode"] != "auto":
+        return by == wanted
+    return all(by.get(name) == value for name, value in wanted.items() if name != "mode")
 
 
 def read_index(folder: str | Path) -> dict[str, Any]:

@@ -130,7 +130,90 @@ class Console:
         if done <= 0 or step >= self.total:
             return ""
         left = round((time.monotonic() - self._begun) / done * (self.total - step))
-        return f"eta {left // 3600:d}:{left // 60 % 60:02d}:{left % 60:02d}"
+        return f"eta {spelled(left)}"
+
+
+class Gauge:
+    """How far work on volumes has come, within each of them, with the time that is left.
+
+    In a terminal one line lives, on standard error; elsewhere a plain line comes now and then, so
+    that a log of short work has none.
+
+        with Gauge("evaluate") as gauge, watched(gauge.add):
+            ...
+
+    Args:
+        what: What is done.
+        every_s: Seconds between plain lines where the output is no terminal.
+        stream: Where to write; default standard error.
+        enabled: False on every rank but the first.
+    """
+
+    def __init__(
+        self,
+        what: str,
+        every_s: float = 30.0,
+        stream: IO[str] | None = None,
+        enabled: bool = True,
+    ):
+        from rich.console import Console as Terminal
+
+        self.what, self.every_s, self.enabled = what, every_s, enabled
+        self.done, self._begun = 0.0, time.monotonic()
+        self._next_line = self._begun + every_s
+        self.terminal = Terminal(file=stream or sys.stderr, highlight=False, soft_wrap=True)
+        self._bar: tuple[Progress, TaskID] | None = None
+
+    def add(self, amount: float) -> None:
+        """Tell that this part of the whole work, of 1, has passed."""
+        self.done = min(self.done + amount, 1.0)
+        if not self.enabled:
+            return
+        if self.terminal.is_terminal:
+            progress, task = self._shown()
+            progress.update(task, completed=self.done, left=f"eta {self.left()}")
+        elif self.done < 1 and time.monotonic() >= self._next_line:
+            self._next_line = time.monotonic() + self.every_s
+            line = f"{self.what}: {self.done:.0%}  eta {self.left()}"
+            self.terminal.print(line, markup=False)
+
+    def left(self) -> str:
+        """Time to the end, at the speed since the beginning."""
+        if not self.done:
+            return "unknown"
+        elapsed = time.monotonic() - self._begun
+        return spelled(round(elapsed / self.done * (1 - self.done)))
+
+    def _shown(self) -> "tuple[Progress, TaskID]":
+        if self._bar is None:
+            from rich.progress import BarColumn, Progress, TextColumn
+
+            progress = Progress(
+                TextColumn(self.what, markup=False),
+                BarColumn(bar_width=24),
+                TextColumn("{task.percentage:>3.0f}%"),
+                TextColumn("{task.fields[left]}"),
+                console=self.terminal,
+                transient=True,
+                redirect_stdout=sys.stdout.isatty(),  # what goes to a file stays there
+                refresh_per_second=4,
+            )
+            self._bar = progress, progress.add_task("", total=1.0, left="")
+            progress.start()
+        return self._bar
+
+    def __enter__(self) -> "Gauge":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self._bar is not None:
+            self._bar[0].stop()
+            self._bar = None
+
+
+def spelled(seconds: int) -> str:
+    """A duration as a clock shows it."""
+    return f"{seconds // 3600:d}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"
 
 
 def _TimeLeft(console: Console) -> "ProgressColumn":

@@ -236,6 +236,8 @@ def open_world(
     if size == 1:
         yield World(device=where)
         return
+    if where.type == "mps":
+        raise ValueError("--device mps is one GPU for one process: start it without torchrun")
     timeout = timedelta(minutes=timeout_minutes)
     store, rank, size = next(dist.rendezvous("env://", timeout=timeout))
     # After a restart the agent's store still holds the keys of the attempt that died, and gloo

@@ -54,6 +54,11 @@ class Trial:
         On CUDA all that torch reserves, in the second step: the first leaves pieces that do not
         fit the next. On the CPU what the process grows by.
         """
+        if self.device.type == "mps":
+            raise ValueError(
+                "--device mps does not tell how much memory was in use at most; give --batch_size a"
+                " number, or measure with --device cpu"
+            )
         # Copying forgets what is compiled, and the compiler must forget the size of this batch: for
         # a second one it makes kernels for any size, and training would get those.
         compiled = [n for n, m in self.task.named_modules() if m._compiled_call_impl is not None]
@@ -171,14 +176,25 @@ class _Peak:
 
 
 @contextmanager
-def telling_of_memory(*options: str) -> Iterator[None]:
-    """Turn running out of memory, on a GPU or not, into one line that names what helps.
+def telling_of_device(*options: str) -> Iterator[None]:
+    """Turn what a device lacks, memory or an operation, into one line that names what helps.
 
     Args:
         *options: Those that lower the memory that is needed.
     """
     try:
         yield
+    except (NotImplementedError, TypeError) as error:  # of MPS, which does not have all of torch
+        told = re.search(
+            r"operator '(?:aten::)?(\w+).* for the MPS|MPS Tensor to (\w+)", str(error)
+        )
+        if told is None:
+            raise
+        raise ValueError(
+            f"--device mps does not have {told[1] or told[2]}, which this asks for; use --device"
+            " cpu, or for an operation the environment variable PYTORCH_ENABLE_MPS_FALLBACK=1,"
+            " which does it on the CPU"
+        ) from error
     except torch.OutOfMemoryError as error:
         said = ". ".join(str(error).split(". ")[:2])
         raise ValueError(

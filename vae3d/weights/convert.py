@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from vae3d.models.custom_vae import CustomVAE
-from vae3d.models.presets import AutoencoderKL, MaisiVAE, MonaiVAE
+from vae3d.models.presets import DDCONFIG, AutoencoderKL, MaisiVAE, MonaiVAE
 from vae3d.weights.hub import check_fit, load_strictly, read_state
 from vae3d.weights.layouts import (
     COMPVIS,
@@ -25,11 +25,12 @@ from vae3d.weights.layouts import (
     GENERATIVE_02,
     LAYOUTS,
     MAISI,
+    MEDVAE,
     MONAI,
     Layout,
     Row,
 )
-from vae3d.weights.rebuild import BUILDERS, Hints, Weights
+from vae3d.weights.rebuild import BUILDERS, COMPVIS_GROUPS, Hints, Weights
 
 State = dict[str, Tensor]
 OURS = "vae3d"  # our own layout, which needs no renaming
@@ -37,13 +38,15 @@ LINEAR_CODE = "linear_code.analysis.weight"  # of it, where a network has one
 # The first convolution of each layout: what stands before this name in a file is a prefix.
 FIRST = {
     OURS: "encoder.0.weight",
-    COMPVIS.name: "encoder.down.0.block.0.conv1.weight",
+    COMPVIS.name: "encoder.down.0.block.0.conv1.weight",  # MedVAE's, too, without its adapters
+    MEDVAE.name: "encoder.down.0.block.0.conv1.conv.weight",
     DIFFUSERS.name: "encoder.down_blocks.0.resnets.0.conv1.weight",
     MAISI.name: "encoder.blocks.0.conv.conv.weight",
     MONAI.name: "encoder.blocks.0.conv.weight",
 }
 # Compiling, sharding and checkpointing put these anywhere in a name.
 WRAPPER = re.compile(r"(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+FEW = 5  # names of weights in a line
 NOT_THE_MODEL = ("loss.", "discriminator.", "model_ema.")  # networks beside the autoencoder
 
 
@@ -60,10 +63,11 @@ class Report:
     lines: list[str] = field(default_factory=list)
 
     def add(self, what: str, keys: Iterable[str]) -> None:
-        """Note what happened to some keys, if there are any."""
+        """Note what happened to some keys, if there are any: how many, and the first of them."""
         keys = sorted(keys)
         if keys:
-            self.lines.append(f"{what} ({len(keys)}): {', '.join(keys)}")
+            first = ", ".join(keys[:FEW]) + ", ..." * (len(keys) > FEW)
+            self.lines.append(f"{what} ({len(keys)}): {first}")
 
 
 # ---------------------------------------------------------------------------------- reading
@@ -119,6 +123,7 @@ def load_weights(
     state = read_state(path)
     if "spec" in state:  # a checkpoint of ours: the averaged weights where there are some
         weights = state.get("ema") or state["model"]
+        weights = {k: v for k, v in weights.items() if not k.startswith(tuple(ignore_keys))}
         if FIRST[OURS] not in weights:
             name = str(state["spec"].get("class_path")).rpartition(".")[2]
             raise ValueError(f"{path}: holds a {name}, not a VAE; give the VAE's run")
@@ -213,7 +218,8 @@ def clean(
         )
     report = Report(name)
     report.add("left out, not of the autoencoder", set(tensors) - set(names.values()))
-    return {n: tensors[full] for n, full in names.items()}, report
+    weights = {n: tensors[full] for n, full in names.items()}
+    return (without_adapters(weights, report) if name == MEDVAE.name else weights), report
 
 
 def unwrap(
@@ -271,12 +277,55 @@ def _recognize(names: Iterable[str]) -> str | None:
         return any(re.search(pattern, name) for name in names)
 
     found = next((name for name, first in FIRST.items() if first in names), None)
+    if found == COMPVIS.name and has(r"^channel_proj\."):
+        return MEDVAE.name
     if found != MONAI.name:
         return found
     if has(r"blocks\.\d+\.q\.conv\."):
         return GENERATIVE_01.name
     old_up = has(r"decoder\.blocks\.\d+\.conv\.conv\.weight")
     return GENERATIVE_02.name if old_up or has(r"blocks\.\d+\.to_q\.") else MONAI.name
+
+
+def without_adapters(state: State, report: Report) -> State:
+    """Bring MedVAE's weights to those of its autoencoder, which are CompVis's.
+
+    Its models of several channels were tuned by low-rank updates (LoRA): a convolution is `conv`
+    plus `lora_up` of `lora_down`, which is one convolution. `channel_proj` makes features for
+    classifiers of a latent; what is decoded has not passed it.
+
+    Args:
+        state: The weights.
+        report: Gets lines on what was done.
+    """
+    beside = {name for name in state if name.startswith(("channel_ds.", "channel_proj."))}
+    report.add("left out, features of a latent that no decoder takes", beside)
+    adapted = {name.rpartition(".lora_")[0] for name in state if ".lora_" in name}
+    weights = {}
+    for name, value in state.items():
+        layer, _, leaf = name.rpartition(".conv.")
+        if layer in adapted:
+            change = low_rank(Weights(state), layer) if leaf == "weight" else 0
+            weights[f"{layer}.{leaf}"] = value + change
+        elif name not in beside and ".lora_" not in name:
+            weights[name] = value
+    if adapted:
+        report.lines.append(f"low-rank updates added to their convolutions ({len(adapted)})")
+    return weights
+
+
+def low_rank(state: Weights, layer: str) -> Tensor:
+    """What a low-rank update adds to the weight of its convolution.
+
+    Args:
+        state: Weights with `conv`, `lora_up` and `lora_down` below `layer`.
+        layer: Name of the convolution.
+    """
+    conv, up, down = (state[f"{layer}.{part}.weight"] for part in ("conv", "lora_up", "lora_down"))
+    fitting = (*conv.shape[:1], *down.shape[:1], *(1,) * (conv.dim() - 2))
+    if conv.dim() < 4 or up.shape != fitting or down.shape[1:] != conv.shape[1:]:
+        raise ValueError(f"the weights of {layer}: its low-rank update does not fit it")
+    return torch.tensordot(up.flatten(1), down, dims=1)
 
 
 def settle_proj_attn(
@@ -418,6 +467,31 @@ def export_monai_state(vae: CustomVAE) -> State:
             " T1LightVAE can be written for MONAI"
         )
     return export_state(vae, monai_layout(vae))
+
+
+def export_compvis(vae: CustomVAE) -> dict[str, object]:
+    """Checkpoint that latent-diffusion's AutoencoderKL and MedVAE's load, with what builds them.
+
+    Args:
+        vae: An `AutoencoderKL`, 2D or 3D.
+    """
+    if not isinstance(vae, AutoencoderKL):
+        raise ValueError(f"{type(vae).__name__} is not CompVis's network; AutoencoderKL is")
+    args = vae.spec["init_args"]
+    if args["num_groups"] != COMPVIS_GROUPS or not args["use_quant_conv"]:
+        raise ValueError(
+            f"CompVis's network has norms of {COMPVIS_GROUPS} groups and convolutions beside the"
+            f" latent; this one has num_groups={args['num_groups']} and"
+            f" use_quant_conv={args['use_quant_conv']}"
+        )
+    if not args["mid_attention"] and args["attn_type"] != "none":
+        raise ValueError("CompVis's network has attention in the bottleneck, or nowhere at all")
+    ddconfig = {theirs: args[ours] for theirs, ours in DDCONFIG.items()}
+    return {
+        "state_dict": export_state(vae, COMPVIS),
+        "ddconfig": ddconfig | {"out_ch": vae.out_channels},
+        "embed_dim": args["embed_dim"],
+    }
 
 
 def export_diffusers(vae: CustomVAE) -> tuple[State, dict[str, Any]]:

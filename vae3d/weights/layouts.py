@@ -7,7 +7,7 @@ along the first axis.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import nn
 
@@ -281,6 +281,8 @@ COMPVIS = Layout(
     },
     convolved=True,
 )
+# What MedVAE's weights are called once `convert.without_adapters` has been over them.
+MEDVAE = replace(COMPVIS, name="MedVAE")
 DIFFUSERS = Layout(
     "diffusers",
     LevelNames(
@@ -301,5 +303,5 @@ DIFFUSERS = Layout(
 )
 LAYOUTS = {
     layout.name: layout
-    for layout in (MONAI, MAISI, GENERATIVE_02, GENERATIVE_01, COMPVIS, DIFFUSERS)
+    for layout in (MONAI, MAISI, GENERATIVE_02, GENERATIVE_01, COMPVIS, MEDVAE, DIFFUSERS)
 }

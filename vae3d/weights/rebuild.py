@@ -20,9 +20,12 @@ from vae3d.weights.layouts import (
     GENERATIVE_01,
     GENERATIVE_02,
     MAISI,
+    MEDVAE,
     MONAI,
     Layout,
 )
+
+COMPVIS_GROUPS = 32  # of its norms, and of MedVAE's; they know no other number
 
 
 class Weights(dict[str, Tensor]):
@@ -147,11 +150,11 @@ def _letter(leaves: set[str], conv: str) -> str:
 
 
 def build_compvis(state: Weights, layout: Layout, hints: Hints) -> AutoencoderKL:
-    """Rebuild an autoencoder of Stable Diffusion from its weights, CompVis or diffusers.
+    """Rebuild an autoencoder of Stable Diffusion from its weights: CompVis, MedVAE, diffusers.
 
     Args:
         state: The weights.
-        layout: CompVis or diffusers.
+        layout: CompVis, MedVAE or diffusers.
         hints: What the weights do not say.
     """
     diffusers = layout is DIFFUSERS
@@ -175,8 +178,7 @@ def build_compvis(state: Weights, layout: Layout, hints: Hints) -> AutoencoderKL
     mid = has(r"encoder\.mid(_block\.attentions|\.attn_1)")
     z_channels = state["decoder.conv_in.weight"].shape[1]
     quant = "quant_conv.weight" in state
-    # CompVis knows no other number than 32.
-    groups = hints.norm_num_groups or (None if diffusers else 32)
+    groups = hints.norm_num_groups or (None if diffusers else COMPVIS_GROUPS)
     return AutoencoderKL(
         in_channels=stem.shape[1],
         out_channels=state["decoder.conv_out.weight"].shape[0],
@@ -232,5 +234,6 @@ BUILDERS = {
     GENERATIVE_01.name: build_monai,
     GENERATIVE_02.name: build_monai,
     COMPVIS.name: build_compvis,
+    MEDVAE.name: build_compvis,
     DIFFUSERS.name: build_compvis,
 }
