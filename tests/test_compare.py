@@ -138,6 +138,14 @@ def test_the_p_value_is_that_of_the_exact_rank_sum_test():
     assert judge.closer(np.ones(4), np.ones(6)) == 1, "ties are no evidence"
 
 
+def test_the_p_value_of_hundreds_is_that_of_the_normal_approximation():
+    rng = np.random.default_rng(0)
+    for shift in (-0.2, 0.1):
+        a, b = rng.normal(shift, 1, 150).round(1), rng.normal(0, 1, 80).round(1)  # with ties
+        wanted = mannwhitneyu(a, b, alternative="less", method="asymptotic").pvalue
+        assert judge.closer(a, b) == pytest.approx(wanted, rel=1e-6)
+
+
 def test_the_nearest_is_by_correlation_whatever_the_scale():
     training = rows(5, 50)
     which, apart = judge.nearest(3 * training[[4, 1]] + 7, training)
@@ -222,6 +230,7 @@ def test_memorization_is_looked_for_in_the_latents_of_a_vae_too(sides):
         ("{real} {real} --heldout {few}", "heldout must be 5 or more"),
         ("{real} {real} --heldout {real}", "v00 is among the real volumes, too"),
         ("{real} {real} --grid [4,4]", "give 3 numbers of voxels"),
+        ("{real} {real} --grid [13,4,4]", "is larger than the first real volume, [12, 10, 8]"),
         ("{real} {real} --neighbors 0", "--neighbors is 0"),
         ("{real} {real} --network ScriptedNetwork --network.path no.pt --network.spatial_dims 3",
          "no weights at no.pt"),

@@ -114,6 +114,7 @@ def compare(
     from vae3d.inference.reconstruct import Coding
     from vae3d.training.checkpoint import load_checkpoint, vae_of
     from vae3d.training.distributed import open_world
+    from vae3d.training.memory import telling_of_memory
 
     check_ranges("compare", {"neighbors": neighbors, "grid": grid, "seed": seed})
     vae, coding = None, Coding("full")
@@ -140,7 +141,11 @@ def compare(
     grid = grid or tuple(min(n, SIDE) for n in shape)
     if len(grid) != len(shape):
         raise ValueError(f"--grid {list(grid)}: give {len(shape)} numbers of voxels")
-    with open_world(device) as world:
+    if any(m > n for m, n in zip(grid, shape, strict=True)):
+        raise ValueError(f"--grid {list(grid)} is larger than the first real volume, {list(shape)}")
+    with open_world(device) as world, telling_of_memory("a smaller --grid", "--device cpu"):
+        if not world.is_main:  # minutes of work that need no second process
+            return
         seen_by = seen_by.eval().to(world.device)
         if vae is not None:
             vae = vae.eval().to(world.device)

@@ -151,13 +151,14 @@ def encode(
 
 def write_scaled(vae: CustomVAE, folder: Path) -> None:
     """Write the VAE with the scale of its latents as `vae.pt` beside them."""
-    from vae3d.commands.convert import write
     from vae3d.stage2.latents import read_statistics
+    from vae3d.training.checkpoint import checkpoint_of, write_atomic
 
     scale = read_statistics(folder).scaling_factor
     vae.set_latent_scale(scale)
-    write(vae.cpu(), folder / "vae.pt", "vae3d")
-    print(f"{folder / 'vae.pt'}: the VAE with latent_scale {scale:.5g}")
+    path, weights = folder / "vae.pt", vae.cpu().state_dict()
+    write_atomic(path, checkpoint_of(vae.spec, weights, vae.contract or {}))
+    print(f"{path}: the VAE with latent_scale {scale:.5g}")
 
 
 def open_volumes(
