@@ -129,7 +129,8 @@ class Vae3d2dPeer(Peer):
         return DiagonalGaussian(mean, logvar.clamp(-30, 20))
 
 
-NETWORKS = ("linear code", "plain", "monai")
+OURS = "linear code"
+NETWORKS = (OURS, "plain", "monai")
 PEERS = {"monai": MonaiPeer, "monai wide": MonaiPeer, "vae3d2d": Vae3d2dPeer}
 WIDE = (32, 64, 64)  # channels of MONAI's 3D AutoencoderKL tutorial
 COLORS = ("#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd", "#8c564b")
@@ -199,8 +200,9 @@ def quality(
         for seed in seeds:
             for name in networks:
                 run(factor, name, best[name], steps, seed)
-            if seed == seeds[0] and factor == 2 ** (len(WIDE) - 1) and "monai" in best:
-                ours = next(r for r in done if r["steps"] == steps and r["network"] == networks[0])
+            both = {"monai", OURS} <= best.keys()
+            if seed == seeds[0] and factor == 2 ** (len(WIDE) - 1) and both:
+                ours = next(r for r in done if r["steps"] == steps and r["network"] == OURS)
                 a_step = run(factor, "monai wide", best["monai"], WARM_STEPS, seed)
                 budget = steps * ours["cpu_s_per_step"] / a_step["cpu_s_per_step"]
                 run(factor, "monai wide", best["monai"], round(budget), seed)
@@ -267,7 +269,7 @@ def network(recipe, factor: int, name: str):
     channels = tuple(plan["channels"]) + (plan["channels"][-1],) * missing
     if name not in PEERS:
         factors = [*plan["factors"]] + [(2, 2, 2)] * missing
-        linear = name == "linear code"
+        linear = name == OURS
         return partial(recipe, channels=channels, factors=factors, linear_code=linear)
     channels = WIDE if name == "monai wide" else (channels[0] // 2, *channels)
     groups = 16 if name == "monai wide" else 8
