@@ -114,5 +114,5 @@ def test_the_short_form_names_what_matters():
         "skipped 2  waits 25% for data"
     )
     assert in_short({"perf/data_wait": 0.05, "perf/patches_per_s": 0.254}) == "0.25 patches/s"
-    assert in_short({"perf/latents_per_s": 12.0}) == "12 latents/s"
+    assert in_short({"perf/latents_per_s": 12.0}) == "12.0 latents/s"
     assert "nan" in in_short({"train/loss": float("nan")})

@@ -111,7 +111,8 @@ def test_readme_shows_a_volume_on_its_way_back_and_weights_a_file(home):
 
 
 def test_the_segmenter_of_the_page_on_evaluation_is_one(home, monkeypatch):
-    after = run_snippets(ROOT / "docs" / "evaluation.md", home, monkeypatch)
+    volume = torch.rand(1, 1, 20, 16, 12)
+    after = run_snippets(ROOT / "docs" / "evaluation.md", home, monkeypatch, x=volume)
     x = torch.rand(1, 6, 5, 4)
     assert np.array_equal(after["Vessels"]()(x, (1, 1, 1)), (x[0] > 0.8).numpy())
 

@@ -291,7 +291,7 @@ def write_index(folder: str | Path, made_by: dict[str, Any], vae: str = "") -> d
 
 def made_alike(by: dict[str, Any], wanted: dict[str, Any]) -> bool:
     """Whether a latent was made as wanted; mode auto wants any mode."""
-    if wanted["mode"] != "auto":
+    if wanted.get("mode") != "auto":
         return by == wanted
     return all(by.get(name) == value for name, value in wanted.items() if name != "mode")
 
