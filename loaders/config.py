@@ -50,6 +50,13 @@ class DataConfig:
         mask: Which voxels count: a manifest column of files, or a pattern beside the image, such as
             `{name}_mask.nii.gz`. Its values are weights; what is 0 is neither seen nor counted.
         mask_weights: Weights of the values of masks, e.g. {0: 0.1, 1: 1}; null for the values.
+        in_place: Whether zarr and HDF5 stay where they are and patches are read out of them; else
+            they are copied into the cache like other files.
+        level: Of zarr with several sizes: which, from 0, the finest; null for the one whose voxels
+            are `preprocess.spacing_mm`, else 0.
+        channels: Of zarr and HDF5: which channels, by number or name; null for all.
+        time: Of zarr and HDF5: which time point, from 0; null for what `volumes_4d` says.
+        cache_gb: Gigabytes of decoded chunks of zarr that each process keeps in memory.
         backend: Cache as npy (fastest), or blosc2 (about half the disk space).
         slice_axis: For 2D training: the axis that slices are cut across (0, 1 or 2).
         num_slices: For 2D training: neighboring slices that become channels (odd).
@@ -76,6 +83,11 @@ class DataConfig:
     missing: Literal["error", "skip", "zero"] = "error"
     mask: str | None = None
     mask_weights: dict[int, float] | None = None
+    in_place: bool = True
+    level: int | None = None
+    channels: list[int | str] | None = None
+    time: int | None = None
+    cache_gb: float = 1.0
     backend: Literal["npy", "blosc2"] = "npy"
     slice_axis: int = 2
     num_slices: int = 1
@@ -298,6 +310,7 @@ def open_data(
         num_slices=survey.num_slices,
         say=say or silent,
         survey=survey,
+        cache_gb=config.cache_gb,
     )
     thickness = dict(zip(store.ids, store.spatial_shapes.min(axis=1).tolist(), strict=True))
     for fault in flat_faults(survey.subjects, thickness, spatial_dims, config.root):

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from loaders.guard import require_guard
-from loaders.patches import Sampler, Store, UniformCorners, Weighted, plan_epoch
+from loaders.patches import Chunked, Sampler, Store, UniformCorners, Weighted, plan_epoch
 
 Patching = Literal["full", "random_parts"] | None
 Jobs = Iterator[tuple[int, range]]  # (where the next job begins, samples to read)
@@ -264,8 +264,9 @@ class PatchLoader:
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}: use 1 or more")
         assert 0 <= rank < world_size, (rank, world_size)
+        self.in_place = isinstance(store, Chunked) and any(map(store.chunks, range(len(store))))
         if augment is not None and threads:
-            require_guard()
+            require_guard("spawn" if self.in_place else None)
         self.plan = PatchPlan(
             store, patch_size, patching, patches_per_volume, seed, sampler, balance_by, augment
         )
@@ -405,6 +406,8 @@ class PatchLoader:
             prefetch_factor=max(1, self.prefetch // self.threads),
             generator=torch.Generator().manual_seed(self.plan.seed),  # leaves the global one alone
             worker_init_fn=leave_signals_to_the_parent,
+            # Threads that read stores do not survive a fork.
+            multiprocessing_context="spawn" if self.in_place else None,
         )
         for (after, _), batch in zip(order, loader, strict=False):
             if self.pin:

@@ -138,6 +138,14 @@ class Weighted(Store, Protocol):
         """Read how much voxels count into a float32 buffer (num_weights, *shape of the slices)."""
 
 
+@runtime_checkable
+class Chunked(Store, Protocol):
+    """A `Store` of which some items may be read chunk by chunk from where they lie."""
+
+    def chunks(self, index: int) -> tuple[int, ...] | None:
+        """Voxels of an item that are read at once; None where each is as near as any other."""
+
+
 class Sampler:
     """Draws patch corners; subclass it for another way to choose them.
 

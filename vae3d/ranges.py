@@ -77,6 +77,9 @@ RANGES = {
     "slice_axis": Range(0, 2),
     "num_slices": Range(1, 4096),
     "DataConfig.threads": Range(1, 1024),
+    "DataConfig.channels": Range(0, 2**16),
+    **dict.fromkeys(("level", "time"), Range(0, 10**6)),
+    "cache_gb": Range(0, 10**6),
     "spatial_dims": Range(2, 3),
     "memory_gb": Range(0.01, 10**6),  # less is not kept by the libraries alone
     "latent_bits": Range(1, 64),
