@@ -88,7 +88,7 @@ FORMAT = 1  # part of every key: raise it when what lies in the cache changes it
 DICOM_FORMAT = "dicom 2"
 # Backups pass over such a folder, and so do we: https://bford.info/cachedir
 TAG = "Signature: 8a477f597d28d172789f06886806bc55\n# Volumes as vae3d keeps them.\n"
-OF_STORES = ("in_place", "level", "channels", "time")  # options that no other volume knows
+OF_STORES = ("in_place", "level", "channels", "time_point")  # options that no other volume knows
 LINE_EVERY_S = 30.0  # in a log, while volumes are cached
 NUM_POINTS = 1024  # voxels remembered for the samplers
 

@@ -112,12 +112,10 @@ class VolumeFacts:
     @classmethod
     def of(cls, subject: Subject) -> VolumeFacts:
         """Read and measure a volume; raises `BrokenVolume` as building the cache would."""
-        reading = Reading(nan="fill", volumes_4d="channels")
-        if stays(subject, reading):
-            return cls.of_store(
-                find_in_place(subject, replace(reading, volumes_4d="first"), Preprocess())
-            )
-        read = read_subject(subject, reading)
+        if stays(subject, Reading()):
+            first = Reading(nan="fill", volumes_4d="first")
+            return cls.of_store(find_in_place(subject, first, Preprocess()))
+        read = read_subject(subject, Reading(nan="fill", volumes_4d="channels"))
         holes = read.data.dtype.kind == "f" and not np.isfinite(read.data).all()
         volume = storable(read, subject.paths[0], "fill")
         axes, _ = ras_axes(volume.affine)

@@ -71,6 +71,7 @@ class PatchPlan:
         sampler: Callable[[], Sampler] = UniformCorners,
         balance_by: str | None = None,
         augment: Callable[..., torch.Tensor] | None = None,
+        patches_per_read: int = 1,
     ):
         dims = store.spatial_shapes.shape[1]
         if patching not in ("full", "random_parts", None):
@@ -82,11 +83,18 @@ class PatchPlan:
             if patches_per_volume < 1:
                 raise ValueError(f"patches_per_volume is {patches_per_volume}: use 1 or more")
             self.patch_size = tuple(int(p) for p in patch_size)
+        if patches_per_read > 1 and (
+            patching != "random_parts" or patches_per_volume % patches_per_read
+        ):
+            raise ValueError(
+                f"data.patches_per_read is {patches_per_read}: it is for patching random_parts, "
+                f"and patches_per_volume ({patches_per_volume}) has to be a multiple of it"
+            )
         if seed < 0:
             raise ValueError(f"seed is {seed}: use 0 or more")
         self.store, self.patching, self.seed = store, patching, seed
         self.weights = store if isinstance(store, Weighted) and store.num_weights else None
-        self.patches_per_volume = patches_per_volume
+        self.patches_per_volume, self.patches_per_read = patches_per_volume, patches_per_read
         self.sampler, self.augment = sampler(), augment
         self.groups = None
         if balance_by is not None:
@@ -119,6 +127,7 @@ class PatchPlan:
                     np.random.default_rng([self.seed, epoch]),
                     self.sampler,
                     self.groups,
+                    self.patches_per_read,
                 )
             return self._tables[epoch]
 
@@ -230,6 +239,8 @@ class PatchLoader:
         balance_by: Manifest column whose groups are equally frequent in an epoch.
         sampler: Chooses the corners with random_parts.
         prefetch: Batches that are read ahead; None for two a thread.
+        patches_per_read: Patches that lie in the chunks which one of them touches, so that these
+            are read once; see `loaders.patches.gathered`.
 
     Example:
         >>> loader = PatchLoader(store, (64, 64, 64), patches_per_volume=8, batch_size=4)
@@ -253,6 +264,7 @@ class PatchLoader:
         balance_by: str | None = None,
         sampler: Callable[[], Sampler] = UniformCorners,
         prefetch: int | None = None,
+        patches_per_read: int = 1,
     ):
         if len(store) < world_size:
             raise ValueError(
@@ -268,8 +280,9 @@ class PatchLoader:
         if augment is not None and threads:
             require_guard("spawn" if self.in_place else None)
         self.plan = PatchPlan(
-            store, patch_size, patching, patches_per_volume, seed, sampler, balance_by, augment
-        )
+            store, patch_size, patching, patches_per_volume, seed, sampler, balance_by, augment,
+            patches_per_read,
+        )  # fmt: skip
         self.store, self.batch_size = store, batch_size
         self.rank, self.world_size = rank, world_size
         self.threads, self.pin = threads, pin and torch.cuda.is_available()

@@ -1,6 +1,10 @@
 """Stores for tests, written by tensorstore: OME-Zarr 0.4 and 0.5 with shards and levels."""
 
+import http.server
 import json
+import random
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -92,3 +96,77 @@ def voxels(*shape: int, seed: int = 0) -> np.ndarray:
     inner = tuple(slice(n // 4, 3 * n // 4) for n in shape[-3:])
     data[(..., *inner)] += rng.integers(500, 1500, data[(..., *inner)].shape)
     return data.astype(np.uint16)
+
+
+class Web:
+    """A folder as a web server that behaves as it is told; use it as a context.
+
+    Args:
+        folder: What it serves.
+
+    Attributes:
+        mood: well, shaky (a third of the requests end in a 503 or a reset), short (chunks are cut)
+            or closed (403).
+        latency_s: Before each answer.
+        paths: What was asked for.
+    """
+
+    def __init__(self, folder: Path):
+        self.mood, self.latency_s, self.paths = "well", 0.0, []
+        self.random, web = random.Random(0), self
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def log_message(self, *_):
+                pass
+
+            def do_GET(self):
+                web.answer(self, folder)
+
+            do_HEAD = do_GET
+
+        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.server.daemon_threads = True
+        self.url = f"http://127.0.0.1:{self.server.server_port}"
+
+    def __enter__(self):
+        self.thread = threading.Thread(target=self.server.serve_forever, daemon=True)
+        self.thread.start()
+        return self
+
+    def __exit__(self, *_):
+        self.server.shutdown()
+        self.server.server_close()
+        self.thread.join()
+
+    def answer(self, request, folder: Path) -> None:
+        """Answer one request, whole or by its range."""
+        time.sleep(self.latency_s)
+        self.paths.append(request.path)
+        luck, file = self.random.random(), folder / request.path.lstrip("/")
+        if self.mood == "shaky" and luck < 0.15:
+            request.close_connection = True
+            request.connection.close()
+            return
+        code = 403 if self.mood == "closed" else 503 if self.mood == "shaky" and luck < 0.3 else 200
+        content = file.read_bytes() if file.is_file() else b""
+        code = 404 if code == 200 and not file.is_file() else code
+        if self.mood == "short" and "/c/" in request.path:
+            content = content[: len(content) // 2]
+        request_range = request.headers.get("Range", "")
+        extra = {}
+        if code == 200 and request_range.startswith("bytes="):
+            first, _, last = request_range[6:].partition("-")
+            start = int(first) if first else max(0, len(content) - int(last))
+            stop = int(last) + 1 if first and last else len(content)
+            stop = min(stop, len(content))
+            extra["Content-Range"] = f"bytes {start}-{stop - 1}/{len(content)}"
+            code, content = 206, content[start:stop]
+        body = content if code in (200, 206) else b""
+        request.send_response(code)
+        for name, value in {**extra, "Content-Length": str(len(body))}.items():
+            request.send_header(name, value)
+        request.end_headers()
+        if request.command == "GET":
+            request.wfile.write(body)

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 import zipfile
 from pathlib import Path
 
@@ -23,8 +24,9 @@ from loaders import (
 from loaders.consistency import Facts
 from loaders.in_place import find_in_place
 from loaders.readers import BrokenVolume, read_header, read_volume
+from loaders.readers.arrays import context
 from loaders.subjects import Subject
-from tests.stores import UM, array, halved, ome, voxels, write
+from tests.stores import UM, Web, array, halved, ome, voxels, write
 
 pytest.importorskip("tensorstore")
 ROOT = Path(__file__).resolve().parents[1]
@@ -83,7 +85,7 @@ def test_axes_come_in_any_order_and_channels_by_name_or_number(tmp_path):
     tczyx = voxels(3, 4, 9, 10, 11)
     names = ("dapi", "gfp", "red", "far")
     path = ome(tmp_path / "a.zarr", [tczyx], axes="tczyx", channels=names)
-    store = built(path, tmp_path / "cache", channels=["red", 0], time=1)
+    store = built(path, tmp_path / "cache", channels=["red", 0], time_point=1)
     assert store.num_channels == 2
     assert [name for name, _ in store.layout(0).channels] == ["red", "dapi"]
     expected = tczyx[1].transpose(0, 3, 2, 1)
@@ -93,21 +95,21 @@ def test_axes_come_in_any_order_and_channels_by_name_or_number(tmp_path):
         built(other, tmp_path / "cache").read(0), tczyx[0].transpose(0, 3, 2, 1)
     )
     with pytest.raises(BrokenVolume, match=r"4 channels \(dapi, gfp, red, far\), none is blue"):
-        built(path, tmp_path / "cache", channels=["blue"], time=1)
+        built(path, tmp_path / "cache", channels=["blue"], time_point=1)
 
 
 def test_time_points_are_chosen_or_samples_and_never_guessed(tmp_path):
     tzyx = voxels(3, 9, 10, 11)
     path = ome(tmp_path / "a.zarr", [tzyx], axes="tzyx")
-    with pytest.raises(BrokenVolume, match="3 time points: choose one by data.time"):
+    with pytest.raises(BrokenVolume, match=r"3 time points: choose one by data\.time_point"):
         built(path, tmp_path / "cache")
     with pytest.raises(BrokenVolume, match="has 3 time points, time point 5 is asked for"):
-        built(path, tmp_path / "cache", time=5)
+        built(path, tmp_path / "cache", time_point=5)
     for in_place in (True, False):
         store = built(path, tmp_path / "cache", volumes_4d="samples", in_place=in_place)
         assert store.ids == ["a__t000", "a__t001", "a__t002"]
-        for time in range(3):
-            np.testing.assert_array_equal(store.read(time)[0], tzyx[time].transpose(2, 1, 0))
+        for number in range(3):
+            np.testing.assert_array_equal(store.read(number)[0], tzyx[number].transpose(2, 1, 0))
 
 
 def test_the_level_is_chosen_by_number_or_by_the_voxel_size_that_is_asked_for(tmp_path):
@@ -225,6 +227,25 @@ def test_patches_are_the_same_on_any_number_of_threads_and_ranks(tmp_path):
     np.testing.assert_array_equal(found[0], found[2])
 
 
+def test_patches_of_one_read_touch_the_same_chunks_and_neighborhoods_take_turns(tmp_path):
+    path = array(tmp_path / "a.zarr", voxels(96, 80, 72), (16, 16, 16), names="zyx")
+    store = built(path, tmp_path / "cache")
+    options = {"patches_per_volume": 64, "patches_per_read": 4, "threads": 0}
+    table = PatchLoader(store, (16, 16, 16), **options).plan.table(0)
+    assert table.shape == (64, 4)
+    last = np.array(store.shape(0)[1:]) - 16
+    assert (table[:, 1:] >= 0).all() and (table[:, 1:] <= last).all()
+    for block in table[:, 1:].reshape(2, 4, 8, 3):  # two blocks of four rounds of eight reads
+        first = block[0]  # corners of the patches that lead
+        low, high = first // 16 * 16, -(-(first + 16) // 16) * 16
+        assert (block >= low).all() and (block + 16 <= high).all()
+        assert len(np.unique(low, axis=0)) > 4
+    again = PatchLoader(store, (16, 16, 16), **options, world_size=1).plan.table(0)
+    np.testing.assert_array_equal(table, again)
+    with pytest.raises(ValueError, match=r"patches_per_volume \(64\) has to be a multiple of it"):
+        PatchLoader(store, (16, 16, 16), **options | {"patches_per_read": 5})
+
+
 def test_slices_are_cut_out_of_a_3d_store(tmp_path):
     zyx = voxels(12, 10, 8)
     slices = SliceStore(built(ome(tmp_path / "a.zarr", [zyx]), tmp_path / "cache"), axis=2)
@@ -255,13 +276,13 @@ def test_nan_is_an_error_that_says_where_or_filled(tmp_path):
     zyx = voxels(12, 10, 8).astype(np.float64)
     zyx[3, 2, 1] = np.nan
     path = ome(tmp_path / "a.zarr", [zyx])
-    with pytest.raises(BrokenVolume, match="are NaN or infinite: set data.nan to fill"):
+    with pytest.raises(BrokenVolume, match=r"are NaN or infinite: set data\.nan to fill"):
         built(path, tmp_path / "cache")
     filled = built(path, tmp_path / "cache", nan="fill").read(0)[0]
     assert filled[1, 2, 3] == np.nanmin(zyx)
     zyx[3, 2, 1] = np.nanmin(zyx)
     np.testing.assert_array_equal(filled, zyx.transpose(2, 1, 0).astype(np.float32))
-    with pytest.raises(BrokenVolume, match="data.nan mask does not allow"):
+    with pytest.raises(BrokenVolume, match=r"data\.nan mask does not allow"):
         built(path, tmp_path / "cache", nan="mask")
 
 
@@ -327,7 +348,7 @@ def test_broken_metadata_are_one_line(tmp_path, reason):
         spoil(path, lambda held: held["attributes"]["ome"]["multiscales"][0]["datasets"][0].update(
             coordinateTransformations=[change]))  # fmt: skip
     spoil(path, lambda held: BROKEN[reason](held["attributes"]["ome"]["multiscales"][0]))
-    with pytest.raises(BrokenVolume, match="a.zarr") as error:
+    with pytest.raises(BrokenVolume, match=r"a\.zarr") as error:
         built(path, tmp_path / "cache")
     expected = reason if reason != "axes are not understood" else "are not understood: t, c, z"
     assert expected in str(error.value) and "\n" not in str(error.value)
@@ -345,9 +366,9 @@ def test_links_out_of_a_store_unknown_codecs_and_empty_folders_are_one_line(tmp_
     with pytest.raises(BrokenVolume, match=r"b.zarr/s0: cannot be opened: .*lossy9"):
         built(other, tmp_path / "cache")
     (tmp_path / "c.zarr").mkdir()
-    with pytest.raises(BrokenVolume, match="c.zarr: holds no zarr metadata"):
+    with pytest.raises(BrokenVolume, match=r"c\.zarr: holds no zarr metadata"):
         built(tmp_path / "c.zarr", tmp_path / "cache")
-    with pytest.raises(BrokenVolume, match="d.zarr: no such store"):
+    with pytest.raises(BrokenVolume, match=r"d\.zarr: no such store"):
         built(tmp_path / "d.zarr", tmp_path / "cache")
     with pytest.raises(ValueError, match=r"abfs://box/a\.zarr: s3, gs, http, https are read"):
         built("abfs://box/a.zarr", tmp_path / "cache")
@@ -369,7 +390,7 @@ def test_options_of_stores_change_no_key_of_other_volumes_and_are_refused_for_th
     key = built(tmp_path / "a.npy", tmp_path / "cache").entries[0].key
     copied = built(tmp_path / "a.npy", tmp_path / "cache", in_place=False)
     assert copied.entries[0].key == key
-    with pytest.raises(BrokenVolume, match="data.level is of zarr and HDF5 alone"):
+    with pytest.raises(BrokenVolume, match=r"data\.level is of zarr and HDF5 alone"):
         read_volume(tmp_path / "a.npy", Reading(level=1))
 
 
@@ -388,6 +409,60 @@ def test_the_options_reach_the_store_from_the_command_line(tmp_path):
     assert [len(ids) for ids in split.values()] == [1, 1, 1]
     assert store.num_channels == 1
     assert store.entries[0].voxels.cache_gb == 0.001
+
+
+@pytest.fixture
+def quick_retries(monkeypatch):
+    retries = {"max_retries": 6, "initial_delay": "10ms", "max_delay": "50ms"}
+    monkeypatch.setattr("loaders.readers.arrays.RETRIES", retries)
+    context.cache_clear()
+    yield
+    context.cache_clear()
+
+
+def test_a_store_on_the_web_is_read_chunk_by_chunk_and_outlives_a_shaky_network(
+    tmp_path, quick_retries
+):
+    zyx = voxels(32, 32, 32)
+    ome(tmp_path / "web" / "a.ome.zarr", [zyx], chunks=8, shards=(16, 16, 16))
+    with Web(tmp_path / "web") as web:
+        web.mood = "shaky"
+        store = built(f"{web.url}/a.ome.zarr", tmp_path / "cache")
+        assert store.ids == ["a"]
+        np.testing.assert_array_equal(store.read(0)[0], zyx.transpose(2, 1, 0))
+        context.cache_clear()
+        web.mood, web.paths = "well", []
+        fresh = built(f"{web.url}/a.ome.zarr", tmp_path / "cache")
+        fresh.read(0, (slice(0, 8), slice(0, 8), slice(0, 8)))
+        assert {path for path in web.paths if "/c/" in path} == {"/a.ome.zarr/s0/c/0/0/0"}
+        asked = len(web.paths)
+        fresh.read(0, (slice(0, 8), slice(0, 8), slice(0, 8)))  # kept in memory
+        assert len(web.paths) == asked
+
+
+def test_requests_to_a_store_overlap(tmp_path, quick_retries):
+    zyx = voxels(32, 32, 32)
+    ome(tmp_path / "web" / "a.zarr", [zyx], chunks=16)
+    with Web(tmp_path / "web") as web:
+        store = VolumeStore.build(f"{web.url}/a.zarr", tmp_path / "cache", RAW, cache_gb=0)
+        web.latency_s = 0.2
+        start = time.perf_counter()
+        store.read(0)  # 8 chunks would take 1.6 s one after the other
+        assert time.perf_counter() - start < 0.9
+
+
+@pytest.mark.parametrize(
+    ("mood", "line"),
+    [("closed", r"a\.zarr: cannot be read: .*403.*; credentials are taken from the URL itself"),
+     ("short", r"a\.zarr/s0: cannot be read: .*c/")],
+)  # fmt: skip
+def test_what_stays_unreadable_on_the_web_is_one_line(tmp_path, quick_retries, mood, line):
+    ome(tmp_path / "web" / "a.zarr", [voxels(16, 16, 16)])
+    with Web(tmp_path / "web") as web:
+        web.mood = mood
+        with pytest.raises(BrokenVolume, match=line) as error:
+            built(f"{web.url}/a.zarr", tmp_path / "cache")
+    assert "\n" not in str(error.value)
 
 
 TERABYTE = """

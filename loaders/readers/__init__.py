@@ -178,9 +178,8 @@ def read_volume(path: Path | str, reading: Reading = READING) -> Volume:
         raise BrokenVolume(path, "affine is singular: two axes point the same way or have no size")
     data = volume.data.astype(volume.data.dtype.newbyteorder("="), copy=False)
     # Slice by slice: the first of nearly every volume settles it.
-    if not are_headers_alone() and not any(
-        np.isfinite(data[..., z]).any() for z in range(data.shape[3])
-    ):
+    planes = () if are_headers_alone() else range(data.shape[3])
+    if planes and not any(np.isfinite(data[..., z]).any() for z in planes):
         raise BrokenVolume(path, "all voxels are NaN or infinite")
     return replace(volume, data=data)
 
@@ -190,7 +189,9 @@ def reader_of(path: Path, reading: Reading) -> Callable[[Path, Reading], Volume]
     if is_store(path):
         return read_store
     suffix = check_file(path)
-    chosen = [name for name in ("level", "channels", "time") if getattr(reading, name) is not None]
+    chosen = [
+        name for name in ("level", "channels", "time_point") if getattr(reading, name) is not None
+    ]
     if chosen:
         raise BrokenVolume(path, f"data.{chosen[0]} is of zarr and HDF5 alone")
     return read_folder if suffix == "folder" else READERS[suffix]

@@ -228,7 +228,7 @@ def remedy(url: str, error: Exception) -> str:
 
 def reason(error: Exception) -> str:
     """Return what went wrong without where in a library's sources it did."""
-    text = re.split(r" \[(?:source locations|tensorstore_spec)=", str(error))[0]
+    text = re.split(r" \[(?:source locations|tensorstore_spec|http_response_body)=", str(error))[0]
     return " ".join(text.split()) or type(error).__name__
 
 

@@ -83,7 +83,7 @@ class Reading:
         level: Of zarr with several sizes: which, from 0, the finest; null for the one whose voxels
             are `preprocess.spacing_mm`, else 0.
         channels: Of zarr and HDF5: which channels, by number or name; null for all.
-        time: Of zarr and HDF5: which time point, from 0; null for what `volumes_4d` says.
+        time_point: Of zarr and HDF5: which time point, from 0; null for what `volumes_4d` says.
     """
 
     nan: NaN = "error"
@@ -97,7 +97,7 @@ class Reading:
     in_place: bool = True
     level: int | None = None
     channels: list[int | str] | None = None
-    time: int | None = None
+    time_point: int | None = None
 
     def __post_init__(self) -> None:
         for name, kinds in get_type_hints(type(self)).items():

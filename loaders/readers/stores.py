@@ -157,7 +157,7 @@ def finite(data: np.ndarray, view: View, ranges: Sequence[range]) -> np.ndarray:
 
 def times_of(image: Image, reading: Reading) -> int:
     """How many samples a store is: its time points, where each is one."""
-    if "T" not in image.axes or reading.time is not None or reading.volumes_4d != "samples":
+    if "T" not in image.axes or reading.time_point is not None or reading.volumes_4d != "samples":
         return 1
     return image.levels[0].place.open().shape[image.axes.index("T")]
 
@@ -179,9 +179,9 @@ def view_of(image: Image, level: int, reading: Reading, time: int | None = None)
     shape = dict(zip(image.axes, place.open().shape, strict=False))
     times = shape.get("T", 1)
     if time is None:
-        time = reading.time
+        time = reading.time_point
     if time is None and times > 1 and reading.volumes_4d != "first":
-        how = "choose one by data.time, or set data.volumes_4d to first or samples"
+        how = "choose one by data.time_point, or set data.volumes_4d to first or samples"
         raise BrokenVolume(name, f"has {times} time points: {how}")
     channels = chosen(image, shape.get("C", 1), reading)
     return View(place, image.axes, time or 0, channels, nan=reading.nan)
