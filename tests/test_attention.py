@@ -82,6 +82,28 @@ def test_a_window_as_large_as_the_grid_is_global_attention():
     close(patch(x), full(x))
 
 
+@pytest.mark.parametrize("shift", [False, True])
+def test_a_window_far_larger_than_the_grid_costs_no_more_than_the_grid(shift):
+    layer = PatchAttention(8, 3, NORM, window=512, shift=shift, relative_position_bias=False)
+    assert layer.to_windows(torch.ones(1, 1, 2 * 3 * 4, 8), (2, 3, 4)).shape == (1, 1, 24, 8)
+    assert layer(torch.randn(1, 8, 2, 3, 4)).shape == (1, 8, 2, 3, 4)
+
+
+@pytest.mark.parametrize("shift", [False, True])
+def test_the_bias_of_a_window_larger_than_the_grid_is_that_of_its_offsets(shift):
+    layer = PatchAttention(8, 2, NORM, window=(4, 8), shift=shift, relative_position_bias=True)
+    with torch.no_grad():
+        layer.bias.table.normal_()
+    table, first = layer.bias.table, 2 if shift else 0
+    x = torch.randn(1, 8, 6, 3)
+
+    def offset_bias(i, j):
+        return table[:, (i[0] - j[0] + 3) % 7, i[1] - j[1] + 7]  # of voxels that see each other
+
+    same = lambda i, j: (i[0] + first) // 4 == (j[0] + first) // 4  # noqa: E731
+    close(layer(x), voxel_attention(layer, x, same, offset_bias))
+
+
 @pytest.mark.parametrize("grid", [(3, 5), (2, 3, 4)])
 def test_relative_bias_depends_on_the_offset_alone(grid):
     bias = RelativeBias(2, grid)

@@ -115,6 +115,7 @@ class GlobalAttention(Attention):
 class PatchAttention(Attention):
     """Softmax attention inside windows; the last windows are padded, the padding is masked.
 
+    A window that reaches beyond the grid on both sides costs no more than one of the grid's size.
     `torch.export` takes any size as a fixed one; as a dynamic one, multiples of the window.
 
     Args:
@@ -151,29 +152,34 @@ class PatchAttention(Attention):
         # Every window holds a real token, so no row of the softmax is empty.
         bias = torch.zeros_like(real).masked_fill(real == 0, float("-inf")).transpose(2, 3)
         if self.bias is not None:
-            bias = bias + self.bias(self.window).to(q.dtype)
+            window = [w for w, _ in self.frame(grid)]
+            bias = bias + self.bias.within(window).to(q.dtype)
         q, k, v = (self.to_windows(t, grid) for t in (q, k, v))
         return self.to_grid(attend(q, k, v, bias), grid)
 
+    def frame(self, grid: Sequence[int]) -> list[tuple[int, int]]:
+        """Window and shift per axis: an axis that lies in one window has a window of its length."""
+        axes = zip(grid, self.window, self.shift, strict=True)
+        return [(n, 0) if n + s <= w else (w, s) for n, w, s in axes]
+
     def counts(self, grid: Sequence[int]) -> list[int]:
         """Windows per axis that cover `grid`."""
-        axes = zip(grid, self.window, self.shift, strict=True)
-        return [(n + s + w - 1) // w for n, w, s in axes]
+        return [(n + s + w - 1) // w for n, (w, s) in zip(grid, self.frame(grid), strict=True)]
 
     def sizes(self, grid: Sequence[int]) -> dict[str, int]:
         """Values of the letters of `VOLUME_AND_WINDOWS`."""
-        axes = zip("xyz", self.counts(grid), self.window, strict=False)
+        axes = zip("xyz", self.counts(grid), self.frame(grid), strict=False)
         return {
             name: size
-            for axis, count, w in axes
+            for axis, count, (w, _) in axes
             for name, size in ((f"n{axis}", count), (f"w{axis}", w))
         }
 
     def to_windows(self, t: Tensor, grid: Sequence[int]) -> Tensor:
         """`(B, H, N, D)` on `grid` to `(B * windows, H, tokens of a window, D)`, zero-padded."""
         volume, windows = VOLUME_AND_WINDOWS[self.spatial_dims]
-        axes = zip(grid, self.counts(grid), self.window, self.shift, strict=True)
-        padding = [(s, count * w - n - s) for n, count, w, s in axes]  # whole windows
+        axes = zip(grid, self.counts(grid), self.frame(grid), strict=True)
+        padding = [(s, count * w - n - s) for n, count, (w, s) in axes]  # whole windows
         far_axis_first = [n for pair in reversed(padding) for n in pair]
         t = F.pad(t.unflatten(2, tuple(grid)), (0, 0, *far_axis_first))
         return rearrange(t, f"{volume} -> {windows}", **self.sizes(grid))
@@ -182,7 +188,7 @@ class PatchAttention(Attention):
         """Inverse of `to_windows`, without the padding."""
         volume, windows = VOLUME_AND_WINDOWS[self.spatial_dims]
         t = rearrange(t, f"{windows} -> {volume}", **self.sizes(grid))
-        inside = [slice(s, s + n) for s, n in zip(self.shift, grid, strict=True)]
+        inside = [slice(s, s + n) for n, (_, s) in zip(grid, self.frame(grid), strict=True)]
         return t[(slice(None), slice(None), *inside)].flatten(2, -2)
 
 
@@ -252,6 +258,17 @@ class RelativeBias(nn.Module):
         size = [2 * n - 1 for n in grid]
         mode = LINEAR[len(grid)]  # exact where the size stays
         table = F.interpolate(self.table[None], size, mode=mode, align_corners=True)[0]
+        return self.of_pairs(table, grid, queries)
+
+    def within(self, grid: Sequence[int]) -> Tensor:
+        """Bias `(H, N, N)` of a part, `grid`, of the grid that the table is made for."""
+        axes = zip(self.grid, grid, strict=True)
+        table = self.table[(slice(None), *(slice(w - n, w + n - 1) for w, n in axes))]
+        return self.of_pairs(table, grid, [slice(None)] * len(grid))
+
+    @staticmethod
+    def of_pairs(table: Tensor, grid: Sequence[int], queries: Sequence[slice]) -> Tensor:
+        """Lay a table of the offsets on `grid` out by query and key."""
         for axis, n in enumerate(grid, start=1):  # offsets i - j to (i, j), axis by axis
             j = torch.arange(n, device=table.device)
             i = j[queries[axis - 1]]
