@@ -21,6 +21,7 @@ import torch
 
 from loaders.guard import require_guard
 from loaders.patches import Chunked, Sampler, Store, UniformCorners, Weighted, plan_epoch
+from loaders.readers import BrokenVolume
 
 Patching = Literal["full", "random_parts"] | None
 Jobs = Iterator[tuple[int, range]]  # (where the next job begins, samples to read)
@@ -423,6 +424,8 @@ class PatchLoader:
             multiprocessing_context="spawn" if self.in_place else None,
         )
         for (after, _), batch in zip(order, loader, strict=False):
+            if isinstance(batch, BrokenVolume):
+                raise batch
             if self.pin:
                 batch.image = batch.image.pin_memory()
                 if batch.weight is not None:
@@ -437,14 +440,20 @@ def leave_signals_to_the_parent(_worker: int) -> None:
             signal.signal(getattr(signal, name), signal.SIG_IGN)
 
 
-class _Batches(torch.utils.data.Dataset[Batch]):
-    """Whole batches by their samples, for worker processes."""
+class _Batches(torch.utils.data.Dataset[Batch | BrokenVolume]):
+    """Whole batches by their samples, for worker processes.
+
+    What is broken is handed over too: torch would make another error of it, of many lines.
+    """
 
     def __init__(self, plan: PatchPlan):
         self.plan = plan
 
-    def __getitem__(self, samples: range) -> Batch:
-        return self.plan.batch(samples)
+    def __getitem__(self, samples: range) -> Batch | BrokenVolume:
+        try:
+            return self.plan.batch(samples)
+        except BrokenVolume as error:
+            return error
 
 
 class PatchDataset(torch.utils.data.Dataset[dict[str, torch.Tensor]]):

@@ -227,6 +227,45 @@ def test_patches_are_the_same_on_any_number_of_threads_and_ranks(tmp_path):
     np.testing.assert_array_equal(found[0], found[2])
 
 
+def test_a_store_that_was_named_relative_to_one_folder_is_read_from_another(tmp_path, monkeypatch):
+    h5py = pytest.importorskip("h5py")
+    zyx = voxels(12, 10, 8)
+    ome(tmp_path / "here" / "a.zarr", [zyx])
+    with h5py.File(tmp_path / "here" / "b.h5", "w") as file:
+        file["raw"] = zyx
+    (tmp_path / "there").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    first = built(["a.zarr", "b.h5:/raw"], tmp_path / "cache")
+    monkeypatch.chdir(tmp_path / "there")
+    again = built(["../here/a.zarr", "../here/b.h5:/raw"], tmp_path / "cache")
+    for index in range(2):
+        assert again.entries[index].key == first.entries[index].key
+        np.testing.assert_array_equal(again.read(index)[0], zyx.transpose(2, 1, 0))
+
+
+class Louder:
+    """An augmentation that processes can be given."""
+
+    def __call__(self, patch, key, spacing_mm):
+        return patch + 1000
+
+
+@pytest.mark.slow
+def test_processes_that_augment_read_in_place_and_hand_over_what_is_broken(tmp_path):
+    zyx = voxels(16, 16, 16)
+    path = ome(tmp_path / "a.zarr", [zyx])
+    store = built(path, tmp_path / "cache")
+    options = {"patching": "full", "batch_size": 8, "threads": 1}
+    loader = PatchLoader(store, (8, 8, 8), augment=Louder(), **options)
+    (batch,) = list(loader)
+    for image, (x, y, z) in zip(batch.image.numpy(), batch.corner.tolist(), strict=True):
+        box = zyx[z : z + 8, y : y + 8, x : x + 8].transpose(2, 1, 0)
+        np.testing.assert_array_equal(image[0], box + 1000.0)
+    (path / "s0" / "c" / "1" / "1" / "1").write_bytes(b"no zstd stream")
+    with pytest.raises(BrokenVolume, match="c/1/1/1"):
+        list(PatchLoader(built(path, tmp_path / "cache"), (8, 8, 8), augment=Louder(), **options))
+
+
 def test_patches_of_one_read_touch_the_same_chunks_and_neighborhoods_take_turns(tmp_path):
     path = array(tmp_path / "a.zarr", voxels(96, 80, 72), (16, 16, 16), names="zyx")
     store = built(path, tmp_path / "cache")

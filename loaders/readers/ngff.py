@@ -107,7 +107,7 @@ def describe_hdf5(path: Path) -> Image:
     status = os.stat(file)
     version = f"{os.path.abspath(file)} {status.st_size} {status.st_mtime_ns} {name}"
     affine = np.diag([*(known.get(axis, 1.0) for axis in "XYZ"), 1.0])
-    level = Level(Place("hdf5", str(file), name), affine)
+    level = Level(Place("hdf5", os.path.abspath(file), name), affine)
     return Image(path, axes, (level,), Look("picture", unit), notes, hashed([version]))
 
 
@@ -118,9 +118,10 @@ def describe_zarr(path: Path) -> Image:
     if not files:
         raise BrokenVolume(where, missing(path))
     attributes, is_array = parsed(where, files)
+    # The cache outlives the folder that a command is called in.
     versions = [where if url_of(path) else os.path.abspath(where), marks(files)]
     if is_array:
-        return plain(path, where, files, attributes, versions)
+        return plain(path, files, attributes, versions)
     held = attributes.get("ome", attributes)  # from version 0.5 on
     assert isinstance(held, dict)
     if "multiscales" not in held:
@@ -147,7 +148,7 @@ def describe_zarr(path: Path) -> Image:
                  for axis, letter in zip(named, axes, strict=True)]  # fmt: skip
         affine = affine_of(axes, scale, offset, units, named)
         driver = "zarr3" if "zarr.json" in array else "zarr"
-        levels.append(Level(Place(driver, where, name), affine))
+        levels.append(Level(Place(driver, versions[0], name), affine))
     unit = next((u for u in units if u is not None), None)
     if unit is None:
         notes = (*notes, "names no unit of length: taken as mm")
@@ -158,19 +159,18 @@ def describe_zarr(path: Path) -> Image:
 
 def plain(
     path: Path,
-    where: str,
     files: Mapping[str, tuple[bytes, str]],
     attributes: Json,
     versions: Sequence[str],
 ) -> Image:
-    """A zarr array without OME metadata."""
+    """A zarr array without OME metadata; the first of its versions is where it lies."""
     driver = "zarr3" if "zarr.json" in files else "zarr"
     array = json.loads(files["zarr.json" if driver == "zarr3" else ".zarray"][0])
     told = array.get("dimension_names") or attributes.get("_ARRAY_DIMENSIONS")
     names = [str(name) for name in told] if isinstance(told, list) and all(told) else None
     axes, notes = letters(path, names, len(array["shape"]))
     notes = (*notes, "tells no voxel size: taken as 1 mm")
-    level = Level(Place(driver, where), np.eye(4))
+    level = Level(Place(driver, versions[0]), np.eye(4))
     return Image(path, axes, (level,), Look("picture", "px"), notes, hashed(versions))
 
 
