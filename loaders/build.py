@@ -23,9 +23,11 @@ from typing import Any, TypeVar
 import numpy as np
 
 from loaders.compressed import compress
+from loaders.in_place import find_in_place, small_label_map, stays
 from loaders.masks import hide, nearest, read_weights
 from loaders.preprocess import (
     Preprocess,
+    Record,
     Statistics,
     by_rules,
     is_foreground,
@@ -39,9 +41,12 @@ from loaders.readers import (
     Look,
     MissingFile,
     Reading,
+    View,
     Volume,
+    describe,
     has_place,
     holds_dicom,
+    is_store,
     read_volume,
     revision,
     same_grid,
@@ -83,6 +88,7 @@ FORMAT = 1  # part of every key: raise it when what lies in the cache changes it
 DICOM_FORMAT = "dicom 2"
 # Backups pass over such a folder, and so do we: https://bford.info/cachedir
 TAG = "Signature: 8a477f597d28d172789f06886806bc55\n# Volumes as vae3d keeps them.\n"
+OF_STORES = ("in_place", "level", "channels", "time_point")  # options that no other volume knows
 LINE_EVERY_S = 30.0  # in a log, while volumes are cached
 NUM_POINTS = 1024  # voxels remembered for the samplers
 
@@ -121,6 +127,7 @@ class Builder:
             "missing",
             "mask",
             "mask_weights",
+            *OF_STORES,
         )  # told already, or by the files
         later = {k: v for k, v in chosen.items() if k not in apart}
         recipe += [later] if later else []
@@ -160,6 +167,8 @@ class Builder:
 
     def remembered(self, path: Path) -> bool:
         """Whether the digest of a file is known and its size and time are still the same."""
+        if is_store(path):  # its metadata are read again
+            return has_metadata(path)
         path, _ = split_series(path)
         known = self.digests.get(os.path.abspath(path))
         try:
@@ -168,12 +177,19 @@ class Builder:
             return False
 
     def key(self, subject: Subject) -> str:
-        """Name of a volume in the cache: a hash of its bytes, its mask's, and of the geometry."""
+        """Name of a volume in the cache: a hash of its bytes, its mask's, and of the geometry.
+
+        Of a store it is where it lies, its metadata, and what is read of it.
+        """
         parts = []
         present = self.files(subject)
         for given in sources(subject):
             if given not in present:
                 parts.append("missing")
+                continue
+            if is_store(given):
+                options = {name: getattr(self.reading, name) for name in OF_STORES}
+                parts.append(f"store {describe(given).version} {json.dumps(options)}")
                 continue
             path, series = split_series(given)
             if not self.remembered(path):
@@ -197,7 +213,7 @@ class Builder:
             if not is_sidecar(meta):
                 return None
             measured = self.preprocess.rules == 1 or all("robust" in s for s in meta["statistics"])
-            arrays = [part for part in (meta, meta.get("mask")) if part]
+            arrays = [part for part in (meta, meta.get("mask")) if part and "view" not in part]
             sizes = [os.path.getsize(self.cache_dir / part["file"]) for part in arrays]
             if measured and sizes == [part["num_bytes"] for part in arrays]:
                 return meta
@@ -237,9 +253,7 @@ class Builder:
         pool = ThreadPoolExecutor(threads, "store")
         try:
             groups = by_file(subjects)
-            tasks = [
-                pool.submit(read_each, group, self.reading, self.build_one) for group in groups
-            ]
+            tasks = [pool.submit(self.build_each, group) for group in groups]
             watched = progress_bar(tasks, "caching volumes", progress)
             for group, task in zip(groups, watched, strict=True):
                 for subject, found in zip(group, task.result(), strict=True):
@@ -256,6 +270,46 @@ class Builder:
             pool.shutdown()
             self.write_digests()
         return made, skipped
+
+    def build_each(self, group: Sequence[Subject]) -> list[Record | BrokenVolume]:
+        """Read the files of subjects that share them, once, and store what is made of them."""
+        if not stays(group[0], self.reading):
+            return read_each(group, self.reading, self.build_one)
+        return each(group, self.refer)
+
+    def refer(self, subject: Subject) -> Record:
+        """Store what is known of a volume that stays where it is, all but its voxels."""
+        found = find_in_place(subject, self.reading, self.preprocess)
+        self.check_channels(subject, found.levels[0].shape[0])
+        key = self.key(subject)
+        if (meta := self.sidecar(key)) is not None:
+            return meta
+        seed = int(key[:8], 16)
+        sample, header = found.sample(seed), found.header
+        stats, tables = measured(Volume(sample.data), subject.paths[0])
+        lowest = min(one["min"] for one in stats)
+        meta = {
+            "key": key,
+            "scale": [1.0] * len(stats),
+            "offset": [0.0] * len(stats),
+            "statistics": stats,
+            "affine": header.affine.tolist(),
+            "spacing_mm": list(header.spacing_mm),
+            "undo": found.record,
+            "notes": list(header.notes),
+            "look": asdict(header.look),
+            "file": str(found.view.place),
+            "shape": list(found.levels[0].shape),
+            "dtype": found.levels[0].dtype.str,
+            "start": 0,
+            "num_bytes": 0,
+            "view": asdict(replace(found.view, fill=lowest)),
+            "chunks": list(found.levels[0].chunks),
+        }
+        bounds = foreground_bounds(meta, self.preprocess.rules)
+        points = foreground_points(sample.data[0], *bounds, True, seed)
+        self.write_sidecar(meta, sample.to_volume(points, meta["shape"][1:]), tables)
+        return meta
 
     def write_digests(self) -> None:
         """Remember which bytes the source files hold, while others may still be added."""
@@ -293,13 +347,18 @@ class Builder:
             mask = stored_weights(Volume(volume.weights, volume.affine), undo, data.shape[1:])
             meta["mask"] = None if (mask == 1).all() else self.write_array(f"{key}.mask", mask)
         points = foreground_points(data[main], *beyond, volume.scale > 0, int(key[:8], 16))
+        meta |= self.write_array(key, data)
+        self.write_sidecar(meta, points, tables)
+        return meta
+
+    def write_sidecar(self, meta: Record, points: np.ndarray, tables: Sequence[np.ndarray]) -> None:
+        """Write what is known of a volume whose array is there, the sidecar itself last."""
+        key = meta["key"]
         path = self.cache_dir / points_file(key, self.preprocess.rules)
         write_whole(path, npy_header(points), points)
         table = np.concatenate(np.stack(tables, axis=1))  # all voxels' first, then foregrounds'
         write_whole(self.cache_dir / f"{key}.quantiles.npy", npy_header(table), table)
-        meta |= self.write_array(key, data)
         write_whole(self.cache_dir / f"{key}.json", json.dumps(meta).encode())
-        return meta
 
     def write_array(self, name: str, data: np.ndarray) -> dict[str, str | int | list[int]]:
         """Write an array (C, X, Y, Z) as the backend does; return what opens it."""
@@ -324,6 +383,8 @@ def is_sidecar(meta: object) -> bool:
     channels = {len(meta[name]) for name in ALIKE} | {meta["shape"][0]}
     robust = [stats["robust"] for stats in meta["statistics"] if "robust" in stats]
     if not all(stats["percentiles"] for stats in meta["statistics"]):
+        return False
+    if "view" in meta and (not View.fits(meta["view"]) or misfit(meta, {"chunks": [int]})):
         return False
     if "look" in meta and not Look.fits(meta["look"]):  # which old ones lack
         return False
@@ -499,10 +560,17 @@ def read_each(
         whole = read_subject(group[0], reading)
     except BrokenVolume as error:
         return [error] * len(group)
+    return each(group, lambda subject: use(subject, at_time(whole, subject.time)))
+
+
+def each(
+    group: Sequence[Subject], use: Callable[[Subject], Used]
+) -> list[Used | BrokenVolume]:  # fmt: skip
+    """Return what came of each subject, or the error that it ended with."""
     found: list[Used | BrokenVolume] = []
     for subject in group:
         try:
-            found.append(use(subject, at_time(whole, subject.time)))
+            found.append(use(subject))
         except BrokenVolume as error:
             if subject.time:
                 reason = f"time point {subject.time.number}: {error.reason}"
@@ -607,6 +675,40 @@ def labels_of(subject: Subject, record: dict[str, Any]) -> np.ndarray:
     """
     shape, affine = tuple(record["source_shape"]), np.array(record["source_affine"])
     return label_to_store_grid(read_label_map(subject, shape, affine), record).data[0]
+
+
+def draw_labels_in_place(
+    path: Path, shape: Sequence[int], affine: np.ndarray, seed: int
+) -> dict[int, np.ndarray]:
+    """Draw as `draw_labels` for a volume that stays where it is, from a level that is small enough.
+
+    Args:
+        path: Label map, a store too; its affine says where it lies.
+        shape: Of the volume.
+        affine: Of the volume.
+        seed: Of the draw.
+    """
+    if not is_store(path):
+        raise BrokenVolume(path, "the label map of a volume that stays in zarr or HDF5 is such too")
+    label = whole_numbers(small_label_map(path), path)
+    values, rng = label.data[0], np.random.default_rng(seed)
+    to_volume = np.linalg.solve(affine, label.affine)
+    found = {}
+    for name in np.unique(values):
+        places = rng.permutation(np.flatnonzero(values == name))[:NUM_POINTS]
+        points = np.stack([*np.unravel_index(places, values.shape), np.ones_like(places)])
+        moved = np.rint((to_volume @ points)[:3].T).astype(np.int32)
+        found[int(name)] = moved[((moved >= 0) & (moved < np.array(shape))).all(axis=1)]
+    return found
+
+
+def has_metadata(path: Path) -> bool:
+    """Whether a store tells what it is; what is wrong with it is said when it is opened."""
+    try:
+        describe(path)
+    except BrokenVolume:
+        return False
+    return True
 
 
 def note_lines(notes: Sequence[tuple[Path, Sequence[str]]]) -> list[str]:

@@ -50,11 +50,20 @@ class DataConfig:
         mask: Which voxels count: a manifest column of files, or a pattern beside the image, such as
             `{name}_mask.nii.gz`. Its values are weights; what is 0 is neither seen nor counted.
         mask_weights: Weights of the values of masks, e.g. {0: 0.1, 1: 1}; null for the values.
+        in_place: Whether zarr and HDF5 stay where they are and patches are read out of them; else
+            they are copied into the cache like other files.
+        level: Of zarr with several sizes: which, from 0, the finest; null for the one whose voxels
+            are `preprocess.spacing_mm`, else 0.
+        channels: Of zarr and HDF5: which channels, by number or name; null for all.
+        time_point: Of zarr and HDF5: which time point, from 0; null for what `volumes_4d` says.
+        cache_gb: Gigabytes of decoded chunks of zarr that each process keeps in memory.
         backend: Cache as npy (fastest), or blosc2 (about half the disk space).
         slice_axis: For 2D training: the axis that slices are cut across (0, 1 or 2).
         num_slices: For 2D training: neighboring slices that become channels (odd).
         balance_by: Manifest column whose groups come equally often in an epoch.
         sampler: Where random patches lie: UniformCorners, ForegroundCorners or LabelCorners.
+        patches_per_read: Random patches that are drawn from the chunks which one of them touches,
+            so that these are read once; patches_per_volume is a multiple of it.
         augment: TorchIO transforms for training, e.g. {RandomNoise: {std: [0, 0.05]}}.
         threads: Volumes that are read at once while caching; null for one per core.
     """
@@ -76,11 +85,17 @@ class DataConfig:
     missing: Literal["error", "skip", "zero"] = "error"
     mask: str | None = None
     mask_weights: dict[int, float] | None = None
+    in_place: bool = True
+    level: int | None = None
+    channels: list[int | str] | None = None
+    time_point: int | None = None
+    cache_gb: float = 1.0
     backend: Literal["npy", "blosc2"] = "npy"
     slice_axis: int = 2
     num_slices: int = 1
     balance_by: str | None = None
     sampler: Callable[[], Sampler] = UniformCorners
+    patches_per_read: int = 1
     augment: dict[str, dict[str, Any]] | None = None
     threads: int | None = None
 
@@ -115,6 +130,7 @@ class DataConfig:
             "sampler": self.sampler,
             "balance_by": self.balance_by,
             "augment": Augment(self.augment) if self.augment else None,
+            "patches_per_read": self.patches_per_read,
         }
 
 
@@ -298,6 +314,7 @@ def open_data(
         num_slices=survey.num_slices,
         say=say or silent,
         survey=survey,
+        cache_gb=config.cache_gb,
     )
     thickness = dict(zip(store.ids, store.spatial_shapes.min(axis=1).tolist(), strict=True))
     for fault in flat_faults(survey.subjects, thickness, spatial_dims, config.root):

@@ -20,6 +20,7 @@ import numpy as np
 from loaders.build import (
     check_one_grid,
     color_hint,
+    each,
     lacks,
     measured,
     missing_files,
@@ -33,6 +34,7 @@ from loaders.build import (
     with_remedy,
 )
 from loaders.flat import flat_faults
+from loaders.in_place import find_in_place, stays
 from loaders.preprocess import Preprocess, Statistics, intensity_lines
 from loaders.readers import (
     READING,
@@ -226,9 +228,9 @@ class Survey:
         Returns:
             What is broken but no fault, since training leaves it out or does not use it.
         """
-        use, groups = partial(check_volume, self.reading), by_file(self.subjects)
+        groups = by_file(self.subjects)
         with ThreadPoolExecutor(threads or num_threads()) as pool:
-            tasks = [pool.submit(read_each, group, self.reading, use) for group in groups]
+            tasks = [pool.submit(self.check_each, group) for group in groups]
             done = [task.result() for task in progress_bar(tasks, "checking", show=True)]
         checked = {
             s.id: one if isinstance(one, Checked) else Checked(fault=one)
@@ -254,6 +256,12 @@ class Survey:
             unmapped = [s for s in self.subjects if s.label_map is None]
             self.faults += maps + missing_label_maps(unmapped)
         return [f for f in broken if self.left_out(f)] + (not labels) * maps
+
+    def check_each(self, group: Sequence[Subject]) -> list[Checked | BrokenVolume]:
+        """Read the volumes of one file to their end; a sample of what stays where it is."""
+        if stays(group[0], self.reading):
+            return each(group, partial(check_in_place, self.reading, self.preprocess))
+        return read_each(group, self.reading, partial(check_volume, self.reading))
 
     def to_dict(self) -> dict[str, object]:
         """Return plain data, for JSON."""
@@ -389,6 +397,13 @@ class Checked:
     label_fault: BrokenVolume | None = None
     notes: tuple[str, ...] = ()
     statistics: Sequence[Statistics] = ()
+
+
+def check_in_place(reading: Reading, preprocess: Preprocess, subject: Subject) -> Checked:
+    """Look at a sample of a volume that stays where it is."""
+    found = find_in_place(subject, reading, preprocess)
+    stats, _ = measured(Volume(found.sample(0).data), subject.paths[0])
+    return Checked(Facts.of(found.header), notes=found.header.notes, statistics=stats)
 
 
 def check_volume(reading: Reading, subject: Subject, read: Volume) -> Checked:

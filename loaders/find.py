@@ -18,14 +18,18 @@ from loaders.readers import (
     DICOM_SUFFIXES,
     READERS,
     READING,
+    SCHEMES,
     SLICES,
     BrokenVolume,
     Dicom,
     Reading,
     holds_dicom,
     is_dicom,
+    is_store,
     object_name,
+    split_dataset,
     split_series,
+    url_of,
     volume_suffix,
     volumes_of,
 )
@@ -34,7 +38,7 @@ from loaders.subjects import Subject, names_of
 
 # What of ours may lie below a folder of volumes, and the file that tells.
 OURS = {"CACHEDIR.TAG": "cache", "metrics.jsonl": "run"}
-STORES = (".zarr", ".n5")  # folders that are files of a kind
+PASSED = (".n5",)  # folders that are files of a kind which no reader takes
 DETACHED = (".hdr", ".mhd", ".nhdr")  # headers whose voxels lie beside them
 # Names that say what a file is: a map of labels, not an image.
 LABEL_FILE = re.compile(r"seg|(?<!un)label", re.IGNORECASE)
@@ -84,7 +88,12 @@ def listed(root: Path, reading: Reading, named: Collection[str], say: Say) -> li
     if root.suffix.lower() in SUFFIXES and root.is_file():
         return manifest_subjects(root)
     passed: list[str] = []
-    if root.is_dir():
+    refuse_scheme(root)
+    if is_store(root) and (root.is_dir() or not glob.has_magic(str(root))):
+        paths, base = [root], root.parent
+    elif split_dataset(root):
+        paths, base = datasets(root), Path(str(root).split("*")[0].split("?")[0] + "x").parent
+    elif root.is_dir():
         paths, base = sorted(volumes_below(root, passed.append)), root
     elif root.is_file() or root.is_symlink() or split_series(root)[1]:  # also with a [ in its name
         paths, base = [root], root.parent
@@ -110,6 +119,22 @@ def listed(root: Path, reading: Reading, named: Collection[str], say: Say) -> li
     if paths != [root] and not is_label_map(relative_to(root, base)):  # not named themselves
         subjects = without_label_maps(subjects, root, base, named, say)
     return each_series(subjects, reading.dicom) if reading.dicom.series == "all" else subjects
+
+
+def refuse_scheme(root: Path) -> None:
+    """Refuse a URL that no reader takes."""
+    found = re.match(r"([A-Za-z][A-Za-z0-9+.-]+):/", str(root))
+    if found and not url_of(root) and not split_dataset(root):
+        raise ValueError(
+            f"{found[1]}://{str(root)[found.end() :]}: {', '.join(SCHEMES)} are read, and what is "
+            f"mounted (data.root)"
+        )
+
+
+def datasets(pattern: Path) -> list[Path]:
+    """Return a dataset of each HDF5 file that a glob finds, `data/*.h5:/raw`."""
+    file, name = split_dataset(pattern) or (pattern, "")
+    return [Path(f"{found}:/{name}") for found in sorted(glob.glob(str(file), recursive=True))]
 
 
 def in_stacks(paths: list[Path]) -> list[Path]:
@@ -172,8 +197,10 @@ def volumes_below(root: Path, say: Say = tell) -> list[Path]:
         for path in (folder / name for name in names):
             suffix = volume_suffix(path)
             if path.is_dir():
-                if path.suffix.lower() in STORES:
+                if path.suffix.lower() in PASSED:
                     passed.files[path.suffix.lower()] += 1
+                elif is_store(path):
+                    found.append(path)
                 else:
                     todo.append(path)
             elif suffix not in (None, *DICOM_SUFFIXES):

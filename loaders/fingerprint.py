@@ -12,7 +12,8 @@ from statistics import median
 import numpy as np
 
 from loaders.build import num_threads, progress_bar, read_subject, storable
-from loaders.preprocess import PERCENTILES, RULES, by_rules, statistics
+from loaders.in_place import Found, find_in_place, stays
+from loaders.preprocess import PERCENTILES, RULES, Preprocess, by_rules, statistics
 from loaders.readers import BrokenVolume, Reading, ras_axes
 from loaders.subjects import Subject
 
@@ -111,6 +112,9 @@ class VolumeFacts:
     @classmethod
     def of(cls, subject: Subject) -> VolumeFacts:
         """Read and measure a volume; raises `BrokenVolume` as building the cache would."""
+        if stays(subject, Reading()):
+            first = Reading(nan="fill", volumes_4d="first")
+            return cls.of_store(find_in_place(subject, first, Preprocess()))
         read = read_subject(subject, Reading(nan="fill", volumes_4d="channels"))
         holes = read.data.dtype.kind == "f" and not np.isfinite(read.data).all()
         volume = storable(read, subject.paths[0], "fill")
@@ -127,6 +131,13 @@ class VolumeFacts:
             channels=channels,
             holes=holes,
         )
+
+    @classmethod
+    def of_store(cls, found: Found) -> VolumeFacts:
+        """Measure a sample of a volume that stays where it is."""
+        channels = tuple(ChannelFacts.of(data, 1.0, 0.0) for data in found.sample(0).data)
+        shape, spacing_mm = found.header.data.shape[1:], found.header.spacing_mm
+        return cls(shape, spacing_mm, channels, holes=False)
 
 
 @dataclass(frozen=True)

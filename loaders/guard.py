@@ -7,14 +7,17 @@ import multiprocessing
 import sys
 
 
-def require_guard() -> None:
+def require_guard(way: str | None = None) -> None:
     """Refuse a script whose processes would start processes: it lacks its `__main__` guard.
+
+    Args:
+        way: How they are started; None for the way that Python takes.
 
     Raises:
         ValueError: The way of starting processes runs the script again (spawn, forkserver), and
             the line that is running now stands in no `if __name__ == "__main__":`.
     """
-    way = multiprocessing.get_start_method(allow_none=True)  # without setting one
+    way = way or multiprocessing.get_start_method(allow_none=True)  # without setting one
     way = way or multiprocessing.get_all_start_methods()[0]  # the first is the default
     main = sys.modules["__main__"]
     path, frame = getattr(main, "__file__", None), sys._getframe()

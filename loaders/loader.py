@@ -20,7 +20,8 @@ import numpy as np
 import torch
 
 from loaders.guard import require_guard
-from loaders.patches import Sampler, Store, UniformCorners, Weighted, plan_epoch
+from loaders.patches import Chunked, Sampler, Store, UniformCorners, Weighted, plan_epoch
+from loaders.readers import BrokenVolume
 
 Patching = Literal["full", "random_parts"] | None
 Jobs = Iterator[tuple[int, range]]  # (where the next job begins, samples to read)
@@ -71,6 +72,7 @@ class PatchPlan:
         sampler: Callable[[], Sampler] = UniformCorners,
         balance_by: str | None = None,
         augment: Callable[..., torch.Tensor] | None = None,
+        patches_per_read: int = 1,
     ):
         dims = store.spatial_shapes.shape[1]
         if patching not in ("full", "random_parts", None):
@@ -82,11 +84,18 @@ class PatchPlan:
             if patches_per_volume < 1:
                 raise ValueError(f"patches_per_volume is {patches_per_volume}: use 1 or more")
             self.patch_size = tuple(int(p) for p in patch_size)
+        if patches_per_read > 1 and (
+            patching != "random_parts" or patches_per_volume % patches_per_read
+        ):
+            raise ValueError(
+                f"data.patches_per_read is {patches_per_read}: it is for patching random_parts, "
+                f"and patches_per_volume ({patches_per_volume}) has to be a multiple of it"
+            )
         if seed < 0:
             raise ValueError(f"seed is {seed}: use 0 or more")
         self.store, self.patching, self.seed = store, patching, seed
         self.weights = store if isinstance(store, Weighted) and store.num_weights else None
-        self.patches_per_volume = patches_per_volume
+        self.patches_per_volume, self.patches_per_read = patches_per_volume, patches_per_read
         self.sampler, self.augment = sampler(), augment
         self.groups = None
         if balance_by is not None:
@@ -119,6 +128,7 @@ class PatchPlan:
                     np.random.default_rng([self.seed, epoch]),
                     self.sampler,
                     self.groups,
+                    self.patches_per_read,
                 )
             return self._tables[epoch]
 
@@ -230,6 +240,8 @@ class PatchLoader:
         balance_by: Manifest column whose groups are equally frequent in an epoch.
         sampler: Chooses the corners with random_parts.
         prefetch: Batches that are read ahead; None for two a thread.
+        patches_per_read: Patches that lie in the chunks which one of them touches, so that these
+            are read once; see `loaders.patches.gathered`.
 
     Example:
         >>> loader = PatchLoader(store, (64, 64, 64), patches_per_volume=8, batch_size=4)
@@ -253,6 +265,7 @@ class PatchLoader:
         balance_by: str | None = None,
         sampler: Callable[[], Sampler] = UniformCorners,
         prefetch: int | None = None,
+        patches_per_read: int = 1,
     ):
         if len(store) < world_size:
             raise ValueError(
@@ -264,11 +277,13 @@ class PatchLoader:
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}: use 1 or more")
         assert 0 <= rank < world_size, (rank, world_size)
+        self.in_place = isinstance(store, Chunked) and any(map(store.chunks, range(len(store))))
         if augment is not None and threads:
-            require_guard()
+            require_guard("spawn" if self.in_place else None)
         self.plan = PatchPlan(
-            store, patch_size, patching, patches_per_volume, seed, sampler, balance_by, augment
-        )
+            store, patch_size, patching, patches_per_volume, seed, sampler, balance_by, augment,
+            patches_per_read,
+        )  # fmt: skip
         self.store, self.batch_size = store, batch_size
         self.rank, self.world_size = rank, world_size
         self.threads, self.pin = threads, pin and torch.cuda.is_available()
@@ -405,8 +420,12 @@ class PatchLoader:
             prefetch_factor=max(1, self.prefetch // self.threads),
             generator=torch.Generator().manual_seed(self.plan.seed),  # leaves the global one alone
             worker_init_fn=leave_signals_to_the_parent,
+            # Threads that read stores do not survive a fork.
+            multiprocessing_context="spawn" if self.in_place else None,
         )
         for (after, _), batch in zip(order, loader, strict=False):
+            if isinstance(batch, BrokenVolume):
+                raise batch
             if self.pin:
                 batch.image = batch.image.pin_memory()
                 if batch.weight is not None:
@@ -421,14 +440,20 @@ def leave_signals_to_the_parent(_worker: int) -> None:
             signal.signal(getattr(signal, name), signal.SIG_IGN)
 
 
-class _Batches(torch.utils.data.Dataset[Batch]):
-    """Whole batches by their samples, for worker processes."""
+class _Batches(torch.utils.data.Dataset[Batch | BrokenVolume]):
+    """Whole batches by their samples, for worker processes.
+
+    What is broken is handed over too: torch would make another error of it, of many lines.
+    """
 
     def __init__(self, plan: PatchPlan):
         self.plan = plan
 
-    def __getitem__(self, samples: range) -> Batch:
-        return self.plan.batch(samples)
+    def __getitem__(self, samples: range) -> Batch | BrokenVolume:
+        try:
+            return self.plan.batch(samples)
+        except BrokenVolume as error:
+            return error
 
 
 class PatchDataset(torch.utils.data.Dataset[dict[str, torch.Tensor]]):

@@ -10,7 +10,7 @@ import sys
 from collections import Counter
 from pathlib import Path, PureWindowsPath
 
-from loaders.readers import volume_suffix
+from loaders.readers import url_of, volume_suffix
 from loaders.splits import SPLITS
 from loaders.subjects import Subject, names_of
 from loaders.texts import read_bytes
@@ -123,7 +123,9 @@ def column(name: str) -> str:
 
 
 def located(text: str, manifest: Path, where: str) -> Path:
-    """A path as a manifest gives it: relative to its folder, with `~`, or written on Windows."""
+    """A path as a manifest gives it: relative to it, a URL, with `~`, or written on Windows."""
+    if url_of(text):
+        return Path(text)
     path = manifest.parent / os.path.expanduser(text)
     if "\\" not in text or os.sep == "\\" or path.exists():
         return path

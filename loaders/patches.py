@@ -13,6 +13,8 @@ from typing import Protocol, runtime_checkable
 
 import numpy as np
 
+TURNS = 8  # neighborhoods whose patches alternate, see `gathered`
+
 
 class PatchGrid:
     """Evenly spread patches that cover a volume.
@@ -138,6 +140,14 @@ class Weighted(Store, Protocol):
         """Read how much voxels count into a float32 buffer (num_weights, *shape of the slices)."""
 
 
+@runtime_checkable
+class Chunked(Store, Protocol):
+    """A `Store` of which some items may be read chunk by chunk from where they lie."""
+
+    def chunks(self, index: int) -> tuple[int, ...] | None:
+        """Voxels of an item that are read at once; None where each is as near as any other."""
+
+
 class Sampler:
     """Draws patch corners; subclass it for another way to choose them.
 
@@ -259,6 +269,7 @@ def plan_epoch(
     rng: np.random.Generator,
     sampler: Sampler,
     groups: Sequence[str] | None = None,
+    patches_per_read: int = 1,
 ) -> np.ndarray:
     """Return the table of an epoch, rows (volume, corner...), in the order of training.
 
@@ -270,14 +281,17 @@ def plan_epoch(
         rng: Keyed by seed and epoch.
         sampler: Draws the corners with random_parts.
         groups: Group of each volume, to make the groups equally frequent.
+        patches_per_read: Patches from the chunks that one of them touches.
     """
     volumes = np.arange(len(store))
     if patch_size is None or patching is None:
         corners = np.zeros_like(store.spatial_shapes)
     elif patching == "random_parts":
-        volumes = np.repeat(volumes, patches_per_volume)
+        volumes = np.repeat(volumes, patches_per_volume // patches_per_read)
         volumes = volumes[arranged(volumes, groups, rng)]
         corners = sampler.corners(store, volumes, patch_size, rng)
+        if patches_per_read > 1:
+            volumes, corners = gathered(store, volumes, corners, patch_size, patches_per_read, rng)
         return np.concatenate([volumes[:, None], corners], 1).astype(np.int32)
     else:
         shapes, kind = np.unique(store.spatial_shapes, axis=0, return_inverse=True)
@@ -286,6 +300,50 @@ def plan_epoch(
         corners = np.concatenate([grids[k] for k in kind.ravel()])
     table = np.concatenate([volumes[:, None], corners], 1).astype(np.int32)
     return table[arranged(volumes, groups, rng)]
+
+
+def gathered(
+    store: Store,
+    volumes: np.ndarray,
+    corners: np.ndarray,
+    patch_size: Sequence[int],
+    count: int,
+    rng: np.random.Generator,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return for each patch that many, all in the chunks that it touches.
+
+    `TURNS` neighborhoods take turns: patches that follow each other are of different ones, and of
+    so many ranks each reads neighborhoods of its own.
+
+    Args:
+        store: The volumes; where they have no chunks, chunks of the patch's size are thought of.
+        volumes: Of the patches that lead, (N,).
+        corners: Of these, (N, dims).
+        patch_size: Spatial shape of a patch.
+        count: Patches of each neighborhood, with the one that leads.
+        rng: The only source of randomness.
+
+    Returns:
+        Volumes and corners of the N * count patches.
+    """
+    patch = np.array(patch_size)
+    known = [store.chunks(i) if isinstance(store, Chunked) else None for i in range(len(store))]
+    chunks = np.array([chunk or patch_size for chunk in known])[volumes]
+    shapes = store.spatial_shapes[volumes]
+    low = corners // chunks * chunks
+    high = np.minimum(-(-(corners + patch) // chunks) * chunks, shapes)
+    low = np.maximum(np.minimum(low, shapes - patch), 0)
+    last = np.maximum(high - patch, low)
+    others = rng.integers(low[:, None], last[:, None] + 1, (len(corners), count - 1, len(patch)))
+    drawn = np.concatenate([corners[:, None], others], axis=1)
+    order = [
+        (read, number)
+        for first in range(0, len(corners), TURNS)
+        for number in range(count)
+        for read in range(first, min(first + TURNS, len(corners)))
+    ]
+    read, number = np.array(order).T
+    return volumes[read], drawn[read, number]
 
 
 def arranged(

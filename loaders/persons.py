@@ -17,7 +17,7 @@ from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
 from loaders.build import digest, files_of
-from loaders.readers import patient_of, split_series, volume_suffix
+from loaders.readers import is_store, patient_of, split_series, volume_suffix
 from loaders.series import by_file
 from loaders.subjects import Subject, bids_person
 
@@ -126,7 +126,8 @@ def patients_of(subjects: Sequence[Subject]) -> tuple[dict[str, str], list[str]]
     raw: dict[str, str] = {}
     for s in subjects:
         path = s.paths[0]
-        if path.is_dir() or volume_suffix(path) in (None, ".dcm"):
+        dicom = path.is_dir() or volume_suffix(path) in (None, ".dcm")
+        if dicom and not is_store(path):
             patient = patient_of(path)
             if patient is not None:
                 raw[s.id] = patient
@@ -274,7 +275,12 @@ def same_content(subjects: Iterable[Subject]) -> list[list[Subject]]:
 
 
 def sizes_of(subject: Subject) -> tuple[int | str | None, ...]:
-    """Sizes of all files of a volume, and which series of them; () where one cannot be read."""
+    """Sizes of all files of a volume, and which series of them; () where one cannot be read.
+
+    Stores are told apart by where they lie: their voxels are not read for this.
+    """
+    if any(map(is_store, subject.paths)):
+        return ()
     try:
         files = [file for path in subject.paths for file in files_of(path)]
         sizes = tuple(file.stat().st_size for file in files)

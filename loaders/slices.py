@@ -105,6 +105,11 @@ class SliceStore:
         layout = self.volumes.layout(self.locate(index)[0])
         return replace(layout, cut=self.axis, channels=layout.channels * self.num_slices)
 
+    def chunks(self, index: int) -> tuple[int, ...] | None:
+        """See `VolumeStore.chunks`; along the two axes of a slice."""
+        chunks = self.volumes.chunks(self.locate(index)[0])
+        return chunks and tuple(chunks[axis] for axis in self.kept)
+
     def labels(self, index: int) -> dict[str, str]:
         """Return the manifest's further columns of the slice's volume."""
         return self.volumes.labels(self.locate(index)[0])

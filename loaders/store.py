@@ -1,5 +1,7 @@
 """The cache of volumes: one uncompressed array per volume, read by memory map.
 
+Of a volume that stays where it is, zarr or HDF5, the cache holds all but the array.
+
 Each volume lies in the cache once, in its file's own dtype, C order, as `<key>.npy` with
 `<key>.json` beside it; the key is a hash of the source's bytes and of the geometry part of the
 preprocessing. Files appear by rename, array first and JSON last, so a volume with a JSON is whole.
@@ -27,6 +29,7 @@ import torch
 from loaders.build import (
     Builder,
     draw_labels,
+    draw_labels_in_place,
     exclusive,
     foreground_bounds,
     foreground_points,
@@ -50,7 +53,18 @@ from loaders.preprocess import (
     from_store_grid,
     intensity_lines,
 )
-from loaders.readers import READING, BrokenVolume, Reading, Volume, num_items
+from loaders.readers import (
+    CACHE_GB,
+    READING,
+    BrokenVolume,
+    InPlace,
+    Reading,
+    View,
+    Volume,
+    describe,
+    is_store,
+    num_items,
+)
 from loaders.series import time_points
 from loaders.subjects import Subject, names_of
 
@@ -66,15 +80,24 @@ class Stored:
     shape: tuple[int, int, int, int]
     dtype: np.dtype
     start: int
+    view: View | None = None  # of an array that stays where it is
+    chunks: tuple[int, ...] | None = None  # voxels of it that are read at once
+    cache_gb: float = 0.0
 
     @classmethod
-    def of(cls, record: dict[str, Any]) -> Stored:
-        """Take what `Builder.write_array` returned."""
+    def of(cls, record: dict[str, Any], cache_gb: float = 0.0) -> Stored:
+        """Take what `Builder.write_array` or `in_place.refer` returned."""
         shape, dtype = tuple(record["shape"]), np.dtype(record["dtype"])
-        return cls(record["file"], shape, dtype, record["start"])
+        stored = cls(record["file"], shape, dtype, record["start"])
+        if "view" not in record:
+            return stored
+        view, chunks = View.of(record["view"]), tuple(record["chunks"])
+        return replace(stored, view=view, chunks=chunks, cache_gb=cache_gb)
 
-    def open(self, cache_dir: Path) -> np.ndarray | CompressedArray:
+    def open(self, cache_dir: Path) -> np.ndarray | CompressedArray | InPlace:
         """Map its numbers."""
+        if self.view is not None:
+            return self.view.open(self.cache_gb)
         path = cache_dir / self.file
         if path.suffix == ".b2nd":
             return CompressedArray(path)
@@ -193,6 +216,10 @@ class VolumeStore:
         """Voxel size on the store's grid in millimeters."""
         return self.entries[index].spacing_mm
 
+    def chunks(self, index: int) -> tuple[int, ...] | None:
+        """Voxels of a volume that are read at once; None where each is as near as any other."""
+        return self.entries[index].voxels.chunks
+
     def layout(self, index: int) -> Layout:
         """Return how a volume on the store's grid is shown to people."""
         meta, names = self.meta(index), self.preprocess.channels
@@ -262,11 +289,11 @@ class VolumeStore:
             mapping = [float(v[channel]) for v in (entry.gain, entry.bias, entry.low, entry.high)]
             read(out[channel], source[channel], mapping)
 
-    def _open(self, index: int) -> np.ndarray | CompressedArray:
+    def _open(self, index: int) -> np.ndarray | CompressedArray | InPlace:
         """Map the stored numbers of a volume (C, X, Y, Z)."""
         return self.entries[index].voxels.open(self.cache_dir)
 
-    def _open_mask(self, index: int) -> np.ndarray | CompressedArray | None:
+    def _open_mask(self, index: int) -> np.ndarray | CompressedArray | InPlace | None:
         """Map the weights of a volume's voxels (1, X, Y, Z); None where all are 1."""
         mask = self.entries[index].mask
         return mask.open(self.cache_dir) if mask else None
@@ -356,11 +383,17 @@ class VolumeStore:
         """
         entry = self.entries[index]
         path = label_map_of(entry.subject)
-        version = hashlib.blake2b(f"{DRAWN} {path} {stamp(path)}".encode(), digest_size=6)
+        seen = describe(path).version if is_store(path) else stamp(path)
+        version = hashlib.blake2b(f"{DRAWN} {path} {seen}".encode(), digest_size=6)
         name = f"{entry.key}.label-{version.hexdigest()}.npz"
         if not (self.cache_dir / name).is_file():
             meta = self.meta(index)
-            found = draw_labels(entry.subject, meta["undo"], int(entry.key[:8], 16))
+            seed = int(entry.key[:8], 16)
+            if entry.voxels.view is not None:
+                affine = np.array(meta["affine"])
+                found = draw_labels_in_place(path, entry.shape[1:], affine, seed)
+            else:
+                found = draw_labels(entry.subject, meta["undo"], seed)
             buffer = io.BytesIO()
             arrays: dict[str, Any] = {str(label): points for label, points in found.items()}
             np.savez(buffer, **arrays)  # Any: one of its keywords is a flag, no array
@@ -405,6 +438,7 @@ class VolumeStore:
         num_slices: int = 1,
         say: Callable[[str], None] | None = None,
         survey: Survey | None = None,
+        cache_gb: float = CACHE_GB,
     ) -> VolumeStore:
         """Bring every volume into the cache, each once, and open them.
 
@@ -429,6 +463,8 @@ class VolumeStore:
                 anything is cached; None asks nothing and tells on stderr what reading found, and
                 `silent` is for who follows another that has told.
             survey: What is known of the volumes; None for nothing.
+            cache_gb: Gigabytes of decoded chunks that a process keeps of volumes that stay where
+                they are.
         """
         preprocess = preprocess or Preprocess()
         tell, asks = say or partial(print, file=sys.stderr), say is not None and say is not silent
@@ -453,7 +489,7 @@ class VolumeStore:
         if not known:
             raise ValueError(f"none of the {len(subjects)} volumes can be read")
         opened = [subject for subject in subjects if subject.id in known]
-        entries = [open_entry(s, known[s.id], cache_dir, preprocess) for s in opened]
+        entries = [open_entry(s, known[s.id], cache_dir, preprocess, cache_gb) for s in opened]
         measured = [(str(s.paths[0]), known[s.id]["statistics"]) for s in opened]
         # Caches of before have no notes.
         lines = note_lines([(s.paths[0], known[s.id].get("notes", ())) for s in opened])
@@ -564,7 +600,11 @@ def as_subjects(
 
 
 def open_entry(
-    subject: Subject, meta: dict[str, Any], cache_dir: Path, preprocess: Preprocess
+    subject: Subject,
+    meta: dict[str, Any],
+    cache_dir: Path,
+    preprocess: Preprocess,
+    cache_gb: float = CACHE_GB,
 ) -> Entry:
     """Derive from a sidecar what a read needs."""
     preprocess.check_channels(len(meta["statistics"]), subject.paths[0])
@@ -590,7 +630,7 @@ def open_entry(
     columns = np.array(mappings, np.float32).T
     lowest, highest = np.array(ranges).T
     return Entry(
-        subject, meta["key"], Stored.of(meta), tuple(meta["spacing_mm"]),
+        subject, meta["key"], Stored.of(meta, cache_gb), tuple(meta["spacing_mm"]),
         columns[0], columns[1], columns[2], columns[3],
         raw=all(mapping == (1.0, 0.0, -np.inf, np.inf) for mapping in mappings),
         lowest=lowest,

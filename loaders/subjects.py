@@ -10,7 +10,7 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from loaders.readers import volume_suffix
+from loaders.readers import ZARR, volume_suffix
 
 # `sub-<label>` of BIDS. A label with a digit is a person's whatever follows. One of letters alone
 # may be any word, so the name has to be one of BIDS to its end: `sub-sampled_000` is no person.
@@ -91,7 +91,10 @@ def names_of(paths: list[Path], base: Path, known: Collection[str] = ()) -> list
     def name(path: Path, keep_suffix: bool) -> str:
         relative = os.path.relpath(path, base)
         relative = path.name if relative == "." else relative
+        relative = relative.replace(":/", "/")  # of a dataset in HDF5
         suffix = "" if keep_suffix else (volume_suffix(path) or "")
+        if not keep_suffix and relative.lower().endswith(ZARR):
+            relative = relative[: -len(ZARR)]
         if suffix and not path.is_dir():
             relative = relative[: -len(suffix)]
         name = relative.replace("..", "").strip("/\\").replace(os.sep, "__")

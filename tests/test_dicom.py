@@ -539,12 +539,12 @@ def test_objects_without_an_image_are_passed_over_and_listed_in_one_line(tmp_pat
         save(dataset(kind, SeriesInstanceUID=f"1.9.{number}"), folder / f"object{number}.dcm")
     save(dataset("DICOMDIR"), tmp_path / "data" / "DICOMDIR")
     save(dataset("RTSTRUCT"), tmp_path / "data" / "plans" / "rs.dcm")
-    for name in ("cells.oib", "more.OIB", "p1/README", "brain.ome.zarr/0/0", "m.raw", "m.mhd"):
+    for name in ("cells.oib", "more.OIB", "p1/README", "brain.n5/0/0", "m.raw", "m.mhd"):
         (tmp_path / "data" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "data" / name).write_bytes(b"x")
     assert [subject.id for subject in find_subjects(tmp_path / "data")] == ["m", "p1"]
     assert capsys.readouterr().err.splitlines() == [
-        f"{tmp_path / 'data'}: passed over 11 files: 2 .oib, 1 .zarr, 1 without suffix, 2 "
+        f"{tmp_path / 'data'}: passed over 11 files: 2 .oib, 1 .n5, 1 without suffix, 2 "
         f"Grayscale Softcopy Presentation State, 2 RT Structure Set, 1 Basic Text SR, 1 Media "
         f"Storage Directory, 1 private object 1.3.12.2.1107.5.9.1"
     ]

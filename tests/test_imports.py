@@ -65,6 +65,8 @@ ONE_PLACE = {
     "SimpleITK": {"loaders/readers/planes.py"},
     "pydicom": {"loaders/readers/planes.py"},
     "tifffile": {"loaders/readers/tiff.py"},
+    "tensorstore": {"loaders/readers/arrays.py"},
+    "h5py": {"loaders/readers/arrays.py", "vae3d/losses/features.py"},
     "pint": {"loaders/readers/units.py"},
     "imagecodecs": set(),  # for tifffile to find
     "bioio": set(),  # its plugins are imported by name in loaders/readers/bio.py

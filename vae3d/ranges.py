@@ -62,6 +62,7 @@ RANGES = {
     # volumes and patches
     **dict.fromkeys(("patch_size", "crop", "grid", "resolution", "attn_resolutions"), SIDE),
     **dict.fromkeys(("batch_size", "n", "patches_per_volume"), Range(1, 10**6)),
+    "patches_per_read": Range(1, 10**6),
     **dict.fromkeys(("limit", "volumes", "num_subjects"), COUNT),
     **dict.fromkeys(("fractions", "probability", "condition_dropout"), PART),
     **dict.fromkeys(("crop_margin_mm", "tolerance_mm", "overlap"), NOT_NEGATIVE),
@@ -77,6 +78,9 @@ RANGES = {
     "slice_axis": Range(0, 2),
     "num_slices": Range(1, 4096),
     "DataConfig.threads": Range(1, 1024),
+    "DataConfig.channels": Range(0, 2**16),
+    **dict.fromkeys(("level", "time_point"), Range(0, 10**6)),
+    "cache_gb": Range(0, 10**6),
     "spatial_dims": Range(2, 3),
     "memory_gb": Range(0.01, 10**6),  # less is not kept by the libraries alone
     "latent_bits": Range(1, 64),

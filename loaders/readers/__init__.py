@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
+from loaders.readers.arrays import CACHE_GB, HDF5, SCHEMES, ZARR, is_store, split_dataset, url_of
 from loaders.readers.bio import read_bio
 from loaders.readers.common import (
     READING,
@@ -28,6 +29,7 @@ from loaders.readers.common import (
     Reading,
     Volume,
     Volumes4D,
+    are_headers_alone,
     headers_alone,
     is_singular,
     num_items,
@@ -37,6 +39,7 @@ from loaders.readers.common import (
 )  # fmt: skip
 from loaders.readers.dicom import DICOM_SUFFIXES, holds_dicom, patient_of, read_dicom, volumes_of
 from loaders.readers.itk import read_meta, read_nrrd
+from loaders.readers.ngff import describe
 from loaders.readers.nifti import (
     ras_axes,
     read_mgh,
@@ -46,26 +49,36 @@ from loaders.readers.nifti import (
 from loaders.readers.npy import read_npy, read_npz
 from loaders.readers.picture import read_picture
 from loaders.readers.planes import is_dicom, object_name
+from loaders.readers.stores import InPlace, View, look_of_view, read_store, times_of, view_of
 from loaders.readers.tiff import read_tiff, tiff_time_points
 
 __all__ = [
+    "CACHE_GB",
     "DICOM_SUFFIXES",
+    "HDF5",
     "PICTURES",
     "READERS",
     "READING",
+    "SCHEMES",
     "SLICES",
     "UNIT_MM",
+    "ZARR",
     "BrokenVolume",
     "Dicom",
+    "InPlace",
     "Look",
     "MissingFile",
     "Reading",
+    "View",
     "Volume",
     "Volumes4D",
     "check_file",
+    "describe",
     "has_place",
     "holds_dicom",
     "is_dicom",
+    "is_store",
+    "look_of_view",
     "num_items",
     "num_time_points",
     "object_name",
@@ -75,7 +88,11 @@ __all__ = [
     "read_volume",
     "revision",
     "same_grid",
+    "split_dataset",
     "split_series",
+    "times_of",
+    "url_of",
+    "view_of",
     "volume_suffix",
     "volumes_of",
     "write_volume",
@@ -122,7 +139,7 @@ def volume_suffix(path: Path | str) -> str | None:
 
 
 def read_volume(path: Path | str, reading: Reading = READING) -> Volume:
-    """Read any supported file, or a folder with a DICOM series or a stack of pictures.
+    """Read any supported file, a folder with a DICOM series or a stack of pictures, or a store.
 
     Args:
         path: The file, whose suffix decides the reader; DICOM is known by its first bytes, and one
@@ -141,8 +158,7 @@ def read_volume(path: Path | str, reading: Reading = READING) -> Volume:
         >>> volume.intensities().shape
     """
     path = Path(path)
-    suffix = check_file(path)
-    reader = read_folder if suffix == "folder" else READERS[suffix]
+    reader = reader_of(path, reading)
     try:
         volume = reader(path, reading)
     except BrokenVolume:
@@ -162,9 +178,23 @@ def read_volume(path: Path | str, reading: Reading = READING) -> Volume:
         raise BrokenVolume(path, "affine is singular: two axes point the same way or have no size")
     data = volume.data.astype(volume.data.dtype.newbyteorder("="), copy=False)
     # Slice by slice: the first of nearly every volume settles it.
-    if not any(np.isfinite(data[..., z]).any() for z in range(data.shape[3])):
+    planes = () if are_headers_alone() else range(data.shape[3])
+    if planes and not any(np.isfinite(data[..., z]).any() for z in planes):
         raise BrokenVolume(path, "all voxels are NaN or infinite")
     return replace(volume, data=data)
+
+
+def reader_of(path: Path, reading: Reading) -> Callable[[Path, Reading], Volume]:
+    """Return the function that reads a file, folder or store."""
+    if is_store(path):
+        return read_store
+    suffix = check_file(path)
+    chosen = [
+        name for name in ("level", "channels", "time_point") if getattr(reading, name) is not None
+    ]
+    if chosen:
+        raise BrokenVolume(path, f"data.{chosen[0]} is of zarr and HDF5 alone")
+    return read_folder if suffix == "folder" else READERS[suffix]
 
 
 def read_header(path: Path | str, reading: Reading = READING) -> Volume | None:
@@ -178,7 +208,8 @@ def read_header(path: Path | str, reading: Reading = READING) -> Volume | None:
         A volume whose voxels take no memory; None for formats that tell nothing before they are
         read whole.
     """
-    if volume_suffix(path) not in HEADED or Path(path).is_dir():
+    headed = volume_suffix(path) in HEADED and not Path(path).is_dir()
+    if not (headed or is_store(path)):
         return None
     with headers_alone():
         return read_volume(path, reading)
@@ -192,6 +223,8 @@ def num_time_points(path: Path, reading: Reading) -> int:
     """
     if reading.volumes_4d != "samples":
         return 1
+    if is_store(path):
+        return times_of(describe(path), reading)
     if volume_suffix(path) in (".tif", ".tiff"):
         return tiff_time_points(path)
     volume = read_header(path, reading) or read_volume(path, reading)

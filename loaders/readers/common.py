@@ -78,6 +78,12 @@ class Reading:
         mask: Which voxels count: a manifest column of files, or a pattern beside the image, such as
             `{name}_mask.nii.gz`. Its values are weights; what is 0 is neither seen nor counted.
         mask_weights: Weights of the values of masks, e.g. {0: 0.1, 1: 1}; null for the values.
+        in_place: Whether zarr and HDF5 stay where they are and patches are read out of them; else
+            they are copied into the cache like other files.
+        level: Of zarr with several sizes: which, from 0, the finest; null for the one whose voxels
+            are `preprocess.spacing_mm`, else 0.
+        channels: Of zarr and HDF5: which channels, by number or name; null for all.
+        time_point: Of zarr and HDF5: which time point, from 0; null for what `volumes_4d` says.
     """
 
     nan: NaN = "error"
@@ -88,6 +94,10 @@ class Reading:
     missing: Literal["error", "skip", "zero"] = "error"
     mask: str | None = None
     mask_weights: dict[int, float] | None = None
+    in_place: bool = True
+    level: int | None = None
+    channels: list[int | str] | None = None
+    time_point: int | None = None
 
     def __post_init__(self) -> None:
         for name, kinds in get_type_hints(type(self)).items():

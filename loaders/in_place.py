@@ -1,0 +1,191 @@
+"""Volumes that stay where they are: what a patch needs is read out of zarr or HDF5 when it does.
+
+Turned axes are views, another voxel size is another level of the store. What would need a copy is
+refused by name. Statistics come from the coarsest level that suffices, else from blocks drawn over
+the volume; both are measured once and kept in the cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from loaders.preprocess import Preprocess, Record, to_store_grid
+from loaders.readers import (
+    BrokenVolume,
+    InPlace,
+    Reading,
+    View,
+    Volume,
+    describe,
+    is_store,
+    look_of_view,
+    ras_axes,
+    url_of,
+    view_of,
+)
+from loaders.subjects import Subject
+
+ENOUGH, MOST = 2**20, 2**23  # voxels that statistics are taken of
+BLOCKS, SIDE = 64, 32  # drawn where there is no level of that size
+TOLERANCE = 0.01  # by which a level's voxel size may miss the one asked for
+REMEDY = "--data.in_place false copies it into the cache, as `vae3d prepare` does ahead of training"
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Voxels of a volume that stand for all of them.
+
+    Args:
+        data: Blocks beside each other along X, (C, blocks * x, y, z).
+        corners: Of the blocks, on the grid they were read from, (blocks, 3).
+        step: Voxels of the volume for one of that grid, along each axis.
+    """
+
+    data: np.ndarray
+    corners: np.ndarray
+    step: np.ndarray
+
+    def to_volume(self, points: np.ndarray, shape: Sequence[int]) -> np.ndarray:
+        """Return where voxels (N, 3) of `data` lie in the volume."""
+        side = self.data.shape[1] // len(self.corners)
+        block, inside = points[:, 0] // side, points.copy()
+        inside[:, 0] %= side
+        place = (self.corners[block] + inside + 0.5) * self.step
+        return np.minimum(place, np.array(shape) - 1).astype(np.int32)
+
+
+@dataclass(frozen=True)
+class Found:
+    """A volume that stays where it is, on the store's grid.
+
+    Args:
+        view: Its array.
+        header: What its metadata say, voxels all zero.
+        record: What undoes its preprocessing.
+        levels: It, and the coarser ones.
+    """
+
+    view: View
+    header: Volume
+    record: Record
+    levels: tuple[InPlace, ...]
+
+    def sample(self, seed: int) -> Sample:
+        """Read the coarsest level that suffices, or blocks of it where that is too large."""
+        finest = self.levels[0]
+        chosen = next((one for one in self.levels[::-1] if size_of(one) >= ENOUGH), finest)
+        step = np.array(finest.shape[1:]) / chosen.shape[1:]
+        if size_of(chosen) <= MOST:
+            return Sample(chosen[(slice(None),) * 4], np.zeros((1, 3), int), step)
+        rng = np.random.default_rng(seed)
+        shape, chunks = np.array(chosen.shape[1:]), np.array(chosen.chunks)
+        side = np.minimum(np.minimum(shape, chunks), SIDE)
+        corners = rng.integers(0, shape - side + 1, (BLOCKS, 3))
+        # Moved to lie in one chunk, where there is a whole one.
+        start = corners // chunks * chunks
+        corners = np.minimum(np.minimum(corners, start + chunks - side), shape - side)
+        boxes = [tuple(map(slice, corner, corner + side)) for corner in corners]
+        blocks = [chosen[(slice(None), *box)] for box in boxes]
+        return Sample(np.concatenate(blocks, axis=1), corners, step)
+
+
+def size_of(array: InPlace) -> int:
+    """Voxels of one channel."""
+    return int(np.prod(array.shape[1:], dtype=float))
+
+
+def stays(subject: Subject, reading: Reading) -> bool:
+    """Whether a volume is read where it lies."""
+    return reading.in_place and any(map(is_store, subject.paths))
+
+
+def find_in_place(subject: Subject, reading: Reading, preprocess: Preprocess) -> Found:
+    """Open a volume where it lies; `BrokenVolume` for what would need a copy.
+
+    Args:
+        subject: The volume.
+        reading: Chooses level, channels and time.
+        preprocess: What is done to it.
+    """
+    path = subject.paths[0]
+    name = url_of(path) or str(path)
+    refuse_copies(subject, reading, preprocess, name)
+    image = describe(path)
+    turned = ras_axes(image.levels[0].affine)[0] if preprocess.orient_ras else [0, 1, 2]
+    sizes = [tuple(level.spacing_mm[axis] for axis in turned) for level in image.levels]
+    level = level_of(sizes, reading.level, preprocess.spacing_mm, name)
+    time = subject.time.number if subject.time else None
+    views = [view_of(image, n, reading, time) for n in range(level, len(image.levels))]
+    header = look_of_view(image, views[0])
+    lacking = [-n % preprocess.pad_to_multiple for n in header.data.shape[1:]]
+    if any(lacking):
+        raise BrokenVolume(name, needs_copy(f"pad_to_multiple {preprocess.pad_to_multiple}"))
+    if reading.nan == "mask" and header.data.dtype.kind == "f":
+        raise BrokenVolume(name, needs_copy("data.nan mask"))
+    stored, record = to_store_grid(header, replace(preprocess, spacing_mm=None, pad_to_multiple=1))
+    if "axes" in record:
+        views = [view.turned(record["axes"], record["flips"]) for view in views]
+    stored = replace(stored, notes=header.notes, look=header.look)
+    return Found(views[0], stored, record, tuple(view.open() for view in views))
+
+
+def refuse_copies(subject: Subject, reading: Reading, preprocess: Preprocess, name: str) -> None:
+    """Refuse what no view of an array can be."""
+    asked = {
+        "several files as channels": len(subject.paths) > 1,
+        "data.mask": subject.mask is not None,
+        "crop_foreground": preprocess.crop_foreground,
+        f"data.color {reading.color}": reading.color != "error",
+    }
+    for what, wanted in asked.items():
+        if wanted:
+            raise BrokenVolume(name, needs_copy(what))
+
+
+def needs_copy(what: str) -> str:
+    """Say that something cannot be done in place, and the way out."""
+    return f"stays where it is, which {what} does not allow: {REMEDY}"
+
+
+def level_of(
+    sizes: Sequence[tuple[float, ...]],
+    level: int | None,
+    spacing_mm: tuple[float, float, float] | None,
+    name: str,
+) -> int:
+    """Return which level is read.
+
+    Args:
+        sizes: Voxel sizes of the levels, turned as they will be.
+        level: What the user wants; None for what fits.
+        spacing_mm: Voxel size that is asked for; None for any.
+        name: Of the store.
+    """
+    if level is None and spacing_mm is None:
+        return 0
+    candidates = range(len(sizes)) if level is None else [level]
+    if level is not None and level >= len(sizes):
+        have = f"has {len(sizes)} levels, level {level} is asked for (data.level)"
+        raise BrokenVolume(name, f"{have}; they count from 0")
+    for number in candidates:
+        if spacing_mm is None or np.allclose(sizes[number], spacing_mm, rtol=TOLERANCE):
+            return number
+    there = "; ".join(" x ".join(f"{s:.4g}" for s in sizes[number]) for number in candidates)
+    wanted = " x ".join(f"{s:.4g}" for s in spacing_mm or ())
+    raise BrokenVolume(
+        name, needs_copy(f"spacing_mm {wanted} (its levels have {there} mm and none is resampled)")
+    )
+
+
+def small_label_map(path: Path) -> Volume:
+    """Read the finest level of a label map that is no larger than what statistics are taken of."""
+    image = describe(path)
+    for number, level in enumerate(image.levels):
+        opened = view_of(image, number, Reading(volumes_4d="first")).open()
+        if size_of(opened) <= MOST:
+            return Volume(opened[(slice(None),) * 4], level.affine)
+    raise BrokenVolume(path, f"has no level of at most {MOST} voxels to draw labels from")

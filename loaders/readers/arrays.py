@@ -1,0 +1,241 @@
+"""Arrays that are read piece by piece where they lie; the only importer of tensorstore.
+
+Zarr (versions 2 and 3, shards too) is read by tensorstore, on disk, from S3, Google's buckets or
+the web: a read fetches the chunks that it touches, at once, and tries again where the network
+fails. HDF5 is read by h5py.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from loaders.readers.common import BrokenVolume, require_number
+
+if TYPE_CHECKING:
+    import h5py
+    import tensorstore
+
+SCHEMES = ("s3", "gs", "http", "https")
+HDF5 = (".h5", ".hdf5", ".hdf")
+ZARR = ".zarr"
+CACHE_GB = 1.0  # chunks kept by a process, where nobody says how many
+RETRIES = {"max_retries": 6, "initial_delay": "200ms", "max_delay": "5s"}  # half a minute in all
+# What readers raise for a store that is damaged, gone, forbidden or written by codecs unknown here.
+ERRORS = (ValueError, OSError, LookupError, NotImplementedError, RuntimeError, TypeError)
+
+Index = tuple[int | slice, ...]
+
+
+def url_of(path: Path | str) -> str | None:
+    """Return the URL that a path stands for (`Path` makes one of its two slashes), else None."""
+    scheme, mark, rest = str(path).partition(":/")
+    return f"{scheme}://{rest.lstrip('/')}" if mark and scheme in SCHEMES else None
+
+
+def split_dataset(path: Path | str) -> tuple[Path, str] | None:
+    """Take `file.h5:/path/of/dataset` apart; None for what is not such."""
+    file, mark, name = str(path).partition(":/")
+    if mark and file.lower().endswith(HDF5):
+        return Path(file), name
+    return None
+
+
+def is_store(path: Path | str) -> bool:
+    """Whether a path names an array or image that can be read in place; told by its name alone."""
+    parts = Path(path).parts
+    folder = any(part.lower().endswith(ZARR) for part in parts)
+    return folder or url_of(path) is not None or split_dataset(path) is not None
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where an array lies.
+
+    Args:
+        driver: zarr (version 2), zarr3 or hdf5.
+        where: Folder, URL or HDF5 file.
+        name: Path of the array in it; empty where it is the folder itself.
+    """
+
+    driver: str
+    where: str
+    name: str = ""
+
+    def __str__(self) -> str:
+        if self.driver == "hdf5":
+            return f"{self.where}:/{self.name}"
+        return f"{self.where}/{self.name}" if self.name else self.where
+
+    def open(self, cache_gb: float = CACHE_GB) -> ZarrArray | Hdf5Array:
+        """Open it; `BrokenVolume` where that cannot be.
+
+        Args:
+            cache_gb: Gigabytes of decoded chunks that a process keeps, of all zarr arrays together.
+        """
+        kind = Hdf5Array if self.driver == "hdf5" else ZarrArray
+        try:
+            found = kind(self, cache_gb)
+        except BrokenVolume:
+            raise
+        except ERRORS as error:
+            raise BrokenVolume(str(self), f"cannot be opened: {reason(error)}") from error
+        require_number(Path(str(self)), found.dtype)
+        return found
+
+
+class ZarrArray:
+    """A zarr array.
+
+    Args:
+        place: Where it lies.
+        cache_gb: See `Place.open`.
+    """
+
+    def __init__(self, place: Place, cache_gb: float):
+        ts = require_tensorstore(place.where)
+        spec = {
+            "driver": place.driver,
+            "kvstore": key_value_store(str(place)),
+            # What an open file holds is not asked for again at each read.
+            "recheck_cached_data": "open",
+            "recheck_cached_metadata": "open",
+        }
+        self.place = place
+        self.array: tensorstore.TensorStore = ts.open(
+            spec, read=True, open=True, context=context(cache_gb)
+        ).result()
+        self.shape: tuple[int, ...] = tuple(self.array.shape)
+        self.dtype = np.dtype(self.array.dtype.numpy_dtype)
+        self.chunks: tuple[int, ...] = tuple(self.array.chunk_layout.read_chunk.shape)
+
+    def read(self, index: Index) -> np.ndarray:
+        """Read what an index of numbers and slices names."""
+        try:
+            return self.array[index].read().result()
+        except ERRORS as error:
+            raise BrokenVolume(str(self.place), f"cannot be read: {reason(error)}") from error
+
+
+class Hdf5Array:
+    """A dataset of an HDF5 file, see `ZarrArray`; HDF5 keeps a small chunk cache of its own."""
+
+    def __init__(self, place: Place, _cache_gb: float):
+        self.place = place
+        self.dataset = hdf5_dataset(Path(place.where), place.name)
+        self.shape: tuple[int, ...] = tuple(self.dataset.shape)
+        self.dtype = np.dtype(self.dataset.dtype)
+        self.chunks: tuple[int, ...] = tuple(self.dataset.chunks or self.shape)
+
+    def read(self, index: Index) -> np.ndarray:
+        """Read what an index of numbers and slices names."""
+        try:
+            return np.asarray(self.dataset[index])
+        except ERRORS as error:
+            raise BrokenVolume(str(self.place), f"cannot be read: {reason(error)}") from error
+
+
+def hdf5_dataset(file: Path, name: str) -> h5py.Dataset:
+    """Open a dataset; what the file holds instead is told."""
+    try:
+        import h5py
+    except ImportError as error:
+        raise ValueError(f"{file}: HDF5 needs `pip install 'vae3d[zarr]'`") from error
+
+    try:
+        opened = h5py.File(file, "r")
+    except OSError as error:
+        why = error.strerror or "is not HDF5, or damaged"
+        raise BrokenVolume(file, str(why)) from error
+    found = opened.get(name) if name else None
+    if isinstance(found, h5py.Dataset):
+        return found
+    names: list[str] = []
+    opened.visititems(
+        lambda key, node: names.append(key) if isinstance(node, h5py.Dataset) else None
+    )
+    opened.close()
+    there = ", ".join(f"{file.name}:/{key}" for key in names[:5]) or "none"
+    raise BrokenVolume(f"{file}:/{name}", f"no such dataset; those of the file are {there}")
+
+
+@lru_cache
+def context(cache_gb: float) -> tensorstore.Context:
+    """What all arrays of a process share: the cache of their chunks, and how often they retry."""
+    import tensorstore
+
+    return tensorstore.Context({
+        "cache_pool": {"total_bytes_limit": round(cache_gb * 1e9)},
+        "s3_request_retries": RETRIES,
+        "gcs_request_retries": RETRIES,
+        "http_request_retries": RETRIES,
+    })  # fmt: skip
+
+
+def key_value_store(where: str) -> dict[str, object] | str:
+    """Return what tensorstore calls a folder or URL; another S3 server is `$AWS_ENDPOINT_URL`."""
+    url = url_of(where)
+    if url is None:
+        return {"driver": "file", "path": f"{os.path.abspath(where)}/"}
+    scheme, _, rest = url.partition("://")
+    if scheme != "s3":
+        return f"{url.rstrip('/')}/"
+    bucket, _, path = rest.partition("/")
+    spec: dict[str, object] = {"driver": "s3", "bucket": bucket, "path": f"{path.rstrip('/')}/"}
+    if endpoint := os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL"):
+        region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
+        spec |= {"endpoint": endpoint, "aws_region": region or "us-east-1"}
+    return spec
+
+
+def read_keys(where: str, keys: Sequence[str]) -> dict[str, tuple[bytes, str]]:
+    """Return those small files of a folder or URL that exist, each with a mark of its version."""
+    url = url_of(where)
+    if url is None:
+        files = {key: Path(where, key) for key in keys}
+        there = {key: file for key, file in files.items() if file.is_file()}
+        return {k: (file.read_bytes(), str(file.stat().st_mtime_ns)) for k, file in there.items()}
+    ts = require_tensorstore(where)
+    try:
+        store = ts.KvStore.open(key_value_store(where), context=context(CACHE_GB)).result()
+        asked = {key: store.read(key) for key in keys}
+        found = {key: one.result() for key, one in asked.items()}
+    except ERRORS as error:
+        raise BrokenVolume(url, f"cannot be read: {reason(error)}{remedy(url, error)}") from error
+    return {
+        key: (bytes(one.value), one.stamp.generation.hex())
+        for key, one in found.items()
+        if one.state == "value"
+    }
+
+
+def remedy(url: str, error: Exception) -> str:
+    """What can be done where a bucket is not ours to read."""
+    if not re.search("denied|unauthenticated|credential|403|401", str(error), re.IGNORECASE):
+        return ""
+    kind = {"s3": "AWS_ACCESS_KEY_ID or ~/.aws", "gs": "GOOGLE_APPLICATION_CREDENTIALS"}
+    where = kind.get(url.partition(":")[0], "the URL itself")
+    return f"; credentials are taken from {where}"
+
+
+def reason(error: Exception) -> str:
+    """Return what went wrong without where in a library's sources it did."""
+    text = re.split(r" \[(?:source locations|tensorstore_spec|http_response_body)=", str(error))[0]
+    return " ".join(text.split()) or type(error).__name__
+
+
+def require_tensorstore(path: str) -> ModuleType:
+    """Import tensorstore, or say how to get it."""
+    try:
+        import tensorstore
+    except ImportError as error:
+        raise ValueError(f"{path}: zarr needs `pip install 'vae3d[zarr]'`") from error
+    return tensorstore

@@ -1,0 +1,232 @@
+"""Volumes in zarr and HDF5: (C, X, Y, Z) as a view of an array that stays where it is."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from loaders.readers.arrays import CACHE_GB, Place, url_of
+from loaders.readers.common import BrokenVolume, Reading, Volume, are_headers_alone
+from loaders.readers.ngff import Image, describe
+from loaders.texts import misfit
+
+Shape = tuple[int, int, int, int]
+
+
+@dataclass(frozen=True)
+class View:
+    """How an array becomes a volume (C, X, Y, Z).
+
+    Args:
+        place: Where the array lies.
+        axes: A letter of TCXYZ for each of its axes.
+        time: Which time point.
+        channels: Which channels.
+        order: The axis of XYZ that lies along each axis of the volume.
+        flips: Whether it runs the other way.
+        nan: What becomes of NaN and infinity: error, fill or keep.
+        fill: What stands in their place; None for the lowest that was read with them.
+    """
+
+    place: Place
+    axes: str
+    time: int
+    channels: tuple[int, ...]
+    order: tuple[int, ...] = (0, 1, 2)
+    flips: tuple[bool, ...] = (False, False, False)
+    nan: str = "error"
+    fill: float | None = None
+
+    @staticmethod
+    def fits(record: object) -> bool:
+        """Whether `of` can take it."""
+        shape = {
+            "place": {"driver": str, "where": str, "name": str},
+            "axes": str, "time": int, "channels": [int], "order": [int], "flips": [bool],
+            "nan": str, "fill": (float, None),
+        }  # fmt: skip
+        return (
+            isinstance(record, dict) and record.keys() == shape.keys() and not misfit(record, shape)
+        )
+
+    @classmethod
+    def of(cls, record: dict) -> View:
+        """Take it from plain values, as JSON holds them."""
+        lists = {name: tuple(record[name]) for name in ("channels", "order", "flips")}
+        return cls(**{**record, **lists, "place": Place(**record["place"])})
+
+    def turned(self, order: Sequence[int], flips: Sequence[bool]) -> View:
+        """Return the view with its axes turned, as `preprocess.orient` does with voxels."""
+        return replace(
+            self,
+            order=tuple(self.order[axis] for axis in order),
+            flips=tuple(bool(flip) for flip in flips),
+        )
+
+    def open(self, cache_gb: float = CACHE_GB) -> InPlace:
+        """Open the array."""
+        return InPlace(self, cache_gb)
+
+
+class InPlace:
+    """An array that is indexed like a volume (C, X, Y, Z); any thread may read it.
+
+    Args:
+        view: Which array, and how it is seen.
+        cache_gb: See `Place.open`.
+    """
+
+    def __init__(self, view: View, cache_gb: float = CACHE_GB):
+        self.view, self.array = view, view.place.open(cache_gb)
+        axes = view.axes
+        if len(axes) != len(self.array.shape):
+            count = len(self.array.shape)
+            raise BrokenVolume(str(view.place), f"has {count} axes, its metadata name {axes}")
+        sizes = dict(zip(axes, self.array.shape, strict=True))
+        steps = dict(zip(axes, self.array.chunks, strict=True))
+        for letter, wanted in (("T", (view.time,)), ("C", view.channels)):
+            if max(wanted) >= sizes.get(letter, 1):
+                kind = {"T": "time point", "C": "channel"}[letter]
+                have = sizes.get(letter, 1)
+                raise BrokenVolume(
+                    str(view.place), f"has {have} {kind}s, {kind} {max(wanted)} is asked for"
+                )
+        self.letters = tuple("XYZ"[axis] for axis in view.order)
+        x, y, z = (sizes.get(letter, 1) for letter in self.letters)
+        self.shape: Shape = (len(view.channels), x, y, z)
+        self.chunks = tuple(steps.get(letter, 1) for letter in self.letters)
+        self.dtype = stored_dtype(self.array.dtype)
+
+    def __getitem__(self, slices: tuple[slice, ...]) -> np.ndarray:
+        """Read the chunks that a box touches."""
+        ranges = [range(*one.indices(n)) for one, n in zip(slices, self.shape, strict=True)]
+        picked = [self.view.channels[c] for c in ranges[0]]
+        runs = [list(run) for run in consecutive(picked)]
+        parts = [self.read(slice(run[0], run[-1] + 1), ranges[1:]) for run in runs]
+        data = parts[0] if len(parts) == 1 else np.concatenate(parts)
+        return finite(data.astype(self.dtype, copy=False), self.view, ranges[1:])
+
+    def read(self, channels: slice, ranges: Sequence[range]) -> np.ndarray:
+        """Read neighboring channels in a box of the view."""
+        index: dict[str, int | slice] = {"T": self.view.time, "C": channels}
+        seen = zip(self.letters, ranges, self.view.flips, self.shape[1:], strict=True)
+        for letter, inside, flip, n in seen:
+            low, high = inside.start, max(inside.start, inside.stop)
+            index[letter] = slice(n - high, n - low) if flip else slice(low, high)
+        data = self.array.read(tuple(index[letter] for letter in self.view.axes))
+        axes = self.view.axes.replace("T", "")
+        for letter in "CXYZ":
+            if letter not in axes:
+                axes, data = axes + letter, data[..., None]
+        data = data.transpose([axes.index(letter) for letter in ("C", *self.letters)])
+        flipped = tuple(1 + axis for axis, flip in enumerate(self.view.flips) if flip)
+        return np.ascontiguousarray(np.flip(data, flipped)) if flipped else data
+
+
+def stored_dtype(dtype: np.dtype) -> np.dtype:
+    """At most 4 bytes a voxel, and native: what `build.storable` makes of voxels it has seen."""
+    if dtype.kind == "f" or dtype.itemsize == 8 or (dtype.kind == "u" and dtype.itemsize == 4):
+        return np.dtype(np.float32)
+    return np.dtype(np.uint8) if dtype.kind == "b" else dtype.newbyteorder("=")
+
+
+def consecutive(numbers: Sequence[int]) -> list[list[int]]:
+    """Cut numbers into runs of neighbors."""
+    groups = itertools.groupby(enumerate(numbers), key=lambda pair: pair[1] - pair[0])
+    return [[number for _, number in group] for _, group in groups]
+
+
+def finite(data: np.ndarray, view: View, ranges: Sequence[range]) -> np.ndarray:
+    """Hold voxels to `data.nan`: filled, or an error that says where."""
+    if data.dtype.kind != "f" or view.nan == "keep" or (sound := np.isfinite(data)).all():
+        return data
+    if view.nan != "fill":
+        box = ", ".join(f"[{r.start}, {r.stop}]" for r in ranges)
+        raise BrokenVolume(
+            str(view.place), f"voxels in {box} are NaN or infinite: set data.nan to fill"
+        )
+    lowest = view.fill
+    if lowest is None:
+        lowest = data[sound].min() if sound.any() else 0.0
+    return np.where(sound, data, np.float32(lowest))
+
+
+def times_of(image: Image, reading: Reading) -> int:
+    """How many samples a store is: its time points, where each is one."""
+    if "T" not in image.axes or reading.time_point is not None or reading.volumes_4d != "samples":
+        return 1
+    return image.levels[0].place.open().shape[image.axes.index("T")]
+
+
+def view_of(image: Image, level: int, reading: Reading, time: int | None = None) -> View:
+    """Return how a level of an image is seen as its metadata and the options say.
+
+    Args:
+        image: What its metadata tell.
+        level: Which of its sizes.
+        reading: Chooses channels and time.
+        time: The time point of a sample; None where a store is one sample.
+    """
+    name = url_of(image.path) or image.path
+    if level >= len(image.levels):
+        have = f"has {len(image.levels)} levels, level {level} is asked for (data.level)"
+        raise BrokenVolume(name, f"{have}; they count from 0")
+    place = image.levels[level].place
+    shape = dict(zip(image.axes, place.open().shape, strict=False))
+    times = shape.get("T", 1)
+    if time is None:
+        time = reading.time_point
+    if time is None and times > 1 and reading.volumes_4d != "first":
+        how = "choose one by data.time_point, or set data.volumes_4d to first or samples"
+        raise BrokenVolume(name, f"has {times} time points: {how}")
+    channels = chosen(image, shape.get("C", 1), reading)
+    return View(place, image.axes, time or 0, channels, nan=reading.nan)
+
+
+def chosen(image: Image, count: int, reading: Reading) -> tuple[int, ...]:
+    """Return the channels that are read, by number or by the name that the metadata give them."""
+    if reading.channels is None:
+        return tuple(range(count))
+    names = [label for label, _ in image.look.channels]
+    found = []
+    for wanted in map(str, reading.channels):
+        number = names.index(wanted) if wanted in names else None
+        number = int(wanted) if number is None and wanted.isdigit() else number
+        if number is None or number >= count:
+            have = f"{count} channels" + (f" ({', '.join(names)})" if any(names) else "")
+            raise BrokenVolume(
+                url_of(image.path) or image.path, f"has {have}, none is {wanted} (data.channels)"
+            )
+        found.append(number)
+    return tuple(found)
+
+
+def look_of_view(image: Image, view: View) -> Volume:
+    """Return what the metadata say of a view, its voxels all zero and without memory."""
+    opened = view.open()
+    level = next(one for one in image.levels if one.place == view.place)
+    named = image.look.channels
+    look = replace(image.look, channels=tuple(named[c] for c in view.channels if c < len(named)))
+    data = np.broadcast_to(np.zeros((), opened.dtype), opened.shape)
+    return Volume(data, level.affine, notes=image.notes, look=look)
+
+
+def read_store(path: Path, reading: Reading) -> Volume:
+    """A zarr or HDF5 image, read whole; time points one after the other within each channel."""
+    image = describe(path)
+    count = times_of(image, reading)
+    level = reading.level or 0
+    views = [view_of(image, level, reading, time if count > 1 else None) for time in range(count)]
+    header = look_of_view(image, views[0])
+    if are_headers_alone():
+        channels, *grid = header.data.shape
+        zero = header.data[:1, :1, :1, :1]
+        return replace(header, data=np.broadcast_to(zero, (channels * count, *grid)))
+    whole = (slice(None),) * 4
+    read = [replace(view, nan="keep").open()[whole] for view in views]  # see `build.storable`
+    data = np.stack(read, axis=1).reshape(-1, *read[0].shape[1:])
+    return replace(header, data=data)

@@ -1,0 +1,172 @@
+"""Stores for tests, written by tensorstore: OME-Zarr 0.4 and 0.5 with shards and levels."""
+
+import http.server
+import json
+import random
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+
+UM = 1e-3
+
+
+def array(path: Path, data: np.ndarray, chunks=None, shards=None, version=3, names=None) -> Path:
+    """Write one zarr array; `shards` are of version 3."""
+    write(path, data.shape, data.dtype, chunks, shards, version, names).write(data).result()
+    return path
+
+
+def write(path, shape, dtype, chunks=None, shards=None, version=3, names=None):
+    """Make an array that is all fill value, and open it."""
+    import tensorstore as ts
+
+    chunks, dtype = list(chunks or shape), np.dtype(dtype)
+    if version == 2:
+        metadata = {"chunks": chunks, "dtype": dtype.newbyteorder("<").str,
+                    "dimension_separator": "/",
+                    "compressor": {"id": "zstd", "level": 1}}  # fmt: skip
+    else:
+        inner = [{"name": "bytes", "configuration": {"endian": "little"}},
+                 {"name": "zstd", "configuration": {"level": 1}}]  # fmt: skip
+        sharded = [{
+            "name": "sharding_indexed",
+            "configuration": {"chunk_shape": chunks, "codecs": inner},
+        }]  # fmt: skip
+        grid = {"chunk_shape": list(shards or chunks)}
+        metadata = {
+            "data_type": dtype.name,
+            "chunk_grid": {"name": "regular", "configuration": grid},
+            "codecs": sharded if shards else inner,
+        }  # fmt: skip
+        if names:
+            metadata["dimension_names"] = list(names)
+    spec = {
+        "driver": "zarr" if version == 2 else "zarr3",
+        "kvstore": {"driver": "file", "path": f"{path}/"},
+        "metadata": metadata | {"shape": list(shape)},
+    }
+    return ts.open(spec, create=True, delete_existing=True).result()
+
+
+def ome(
+    path: Path, levels: list[np.ndarray], axes="zyx", scale=(2.0, 0.5, 0.5), version="0.5",
+    unit="micrometer", channels=(), orientation=None, chunks=8, shards=None, offset=None,
+) -> Path:  # fmt: skip
+    """Write an image with its levels, each half the size of the one before."""
+    scale = [1.0] * (len(axes) - len(scale)) + list(scale)
+    kinds = {"t": "time", "c": "channel"}
+    named = [{"name": a, "type": kinds.get(a, "space")} for a in axes]
+    for axis in named:
+        if axis["type"] == "space" and unit:
+            axis["unit"] = unit
+        if orientation and axis["name"] in orientation:
+            axis["orientation"] = {"type": "anatomical", "value": orientation[axis["name"]]}
+    datasets = []
+    for number, data in enumerate(levels):
+        factor = [n / m for n, m in zip(levels[0].shape, data.shape, strict=True)]
+        steps = [{"type": "scale", "scale": [s * f for s, f in zip(scale, factor, strict=True)]}]
+        if offset:
+            steps.append({"type": "translation", "translation": list(offset)})
+        datasets.append({"path": f"s{number}", "coordinateTransformations": steps})
+        sizes = [min(n, chunks) if a in "zyx" else 1 for a, n in zip(axes, data.shape, strict=True)]
+        array(path / f"s{number}", data, sizes, shards, 2 if version == "0.4" else 3)
+    held = {"multiscales": [{"axes": named, "datasets": datasets, "version": version}]}
+    if channels:
+        held["omero"] = {"channels": [{"label": name, "color": "00FF00"} for name in channels]}
+    if version == "0.4":
+        (path / ".zgroup").write_text('{"zarr_format": 2}')
+        (path / ".zattrs").write_text(json.dumps(held))
+    else:
+        group = {"zarr_format": 3, "node_type": "group", "attributes": {"ome": held}}
+        (path / "zarr.json").write_text(json.dumps(group))
+    return path
+
+
+def halved(data: np.ndarray) -> np.ndarray:
+    """Every other voxel along each spatial axis."""
+    return data[..., ::2, ::2, ::2]
+
+
+def voxels(*shape: int, seed: int = 0) -> np.ndarray:
+    """Bright blob on a dark ground, uint16."""
+    rng = np.random.default_rng(seed)
+    data = rng.integers(90, 110, shape)
+    inner = tuple(slice(n // 4, 3 * n // 4) for n in shape[-3:])
+    data[(..., *inner)] += rng.integers(500, 1500, data[(..., *inner)].shape)
+    return data.astype(np.uint16)
+
+
+class Web:
+    """A folder as a web server that behaves as it is told; use it as a context.
+
+    Args:
+        folder: What it serves.
+
+    Attributes:
+        mood: well, shaky (a third of the requests end in a 503 or a reset), short (chunks are cut)
+            or closed (403).
+        latency_s: Before each answer.
+        paths: What was asked for.
+    """
+
+    def __init__(self, folder: Path):
+        self.mood, self.latency_s, self.paths = "well", 0.0, []
+        self.random, web = random.Random(0), self
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def log_message(self, *_):
+                pass
+
+            def do_GET(self):
+                web.answer(self, folder)
+
+            do_HEAD = do_GET
+
+        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.server.daemon_threads = True
+        self.url = f"http://127.0.0.1:{self.server.server_port}"
+
+    def __enter__(self):
+        self.thread = threading.Thread(target=self.server.serve_forever, daemon=True)
+        self.thread.start()
+        return self
+
+    def __exit__(self, *_):
+        self.server.shutdown()
+        self.server.server_close()
+        self.thread.join()
+
+    def answer(self, request, folder: Path) -> None:
+        """Answer one request, whole or by its range."""
+        time.sleep(self.latency_s)
+        self.paths.append(request.path)
+        luck, file = self.random.random(), folder / request.path.lstrip("/")
+        if self.mood == "shaky" and luck < 0.15:
+            request.close_connection = True
+            request.connection.close()
+            return
+        code = 403 if self.mood == "closed" else 503 if self.mood == "shaky" and luck < 0.3 else 200
+        content = file.read_bytes() if file.is_file() else b""
+        code = 404 if code == 200 and not file.is_file() else code
+        if self.mood == "short" and "/c/" in request.path:
+            content = content[: len(content) // 2]
+        request_range = request.headers.get("Range", "")
+        extra = {}
+        if code == 200 and request_range.startswith("bytes="):
+            first, _, last = request_range[6:].partition("-")
+            start = int(first) if first else max(0, len(content) - int(last))
+            stop = int(last) + 1 if first and last else len(content)
+            stop = min(stop, len(content))
+            extra["Content-Range"] = f"bytes {start}-{stop - 1}/{len(content)}"
+            code, content = 206, content[start:stop]
+        body = content if code in (200, 206) else b""
+        request.send_response(code)
+        for name, value in {**extra, "Content-Length": str(len(body))}.items():
+            request.send_header(name, value)
+        request.end_headers()
+        if request.command == "GET":
+            request.wfile.write(body)

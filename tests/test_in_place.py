@@ -1,0 +1,536 @@
+"""Zarr and HDF5 are read where they lie: the same voxels as a copy, and nothing is copied."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from loaders import (
+    DataConfig,
+    LabelCorners,
+    PatchLoader,
+    Preprocess,
+    Reading,
+    SliceStore,
+    VolumeStore,
+    open_data,
+)
+from loaders.consistency import Facts
+from loaders.in_place import find_in_place
+from loaders.readers import BrokenVolume, read_header, read_volume
+from loaders.readers.arrays import context
+from loaders.subjects import Subject
+from tests.stores import UM, Web, array, halved, ome, voxels, write
+
+pytest.importorskip("tensorstore")
+ROOT = Path(__file__).resolve().parents[1]
+RAW = Preprocess(intensity="raw", orient_ras=False)
+
+
+def built(volumes, cache, preprocess=RAW, **reading):
+    return VolumeStore.build(
+        volumes, cache, preprocess, reading=Reading(**reading), progress=False
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("version", ["0.4", "0.5"])
+def test_ome_zarr_reads_the_same_as_numpy_axes_and_spacing_included(tmp_path, version):
+    zyx = voxels(24, 20, 16)
+    path = ome(tmp_path / "a.ome.zarr", [zyx, halved(zyx)], version=version)
+    store = built(path, tmp_path / "cache")
+    assert store.ids == ["a"]
+    assert np.allclose(store.spacing_mm(0), [0.5 * UM, 0.5 * UM, 2 * UM])
+    np.testing.assert_array_equal(store.read(0)[0], zyx.transpose(2, 1, 0))
+    box = (slice(3, 11), slice(5, 20), slice(7, 9))
+    np.testing.assert_array_equal(store.read(0, box)[0], zyx.transpose(2, 1, 0)[box])
+    assert store.meta(0)["look"]["unit"] == "um"
+
+
+def test_nothing_of_the_volume_is_copied_into_the_cache(tmp_path):
+    path = ome(tmp_path / "a.ome.zarr", [voxels(40, 40, 40)])
+    store = built(path, tmp_path / "cache")
+    key = store.entries[0].key
+    made = {name for name in os.listdir(tmp_path / "cache") if name.startswith(key)}
+    assert made == {f"{key}.json", f"{key}.points-2.npy", f"{key}.quantiles.npy"}
+    assert sum(f.stat().st_size for f in (tmp_path / "cache").iterdir()) < 64_000 < 2 * 40**3
+    assert json.loads((tmp_path / "cache" / f"{key}.json").read_text())["view"]
+
+
+def test_in_place_and_copied_are_the_same_store_but_for_where_the_voxels_lie(tmp_path):
+    zyx = voxels(24, 20, 16)
+    turned = {"x": "right-to-left", "y": "anterior-to-posterior", "z": "inferior-to-superior"}
+    path = ome(tmp_path / "a.zarr", [zyx], orientation=turned, unit="millimeter")
+    here = built(path, tmp_path / "cache", Preprocess())
+    copy = built(path, tmp_path / "cache", Preprocess(), in_place=False)
+    assert here.entries[0].key != copy.entries[0].key
+    assert here.chunks(0) == (8, 8, 8)
+    assert copy.chunks(0) is None
+    np.testing.assert_array_equal(here.read(0), copy.read(0))
+    assert here.meta(0)["affine"] == copy.meta(0)["affine"]
+    assert here.meta(0)["undo"] == copy.meta(0)["undo"]
+    assert here.meta(0)["look"]["space"] == "body"
+    assert here.undo(0, here.read(0)).data.shape == (1, 16, 20, 24)
+    # Right to left and front to back in the file, the other way round in RAS+.
+    raw = built(path, tmp_path / "cache", Preprocess(intensity="raw"))
+    np.testing.assert_array_equal(raw.read(0)[0], zyx.transpose(2, 1, 0)[::-1, ::-1])
+
+
+def test_axes_come_in_any_order_and_channels_by_name_or_number(tmp_path):
+    tczyx = voxels(3, 4, 9, 10, 11)
+    names = ("dapi", "gfp", "red", "far")
+    path = ome(tmp_path / "a.zarr", [tczyx], axes="tczyx", channels=names)
+    store = built(path, tmp_path / "cache", channels=["red", 0], time_point=1)
+    assert store.num_channels == 2
+    assert [name for name, _ in store.layout(0).channels] == ["red", "dapi"]
+    expected = tczyx[1].transpose(0, 3, 2, 1)
+    np.testing.assert_array_equal(store.read(0), expected[[2, 0]])
+    other = ome(tmp_path / "b.zarr", [tczyx[0].transpose(3, 0, 1, 2)], axes="xczy")
+    np.testing.assert_array_equal(
+        built(other, tmp_path / "cache").read(0), tczyx[0].transpose(0, 3, 2, 1)
+    )
+    with pytest.raises(BrokenVolume, match=r"4 channels \(dapi, gfp, red, far\), none is blue"):
+        built(path, tmp_path / "cache", channels=["blue"], time_point=1)
+
+
+def test_time_points_are_chosen_or_samples_and_never_guessed(tmp_path):
+    tzyx = voxels(3, 9, 10, 11)
+    path = ome(tmp_path / "a.zarr", [tzyx], axes="tzyx")
+    with pytest.raises(BrokenVolume, match=r"3 time points: choose one by data\.time_point"):
+        built(path, tmp_path / "cache")
+    with pytest.raises(BrokenVolume, match="has 3 time points, time point 5 is asked for"):
+        built(path, tmp_path / "cache", time_point=5)
+    for in_place in (True, False):
+        store = built(path, tmp_path / "cache", volumes_4d="samples", in_place=in_place)
+        assert store.ids == ["a__t000", "a__t001", "a__t002"]
+        for number in range(3):
+            np.testing.assert_array_equal(store.read(number)[0], tzyx[number].transpose(2, 1, 0))
+
+
+def test_the_level_is_chosen_by_number_or_by_the_voxel_size_that_is_asked_for(tmp_path):
+    zyx = voxels(24, 20, 16)
+    path = ome(tmp_path / "a.zarr", [zyx, halved(zyx)], scale=(1.0, 0.5, 0.5))
+    small = halved(zyx).transpose(2, 1, 0)
+    np.testing.assert_array_equal(built(path, tmp_path / "cache", level=1).read(0)[0], small)
+    wanted = Preprocess(intensity="raw", spacing_mm=(1 * UM, 1 * UM, 2 * UM))
+    np.testing.assert_array_equal(built(path, tmp_path / "cache", wanted).read(0)[0], small)
+    between = Preprocess(spacing_mm=(0.7 * UM, 0.7 * UM, 1 * UM))
+    with pytest.raises(BrokenVolume, match=r"spacing_mm 0\.0007 x .*--data.in_place false copies"):
+        built(path, tmp_path / "cache", between)
+    assert built(path, tmp_path / "cache", between, in_place=False).shape(0) == (1, 11, 14, 24)
+    with pytest.raises(BrokenVolume, match="2 levels, level 2 is asked for"):
+        built(path, tmp_path / "cache", level=2)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"crop_foreground": True}, {"pad_to_multiple": 32}],
+)
+def test_what_needs_a_copy_is_refused_by_name_with_the_remedy(tmp_path, options):
+    path = ome(tmp_path / "a.zarr", [voxels(24, 20, 16)])
+    with pytest.raises(BrokenVolume, match=f"{next(iter(options))}.*--data.in_place false"):
+        built(path, tmp_path / "cache", Preprocess(**options))
+    assert built(path, tmp_path / "cache", Preprocess(**options), in_place=False)
+
+
+def test_statistics_come_from_the_coarsest_level_that_suffices_and_points_are_scaled(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr("loaders.in_place.ENOUGH", 12 * 10 * 8)
+    zyx = voxels(24, 20, 16)
+    coarse = halved(zyx) + 7  # so that it can be told which was measured
+    path = ome(tmp_path / "a.zarr", [zyx, coarse, halved(coarse)])
+    store = built(path, tmp_path / "cache", Preprocess())
+    assert store.meta(0)["statistics"][0]["min"] == coarse.min()
+    assert store.shape(0) == (1, 16, 20, 24)
+    points = store.foreground_points(0)
+    assert len(points) > 100
+    # The blob fills the middle half of each axis.
+    assert (points >= np.array([4, 5, 6]) - 1).all() and (points <= np.array([12, 15, 18])).all()
+
+
+def test_a_large_volume_without_levels_is_measured_on_a_seeded_sample_of_chunks(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr("loaders.in_place.MOST", 1000)
+    zyx = voxels(40, 48, 56)
+    path = array(tmp_path / "a.zarr", zyx, (8, 8, 8), names="zyx")
+    found = find_in_place(Subject("a", (path,)), Reading(), Preprocess())
+    sample = found.sample(3)
+    np.testing.assert_array_equal(sample.data, found.sample(3).data)
+    assert sample.data.shape == (1, 64 * 8, 8, 8)
+    assert (sample.corners % 8 == 0).all()  # each block is one chunk
+    store = built(path, tmp_path / "cache", Preprocess())
+    volume = zyx.transpose(2, 1, 0)
+    points = store.foreground_points(0)
+    threshold = store.meta(0)["statistics"][0]["foreground_threshold"]
+    assert len(points) > 100 and (volume[tuple(points.T)] > threshold).all()
+
+
+def test_plain_zarr_and_hdf5_are_zyx_where_they_name_no_axes_and_that_is_told(tmp_path, capsys):
+    h5py = pytest.importorskip("h5py")
+    zyx = voxels(12, 10, 8)
+    array(tmp_path / "a.zarr", zyx, (4, 4, 4), version=2)
+    with h5py.File(tmp_path / "b.h5", "w") as file:
+        made = file.create_dataset("deep/raw", data=zyx, chunks=(4, 4, 4), compression="gzip")
+        made.attrs["element_size_um"] = [2.0, 0.5, 0.5]
+    store = built([tmp_path / "a.zarr", tmp_path / "b.h5:/deep/raw"], tmp_path / "cache")
+    assert store.ids == ["a", "b.h5__deep__raw"]
+    for index in range(2):
+        np.testing.assert_array_equal(store.read(index)[0], zyx.transpose(2, 1, 0))
+    assert store.spacing_mm(0) == (1, 1, 1)
+    assert np.allclose(store.spacing_mm(1), [0.5 * UM, 0.5 * UM, 2 * UM])
+    assert "names no axes: taken as ZYX" in capsys.readouterr().err
+    with pytest.raises(BrokenVolume, match=r"no such dataset; those of the file are b.h5:/deep/r"):
+        built(tmp_path / "b.h5:/other", tmp_path / "cache")
+
+
+def test_folders_globs_and_manifests_name_stores_beside_files(tmp_path):
+    h5py = pytest.importorskip("h5py")
+    data = tmp_path / "data"
+    data.mkdir()
+    for name in "ab":
+        ome(data / f"{name}.ome.zarr", [voxels(12, 10, 8)])
+        with h5py.File(data / f"{name}.h5", "w") as file:
+            file["raw"] = voxels(12, 10, 8)
+    np.save(data / "c.npy", voxels(8, 10, 12))
+    assert built(data, tmp_path / "cache").ids == ["a", "b", "c"]
+    assert len(built(str(data / "*.zarr"), tmp_path / "cache")) == 2
+    assert len(built(str(data / "*.h5:/raw"), tmp_path / "cache")) == 2
+    (data / "list.csv").write_text("path,id\na.ome.zarr,one\nb.h5:/raw,two\nc.npy,three\n")
+    store = built(data / "list.csv", tmp_path / "cache")
+    assert store.ids == ["one", "two", "three"]
+    assert [store.chunks(i) is None for i in range(3)] == [False, False, True]
+
+
+def test_patches_are_the_same_on_any_number_of_threads_and_ranks(tmp_path):
+    for name in "ab":
+        ome(tmp_path / f"{name}.zarr", [voxels(24, 20, 16, seed=ord(name))], shards=(24, 24, 16))
+    store = built(tmp_path, tmp_path / "cache", Preprocess())
+    found = []
+    for threads, world in ((0, 1), (2, 1), (1, 2)):
+        patches = {}
+        for rank in range(world):
+            loader = PatchLoader(store, (8, 8, 8), patches_per_volume=6, batch_size=3,
+                                 threads=threads, rank=rank, world_size=world)  # fmt: skip
+            for batch in loader:
+                pairs = zip(batch.index.tolist(), batch.image.clone(), strict=True)
+                patches.update(pairs)
+        found.append(np.stack([patches[row] for row in sorted(patches)]))
+    assert found[0].shape == (12, 1, 8, 8, 8)
+    np.testing.assert_array_equal(found[0], found[1])
+    np.testing.assert_array_equal(found[0], found[2])
+
+
+def test_a_store_that_was_named_relative_to_one_folder_is_read_from_another(tmp_path, monkeypatch):
+    h5py = pytest.importorskip("h5py")
+    zyx = voxels(12, 10, 8)
+    ome(tmp_path / "here" / "a.zarr", [zyx])
+    with h5py.File(tmp_path / "here" / "b.h5", "w") as file:
+        file["raw"] = zyx
+    (tmp_path / "there").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    first = built(["a.zarr", "b.h5:/raw"], tmp_path / "cache")
+    monkeypatch.chdir(tmp_path / "there")
+    again = built(["../here/a.zarr", "../here/b.h5:/raw"], tmp_path / "cache")
+    for index in range(2):
+        assert again.entries[index].key == first.entries[index].key
+        np.testing.assert_array_equal(again.read(index)[0], zyx.transpose(2, 1, 0))
+
+
+class Louder:
+    """An augmentation that processes can be given."""
+
+    def __call__(self, patch, key, spacing_mm):
+        return patch + 1000
+
+
+@pytest.mark.slow
+def test_processes_that_augment_read_in_place_and_hand_over_what_is_broken(tmp_path):
+    zyx = voxels(16, 16, 16)
+    path = ome(tmp_path / "a.zarr", [zyx])
+    store = built(path, tmp_path / "cache")
+    options = {"patching": "full", "batch_size": 8, "threads": 1}
+    loader = PatchLoader(store, (8, 8, 8), augment=Louder(), **options)
+    (batch,) = list(loader)
+    for image, (x, y, z) in zip(batch.image.numpy(), batch.corner.tolist(), strict=True):
+        box = zyx[z : z + 8, y : y + 8, x : x + 8].transpose(2, 1, 0)
+        np.testing.assert_array_equal(image[0], box + 1000.0)
+    (path / "s0" / "c" / "1" / "1" / "1").write_bytes(b"no zstd stream")
+    with pytest.raises(BrokenVolume, match="c/1/1/1"):
+        list(PatchLoader(built(path, tmp_path / "cache"), (8, 8, 8), augment=Louder(), **options))
+
+
+def test_patches_of_one_read_touch_the_same_chunks_and_neighborhoods_take_turns(tmp_path):
+    path = array(tmp_path / "a.zarr", voxels(96, 80, 72), (16, 16, 16), names="zyx")
+    store = built(path, tmp_path / "cache")
+    options = {"patches_per_volume": 64, "patches_per_read": 4, "threads": 0}
+    table = PatchLoader(store, (16, 16, 16), **options).plan.table(0)
+    assert table.shape == (64, 4)
+    last = np.array(store.shape(0)[1:]) - 16
+    assert (table[:, 1:] >= 0).all() and (table[:, 1:] <= last).all()
+    for block in table[:, 1:].reshape(2, 4, 8, 3):  # two blocks of four rounds of eight reads
+        first = block[0]  # corners of the patches that lead
+        low, high = first // 16 * 16, -(-(first + 16) // 16) * 16
+        assert (block >= low).all() and (block + 16 <= high).all()
+        assert len(np.unique(low, axis=0)) > 4
+    again = PatchLoader(store, (16, 16, 16), **options, world_size=1).plan.table(0)
+    np.testing.assert_array_equal(table, again)
+    with pytest.raises(ValueError, match=r"patches_per_volume \(64\) has to be a multiple of it"):
+        PatchLoader(store, (16, 16, 16), **options | {"patches_per_read": 5})
+
+
+def test_slices_are_cut_out_of_a_3d_store(tmp_path):
+    zyx = voxels(12, 10, 8)
+    slices = SliceStore(built(ome(tmp_path / "a.zarr", [zyx]), tmp_path / "cache"), axis=2)
+    assert len(slices) == 12
+    assert slices.chunks(0) == (8, 8)
+    np.testing.assert_array_equal(slices.read(5)[0], zyx[5].T)
+
+
+def test_labels_in_the_store_tell_the_sampler_where_patches_lie(tmp_path):
+    zyx = voxels(24, 20, 16)
+    path = ome(tmp_path / "a.zarr", [zyx])
+    labels = np.zeros((12, 10, 8), np.uint8)
+    labels[2:4, 3:5, 5:7] = 3
+    ome(path / "labels" / "cells", [labels], scale=(4.0, 1.0, 1.0))
+    (tmp_path / "list.csv").write_text("path,label_map\na.zarr,a.zarr/labels/cells\n")
+    store = built(tmp_path / "list.csv", tmp_path / "cache")
+    points = store.label_points(0)
+    assert sorted(points) == [0, 3]
+    assert sorted(map(tuple, points[3].tolist())) == sorted(
+        (x, y, z) for x in (10, 12) for y in (6, 8) for z in (4, 6)
+    )
+    loader = PatchLoader(store, (4, 4, 4), sampler=LabelCorners, threads=0, patches_per_volume=20)
+    assert all(labels[z // 2, y // 2, x // 2] == 3
+               for batch in loader for x, y, z in (batch.corner + 2).tolist())  # fmt: skip
+
+
+def test_nan_is_an_error_that_says_where_or_filled(tmp_path):
+    zyx = voxels(12, 10, 8).astype(np.float64)
+    zyx[3, 2, 1] = np.nan
+    path = ome(tmp_path / "a.zarr", [zyx])
+    with pytest.raises(BrokenVolume, match=r"are NaN or infinite: set data\.nan to fill"):
+        built(path, tmp_path / "cache")
+    filled = built(path, tmp_path / "cache", nan="fill").read(0)[0]
+    assert filled[1, 2, 3] == np.nanmin(zyx)
+    zyx[3, 2, 1] = np.nanmin(zyx)
+    np.testing.assert_array_equal(filled, zyx.transpose(2, 1, 0).astype(np.float32))
+    with pytest.raises(BrokenVolume, match=r"data\.nan mask does not allow"):
+        built(path, tmp_path / "cache", nan="mask")
+
+
+def test_missing_chunks_are_the_fill_value_and_damaged_ones_one_line(tmp_path):
+    zyx = voxels(16, 16, 16)
+    path = ome(tmp_path / "a.zarr", [zyx])
+    (path / "s0" / "c" / "0" / "0" / "0").unlink()
+    store = built(path, tmp_path / "cache")
+    expected = zyx.copy()
+    expected[:8, :8, :8] = 0
+    np.testing.assert_array_equal(store.read(0)[0], expected.transpose(2, 1, 0))
+    (path / "s0" / "c" / "1" / "1" / "1").write_bytes(b"no zstd stream")
+    again = built(path, tmp_path / "cache")
+    again.read(0, (slice(0, 8),) * 3)
+    with pytest.raises(BrokenVolume) as error:
+        again.read(0, (slice(8, 16),) * 3)
+    line = str(error.value)
+    assert "a.zarr/s0" in line and "c/1/1/1" in line and "\n" not in line and len(line) < 400
+
+
+@pytest.mark.parametrize("name", ["ngff_zarr_04", "ngff_zarr_05", "ome_zarr_04", "ome_zarr_05"])
+def test_stores_of_other_libraries_read_the_same_as_numpy(tmp_path, name):
+    """As `ngff-zarr` 0.50 and `ome-zarr` 0.18 wrote them, see tests/data/make_stores.py."""
+    with zipfile.ZipFile(Path(__file__).parent / "data" / f"{name}.zip") as archive:
+        archive.extractall(tmp_path / "a.ome.zarr")
+    czyx = np.arange(2 * 12 * 10 * 8, dtype=np.uint16).reshape(2, 12, 10, 8)
+    store = built(tmp_path / "a.ome.zarr", tmp_path / "cache")
+    np.testing.assert_array_equal(store.read(0), czyx.transpose(0, 3, 2, 1))
+    small = built(tmp_path / "a.ome.zarr", tmp_path / "cache", level=1)
+    of_ngff = name.startswith("ngff")  # the other names no unit and leaves the planes as many
+    unit, planes = (UM, 6) if of_ngff else (1.0, 12)
+    assert store.meta(0)["look"]["unit"] == ("um" if of_ngff else "px")
+    assert np.allclose(store.spacing_mm(0), [0.5 * unit, 0.5 * unit, 2 * unit])
+    place = np.array(store.meta(0)["affine"])[:3, 3]
+    assert np.allclose(place, [3 * UM, 2 * UM, 1 * UM] if of_ngff else 0)
+    assert small.shape(0) == (2, 4, 5, planes)
+    assert np.allclose(small.spacing_mm(0), [unit, unit, 24 / planes * unit])
+
+
+def spoil(path, change):
+    """Change the metadata of a store."""
+    file = path / "zarr.json"
+    held = json.loads(file.read_text())
+    change(held)
+    file.write_text(json.dumps(held))
+
+
+BROKEN = {
+    "axes are not understood": lambda ome: ome["axes"][0].update(name="q"),
+    "its level s7 is no array": lambda ome: ome["datasets"][0].update(path="s7"),
+    "leads out of the store": lambda ome: ome["datasets"][0].update(path="../b.zarr"),
+    "metadata are not understood": lambda ome: ome.pop("axes"),
+    "has 3 axes, its metadata name": lambda ome: ome["axes"].insert(0, {"name": "c"}),
+}
+
+
+@pytest.mark.parametrize("reason", BROKEN)
+def test_broken_metadata_are_one_line(tmp_path, reason):
+    path = ome(tmp_path / "a.zarr", [voxels(12, 10, 8)])
+    if "name" in reason:  # an axis more than there are numbers for it
+        scale = [1.0, 2.0, 0.5, 0.5]
+        change = {"type": "scale", "scale": scale}
+        spoil(path, lambda held: held["attributes"]["ome"]["multiscales"][0]["datasets"][0].update(
+            coordinateTransformations=[change]))  # fmt: skip
+    spoil(path, lambda held: BROKEN[reason](held["attributes"]["ome"]["multiscales"][0]))
+    with pytest.raises(BrokenVolume, match=r"a\.zarr") as error:
+        built(path, tmp_path / "cache")
+    expected = reason if reason != "axes are not understood" else "are not understood: t, c, z"
+    assert expected in str(error.value) and "\n" not in str(error.value)
+
+
+def test_links_out_of_a_store_unknown_codecs_and_empty_folders_are_one_line(tmp_path):
+    outside = array(tmp_path / "outside", voxels(12, 10, 8))
+    path = ome(tmp_path / "a.zarr", [voxels(12, 10, 8), voxels(6, 5, 4)])
+    os.rename(path / "s1", tmp_path / "moved")
+    os.symlink(outside, path / "s1")
+    with pytest.raises(BrokenVolume, match="its level s1 leads out of the store"):
+        built(path, tmp_path / "cache")
+    other = ome(tmp_path / "b.zarr", [voxels(12, 10, 8)])
+    spoil(other / "s0", lambda held: held["codecs"].append({"name": "lossy9"}))
+    with pytest.raises(BrokenVolume, match=r"b.zarr/s0: cannot be opened: .*lossy9"):
+        built(other, tmp_path / "cache")
+    (tmp_path / "c.zarr").mkdir()
+    with pytest.raises(BrokenVolume, match=r"c\.zarr: holds no zarr metadata"):
+        built(tmp_path / "c.zarr", tmp_path / "cache")
+    with pytest.raises(BrokenVolume, match=r"d\.zarr: no such store"):
+        built(tmp_path / "d.zarr", tmp_path / "cache")
+    with pytest.raises(ValueError, match=r"abfs://box/a\.zarr: s3, gs, http, https are read"):
+        built("abfs://box/a.zarr", tmp_path / "cache")
+
+
+def test_another_array_in_the_same_place_is_another_volume(tmp_path):
+    zyx = voxels(12, 10, 8)
+    path = ome(tmp_path / "a.zarr", [zyx])
+    first = built(path, tmp_path / "cache")
+    assert built(path, tmp_path / "cache").entries[0].key == first.entries[0].key
+    ome(path, [voxels(14, 10, 8)])
+    second = built(path, tmp_path / "cache")
+    assert second.shape(0) == (1, 8, 10, 14)
+    assert second.entries[0].key != first.entries[0].key
+
+
+def test_options_of_stores_change_no_key_of_other_volumes_and_are_refused_for_them(tmp_path):
+    np.save(tmp_path / "a.npy", voxels(8, 10, 12))
+    key = built(tmp_path / "a.npy", tmp_path / "cache").entries[0].key
+    copied = built(tmp_path / "a.npy", tmp_path / "cache", in_place=False)
+    assert copied.entries[0].key == key
+    with pytest.raises(BrokenVolume, match=r"data\.level is of zarr and HDF5 alone"):
+        read_volume(tmp_path / "a.npy", Reading(level=1))
+
+
+def test_headers_tell_what_a_store_is_before_a_voxel_is_read(tmp_path):
+    path = ome(tmp_path / "a.zarr", [voxels(2, 12, 10, 8)], axes="czyx")
+    facts = Facts.of(read_header(path))
+    assert (facts.channels, facts.shape, facts.dtype) == (2, (8, 10, 12), "uint16")
+
+
+def test_the_options_reach_the_store_from_the_command_line(tmp_path):
+    for name in "abc":
+        ome(tmp_path / f"{name}.zarr", [voxels(2, 12, 10, 8, seed=ord(name))], axes="czyx")
+    config = DataConfig(root=str(tmp_path), cache_dir=str(tmp_path / "cache"), channels=[1],
+                        fractions=(0.4, 0.3, 0.3), preprocess=RAW, cache_gb=0.001)  # fmt: skip
+    store, split = open_data(config, say=None)
+    assert [len(ids) for ids in split.values()] == [1, 1, 1]
+    assert store.num_channels == 1
+    assert store.entries[0].voxels.cache_gb == 0.001
+
+
+@pytest.fixture
+def quick_retries(monkeypatch):
+    retries = {"max_retries": 6, "initial_delay": "10ms", "max_delay": "50ms"}
+    monkeypatch.setattr("loaders.readers.arrays.RETRIES", retries)
+    context.cache_clear()
+    yield
+    context.cache_clear()
+
+
+def test_a_store_on_the_web_is_read_chunk_by_chunk_and_outlives_a_shaky_network(
+    tmp_path, quick_retries
+):
+    zyx = voxels(32, 32, 32)
+    ome(tmp_path / "web" / "a.ome.zarr", [zyx], chunks=8, shards=(16, 16, 16))
+    with Web(tmp_path / "web") as web:
+        web.mood = "shaky"
+        store = built(f"{web.url}/a.ome.zarr", tmp_path / "cache")
+        assert store.ids == ["a"]
+        np.testing.assert_array_equal(store.read(0)[0], zyx.transpose(2, 1, 0))
+        context.cache_clear()
+        web.mood, web.paths = "well", []
+        fresh = built(f"{web.url}/a.ome.zarr", tmp_path / "cache")
+        fresh.read(0, (slice(0, 8), slice(0, 8), slice(0, 8)))
+        assert {path for path in web.paths if "/c/" in path} == {"/a.ome.zarr/s0/c/0/0/0"}
+        asked = len(web.paths)
+        fresh.read(0, (slice(0, 8), slice(0, 8), slice(0, 8)))  # kept in memory
+        assert len(web.paths) == asked
+
+
+def test_requests_to_a_store_overlap(tmp_path, quick_retries):
+    zyx = voxels(32, 32, 32)
+    ome(tmp_path / "web" / "a.zarr", [zyx], chunks=16)
+    with Web(tmp_path / "web") as web:
+        store = VolumeStore.build(f"{web.url}/a.zarr", tmp_path / "cache", RAW, cache_gb=0)
+        web.latency_s = 0.2
+        start = time.perf_counter()
+        store.read(0)  # 8 chunks would take 1.6 s one after the other
+        assert time.perf_counter() - start < 0.9
+
+
+@pytest.mark.parametrize(
+    ("mood", "line"),
+    [("closed", r"a\.zarr: cannot be read: .*403.*; credentials are taken from the URL itself"),
+     ("short", r"a\.zarr/s0: cannot be read: .*c/")],
+)  # fmt: skip
+def test_what_stays_unreadable_on_the_web_is_one_line(tmp_path, quick_retries, mood, line):
+    ome(tmp_path / "web" / "a.zarr", [voxels(16, 16, 16)])
+    with Web(tmp_path / "web") as web:
+        web.mood = mood
+        with pytest.raises(BrokenVolume, match=line) as error:
+            built(f"{web.url}/a.zarr", tmp_path / "cache")
+    assert "\n" not in str(error.value)
+
+
+TERABYTE = """
+import sys, time
+from loaders import DataConfig, PatchLoader, open_data
+root, cache = sys.argv[1:]
+start = time.perf_counter()
+store, _ = open_data(DataConfig(root=root, cache_dir=cache, fractions=(1, 0, 0)))
+loader = PatchLoader(store, (64, 64, 64), patches_per_volume=10_000, batch_size=4)
+assert next(iter(loader.stream())).image.shape == (4, 1, 64, 64, 64)
+took = time.perf_counter() - start
+status = open("/proc/self/status").read().split("RssAnon:")[1]
+print(took, int(status.split()[0]) / 1024)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="Linux counts its memory")
+def test_a_terabyte_is_opened_planned_and_read_from_in_five_seconds_and_half_a_gigabyte(tmp_path):
+    n, small = 8192, voxels(128, 128, 128)
+    path = ome(tmp_path / "a.zarr", [small, small])
+    write(path / "s0", (n, n, n), np.uint16, (64, 64, 64), (512, 512, 512))
+    scale = [{"type": "scale", "scale": [s * n / 128 for s in (2.0, 0.5, 0.5)]}]
+    spoil(path, lambda held: held["attributes"]["ome"]["multiscales"][0]["datasets"][1].update(
+        coordinateTransformations=scale))  # fmt: skip
+    run = subprocess.run(
+        [sys.executable, "-c", TERABYTE, path, tmp_path / "cache"],
+        capture_output=True, text=True, check=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    seconds, megabytes = map(float, run.stdout.split()[-2:])
+    assert seconds < 5 and megabytes < 500
