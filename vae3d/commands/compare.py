@@ -114,7 +114,7 @@ def compare(
     from vae3d.inference.reconstruct import Coding
     from vae3d.training.checkpoint import load_checkpoint, vae_of
     from vae3d.training.distributed import open_world
-    from vae3d.training.memory import telling_of_memory
+    from vae3d.training.memory import telling_of_device
 
     check_ranges("compare", {"neighbors": neighbors, "grid": grid, "seed": seed})
     vae, coding = None, Coding("full")
@@ -143,7 +143,7 @@ def compare(
         raise ValueError(f"--grid {list(grid)}: give {len(shape)} numbers of voxels")
     if any(m > n for m, n in zip(grid, shape, strict=True)):
         raise ValueError(f"--grid {list(grid)} is larger than the first real volume, {list(shape)}")
-    with open_world(device) as world, telling_of_memory("a smaller --grid", "--device cpu"):
+    with open_world(device) as world, telling_of_device("a smaller --grid", "--device cpu"):
         if not world.is_main:  # minutes of work that need no second process
             return
         seen_by = seen_by.eval().to(world.device)
