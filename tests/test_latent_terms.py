@@ -320,3 +320,16 @@ def test_training_by_spectrum_matching_closes_the_gap():
         optimizer.step()
         gaps.append(terms["spectrum_matching"].item())
     assert gaps[-1] < 0.7 * gaps[0]
+
+
+@pytest.mark.parametrize("distance", [SpectrumMatching, ScaleEquivariance, NoiseRobust])
+def test_the_distance_of_scale_equivariance_compares_two_volumes(distance):
+    with pytest.raises(ValueError, match=f"distance is {distance.__name__}, which does not"):
+        ScaleEquivariance(distance=distance)
+
+
+def test_what_changes_the_latent_is_no_reconstruction_term():
+    with pytest.raises(
+        ValueError, match="NoiseRobust compares nothing; it belongs into loss.extra"
+    ):
+        VAELoss(recon=NoiseRobust)

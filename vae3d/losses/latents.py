@@ -82,6 +82,12 @@ class ScaleEquivariance(Term):
         if shrink[0] > shrink[1]:
             raise ValueError(f"ScaleEquivariance.shrink is {list(shrink)}; give the least first")
         self.shrink, self.distance = shrink, distance()
+        if self.distance.decodes or isinstance(self.distance, Disturbance):
+            name = type(self.distance).__name__
+            raise ValueError(
+                f"ScaleEquivariance.distance is {name}, which does not compare two volumes; take L1, "
+                "L2 or another distance"
+            )
         self.weighted = self.distance.weighted
 
     def forward(

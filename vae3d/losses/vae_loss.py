@@ -94,6 +94,9 @@ class VAELoss(nn.Module):
     ):
         super().__init__()
         self.terms = Terms({"recon": recon(), "kl": kl()})
+        if isinstance(self.terms["recon"], Disturbance):
+            name = type(self.terms["recon"]).__name__
+            raise ValueError(f"loss.recon: {name} compares nothing; it belongs into loss.extra")
         if perceptual is not None:
             self.terms["perceptual"] = perceptual()
         self.disturbances: dict[str, Disturbance] = {}  # no modules: they hold no tensors
