@@ -85,8 +85,8 @@ class ScaleEquivariance(Term):
         if self.distance.decodes or isinstance(self.distance, Disturbance):
             name = type(self.distance).__name__
             raise ValueError(
-                f"ScaleEquivariance.distance is {name}, which does not compare two volumes; take L1, "
-                "L2 or another distance"
+                f"ScaleEquivariance.distance is {name}, which does not compare two volumes; take "
+                "L1, L2 or another distance"
             )
         self.weighted = self.distance.weighted
 
