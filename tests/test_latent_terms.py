@@ -16,7 +16,7 @@ from vae3d.losses.latents import (
     SpectrumMatching,
     StructuredChannels,
 )
-from vae3d.losses.reconstruction import L2
+from vae3d.losses.reconstruction import L2, SSIM
 from vae3d.losses.term import Decoding
 from vae3d.losses.vae_loss import VAELoss
 from vae3d.models.posterior import DiagonalGaussian
@@ -245,9 +245,9 @@ def test_the_latent_is_disturbed_in_training_alone_and_both_halves_learn_from_it
 
 def test_more_channels_to_keep_than_there_are_is_refused_before_anything_is_read():
     loss = VAELoss(extra=[partial(StructuredChannels, smallest=8)])
-    loss.check((1, 8, 8, 8), 8)
+    loss.check((1, 8, 8, 8), (8, 4, 4, 4))
     with pytest.raises(ValueError, match=r"smallest is 8; the latent has 4 channels"):
-        loss.check((1, 8, 8, 8), 4)
+        loss.check((1, 8, 8, 8), (4, 4, 4, 4))
 
 
 # In training
@@ -331,3 +331,10 @@ def test_the_distance_of_scale_equivariance_compares_two_volumes(distance):
 def test_what_changes_the_latent_is_no_reconstruction_term():
     with pytest.raises(ValueError, match="NoiseRobust compares nothing"):
         VAELoss(recon=NoiseRobust)
+
+
+def test_a_window_larger_than_the_smallest_size_is_refused_before_anything_is_read():
+    loss = VAELoss(extra=[partial(ScaleEquivariance, distance=partial(SSIM, window=5))])
+    loss.check((1, 24, 24, 24), (4, 12, 12, 12))  # 24 / 4 voxels are left at least
+    with pytest.raises(ValueError, match=r"ScaleEquivariance.distance at .* \(4, 4, 4\)"):
+        loss.check((1, 16, 16, 16), (4, 8, 8, 8))

@@ -98,7 +98,8 @@ def train_3d(
     if augment:
         augment.check(vae.spatial_dims)
     if patching:
-        terms.check((vae.out_channels, *patch_size), vae.latent_channels)
+        grid = (-(-n // f) for n, f in zip(patch_size, vae.factor, strict=True))
+        terms.check((vae.out_channels, *patch_size), (vae.latent_channels, *grid))
     loading = data.loader_options(loop.threads)
     check_beginning(init_from, ignore_keys, freeze, terms)
     vae.set_checkpointing(checkpointing)

@@ -90,6 +90,22 @@ class ScaleEquivariance(Term):
             )
         self.weighted = self.distance.weighted
 
+    def check_latent(self, shape: Sequence[int], latent: Sequence[int]) -> None:
+        """See `Term`."""
+        cells = [-(-n // m) for n, m in zip(shape[1:], latent[1:], strict=True)]
+        for by in range(self.shrink[0], self.shrink[1] + 1):
+            size = [m * f for m, f in zip(self._small(latent[1:], by), cells, strict=True)]
+            try:
+                self.distance.check((shape[0], *size))
+            except ValueError as error:
+                where = f"ScaleEquivariance.distance at 1/{by} of the size"
+                raise ValueError(f"{where}: {error}; or a smaller shrink") from error
+
+    @staticmethod
+    def _small(grid: Sequence[int], by: int) -> list[int]:
+        """The grid of a latent that is shrunk."""
+        return [max(n // by, 1) for n in grid]
+
     def forward(
         self,
         x: Tensor,
@@ -104,7 +120,7 @@ class ScaleEquivariance(Term):
         assert decoding is not None
         z = decoding.z
         by = random.Random(f"scale {step}").randint(*self.shrink)
-        grid = [max(n // by, 1) for n in z.shape[2:]]
+        grid = self._small(z.shape[2:], by)
         with in_float32(z.device.type):
             small = resized(z.float(), grid)
         got = decoding.decode(small)
@@ -157,11 +173,11 @@ class StructuredChannels(Disturbance):
         super().__init__()
         self.smallest = smallest
 
-    def check_latent(self, channels: int) -> None:
-        """See `Disturbance`."""
-        if self.smallest > channels:
+    def check_latent(self, shape: Sequence[int], latent: Sequence[int]) -> None:
+        """See `Term`."""
+        if self.smallest > latent[0]:
             raise ValueError(
-                f"StructuredChannels.smallest is {self.smallest}; the latent has {channels} "
+                f"StructuredChannels.smallest is {self.smallest}; the latent has {latent[0]} "
                 "channels"
             )
 

@@ -107,6 +107,14 @@ class Term(nn.Module):
             ValueError: In one line, with the option that helps.
         """
 
+    def check_latent(self, shape: Sequence[int], latent: Sequence[int]) -> None:
+        """Refuse latents that the term cannot be taken of; called as `check` is, where they matter.
+
+        Args:
+            shape: `(C, X, Y, Z)` or `(C, X, Y)` of a sample.
+            latent: The same of its latent.
+        """
+
     def weight_at(self, step: int) -> float | Tensor:
         """Return the weight of the term at a step; a tensor where only the device knows it."""
         return self.weight
@@ -123,9 +131,6 @@ class Disturbance(Term):
 
     def __init__(self) -> None:
         super().__init__()
-
-    def check_latent(self, channels: int) -> None:
-        """Refuse latents that cannot be disturbed, before anything is read."""
 
     def disturb(self, z: Tensor, normal: Normal) -> Tensor:
         """Return what is decoded instead of `z`.

@@ -185,18 +185,18 @@ class VAELoss(nn.Module):
             z = term.disturb(z, own(name))
         return z
 
-    def check(self, shape: Sequence[int], latent_channels: int | None = None) -> None:
+    def check(self, shape: Sequence[int], latent: Sequence[int] | None = None) -> None:
         """Refuse what a term cannot be taken of, before any is read.
 
         Args:
             shape: `(C, *spatial)` of a sample.
-            latent_channels: Channels of its latent, where they are known.
+            latent: The same of its latent, where it is known.
         """
-        for _, term in self.terms.items():
+        terms = [term for _, term in self.terms.items()]
+        for term in (*terms, *self.disturbances.values()):
             term.check(shape)
-        for disturbance in self.disturbances.values():
-            if latent_channels is not None:
-                disturbance.check_latent(latent_channels)
+            if latent is not None:
+                term.check_latent(shape, latent)
         if self.adversarial is not None:
             self.adversarial.check(shape)
 
