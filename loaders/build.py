@@ -38,6 +38,7 @@ from loaders.preprocess import (
 from loaders.readers import (
     SLICES,
     BrokenVolume,
+    Image,
     Look,
     MissingFile,
     Reading,
@@ -133,6 +134,7 @@ class Builder:
         recipe += [later] if later else []
         self.recipe = json.dumps(recipe, sort_keys=True)
         self.digests: dict[str, list] = {}
+        self.images: dict[Path, Image] = {}
 
     def recall(self, subjects: Sequence[Subject]) -> dict[str, dict[str, Any]]:
         """Return the sidecars of the volumes that lie in the cache whole and up to date."""
@@ -167,14 +169,24 @@ class Builder:
 
     def remembered(self, path: Path) -> bool:
         """Whether the digest of a file is known and its size and time are still the same."""
-        if is_store(path):  # its metadata are read again
-            return has_metadata(path)
+        if is_store(path):
+            try:
+                self.image(path)
+            except BrokenVolume:  # told when it is built
+                return False
+            return True
         path, _ = split_series(path)
         known = self.digests.get(os.path.abspath(path))
         try:
             return known is not None and known[:-1] == stamp(path)
         except BrokenVolume:  # gone since: told when it is built
             return False
+
+    def image(self, path: Path) -> Image:
+        """What a store says of itself; it is asked once, which may be over a network."""
+        if path not in self.images:
+            self.images[path] = describe(path)
+        return self.images[path]
 
     def key(self, subject: Subject) -> str:
         """Name of a volume in the cache: a hash of its bytes, its mask's, and of the geometry.
@@ -189,7 +201,7 @@ class Builder:
                 continue
             if is_store(given):
                 options = {name: getattr(self.reading, name) for name in OF_STORES}
-                parts.append(f"store {describe(given).version} {json.dumps(options)}")
+                parts.append(f"store {self.image(given).version} {json.dumps(options)}")
                 continue
             path, series = split_series(given)
             if not self.remembered(path):
@@ -563,9 +575,7 @@ def read_each(
     return each(group, lambda subject: use(subject, at_time(whole, subject.time)))
 
 
-def each(
-    group: Sequence[Subject], use: Callable[[Subject], Used]
-) -> list[Used | BrokenVolume]:  # fmt: skip
+def each(group: Sequence[Subject], use: Callable[[Subject], Used]) -> list[Used | BrokenVolume]:
     """Return what came of each subject, or the error that it ended with."""
     found: list[Used | BrokenVolume] = []
     for subject in group:
@@ -700,15 +710,6 @@ def draw_labels_in_place(
         moved = np.rint((to_volume @ points)[:3].T).astype(np.int32)
         found[int(name)] = moved[((moved >= 0) & (moved < np.array(shape))).all(axis=1)]
     return found
-
-
-def has_metadata(path: Path) -> bool:
-    """Whether a store tells what it is; what is wrong with it is said when it is opened."""
-    try:
-        describe(path)
-    except BrokenVolume:
-        return False
-    return True
 
 
 def note_lines(notes: Sequence[tuple[Path, Sequence[str]]]) -> list[str]:

@@ -8,8 +8,6 @@ import runpy
 import subprocess
 import sys
 import time
-import weakref
-from collections import Counter
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -28,6 +26,7 @@ from vae3d.exact import executor
 from vae3d.exact.executor import Executor, decode_exact, encode_exact
 from vae3d.exact.nodes import Conv, Kept, Moments, Source, of_blocks
 from vae3d.inference import reconstruct as coding_module
+from vae3d.inference.costs import Living
 from vae3d.inference.evaluation import Evaluator
 from vae3d.inference.reconstruct import Coding, autoencode, bytes_taken, fitting
 from vae3d.kernels.precision import exact_float32, settle_float32
@@ -59,29 +58,6 @@ class Bus(TorchDispatchMode):
             if len({t.device for t in found}) > 1:
                 self.copies.append(out.numel())
         return out
-
-
-class Held(TorchDispatchMode):
-    """Bytes of the tensors that were made inside and are there at once, at their peak."""
-
-    def __init__(self):
-        super().__init__()
-        self.users, self.bytes, self.peak = Counter(), 0, 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        out = function(*args, **(kwargs or {}))
-        for t in (t for t in tree_leaves(out) if isinstance(t, torch.Tensor)):
-            memory = t.untyped_storage()
-            key, size = memory._cdata, memory.nbytes()
-            self.bytes += size * (not self.users[key])
-            self.users[key] += 1
-            weakref.finalize(t, self._drop, key, size)
-        self.peak = max(self.peak, self.bytes)
-        return out
-
-    def _drop(self, key, size):
-        self.users[key] -= 1
-        self.bytes -= size * (not self.users[key])
 
 
 @pytest.fixture
@@ -144,7 +120,7 @@ def test_without_gradients_a_block_holds_two_volumes_beside_its_input():
     norm = partial(GroupNorm, num_groups=4)
     block = ResBlock(16, 8, 3, norm, "silu").to(META)
     x = torch.empty(1, 16, 16, 16, 16, device=META)
-    with torch.no_grad(), Held() as held:
+    with torch.no_grad(), Living() as held:
         block(x)
     assert held.peak / x.nbytes == pytest.approx(2, abs=0.01)
 

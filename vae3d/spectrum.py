@@ -16,6 +16,7 @@ from torch import Tensor
 
 BINS = 16
 EPS = 1e-8
+COUNTED = 1 - 1e-4  # of a mask at a smaller size: no voxel behind it that does not count
 
 
 def along_axes(x: Tensor, matrices: Sequence[Tensor]) -> Tensor:
@@ -43,6 +44,19 @@ def linear(n: int, size: int) -> Tensor:
 def resized(x: Tensor, size: Sequence[int]) -> Tensor:
     """Bring `(B, C, *spatial)` to another size, linearly (of half the size: means of pairs)."""
     return along_axes(x, [linear(n, m) for n, m in zip(x.shape[2:], size, strict=True)])
+
+
+def counted(seen: Tensor, size: Sequence[int]) -> Tensor:
+    """Bring a mask `(B, C, *spatial)` to a smaller size: where all voxels behind one count."""
+    return resized(seen.float(), size) > COUNTED
+
+
+def padded(x: Tensor, size: Sequence[int]) -> Tensor:
+    """Repeat the last voxels of `(B, C, *spatial)` up to a size, as the network does."""
+    missing = [m - n for n, m in zip(x.shape[2:], size, strict=True)]
+    if not any(missing):
+        return x
+    return F.pad(x, [n for m in reversed(missing) for n in (0, m)], mode="replicate")
 
 
 def pooled_to(x: Tensor, size: Sequence[int]) -> Tensor:

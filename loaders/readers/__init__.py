@@ -39,7 +39,7 @@ from loaders.readers.common import (
 )  # fmt: skip
 from loaders.readers.dicom import DICOM_SUFFIXES, holds_dicom, patient_of, read_dicom, volumes_of
 from loaders.readers.itk import read_meta, read_nrrd
-from loaders.readers.ngff import describe
+from loaders.readers.ngff import Image, describe
 from loaders.readers.nifti import (
     ras_axes,
     read_mgh,
@@ -65,6 +65,7 @@ __all__ = [
     "ZARR",
     "BrokenVolume",
     "Dicom",
+    "Image",
     "InPlace",
     "Look",
     "MissingFile",

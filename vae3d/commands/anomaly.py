@@ -86,7 +86,7 @@ def anomaly(
     from loaders.readers import Reading
     from vae3d.inference.anomaly import Finder
     from vae3d.inference.estimate import told
-    from vae3d.inference.reconstruct import Coding, mode_of
+    from vae3d.inference.reconstruct import coding_of, of_training
     from vae3d.kernels.progress import part, watched
     from vae3d.ranges import check_ranges
     from vae3d.tracking.console import Gauge
@@ -98,10 +98,8 @@ def anomaly(
     state = load_checkpoint(checkpoint)
     vae = vae_of(state, checkpoint, ema, trust)
     trained = state["config"]
-    slicing = {name: trained["data"][name] for name in ("slice_axis", "num_slices")}
-    taken, lines = mode_of(mode, patch_size=patch_size)
-    patch = patch_size or trained["patch_size"]
-    coding = Coding(taken, patch and list(patch), memory_gb=memory_gb, **slicing)
+    patching = dict(patch_size=patch_size)
+    coding, lines = coding_of(of_training(trained), mode, patching, memory_gb=memory_gb)
     coding.check(vae)
     reading = Reading.of(trained["data"]).masked(data.mask)
     with open_world(device) as world, telling_of_device(*SMALLER_PASSES):

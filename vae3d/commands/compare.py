@@ -111,7 +111,7 @@ def compare(
         trust: Module prefixes besides vae3d whose classes the checkpoint may import.
     """
     from loaders import VolumeStore
-    from vae3d.inference.reconstruct import Coding
+    from vae3d.inference.reconstruct import Coding, coding_of, of_training
     from vae3d.training.checkpoint import load_checkpoint, vae_of
     from vae3d.training.distributed import open_world
     from vae3d.training.memory import telling_of_device
@@ -122,8 +122,7 @@ def compare(
         state = load_checkpoint(checkpoint)
         vae = vae_of(state, checkpoint, trust=trust)
         preprocess = Preprocess.of_checkpoint(state["preprocess"], preprocess)
-        slicing = {k: state["config"]["data"][k] for k in ("slice_axis", "num_slices")}
-        coding = Coding("full", **slicing)
+        coding, _ = coding_of(of_training(state["config"]), "full")
     seen_by = made("--network", network)
     places = {"samples": samples, "real": real} | ({"heldout": heldout} if heldout else {})
     stores = {
@@ -179,7 +178,7 @@ def check_sides(stores: dict[str, VolumeStore], places: dict[str, str]) -> None:
                     f"{places[name]}: {case} has shape {list(shape)}, the first real volume "
                     f"{list(first)}; channels and axes must agree"
                 )
-    keys = {store.meta(i)["key"] for store in [stores["real"]] for i in range(len(store))}
+    keys = {stores["real"].meta(i)["key"] for i in range(len(stores["real"]))}
     if (unseen := stores.get("heldout")) is not None:
         for index, case in enumerate(unseen.ids):
             if unseen.meta(index)["key"] in keys:

@@ -89,7 +89,7 @@ def encode(
 
     from loaders.whole import sweep
     from vae3d.inference.estimate import told
-    from vae3d.inference.reconstruct import HALF, Coding, mode_of
+    from vae3d.inference.reconstruct import coding_of, of_training
     from vae3d.kernels.progress import part, watched
     from vae3d.stage2.latents import latent_path, write_index, write_latent
     from vae3d.tracking.console import Gauge
@@ -99,12 +99,9 @@ def encode(
 
     state = load_checkpoint(checkpoint)
     vae = vae_of(state, checkpoint, ema, trust)
-    slicing = {k: state["config"]["data"][k] for k in ("slice_axis", "num_slices")}
-    taken, lines = mode_of(mode, patch_size=patch_size, overlap=overlap, blend=blend)
-    patch_size = patch_size or state["config"]["patch_size"]
-    patching = patch_size and tuple(patch_size), HALF if overlap is None else overlap
-    options = dict(memory_gb=memory_gb, amp=amp, **slicing)
-    coding = Coding(taken, *patching, blend or "hann", **options)
+    patching = dict(patch_size=patch_size, overlap=overlap, blend=blend)
+    usual = of_training(state["config"])
+    coding, lines = coding_of(usual, mode, patching, memory_gb=memory_gb, amp=amp)
     coding.check(vae)
     if measured_scale:
         vae.set_latent_scale(vae.latent_scale)  # refuses what keeps none, before anything is made

@@ -135,7 +135,7 @@ def evaluate(
     from loaders.store import silent
     from vae3d.inference.estimate import told
     from vae3d.inference.evaluation import Evaluator, headline
-    from vae3d.inference.reconstruct import HALF, Coding, mode_of
+    from vae3d.inference.reconstruct import coding_of, of_training
     from vae3d.inference.segmenters import segmenter_named
     from vae3d.kernels.progress import part, watched
     from vae3d.tracking.console import Gauge
@@ -151,19 +151,10 @@ def evaluate(
     state = load_checkpoint(checkpoint)
     vae = vae_of(state, checkpoint, ema, trust)
     trained = state["config"]
-    taken, about_mode = mode_of(mode, patch_size=patch_size, overlap=overlap, blend=blend)
-    patch = patch_size or trained["patch_size"]
-    coding = Coding(  # says what is wrong before anything is written
-        taken,
-        patch and list(patch),
-        HALF if overlap is None else overlap,
-        blend or "hann",
-        batch_size=batch_size,
-        memory_gb=memory_gb,
-        amp=amp,
-        slice_axis=trained["data"]["slice_axis"],
-        num_slices=trained["data"]["num_slices"],
-    )
+    patching = dict(patch_size=patch_size, overlap=overlap, blend=blend)
+    more = dict(batch_size=batch_size, memory_gb=memory_gb, amp=amp)
+    # It says what is wrong before anything is written.
+    coding, about_mode = coding_of(of_training(trained), mode, patching, **more)
     how = vars(coding)
     distance = perceptual() if perceptual is not None else None
     judge = segmenter_named(segmenter) if segmenter else None

@@ -8,10 +8,16 @@ from torch import Tensor
 from vae3d.inference.metrics import in_one_unit, psnr
 from vae3d.inference.reconstruct import Coding
 from vae3d.models.custom_vae import CustomVAE
-from vae3d.spectrum import high_frequency_share, pooled_to, resized, spectral_gap
+from vae3d.spectrum import (
+    counted,
+    high_frequency_share,
+    padded,
+    pooled_to,
+    resized,
+    spectral_gap,
+)
 
 HALF = 2  # the size at which the latent is decoded again, per axis
-COUNTED = 1 - 1e-4  # of a mask at that size
 
 
 def diffusability(
@@ -72,19 +78,10 @@ def scale_psnr(
     got = coding.decode_as_it_is(vae, resized(mean[None], size)[0])
     # The latent stands for whole cells; those at the far end hold less than that of the volume.
     whole = [n * f for n, f in zip(mean.shape[1:], factor, strict=True)]
-    wanted = resized(_padded(x, whole)[None], got.shape[1:])[0]
+    wanted = resized(padded(x[None], whole), got.shape[1:])[0]
     if mask is not None:
-        counts = _padded(mask[None].to(x.dtype), whole)
-        mask = resized(counts[None], got.shape[1:])[0, 0] > COUNTED
+        mask = counted(padded(mask[None, None].float(), whole), got.shape[1:])[0, 0]
     return psnr(*in_one_unit(wanted, got, widths), mask)
-
-
-def _padded(x: Tensor, size: list[int]) -> Tensor:
-    """Repeat the last voxels of `(C, *spatial)` up to a size."""
-    places = (torch.arange(m).clamp_max(n - 1) for n, m in zip(x.shape[1:], size, strict=True))
-    for axis, place in enumerate(places, start=1):
-        x = x.index_select(axis, place.to(x.device))
-    return x
 
 
 def _by_channel(mean: Tensor, logvar: Tensor) -> dict[str, float]:

@@ -44,7 +44,6 @@ MOST_TOGETHER = 32  # inputs of a forward pass on a GPU, which has enough to do 
 SHARE_OF_VOLUMES = 0.25  # of a GPU's free memory, for volumes beside the network's own tensors
 SHARE_OF_BATCH = 0.5
 ENCODING = 0.4  # of the time of both halves, for the progress
-HALF = 0.5  # of a patch, its usual overlap with the next
 T = TypeVar("T")
 Pass = Callable[[CustomVAE, Tensor], Tensor | tuple[Tensor, Tensor]]
 
@@ -375,22 +374,33 @@ def check_finite(values: Tensor, name: str) -> None:
         raise ValueError(f"{name}: {count} of {values.numel()} values are NaN or infinite")
 
 
-def coding_of(
-    made_by: dict, mode: str | None = None, patching: dict | None = None, **given: object
-) -> tuple[Coding, list[str]]:
-    """The `Coding` that decodes latents, and what there is to tell about it.
+def of_training(config: dict) -> dict:
+    """How volumes went through the network in training, as the usual options of `coding_of`.
 
-    Those of patches are decoded in patches. Of a full pass and of mode exact the latents are the
+    Args:
+        config: Of the run, as its checkpoints hold it.
+    """
+    slicing = {name: config["data"][name] for name in ("slice_axis", "num_slices")}
+    return {"patch_size": config["patch_size"], **slicing}
+
+
+def coding_of(
+    usual: dict, mode: str | None = None, patching: dict | None = None, **given: object
+) -> tuple[Coding, list[str]]:
+    """The `Coding` that a user asks for, and what there is to tell about it.
+
+    Latents of patches are decoded in patches. Of a full pass and of mode exact the latents are the
     same, and decoding takes more memory than encoding, so mode auto chooses between the two.
 
     Args:
-        made_by: What the latents say of their origin.
+        usual: Options where nothing is asked for: what latents say of their origin, or those of
+            training. What is no option of `Coding` is left aside.
         mode: As asked for; None for that.
-        patching: Options of patches; those that are not given, or None, are as encoded.
+        patching: Options of patches as asked for; None for the usual.
         **given: Further options of `Coding`.
     """
     names = {field.name for field in fields(Coding)}
-    kept: dict = {k: v for k, v in made_by.items() if k in names}
+    kept: dict = {k: v for k, v in usual.items() if k in names}
     made = "patch" if kept.get("mode") == "patch" else "auto"
     patching = {k: v for k, v in (patching or {}).items() if v is not None}
     kept["mode"], lines = mode_of(mode or made, **patching)

@@ -11,15 +11,12 @@ import random
 from collections.abc import Callable, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from vae3d.losses.reconstruction import L1
 from vae3d.losses.term import Decoding, Disturbance, Normal, Term, in_float32
 from vae3d.models.posterior import DiagonalGaussian
-from vae3d.spectrum import pooled_to, resized, spectral_gap
-
-COUNTED = 1 - 1e-4  # a mask at a smaller size: no voxel behind it that does not count
+from vae3d.spectrum import counted, padded, pooled_to, resized, spectral_gap
 
 
 class SpectrumMatching(Term):
@@ -127,13 +124,13 @@ class ScaleEquivariance(Term):
         cells = zip(got.shape[2:], grid, z.shape[2:], strict=True)
         whole = [n // m * of for n, m, of in cells]  # of the volume that z stands for, padding too
         with in_float32(z.device.type, unless=self.distance.autocast):
-            wanted, got = resized(_padded(x, whole), got.shape[2:]), got.float()
+            wanted, got = resized(padded(x, whole), got.shape[2:]), got.float()
             if weight is None:
                 return self.distance(wanted, got, posterior, step)
             # Where some of the voxels behind one do not count, it says nothing.
-            weight = _padded(weight, whole)
-            counted = resized((weight > 0).float(), got.shape[2:]) > COUNTED
-            weight = resized(weight, got.shape[2:]) * counted
+            weight = padded(weight, whole)
+            behind = counted(weight > 0, got.shape[2:])
+            weight = resized(weight, got.shape[2:]) * behind
             seen = weight > 0
             wanted, got = torch.where(seen, wanted, 0.0), torch.where(seen, got, 0.0)
             return self.distance(wanted, got, posterior, step, weight)
@@ -193,11 +190,3 @@ def _uniform(normal: Normal, like: Tensor) -> Tensor:
     """A number in [0, 1) for each sample, `(B, 1, ...)`."""
     drawn = torch.special.ndtr(normal((1,), "share")).clamp_max(1 - 1e-6)
     return drawn.reshape(-1, *[1] * (like.ndim - 1))
-
-
-def _padded(x: Tensor, size: Sequence[int]) -> Tensor:
-    """Repeat the last voxels up to a size, as the network does."""
-    missing = [m - n for n, m in zip(x.shape[2:], size, strict=True)]
-    if not any(missing):
-        return x
-    return F.pad(x, [n for m in reversed(missing) for n in (0, m)], mode="replicate")
