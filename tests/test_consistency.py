@@ -513,12 +513,12 @@ def test_caching_says_how_far_it_is_in_a_log_also_while_one_volume_takes_long(
 
     def slow(subject, reading):
         if subject.id == "s0":
+            threading.Timer(0.4, release.set).start()  # from now: starting up may take as long
             release.wait(10)
         return real(subject, reading)
 
     monkeypatch.setattr(build, "read_subject", slow)
     monkeypatch.setattr(build, "LINE_EVERY_S", 0.05)
-    threading.Timer(0.4, release.set).start()
     VolumeStore.build(subjects, tmp_path / "cache", threads=2)
     lines = [line for line in capsys.readouterr().err.splitlines() if "caching" in line]
     assert lines[0].startswith("caching volumes: ") and 3 <= len(lines) <= 12
