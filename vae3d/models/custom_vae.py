@@ -69,6 +69,21 @@ class Chain(nn.Sequential):
                 x = checkpoint(run, part, x, use_reentrant=False, context_fn=repetition)
         return x
 
+    def compile(self, **options) -> None:
+        """Compile the passes that have gradients, anew for each size; `options`: `torch.compile`'s.
+
+        A graph for any size, torch's choice from the second size on, is slower, and for some sizes
+        Inductor fails at its backward pass (`Invalid ranges [0:-1]`). Volumes of validation come in
+        sizes of their own, each of which would be compiled for one pass: they run as they are.
+        """
+        super().compile(**{"dynamic": False} | options)
+        compiled = self._compiled_call_impl
+
+        def call(x: Tensor) -> Tensor:
+            return compiled(x) if torch.is_grad_enabled() else self._call_impl(x)
+
+        self._compiled_call_impl = call
+
     def levels(self) -> Iterator[nn.Sequential]:
         """The groups of layers that the chain was made of, empty ones too."""
         layers = iter(self)

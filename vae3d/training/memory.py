@@ -59,8 +59,8 @@ class Trial:
                 "--device mps does not tell how much memory was in use at most; give --batch_size a"
                 " number, or measure with --device cpu"
             )
-        # Copying forgets what is compiled, and the compiler must forget the size of this batch: for
-        # a second one it makes kernels for any size, and training would get those.
+        # Copying forgets what is compiled, and the compiler must forget the size of this batch: it
+        # compiles for a few sizes only, and training's is to be one of them.
         compiled = [n for n, m in self.task.named_modules() if m._compiled_call_impl is not None]
         with ExitStack() as stack:
             if compiled:
