@@ -4,10 +4,12 @@ import multiprocessing
 import os
 import socket
 import time
+from contextlib import suppress
 from multiprocessing import forkserver
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from commanded import train_command
@@ -74,6 +76,8 @@ def volumes(tmp_path_factory):
 
 
 FORKS = multiprocessing.get_context("forkserver")
+WORK_S, IDLE_S = 600.0, 120.0  # what a run may take of the processor, and how long it may rest
+NAP_S = 0.01
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -98,7 +102,7 @@ class Process:
             probe.bind(("127.0.0.1", 0))
             port = str(probe.getsockname()[1])
         self.output = Path(folder) / f"output_{time.monotonic_ns()}"
-        self.ranks = []
+        self.ranks, self.used = [], {}
         for rank in range(ranks):
             variables = dict(environ or {}, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
             if ranks > 1:
@@ -108,21 +112,50 @@ class Process:
             self.ranks.append(FORKS.Process(target=train_command, args=arguments))
             self.ranks[-1].start()
 
-    def wait(self, timeout_s=120):
+    def naps(self):
+        """Short waits until all ranks have ended; who hangs is killed, which is an error.
+
+        To hang is to compute for `WORK_S`, or for less than a second in `IDLE_S` of naps. By a
+        clock a run would hang that is slow because others use the processor.
+        """
+        begun, mark, idle_s = self.cpu_s(), 0.0, 0.0
+        while any(rank.exitcode is None for rank in self.ranks):
+            yield
+            time.sleep(NAP_S)
+            idle_s += NAP_S
+            worked = self.cpu_s() - begun
+            if worked > mark + 1:
+                mark, idle_s = worked, 0.0
+            if worked > WORK_S or idle_s > IDLE_S:
+                self.kill()
+                texts = [self.text(rank) for rank in range(len(self.ranks))]
+                raise AssertionError(f"hangs, after {worked:.0f} s of work: {texts}")
+
+    def cpu_s(self):
+        """What the ranks have had of the processor, those that have ended until they did."""
+        for rank in self.ranks:
+            with suppress(psutil.NoSuchProcess):
+                self.used[rank.pid] = sum(psutil.Process(rank.pid).cpu_times()[:2])
+        return sum(self.used.values())
+
+    def kill(self):
+        for rank in self.ranks:
+            rank.kill()
+
+    def wait(self):
         """Exit codes of all ranks."""
-        for process in self.ranks:
-            process.join(timeout_s)
-            assert process.exitcode is not None, self.text()
-        return [process.exitcode for process in self.ranks]
+        for _ in self.naps():
+            pass
+        return [rank.exitcode for rank in self.ranks]
 
     def text(self, rank=0):
         path = Path(f"{self.output}_{rank}")
         return path.read_text() if path.exists() else ""
 
 
-def run(argv, folder, ranks=1, expect=0, timeout_s=300):
+def run(argv, folder, ranks=1, expect=0):
     process = Process(argv, folder, ranks)
-    codes = process.wait(timeout_s)
+    codes = process.wait()
     assert codes == [expect] * ranks, process.text()
     return process.text()
 

@@ -132,19 +132,13 @@ def end(process: Process, both: bool) -> tuple[list[int], int]:
 
     With `both`, a rank that is left alone is ended soon, as torchrun or a dead machine would.
     """
-    deadline, alone_since, first = time.monotonic() + 300, 0.0, None
-    while any(rank.exitcode is None for rank in process.ranks):
-        if time.monotonic() > deadline:
-            for rank in process.ranks:
-                rank.kill()
-            raise AssertionError(f"stuck: {[process.text(n) for n in range(len(process.ranks))]}")
+    alone_since, first = 0.0, None
+    for _ in process.naps():
         failed = [n for n, rank in enumerate(process.ranks) if rank.exitcode not in (None, 0)]
         if failed and first is None:
             first, alone_since = failed[0], time.monotonic()
         if both and failed and time.monotonic() > alone_since + 1:
-            for rank in process.ranks:
-                rank.kill()
-        time.sleep(0.01)
+            process.kill()
     codes = process.wait()
     return codes, next((n for n, code in enumerate(codes) if code), 0) if first is None else first
 
