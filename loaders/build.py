@@ -38,6 +38,7 @@ from loaders.preprocess import (
 from loaders.readers import (
     SLICES,
     BrokenVolume,
+    Cut,
     Image,
     Look,
     MissingFile,
@@ -81,6 +82,7 @@ SIDECAR = {
     "start": int,
     "num_bytes": int,
 }
+IN_CHUNKS = {"chunks": [int], "lead": [int]}  # and of a volume that stays where it is
 Result = TypeVar("Result")
 Used = TypeVar("Used")
 
@@ -317,6 +319,7 @@ class Builder:
             "num_bytes": 0,
             "view": asdict(replace(found.view, fill=lowest)),
             "chunks": list(found.levels[0].chunks),
+            "lead": list(found.levels[0].lead),
         }
         bounds = foreground_bounds(meta, self.preprocess.rules)
         points = foreground_points(sample.data[0], *bounds, True, seed)
@@ -396,7 +399,9 @@ def is_sidecar(meta: object) -> bool:
     robust = [stats["robust"] for stats in meta["statistics"] if "robust" in stats]
     if not all(stats["percentiles"] for stats in meta["statistics"]):
         return False
-    if "view" in meta and (not View.fits(meta["view"]) or misfit(meta, {"chunks": [int]})):
+    if "view" in meta and (not View.fits(meta["view"]) or misfit(meta, IN_CHUNKS)):
+        return False
+    if "cut" in meta["undo"] and not Cut.fits(meta["undo"]["cut"]):
         return False
     if "look" in meta and not Look.fits(meta["look"]):  # which old ones lack
         return False
@@ -555,7 +560,8 @@ def stacked(volumes: list[Volume], nothing: Volume) -> Volume:
     notes = tuple({note: None for volume in volumes for note in volume.notes})
     if len(kinds) > 1:  # one array needs one dtype and scale
         data = np.concatenate([volume.intensities() for volume in volumes])
-        return Volume(data, first.affine, missing=tuple(missing), notes=notes, look=look)
+        one = replace(first, data=data, scale=1.0, offset=0.0)
+        return replace(one, missing=tuple(missing), notes=notes, look=look)
     data = np.concatenate([volume.data for volume in volumes])
     return replace(first, data=data, missing=tuple(missing), notes=notes, look=look)
 
@@ -684,7 +690,9 @@ def labels_of(subject: Subject, record: dict[str, Any]) -> np.ndarray:
         record: How its volume came to the store's grid.
     """
     shape, affine = tuple(record["source_shape"]), np.array(record["source_affine"])
-    return label_to_store_grid(read_label_map(subject, shape, affine), record).data[0]
+    cut = Cut.of(record["cut"]) if "cut" in record else None
+    grid = Volume(np.broadcast_to(np.uint8(0), (1, *shape)), affine, cut=cut)
+    return label_to_store_grid(read_label_map(subject, grid), record).data[0]
 
 
 def draw_labels_in_place(
@@ -731,23 +739,25 @@ def label_map_of(subject: Subject) -> Path:
     return subject.label_map
 
 
-def read_label_map(subject: Subject, shape: tuple[int, ...], affine: np.ndarray) -> Volume:
+def read_label_map(subject: Subject, grid: Volume) -> Volume:
     """Read the label map of a subject onto the grid of its volume.
 
     The affines say where it lies; if one of the two has no place in space, it is taken voxel by
-    voxel, so the shapes must be the same.
+    voxel, so the shapes of the files must be the same.
     """
+    shape, affine = grid.data.shape[1:], grid.affine
+    shape_of_file, affine_of_file = grid.file_grid
     path = label_map_of(subject)
     label = whole_numbers(read_volume(path), path)
-    if has_place(path, label.affine) and has_place(subject.paths[0], affine):
+    if has_place(path, label.affine) and has_place(subject.paths[0], affine_of_file):
         return on_grid(label, shape, affine, path)
-    if label.data.shape[1:] != shape:
+    if label.data.shape[1:] != shape_of_file:
         raise BrokenVolume(
             path,
-            f"is {label.data.shape[1:]} voxels, its volume {shape}, and not both say where they "
-            f"lie: give a label map of that shape, or one with an affine (NIfTI)",
+            f"is {label.data.shape[1:]} voxels, its volume {shape_of_file}, and not both say where "
+            f"they lie: give a label map of that shape, or one with an affine (NIfTI)",
         )
-    return Volume(label.data, affine)
+    return nearest(Volume(label.data, affine_of_file), shape, affine)
 
 
 def whole_numbers(label: Volume, path: Path) -> Volume:

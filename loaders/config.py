@@ -56,6 +56,8 @@ class DataConfig:
             are `preprocess.spacing_mm`, else 0.
         channels: Of zarr and HDF5: which channels, by number or name; null for all.
         time_point: Of zarr and HDF5: which time point, from 0; null for what `volumes_4d` says.
+        region: Part of each volume that is read, [[x0, x1], [y0, y1], [z0, z1]] in voxels of its
+            file (of the level), x1 apart; null for the whole.
         cache_gb: Gigabytes of decoded chunks of zarr that each process keeps in memory.
         backend: Cache as npy (fastest), or blosc2 (about half the disk space).
         slice_axis: For 2D training: the axis that slices are cut across (0, 1 or 2).
@@ -89,6 +91,7 @@ class DataConfig:
     level: int | None = None
     channels: list[int | str] | None = None
     time_point: int | None = None
+    region: list[list[int]] | None = None
     cache_gb: float = 1.0
     backend: Literal["npy", "blosc2"] = "npy"
     slice_axis: int = 2

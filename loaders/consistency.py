@@ -412,7 +412,7 @@ def check_volume(reading: Reading, subject: Subject, read: Volume) -> Checked:
     stats, _ = measured(volume, subject.paths[0])
     try:
         if subject.label_map is not None:
-            read_label_map(subject, volume.data.shape[1:], volume.affine)
+            read_label_map(subject, volume)
     except BrokenVolume as error:
         return Checked(Facts.of(volume), None, error, read.notes, stats)
     return Checked(Facts.of(volume), notes=read.notes, statistics=stats)

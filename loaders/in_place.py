@@ -16,6 +16,7 @@ import numpy as np
 from loaders.preprocess import Preprocess, Record, to_store_grid
 from loaders.readers import (
     BrokenVolume,
+    Image,
     InPlace,
     Reading,
     View,
@@ -86,8 +87,10 @@ class Found:
         side = np.minimum(np.minimum(shape, chunks), SIDE)
         corners = rng.integers(0, shape - side + 1, (BLOCKS, 3))
         # Moved to lie in one chunk, where there is a whole one.
-        start = corners // chunks * chunks
+        lead = np.array(chosen.lead)
+        start = (corners + lead) // chunks * chunks - lead
         corners = np.minimum(np.minimum(corners, start + chunks - side), shape - side)
+        corners = np.maximum(corners, 0)
         boxes = [tuple(map(slice, corner, corner + side)) for corner in corners]
         blocks = [chosen[(slice(None), *box)] for box in boxes]
         return Sample(np.concatenate(blocks, axis=1), corners, step)
@@ -119,7 +122,8 @@ def find_in_place(subject: Subject, reading: Reading, preprocess: Preprocess) ->
     sizes = [tuple(level.spacing_mm[axis] for axis in turned) for level in image.levels]
     level = level_of(sizes, reading.level, preprocess.spacing_mm, name)
     time = subject.time.number if subject.time else None
-    views = [view_of(image, n, reading, time) for n in range(level, len(image.levels))]
+    first = view_of(image, level, reading, time)
+    views = [first, *coarser(image, level, first, reading, time)]
     header = look_of_view(image, views[0])
     lacking = [-n % preprocess.pad_to_multiple for n in header.data.shape[1:]]
     if any(lacking):
@@ -131,6 +135,22 @@ def find_in_place(subject: Subject, reading: Reading, preprocess: Preprocess) ->
         views = [view.turned(record["axes"], record["flips"]) for view in views]
     stored = replace(stored, notes=header.notes, look=header.look)
     return Found(views[0], stored, record, tuple(view.open() for view in views))
+
+
+def coarser(image: Image, level: int, view: View, reading: Reading, time: int | None) -> list[View]:
+    """Return the same part of the levels that are coarser than that of a view."""
+    anywhere = replace(reading, region=None)
+    rest = [view_of(image, n, anywhere, time) for n in range(level + 1, len(image.levels))]
+    if view.box is None:
+        return rest
+    whole, found = np.array(view.open().whole), []
+    low, high = np.array(view.box).T
+    for one in rest:
+        sizes = np.array(one.open().whole)
+        start, stop = low * sizes // whole, -(-high * sizes // whole)
+        box = tuple(zip(start.tolist(), stop.tolist(), strict=True))
+        found.append(replace(one, box=box))
+    return found
 
 
 def refuse_copies(subject: Subject, reading: Reading, preprocess: Preprocess, name: str) -> None:

@@ -106,14 +106,14 @@ def read_weights(path: Path, image: Volume, times: int, reading: Reading) -> np.
     mask = read_volume(path, Reading(volumes_4d="samples"))
     if len(mask.data) not in (1, times):
         raise BrokenVolume(path, f"is a mask of {len(mask.data)} volumes: give one, or {times}")
-    shape = image.data.shape[1:]
+    shape, affine = image.file_grid
     if not has_place(path, mask.affine):
-        mask = replace(mask, affine=image.affine)
-    place = np.abs(np.linalg.solve(image.affine, mask.affine) - np.eye(4)).max()  # in voxels
+        mask = replace(mask, affine=affine)
+    place = np.abs(np.linalg.solve(affine, mask.affine) - np.eye(4)).max()  # in voxels
     if mask.data.shape[1:] != shape and place < 0.1:
         sizes = ["x".join(map(str, size)) for size in (mask.data.shape[1:], shape)]
         raise BrokenVolume(path, f"is {sizes[0]}, its image {sizes[1]} at the same place")
-    values = nearest(mask, shape, image.affine).intensities()
+    values = nearest(mask, image.data.shape[1:], image.affine).intensities()
     if reading.mask_weights is not None:
         values = weighed(path, values, {float(k): v for k, v in reading.mask_weights.items()})
     if not (np.isfinite(values).all() and values.min() >= 0):

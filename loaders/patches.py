@@ -147,6 +147,9 @@ class Chunked(Store, Protocol):
     def chunks(self, index: int) -> tuple[int, ...] | None:
         """Voxels of an item that are read at once; None where each is as near as any other."""
 
+    def lead(self, index: int) -> tuple[int, ...] | None:
+        """Voxels of an item's first chunk that lie before its first voxel."""
+
 
 class Sampler:
     """Draws patch corners; subclass it for another way to choose them.
@@ -327,11 +330,15 @@ def gathered(
         Volumes and corners of the N * count patches.
     """
     patch = np.array(patch_size)
-    known = [store.chunks(i) if isinstance(store, Chunked) else None for i in range(len(store))]
-    chunks = np.array([chunk or patch_size for chunk in known])[volumes]
+    known = [
+        (store.chunks(i), store.lead(i)) if isinstance(store, Chunked) else (None, None)
+        for i in range(len(store))
+    ]
+    chunks = np.array([chunk or patch_size for chunk, _ in known])[volumes]
+    lead = np.array([before or [0] * len(patch) for _, before in known])[volumes]
     shapes = store.spatial_shapes[volumes]
-    low = corners // chunks * chunks
-    high = np.minimum(-(-(corners + patch) // chunks) * chunks, shapes)
+    low = (corners + lead) // chunks * chunks - lead
+    high = np.minimum(-(-(corners + lead + patch) // chunks) * chunks - lead, shapes)
     low = np.maximum(np.minimum(low, shapes - patch), 0)
     last = np.maximum(high - patch, low)
     others = rng.integers(low[:, None], last[:, None] + 1, (len(corners), count - 1, len(patch)))

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 
 import numpy as np
 
-from loaders.readers import Volume, ras_axes, same_grid
+from loaders.readers import Volume, ras_axes, same_grid, shifted
 
 if TYPE_CHECKING:
     import torch
@@ -634,6 +634,8 @@ def to_store_grid(
         "source_shape": list(volume.data.shape[1:]),
         "source_affine": volume.affine.tolist(),
     }
+    if volume.cut is not None:
+        record["cut"] = asdict(volume.cut)
     if preprocess.orient_ras:
         axes, flips = ras_axes(volume.affine)
         volume = orient(volume, axes, flips)
@@ -796,9 +798,7 @@ def pad_high(data: np.ndarray, pads: list[int]) -> np.ndarray:
 
 def moved(volume: Volume, data: np.ndarray, origin: list[int]) -> Volume:
     """Return other data whose first voxel was voxel `origin` of `volume`."""
-    affine = volume.affine.copy()
-    affine[:3, 3] += volume.affine[:3, :3] @ np.array(origin, float)
-    return Volume(data, affine, volume.scale, volume.offset)
+    return Volume(data, shifted(volume.affine, origin), volume.scale, volume.offset)
 
 
 # --------------------------------------------------------------------------------------------------

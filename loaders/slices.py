@@ -110,6 +110,11 @@ class SliceStore:
         chunks = self.volumes.chunks(self.locate(index)[0])
         return chunks and tuple(chunks[axis] for axis in self.kept)
 
+    def lead(self, index: int) -> tuple[int, ...] | None:
+        """See `VolumeStore.lead`; along the two axes of a slice."""
+        lead = self.volumes.lead(self.locate(index)[0])
+        return lead and tuple(lead[axis] for axis in self.kept)
+
     def labels(self, index: int) -> dict[str, str]:
         """Return the manifest's further columns of the slice's volume."""
         return self.volumes.labels(self.locate(index)[0])

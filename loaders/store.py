@@ -82,6 +82,7 @@ class Stored:
     start: int
     view: View | None = None  # of an array that stays where it is
     chunks: tuple[int, ...] | None = None  # voxels of it that are read at once
+    lead: tuple[int, ...] | None = None  # voxels of its first chunk that lie before it
     cache_gb: float = 0.0
 
     @classmethod
@@ -91,8 +92,9 @@ class Stored:
         stored = cls(record["file"], shape, dtype, record["start"])
         if "view" not in record:
             return stored
-        view, chunks = View.of(record["view"]), tuple(record["chunks"])
-        return replace(stored, view=view, chunks=chunks, cache_gb=cache_gb)
+        chunks, lead = tuple(record["chunks"]), tuple(record["lead"])
+        view = View.of(record["view"])
+        return replace(stored, view=view, chunks=chunks, lead=lead, cache_gb=cache_gb)
 
     def open(self, cache_dir: Path) -> np.ndarray | CompressedArray | InPlace:
         """Map its numbers."""
@@ -219,6 +221,10 @@ class VolumeStore:
     def chunks(self, index: int) -> tuple[int, ...] | None:
         """Voxels of a volume that are read at once; None where each is as near as any other."""
         return self.entries[index].voxels.chunks
+
+    def lead(self, index: int) -> tuple[int, ...] | None:
+        """Voxels of a volume's first chunk that lie before its first voxel."""
+        return self.entries[index].voxels.lead
 
     def layout(self, index: int) -> Layout:
         """Return how a volume on the store's grid is shown to people."""

@@ -80,6 +80,7 @@ RANGES = {
     "DataConfig.threads": Range(1, 1024),
     "DataConfig.channels": Range(0, 2**16),
     **dict.fromkeys(("level", "time_point"), Range(0, 10**6)),
+    "region": Range(0, 10**9),
     "cache_gb": Range(0, 10**6),
     "spatial_dims": Range(2, 3),
     "memory_gb": Range(0.01, 10**6),  # less is not kept by the libraries alone

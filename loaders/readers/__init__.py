@@ -23,6 +23,7 @@ from loaders.readers.common import (
     READING,
     UNIT_MM,
     BrokenVolume,
+    Cut,
     Dicom,
     Look,
     MissingFile,
@@ -30,11 +31,13 @@ from loaders.readers.common import (
     Volume,
     Volumes4D,
     are_headers_alone,
+    cut_out,
     headers_alone,
     is_singular,
     num_items,
     require_number,
     same_grid,
+    shifted,
     split_series,
 )  # fmt: skip
 from loaders.readers.dicom import DICOM_SUFFIXES, holds_dicom, patient_of, read_dicom, volumes_of
@@ -64,6 +67,7 @@ __all__ = [
     "UNIT_MM",
     "ZARR",
     "BrokenVolume",
+    "Cut",
     "Dicom",
     "Image",
     "InPlace",
@@ -89,6 +93,7 @@ __all__ = [
     "read_volume",
     "revision",
     "same_grid",
+    "shifted",
     "split_dataset",
     "split_series",
     "times_of",
@@ -170,6 +175,8 @@ def read_volume(path: Path | str, reading: Reading = READING) -> Volume:
         if str(path) in str(error):
             raise
         raise BrokenVolume(path, f"bad header ({error})") from error
+    if reading.region is not None and volume.cut is None:
+        volume = cut_out(path, volume, reading.region)
     require_number(path, volume.data.dtype)
     if not (np.isfinite(volume.affine).all() and np.isfinite([volume.scale, volume.offset]).all()):
         raise BrokenVolume(path, "affine or intensity scale is not finite")
@@ -240,7 +247,7 @@ def read_folder(path: Path, reading: Reading = READING) -> Volume:
     if not pictures or not stacked or holds_dicom(path):
         return read_dicom(path, reading)
     pictures.sort(key=natural)
-    slices = [read_volume(file, reading) for file in pictures]
+    slices = [read_volume(file, replace(reading, region=None)) for file in pictures]
     first = slices[0]
     for file, one in zip(pictures, slices, strict=True):
         if one.data.shape[3] > 1:

@@ -84,6 +84,8 @@ class Reading:
             are `preprocess.spacing_mm`, else 0.
         channels: Of zarr and HDF5: which channels, by number or name; null for all.
         time_point: Of zarr and HDF5: which time point, from 0; null for what `volumes_4d` says.
+        region: Part of each volume that is read, [[x0, x1], [y0, y1], [z0, z1]] in voxels of its
+            file (of the level), x1 apart; null for the whole.
     """
 
     nan: NaN = "error"
@@ -98,8 +100,14 @@ class Reading:
     level: int | None = None
     channels: list[int | str] | None = None
     time_point: int | None = None
+    region: list[list[int]] | None = None
 
     def __post_init__(self) -> None:
+        if self.region is not None and not is_box(self.region):
+            raise ValueError(
+                f"data.region is {self.region!r}: give [[x0, x1], [y0, y1], [z0, z1]] in voxels, "
+                f"each from 0 on and the first below the second"
+            )
         for name, kinds in get_type_hints(type(self)).items():
             value, literal = getattr(self, name), get_origin(kinds) is Literal
             if literal and value not in get_args(kinds):
@@ -134,6 +142,17 @@ class Reading:
 
 
 READING = Reading()
+
+
+def is_box(region: Sequence[Sequence[int]]) -> bool:
+    """Whether it is three pairs of whole numbers from 0 on, each rising."""
+    try:
+        (x0, x1), (y0, y1), (z0, z1) = region
+    except (TypeError, ValueError):
+        return False
+    ends = (x0, x1, y0, y1, z0, z1)
+    whole = all(isinstance(n, int) and not isinstance(n, bool) for n in ends)
+    return whole and 0 <= x0 < x1 and 0 <= y0 < y1 and 0 <= z0 < z1
 
 
 class BrokenVolume(ValueError):
@@ -194,6 +213,32 @@ class Look:
 RGB = (("red", "ff0000"), ("green", "00ff00"), ("blue", "0000ff"))
 
 
+Box = tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Where a volume lay in that of its file, of which `data.region` is a part.
+
+    Args:
+        corner: Its first voxel.
+        shape: Voxels of the file's volume along X, Y, Z.
+    """
+
+    corner: tuple[int, ...]
+    shape: tuple[int, ...]
+
+    @staticmethod
+    def fits(record: object) -> bool:
+        """Whether `of` can take it."""
+        return misfit(record, {"corner": [int], "shape": [int]}) is None
+
+    @classmethod
+    def of(cls, record: dict) -> Cut:
+        """Take it from plain values, as JSON holds them."""
+        return cls(tuple(record["corner"]), tuple(record["shape"]))
+
+
 @dataclass
 class Volume:
     """A volume as its file holds it; intensity = data * scale + offset.
@@ -207,6 +252,7 @@ class Volume:
         missing: Channels whose file was not there: all zeros.
         weights: How much each voxel counts, (1, X, Y, Z); None for all alike.
         look: How people see it.
+        cut: Where it lay in a larger one; None for all that its file holds.
     """
 
     data: np.ndarray
@@ -217,6 +263,14 @@ class Volume:
     missing: tuple[int, ...] = ()
     weights: np.ndarray | None = None
     look: Look = Look()
+    cut: Cut | None = None
+
+    @property
+    def file_grid(self) -> tuple[tuple[int, ...], np.ndarray]:
+        """Shape and affine of the volume that this one is a part of."""
+        if self.cut is None:
+            return self.data.shape[1:], self.affine
+        return self.cut.shape, shifted(self.affine, [-n for n in self.cut.corner])
 
     @property
     def spacing_mm(self) -> tuple[float, float, float]:
@@ -229,6 +283,31 @@ class Volume:
         if self.scale == 1 and self.offset == 0:
             return self.data.astype(np.float32)
         return (self.data * np.float64(self.scale) + self.offset).astype(np.float32)
+
+
+def shifted(affine: np.ndarray, corner: Sequence[int]) -> np.ndarray:
+    """Return the affine of a grid that begins at another voxel."""
+    moved = affine.copy()
+    moved[:3, 3] += affine[:3, :3] @ np.array(corner, float)
+    return moved
+
+
+def box_of(path: Path | str, shape: Sequence[int], region: Sequence[Sequence[int]]) -> Box:
+    """Return a region as pairs; `BrokenVolume` where a volume of that shape does not hold it."""
+    if any(stop > n for n, (_, stop) in zip(shape, region, strict=True)):
+        size = " x ".join(map(str, shape))
+        raise BrokenVolume(path, f"has {size} voxels, which data.region {list(region)} leaves")
+    return tuple((start, stop) for start, stop in region)
+
+
+def cut_out(path: Path, volume: Volume, region: Sequence[Sequence[int]]) -> Volume:
+    """Return a part of a volume, a view in its place in space."""
+    shape = volume.data.shape[1:]
+    box = box_of(path, shape, region)
+    corner = tuple(start for start, _ in box)
+    data = volume.data[(slice(None), *(slice(*pair) for pair in box))]
+    affine = shifted(volume.affine, corner)
+    return replace(volume, data=data, affine=affine, cut=Cut(corner, shape))
 
 
 # --------------------------------------------------------------------------------------------------

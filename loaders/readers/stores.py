@@ -10,7 +10,16 @@ from pathlib import Path
 import numpy as np
 
 from loaders.readers.arrays import CACHE_GB, Place, url_of
-from loaders.readers.common import BrokenVolume, Reading, Volume, are_headers_alone
+from loaders.readers.common import (
+    Box,
+    BrokenVolume,
+    Cut,
+    Reading,
+    Volume,
+    are_headers_alone,
+    box_of,
+    shifted,
+)
 from loaders.readers.ngff import Image, describe
 from loaders.texts import misfit
 
@@ -26,6 +35,7 @@ class View:
         axes: A letter of TCXYZ for each of its axes.
         time: Which time point.
         channels: Which channels.
+        box: First voxel and the one behind the last along each of XYZ; None for the whole.
         order: The axis of XYZ that lies along each axis of the volume.
         flips: Whether it runs the other way.
         nan: What becomes of NaN and infinity: error, fill or keep.
@@ -36,6 +46,7 @@ class View:
     axes: str
     time: int
     channels: tuple[int, ...]
+    box: Box | None = None
     order: tuple[int, ...] = (0, 1, 2)
     flips: tuple[bool, ...] = (False, False, False)
     nan: str = "error"
@@ -47,7 +58,7 @@ class View:
         shape = {
             "place": {"driver": str, "where": str, "name": str},
             "axes": str, "time": int, "channels": [int], "order": [int], "flips": [bool],
-            "nan": str, "fill": (float, None),
+            "box": ([[int]], None), "nan": str, "fill": (float, None),
         }  # fmt: skip
         return (
             isinstance(record, dict) and record.keys() == shape.keys() and not misfit(record, shape)
@@ -57,7 +68,8 @@ class View:
     def of(cls, record: dict) -> View:
         """Take it from plain values, as JSON holds them."""
         lists = {name: tuple(record[name]) for name in ("channels", "order", "flips")}
-        return cls(**{**record, **lists, "place": Place(**record["place"])})
+        box = record["box"] and tuple(map(tuple, record["box"]))
+        return cls(**{**record, **lists, "box": box, "place": Place(**record["place"])})
 
     def turned(self, order: Sequence[int], flips: Sequence[bool]) -> View:
         """Return the view with its axes turned, as `preprocess.orient` does with voxels."""
@@ -78,6 +90,10 @@ class InPlace:
     Args:
         view: Which array, and how it is seen.
         cache_gb: See `Place.open`.
+
+    Attributes:
+        chunks: Voxels that are read at once, along X, Y, Z.
+        lead: Voxels of the first chunk that lie before the volume.
     """
 
     def __init__(self, view: View, cache_gb: float = CACHE_GB):
@@ -95,10 +111,15 @@ class InPlace:
                 raise BrokenVolume(
                     str(view.place), f"has {have} {kind}s, {kind} {max(wanted)} is asked for"
                 )
+        self.whole = tuple(sizes.get(letter, 1) for letter in "XYZ")
+        box = dict(zip("XYZ", view.box or [(0, n) for n in self.whole], strict=True))
         self.letters = tuple("XYZ"[axis] for axis in view.order)
-        x, y, z = (sizes.get(letter, 1) for letter in self.letters)
+        self.box = tuple(box[letter] for letter in self.letters)
+        x, y, z = (stop - start for start, stop in self.box)
         self.shape: Shape = (len(view.channels), x, y, z)
         self.chunks = tuple(steps.get(letter, 1) for letter in self.letters)
+        known = zip(self.box, view.flips, self.chunks, strict=True)
+        self.lead = tuple((-stop if flip else start) % size for (start, stop), flip, size in known)
         self.dtype = stored_dtype(self.array.dtype)
 
     def __getitem__(self, slices: tuple[slice, ...]) -> np.ndarray:
@@ -113,10 +134,11 @@ class InPlace:
     def read(self, channels: slice, ranges: Sequence[range]) -> np.ndarray:
         """Read neighboring channels in a box of the view."""
         index: dict[str, int | slice] = {"T": self.view.time, "C": channels}
-        seen = zip(self.letters, ranges, self.view.flips, self.shape[1:], strict=True)
-        for letter, inside, flip, n in seen:
+        seen = zip(self.letters, ranges, self.view.flips, self.box, strict=True)
+        for letter, inside, flip, (first, end) in seen:
             low, high = inside.start, max(inside.start, inside.stop)
-            index[letter] = slice(n - high, n - low) if flip else slice(low, high)
+            ends = (end - high, end - low) if flip else (first + low, first + high)
+            index[letter] = slice(*ends)
         data = self.array.read(tuple(index[letter] for letter in self.view.axes))
         axes = self.view.axes.replace("T", "")
         for letter in "CXYZ":
@@ -184,7 +206,9 @@ def view_of(image: Image, level: int, reading: Reading, time: int | None = None)
         how = "choose one by data.time_point, or set data.volumes_4d to first or samples"
         raise BrokenVolume(name, f"has {times} time points: {how}")
     channels = chosen(image, shape.get("C", 1), reading)
-    return View(place, image.axes, time or 0, channels, nan=reading.nan)
+    sizes = [shape.get(letter, 1) for letter in "XYZ"]
+    box = box_of(name, sizes, reading.region) if reading.region is not None else None
+    return View(place, image.axes, time or 0, channels, box, nan=reading.nan)
 
 
 def chosen(image: Image, count: int, reading: Reading) -> tuple[int, ...]:
@@ -212,7 +236,11 @@ def look_of_view(image: Image, view: View) -> Volume:
     named = image.look.channels
     look = replace(image.look, channels=tuple(named[c] for c in view.channels if c < len(named)))
     data = np.broadcast_to(np.zeros((), opened.dtype), opened.shape)
-    return Volume(data, level.affine, notes=image.notes, look=look)
+    header = Volume(data, level.affine, notes=image.notes, look=look)
+    if view.box is None:
+        return header
+    corner = tuple(start for start, _ in view.box)
+    return replace(header, affine=shifted(level.affine, corner), cut=Cut(corner, opened.whole))
 
 
 def read_store(path: Path, reading: Reading) -> Volume:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -26,12 +26,15 @@ class AnomalyData:
         cache_dir: Where prepared volumes are kept; null for ~/.cache/vae3d (or $VAE3D_CACHE).
         mask: Which voxels count, a manifest column or a pattern as in training; `trained` for that
             of the run, null for all.
+        region: Part of each volume that is read, [[x0, x1], [y0, y1], [z0, z1]] in voxels of its
+            file (of the level), x1 apart; null for the whole, whatever training read.
     """
 
     root: str
     healthy: str | None = None
     cache_dir: str | None = None
     mask: str | None = "trained"
+    region: list[list[int]] | None = None
 
 
 def anomaly(
@@ -101,7 +104,7 @@ def anomaly(
     patching = dict(patch_size=patch_size)
     coding, lines = coding_of(of_training(trained), mode, patching, memory_gb=memory_gb)
     coding.check(vae)
-    reading = Reading.of(trained["data"]).masked(data.mask)
+    reading = replace(Reading.of(trained["data"]).masked(data.mask), region=data.region)
     with open_world(device) as world, telling_of_device(*SMALLER_PASSES):
         if world.size > 1:
             raise ValueError("vae3d anomaly runs in one process: start it without torchrun")

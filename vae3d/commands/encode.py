@@ -29,12 +29,16 @@ class VolumeSource:
         preprocess: What you hold for that of the checkpoint, as a check; null to trust it.
         mask: Which voxels are seen, a manifest column or a pattern as in training; `trained` for
             that of the run, null for all (then name the images by a glob where masks lie beside).
+        region: Part of each volume that is read, [[x0, x1], [y0, y1], [z0, z1]] in voxels of its
+            file (of the level), x1 apart; null for the whole, or where root
+            is null, too, for what training read.
     """
 
     root: str | None = None
     cache_dir: str | None = None
     preprocess: Preprocess | None = None
     mask: str | None = "trained"
+    region: list[list[int]] | None = None
 
 
 def encode(
@@ -186,6 +190,8 @@ def open_volumes(
     of_run |= {"preprocess": Preprocess.of_checkpoint(state["preprocess"], source.preprocess)}
     if source.mask != "trained":
         of_run |= {"mask": source.mask, "mask_weights": None}
+    if source.root or source.region is not None:
+        of_run["region"] = source.region
     for name in ("root", "cache_dir"):
         of_run[name] = getattr(source, name) or of_run[name]
     config = DataConfig(**of_run)

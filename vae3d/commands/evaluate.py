@@ -44,6 +44,8 @@ class EvaluationData:
         preprocess: What you hold for that of the checkpoint, as a check; null to trust it.
         mask: Which voxels count, a manifest column or a pattern as in training; `trained` for that
             of the run, null for all (then name the images by a glob where masks lie beside them).
+        region: Part of each volume that is read, [[x0, x1], [y0, y1], [z0, z1]] in voxels of its
+            file (of the level), x1 apart; null for the whole, whatever training read.
     """
 
     root: str
@@ -51,6 +53,7 @@ class EvaluationData:
     on_error: Literal["raise", "skip"] = "raise"
     preprocess: Preprocess | None = None
     mask: str | None = "trained"
+    region: list[list[int]] | None = None
 
 
 @spread
@@ -163,11 +166,13 @@ def evaluate(
         radiological = trained.get("radiological", False)
     if trained.get("hash_cases", False):  # names that a run has kept at home stay there
         tracking = replace(tracking, hash_cases=True)
-    reading = Reading.of(trained["data"]).masked(data.mask)
+    reading = replace(Reading.of(trained["data"]).masked(data.mask), region=data.region)
     facts = {"checkpoint": str(find_checkpoint(checkpoint)), "step": state["step"], "ema": ema}
     facts["checkpoint_sha256"] = fingerprint(checkpoint)
     if mask := reading.mask or ("finite voxels" if reading.nan == "mask" else None):
         facts["mask"] = mask
+    if data.region is not None:
+        facts["region"] = data.region
     seen = [id for ids in state["split"].values() for id in ids]
     lines: list[str] = []
     subjects = find_subjects(data.root, reading, seen, lines.append)

@@ -74,8 +74,8 @@ CONFIG = {
     },
     "patch_size": ([int], None),
 }
-# How files are read, of data.*: part of what a network wants of its volumes.
-READING = (*Reading.names(), "slice_axis", "num_slices")
+# How files are read, of data.*: part of what a network wants of its volumes, whichever they are.
+READING = (*(name for name in Reading.names() if name != "region"), "slice_axis", "num_slices")
 
 
 class Checkpoints:
