@@ -90,6 +90,34 @@ def run_script(*lines):
     return done.returncode, done.stderr
 
 
+class TellsLate:
+    """Another rank was asked to stop; to hear of it takes a while."""
+
+    def __init__(self):
+        self.begun = threading.Event()
+
+    def tell(self, code):
+        raise AssertionError("nobody was asked here")
+
+    def heard(self):
+        self.begun.set()
+        time.sleep(0.3)
+        return CODES[signal.SIGUSR1]
+
+
+def test_what_another_rank_was_asked_comes_too_late_for_one_that_has_ended(capsys):
+    def command():
+        """Work."""
+        with listening() as stop, stop.heard_by(ranks):
+            ranks.begun.wait()
+
+    ranks = TellsLate()
+    with pytest.raises(SystemExit) as end:
+        config.main(command, [])
+    assert end.value.code == 0 and capsys.readouterr().err == ""
+    assert signal.set_wakeup_fd(-1) == -1
+
+
 def test_a_forked_child_has_the_signals_as_they_were():
     before = [signal.getsignal(number) for number in CODES]
     with listening():

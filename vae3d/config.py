@@ -94,6 +94,9 @@ def main(
     try:
         with listening():
             code = _run(fn, argv, prog)
+    except Stopped as stopped:
+        say(f"{stopped}: what was finished is kept")
+        code = stopped.code
     except Exception:
         if not several_ranks:
             raise
@@ -119,9 +122,6 @@ def _run(fn: Callable[..., int | None], argv: list[str] | None, prog: str | None
     except MemoryError as error:
         print(f"error: not enough memory: {_one_line(error)}", file=sys.stderr)
         return MISTAKE
-    except Stopped as stopped:
-        say(f"{stopped}: what was finished is kept")
-        return stopped.code
 
 
 def _leave_at_once(code: int) -> NoReturn:

@@ -123,10 +123,12 @@ class Stop:
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
     def end(self) -> None:
-        """Let `_watch` end; a signal that it passes on now would find nobody."""
-        self._over = True
+        """Let `_watch` end; a signal that comes meanwhile, or that it passes on, is too late."""
+        self._held = self._over = True
+        signal.set_wakeup_fd(self._bell_before)
         self._bell.close()
         self._watcher.join(GRACE_S)
+        self.give_back()
 
     def take(self) -> None:
         """Be trusted with a request that has come: the time it takes is no longer watched."""
@@ -194,7 +196,6 @@ def listening() -> Iterator[Stop]:
     finally:
         stop.end()
         _listening.clear()
-        stop.give_back()
 
 
 def asked() -> int:

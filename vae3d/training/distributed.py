@@ -265,6 +265,7 @@ def open_world(
             code = stop.code or world.heard()
             _leave(world, wait=False)
             if code and is_lost(error):  # a rank that was asked to stop has gone before
+                stop.share(code)
                 raise Stopped(code) from error
             raise
         _leave(world, wait=not stop.code)
