@@ -126,9 +126,10 @@ def is_contract(cls: type) -> bool:
 
 def only_refuses(method: FunctionType) -> bool:
     """Whether a method raises NotImplementedError whatever it is given: it never returns."""
+    if "NotImplementedError" not in method.__code__.co_names:
+        return False  # of nearly all; to look at the steps of each is half the time of a parser
     steps = {step.opname for step in get_instructions(method)}
-    returns = steps & {"RETURN_VALUE", "RETURN_CONST"}
-    return "NotImplementedError" in method.__code__.co_names and not returns
+    return not steps & {"RETURN_VALUE", "RETURN_CONST"}
 
 
 def wishes(said: str) -> Iterator[str]:

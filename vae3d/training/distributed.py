@@ -27,6 +27,7 @@ from vae3d.stop import Stopped, asked, listening
 # Python's lock, and they may be waiting for that lock to free the tensors of their last work.
 _groups: list[dist.ProcessGroup] = []
 ANSWER_S = 5.0  # a rank that the others wait for says so often that it is alive
+STORE_S = 5.0  # to hear of a stop takes 0.2 s, or seconds where others use the processor
 
 
 @dataclass
@@ -205,9 +206,9 @@ class World:
         if self.is_main:
             self._keep_store([f"stop/{rank}" for rank in range(self.size)])
 
-    def _keep_store(self, keys: list[str], seconds: float = 2.0) -> None:
+    def _keep_store(self, keys: list[str]) -> None:
         """Stay until others have set `keys`: without torchrun rank 0 takes the store with it."""
-        until = time.monotonic() + seconds
+        until = time.monotonic() + STORE_S
         with suppress(RuntimeError):  # torchrun has gone, and with it the store
             while time.monotonic() < until and not self.store.check(keys):
                 time.sleep(0.05)
