@@ -120,7 +120,7 @@ def _encode(vae: CustomVAE, volume: Array, run: "Executor") -> DiagonalGaussian:
     shape = [-(-n // f) * f for n, f in zip(volume.shape[1:], vae.factor, strict=True)]
     node = run.walk(vae.encoder, Source(volume, shape, *run.home))
     node = run.walk(vae.quant_conv, node)
-    moments = torch.empty(1, node.channels, *node.shape, device=run.device)
+    moments = torch.empty(1, node.channels, *node.shape, device=run.device, dtype=run.wide)
     for region, values in run.slabs(node):
         moments[(slice(None), slice(None), *(slice(*r) for r in region))] = values
     posterior = vae.head(moments)
@@ -157,7 +157,7 @@ def decode_exact(
         scratch_dir: Folder for activations that fit no other way; None for the system's.
 
     Returns:
-        (C', *size) float32; `out` when it is given.
+        (C', *size) float32, float64 of such a model; `out` when it is given.
 
     Raises:
         ValueError: The latent is not of the model's channels and axes, `size` or `out` do not fit
@@ -190,13 +190,13 @@ def _decode(
     if out is not None and tuple(out.shape) != (node.channels, *size):
         raise ValueError(f"out has shape {tuple(out.shape)}, not {(node.channels, *size)}")
     if out is None:
-        out = torch.empty(node.channels, *size)
+        out = torch.empty(node.channels, *size, dtype=run.wide)
     for region, values in run.slabs(node):
         inside = clip(region, size)
         if all(lo < hi for lo, hi in inside):
-            values = values[0][(slice(None), *(slice(hi - lo) for lo, hi in inside))].float()
+            values = values[0][(slice(None), *(slice(hi - lo) for lo, hi in inside))]
             where = (slice(None), *(slice(*r) for r in inside))
-            out[where] = values.to(out.device) if isinstance(out, Tensor) else values.cpu()
+            out[where] = values.to(out) if isinstance(out, Tensor) else values.float().cpu()
     return out
 
 
@@ -291,7 +291,8 @@ class Executor:
         home: Home = HOST,
     ):
         check_budget(memory_gb)
-        self.home, (self.device, _) = home, home
+        self.home, (self.device, dtype) = home, home
+        self.wide = torch.promote_types(dtype, torch.float32)  # of what is given back
         self.budget = half_of_free(self.device) if memory_gb is None else int(memory_gb * 2**30)
         on_host = self.device.type == "cpu"
         # Where activations may lie, best first, and how much of them [bytes].

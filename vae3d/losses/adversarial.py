@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vae3d.losses.slices import draw_slices, mean_over_slices, take_slices
+from vae3d.models.norm import wide
 
 # The batches that a discriminator judges, and the function that averages one value for each.
 Judged = tuple[list[Tensor], Callable[[list[Tensor]], Tensor]]
@@ -101,7 +102,7 @@ class PatchDiscriminator(Discriminator):
         for block in self.blocks:
             x = block(x)
             features.append(x)
-        return self.head(x).float(), features
+        return wide(self.head(x)), features
 
 
 class Critic(nn.Module):
@@ -127,7 +128,7 @@ class Critic(nn.Module):
     def forward(self, x: Tensor, fake: Tensor, step: int) -> dict[str, Tensor]:
         """Return `discriminator_loss`, for the discriminator's update, and what it measured."""
         of_real, of_fake, _ = CRITERIA[self.criterion]
-        x, fake = x.detach().float(), fake.detach().float()
+        x, fake = wide(x.detach()), wide(fake.detach())
         batches, mean = self.views(torch.cat((x, fake)), step)
         # Slices of a volume stay in the order (slice, sample): split them back into real and fake.
         logits = [
@@ -274,7 +275,7 @@ class Adversarial(nn.Module):
         """
         scale = recon.numel() ** 0.5
         slopes = [
-            torch.autograd.grad(loss * scale, last_layer, retain_graph=True)[0].float().flatten()
+            wide(torch.autograd.grad(loss * scale, last_layer, retain_graph=True)[0]).flatten()
             for loss in (others, adversarial)
         ]
         slopes = torch.stack(slopes).detach() * (len(recon) / scale)
@@ -307,5 +308,5 @@ class Adversarial(nn.Module):
 
 def _l1(wanted: list[Tensor], got: list[Tensor]) -> Tensor:
     """Mean absolute difference of feature maps, mean over layers."""
-    gaps = [F.l1_loss(b.float(), a.float()) for a, b in zip(wanted, got, strict=True)]
+    gaps = [F.l1_loss(wide(b), wide(a)) for a, b in zip(wanted, got, strict=True)]
     return torch.stack(gaps).mean()

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from vae3d.losses.term import Term
+from vae3d.models.norm import wide
 from vae3d.models.posterior import DiagonalGaussian
 
 DEAD = 0.01  # variance of the posterior mean below which a channel is dead: Burda et al. 2016, 4.2
@@ -68,7 +69,7 @@ class KL(Term):
         weight: object = None,
     ) -> Tensor:
         """Return the mean KL per latent element, a scalar in nats."""
-        posterior = DiagonalGaussian(posterior.mean.float(), posterior.logvar.float())
+        posterior = DiagonalGaussian(wide(posterior.mean), wide(posterior.logvar))
         self._measure(posterior.mean.detach(), posterior.logvar.detach())
         nats = posterior.kl("none")  # (b, c, ...)
         if not self.free_bits:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from vae3d.losses.reconstruction import L1
 from vae3d.losses.term import Decoding, Disturbance, Normal, Term, in_float32
+from vae3d.models.norm import wide
 from vae3d.models.posterior import DiagonalGaussian
 from vae3d.spectrum import counted, padded, pooled_to, resized, spectral_gap
 
@@ -50,7 +51,7 @@ class SpectrumMatching(Term):
     ) -> Tensor:
         """Return the divergence in nats, mean over samples."""
         assert decoding is not None
-        z = decoding.z.float()
+        z = wide(decoding.z)
         return spectral_gap(pooled_to(x, z.shape[2:]), z, self.delta, self.bins).mean()
 
 
@@ -119,12 +120,12 @@ class ScaleEquivariance(Term):
         by = random.Random(f"scale {step}").randint(*self.shrink)
         grid = self._small(z.shape[2:], by)
         with in_float32(z.device.type):
-            small = resized(z.float(), grid)
+            small = resized(wide(z), grid)
         got = decoding.decode(small)
         cells = zip(got.shape[2:], grid, z.shape[2:], strict=True)
         whole = [n // m * of for n, m, of in cells]  # of the volume that z stands for, padding too
         with in_float32(z.device.type, unless=self.distance.autocast):
-            wanted, got = resized(padded(x, whole), got.shape[2:]), got.float()
+            wanted, got = resized(padded(x, whole), got.shape[2:]), wide(got)
             if weight is None:
                 return self.distance(wanted, got, posterior, step)
             # Where some of the voxels behind one do not count, it says nothing.

@@ -16,6 +16,7 @@ from torch import Tensor
 from vae3d.losses.features import DeepBet, FeatureNetwork
 from vae3d.losses.slices import draw_slices, mean_over_slices, take_slices
 from vae3d.losses.term import Term, add_up, mean
+from vae3d.models.norm import wide
 
 EPS = 1e-6  # under the root: at a zero feature vector its gradient would be NaN
 
@@ -121,6 +122,6 @@ def _pooled(weight: Tensor | None, size: Sequence[int]) -> Tensor | None:
 
 
 def _unit(features: Tensor) -> Tensor:
-    """Scale `(N, C, ...)` to unit length along C, in float32."""
-    features = features.float()
+    """Scale `(N, C, ...)` to unit length along C, in float32 or float64."""
+    features = wide(features)
     return features / (features.square().sum(1, keepdim=True) + EPS).sqrt()

@@ -59,6 +59,7 @@ from vae3d.losses.kl import KL
 from vae3d.losses.perceptual import Perceptual
 from vae3d.losses.reconstruction import L1
 from vae3d.losses.term import Decoding, Disturbance, Normal, Term, add_up, in_float32
+from vae3d.models.norm import wide
 from vae3d.models.posterior import DiagonalGaussian
 
 
@@ -136,8 +137,8 @@ class VAELoss(nn.Module):
             decoding: How `recon` came about, for terms that ask for it; None where none does.
         """
         assert x.shape == recon.shape, f"{tuple(x.shape)} reconstructed as {tuple(recon.shape)}"
-        x, recon = hidden(x.float(), weight), hidden(recon.float(), weight)
-        mask = () if weight is None else (weight.float(),)
+        x, recon = hidden(wide(x), weight), hidden(wide(recon), weight)
+        mask = () if weight is None else (wide(weight),)
         values: dict[str, Tensor] = {}
         weights: dict[str, float | Tensor] = {}
         measured: dict[str, Tensor] = {}

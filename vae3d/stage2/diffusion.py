@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from vae3d.models.norm import wide
 from vae3d.models.spec import Described
 from vae3d.stage2.latents import Statistics
 
@@ -290,7 +291,7 @@ class LatentDiffusion(Described, nn.Module):
         noisy = scheduler.add_noise(z, noise, timesteps)
         labels, context = self._labels(label, keep, len(z)), self.context(condition, keep)
         prediction = self.unet(noisy, timesteps, context, labels)
-        return F.mse_loss(prediction.float(), self._target(z, noise, timesteps))
+        return F.mse_loss(wide(prediction), self._target(z, noise, timesteps))
 
     def _target(self, z: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         if self.process == "flow":
@@ -383,7 +384,7 @@ class LatentDiffusion(Described, nn.Module):
             context = self.context(condition)
             if context is not None:
                 context = context.expand(len(x), -1, -1)
-            return self.unet(x, timesteps.expand(len(x)), context, labels).float()
+            return wide(self.unet(x, timesteps.expand(len(x)), context, labels))
 
         if label is None and condition is None:
             return predict(None, None)

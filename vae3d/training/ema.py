@@ -8,11 +8,12 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from vae3d.models.norm import wide
 from vae3d.training.sharding import part
 
 
 class EMA:
-    """Average of a module's parameters in float32, with a warm-up of the decay.
+    """Average of a module's parameters in float32 or float64, with a warm-up of the decay.
 
     The decay of the n-th update is min(decay, (1 + n) / (10 + n)), as in TensorFlow's
     ExponentialMovingAverage: early averages are not held back by the initial weights.
@@ -28,7 +29,7 @@ class EMA:
         self.module = module
         self.decay = decay
         self.params = dict(module.named_parameters())
-        self.shadow = {name: p.detach().clone().float() for name, p in self.params.items()}
+        self.shadow = {name: wide(p.detach()).clone() for name, p in self.params.items()}
 
     @torch.no_grad()
     def update(self, step: int, skip: Tensor | None = None) -> None:
@@ -44,7 +45,7 @@ class EMA:
             weight = weight * (1.0 - skip)
         # One by one: each goes in place, where the list forms would hold a second copy of them all.
         for name, p in self.params.items():
-            self.shadow[name].lerp_(p.float(), weight)
+            self.shadow[name].lerp_(wide(p), weight)
 
     @contextmanager
     def applied(self) -> Iterator[nn.Module]:
@@ -59,7 +60,7 @@ class EMA:
     def _swap(self) -> None:
         for name, p in self.params.items():
             mine = self.shadow[name]
-            self.shadow[name] = p.detach().clone().float()
+            self.shadow[name] = wide(p.detach()).clone()
             p.copy_(mine)
 
     def state_dict(self) -> dict[str, Tensor]:
