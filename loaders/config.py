@@ -37,7 +37,8 @@ class DataConfig:
         group_by: Whose volume it is: a manifest column, or a pattern that is searched in the path
             below root, e.g. 'BraTS-GLI-(\\d+)'; null for PatientID, BIDS names and folders.
         preprocess: What is done to each volume.
-        on_error: Broken file: raise ends the run, skip lists it in skipped.csv.
+        on_error: Broken file: raise ends the run, skip lists it in skipped.csv; of a volume that
+            stays where it is, skip counts patches that cannot be read, and reads others.
         nan: NaN or infinite voxels: error, fill (with the volume's lowest intensity) or mask (they
             are filled and count nothing).
         volumes_4d: 4D files: error, channels (each volume a channel), first, or samples (each time
@@ -134,6 +135,7 @@ class DataConfig:
             "balance_by": self.balance_by,
             "augment": Augment(self.augment) if self.augment else None,
             "patches_per_read": self.patches_per_read,
+            "on_error": self.on_error,
         }
 
 

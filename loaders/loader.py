@@ -21,10 +21,11 @@ import torch
 
 from loaders.guard import require_guard
 from loaders.patches import Chunked, Sampler, Store, UniformCorners, Weighted, plan_epoch
-from loaders.readers import BrokenVolume
+from loaders.readers import BrokenVolume, Traffic, traffic
 
 Patching = Literal["full", "random_parts"] | None
 Jobs = Iterator[tuple[int, range]]  # (where the next job begins, samples to read)
+STAND_INS = 16  # patches that are tried in the place of one that cannot be read
 
 
 @dataclass
@@ -39,6 +40,8 @@ class Batch:
         weight: How much each voxel counts, (B, 1 or C, *patch) float32; None without a mask.
         mean_weight: Mean of the weights that the loss is to divide by, where that is of more than
             this batch: of all that go into one update.
+        unread: Why patches of the plan could not be read; the next ones that could stand in their
+            place.
     """
 
     image: torch.Tensor
@@ -47,6 +50,7 @@ class Batch:
     index: torch.Tensor
     weight: torch.Tensor | None = None
     mean_weight: float | None = None
+    unread: tuple[str, ...] = ()
 
     def to(self, device: torch.device | str) -> Batch:
         """Return the batch with its voxels on a device; copied in the background where pinned."""
@@ -73,6 +77,7 @@ class PatchPlan:
         balance_by: str | None = None,
         augment: Callable[..., torch.Tensor] | None = None,
         patches_per_read: int = 1,
+        on_error: Literal["raise", "skip"] = "raise",
     ):
         dims = store.spatial_shapes.shape[1]
         if patching not in ("full", "random_parts", None):
@@ -96,7 +101,7 @@ class PatchPlan:
         self.store, self.patching, self.seed = store, patching, seed
         self.weights = store if isinstance(store, Weighted) and store.num_weights else None
         self.patches_per_volume, self.patches_per_read = patches_per_volume, patches_per_read
-        self.sampler, self.augment = sampler(), augment
+        self.sampler, self.augment, self.on_error = sampler(), augment, on_error
         self.groups = None
         if balance_by is not None:
             lacking = [store.ids[i] for i in range(len(store)) if balance_by not in store.labels(i)]
@@ -158,8 +163,10 @@ class PatchPlan:
         image = torch.empty(self.image_shape(samples)) if image is None else image
         weight = self.empty_weights(image)
         buffers = image.numpy()
-        for number, (epoch, row, volume, *corner) in enumerate(rows.tolist()):
-            read_patch(self.store, volume, corner, buffers[number])
+        unread: list[str] = []
+        for number in range(len(rows)):
+            rows[number] = self.read(rows[number], buffers[number], unread)
+            epoch, row, volume, *corner = rows[number].tolist()
             if weight is not None and self.weights is not None:
                 read_weights(self.weights, volume, corner, weight[number].numpy())
             if self.augment is not None:
@@ -172,7 +179,32 @@ class PatchPlan:
         index, volume, corner = (
             torch.from_numpy(part) for part in (rows[:, 1], rows[:, 2], rows[:, 3:])
         )
-        return Batch(image, volume, corner, index, weight)
+        return Batch(image, volume, corner, index, weight, unread=tuple(unread))
+
+    def read(self, row: np.ndarray, out: np.ndarray, unread: list[str]) -> np.ndarray:
+        """Fill `out` (C, *patch) by a row of the plan, or by the next that can be read.
+
+        Args:
+            row: (epoch, row, volume, corner...).
+            out: Where voxels go.
+            unread: Takes why patches could not be read, with `on_error` at skip.
+
+        Returns:
+            The row that was read.
+        """
+        epoch, first, faults = int(row[0]), int(row[1]), []
+        tries = STAND_INS if self.on_error == "skip" and self.patch_size is not None else 0
+        for number in range(first, first + 1 + tries):
+            number %= self.rows_per_epoch
+            volume, *corner = self.table(epoch)[number].tolist()
+            try:
+                read_patch(self.store, volume, corner, out)
+            except BrokenVolume as error:
+                faults.append(error)
+                continue
+            unread += map(str, faults)
+            return np.array([epoch, number, volume, *corner])
+        raise faults[0]
 
     def empty_weights(self, image: torch.Tensor) -> torch.Tensor | None:
         """Memory for how much the voxels of a batch count; None where all count alike."""
@@ -242,6 +274,11 @@ class PatchLoader:
         prefetch: Batches that are read ahead; None for two a thread.
         patches_per_read: Patches that lie in the chunks which one of them touches, so that these
             are read once; see `loaders.patches.gathered`.
+        on_error: A patch that cannot be read where it lies ends the run (raise), or the next of the
+            plan stands in its place and it is counted (skip).
+
+    Attributes:
+        unread: Patches of this rank that could not be read.
 
     Example:
         >>> loader = PatchLoader(store, (64, 64, 64), patches_per_volume=8, batch_size=4)
@@ -266,6 +303,7 @@ class PatchLoader:
         sampler: Callable[[], Sampler] = UniformCorners,
         prefetch: int | None = None,
         patches_per_read: int = 1,
+        on_error: Literal["raise", "skip"] = "raise",
     ):
         if len(store) < world_size:
             raise ValueError(
@@ -282,8 +320,10 @@ class PatchLoader:
             require_guard("spawn" if self.in_place else None)
         self.plan = PatchPlan(
             store, patch_size, patching, patches_per_volume, seed, sampler, balance_by, augment,
-            patches_per_read,
+            patches_per_read, on_error,
         )  # fmt: skip
+        self.unread, self._told = 0, set[str]()
+        self._elsewhere = Traffic()  # of processes that augment
         self.store, self.batch_size = store, batch_size
         self.rank, self.world_size = rank, world_size
         self.threads, self.pin = threads, pin and torch.cuda.is_available()
@@ -363,7 +403,20 @@ class PatchLoader:
         with closing(batches):
             for after, batch in batches:
                 self.samples = after
+                self._tell(batch.unread)
                 yield batch
+
+    def traffic(self) -> Traffic:
+        """What this rank has read, so far, of volumes that stay where they are."""
+        return traffic() + self._elsewhere
+
+    def _tell(self, unread: Sequence[str]) -> None:
+        """Count patches that could not be read, and tell each reason once."""
+        self.unread += len(unread)
+        for line in unread:
+            if line not in self._told:
+                self._told.add(line)
+                print(f"{line}; other patches stand in (data.on_error skip)", file=sys.stderr)
 
     def read(self, samples: range) -> Batch:
         """Read the patches of these samples now."""
@@ -423,7 +476,8 @@ class PatchLoader:
             # Threads that read stores do not survive a fork.
             multiprocessing_context="spawn" if self.in_place else None,
         )
-        for (after, _), batch in zip(order, loader, strict=False):
+        for (after, _), (batch, read) in zip(order, loader, strict=False):
+            self._elsewhere += read
             if isinstance(batch, BrokenVolume):
                 raise batch
             if self.pin:
@@ -440,8 +494,8 @@ def leave_signals_to_the_parent(_worker: int) -> None:
             signal.signal(getattr(signal, name), signal.SIG_IGN)
 
 
-class _Batches(torch.utils.data.Dataset[Batch | BrokenVolume]):
-    """Whole batches by their samples, for worker processes.
+class _Batches(torch.utils.data.Dataset[tuple[Batch | BrokenVolume, Traffic]]):
+    """Whole batches by their samples, for worker processes, and what was read for them.
 
     What is broken is handed over too: torch would make another error of it, of many lines.
     """
@@ -449,11 +503,13 @@ class _Batches(torch.utils.data.Dataset[Batch | BrokenVolume]):
     def __init__(self, plan: PatchPlan):
         self.plan = plan
 
-    def __getitem__(self, samples: range) -> Batch | BrokenVolume:
+    def __getitem__(self, samples: range) -> tuple[Batch | BrokenVolume, Traffic]:
+        before = traffic()
         try:
-            return self.plan.batch(samples)
+            batch: Batch | BrokenVolume = self.plan.batch(samples)
         except BrokenVolume as error:
-            return error
+            batch = error
+        return batch, traffic() - before
 
 
 class PatchDataset(torch.utils.data.Dataset[dict[str, torch.Tensor]]):

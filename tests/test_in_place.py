@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 import zipfile
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +28,8 @@ from loaders.readers import BrokenVolume, read_header, read_volume
 from loaders.readers.arrays import context
 from loaders.subjects import Subject
 from tests.stores import UM, Web, array, halved, ome, voxels, write
+from vae3d.models.custom_vae import CustomVAE
+from vae3d.models.norm import GroupNorm
 
 pytest.importorskip("tensorstore")
 ROOT = Path(__file__).resolve().parents[1]
@@ -411,6 +414,88 @@ def test_links_out_of_a_store_unknown_codecs_and_empty_folders_are_one_line(tmp_
         built(tmp_path / "d.zarr", tmp_path / "cache")
     with pytest.raises(ValueError, match=r"abfs://box/a\.zarr: s3, gs, http, https are read"):
         built("abfs://box/a.zarr", tmp_path / "cache")
+
+
+def test_a_chunk_that_stays_unreadable_is_counted_and_the_next_patch_stands_in(tmp_path, capsys):
+    path = ome(tmp_path / "a.zarr", [voxels(32, 32, 32)])
+    store = built(path, tmp_path / "cache")
+    (path / "s0" / "c" / "1" / "1" / "1").write_bytes(b"no zstd stream")
+    context.cache_clear()
+    options = {"patches_per_volume": 40, "batch_size": 8}
+    plan = PatchLoader(store, (8, 8, 8), threads=0, **options).plan.table(0)[:, 1:]
+    touches = ((plan < 16) & (plan + 8 > 8)).all(axis=1)
+    assert touches.any()
+    with pytest.raises(BrokenVolume, match=r"a\.zarr/s0: cannot be read: .*c/1/1/1"):
+        list(PatchLoader(store, (8, 8, 8), threads=0, **options))
+    found = []
+    for threads in (0, 2):
+        loader = PatchLoader(store, (8, 8, 8), threads=threads, on_error="skip", **options)
+        batches = list(loader)
+        assert loader.unread == sum(len(batch.unread) for batch in batches) >= touches.sum()
+        rows = np.concatenate([batch.index.numpy() for batch in batches])
+        assert len(rows) == 40 and not touches[rows].any()
+        assert (rows[~touches] == np.flatnonzero(~touches)).all()
+        found.append(rows)
+        for batch in batches:
+            np.testing.assert_array_equal(batch.corner.numpy(), plan[batch.index.numpy()])
+    np.testing.assert_array_equal(*found)
+    lines = capsys.readouterr().err.splitlines()
+    assert len(set(lines)) == 1 and len(lines) == 2 and "other patches stand in" in lines[0]
+    for file in (path / "s0" / "c").rglob("*"):
+        if file.is_file():
+            file.write_bytes(b"none is whole")
+    context.cache_clear()
+    fresh = built(path, tmp_path / "cache")
+    with pytest.raises(BrokenVolume, match="cannot be read"):
+        next(iter(PatchLoader(fresh, (8, 8, 8), threads=0, on_error="skip")))
+
+
+@pytest.mark.parametrize("kind", ["zarr", "h5"])
+def test_what_is_read_is_counted_in_bytes_and_in_chunks_that_were_in_memory(tmp_path, kind):
+    zyx = voxels(32, 32, 32)
+    if kind == "zarr":
+        path = array(tmp_path / "a.zarr", zyx, (16, 16, 16), names="zyx")
+        size = sum(f.stat().st_size for f in (path / "c").rglob("*") if f.is_file())
+    else:
+        h5py = pytest.importorskip("h5py")
+        with h5py.File(tmp_path / "a.h5", "w") as file:
+            file.create_dataset("raw", data=zyx, chunks=(16, 16, 16))
+        path, size = tmp_path / "a.h5:/raw", zyx.nbytes
+    store = built(path, tmp_path / "cache")
+    context.cache_clear()
+    loader = PatchLoader(store, (32, 32, 32), "full", threads=0)
+    before = loader.traffic()
+    next(iter(loader))
+    once = loader.traffic() - before
+    assert size <= once.num_bytes < size + 2000 and once.hits == 0
+    next(iter(loader))
+    again = loader.traffic() - before
+    if kind == "zarr":  # all eight chunks were kept
+        assert (again.num_bytes, again.hits, again.misses) == (once.num_bytes, 8, once.misses)
+    else:
+        assert again.num_bytes == 2 * size
+
+
+@pytest.mark.slow
+def test_training_in_place_tells_what_it_reads_and_what_it_could_not(tmp_path):
+    from vae3d.commands.train import train_3d
+
+    for name in "abc":
+        ome(tmp_path / "data" / f"{name}.zarr", [voxels(32, 32, 32)], chunks=16)
+    data = DataConfig(str(tmp_path / "data"), str(tmp_path / "cache"), (1.0, 0.0, 0.0),
+                      on_error="skip", preprocess=RAW)  # fmt: skip
+    open_data(data, say=None)
+    for name in "abc":
+        damaged = tmp_path / "data" / f"{name}.zarr" / "s0" / "c" / "1" / "1" / "1"
+        damaged.write_bytes(b"no zstd stream")
+    context.cache_clear()
+    train_3d(data, str(tmp_path / "run"), model=partial(CustomVAE, channels=(4, 8), norm=partial(GroupNorm, num_groups=4)),
+             patch_size=(8, 8, 8), patches_per_volume=16, batch_size=2, max_steps=8, log_every=4,
+             threads=1, media_every=0, device="cpu", wandb="disabled")  # fmt: skip
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    last = [found for found in map(json.loads, lines) if "perf/read_mb_s" in found][-1]
+    assert last["perf/read_mb_s"] >= 0 and 0 < last["perf/cache_hits"] <= 1
+    assert last["perf/unread_patches"] > 0
 
 
 def test_another_array_in_the_same_place_is_another_volume(tmp_path):

@@ -17,7 +17,17 @@ from pathlib import Path
 
 import numpy as np
 
-from loaders.readers.arrays import CACHE_GB, HDF5, SCHEMES, ZARR, is_store, split_dataset, url_of
+from loaders.readers.arrays import (
+    CACHE_GB,
+    HDF5,
+    SCHEMES,
+    ZARR,
+    Traffic,
+    is_store,
+    split_dataset,
+    traffic,
+    url_of,
+)
 from loaders.readers.bio import read_bio
 from loaders.readers.common import (
     READING,
@@ -74,6 +84,7 @@ __all__ = [
     "Look",
     "MissingFile",
     "Reading",
+    "Traffic",
     "View",
     "Volume",
     "Volumes4D",
@@ -97,6 +108,7 @@ __all__ = [
     "split_dataset",
     "split_series",
     "times_of",
+    "traffic",
     "url_of",
     "view_of",
     "volume_suffix",

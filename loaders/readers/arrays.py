@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from threading import Lock
 from types import ModuleType
 from typing import TYPE_CHECKING
 
@@ -32,7 +34,53 @@ RETRIES = {"max_retries": 6, "initial_delay": "200ms", "max_delay": "5s"}  # hal
 # What readers raise for a store that is damaged, gone, forbidden or written by codecs unknown here.
 ERRORS = (ValueError, OSError, LookupError, NotImplementedError, RuntimeError, TypeError)
 
+# A server that says nothing for so long is one that failed; tensorstore's own patience has no end.
+PATIENCE = {
+    "TENSORSTORE_CURL_CONNECT_TIMEOUT_SECONDS": "20",
+    "TENSORSTORE_CURL_LOW_SPEED_TIME_SECONDS": "20",
+    "TENSORSTORE_CURL_LOW_SPEED_LIMIT_BYTES": "1",
+}
+
 Index = tuple[int | slice, ...]
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """What was read of volumes that stay where they are.
+
+    Args:
+        num_bytes: From disk or network, as stored; of HDF5 the decoded ones.
+        hits: Chunks that were still in memory.
+        misses: Chunks that were not.
+    """
+
+    num_bytes: int = 0
+    hits: int = 0
+    misses: int = 0
+
+    def __add__(self, other: Traffic) -> Traffic:
+        """Both together."""
+        misses = self.misses + other.misses
+        return Traffic(self.num_bytes + other.num_bytes, self.hits + other.hits, misses)
+
+    def __sub__(self, before: Traffic) -> Traffic:
+        """What came since."""
+        misses = self.misses - before.misses
+        return Traffic(self.num_bytes - before.num_bytes, self.hits - before.hits, misses)
+
+
+def traffic() -> Traffic:
+    """All that this process has read so far."""
+    tensorstore = sys.modules.get("tensorstore")
+    if tensorstore is None:
+        return Traffic(Hdf5Array.num_bytes)
+    found = {"bytes_read": Hdf5Array.num_bytes, "hit_count": 0, "miss_count": 0}
+    for place in ("kvstore", "cache"):
+        for one in tensorstore.experimental_collect_matching_metrics(f"/tensorstore/{place}/"):
+            name = one["name"].rpartition("/")[2]
+            if name in found:
+                found[name] += sum(value["value"] for value in one["values"])
+    return Traffic(*found.values())
 
 
 def url_of(path: Path | str) -> str | None:
@@ -126,7 +174,13 @@ class ZarrArray:
 
 
 class Hdf5Array:
-    """A dataset of an HDF5 file, see `ZarrArray`; HDF5 keeps a small chunk cache of its own."""
+    """A dataset of an HDF5 file, see `ZarrArray`; HDF5 keeps a small chunk cache of its own.
+
+    Attributes:
+        num_bytes: What was read of all such.
+    """
+
+    num_bytes, lock = 0, Lock()
 
     def __init__(self, place: Place, _cache_gb: float):
         self.place = place
@@ -138,9 +192,12 @@ class Hdf5Array:
     def read(self, index: Index) -> np.ndarray:
         """Read what an index of numbers and slices names."""
         try:
-            return np.asarray(self.dataset[index])
+            found = np.asarray(self.dataset[index])
         except ERRORS as error:
             raise BrokenVolume(str(self.place), f"cannot be read: {reason(error)}") from error
+        with Hdf5Array.lock:
+            Hdf5Array.num_bytes += found.nbytes
+        return found
 
 
 def hdf5_dataset(file: Path, name: str) -> h5py.Dataset:
@@ -170,9 +227,7 @@ def hdf5_dataset(file: Path, name: str) -> h5py.Dataset:
 @lru_cache
 def context(cache_gb: float) -> tensorstore.Context:
     """What all arrays of a process share: the cache of their chunks, and how often they retry."""
-    import tensorstore
-
-    return tensorstore.Context({
+    return require_tensorstore("zarr").Context({
         "cache_pool": {"total_bytes_limit": round(cache_gb * 1e9)},
         "s3_request_retries": RETRIES,
         "gcs_request_retries": RETRIES,
@@ -234,6 +289,8 @@ def reason(error: Exception) -> str:
 
 def require_tensorstore(path: str) -> ModuleType:
     """Import tensorstore, or say how to get it."""
+    for name, seconds in PATIENCE.items():
+        os.environ.setdefault(name, seconds)
     try:
         import tensorstore
     except ImportError as error:

@@ -133,6 +133,7 @@ class Trainer:
         """Train from the present step to `max_steps`; return the exit code, 0 when done."""
         self.console = Console(self.loop.max_steps, self.step, enabled=self.world.is_main)
         self._clock()
+        self._reading()
         with ExitStack() as stack:
             stop = stack.enter_context(listening())
             stack.callback(self.console.close)
@@ -356,7 +357,7 @@ class Trainer:
         numbers["train/skipped_steps"] = float(self.skipped)
         if self.scaler.enabled:
             numbers["train/loss_scale"] = float(self.scaler.factor)
-        numbers |= self._clock()
+        numbers |= self._clock() | self._reading()
         if self.tracker:
             self.tracker.log(numbers, self.step)
         self.console.update(self.step, numbers)
@@ -379,6 +380,21 @@ class Trainer:
             numbers["perf/gpu_reserved_gb"] = torch.cuda.max_memory_reserved(self.device) / 1e9
             torch.cuda.reset_peak_memory_stats(self.device)
         return numbers
+
+    def _reading(self) -> dict[str, float]:
+        """What all ranks read since the last call of volumes that stay where they are."""
+        if not getattr(self.loader, "in_place", False):  # on all ranks alike
+            return {}
+        now, read = time.monotonic(), self.loader.traffic()
+        since, before = getattr(self, "_last_reading", (now, read))
+        self._last_reading, new = (now, read), read - before
+        counts = (new.num_bytes, new.hits, new.misses, self.loader.unread)
+        num_bytes, hits, misses, unread = (self.world.add(count) for count in counts)
+        return {
+            "perf/read_mb_s": num_bytes / 1e6 / max(now - since, 1e-9),
+            "perf/cache_hits": hits / max(hits + misses, 1),
+            "perf/unread_patches": float(unread),
+        }
 
     def look(self, stop: Stop) -> None:
         """Do what the present step owes: validate, then picture.
