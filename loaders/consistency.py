@@ -42,6 +42,7 @@ from loaders.readers import (
     MissingFile,
     Reading,
     Volume,
+    is_there,
     ras_axes,
     read_header,
 )  # fmt: skip
@@ -328,7 +329,7 @@ def missing_label_maps(subjects: Sequence[Subject]) -> list[BrokenVolume]:
     for s in subjects:
         if s.label_map is None:
             faults.append(BrokenVolume(s.paths[0], f"{s.id} has no label map (column label_map)"))
-        elif not s.label_map.exists():
+        elif not is_there(s.label_map):
             faults.append(BrokenVolume(s.label_map, f"no such file (column label_map of {s.id})"))
     return faults
 

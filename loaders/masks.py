@@ -16,10 +16,12 @@ import numpy as np
 
 from loaders.manifest import located
 from loaders.readers import (
+    ZARR,
     BrokenVolume,
     Reading,
     Volume,
     has_place,
+    is_there,
     read_volume,
     same_grid,
     volume_suffix,
@@ -44,13 +46,13 @@ def with_masks(subjects: list[Subject], mask: str | None, root: Path) -> list[Su
             "for example '{name}_mask.nii.gz'"
         )
     paths = {subject.id: mask_of(subject, mask, root) for subject in subjects}
-    taken = {os.path.abspath(path) for path in paths.values() if path and path.exists()}
+    taken = {os.path.abspath(path) for path in paths.values() if path and is_there(path)}
     subjects = [s for s in subjects if os.path.abspath(s.paths[0]) not in taken]
     if not subjects:
         raise ValueError(f"{root}: holds masks alone, no image (data.root, data.mask {mask!r})")
     for subject in subjects:
         path = paths[subject.id]
-        if path is None or not path.exists():
+        if path is None or not is_there(path):
             where = f"{path} does not exist" if path else "the column is empty"
             raise ValueError(f"{subject.id} has no mask: {where} (data.mask {mask!r})")
     return [replace(subject, mask=paths[subject.id]) for subject in subjects]
@@ -64,11 +66,15 @@ def with_label_maps(subjects: list[Subject], labels: str | None, root: Path) -> 
         labels: Manifest column, or pattern with `{name}`; None for the manifest's `label_map`.
         root: The folder, or the manifest, whose folder the column's paths are relative to.
     """
+    places = {s.id: s.label_map if labels is None else mask_of(s, labels, root) for s in subjects}
+    found = {id: path for id, path in places.items() if path and is_there(path)}
+    taken = {os.path.abspath(path) for path in found.values()}
+    for id, path in places.items() if "{name}" not in (labels or "") else ():
+        if path and id not in found:
+            column = f"column {labels or 'label_map'} of {id}"
+            raise BrokenVolume(path, f"no such file ({column}); name it, or leave that empty")
     if labels is None:
         return subjects
-    places = {subject.id: mask_of(subject, labels, root) for subject in subjects}
-    found = {id: path for id, path in places.items() if path and path.exists()}
-    taken = {os.path.abspath(path) for path in found.values()}
     if not found:
         raise ValueError(
             f"--labels {labels}: no volume in {root} has such a label map; give a "
@@ -85,8 +91,10 @@ def mask_of(subject: Subject, mask: str, root: Path) -> Path | None:
     """Where the mask of a subject should lie; None where the manifest does not say."""
     image = subject.paths[0]
     if "{name}" in mask:
-        suffix = "" if image.is_dir() else volume_suffix(image) or ""
-        return image.parent / mask.replace("{name}", image.name[: len(image.name) - len(suffix)])
+        store = image.name.lower().endswith(ZARR)
+        suffix = ZARR if store else "" if image.is_dir() else volume_suffix(image) or ""
+        name = image.name[: len(image.name) - len(suffix)]
+        return image.parent / mask.replace("{name}", name.removesuffix(".ome") if suffix else name)
     entry = subject.labels.get(mask)
     return located(entry, root, subject.id) if entry else None
 

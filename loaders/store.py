@@ -38,7 +38,7 @@ from loaders.build import (
     main_channel,
     note_lines,
     points_file,
-    stamp,
+    version_of,
     write_whole,
 )
 from loaders.compressed import CompressedArray
@@ -61,8 +61,6 @@ from loaders.readers import (
     Reading,
     View,
     Volume,
-    describe,
-    is_store,
     num_items,
 )
 from loaders.series import time_points
@@ -389,8 +387,7 @@ class VolumeStore:
         """
         entry = self.entries[index]
         path = label_map_of(entry.subject)
-        seen = describe(path).version if is_store(path) else stamp(path)
-        version = hashlib.blake2b(f"{DRAWN} {path} {seen}".encode(), digest_size=6)
+        version = hashlib.blake2b(f"{DRAWN} {path} {version_of(path)}".encode(), digest_size=6)
         name = f"{entry.key}.label-{version.hexdigest()}.npz"
         if not (self.cache_dir / name).is_file():
             meta = self.meta(index)

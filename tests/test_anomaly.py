@@ -150,6 +150,7 @@ def test_maps_lie_on_the_grid_of_the_files_and_find_the_lesions(place, tmp_path,
         assert float(row["auroc"]) == pytest.approx(expected, abs=1e-6) and expected > 0.9
         assert float(row["lesion_fraction"]) < float(row["average_precision"]) <= 1
     summary = json.loads((tmp_path / "summary.json").read_text())
+    assert (summary["mode"], summary["mode_asked"], found[0]["mode"]) == ("full", "auto", "full")
     assert summary["calibrated"] == "pooled" and summary["healthy"] == ["c0", "c1", "c2"]
     assert summary["metrics"]["auroc"]["n"] == 2
 
@@ -165,6 +166,15 @@ def test_the_same_command_again_makes_nothing_anew_and_other_lesions_are_measure
     assert {path: path.stat().st_mtime_ns for path in written} == written
     other = look(place, tmp_path, labels="{name}_seg.nii.gz", lesions=(1,))
     assert not other[0]["auroc"] or other[0]["auroc"] == "nan"
+
+
+def test_what_is_finished_counts_for_nothing_in_the_progress(place, tmp_path, monkeypatch):
+    look(place, tmp_path)
+    (tmp_path / "rows" / "p1.json").unlink()
+    shares: list[float] = []
+    monkeypatch.setattr("vae3d.tracking.console.Gauge.add", lambda self, part: shares.append(part))
+    look(place, tmp_path)
+    assert sum(shares) == pytest.approx(1)
 
 
 def test_an_error_map_is_in_the_files_intensities_and_needs_no_healthy_volume(place, tmp_path):

@@ -6,6 +6,8 @@ from monai.inferers import LatentDiffusionInferer
 from monai.networks.nets import DiffusionModelUNet
 from monai.networks.schedulers import DDPMScheduler
 
+from vae3d.commands.sample import seconds_to_draw
+from vae3d.kernels.progress import passed, watched
 from vae3d.models.custom_vae import CustomVAE
 from vae3d.models.norm import GroupNorm
 from vae3d.models.spec import build
@@ -59,6 +61,29 @@ def test_the_unet_is_monais_weight_for_weight(dims, cross_attention_dim):
     context = torch.randn(2, 5, cross_attention_dim) if cross_attention_dim else None
     labels = torch.tensor([0, 2])
     assert torch.equal(ours(x, t, context, labels), theirs(x, t, context, labels))
+
+
+@pytest.mark.parametrize(("process", "solver"), [("flow", "heun"), ("ddpm", "ddim")])
+def test_drawing_tells_each_step_and_what_it_takes_is_known_before(process, solver):
+    heard: list[float] = []
+    with watched(heard.append):
+        model(process=process).sample(torch.randn(1, 3, 4, 4), 5, solver)
+    assert heard == pytest.approx([0.2] * 5)
+
+    class Slow:
+        drawn = 0
+
+        def draw(self, shape, seed, number, device):
+            for _ in range(4):
+                Slow.drawn += 1
+                clock.append(clock[-1] + 3)
+                passed(0.25)
+
+    clock = [0.0]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("vae3d.commands.sample.time.monotonic", lambda: clock[-1])
+        assert seconds_to_draw(Slow(), (3, 4, 4), 0, torch.device("cpu")) == 12
+    assert Slow.drawn == 2, "two steps tell"
 
 
 @pytest.mark.parametrize("dims", [2, 3])

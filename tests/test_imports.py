@@ -45,7 +45,7 @@ ROOMS = {
         "stop",
         "inference",
     },
-    "stage2": {"loaders", "models", "tracking", "training"},
+    "stage2": {"loaders", "kernels", "models", "tracking", "training"},
     "proposal": {"loaders", "training"},  # vae3d/proposal.py
 }
 TOP = "commands"  # and the scripts, which stand beside them: they may import everything

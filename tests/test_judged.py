@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from loaders import Preprocess, Subject, VolumeStore, find_subjects
-from loaders.masks import with_label_maps
+from loaders.consistency import missing_label_maps
+from loaders.masks import mask_of, with_label_maps
+from vae3d.commands.evaluate import block_pca
 from vae3d.inference import segmenters
 from vae3d.inference.evaluation import Evaluator, summarize
 from vae3d.inference.metrics import psnr
@@ -87,6 +89,49 @@ def test_label_maps_are_found_by_a_pattern_and_are_no_volumes(tmp_path):
     assert [s.label_map for s in found] == [tmp_path / "a_parts.npy", None]
     with pytest.raises(ValueError, match=r"--labels \{name\}_x\.npy: no volume in .* has such"):
         with_label_maps(found, "{name}_x.npy", tmp_path)
+
+
+def test_the_name_in_a_pattern_is_without_its_suffix_for_stores_too(tmp_path):
+    images = [tmp_path / name for name in ("a.zarr", "b.ome.zarr", "c.ome.tif", "d.h5:/raw", "e.f")]
+    for folder in ("a.zarr", "b.ome.zarr", "e.f"):  # the last with DICOM slices
+        (tmp_path / folder).mkdir()
+    names = [mask_of(Subject("x", (path,)), "{name}_seg.zarr", tmp_path).name for path in images]
+    assert names == ["a_seg.zarr", "b_seg.zarr", "c_seg.zarr", "raw_seg.zarr", "e.f_seg.zarr"]
+
+
+def test_label_maps_in_hdf5_are_measured_and_a_missing_one_is_told_at_once(tmp_path):
+    h5py = pytest.importorskip("h5py")
+    pytest.importorskip("tensorstore")
+    rng, of = np.random.default_rng(0), judge(tmp_path)
+    labels = np.zeros(SHAPE[::-1], np.uint8)
+    labels[2:8, 3:9, 2:9] = 4
+    with h5py.File(tmp_path / "v.h5", "w") as file:
+        file["raw"], file["labels"] = rng.random(SHAPE[::-1], np.float32), labels
+    for column in ("v.h5:/labels", "w.h5:/labels"):
+        (tmp_path / "list.csv").write_text(f"path,label_map\nv.h5:/raw,{column}\n")
+        subjects = find_subjects(str(tmp_path / "list.csv"))
+        if column[0] == "w":
+            with pytest.raises(ValueError, match=r"w\.h5:/labels: no such file \(column label_map"):
+                with_label_maps(subjects, None, tmp_path / "list.csv")
+            assert missing_label_maps(subjects)
+            continue
+        assert not missing_label_maps(subjects)
+        of.store = VolumeStore.build(with_label_maps(subjects, None, tmp_path), tmp_path / "cache")
+        x, row = torch.from_numpy(of.store.read(0)), of.volume(0)
+        inside = torch.from_numpy(labels.T == 4)
+        expected = psnr(x, reconstruct(of.vae, x, "full"), 1.0, inside)
+        assert row["psnr_label_4"] == pytest.approx(expected)
+
+
+def test_the_baseline_of_other_training_volumes_in_hdf5_is_another(tmp_path):
+    h5py = pytest.importorskip("h5py")
+    of, key = judge(tmp_path), [{}]
+    for name in "ab":
+        with h5py.File(tmp_path / f"{name}.h5", "w") as file:
+            file["raw"] = np.random.default_rng(ord(name)).random(SHAPE, np.float32)
+        subjects = [Subject("s", (tmp_path / f"{name}.h5:/raw",))]
+        block_pca(lambda: of.store, subjects, key, of.vae, 2, tmp_path / "kept")
+    assert len(list((tmp_path / "kept").iterdir())) == 2
 
 
 def test_what_a_segmenter_finds_in_input_and_reconstruction_is_a_column(tmp_path):

@@ -11,7 +11,7 @@ from toys import tiny_vae
 from vae3d.exact.executor import encode_exact
 from vae3d.inference import reconstruct as reconstruct_module
 from vae3d.inference.costs import Living, cost
-from vae3d.inference.estimate import passes_of_patches, spell, told
+from vae3d.inference.estimate import passes_of_patches, seconds, spell, told
 from vae3d.inference.reconstruct import Coding, autoencode, coding_of, mode_of, reconstruct
 from vae3d.kernels.progress import part, passed, watched
 from vae3d.tracking.console import Gauge
@@ -95,6 +95,17 @@ def test_one_line_tells_the_mode_its_cost_and_a_cheaper_one(vae):
     assert "mode exact for 1 volume of" in line and "a full pass takes about" in line
     assert told(Coding("full"), vae, [(8, 8, 8)]) == "mode full for 1 volume of 8 x 8 x 8"
     assert [spell(s) for s in (0.2, 75, 600, 7200)] == ["1 s", "75 s", "10 min", "2.0 h"]
+
+
+def test_where_volumes_go_in_several_modes_the_cost_is_that_of_each(vae, odd):
+    mixed = Coding("auto", (16, 16, 16), memory_gb=0.01)
+    line = told(mixed, vae, [(96, 64, 64), (8, 8, 8)])
+    assert line.startswith("mode exact for 1 volume and mode full for 1 volume of up to 96 x 64")
+    assert float(line.split(", about ")[1].split(" GiB")[0]) <= 0.01, "of what goes in full"
+    assert mixed.choice(odd, SIZE).mode == "patch" and mixed.choice(odd, (8, 8, 8)).mode == "full"
+    once, both = (seconds(mixed, odd, shapes) for shapes in ([(8, 8, 8)], [SIZE, (8, 8, 8)]))
+    passes = passes_of_patches(mixed, odd, [SIZE])
+    assert both == pytest.approx(once * (1 + passes * SIZE[0] ** 3 / 8**3))
 
 
 def test_options_of_patches_without_a_mode_mean_patches_and_that_is_told():

@@ -380,12 +380,13 @@ def test_two_ranks_have_the_loss_and_gradients_of_one_the_projector_too(home):
     assert one["projector.weight"].any() and one["unet.class_embedding.weight"].any()
 
 
-def test_samples_depend_on_seed_and_number_alone(home, tmp_path):
+def test_samples_depend_on_seed_and_number_alone(home, tmp_path, capsys):
     ldm(home / "latents", tmp_path / "ldm")
     for name, n in (("three", 3), ("two", 2)):
         sample(ldm=str(tmp_path / "ldm"), out_dir=str(tmp_path / name), n=n, steps=3, device="cpu")
     sample(ldm=str(tmp_path / "ldm"), out_dir=str(tmp_path / "other"), n=1, steps=3, seed=1,
            device="cpu")  # fmt: skip
+    assert "; drawing their latents takes about" in capsys.readouterr().out
     read = {
         (name, n): read_volume(tmp_path / name / "ldm" / f"sample_{n:03d}.nii.gz").data
         for name, n in (("three", 0), ("three", 1), ("two", 0), ("two", 1), ("other", 0))

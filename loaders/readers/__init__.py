@@ -94,6 +94,7 @@ __all__ = [
     "holds_dicom",
     "is_dicom",
     "is_store",
+    "is_there",
     "look_of_view",
     "num_items",
     "num_time_points",
@@ -154,6 +155,14 @@ def volume_suffix(path: Path | str) -> str | None:
     """Return the first suffix of `READERS` that the name ends with, None if there is none."""
     name = Path(path).name.lower()
     return next((suffix for suffix in READERS if name.endswith(suffix)), None)
+
+
+def is_there(path: Path) -> bool:
+    """Whether the file or folder of what a path names exists; a URL is not asked."""
+    if url_of(path) is not None:
+        return True
+    file, _ = split_dataset(path) or split_series(path)
+    return file.exists()
 
 
 def read_volume(path: Path | str, reading: Reading = READING) -> Volume:

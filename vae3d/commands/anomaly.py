@@ -121,7 +121,7 @@ def anomaly(
         store = build(found[:limit])
         controls = build(healthy) if healthy else None
         by_voxel = controls is not None and chosen_calibration(calibrate, store, controls)
-        facts = {"checkpoint_sha256": fingerprint(checkpoint), "ema": ema, "mode": coding.mode}
+        facts = {"checkpoint_sha256": fingerprint(checkpoint), "ema": ema}
         finder = Finder(vae, coding, store, controls, Path(out_dir), facts, kind, by_voxel, lesions)
         shapes = [s.shape(i)[1:] for s in finder.todo() for i in range(len(s))]
         if shapes:
@@ -130,7 +130,8 @@ def anomaly(
         with Gauge("anomaly") as gauge, watched(gauge.add):
             finder.calibrate(voxels)
             for index in range(len(store)):
-                with part(math.prod(store.shape(index)[1:]) / voxels):
+                new = finder.finished(index) is None
+                with part(new * math.prod(store.shape(index)[1:]) / voxels):
                     print(finder.line(finder.volume(index)), flush=True)
         print(finder.finish())
 

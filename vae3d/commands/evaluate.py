@@ -287,7 +287,8 @@ def block_pca(
     """
     import torch
 
-    from loaders.build import stamp
+    from loaders.build import version_of
+    from loaders.readers import is_there
     from vae3d.inference.baselines import BlockPCA
 
     if not subjects:
@@ -297,7 +298,7 @@ def block_pca(
     if vae.spatial_dims == 2:
         factor.insert(slice_axis, 1)
     paths = [path for s in subjects for path in (*s.paths, s.mask) if path]
-    files = [[str(path.absolute()), stamp(path)] for path in paths if path.exists()]
+    files = [[str(path.absolute()), version_of(path)] for path in paths if is_there(path)]
     key = json.dumps([files, how_read, factor, count], sort_keys=True)
     path = folder / f"block_pca_{hashlib.sha256(key.encode()).hexdigest()[:16]}.pt"
     if not path.is_file():

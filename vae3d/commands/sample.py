@@ -6,6 +6,7 @@ import json
 import os
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -98,7 +99,7 @@ def sample(
         trust: Module prefixes besides vae3d whose classes the checkpoints may import.
     """
     from vae3d.commands.decode import encoder_of
-    from vae3d.inference.estimate import told
+    from vae3d.inference.estimate import seconds, spell, told
     from vae3d.inference.reconstruct import coding_of
     from vae3d.kernels.precision import autocast
     from vae3d.kernels.progress import part, watched
@@ -148,18 +149,26 @@ def sample(
             voxels * f for voxels, f in zip(shape[1:], coding.factor(vae, axes), strict=True)
         ]
         writer.coding = coding.settled(vae, size, ("decode",))
+        drawing = 0.0  # of the time of a sample
         if todo and world.is_main:
-            print(*lines, told(coding, vae, [size] * len(todo), ("decode",)), sep="\n", flush=True)
+            line = told(coding, vae, [size] * len(todo), ("decode",))
+            if ldm is not None:
+                with autocast(world.device, amp):
+                    each = seconds_to_draw(diffusion, shape, seed, world.device)
+                drawing = each / (each + seconds(coding, vae, [size], ("decode",)))
+                line += f"; drawing their latents takes about {spell(each * len(todo))} more"
+            print(*lines, line, sep="\n", flush=True)
         done = {}
         with Gauge("sample", enabled=world.is_main) as gauge, watched(gauge.add):
             for name, number in todo:
                 with part(1 / len(todo)):
                     begun = time.monotonic()
-                    with autocast(world.device, amp if ldm else "off"):
+                    with part(drawing), autocast(world.device, amp if ldm else "off"):
                         z, facts = sources[name].draw(shape, seed, number, world.device)
                     facts |= {"seed": seed, "seconds_latent": time.monotonic() - begun}
                     facts |= {"mode": writer.coding.mode}
-                    done[name, number] = writer.write(name, number, z, facts)
+                    with part(1 - drawing):
+                        done[name, number] = writer.write(name, number, z, facts)
                 if world.is_main:
                     writer.note(done)  # a signal may end the next one
         done = {key: value for of in world.gather(done) for key, value in of.items()}
@@ -167,6 +176,31 @@ def sample(
             writer.finish({key: done[key] for key in sorted(done)})
             print(f"judge them: vae3d compare {Path(out_dir) / next(iter(sources))} REAL "
                   "--heldout UNSEEN, folders of real volumes")  # fmt: skip
+
+
+def seconds_to_draw(
+    source: FromDiffusion, shape: Sequence[int], seed: int, device: torch.device
+) -> float:
+    """How long a latent takes to draw [s], by the second of the solver's steps."""
+    import torch
+
+    from vae3d.kernels.progress import watched
+
+    class Enough(Exception):
+        pass
+
+    def watch(amount: float) -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        steps.append((amount, time.monotonic()))
+        if len(steps) > 2:
+            raise Enough
+
+    steps = [(1.0, time.monotonic())]
+    with watched(watch), suppress(Enough):
+        source.draw(shape, seed, 0, device)
+    (_, before), (amount, after) = steps[-2:]
+    return (after - before) / amount
 
 
 def window_of(template: dict) -> tuple[float, float]:

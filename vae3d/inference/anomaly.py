@@ -11,17 +11,25 @@ import torch
 from torch import Tensor
 
 from loaders import VolumeStore, write_volume
-from loaders.build import stamp
+from loaders.build import version_of
 from loaders.store import undo
 from loaders.texts import misfit, read_json
 from loaders.whole import write_text
-from vae3d.inference.evaluation import finite_json, foreground_of, summarize, write_csv
+from vae3d.inference.evaluation import (
+    finite_json,
+    foreground_of,
+    modes_taken,
+    summarize,
+    write_csv,
+)
 from vae3d.inference.healthy import Healthy, magnitude
 from vae3d.inference.metrics import auroc, average_precision
 from vae3d.inference.reconstruct import Coding, autoencode
 from vae3d.kernels.progress import part
 from vae3d.models.custom_vae import CustomVAE
 from vae3d.tracking.media import case_stem
+
+VERSION = 2  # of the rows: raised when the same options give others, so that old ones are redone
 
 
 class Finder:
@@ -50,7 +58,7 @@ class Finder:
         if controls is not None:
             self.facts |= {"calibrated": "voxel" if by_voxel else "pooled"}
             healthy = [controls.meta(i)["key"] for i in range(len(controls))]
-        self.key = key_of(self.facts, coding.facts(), healthy)
+        self.key = key_of(VERSION, self.facts, coding.facts(), healthy)
         self.kept = out / f"healthy_{self.key}.pt"
         self.healthy: Healthy | None = None
 
@@ -62,14 +70,15 @@ class Finder:
             stores.insert(0, self.controls)
         return stores
 
-    def error(self, store: VolumeStore, index: int) -> tuple[Tensor, Tensor]:
-        """Volume minus reconstruction `(C, X, Y, Z)`, and the voxels that count."""
+    def error(self, store: VolumeStore, index: int) -> tuple[Tensor, Tensor, str]:
+        """Volume minus reconstruction `(C, X, Y, Z)`, the voxels that count, and the mode."""
         x = torch.from_numpy(store.read(index))
-        recon = autoencode(self.vae, x, name=store.ids[index], **vars(self.coding))[0]
+        coding = self.coding.settled(self.vae, x.shape[1:])
+        recon = autoencode(self.vae, x, name=store.ids[index], **vars(coding))[0]
         counts = foreground_of(store, index, torch.from_numpy(store.read_unclipped(index)))
         if (seen := store.seen(index)) is not None:
             counts &= torch.from_numpy(seen)
-        return x - recon, counts
+        return x - recon, counts, coding.mode
 
     def calibrate(self, voxels: int) -> None:
         """Measure the error of the healthy volumes, or read what was measured.
@@ -86,7 +95,7 @@ class Finder:
         healthy = Healthy(controls.num_channels, shape)
         for index in range(len(controls)):
             with part(math.prod(controls.shape(index)[1:]) / voxels):
-                healthy.add(*self.error(controls, index))
+                healthy.add(*self.error(controls, index)[:2])
         self.out.mkdir(parents=True, exist_ok=True)
         healthy.save(self.kept)
         self.healthy = healthy
@@ -105,7 +114,7 @@ class Finder:
     def row_key(self, index: int) -> str:
         """Names what a volume's map and row depend on."""
         labels = self.store.entries[index].subject.label_map
-        told = (str(labels), stamp(labels)) if labels else None
+        told = (str(labels), version_of(labels)) if labels else None
         return key_of(self.key, self.store.meta(index)["key"], told, self.lesions)
 
     def volume(self, index: int) -> dict:
@@ -113,7 +122,7 @@ class Finder:
         if (row := self.finished(index)) is not None:
             return row
         case = self.store.ids[index]
-        error, counts = self.error(self.store, index)
+        error, counts, mode = self.error(self.store, index)
         shown = error if self.healthy is None else self.healthy.z(error)
         if (seen := self.store.seen(index)) is not None:
             shown = shown * torch.from_numpy(seen)
@@ -127,6 +136,8 @@ class Finder:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_volume(path, undo(shown.numpy(), record | plain | {"background": nothing}))
         row = {"case": case, **self.measure(index, magnitude(shown), counts)}
+        if self.coding.mode == "auto":
+            row["mode"] = mode
         text = json.dumps({"key": self.row_key(index), "row": row}, indent=1)
         write_text(self.out / "rows" / f"{case_stem(case)}.json", text)
         return row
@@ -161,7 +172,8 @@ class Finder:
         rows = [self.volume(i) for i in range(len(self.store))]
         write_csv(self.out / "anomaly.csv", rows)
         healthy = None if self.controls is None else self.controls.ids
-        summary = {**self.facts, "healthy": healthy, "lesions": self.lesions}
+        how = modes_taken(self.coding, rows)
+        summary = {**self.facts, **how, "healthy": healthy, "lesions": self.lesions}
         summary |= summarize(rows)
         text = json.dumps(finite_json(summary), indent=1)
         write_text(self.out / "summary.json", text + "\n")

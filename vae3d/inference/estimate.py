@@ -1,8 +1,8 @@
 """One line on what it will cost to send volumes through a network, and which mode costs less."""
 
 import math
-from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
@@ -28,33 +28,44 @@ def told(
         what: Which halves of the network are used.
     """
     choices = [coding.choice(vae, shape, what) for shape in shapes]
-    modes = Counter(choice.mode for choice in choices)
-    heads = [f"mode {mode} for {n} volume{'s' * (n != 1)}" for mode, n in modes.items()]
+    volumes: dict[str, list[Sequence[int]]] = {}
+    for choice, shape in zip(choices, shapes, strict=True):
+        volumes.setdefault(choice.mode, []).append(shape)
+    heads = [f"mode {m} for {len(of)} volume{'s' * (len(of) != 1)}" for m, of in volumes.items()]
     largest = " x ".join(map(str, max(shapes, key=math.prod)))
     upto = "up to " if len(set(map(tuple, shapes))) > 1 else ""
-    passes = 1.0
-    if modes["patch"]:
-        of_patches = [s for s, c in zip(shapes, choices, strict=True) if c.mode == "patch"]
+    voxels, passes = sum(map(math.prod, shapes)), 1.0
+    if of_patches := volumes.get("patch"):
         passes = passes_of_patches(coding, vae, of_patches)
-    voxels = sum(map(math.prod, shapes))
     facts, hints = [], [choice.why for choice in choices if choice.why]
     once = "once"
     if voxels >= WORTH_TELLING:
-        seconds = voxels * sum(cost(vae, half).seconds for half in what)
         # The time of attention of all to all grows with the square of the voxels.
         word = "at least" if any(isinstance(m, GlobalAttention) for m in vae.modules()) else "about"
-        facts, once = [f"{word} {spell(passes * seconds)}"], f"{word} {spell(seconds)}"
-        needed = max(coding.full_bytes(vae, shape, what) for shape in shapes)
-        if modes["full"]:
+        once = f"{word} {spell(seconds(replace(coding, mode='full'), vae, shapes, what))}"
+        facts = [f"{word} {spell(seconds(coding, vae, shapes, what))}"]
+        if whole := volumes.get("full"):
+            needed = max(coding.full_bytes(vae, shape, what) for shape in whole)
             facts += [f"about {gib(needed)}"]
-        if coding.mode == "full" and needed > (free := half_of_free(_device(vae))):
-            hints += [f"{gib(2 * free)} are free: --mode exact has the same result in less"]
+            if coding.mode == "full" and needed > (free := half_of_free(_device(vae))):
+                hints += [f"{gib(2 * free)} are free: --mode exact has the same result in less"]
     if passes > MANY:
         facts += [f"each voxel goes through the network {passes:.1f} times"]
         if coding.mode == "patch":
             hints += [f"--mode auto: {once}, and the exact result"]
     line = f"{' and '.join(heads)} of {upto}{largest}"
     return "; ".join([": ".join(filter(None, [line, ", ".join(facts)])), *dict.fromkeys(hints)])
+
+
+def seconds(
+    coding: Coding, vae: CustomVAE, shapes: Sequence[Sequence[int]], what: Sequence[What] = BOTH
+) -> float:
+    """What volumes of these shapes take [s], by the time of a small one."""
+    voxels = 0.0
+    for shape in shapes:
+        patches = coding.choice(vae, shape, what).mode == "patch"
+        voxels += math.prod(shape) * (passes_of_patches(coding, vae, [shape]) if patches else 1)
+    return voxels * sum(cost(vae, half).seconds for half in what)
 
 
 def passes_of_patches(coding: Coding, vae: CustomVAE, shapes: Sequence[Sequence[int]]) -> float:
@@ -68,11 +79,11 @@ def passes_of_patches(coding: Coding, vae: CustomVAE, shapes: Sequence[Sequence[
     return done / sum(map(math.prod, shapes))
 
 
-def spell(seconds: float) -> str:
-    """A duration as people say it."""
-    if seconds < 90:
-        return f"{max(seconds, 1):.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+def spell(time: float) -> str:
+    """A duration [s] as people say it."""
+    if time < 90:
+        return f"{max(time, 1):.0f} s"
+    return f"{time / 60:.0f} min" if time < 5400 else f"{time / 3600:.1f} h"
 
 
 def _device(vae: CustomVAE) -> torch.device:

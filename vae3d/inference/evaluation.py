@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from loaders import VolumeStore
-from loaders.build import stamp
+from loaders.build import version_of
 from loaders.layout import Layout
 from loaders.texts import misfit, read_json
 from loaders.whole import write_text
@@ -128,7 +128,9 @@ class Evaluator:
     def _judged(self, index: int) -> dict[str, object]:
         """Label map and segmenter; nothing where there is none, so that old keys hold."""
         path = self.store.entries[index].subject.label_map
-        judged: dict[str, object] = {} if path is None else {"labels": [str(path), *stamp(path)]}
+        judged: dict[str, object] = {}
+        if path is not None:
+            judged["labels"] = [str(path), *version_of(path)]
         return judged | ({"segmenter": self.segmenter_name} if self.segmenter else {})
 
     def _drawn(self, case: str) -> dict[str, object]:
@@ -272,7 +274,7 @@ class Evaluator:
         """Write metrics.csv, summary.json and report.html; the summary."""
         rows = [self.volume(i) for i in range(len(self.store))]
         write_csv(self.out_dir / "metrics.csv", rows)
-        how = self._modes(rows)
+        how = modes_taken(Coding(**self.how), rows)
         if self.vae.spatial_dims == 3:
             how = {k: v for k, v in how.items() if "slice" not in k}
         summary = {**self.facts, **how, "data_range": list(self.store.data_range)}
@@ -290,16 +292,6 @@ class Evaluator:
     def sentence(self, summary: dict) -> str:
         """What was found, for a person."""
         return sentence(summary["metrics"], summary["volumes"], self.store.num_channels)
-
-    def _modes(self, rows: list[dict]) -> dict:
-        """How volumes went through the network; where mode auto took several, which how often."""
-        coding = Coding(**self.how)
-        if coding.mode != "auto":
-            return coding.facts()
-        taken = Counter(row["mode"] for row in rows)
-        if len(taken) > 1:
-            return {**coding.facts(), "modes": dict(taken)}
-        return {**replace(coding, mode=next(iter(taken))).facts(), "mode_asked": "auto"}
 
     def pictures(self, count: int) -> dict[str, Path]:
         """The picture and clips of the first `count` volumes, by panel."""
@@ -425,6 +417,16 @@ def foreground_of(store: VolumeStore, index: int, x: Tensor) -> Tensor:
     record, statistics = store.undo_record(index), store.meta(index)["statistics"][0]
     stored = (statistics["foreground_threshold"] - record["offset"][0]) / record["scale"][0]
     return x[0] > stored * record["gain"][0] + record["bias"][0]
+
+
+def modes_taken(coding: Coding, rows: list[dict]) -> dict:
+    """How volumes went through the network; where mode auto took several, which how often."""
+    if coding.mode != "auto":
+        return coding.facts()
+    taken = Counter(row["mode"] for row in rows)
+    if len(taken) > 1:
+        return {**coding.facts(), "modes": dict(taken)}
+    return {**replace(coding, mode=next(iter(taken))).facts(), "mode_asked": "auto"}
 
 
 def summarize(rows: list[dict]) -> dict:

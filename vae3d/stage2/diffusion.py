@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from vae3d.kernels.progress import passed
 from vae3d.models.norm import wide
 from vae3d.models.spec import Described
 from vae3d.stage2.latents import Statistics
@@ -359,6 +360,7 @@ class LatentDiffusion(Described, nn.Module):
         if not 1 <= steps <= self.num_train_timesteps:
             raise ValueError(f"steps {steps} must lie between 1 and {self.num_train_timesteps}")
         scheduler = self._scheduler(chosen, steps)
+        each = 1 / len(scheduler.timesteps)
         guided = partial(self._guided, label=label, condition=condition, guidance=guidance)
         kind = noise.device.type
         as_called = (torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
@@ -370,9 +372,15 @@ class LatentDiffusion(Described, nn.Module):
         # MONAI's types ask for a network, where any function will do.
         sampler: Any = DiffusionInferer(scheduler)
         solve = partial(_heun, model, scheduler) if chosen == "heun" else model
+
+        def step(x: Tensor, timesteps: Tensor, context: None = None) -> Tensor:
+            found = solve(x, timesteps)
+            passed(each)
+            return found
+
         # Under autocast is the network alone: MONAI's times are float64, which it does not know.
         with torch.autocast(kind, enabled=False):
-            z = sampler.sample(noise, solve, verbose=False)
+            z = sampler.sample(noise, step, verbose=False)
         return z * _as_channels(self.latent_std, z) + _as_channels(self.latent_mean, z)
 
     def _guided(self, x: Tensor, timesteps: Tensor, *, label: Tensor | None,
