@@ -353,14 +353,18 @@ class VQ(PosteriorHead):
     def codes(self, z: Tensor) -> Tensor:
         """Code of the nearest vector."""
         z = wide(z)
-        rows = vectors(z)
-        # Distances one by one: sums of products would lose the nearest among near ones, under
-        # TF32 and bfloat16 most of all, and depend on how many rows there are.
-        exactly = "donot_use_mm_for_euclid_dist"
+        rows, book = vectors(z), self.codebook.to(z)
         with torch.autocast(z.device.type, enabled=False):
-            pieces = rows.split(max(1, 2**24 // self.num_codes))
-            found = [torch.cdist(p, self.codebook.to(z), compute_mode=exactly) for p in pieces]
-            nearest = torch.cat([distance.argmin(1) for distance in found])
+            if torch.compiler.is_compiling():  # programs of ONNX know no `cdist`
+                nearest = (book.square().sum(1) / 2 - rows @ book.T).argmin(1)
+            else:
+                # Distances one by one: sums of products would lose the nearest among near ones,
+                # under TF32 most of all, and depend on how many rows there are.
+                exactly = "donot_use_mm_for_euclid_dist"
+                pieces = rows.split(max(1, 2**24 // self.num_codes))  # of 64 MB
+                nearest = torch.cat(
+                    [torch.cdist(p, book, compute_mode=exactly).argmin(1) for p in pieces]
+                )
         return nearest.view(len(z), 1, *z.shape[2:])
 
     def values(self, codes: Tensor) -> Tensor:
