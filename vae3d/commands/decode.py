@@ -31,9 +31,9 @@ def decode(
 
         vae3d decode latents --checkpoint runs/a --out_dir decoded
 
-    Decodes posterior means, or the codes where the files have some, in the way they were encoded unless told otherwise; then the volumes
-    are those that `evaluate.py` reconstructs. The files need neither the volumes nor their cache.
-    Under torchrun ranks share the latents out.
+    Decodes posterior means, or the codes where the files have some, in the way they were encoded
+    unless told otherwise; then the volumes are those that `evaluate.py` reconstructs. The files
+    need neither the volumes nor their cache. Under torchrun ranks share the latents out.
 
     Args:
         latents: Folder that `vae3d encode` wrote, or one of its files.
@@ -89,7 +89,7 @@ def decode(
 def values_of(vae: CustomVAE, codes: Tensor, path: Path) -> Tensor:
     """What the codes of a file stand for, `(C, *spatial)`; refuse those of no codebook of `vae`."""
     known = vae.head.num_codes
-    if not (0 <= int(codes.min()) and int(codes.max()) < known):
+    if int(codes.min()) < 0 or int(codes.max()) >= known:
         raise ValueError(f"{path}: has codes beyond the {known} of the codebook; encode it again")
     home = next(vae.parameters()).device
     return vae.head.values(codes[None].long().to(home))[0].cpu()

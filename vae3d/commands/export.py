@@ -22,9 +22,9 @@ def export(
 
     `encoder` takes a volume whose sizes are multiples of the factor and gives the posterior's mean
     and the log of its variance; `decoder` takes a latent and gives the reconstruction. Where there
-    is a codebook both are codes. Sizes stay free where the network allows it. `contract.json` tells how the weights want their volumes
-    prepared, the factor and the latent's scale. Each program is run once and held against the
-    network.
+    is a codebook both are codes. Sizes stay free where the network allows it. `contract.json` tells
+    how the weights want their volumes prepared, the factor and the latent's scale. Each program is
+    run once and held against the network.
 
     Args:
         checkpoint: Run folder, checkpoint file or folder of save_pretrained, or hf://owner/name.

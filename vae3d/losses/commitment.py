@@ -10,7 +10,7 @@ from vae3d.models.posterior import DiagonalGaussian, Quantized
 
 
 class Commitment(Term):
-    """Squared distance of what the encoder gives from its code, mean over batch and latent elements.
+    """Squared distance of what the encoder gives from its code, mean over all latent elements.
 
     Van den Oord et al. 2017, arXiv 1711.00937: the codebook stays where it is, so that the gradient
     reaches the encoder alone. Taken of latents of `VQ`, and of no other. A mask is of voxels and

@@ -143,7 +143,7 @@ class PosteriorHead(nn.Module):
         """Make what depends on the latent's channels, or refuse them; the network calls it once."""
 
     def codes(self, z: Tensor) -> Tensor:
-        """Nearest codes `(B, codes of a latent voxel, *spatial)` of any latent `(B, C, *spatial)`."""
+        """Nearest codes `(B, codes of a latent voxel, *spatial)` of any `(B, C, *spatial)`."""
         raise NotImplementedError
 
     def values(self, codes: Tensor) -> Tensor:
@@ -332,6 +332,10 @@ class VQ(PosteriorHead):
 
     def __init__(self, codebook: int = 1024, ema: float = 0.99, reseed: float = 0.05):
         super().__init__()
+        if not 2 <= codebook <= MOST_CODES:
+            raise ValueError(f"VQ.codebook is {codebook}; give 2 to {MOST_CODES} codes")
+        if not (0 <= ema < 1 and 0 <= reseed < 1):
+            raise ValueError(f"VQ.ema is {ema} and VQ.reseed {reseed}; give 0 to below 1")
         self.num_codes, self.ema, self.reseed = codebook, ema, reseed
         self._seen: Tensor | None = None  # count and sum of the latents of each code
         self._seeds: Tensor | None = None  # key and latent of what dead codes may begin at
@@ -365,7 +369,7 @@ class VQ(PosteriorHead):
                 nearest = torch.cat(
                     [torch.cdist(p, book, compute_mode=exactly).argmin(1) for p in pieces]
                 )
-        return nearest.view(len(z), 1, *z.shape[2:])
+        return nearest.view(z.shape[0], 1, *z.shape[2:])
 
     def values(self, codes: Tensor) -> Tensor:
         """Vectors of the codebook."""
@@ -409,7 +413,9 @@ class VQ(PosteriorHead):
         for old, value in zip((self.codebook, self.counts, self.sums), new, strict=True):
             old.copy_(torch.where(finite, value, old))
 
-    def _reseeded(self, codebook: Tensor, counts: Tensor, sums: Tensor) -> tuple[Tensor, ...]:
+    def _reseeded(
+        self, codebook: Tensor, counts: Tensor, sums: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Let codes that are hardly used begin anew, with an equal share of the latents."""
         if dist.is_available() and dist.is_initialized():
             assert self._seeds is not None
@@ -431,7 +437,7 @@ class VQ(PosteriorHead):
         )
 
     def _keep(self, seeds: Tensor) -> None:
-        """Keep the smallest keys, as many as there are codes, infinite ones where there are less."""
+        """Keep the smallest keys, one for each code; infinite ones where there are too few."""
         if self._seeds is not None:
             seeds = torch.cat([self._seeds, seeds])
         missing = max(self.num_codes - len(seeds), 0)

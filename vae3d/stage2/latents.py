@@ -153,7 +153,7 @@ def read_latent(path: str | Path) -> Latent:
     with _open(path) as file:
         info = _header(file, path)
         mean = file.get_tensor("mean")
-        codes = file.get_tensor("codes") if "codes" in file.keys() else None
+        codes = file.get_tensor("codes") if "codes" in {*file.keys()} else None
         beside = file.get_tensor("logvar") if codes is None else codes
     like = mean if codes is None else mean[0]
     if not (list(mean.shape) == info["shape"] and beside.shape[-like.ndim :] == like.shape):
