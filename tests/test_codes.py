@@ -26,6 +26,7 @@ from vae3d.models.custom_vae import CustomVAE
 from vae3d.models.norm import NoNorm
 from vae3d.models.posterior import FSQ, VQ, use_of, vectors
 from vae3d.stage2.latents import LatentStore, read_latent, write_latent
+from vae3d.tracking.probes import LatentProbes
 from vae3d.training.checkpoint import load_checkpoint, load_model
 from vae3d.training.task import VAETask
 from vae3d.weights.convert import export_state, inflate
@@ -338,7 +339,9 @@ def test_reseeding_can_be_left_out():
     assert not torch.equal(head.codebook[met], old[met])
 
 
-@pytest.mark.parametrize("head", [partial(FSQ, levels=(5, 5)), SMALL_VQ])
+@pytest.mark.parametrize(
+    "head", [SMALL_VQ, pytest.param(partial(FSQ, levels=(5, 5)), marks=pytest.mark.slow)]
+)
 def test_training_learns_through_the_codes(tmp_path, head):
     loader = ToyLoader(samples=1, batch_size=1)
     x = torch.linspace(-1, 1, 12).expand(8, 4, 12).sin()
@@ -430,14 +433,14 @@ def volumes(tmp_path_factory):
 
 @pytest.fixture(scope="module", params=["VQ", pytest.param("FSQ", marks=pytest.mark.slow)])
 def run(request, volumes, tmp_path_factory):
-    """A trained run, with pictures; tests write elsewhere."""
+    """A trained run; tests write elsewhere."""
     head = {"FSQ": FSQ, "VQ": SMALL_VQ}[request.param]
     folder = tmp_path_factory.mktemp("run")
     data = DataConfig(str(volumes), str(folder / "cache"), fractions=(0.5, 0.25, 0.25))
     assert train_3d(
         data, str(folder / "run"), partial(CustomVAE, channels=(4, 8), norm=NoNorm, posterior=head),
-        patch_size=(8, 8, 8), patches_per_volume=2, max_steps=4, log_every=1, val_every=2,
-        media_every=4, wandb="disabled", device="cpu", amp="bf16", lr=1e-3,
+        patch_size=(8, 8, 8), patches_per_volume=2, max_steps=2, log_every=1, val_every=0,
+        media_every=0, wandb="disabled", device="cpu", amp="bf16", lr=1e-3,
     ) == 0  # fmt: skip
     return folder
 
@@ -445,11 +448,18 @@ def run(request, volumes, tmp_path_factory):
 def test_a_run_logs_the_use_of_its_codes_and_reports_no_advice_on_scale_or_kl(run, tmp_path):
     lines = (run / "run" / "metrics.jsonl").read_text().splitlines()
     keys = {key for line in lines for key in json.loads(line)}
-    assert {"train/perplexity", "train/usage", "latent/perplexity", "latent/usage"} <= keys
-    assert not [k for k in keys if "kl" in k or k in ("latent/mean_std", "latent/channels")]
+    assert {"train/perplexity", "train/usage"} <= keys and not [k for k in keys if "kl" in k]
     report([str(run / "run")], out=str(tmp_path / "page.html"))
     page = (tmp_path / "page.html").read_text()
     assert "<b>Codes</b>" in page and "<code>--loss.kl" not in page
+
+
+def test_probes_look_at_codes_and_at_no_spread(tmp_path):
+    probes = LatentProbes([torch.rand(1, *SHAPE) for _ in range(2)])
+    measured = probes.measure(coded().eval())
+    assert set(measured.numbers) == {"latent/perplexity", "latent/usage"}
+    assert 1 <= measured.numbers["latent/perplexity"] <= 16
+    assert set(probes.draw(measured, tmp_path)) == {"latent/between", "latent/slices"}
 
 
 def test_encode_writes_codes_and_decode_reads_them_as_evaluate_reconstructs(
@@ -492,6 +502,18 @@ def test_codes_beyond_the_codebook_are_refused_by_name(run, tmp_path):
     write_latent(path, latent.mean, latent.logvar, latent.info, latent.codes + 10**6)
     with pytest.raises(ValueError, match=r"v0.safetensors: has codes beyond the"):
         decode(str(path), str(run / "run"), str(tmp_path / "d"), device="cpu")
+
+
+def test_plan_and_the_facts_of_a_run_count_codes(tmp_path, capsys):
+    from vae3d.commands.plan import plan
+
+    recipe = tmp_path / "small.yaml"
+    recipe.write_text(
+        "{class_path: CustomVAE, init_args: {channels: [4, 8], norm: NoNorm, latent_channels: 8,"
+        " posterior: {class_path: FSQ, init_args: {levels: [4, 4, 4, 4]}}}}"
+    )
+    plan(str(recipe), patch_size=(8, 8, 8), device="cpu")
+    assert "2 codes of 256 a latent voxel, 2 bit a voxel" in capsys.readouterr().out
 
 
 def test_a_folder_of_save_pretrained_has_the_codebook(tmp_path):
