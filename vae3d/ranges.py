@@ -98,6 +98,9 @@ RANGES = {
     **dict.fromkeys(("eps", "norm_eps", "std", "min_std", "latent_scale"), POSITIVE),
     **dict.fromkeys(("dropout", "momentum"), PART),
     **dict.fromkeys(("min_logvar", "max_logvar", "init_logvar"), Range(-80, 80)),
+    "levels": Range(3, 2**20),
+    "codebook": Range(2, 2**20),
+    **dict.fromkeys(("VQ.ema", "reseed"), BELOW_ONE),
     # losses
     **dict.fromkeys(("weight", "free_bits", "target_rate", "alpha", "max_adaptive"), NOT_NEGATIVE),
     **dict.fromkeys(("feature_matching_weight", "r1_weight"), NOT_NEGATIVE),

@@ -31,9 +31,9 @@ def decode(
 
         vae3d decode latents --checkpoint runs/a --out_dir decoded
 
-    Decodes posterior means, in the way they were encoded unless told otherwise; then the volumes
-    are those that `evaluate.py` reconstructs. The files need neither the volumes nor their cache.
-    Under torchrun ranks share the latents out.
+    Decodes posterior means, or the codes where the files have some, in the way they were encoded
+    unless told otherwise; then the volumes are those that `evaluate.py` reconstructs. The files
+    need neither the volumes nor their cache. Under torchrun ranks share the latents out.
 
     Args:
         latents: Folder that `vae3d encode` wrote, or one of its files.
@@ -80,9 +80,19 @@ def decode(
         with Gauge("decode", enabled=world.is_main) as gauge, watched(gauge.add):
             for path, size in zip(mine, sizes, strict=True):
                 latent = read_latent(path)
+                z = latent.mean if latent.codes is None else values_of(vae, latent.codes, path)
                 with part(math.prod(size) / voxels):
-                    x = coding.decode(vae, latent.mean, size, str(path))
+                    x = coding.decode(vae, z, size, str(path))
                 print(write_nifti(Path(out_dir), path.stem, x, latent.info["source"]["undo"]))
+
+
+def values_of(vae: CustomVAE, codes: Tensor, path: Path) -> Tensor:
+    """What the codes of a file stand for, `(C, *spatial)`; refuse those of no codebook of `vae`."""
+    known = vae.head.num_codes
+    if int(codes.min()) < 0 or int(codes.max()) >= known:
+        raise ValueError(f"{path}: has codes beyond the {known} of the codebook; encode it again")
+    home = next(vae.parameters()).device
+    return vae.head.values(codes[None].long().to(home))[0].cpu()
 
 
 def size_of(path: Path, made_by: dict) -> list[int]:

@@ -63,7 +63,8 @@ def encode(
         vae3d encode --checkpoint runs/a --data.root DIR --out_dir latents
         torchrun --nproc_per_node=4 --no_python -- vae3d encode --checkpoint runs/a --out_dir z
 
-    A file holds mean and log-variance, never a draw. The same command again goes on where it was
+    A file holds mean and log-variance, never a draw; of a network with a codebook the codes, as
+    integers, and their values. The same command again goes on where it was
     stopped; ranks share the volumes out and write what one process writes.
 
     Args:
@@ -93,6 +94,7 @@ def encode(
 
     from loaders.whole import sweep
     from vae3d.inference.estimate import told
+    from vae3d.inference.files import codes_of
     from vae3d.inference.reconstruct import coding_of, of_training
     from vae3d.kernels.progress import part, watched
     from vae3d.stage2.latents import latent_path, write_index, write_latent
@@ -139,13 +141,13 @@ def encode(
                 factor = coding.factor(vae, mean.ndim - 1)
                 by = made_by | codings[index].facts()
                 info = header(store, index, factor, by, parts)
-                write_latent(latent_path(folder, name), mean, logvar, info)
+                codes = codes_of(vae, mean)
+                write_latent(latent_path(folder, name), mean, logvar, info, codes)
                 print(f"{name}: {tuple(mean.shape)}  eta {gauge.left()}", flush=True)
         world.barrier()
         if world.is_main:
-            report(
-                folder, write_index(folder, made_by, os.path.abspath(find_checkpoint(checkpoint)))
-            )
+            where = os.path.abspath(find_checkpoint(checkpoint))
+            report(folder, write_index(folder, made_by, where), vae.head.num_codes)
             if measured_scale:
                 write_scaled(vae, folder)
 
@@ -258,10 +260,13 @@ def weights_hash(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def report(folder: Path, index: dict[str, Any]) -> None:
+def report(folder: Path, index: dict[str, Any], num_codes: int = 0) -> None:
     """Print what lies in a folder of latents and whether it is fit for a second stage."""
     kept = index["statistics"].get("train", index["statistics"]["all"])
     print(f"{len(index['subjects'])} latents in {folder}")
+    if num_codes:
+        print(f"codes out of {num_codes}, {math.log2(num_codes):.2f} bit each, with their values")
+        return
     print("channel       mean        std  noise share")
     rows = zip(kept["mean"], kept["std"], kept["noise_share"], strict=True)
     for channel, (mean, std, share) in enumerate(rows):

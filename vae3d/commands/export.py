@@ -21,10 +21,10 @@ def export(
         vae3d export hf://owner/name deployed --formats '[onnx]'
 
     `encoder` takes a volume whose sizes are multiples of the factor and gives the posterior's mean
-    and the log of its variance; `decoder` takes a latent and gives the reconstruction. Sizes stay
-    free where the network allows it. `contract.json` tells how the weights want their volumes
-    prepared, the factor and the latent's scale. Each program is run once and held against the
-    network.
+    and the log of its variance; `decoder` takes a latent and gives the reconstruction. Where there
+    is a codebook both are codes. Sizes stay free where the network allows it. `contract.json` tells
+    how the weights want their volumes prepared, the factor and the latent's scale. Each program is
+    run once and held against the network.
 
     Args:
         checkpoint: Run folder, checkpoint file or folder of save_pretrained, or hf://owner/name.

@@ -102,6 +102,7 @@ def plan_recipe(
 
     from vae3d.commands.train import check_sizes, train_3d
     from vae3d.training.distributed import open_world
+    from vae3d.training.facts import codebook
     from vae3d.training.memory import Trial, budget_bytes, telling_of_device
     from vae3d.training.precision import native_amp
     from vae3d.training.task import VAETask
@@ -133,7 +134,7 @@ def plan_recipe(
         f"decoder {count(vae.decoder):.2f} M), {count(vae) * dtype.itemsize:.1f} MB",
         "factor": times(vae.factor),
         "latent": f"{vae.latent_channels} x {times(latent)} for a patch of {times(patch)}",
-        "compression": f"{shrink:.3g} input numbers for one latent number",
+        "compression": codebook(vae) or f"{shrink:.3g} input numbers for one latent number",
         "memory": f"{peaks[patch] / 1e9:.2f} GB for {batch_size} x {times(patch)} with amp {amp} "
         f"and checkpointing {options['checkpointing']} on {world.device.type}",
         f"fits {budget / 1e9:.3g} GB": f"patch {times(fits)} with batch {batch_size}"

@@ -29,7 +29,7 @@ def diffusability(
     widths: list[float],
     mask: Tensor | None = None,
 ) -> dict[str, float]:
-    """What a second stage will find hard, and how each channel lies.
+    """What a second stage will find hard, and how each channel of a Gaussian latent lies.
 
     Args:
         vae: The model, in eval mode.
@@ -41,13 +41,15 @@ def diffusability(
         mask: Voxels that count; None for all.
     """
     grid = pooled_to(x[None], mean.shape[1:])
-    return {
+    row = {
         "spectral_gap": float(spectral_gap(grid, mean[None])),
         "high_frequency_share": float(high_frequency_share(mean[None])),
         "input_high_frequency_share": float(high_frequency_share(grid)),
         "scale_psnr": scale_psnr(vae, coding, x, mean, widths, mask),
-        **_by_channel(mean.flatten(1).double(), logvar.flatten(1).double()),
     }
+    if not vae.head.num_codes:  # a codebook has no noise, and no scale that an option would change
+        row |= _by_channel(mean.flatten(1).double(), logvar.flatten(1).double())
+    return row
 
 
 def scale_psnr(

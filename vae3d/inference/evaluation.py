@@ -29,10 +29,12 @@ from loaders.texts import misfit, read_json
 from loaders.whole import write_text
 from vae3d.inference.baselines import BlockPCA, pooled
 from vae3d.inference.diffusability import diffusability
+from vae3d.inference.files import codes_of
 from vae3d.inference.metrics import (
     FOREGROUND,
     METRICS,
     by_channel,
+    code_summary,
     in_one_unit,
     latent_summary,
     lattice_score,
@@ -205,7 +207,7 @@ class Evaluator:
         row |= self._against_source(index, x, recon, source, foreground, mask)
         if mask is not None:
             row["mask_fraction"] = float(mask.double().mean())
-        row |= latent_summary(mean, logvar, math.prod(x.shape[1:]), self.latent_bits)
+        row |= self._latent(mean, logvar, math.prod(x.shape[1:]))
         coding = self.coding(index)
         row |= diffusability(self.vae, coding, x, mean, logvar, self.widths, mask)
         if coding.mode == "patch":
@@ -231,6 +233,12 @@ class Evaluator:
             found = (self.segmenter(volume, spacing) for volume in (x, recon))
             row |= overlaps(self.segmenter_name, *found)
         return row
+
+    def _latent(self, mean: Tensor, logvar: Tensor, voxels: int) -> dict:
+        """What a Gaussian latent says, or the codes."""
+        if (codes := codes_of(self.vae, mean)) is None:
+            return latent_summary(mean, logvar, voxels, self.latent_bits)
+        return code_summary(codes, self.vae.head.num_codes, voxels)
 
     def _by_label(
         self, index: int, x: Tensor, recon: Tensor, mask: Tensor | None
@@ -283,7 +291,9 @@ class Evaluator:
             summary["channel_ranges"] = {name: list(ends) for name, ends in ranges}
         summary["latent_channels"] = self.vae.latent_channels
         summary["linear_code"] = self.vae.linear_code is not None
-        summary |= {"latent_bits": self.latent_bits, **summarize(rows)}
+        codes = self.vae.head.num_codes
+        summary |= {"num_codes": codes} if codes else {"latent_bits": self.latent_bits}
+        summary |= summarize(rows)
         write_text(self.out_dir / "summary.json", json.dumps(finite_json(summary), indent=1) + "\n")
         write_tables(self.out_dir, summary["metrics"], self.sentence(summary) + ".")
         write_report(self.out_dir)

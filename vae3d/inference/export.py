@@ -19,12 +19,14 @@ from loaders.whole import whole_file
 from vae3d.inference.stitching import check_patch
 from vae3d.kernels.steps import plain
 from vae3d.models.custom_vae import CustomVAE
+from vae3d.models.posterior import Quantized
 
 Format = Literal["torch", "onnx"]
 Program = Callable[[Tensor], tuple[Tensor, ...]]
 SUFFIX = {"torch": ".pt2", "onnx": ".onnx"}
 CONTRACT = "contract.json"
 TOLERANCE = 1e-4  # of the largest value: what two implementations of one convolution differ by
+TIES = 1e-3  # part of the codes: such a difference decides between two that are as near
 REFUSALS = (torch._dynamo.exc.UserError, ValueError, RuntimeError, AssertionError)
 LARGEST = 2**12  # latent elements per axis, and samples, that a program promises to take
 
@@ -37,20 +39,22 @@ class Told(TypedDict):
 
 
 class Encoder(nn.Module):
-    """Volume, of sizes that are multiples of the factor, to mean and log-variance."""
+    """Volume, of sizes that are multiples of the factor, to mean and log-variance, or to codes."""
 
     def __init__(self, vae: CustomVAE):
         super().__init__()
         self.vae = vae
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Posterior of `(B, C, *spatial)`: its mean and the log of its variance."""
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Posterior of `(B, C, *spatial)`: its mean and the log of its variance, or its codes."""
         posterior = self.vae.encode(x)
+        if isinstance(posterior, Quantized):
+            return (posterior.codes,)
         return posterior.mean, posterior.logvar
 
 
 class Decoder(nn.Module):
-    """Latent to reconstruction."""
+    """Latent, or codes, to reconstruction."""
 
     def __init__(self, vae: CustomVAE):
         super().__init__()
@@ -58,7 +62,7 @@ class Decoder(nn.Module):
 
     def forward(self, z: Tensor) -> tuple[Tensor]:
         """Reconstruction of `(B, C, *spatial)`."""
-        return (self.vae.decode(z),)
+        return (self.vae.decode(self.vae.head.values(z) if self.vae.head.num_codes else z),)
 
 
 def export_programs(
@@ -99,6 +103,7 @@ def export_programs(
         "factor": list(vae.factor),
         "latent_scale": vae.latent_scale,
         "latent_shift": vae.latent_shift,
+        "num_codes": vae.head.num_codes,
         "preprocess": known.get("preprocess"),
         "patch_size": list(patch_size),
         "programs": programs,
@@ -110,6 +115,8 @@ def export_programs(
             example = torch.rand(1, channels, *size, generator=generator)
             more = [n + f for n, f in zip(size, step, strict=True)]
             larger = torch.rand(2, channels, *more, generator=generator)
+            if name == "decoder" and vae.head.num_codes:
+                example, larger = vae.head.codes(example), vae.head.codes(larger)
             exported, sizes = traced(network, example, larger, step)
             tests = [example, larger] if sizes == "free" else [example]
             for form in formats:
@@ -181,11 +188,19 @@ WRITERS: dict[str, Callable[[torch.export.ExportedProgram, Path], Program]] = {
 
 
 def compare(file: str, network: nn.Module, program: Program, x: Tensor) -> float:
-    """Run both and return the largest difference over the largest value; refuse a large one."""
+    """Run both and return the largest difference over the largest value; refuse a large one.
+
+    Of codes it is the part of them that differ.
+    """
     worst = 0.0
     for theirs, ours in zip(program(x), network(x), strict=True):
         if theirs.shape != ours.shape:
             raise ValueError(f"{file}: gives {tuple(theirs.shape)}, not {tuple(ours.shape)}")
+        if not ours.is_floating_point():
+            worst = float((theirs != ours).double().mean())
+            if worst > TIES:
+                raise ValueError(f"{file}: {worst:.1%} of its codes are not the network's")
+            return worst
         scale = float(ours.abs().max()) or 1.0
         worst = max(worst, float((theirs - ours).abs().max()) / scale)
     if not worst <= TOLERANCE:

@@ -38,11 +38,14 @@ class Encoded:
         logvar: Log of the posterior variance, same shape.
         info: What leads back to the file, and affine and spacing_mm of the latent grid; JSON-able,
             as in the files of `vae3d encode`.
+        codes: Places in the codebook, `(codes of a latent voxel, X, Y, Z)` int64, of a network with
+            one; `mean` has their values.
     """
 
     mean: Tensor
     logvar: Tensor
     info: dict
+    codes: Tensor | None = None
 
 
 def encode_file(vae: CustomVAE, path: str | Path, mode: str = "auto", **how: object) -> Encoded:
@@ -77,7 +80,14 @@ def encode_file(vae: CustomVAE, path: str | Path, mode: str = "auto", **how: obj
         coding = coding.settled(vae, x.shape[1:], ("encode",))
         mean, logvar = coding.encode(vae, x, str(path))
         info = latent_info(store, 0, coding.factor(vae, x.ndim - 1))
-    return Encoded(mean, logvar, {**info, "made_by": coding.facts()})
+    return Encoded(mean, logvar, {**info, "made_by": coding.facts()}, codes_of(vae, mean))
+
+
+def codes_of(vae: CustomVAE, z: Tensor) -> Tensor | None:
+    """Codes nearest to a latent `(C, *spatial)`, on its device; None without a codebook."""
+    if not vae.head.num_codes:
+        return None
+    return vae.head.codes(z[None].to(next(vae.parameters()).device))[0].to(z.device)
 
 
 def decode_file(vae: CustomVAE, latent: Encoded, mode: str | None = None, **how: object) -> Volume:

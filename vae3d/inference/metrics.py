@@ -227,6 +227,28 @@ def latent_summary(mean: Tensor, logvar: Tensor, num_values: int, latent_bits: i
     }
 
 
+def code_summary(codes: Tensor, num_codes: int, num_values: int) -> dict:
+    """What the codes of a volume say: how they lie over the codebook, and how large they are.
+
+    Args:
+        codes: (codes of a latent voxel, *spatial) of one volume.
+        num_codes: Size of the codebook.
+        num_values: Voxels of the volume, padding apart.
+
+    Returns:
+        code_perplexity and code_usage, see `vae3d.models.posterior.use_of`; bits_per_voxel, of
+        which a code has log2(num_codes).
+    """
+    from vae3d.models.posterior import use_of
+
+    perplexity, usage = use_of(codes[None], num_codes)
+    return {
+        "code_perplexity": float(perplexity),
+        "code_usage": float(usage),
+        "bits_per_voxel": codes.numel() * math.log2(num_codes) / num_values,
+    }
+
+
 def ranked(score: np.ndarray, lesion: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Lesion and other voxels at or above each score that occurs, from the highest on."""
     order = np.argsort(-score, kind="stable")

@@ -195,7 +195,7 @@ class Coding:
     def decode(
         self, vae: CustomVAE, z: Tensor, size: Sequence[int] | None = None, name: str = "the latent"
     ) -> Tensor:
-        """Reconstruction of a latent.
+        """Reconstruction of a latent, of a network with a codebook that of its nearest codes.
 
         Args:
             vae: The model, in eval mode.
@@ -210,6 +210,8 @@ class Coding:
             ValueError: It is not finite.
         """
         check_finite(z, name)
+        if vae.head.num_codes:
+            z = vae.snapped(z[None].to(_home(vae)))[0].to(z.device)
         return self.decode_as_it_is(vae, z, size)
 
     @torch.no_grad()
@@ -240,7 +242,12 @@ class Coding:
         patch, overlap = self._tiling(vae)
         together = self._together(vae, _posterior, (len(x), *patch))
         options = (patch, overlap, self.blend, together)
-        mean, logvar = stitch(lambda batch: _posterior(vae, batch), x, *options, scale=scale)
+        if vae.head.num_codes:  # blended before they are codes: means of two codes are none
+            moments = stitch(lambda batch: _moments(vae, batch), x, *options, scale=scale)
+            posterior = vae.head(moments[None].to(_home(vae)))
+            mean, logvar = (t[0].to(x.device) for t in (posterior.mean, posterior.logvar))
+        else:
+            mean, logvar = stitch(lambda batch: _posterior(vae, batch), x, *options, scale=scale)
         return mean, logvar
 
     def _decode(self, vae: CustomVAE, z: Tensor, size: Sequence[int]) -> Tensor:
@@ -506,6 +513,11 @@ def _posterior(vae: CustomVAE, batch: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and logvar of a batch, float32 where the batch is."""
     posterior = vae.encode(batch.to(_home(vae)))
     return posterior.mean.float().to(batch.device), posterior.logvar.float().to(batch.device)
+
+
+def _moments(vae: CustomVAE, batch: Tensor) -> Tensor:
+    """What the head makes the posterior of, float32 where the batch is."""
+    return vae.moments(vae.pad(batch.to(_home(vae)))).float().to(batch.device)
 
 
 def _volume(vae: CustomVAE, batch: Tensor) -> Tensor:

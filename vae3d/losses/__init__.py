@@ -16,6 +16,7 @@ _NAMES = {
     ),
     "latents": ("SpectrumMatching", "ScaleEquivariance", "NoiseRobust", "StructuredChannels"),
     "kl": ("KL",),
+    "commitment": ("Commitment",),
     "perceptual": ("Perceptual",),
     "adversarial": ("Adversarial", "PatchDiscriminator"),
 }

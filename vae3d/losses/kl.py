@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vae3d.losses.term import Term
 from vae3d.models.norm import wide
-from vae3d.models.posterior import DiagonalGaussian
+from vae3d.models.posterior import DiagonalGaussian, Quantized
 
 DEAD = 0.01  # variance of the posterior mean below which a channel is dead: Burda et al. 2016, 4.2
 MAX_FACTOR = 1e4  # the controller moves the weight at most this far, up or down
@@ -19,7 +19,8 @@ MAX_FACTOR = 1e4  # the controller moves the weight at most this far, up or down
 class KL(Term):
     """KL divergence of the posterior from N(0, 1), in nats, mean over batch and latent elements.
 
-    A mask is of voxels and says nothing of latents: all of them count, with one too.
+    A mask is of voxels and says nothing of latents: all of them count, with one too. Codes (`FSQ`,
+    `VQ`) have no divergence, and are trained without the term.
 
     The mean does not change with the patch size, so a weight tuned on 64^3 patches holds for 128^3.
     The convention 'sum over latents, mean over batch' of CompVis and MONAI is this value times the
@@ -59,6 +60,10 @@ class KL(Term):
         self.register_buffer("factor", torch.ones(()))  # what the controller multiplies
         self._moments: Tensor | None = None  # of this step's micro-batches
         self._last_moments: Tensor | None = None
+
+    def concerns(self, posterior: DiagonalGaussian) -> bool:
+        """Whether the latents have a spread."""
+        return not isinstance(posterior, Quantized)
 
     def forward(
         self,

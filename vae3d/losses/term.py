@@ -97,6 +97,10 @@ class Term(nn.Module):
         """
         raise NotImplementedError
 
+    def concerns(self, posterior: DiagonalGaussian) -> bool:
+        """Whether the term is of such latents; those that it is not of are trained without it."""
+        return True
+
     def check(self, shape: Sequence[int]) -> None:
         """Refuse volumes that the term cannot be taken of; called before anything is read.
 

@@ -22,7 +22,8 @@ and once after the optimizer updates of a step, on every rank, also when the upd
 `terms` is a dict of scalar tensors: the unweighted terms `recon`, `kl`, `perceptual`, `adversarial`
 and those of `extra`, the weighted total `loss`, the discriminator's own `discriminator_loss`, and
 measurements such as `kl_std`. All but the two losses are detached, and none is a float, so nothing
-waits for the device.
+waits for the device. Latents that are codes have no `kl` but `perplexity` and `usage` of the
+codebook, and `commitment` where it is learned.
 
 Contracts that make accumulation and DDP exact:
 - Every term is a mean over samples, so gradients of micro-batches weighted by their share of the
@@ -55,12 +56,13 @@ from torch import Tensor, nn
 
 from vae3d.losses import latents as latents  # a recipe names its terms without their module
 from vae3d.losses.adversarial import Adversarial, Critic
+from vae3d.losses.commitment import Commitment
 from vae3d.losses.kl import KL
 from vae3d.losses.perceptual import Perceptual
 from vae3d.losses.reconstruction import L1
 from vae3d.losses.term import Decoding, Disturbance, Normal, Term, add_up, in_float32
 from vae3d.models.norm import wide
-from vae3d.models.posterior import DiagonalGaussian
+from vae3d.models.posterior import DiagonalGaussian, PosteriorHead, Quantized
 
 
 class Terms(nn.ModuleDict):
@@ -78,11 +80,12 @@ class VAELoss(nn.Module):
 
     Args:
         recon: Distance of the reconstruction from the input.
-        kl: How far the posterior may go from N(0, 1).
+        kl: How far the posterior may go from N(0, 1); codes are trained without it.
         perceptual: Distance in the features of a frozen network.
         adversarial: A discriminator that learns to tell reconstructions from inputs.
         extra: Further terms, each logged under its class's name in snake case, and what changes the
             latent before it is decoded in training.
+        commitment: How far the encoder may go from its codes; for latents of `VQ` alone.
     """
 
     def __init__(
@@ -92,9 +95,10 @@ class VAELoss(nn.Module):
         perceptual: Callable[[], Perceptual] | None = None,
         adversarial: Callable[[], Adversarial] | None = None,
         extra: list[Callable[[], Term]] | None = None,
+        commitment: Callable[[], Commitment] = Commitment,
     ):
         super().__init__()
-        self.terms = Terms({"recon": recon(), "kl": kl()})
+        self.terms = Terms({"recon": recon(), "kl": kl(), "commitment": commitment()})
         if isinstance(self.terms["recon"], Disturbance):
             name = type(self.terms["recon"]).__name__
             raise ValueError(f"loss.recon: {name} compares nothing; it belongs into loss.extra")
@@ -143,6 +147,8 @@ class VAELoss(nn.Module):
         weights: dict[str, float | Tensor] = {}
         measured: dict[str, Tensor] = {}
         for name, term in self.terms.items():
+            if not term.concerns(posterior):
+                continue
             if mask and not term.weighted:
                 raise ValueError(
                     f"loss: {type(term).__name__} does not know what a mask is: leave out the term "
@@ -159,7 +165,8 @@ class VAELoss(nn.Module):
             # Under a learned variance both distances are of one likelihood, as in latent diffusion.
             weights["perceptual"] = weights["perceptual"] * self.terms["recon"].precision
         if self.adversarial is not None:
-            others = add_up(weights[name] * values[name] for name in values if name != "kl")
+            own = ("kl", "commitment")
+            others = add_up(weights[name] * values[name] for name in values if name not in own)
             game = self.adversarial(x, recon, step)
             values |= game
             weights |= self.adversarial.weights()
@@ -167,6 +174,8 @@ class VAELoss(nn.Module):
             if self._measures(self.adversarial, step):
                 assert last_layer is not None, "an adaptive weight needs last_layer=vae.last_layer"
                 self.adversarial.measure(others, game["adversarial"], last_layer, recon)
+        if isinstance(posterior, Quantized):
+            measured["perplexity"], measured["usage"] = posterior.use()
         total = add_up(weights[name] * values[name] for name in values)
         # Detached: a trainer that adds them up over an epoch keeps no graph alive.
         return {name: value.detach() for name, value in values.items()} | measured | {"loss": total}
@@ -200,6 +209,19 @@ class VAELoss(nn.Module):
                 term.check_latent(shape, latent)
         if self.adversarial is not None:
             self.adversarial.check(shape)
+
+    def check_head(self, head: PosteriorHead) -> None:
+        """Refuse what a term asks of latents that the head does not make.
+
+        Args:
+            head: Of the network that is trained.
+        """
+        kl = self.terms["kl"]
+        if head.num_codes and isinstance(kl, KL) and kl.target_std is not None:
+            raise ValueError(
+                f"loss.kl.target_std steers the spread of a Gaussian, and {type(head).__name__} has"
+                " codes: leave it out"
+            )
 
     @property
     def discriminator(self) -> Critic | None:

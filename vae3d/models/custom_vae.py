@@ -1,4 +1,4 @@
-"""The variational autoencoder: two flat chains of layers round a Gaussian latent.
+"""The variational autoencoder: two flat chains of layers round a latent, Gaussian or of codes.
 
 Axes: b batch, c channels, x y z space in storage order; 2D is `(B, C, X, Y)`, 3D `(B, C, X, Y, Z)`.
 """
@@ -173,7 +173,8 @@ class CustomVAE(Described, nn.Module):
         mid_attention: Attention class of the bottleneck; None for none.
         encoder_mid: Build the encoder's bottleneck (two blocks with `mid_attention` in between).
         decoder_mid: Build the decoder's bottleneck.
-        posterior: Class that turns the encoder's output into the posterior.
+        posterior: Class that turns the encoder's output into the posterior: Gaussian, or the
+            codes of `FSQ` or `VQ`.
         z_channels: Channels that the decoder starts from; None for `latent_channels`.
         double_z: The encoder ends in as many times `z_channels` as the posterior has moments
             (Stable Diffusion), not in `z_channels` (MONAI).
@@ -243,6 +244,7 @@ class CustomVAE(Described, nn.Module):
         attentions = [attention if mark else None for mark in marked]
 
         self.head = posterior()
+        self.head.fit(latent_channels)
         moments = self.head.num_moments
         encoder_out = z_channels * (moments if double_z else 1)
         parts = _Parts(spatial_dims, block, down, up, norm, act, act_before_out, mid_attention)
@@ -301,6 +303,11 @@ class CustomVAE(Described, nn.Module):
             return (
                 "linear_code reconstructs its input: it takes output none, and no out_channels"
                 " other than in_channels"
+            )
+        if self.head.num_codes:
+            return (
+                f"linear_code: {type(self.head).__name__} has no place for one, its latents are"
+                " codes; set it to false"
             )
         return too_large(self.in_channels, self.factor)
 
@@ -363,10 +370,18 @@ class CustomVAE(Described, nn.Module):
     def encode(self, x: Tensor) -> DiagonalGaussian:
         """Posterior of `(B, C, *spatial)`, padded at the far end to a multiple of `factor`."""
         x = self.pad(x)
-        posterior = self.head(in_range([self.encoder, self.quant_conv], x))
+        posterior = self.head(self.moments(x))
         if self.linear_code is not None:
             posterior = replace(posterior, mean=posterior.mean + self.linear_code.encode(x))
         return posterior
+
+    def moments(self, x: Tensor) -> Tensor:
+        """What the head makes the posterior of; `x` is padded."""
+        return in_range([self.encoder, self.quant_conv], x)
+
+    def snapped(self, z: Tensor) -> Tensor:
+        """The nearest latent `(B, C, *spatial)` of the codebook; of a Gaussian head `z` itself."""
+        return self.head.values(self.head.codes(z)).to(z) if self.head.num_codes else z
 
     def decode(self, z: Tensor) -> Tensor:
         """Reconstruction `(B, out_channels, *spatial * factor)` of a latent `(B, C, *spatial)`."""
@@ -427,8 +442,8 @@ class CustomVAE(Described, nn.Module):
         return (self.draw(self.encode(x)) - self.latent_shift) * self.latent_scale
 
     def decode_stage_2_outputs(self, z: Tensor) -> Tensor:
-        """Reconstruction of a scaled latent."""
-        return self.decode(z / self.latent_scale + self.latent_shift)
+        """Reconstruction of a scaled latent, or of the codes nearest to it."""
+        return self.decode(self.snapped(z / self.latent_scale + self.latent_shift))
 
     def set_latent_scale(self, scale: float) -> None:
         """Take over a measured scale, for `encode_stage_2_inputs` and in what is saved."""

@@ -14,6 +14,7 @@ FAR_SPECTRUM = 0.1  # nats, spectral_gap
 SCALE_COSTS_DB = 3.0  # scale_psnr below psnr
 MOSTLY_NOISE = 0.5  # noise_share
 HEAVY_TAILS = 10.0  # kurtosis
+FEW_CODES = 0.1  # code_perplexity over the codebook
 CLOSE_DB = 6.0  # patch_gap so near to psnr: the patches make a good part of the error
 
 Found = list[tuple[str, str]]  # level (bad | warn | good) and HTML
@@ -72,7 +73,8 @@ def _means(rows: Sequence[dict], metrics: Sequence[str]) -> dict[str, float]:
 def _against_linear_codes(means: Mapping[str, float], summary: Mapping[str, object]) -> Found:
     """Whether the model is worth its training: above pooling, above block PCA, without a grid."""
     psnr, remedy = means.get("psnr", math.inf), "raise <code>--max_steps</code>"
-    if not summary.get("linear_code"):
+    codes = summary.get("num_codes")  # no numbers: no linear code is of their size, or round them
+    if not (summary.get("linear_code") or codes):
         remedy = f"begin at the best linear code (<code>--model.linear_code true</code>), {remedy}"
     found = []
     if psnr < means.get("pooled_psnr", -math.inf):
@@ -81,7 +83,7 @@ def _against_linear_codes(means: Mapping[str, float], summary: Mapping[str, obje
              f"{means['pooled_psnr']:.1f} dB: {remedy}, lower <code>--lr</code>, and look whether "
              "<code>data.preprocess</code> leaves the volumes as you meant them.")
         )  # fmt: skip
-    elif psnr < means.get("pca_psnr", -math.inf):
+    elif psnr < means.get("pca_psnr", -math.inf) and not codes:
         found.append(
             ("warn", f"The model has {psnr:.1f} dB, a <b>linear code</b> of the same size (block "
              f"PCA) {means['pca_psnr']:.1f} dB: {remedy}, or give it more "
@@ -93,7 +95,7 @@ def _against_linear_codes(means: Mapping[str, float], summary: Mapping[str, obje
              f"{means['lattice_score']:.2f}, 1 is none): raise <code>--max_steps</code>, or shrink "
              "less (<code>--model.factors</code>).")
         )  # fmt: skip
-    if not found and "pca_psnr" in means:
+    if not found and "pca_psnr" in means and not codes:
         equivalent, pooled = means.get("pca_equivalent"), means.get("pooled_psnr", math.nan)
         worth = f", which would need {equivalent:.2f} times as many numbers" if equivalent else ""
         found.append(
@@ -132,6 +134,9 @@ def _latent(means: Mapping[str, float], summary: Mapping[str, object]) -> Found:
     std = means.get("latent_std")
     if std is not None and not 0.5 < std < 2:
         found.append(("warn", latent_scale_advice(std)))
+    codes, perplexity = summary.get("num_codes"), means.get("code_perplexity")
+    if isinstance(codes, int) and perplexity is not None:
+        found.append(code_use(perplexity, means["code_usage"], codes))
     return [*found, *(("warn", f"For a second stage: {text}.") for text in _diffusability(means))]
 
 
@@ -163,6 +168,24 @@ def _diffusability(means: Mapping[str, float]) -> Iterator[str]:
             f"a few latent values are <b>far out</b> (kurtosis {tails:.0f}, 0 as of a Gaussian): "
             "raise <code>--loss.kl.weight</code>"
         )
+
+
+def code_use(perplexity: float, usage: float, codes: int | None = None) -> tuple[str, str]:
+    """What to say of how codes lie over their codebook.
+
+    Args:
+        perplexity: How many codes would be in use if all were used alike.
+        usage: Part of the codebook that is used.
+        codes: Its size; None for what the two tell of it.
+    """
+    said = f"<b>Codes</b>: {100 * usage:.0f} % are used, as evenly as {perplexity:.0f} would be"
+    of = f", of {codes}" if codes else ""
+    if usage < FEW_CODES or (codes and perplexity < FEW_CODES * codes):
+        return "warn", (
+            f"{said}{of}: a smaller codebook would do as well (<code>levels</code> of FSQ, "
+            "<code>codebook</code> of VQ), or train longer."
+        )
+    return "good", f"{said}{of}."
 
 
 def latent_scale_advice(std: float) -> str:

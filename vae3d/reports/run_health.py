@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from statistics import median
 
 from vae3d.reports import page
-from vae3d.reports.evaluation_health import latent_scale_advice
+from vae3d.reports.evaluation_health import code_use, latent_scale_advice
 from vae3d.reports.run_data import HIGHER_IS_BETTER, RunData
 
 
@@ -115,6 +115,9 @@ def _latent_health(run: RunData) -> Iterator[tuple[str, str]]:
             "<code>--loss.kl.weight</code>, or save <code>--model.latent_channels</code>."
         )
         yield "warn", text
+    perplexity, usage = run.values("train/perplexity"), run.values("train/usage")
+    if perplexity and usage:
+        yield code_use(perplexity[-1], usage[-1])
     std = run.values("latent/mean_std")
     if std and not 0.5 < std[-1] < 2:
         yield "warn", latent_scale_advice(std[-1])

@@ -2,7 +2,8 @@
 
     latents/
       latents.json                statistics over all files, encoding, subjects
-      IXI013.safetensors          mean and logvar (C, X, Y, Z) float32, and what they belong to
+      IXI013.safetensors          mean and logvar (C, X, Y, Z) float32, and what they belong to;
+                                  codes int32 in the place of logvar where there is a codebook
 
 A file keeps the posterior, never a draw from it: sampling and scaling happen when it is read. Its
 header holds the affine and spacing of the latent grid, the subject and its labels, where it came
@@ -13,6 +14,7 @@ alone, in the order of names: any number of ranks writes the same bytes as one.
 from __future__ import annotations
 
 import json
+import math
 import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -53,7 +55,7 @@ HEADER = {
     "source": {"fingerprint": str, "undo": UNDO},
     "made_by": MADE_BY,
 }
-PARTS = {"mean", "logvar"}  # tensors of a file
+PARTS = [{"mean", "logvar"}, {"mean", "codes"}]  # tensors of a file
 NEEDED = ("shape", "moments", "crc32")  # that `write_latent` adds
 INDEX_SHAPE = {
     "vae": str,
@@ -78,11 +80,14 @@ class Latent:
         mean: Posterior mean, `(C, X, Y, Z)` or `(C, X, Y)`, float32, as the encoder gives it.
         logvar: Log of the posterior variance, same shape.
         info: What the header says: subject, split, labels, affine, spacing_mm, source, ...
+        codes: Places in the codebook, `(codes of a latent voxel, X, Y, Z)` int32, whose values
+            `mean` has; None where the latent is no code. Then `logvar` is minus infinity.
     """
 
     mean: Tensor
     logvar: Tensor
     info: dict[str, Any]
+    codes: Tensor | None = None
 
     def draw(self, generator: torch.Generator | None = None) -> Tensor:
         """Draw from the posterior, `mean + std * noise`."""
@@ -95,7 +100,9 @@ def latent_path(folder: str | Path, subject: str) -> Path:
     return Path(folder) / f"{case_stem(subject)}.safetensors"
 
 
-def write_latent(path: Path, mean: Tensor, logvar: Tensor, info: dict[str, Any]) -> None:
+def write_latent(
+    path: Path, mean: Tensor, logvar: Tensor, info: dict[str, Any], codes: Tensor | None = None
+) -> None:
     """Write a latent so that `path` is whole or absent at any moment.
 
     Args:
@@ -103,21 +110,27 @@ def write_latent(path: Path, mean: Tensor, logvar: Tensor, info: dict[str, Any])
         mean: Posterior mean `(C, *spatial)`.
         logvar: Log of the posterior variance `(C, *spatial)`.
         info: JSON-able; `shape`, `moments` and a checksum are added.
+        codes: `(codes of a latent voxel, *spatial)` where `mean` has their values; written in the
+            place of `logvar`.
 
     Raises:
         ValueError: The latent holds values that are not finite.
     """
     from safetensors.torch import save
 
-    tensors = {"mean": _plain(mean), "logvar": _plain(logvar)}
+    tensors = {"mean": _plain(mean)}
+    if codes is None:
+        tensors["logvar"] = _plain(logvar)
+    else:
+        tensors["codes"] = codes.detach().to("cpu", torch.int32).contiguous()
     if not all(torch.isfinite(t).all() for t in tensors.values()):
         raise ValueError(f"{path}: the latent holds NaN or infinity; the checkpoint is broken")
     header = {
         "format": FORMAT,
         **info,
         "shape": list(mean.shape),
-        "moments": moments(**tensors),
-        "crc32": _checksum(**tensors),
+        "moments": moments(_plain(mean), _plain(logvar)),
+        "crc32": _checksum(*tensors.values()),
     }
     # One key: safetensors keeps several in an order that changes from process to process.
     data = save(tensors, metadata={"vae3d": json.dumps(header, sort_keys=True)})
@@ -139,12 +152,16 @@ def read_latent(path: str | Path) -> Latent:
     """
     with _open(path) as file:
         info = _header(file, path)
-        mean, logvar = (file.get_tensor(name) for name in ("mean", "logvar"))
-    if not list(mean.shape) == list(logvar.shape) == info["shape"]:
+        mean = file.get_tensor("mean")
+        codes = file.get_tensor("codes") if "codes" in {*file.keys()} else None
+        beside = file.get_tensor("logvar") if codes is None else codes
+    like = mean if codes is None else mean[0]
+    if not (list(mean.shape) == info["shape"] and beside.shape[-like.ndim :] == like.shape):
         raise ValueError(f"{path}: damaged, not of the shape it tells; delete it and encode again")
-    if _checksum(mean, logvar) != info["crc32"]:
+    if _checksum(mean, beside) != info["crc32"]:
         raise ValueError(f"{path}: damaged, its checksum is wrong; delete it and encode again")
-    return Latent(mean, logvar, info)
+    logvar = torch.full_like(mean, -math.inf) if codes is not None else beside
+    return Latent(mean, logvar, info, codes)
 
 
 def find_latents(folder: str | Path, split: str | None = None) -> list[Path]:
@@ -222,6 +239,7 @@ class Statistics:
             count = total
         of_means, of_noise = squares / count, noise / count
         variance = of_means + of_noise
+        some = np.where(variance > 0, variance, 1.0)  # 0 for a channel of codes that are all alike
         overall = variance.mean() + mean.var()  # the channels' means differ, too
         return cls(
             subjects=files,
@@ -229,9 +247,9 @@ class Statistics:
             mean=mean.tolist(),
             std=np.sqrt(variance).tolist(),
             std_of_means=np.sqrt(of_means).tolist(),
-            noise_share=(of_noise / variance).tolist(),
-            total_noise_share=float(of_noise.sum() / variance.sum()),
-            scaling_factor=float(1 / np.sqrt(overall)),
+            noise_share=(of_noise / some).tolist(),
+            total_noise_share=float(of_noise.sum() / (variance.sum() or 1.0)),
+            scaling_factor=float(1 / np.sqrt(overall or 1.0)),
         )
 
     def standardize(self, z: Tensor) -> Tensor:
@@ -453,8 +471,8 @@ def _plain(tensor: Tensor) -> Tensor:
     return tensor.detach().to("cpu", torch.float32).contiguous()
 
 
-def _checksum(mean: Tensor, logvar: Tensor) -> int:
-    return zlib.crc32(logvar.numpy().data, zlib.crc32(mean.numpy().data))
+def _checksum(mean: Tensor, beside: Tensor) -> int:
+    return zlib.crc32(beside.numpy().data, zlib.crc32(mean.numpy().data))
 
 
 def _open(path: str | Path) -> safe_open:
@@ -472,7 +490,8 @@ def _open(path: str | Path) -> safe_open:
 
 def _header(file: safe_open, path: str | Path) -> dict[str, Any]:
     info = load_json((file.metadata() or {}).get("vae3d", "{}"), f"{path}: its header")
-    if not isinstance(info, dict) or info.get("format") != FORMAT or not {*file.keys()} >= PARTS:
+    whole = any(parts <= {*file.keys()} for parts in PARTS)
+    if not isinstance(info, dict) or info.get("format") != FORMAT or not whole:
         raise ValueError(f"{path}: a safetensors file, but not one that vae3d encode wrote")
     lent = HEADER | {"made_by": {}, "source": {}}  # who writes latents in Python may say less
     check_header(info, path, {k: v for k, v in lent.items() if k in info or k in NEEDED})

@@ -20,7 +20,10 @@ from typing import IO, TYPE_CHECKING
 if TYPE_CHECKING:
     from rich.progress import Progress, ProgressColumn, Task, TaskID
 
-TERMS = ("loss", "recon", "kl", "perceptual", "adversarial", "discriminator_loss")
+TERMS = (
+    *("loss", "recon", "kl", "commitment", "perceptual", "adversarial", "discriminator_loss"),
+    "perplexity",
+)
 UNITS = ("patches", "latents")  # that training counts, by its stage
 MEMORY = (("perf/gpu_memory_gb", "GPU"), ("perf/cpu_memory_gb", "RAM"))
 

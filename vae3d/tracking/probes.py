@@ -15,7 +15,7 @@ Measuring leaves the global random state alone, so a run with probes trains as o
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -44,7 +44,10 @@ ACTIVE_NATS = 0.01  # a channel with less KL per latent element says nothing abo
 
 
 class Posterior(Protocol):
-    """What a volume is encoded to: a Gaussian for each latent element."""
+    """What a volume is encoded to: a Gaussian for each latent element, or codes.
+
+    Codes have a `use` (perplexity, part of the codebook), a std of 0 and no KL divergence.
+    """
 
     @property
     def mean(self) -> torch.Tensor:
@@ -56,6 +59,14 @@ class Posterior(Protocol):
 
     def kl(self, reduction: Literal["none"]) -> torch.Tensor:
         """KL divergence of each latent element from N(0, 1) [nats]."""
+
+
+@runtime_checkable
+class Coded(Protocol):
+    """A posterior of codes."""
+
+    def use(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Perplexity of the codes, and the part of the codebook that occurs."""
 
 
 class Autoencoder(Protocol):
@@ -77,14 +88,14 @@ class Measured:
 
     Args:
         numbers: Scalars for the log.
-        noise: Decodings of mean + s x std, for s in `NOISE`.
+        noise: Decodings of mean + s x std, for s in `NOISE`; empty for codes.
         between: Decodings between two volumes; empty with one volume.
-        prior: Decodings of draws from N(0, 1).
-        fitted: Decodings of draws from the Gaussian fitted to the latents.
+        prior: Decodings of draws from N(0, 1); empty for codes.
+        fitted: Decodings of draws from the Gaussian fitted to the latents; empty for codes.
         latents: Posterior mean per channel, of the first volume.
         values: Posterior means, `(C, n)`, of all volumes.
-        std: Posterior std, `(C, n)`.
-        kl: KL of each latent element [nats], `(C, n)`.
+        std: Posterior std, `(C, n)`; empty for codes.
+        kl: KL of each latent element [nats], `(C, n)`; empty for codes.
     """
 
     numbers: dict[str, float]
@@ -151,8 +162,10 @@ class LatentProbes:
         like = next(vae.parameters())
         posteriors = [vae.encode(x[None].to(like.device, like.dtype)) for x in self.patches]
         means = torch.cat([p.mean.float() for p in posteriors])
-        stds = torch.cat([p.std.float() for p in posteriors])
-        kl = torch.cat([p.kl("none").float() for p in posteriors])
+        uses = [p.use() for p in posteriors if isinstance(p, Coded)]
+        spread = [] if uses else posteriors
+        stds = torch.cat([means[:0], *(p.std.float() for p in spread)])
+        kl = torch.cat([means[:0], *(p.kl("none").float() for p in spread)])
         noise = torch.Generator().manual_seed(self.seed)
 
         def decode(z: torch.Tensor) -> np.ndarray:
@@ -169,18 +182,23 @@ class LatentProbes:
         center = center.reshape(1, -1, *(1,) * (first.ndim - 2))
         z_fitted = [torch.einsum("ij,bj...->bi...", root, z) + center for z in z_prior]
         stds, kl = (t.transpose(0, 1).flatten(1) for t in (stds, kl))
-        return Measured(
-            numbers={
+        if uses:
+            both = torch.tensor(uses).mean(0).tolist()
+            numbers = dict(zip(("latent/perplexity", "latent/usage"), both, strict=True))
+        else:
+            numbers = {
                 "latent/kl": float(kl.mean()),
                 "latent/channels": float(len(kl)),
                 "latent/active_channels": float((kl.mean(dim=1) > ACTIVE_NATS).sum()),
                 "latent/mean_std": float(values.std(dim=1).mean()),
                 "latent/posterior_std": float(stds.mean()),
-            },
-            noise=[decode(first + s * posteriors[0].std.float() * eps) for s in NOISE],
+            }
+        return Measured(
+            numbers=numbers,
+            noise=[decode(first + s * p.std.float() * eps) for p in spread[:1] for s in NOISE],
             between=[decode(first + t * (last - first)) for t in BETWEEN * (len(means) > 1)],
-            prior=[decode(z) for z in z_prior],
-            fitted=[decode(z) for z in z_fitted],
+            prior=[decode(z) for z in z_prior if not uses],
+            fitted=[decode(z) for z in z_fitted if not uses],
             latents=[self._middle(channel[None]) for channel in first[0]],
             values=values.cpu().numpy(),
             std=stds.cpu().numpy(),
@@ -192,7 +210,7 @@ class LatentProbes:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         between = zip((f"{t:.0%}" for t in BETWEEN), measured.between, strict=False)
-        noise = zip((f"s {s:g}" for s in NOISE), measured.noise, strict=True)
+        noise = zip((f"s {s:g}" for s in NOISE), measured.noise, strict=False)
         rows: dict[str, dict[str, Slices]] = {
             "noise": {"mean + s x std": dict(noise)},
             "between": {"between two volumes": dict(between)},
@@ -201,10 +219,10 @@ class LatentProbes:
                 "draws from the fitted Gaussian": dict(enumerate(measured.fitted)),
             },
         }
-        pictures = {name: self._strip(row) for name, row in rows.items() if all(row.values())} | {
-            "slices": self._latents(measured),
-            "channels": draw_channels(measured),
-        }
+        pictures = {name: self._strip(row) for name, row in rows.items() if all(row.values())}
+        pictures["slices"] = self._latents(measured)
+        if measured.kl.size:
+            pictures["channels"] = draw_channels(measured)
         return {
             f"latent/{name}": write_png(folder / f"latent_{name}.png", picture)
             for name, picture in pictures.items()

@@ -15,6 +15,9 @@ from vae3d.training.sharding import part
 class EMA:
     """Average of a module's parameters in float32 or float64, with a warm-up of the decay.
 
+    Buffers are those of the module, as it validates and as it is saved: running statistics, and the
+    codebook of `VQ`, are running means themselves.
+
     The decay of the n-th update is min(decay, (1 + n) / (10 + n)), as in TensorFlow's
     ExponentialMovingAverage: early averages are not held back by the initial weights.
 

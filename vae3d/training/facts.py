@@ -46,11 +46,22 @@ def facts(
         "patches": cutting(plan, size),
         "network": f"{parameters:.2f} M parameters, factor {times(vae.factor)}",
         "latent": f"{vae.latent_channels} x {times(latent)} for {times(size)}, "
-        f"{shrink:.3g} input numbers for one",
+        + (codebook(vae) or f"{shrink:.3g} input numbers for one"),
         "update": f"batch {loader.batch_size} x accumulation {grad_accum} x {world.size} "
         f"{'rank' if world.size == 1 else 'ranks'} = {update}",
         "device": f"{device_name(world.device)}, amp {amp}",
     }
+
+
+def codebook(vae: CustomVAE) -> str:
+    """The codes of a latent, and what they take; empty without a codebook."""
+    if not (known := vae.head.num_codes):
+        return ""
+    z = torch.zeros(1, vae.latent_channels, *[1] * vae.spatial_dims, device=vae.last_layer.device)
+    number = vae.head.codes(z).shape[1]
+    bits = number * math.log2(known) / math.prod(vae.factor)
+    each = "a code" if number == 1 else f"{number} codes"
+    return f"{each} of {known} a latent voxel, {bits:.3g} bit a voxel"
 
 
 def cutting(plan: Any, size: Sequence[int]) -> str:

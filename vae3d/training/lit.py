@@ -23,6 +23,7 @@ from loaders import SliceStore, VolumeStore
 from vae3d.losses.term import mean
 from vae3d.losses.vae_loss import VAELoss
 from vae3d.models.custom_vae import CustomVAE
+from vae3d.models.posterior import Quantized
 from vae3d.training.checkpoint import checkpoint_of
 from vae3d.training.distributed import World
 from vae3d.training.linear_code import fit_linear_code
@@ -101,7 +102,11 @@ class LitVAE(lightning.LightningModule):
         weight = weight_of(batch)
         error = recon - x
         terms = {"mae": mean(error.abs(), weight), "mse": mean(error.square(), weight)}
-        self._log("val", terms | {"kl": posterior.kl()}, batch)
+        if isinstance(posterior, Quantized):
+            terms["perplexity"], terms["usage"] = posterior.use()
+        else:
+            terms["kl"] = posterior.kl()
+        self._log("val", terms, batch)
 
     def configure_optimizers(self) -> Optimizer | list[Optimizer]:
         """One optimizer for the model and the loss's own parameters, one for a discriminator."""

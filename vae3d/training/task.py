@@ -17,6 +17,7 @@ from loaders import Batch
 from vae3d.losses.term import Decoding
 from vae3d.losses.vae_loss import VAELoss
 from vae3d.models.custom_vae import CustomVAE
+from vae3d.models.posterior import Quantized
 from vae3d.training.distributed import World
 
 
@@ -92,6 +93,7 @@ class VAETask(Task):
         augment: Callable[[Batch, int, int], Batch] | None = None,
     ):
         super().__init__()
+        loss.check_head(model.head)
         self.network = model
         self.loss = loss
         self.seed, self.augment = seed, augment
@@ -114,7 +116,10 @@ class VAETask(Task):
             draws = [noise_of_sample(shape, seed, step, int(i), x.device) for i in batch.index]
             return torch.stack(draws)
 
-        z = posterior.mean + posterior.std * normal(posterior.mean.shape[1:])
+        self.network.head.observe(posterior, normal)
+        z = posterior.mean
+        if not isinstance(posterior, Quantized):
+            z = z + posterior.std * normal(z.shape[1:])
         decoded = self.loss.disturbed(z, normal)
         recon = self.network.crop(self.network.decode(decoded), x)
         weight = weight_of(batch)
@@ -140,8 +145,9 @@ class VAETask(Task):
         return self.loss.discriminator_loss(x, recon, step, discriminator, weight)
 
     def after_step(self) -> None:
-        """Update the controllers of the loss."""
+        """Update the controllers of the loss, and a codebook."""
         self.loss.after_step()
+        self.network.head.after_step()
 
     def extra_state(self) -> dict[str, Any]:
         """State of the loss: controllers, learned log-variance, discriminator."""
