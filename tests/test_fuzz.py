@@ -82,6 +82,8 @@ def world(tmp_path_factory):
         for name in ("WandbRun", "TensorBoard", "MLflowRun"):
             patch.setattr(f"vae3d.tracking.tracker.{name}", NoTracker)
         patch.setattr("vae3d.inference.export.export_programs", exported)
+        # For some seconds, a minute on a busy machine; trainings compile in tests/test_train_3d.py.
+        patch.setattr("vae3d.models.custom_vae.Chain.compile", lambda *_, **__: None)
         make_world(home / "world")
         # Half of the time of an example; real processes below make theirs.
         patch.setattr(config, "_parser", lru_cache(config._parser))
@@ -443,11 +445,16 @@ def try_option(world: Path, command: str, option: Option, count: int) -> None:
     run()
 
 
+PARTS = {"train": 10, "convert": 2}  # tests of a command, so that two workers share them
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("command", LINES)
-def test_any_value_of_any_option_is_taken_or_refused_in_one_line(command, world):
+@pytest.mark.parametrize(
+    "command, part", [(name, part) for name in LINES for part in range(PARTS.get(name, 1))]
+)
+def test_any_value_of_any_option_is_taken_or_refused_in_one_line(command, part, world):
     count = examples_each(command)
-    for option in options_of(command):
+    for option in options_of(command)[part :: PARTS.get(command, 1)]:
         try_option(world, command, option, count)
 
 
@@ -582,18 +589,23 @@ def test_any_order_of_words_is_taken_or_refused_in_one_line(world, number):
     attempt(world, spoiled_line(world, random.Random(number)))
 
 
+NUM_PROCESSES, TESTS = 40, 4
+
+
 @pytest.mark.slow
-def test_real_processes_keep_to_the_same(world):
+@pytest.mark.parametrize("part", range(TESTS))
+def test_real_processes_keep_to_the_same(part, world):
     """Two at a time; none of this file's stand-ins is in their way."""
     rng = random.Random(0)
-    lines = [spoiled_line(world, rng) for _ in range(40 - 2 * len(LINES))]
+    lines = [spoiled_line(world, rng) for _ in range(NUM_PROCESSES - 2 * len(LINES))]
     for command in 2 * list(LINES):
         option = rng.choice(options_of(command))
         lines.append(line_with(world, command, option, draw(option, rng)))
-    assert len(lines) == 40
+    assert len(lines) == NUM_PROCESSES
+    lines = lines[part::TESTS]
     for at in range(0, len(lines), 2):
-        started = [start(line) for line in lines[at : at + 2]]
-        for line, process in zip(lines[at : at + 2], started, strict=True):
+        pair = lines[at : at + 2]
+        for line, process in zip(pair, list(map(start, pair)), strict=True):
             said, code = finish(process)
             assert code in (0, 2, 130) and "Traceback" not in said, f"{code}: {line}\n{said}"
             assert code != 2 or said.count("error: ") == 1 or line[0] == "check-data", said

@@ -177,6 +177,7 @@ def test_options_of_other_peoples_classes_are_their_own_affair():
         ("--max_step=5", "no option --max_step; did you mean --max_steps or --max_bad_steps?"),
         ("--data.thread 3", "no option --data.thread; did you mean --data.threads?"),
         ("--bogus 3", "no option --bogus; see --help"),
+        ("--config=--", "--config: -- is no value"),
         (
             "--model.chanels 3",
             "--model.chanels: CustomVAE has no such option; did you mean channels or z_channels?",

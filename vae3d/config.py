@@ -324,6 +324,8 @@ def _spelled_out(fn: Callable, argv: list[str]) -> list[str]:
     spelled: list[str] = []
     for before, arg, after in zip(["", *argv], argv, [*argv, ""][1:], strict=False):
         option, equals, value = arg.partition("=") if arg.startswith("--") else (before, "", arg)
+        if equals and value == "--":  # argparse would drop it, and leave a list of nothing
+            raise ValueError(f"{option}: -- is no value")
         folder = folders.get(option) if equals or not arg.startswith("--") else None
         # A class has capitals or dots, a text of YAML has more than letters.
         if folder and (option == "--config" or re.fullmatch("[a-z][a-z0-9_]*", value)):
