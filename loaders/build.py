@@ -49,10 +49,12 @@ from loaders.readers import (
     has_place,
     holds_dicom,
     is_store,
+    is_there,
     read_volume,
     revision,
     same_grid,
     split_series,
+    url_of,
     volume_suffix,
 )
 from loaders.series import at_time, by_file
@@ -492,7 +494,7 @@ def color_hint(subject: Subject, channels: set[int | None]) -> str:
 
 def missing_files(subject: Subject) -> list[Path]:
     """Files that a subject lacks while others are there; a link that leads nowhere is broken."""
-    lacking = [path for path in subject.paths if not os.path.lexists(path)]
+    lacking = [path for path in subject.paths if not (is_there(path) or path.is_symlink())]
     return lacking if len(lacking) < len(subject.paths) else []
 
 
@@ -729,7 +731,10 @@ def note_lines(notes: Sequence[tuple[Path, Sequence[str]]]) -> list[str]:
     paths: dict[str, list[Path]] = {}
     for path, note in ((path, note) for path, of_volume in notes for note in of_volume):
         paths.setdefault(note, []).append(path)
-    return [f"{of[0]}: {note} ({len(of)} of {len(notes)} volumes)" for note, of in paths.items()]
+    return [
+        f"{url_of(of[0]) or of[0]}: {note} ({len(of)} of {len(notes)} volumes)"
+        for note, of in paths.items()
+    ]
 
 
 def label_map_of(subject: Subject) -> Path:

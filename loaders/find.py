@@ -16,10 +16,11 @@ from loaders.manifest import SUFFIXES, manifest_subjects
 from loaders.masks import with_masks
 from loaders.readers import (
     DICOM_SUFFIXES,
+    HDF5,
     READERS,
     READING,
-    SCHEMES,
     SLICES,
+    ZARR,
     BrokenVolume,
     Dicom,
     Reading,
@@ -29,6 +30,7 @@ from loaders.readers import (
     object_name,
     split_dataset,
     split_series,
+    stores_at,
     url_of,
     volume_suffix,
     volumes_of,
@@ -88,8 +90,11 @@ def listed(root: Path, reading: Reading, named: Collection[str], say: Say) -> li
     if root.suffix.lower() in SUFFIXES and root.is_file():
         return manifest_subjects(root)
     passed: list[str] = []
-    refuse_scheme(root)
-    if is_store(root) and (root.is_dir() or not glob.has_magic(str(root))):
+    if (url := url_of(root)) and not any(part.endswith(ZARR) for part in fixed_parts(root)):
+        paths, base = in_bucket(url), Path(*fixed_parts(root))
+        if paths == [root]:
+            base = (split_dataset(root) or (root, ""))[0].parent
+    elif is_store(root) and (url or root.is_dir() or not glob.has_magic(str(root))):
         paths, base = [root], root.parent
     elif split_dataset(root):
         paths, base = datasets(root), Path(str(root).split("*")[0].split("?")[0] + "x").parent
@@ -121,14 +126,24 @@ def listed(root: Path, reading: Reading, named: Collection[str], say: Say) -> li
     return each_series(subjects, reading.dicom) if reading.dicom.series == "all" else subjects
 
 
-def refuse_scheme(root: Path) -> None:
-    """Refuse a URL that no reader takes."""
-    found = re.match(r"([A-Za-z][A-Za-z0-9+.-]+):/", str(root))
-    if found and not url_of(root) and not split_dataset(root):
-        raise ValueError(
-            f"{found[1]}://{str(root)[found.end() :]}: {', '.join(SCHEMES)} are read, and what is "
-            f"mounted (data.root)"
-        )
+def fixed_parts(root: Path) -> list[str]:
+    """Parts of a path before the first that is a pattern."""
+    return list(itertools.takewhile(lambda part: not set(part) & set("*["), root.parts))
+
+
+def in_bucket(url: str) -> list[Path]:
+    """Return the stores of a folder or glob behind a URL; other files have to be fetched first."""
+    file, dataset = split_dataset(url) or (None, "")
+    if file is None:
+        paths = [*map(Path, stores_at(url))]
+    elif glob.has_magic(str(file)):
+        found = stores_at(url_of(file) or str(file), HDF5)
+        paths = [Path(f"{name}:/{dataset}") for name in found if name.lower().endswith(HDF5)]
+    else:
+        paths = [Path(url)]
+    if not paths:
+        raise ValueError(f"{url}: holds no zarr store (data.root); other files are read on disk")
+    return paths
 
 
 def datasets(pattern: Path) -> list[Path]:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
-from loaders.readers import BrokenVolume, Reading, Volume, num_time_points
+from loaders.readers import BrokenVolume, Reading, Volume, is_there, num_time_points
 from loaders.subjects import Subject, TimePoint
 
 
@@ -17,7 +16,7 @@ def time_points(subjects: Iterable[Subject], reading: Reading) -> Iterator[Subje
     when it is read, and one that is not there has as many time points as the others.
     """
     for subject in subjects:
-        there = [path for path in subject.paths if os.path.lexists(path)]
+        there = [path for path in subject.paths if is_there(path) or path.is_symlink()]
         try:
             counts = [num_time_points(path, reading) for path in there]
         except BrokenVolume:

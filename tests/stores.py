@@ -3,8 +3,10 @@
 import http.server
 import json
 import random
+import socket
 import threading
 import time
+import urllib.request
 from pathlib import Path
 
 import numpy as np
@@ -96,6 +98,83 @@ def voxels(*shape: int, seed: int = 0) -> np.ndarray:
     inner = tuple(slice(n // 4, 3 * n // 4) for n in shape[-3:])
     data[(..., *inner)] += rng.integers(500, 1500, data[(..., *inner)].shape)
     return data.astype(np.uint16)
+
+
+class Bucket:
+    """The bucket `box` of an S3 server, moto's, that behaves as it is told; use it as a context.
+
+    Attributes:
+        mood: well, shaky (a third of the requests end in a 500 or a reset), short (chunks are cut),
+            failing (500 for chunks), silent (chunks get no answer) or denied (403 without a key).
+        latency_s: Before each answer.
+        paths: What was asked for.
+    """
+
+    def __init__(self):
+        from moto.server import DomainDispatcherApplication, create_backend_app
+        from werkzeug.serving import WSGIRequestHandler, make_server
+
+        class Quiet(WSGIRequestHandler):
+            def log(self, *_):
+                pass
+
+        self.mood, self.latency_s, self.paths = "well", 0.0, []
+        self.random, self.closing = random.Random(0), threading.Event()
+        self.app = DomainDispatcherApplication(create_backend_app)
+        self.server = make_server("127.0.0.1", 0, self.answer, True, request_handler=Quiet)
+        self.server.daemon_threads = True
+        self.url = f"http://127.0.0.1:{self.server.server_port}"
+
+    def __enter__(self):
+        self.thread = threading.Thread(target=self.server.serve_forever, daemon=True)
+        self.thread.start()
+        self.put("box", b"")
+        return self
+
+    def __exit__(self, *_):
+        self.closing.set()
+        self.server.shutdown()
+        self.server.server_close()
+        self.thread.join()
+
+    def put(self, name: str, content: bytes) -> None:
+        """Write an object, `bucket/key`."""
+        headers = {"Content-Type": "application/octet-stream", "x-amz-acl": "public-read"}
+        url = f"{self.url}/{name}"
+        asked = urllib.request.Request(url, data=content, method="PUT", headers=headers)
+        urllib.request.urlopen(asked).close()
+
+    def upload(self, folder: Path) -> None:
+        """Write the files of a folder into the bucket."""
+        for file in folder.rglob("*"):
+            if file.is_file():
+                self.put(f"box/{file.relative_to(folder)}", file.read_bytes())
+
+    def answer(self, environ, start):
+        """Answer one request as the mood has it."""
+        path, luck = environ["PATH_INFO"], self.random.random()
+        get = environ["REQUEST_METHOD"] == "GET"
+        time.sleep(self.latency_s)
+        self.paths.append(path)
+        chunk = "/s0/" in path and not path.endswith((".json", ".zarray", ".zattrs", ".zgroup"))
+        if get and self.mood == "shaky" and luck < 0.15:
+            environ["werkzeug.socket"].shutdown(socket.SHUT_RDWR)
+            raise ConnectionAbortedError
+        if get and self.mood == "silent" and chunk:
+            self.closing.wait(60)
+        failing = (self.mood == "failing" and chunk) or (self.mood == "shaky" and luck < 0.3)
+        denied = self.mood == "denied" and "HTTP_AUTHORIZATION" not in environ
+        if get and (failing or denied):
+            start("500 Internal Server Error" if failing else "403 Forbidden", [])
+            return [b""]
+        if not (get and self.mood == "short" and chunk):
+            return self.app(environ, start)
+        told = []
+        body = b"".join(self.app(environ, lambda *args: told.append(args)))
+        status, headers = told[0][:2]
+        kept = [(k, v) for k, v in headers if k.lower() not in ("content-length", "content-range")]
+        start(status, [*kept, ("Content-Length", str(len(body) // 2))])
+        return [body[: len(body) // 2]]
 
 
 class Web:

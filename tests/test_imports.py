@@ -66,6 +66,9 @@ ONE_PLACE = {
     "pydicom": {"loaders/readers/planes.py"},
     "tifffile": {"loaders/readers/tiff.py"},
     "tensorstore": {"loaders/readers/arrays.py"},
+    "fsspec": {"loaders/readers/remote.py"},
+    "s3fs": set(),  # for fsspec to find
+    "zarr": {"loaders/readers/remote.py"},
     "h5py": {"loaders/readers/arrays.py", "vae3d/losses/features.py"},
     "pint": {"loaders/readers/units.py"},
     "imagecodecs": set(),  # for tifffile to find

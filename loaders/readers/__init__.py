@@ -20,13 +20,11 @@ import numpy as np
 from loaders.readers.arrays import (
     CACHE_GB,
     HDF5,
-    SCHEMES,
     ZARR,
     Traffic,
     is_store,
     split_dataset,
     traffic,
-    url_of,
 )
 from loaders.readers.bio import read_bio
 from loaders.readers.common import (
@@ -49,6 +47,7 @@ from loaders.readers.common import (
     same_grid,
     shifted,
     split_series,
+    url_of,
 )  # fmt: skip
 from loaders.readers.dicom import DICOM_SUFFIXES, holds_dicom, patient_of, read_dicom, volumes_of
 from loaders.readers.itk import read_meta, read_nrrd
@@ -62,6 +61,7 @@ from loaders.readers.nifti import (
 from loaders.readers.npy import read_npy, read_npz
 from loaders.readers.picture import read_picture
 from loaders.readers.planes import is_dicom, object_name
+from loaders.readers.remote import stores_at
 from loaders.readers.stores import InPlace, View, look_of_view, read_store, times_of, view_of
 from loaders.readers.tiff import read_tiff, tiff_time_points
 
@@ -72,7 +72,6 @@ __all__ = [
     "PICTURES",
     "READERS",
     "READING",
-    "SCHEMES",
     "SLICES",
     "UNIT_MM",
     "ZARR",
@@ -108,6 +107,7 @@ __all__ = [
     "shifted",
     "split_dataset",
     "split_series",
+    "stores_at",
     "times_of",
     "traffic",
     "url_of",

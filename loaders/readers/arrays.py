@@ -2,7 +2,7 @@
 
 Zarr (versions 2 and 3, shards too) is read by tensorstore, on disk, from S3, Google's buckets or
 the web: a read fetches the chunks that it touches, at once, and tries again where the network
-fails. HDF5 is read by h5py.
+fails; behind other URLs by zarr-python, see `remote`. HDF5 is read by h5py.
 """
 
 from __future__ import annotations
@@ -20,13 +20,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from loaders.readers.common import BrokenVolume, require_number
+from loaders.readers import remote
+from loaders.readers.common import BrokenVolume, require_number, url_of
 
 if TYPE_CHECKING:
     import h5py
     import tensorstore
 
-SCHEMES = ("s3", "gs", "http", "https")
+SCHEMES = ("s3", "gs", "http", "https")  # that tensorstore knows
 HDF5 = (".h5", ".hdf5", ".hdf")
 ZARR = ".zarr"
 CACHE_GB = 1.0  # chunks kept by a process, where nobody says how many
@@ -83,15 +84,14 @@ def traffic() -> Traffic:
     return Traffic(*found.values())
 
 
-def url_of(path: Path | str) -> str | None:
-    """Return the URL that a path stands for (`Path` makes one of its two slashes), else None."""
-    scheme, mark, rest = str(path).partition(":/")
-    return f"{scheme}://{rest.lstrip('/')}" if mark and scheme in SCHEMES else None
+def scheme_of(url: str) -> str:
+    """Return what stands before the colon of a URL."""
+    return url.partition(":")[0]
 
 
 def split_dataset(path: Path | str) -> tuple[Path, str] | None:
-    """Take `file.h5:/path/of/dataset` apart; None for what is not such."""
-    file, mark, name = str(path).partition(":/")
+    """Take `file.h5:/path/of/dataset` apart, of a URL too; None for what is not such."""
+    file, mark, name = str(path).rpartition(":/")
     if mark and file.lower().endswith(HDF5):
         return Path(file), name
     return None
@@ -123,13 +123,17 @@ class Place:
             return f"{self.where}:/{self.name}"
         return f"{self.where}/{self.name}" if self.name else self.where
 
-    def open(self, cache_gb: float = CACHE_GB) -> ZarrArray | Hdf5Array:
+    def open(self, cache_gb: float = CACHE_GB) -> ZarrArray | Hdf5Array | RemoteArray:
         """Open it; `BrokenVolume` where that cannot be.
 
         Args:
             cache_gb: Gigabytes of decoded chunks that a process keeps, of all zarr arrays together.
         """
-        kind = Hdf5Array if self.driver == "hdf5" else ZarrArray
+        kind: type[ZarrArray | Hdf5Array | RemoteArray] = ZarrArray
+        if self.driver == "hdf5":
+            kind = Hdf5Array
+        elif (url := url_of(self.where)) and scheme_of(url) not in SCHEMES:
+            kind = RemoteArray
         try:
             found = kind(self, cache_gb)
         except BrokenVolume:
@@ -173,6 +177,21 @@ class ZarrArray:
             raise BrokenVolume(str(self.place), f"cannot be read: {reason(error)}") from error
 
 
+class RemoteArray:
+    """A zarr array behind a URL that tensorstore does not know; without a cache of chunks."""
+
+    def __init__(self, place: Place, _cache_gb: float):
+        self.place = place
+        self.array = remote.array(str(place))
+        self.shape, self.chunks = tuple(self.array.shape), tuple(self.array.chunks)
+        self.dtype = np.dtype(self.array.dtype)
+
+    def read(self, index: Index) -> np.ndarray:
+        """Read what an index of numbers and slices names."""
+        with remote.telling(str(self.place)):
+            return np.asarray(self.array[index])
+
+
 class Hdf5Array:
     """A dataset of an HDF5 file, see `ZarrArray`; HDF5 keeps a small chunk cache of its own.
 
@@ -208,7 +227,8 @@ def hdf5_dataset(file: Path, name: str) -> h5py.Dataset:
         raise ValueError(f"{file}: HDF5 needs `pip install 'vae3d[zarr]'`") from error
 
     try:
-        opened = h5py.File(file, "r")
+        url = url_of(file)
+        opened = h5py.File(remote.opened(url) if url else file, "r")
     except OSError as error:
         why = error.strerror or "is not HDF5, or damaged"
         raise BrokenVolume(file, str(why)) from error
@@ -221,7 +241,7 @@ def hdf5_dataset(file: Path, name: str) -> h5py.Dataset:
     )
     opened.close()
     there = ", ".join(f"{file.name}:/{key}" for key in names[:5]) or "none"
-    raise BrokenVolume(f"{file}:/{name}", f"no such dataset; those of the file are {there}")
+    raise BrokenVolume(f"{url or file}:/{name}", f"no such dataset; those of the file are {there}")
 
 
 @lru_cache
@@ -248,6 +268,10 @@ def key_value_store(where: str) -> dict[str, object] | str:
     if endpoint := os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL"):
         region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
         spec |= {"endpoint": endpoint, "aws_region": region or "us-east-1"}
+    if remote.unsigned():
+        spec["aws_credentials"] = {"type": "anonymous"}
+    elif os.environ.get("AWS_ACCESS_KEY_ID"):  # else all places are tried, and those told that fail
+        spec["aws_credentials"] = {"type": "environment"}
     return spec
 
 
@@ -258,27 +282,21 @@ def read_keys(where: str, keys: Sequence[str]) -> dict[str, tuple[bytes, str]]:
         files = {key: Path(where, key) for key in keys}
         there = {key: file for key, file in files.items() if file.is_file()}
         return {k: (file.read_bytes(), str(file.stat().st_mtime_ns)) for k, file in there.items()}
+    if scheme_of(url) not in SCHEMES:
+        return remote.read_files(url, keys)
     ts = require_tensorstore(where)
     try:
         store = ts.KvStore.open(key_value_store(where), context=context(CACHE_GB)).result()
         asked = {key: store.read(key) for key in keys}
         found = {key: one.result() for key, one in asked.items()}
     except ERRORS as error:
-        raise BrokenVolume(url, f"cannot be read: {reason(error)}{remedy(url, error)}") from error
+        why = f"cannot be read: {reason(error)}{remote.remedy(url, error)}"
+        raise BrokenVolume(url, why) from error
     return {
         key: (bytes(one.value), one.stamp.generation.hex())
         for key, one in found.items()
         if one.state == "value"
     }
-
-
-def remedy(url: str, error: Exception) -> str:
-    """What can be done where a bucket is not ours to read."""
-    if not re.search("denied|unauthenticated|credential|403|401", str(error), re.IGNORECASE):
-        return ""
-    kind = {"s3": "AWS_ACCESS_KEY_ID or ~/.aws", "gs": "GOOGLE_APPLICATION_CREDENTIALS"}
-    where = kind.get(url.partition(":")[0], "the URL itself")
-    return f"; credentials are taken from {where}"
 
 
 def reason(error: Exception) -> str:

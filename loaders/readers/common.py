@@ -11,6 +11,7 @@ import bz2
 import gzip
 import math
 import os
+import re
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -155,6 +156,17 @@ def is_box(region: Sequence[Sequence[int]]) -> bool:
     return whole and 0 <= x0 < x1 and 0 <= y0 < y1 and 0 <= z0 < z1
 
 
+URL = re.compile(r"([a-z][a-z0-9+-]+):/+(.*)", re.DOTALL)
+
+
+def url_of(path: Path | str) -> str | None:
+    """Return the URL that a path stands for (`Path` makes one of its two slashes), else None."""
+    found = URL.fullmatch(str(path))
+    if found is None:
+        return None
+    return f"{found[1]}:{'///' if found[1] == 'file' else '//'}{found[2]}"
+
+
 class BrokenVolume(ValueError):
     """A file that cannot be trusted; the message is one line with the file and the reason.
 
@@ -164,7 +176,7 @@ class BrokenVolume(ValueError):
     """
 
     def __init__(self, path: Path | str, reason: str):
-        self.path, self.reason = str(path), " ".join(str(reason).split())
+        self.path, self.reason = url_of(path) or str(path), " ".join(str(reason).split())
         super().__init__(f"{self.path}: {self.reason}")
 
     def __reduce__(self) -> tuple[type[BrokenVolume], tuple[str, str]]:

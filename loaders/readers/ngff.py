@@ -14,11 +14,11 @@ from pathlib import Path
 
 import numpy as np
 
-from loaders.readers.arrays import Place, hdf5_dataset, read_keys, split_dataset, url_of
-from loaders.readers.common import BrokenVolume, Look
+from loaders.readers import remote
+from loaders.readers.arrays import Place, hdf5_dataset, read_keys, split_dataset
+from loaders.readers.common import BrokenVolume, Look, url_of
 from loaders.readers.units import millimeters, shown_unit
 
-METADATA = ("zarr.json", ".zattrs", ".zarray", ".zgroup")
 # Axes of arrays that name none, as C order has them.
 UNNAMED = {2: "YX", 3: "ZYX", 4: "CZYX", 5: "TCZYX"}
 UNITS = {
@@ -88,7 +88,7 @@ def describe(path: Path) -> Image:
         if str(path) in str(error):  # an extra is missing
             raise
         reason = f"metadata are not understood ({type(error).__name__}: {error})"
-        raise BrokenVolume(url_of(path) or path, reason) from error
+        raise BrokenVolume(path, reason) from error
 
 
 def describe_hdf5(path: Path) -> Image:
@@ -104,17 +104,21 @@ def describe_hdf5(path: Path) -> Image:
         notes = (*notes, "tells no voxel size: taken as 1 mm")
     else:
         known, unit = {a: float(s) * 1e-3 for a, s in zip(spatial, sizes, strict=True)}, "um"
-    status = os.stat(file)
-    version = f"{os.path.abspath(file)} {status.st_size} {status.st_mtime_ns} {name}"
+    where = url_of(file) or os.path.abspath(file)
+    if url_of(file):
+        version = f"{where} {remote.version_of(where)} {name}"
+    else:
+        status = os.stat(file)
+        version = f"{where} {status.st_size} {status.st_mtime_ns} {name}"
     affine = np.diag([*(known.get(axis, 1.0) for axis in "XYZ"), 1.0])
-    level = Level(Place("hdf5", os.path.abspath(file), name), affine)
+    level = Level(Place("hdf5", where, name), affine)
     return Image(path, axes, (level,), Look("picture", unit), notes, hashed([version]))
 
 
 def describe_zarr(path: Path) -> Image:
     """An OME-Zarr image, or a plain array."""
     where = (url_of(path) or str(path)).rstrip("/")
-    files = read_keys(where, METADATA)
+    files = read_keys(where, remote.METADATA)
     if not files:
         raise BrokenVolume(where, missing(path))
     attributes, is_array = parsed(where, files)
@@ -126,7 +130,11 @@ def describe_zarr(path: Path) -> Image:
     assert isinstance(held, dict)
     if "multiscales" not in held:
         series = "bioformats2raw.layout" in held
-        if series and read_keys(f"{where}/0", METADATA) and not read_keys(f"{where}/1", METADATA):
+        if (
+            series
+            and read_keys(f"{where}/0", remote.METADATA)
+            and not read_keys(f"{where}/1", remote.METADATA)
+        ):
             return describe_zarr(path / "0")
         name = f"name one, {Path(where).name}/0" if series else "name an array or image in it"
         kind = "holds several images" if series else "is a group without OME metadata"
@@ -137,7 +145,7 @@ def describe_zarr(path: Path) -> Image:
     levels = []
     for entry in image["datasets"]:
         name = inside(where, str(entry["path"]))
-        array = read_keys(f"{where}/{name}", METADATA)
+        array = read_keys(f"{where}/{name}", remote.METADATA)
         if "zarr.json" not in array and ".zarray" not in array:
             raise BrokenVolume(where, f"its level {name} is no array, or missing")
         versions.append(marks(array))

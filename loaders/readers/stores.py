@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from loaders.readers.arrays import CACHE_GB, Place, url_of
+from loaders.readers.arrays import CACHE_GB, Place
 from loaders.readers.common import (
     Box,
     BrokenVolume,
@@ -193,7 +193,7 @@ def view_of(image: Image, level: int, reading: Reading, time: int | None = None)
         reading: Chooses channels and time.
         time: The time point of a sample; None where a store is one sample.
     """
-    name = url_of(image.path) or image.path
+    name = image.path
     if level >= len(image.levels):
         have = f"has {len(image.levels)} levels, level {level} is asked for (data.level)"
         raise BrokenVolume(name, f"{have}; they count from 0")
@@ -222,9 +222,7 @@ def chosen(image: Image, count: int, reading: Reading) -> tuple[int, ...]:
         number = int(wanted) if number is None and wanted.isdigit() else number
         if number is None or number >= count:
             have = f"{count} channels" + (f" ({', '.join(names)})" if any(names) else "")
-            raise BrokenVolume(
-                url_of(image.path) or image.path, f"has {have}, none is {wanted} (data.channels)"
-            )
+            raise BrokenVolume(image.path, f"has {have}, none is {wanted} (data.channels)")
         found.append(number)
     return tuple(found)
 

@@ -155,6 +155,7 @@ def plan_data(
 ) -> None:
     """Print the fingerprint of a data set and a recipe for it; see `plan`."""
     from loaders.find import find_subjects
+    from loaders.readers import url_of
     from vae3d.commands.train import check_sizes
     from vae3d.proposal import propose, recipe_text, sizes
     from vae3d.training.distributed import open_world
@@ -167,8 +168,8 @@ def plan_data(
     found = measure(find_subjects(root), volumes)
     facts = "\n".join(found.lines())
     print(facts, flush=True)
-    where = Path(root).expanduser().absolute()
-    folder = next(part for part in reversed(where.parts) if not glob.has_magic(part))
+    where = url_of(root) or Path(root).expanduser().absolute()
+    folder = next(part for part in reversed(Path(where).parts) if not glob.has_magic(part))
     out_dir = f"runs/{Path(write or folder).stem}"
     with open_world(device) as world, telling_of_device("--batch_size", "--patch_size"):
         recipe = propose(found, str(where), out_dir, world.device.type == "cuda")
