@@ -6,6 +6,8 @@ Images are (B, C, X, Y, Z) float32 in 3D and (B, C, X, Y) in 2D.
 from __future__ import annotations
 
 import itertools
+import multiprocessing
+import os
 import signal
 import sys
 import threading
@@ -472,7 +474,7 @@ class PatchLoader:
             num_workers=self.threads,
             prefetch_factor=max(1, self.prefetch // self.threads),
             generator=torch.Generator().manual_seed(self.plan.seed),  # leaves the global one alone
-            worker_init_fn=leave_signals_to_the_parent,
+            worker_init_fn=serve_the_parent,
             # Threads that read stores do not survive a fork.
             multiprocessing_context="spawn" if self.in_place else None,
         )
@@ -487,11 +489,20 @@ class PatchLoader:
             yield after, batch
 
 
-def leave_signals_to_the_parent(_worker: int) -> None:
-    """Ignore what asks a whole group of processes to stop: the parent's step needs its batches."""
+def serve_the_parent(_worker: int) -> None:
+    """Outlast what asks a whole group of processes to stop, since the parent's step needs its
+    batches, but not the parent."""
     for name in ("SIGTERM", "SIGINT", "SIGUSR1"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
+    threading.Thread(target=_end_with_the_parent, daemon=True).start()
+
+
+def _end_with_the_parent() -> None:
+    """End when the parent is killed; torch looks at its id, which with a fork server never changes."""
+    if parent := multiprocessing.parent_process():
+        parent.join()
+        os._exit(1)
 
 
 class _Batches(torch.utils.data.Dataset[tuple[Batch | BrokenVolume, Traffic]]):

@@ -1,12 +1,18 @@
 """The loader: what it yields is decided by (seed, epoch) alone, and it cleans up after itself."""
 
+import os
 import random
+import signal
+import subprocess
+import sys
 import threading
 import time
 from collections import Counter
 from itertools import islice
+from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 
@@ -493,3 +499,36 @@ def test_nothing_is_flipped_or_altered_unless_asked_for():
 
     options = DataConfig().loader_options(threads=0)
     assert options["augment"] is None and options["balance_by"] is None
+
+
+KILLED = """
+import multiprocessing, os, signal
+from loaders import Augment, PatchLoader, VolumeStore
+
+if __name__ == "__main__":
+    multiprocessing.set_start_method("forkserver")
+    store = VolumeStore.build(["{folder}/a.npy"], "{folder}/cache", progress=False)
+    augment = Augment({{"RandomFlip": {{"axes": [0]}}}})
+    loader = PatchLoader(store, (4, 4, 4), patches_per_volume=9, augment=augment, threads=2)
+    batches = iter(loader)
+    next(batches)
+    print(*[child.pid for child in multiprocessing.active_children()], flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.slow
+def test_processes_that_augment_end_with_a_parent_that_is_killed(tmp_path):
+    np.save(tmp_path / "a.npy", np.random.default_rng(0).random((8, 8, 8)).astype(np.float32))
+    (tmp_path / "script.py").write_text(KILLED.format(folder=tmp_path))
+    environ = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    output = tmp_path / "output.txt"  # not a pipe: who is left would hold it open
+    with open(output, "w") as file:
+        code = subprocess.run([sys.executable, tmp_path / "script.py"], stdout=file, env=environ)
+    assert code.returncode == -signal.SIGKILL
+    workers = [int(pid) for pid in output.read_text().split()]
+    assert len(workers) == 2
+    until = time.monotonic() + 60
+    while left := [pid for pid in workers if psutil.pid_exists(pid)]:
+        assert time.monotonic() < until, left
+        time.sleep(0.1)
