@@ -28,7 +28,7 @@ test: $(STAMP)
 	$(BIN)/python -m pytest -q -n 2 -m 'not slow and not gpu'
 
 test-slow: $(STAMP)
-	$(BIN)/python -m pytest -q -m 'slow and not gpu'
+	$(BIN)/python -m pytest -q -n 2 -m 'slow and not gpu'
 
 style: $(STAMP)
 	$(BIN)/ruff check .
