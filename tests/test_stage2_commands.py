@@ -70,14 +70,18 @@ def write_blobs(folder, count=6):
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
     """A trained VAE (`run`), its volumes and latents (`latents`); tests write elsewhere."""
+    return make_home(tmp_path_factory.mktemp("stage2"))
+
+
+def make_home(folder, max_steps=60):
     torch.manual_seed(0)
     torch.set_num_threads(1)
-    folder = tmp_path_factory.mktemp("stage2")
     manifest = write_blobs(folder / "volumes")
     data = DataConfig(manifest, cache_dir=str(folder / "cache"), preprocess=Preprocess())
     train_3d(
-        data, str(folder / "run"), TINY, patch_size=(8, 8, 8), batch_size=4, max_steps=60, lr=1e-2,
-        warmup_steps=0, val_every=0, media_every=0, wandb="disabled", device="cpu", ema_decay=0.9,
+        data, str(folder / "run"), TINY, patch_size=(8, 8, 8), batch_size=4, lr=1e-2,
+        max_steps=max_steps, warmup_steps=0, val_every=0, media_every=0, wandb="disabled",
+        device="cpu", ema_decay=0.9,
     )  # fmt: skip
     encode(str(folder / "run"), str(folder / "latents"), device="cpu")
     return folder
@@ -541,7 +545,9 @@ def test_decoded_volumes_are_drawn_in_the_range_of_their_model(home, intensity, 
 
 def test_pictures_of_samples_are_drawn_from_a_gpu_too(home, tmp_path, monkeypatch):
     sample = LatentDiffusion.sample
-    monkeypatch.setattr(LatentDiffusion, "sample", lambda *a: sample(*a).as_subclass(OnGPU))
+    monkeypatch.setattr(
+        LatentDiffusion, "sample", lambda *a, **k: sample(*a, **k).as_subclass(OnGPU)
+    )
     assert ldm(home / "latents", tmp_path, media_every=2, max_steps=2, media_volumes=1) == 0
     assert list((tmp_path / "media").iterdir())
 
