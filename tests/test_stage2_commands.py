@@ -468,6 +468,30 @@ def test_sampling_writes_volumes_clips_a_sheet_and_the_seeds(home, tmp_path):
         assert min(sheet.size) > 100 and np.asarray(sheet).std() > 5
 
 
+def test_samples_are_judged_at_once_when_asked(home, tmp_path, vae3d, monkeypatch):
+    monkeypatch.setenv("VAE3D_CACHE", str(tmp_path / "cache"))
+    path = tmp_path / "net.pt"
+    torch.jit.save(torch.jit.script(torch.nn.Sequential(torch.nn.Conv3d(1, 4, 3))), path)
+    net = ["--compare.network", "ScriptedNetwork", "--compare.network.spatial_dims", "3"]
+    line = ["sample", "--checkpoint", home / "run", "--latents", home / "latents", "--prior"]
+    line += ["standard", "--media", "false", "--device", "cpu", "--out_dir", tmp_path / "s", *net]
+    line += ["--compare.real", home / "volumes" / "*.nii.gz", "--compare.network.path"]
+    for more, said in (
+        (["--n", 1, path], "--compare: 1 sample; draw 2 or more"),
+        (["--n", 2, tmp_path / "no.pt"], "no weights at"),
+        (["--n", 2, path, "--compare.heldout", home / "volumes" / "v0*"], "1 volumes of 5"),
+    ):
+        refused = vae3d(*line[:-1], *more[:2], line[-1], *more[2:])
+        assert refused.returncode == 2 and said in refused.stderr
+        assert not (tmp_path / "s").exists()
+    done = vae3d(*line[:-1], "--n", 2, line[-1], path)
+    assert done.returncode == 0, done.stderr
+    judged = tmp_path / "s" / "comparison" / "standard"
+    found = json.loads((judged / "compare.json").read_text())
+    assert found["volumes"] == {"samples": 2, "real": 6} and "latents" in found["memorization"]
+    assert "judge them" not in done.stdout and "kernel" in done.stdout
+
+
 def test_large_grids_are_decoded_in_tiles_and_exactly(home, tmp_path):
     options = dict(n=1, latents=str(home / "latents"), prior="gaussian", grid=(14, 12, 10),
                    device="cpu", media=False)  # fmt: skip

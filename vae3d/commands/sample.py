@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from loaders import Preprocess
 from loaders.whole import write_text
+from vae3d.commands.compare import Comparison
+from vae3d.commands.compare import compare as judge
 from vae3d.ranges import check_ranges
 
 if TYPE_CHECKING:
@@ -54,6 +56,7 @@ def sample(
     seed: int = 0,
     ema: bool = True,
     media: bool = True,
+    compare: Comparison | None = None,
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto",
     trust: tuple[str, ...] = (),
 ) -> None:
@@ -104,6 +107,8 @@ def sample(
         seed: Seed of the samples.
         ema: Use the averaged weights of the ldm where the run kept some.
         media: Write GIFs and the contact sheet.
+        compare: Judge the samples by `vae3d compare` when all are drawn, into
+            `out_dir/comparison/<source>`; takes one process.
         device: auto | cpu | cuda | mps.
         trust: Module prefixes besides vae3d whose classes the checkpoints may import.
     """
@@ -120,6 +125,10 @@ def sample(
 
     options = dict(n=n, seed=seed, steps=steps, guidance=guidance, control_scale=control_scale)
     check_ranges("sample", options)
+    if compare is not None:
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            raise ValueError("--compare takes one process: sample first, then run vae3d compare")
+        compare.check(n)
     vae_path, fitted = checkpoint or "", latents or ""
     if ldm is None:
         if not vae_path:
@@ -193,8 +202,18 @@ def sample(
         done = {key: value for of in world.gather(done) for key, value in of.items()}
         if world.is_main:
             writer.finish({key: done[key] for key in sorted(done)})
+    if compare is None:
+        if world.is_main:
             print(f"judge them: vae3d compare {Path(out_dir) / next(iter(sources))} REAL "
-                  "--heldout UNSEEN, folders of real volumes")  # fmt: skip
+                  "--heldout UNSEEN, or at once by --compare.real REAL")  # fmt: skip
+        return
+    for name in sources:
+        print(f"\n{name}")
+        judge(
+            str(Path(out_dir) / name), compare.real, compare.heldout,
+            str(Path(out_dir) / "comparison" / name), compare.network, vae_path, seed=seed,
+            device=device, trust=trust,
+        )  # fmt: skip
 
 
 def seconds_to_draw(
