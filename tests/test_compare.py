@@ -1,9 +1,11 @@
 import json
 import math
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
+from prdc import compute_prdc
 from scipy.linalg import sqrtm
 from scipy.stats import mannwhitneyu, wasserstein_distance
 from torchmetrics.image.kid import poly_mmd
@@ -11,8 +13,8 @@ from torchmetrics.image.kid import poly_mmd
 from loaders import write_volume
 from loaders.readers import Volume
 from vae3d.cli import main
-from vae3d.commands.compare import compare
-from vae3d.losses.features import FeatureNetwork
+from vae3d.commands.compare import compare, features_of
+from vae3d.losses.features import MONAI_FILES, VGG16, FeatureNetwork, MonaiNetwork
 from vae3d.stage2 import judge
 
 SHAPE = (12, 10, 8)
@@ -105,13 +107,15 @@ def test_frechet_is_the_formula_of_heusel_also_with_fewer_volumes_than_features(
 
 def test_precision_recall_density_and_coverage_equal_their_definitions():
     real, drawn, k = rows(15, seed=1), rows(12, shift=0.4, seed=2), 3
+    found = {name: parts.mean() for name, parts in judge.neighborhoods(real, drawn, k).items()}
+    assert found == pytest.approx(compute_prdc(real, drawn, k))
 
     def reach(side, i):
         return sorted(math.dist(side[i], other) for other in side)[k]
 
     balls = [[math.dist(r, d) < reach(real, i) for d in drawn] for i, r in enumerate(real)]
     of_drawn = [[math.dist(r, d) < reach(drawn, j) for j, d in enumerate(drawn)] for r in real]
-    assert judge.neighborhoods(real, drawn, k) == pytest.approx(
+    assert found == pytest.approx(
         {
             "precision": np.mean([any(column) for column in zip(*balls, strict=True)]),
             "recall": np.mean([any(row) for row in of_drawn]),
@@ -152,6 +156,35 @@ def test_the_nearest_is_by_correlation_whatever_the_scale():
     assert which.tolist() == [4, 1] and apart == pytest.approx([0, 0], abs=1e-12)
 
 
+def test_intervals_hold_what_many_more_volumes_give():
+    """Of 30 volumes a side, against the number of a thousand; of single numbers, of each volume."""
+
+    def spread(of, other):
+        return {"mean": other[:, 0], "gap": float(other[:, 1].mean() - of[:, 1].mean())}
+
+    held = {"mean": 0, "gap": 0}
+    for seed in range(40):
+        drawn, real = rows(30, shift=0.5, seed=seed), rows(60, seed=seed + 100)
+        found = judge.floored(spread, drawn, real, seed, again=True)
+        for name in held:
+            low, high = found[name]["interval"]
+            held[name] += low <= 0.5 <= high
+            assert low < found[name]["value"] < high
+    assert min(held.values()) >= 34
+    once = judge.floored(spread, rows(6), rows(12))
+    assert "interval" not in once["gap"] and "interval" in once["mean"]
+
+
+def test_the_interval_of_pairs_is_the_bootstrap_of_volumes():
+    n = 12
+    x = np.random.default_rng(0).normal(size=n)
+    pairs = np.array([(i, j) for i in range(n) for j in range(i)])
+    low, high = judge.pairs_interval(pairs, x[pairs].sum(1))
+    width = 2 * 2 * 1.96 * x.std() / math.sqrt(n)  # a sum of two means that are one
+    assert low < 2 * x.mean() < high and high - low == pytest.approx(width, rel=0.25)
+    assert judge.pairs_interval(np.array([[0, 1]]), np.array([3.0])) == (3.0, 3.0)
+
+
 # The command
 
 
@@ -160,6 +193,11 @@ def test_samples_of_one_kind_with_the_real_ones_are_within_the_interval_of_zero(
     found = compared(folder, write(folder / "s", [blob(rng) for _ in range(20)]), real)
     low, high = found["numbers"]["kernel"]["interval"]
     assert low <= 0 <= high
+    for name in ("precision", "recall", "density", "coverage", "histogram", "ms_ssim"):
+        low, high = found["numbers"][name]["interval"]
+        assert low <= found["numbers"][name]["value"] <= high, name
+    assert low < high, "ms_ssim of pairs that differ"
+    assert "interval" not in found["numbers"]["frechet"]
     frechet = found["numbers"]["frechet"]
     assert frechet["volumes"] == 12 and frechet["low"] < frechet["value"] < 1.5 * frechet["high"]
     printed = capsys.readouterr().out
@@ -204,6 +242,47 @@ def test_a_network_of_slices_sees_all_planes_of_a_volume(sides):
     other = compared(folder, write(folder / "t", turned), real, Flat)
     assert found["settings"]["network"] == "Flat"
     assert other["numbers"]["kernel"]["value"] != found["numbers"]["kernel"]["value"]
+
+
+def vgg16_file(folder):
+    """Random weights of VGG16 in torchvision's layout."""
+    state, number, before = {}, 0, 3
+    for widths in VGG16.LEVELS:
+        for width in widths:
+            kernel = torch.randn(width, before, 3, 3) * math.sqrt(2 / (9 * before))
+            state |= {f"features.{number}.weight": kernel}
+            state |= {f"features.{number}.bias": torch.zeros(width)}
+            before, number = width, number + 2
+        number += 1
+    torch.save(state, folder / "vgg16.pth")
+    return str(folder / "vgg16.pth")
+
+
+@pytest.mark.parametrize(
+    "name", ["VGG16", "medicalnet_resnet10_23datasets", "radimagenet_resnet50"]
+)
+def test_the_networks_of_others_judge_too(sides, monkeypatch, name):
+    """With random weights in the place of theirs, which say noise from blobs as well."""
+    folder, rng, training, _ = sides
+    torch.manual_seed(0)
+    if name == "VGG16":
+        network, features = partial(VGG16, vgg16_file(folder)), 64 + 128 + 256 + 512 + 512
+    else:
+        dims = 3 if name.startswith("medicalnet") else 2
+        trunk = torch.nn.Conv3d(1, 6, 3) if dims == 3 else torch.nn.Conv2d(3, 6, 3)
+        monkeypatch.setattr(torch.hub, "get_dir", lambda: str(folder))
+        monkeypatch.setattr(torch.hub, "load", lambda *args, **kwargs: trunk)
+        for place in MONAI_FILES[name]:
+            path = folder / place.replace("*", "0")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch()
+        network, features = partial(MonaiNetwork, name), 6
+    x = torch.from_numpy(training[0]).float()[None]
+    assert features_of(network(), x).shape == (features,)
+    real, noise = write(folder / "few", training[:6]), [rng.uniform(0, 1, SHAPE) for _ in range(3)]
+    found = compared(folder, write(folder / "noise", noise), real, network)
+    assert found["settings"]["network"] == network.func.__name__
+    assert found["numbers"]["kernel"]["interval"][0] > 0
 
 
 def test_memorization_is_looked_for_in_the_latents_of_a_vae_too(sides):

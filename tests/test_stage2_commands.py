@@ -70,14 +70,18 @@ def write_blobs(folder, count=6):
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
     """A trained VAE (`run`), its volumes and latents (`latents`); tests write elsewhere."""
+    return make_home(tmp_path_factory.mktemp("stage2"))
+
+
+def make_home(folder, max_steps=60):
     torch.manual_seed(0)
     torch.set_num_threads(1)
-    folder = tmp_path_factory.mktemp("stage2")
     manifest = write_blobs(folder / "volumes")
     data = DataConfig(manifest, cache_dir=str(folder / "cache"), preprocess=Preprocess())
     train_3d(
-        data, str(folder / "run"), TINY, patch_size=(8, 8, 8), batch_size=4, max_steps=60, lr=1e-2,
-        warmup_steps=0, val_every=0, media_every=0, wandb="disabled", device="cpu", ema_decay=0.9,
+        data, str(folder / "run"), TINY, patch_size=(8, 8, 8), batch_size=4, lr=1e-2,
+        max_steps=max_steps, warmup_steps=0, val_every=0, media_every=0, wandb="disabled",
+        device="cpu", ema_decay=0.9,
     )  # fmt: skip
     encode(str(folder / "run"), str(folder / "latents"), device="cpu")
     return folder
@@ -464,6 +468,30 @@ def test_sampling_writes_volumes_clips_a_sheet_and_the_seeds(home, tmp_path):
         assert min(sheet.size) > 100 and np.asarray(sheet).std() > 5
 
 
+def test_samples_are_judged_at_once_when_asked(home, tmp_path, vae3d, monkeypatch):
+    monkeypatch.setenv("VAE3D_CACHE", str(tmp_path / "cache"))
+    path = tmp_path / "net.pt"
+    torch.jit.save(torch.jit.script(torch.nn.Sequential(torch.nn.Conv3d(1, 4, 3))), path)
+    net = ["--compare.network", "ScriptedNetwork", "--compare.network.spatial_dims", "3"]
+    line = ["sample", "--checkpoint", home / "run", "--latents", home / "latents", "--prior"]
+    line += ["standard", "--media", "false", "--device", "cpu", "--out_dir", tmp_path / "s", *net]
+    line += ["--compare.real", home / "volumes" / "*.nii.gz", "--compare.network.path"]
+    for more, said in (
+        (["--n", 1, path], "--compare: 1 sample; draw 2 or more"),
+        (["--n", 2, tmp_path / "no.pt"], "no weights at"),
+        (["--n", 2, path, "--compare.heldout", home / "volumes" / "v0*"], "1 volumes of 5"),
+    ):
+        refused = vae3d(*line[:-1], *more[:2], line[-1], *more[2:])
+        assert refused.returncode == 2 and said in refused.stderr
+        assert not (tmp_path / "s").exists()
+    done = vae3d(*line[:-1], "--n", 2, line[-1], path)
+    assert done.returncode == 0, done.stderr
+    judged = tmp_path / "s" / "comparison" / "standard"
+    found = json.loads((judged / "compare.json").read_text())
+    assert found["volumes"] == {"samples": 2, "real": 6} and "latents" in found["memorization"]
+    assert "judge them" not in done.stdout and "kernel" in done.stdout
+
+
 def test_large_grids_are_decoded_in_tiles_and_exactly(home, tmp_path):
     options = dict(n=1, latents=str(home / "latents"), prior="gaussian", grid=(14, 12, 10),
                    device="cpu", media=False)  # fmt: skip
@@ -541,7 +569,9 @@ def test_decoded_volumes_are_drawn_in_the_range_of_their_model(home, intensity, 
 
 def test_pictures_of_samples_are_drawn_from_a_gpu_too(home, tmp_path, monkeypatch):
     sample = LatentDiffusion.sample
-    monkeypatch.setattr(LatentDiffusion, "sample", lambda *a: sample(*a).as_subclass(OnGPU))
+    monkeypatch.setattr(
+        LatentDiffusion, "sample", lambda *a, **k: sample(*a, **k).as_subclass(OnGPU)
+    )
     assert ldm(home / "latents", tmp_path, media_every=2, max_steps=2, media_volumes=1) == 0
     assert list((tmp_path / "media").iterdir())
 

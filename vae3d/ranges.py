@@ -66,6 +66,7 @@ RANGES = {
     **dict.fromkeys(("limit", "volumes", "num_subjects"), COUNT),
     **dict.fromkeys(("fractions", "probability", "condition_dropout"), PART),
     **dict.fromkeys(("crop_margin_mm", "tolerance_mm", "overlap"), NOT_NEGATIVE),
+    "control_scale": Range(0, 1e6),
     **dict.fromkeys(("window_hu", "data_range", "latent_shift", "mean", "logvar_init"), FINITE),
     **dict.fromkeys(("weights", "mask_weights"), NOT_NEGATIVE),
     "percentiles": Range(0, 100),

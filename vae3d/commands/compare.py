@@ -32,7 +32,7 @@ PAIRS = 40  # of volumes, for the diversity
 SHOWN = 6  # closest pairs
 COPIED = 0.01  # p-value
 SAYS = {
-    "kernel": "MMD with the cubic kernel in features, unbiased; near 0 is alike",
+    "kernel": "MMD with the cubic kernel in features, unbiased; alike where its interval holds 0",
     "frechet": "Frechet distance in features; only against its floor",
     "precision": "part of the samples that lie among real volumes",
     "recall": "part of the real volumes that lie among samples",
@@ -41,6 +41,36 @@ SAYS = {
     "histogram": "1-Wasserstein distance of intensities, in parts of the range",
     "ms_ssim": "mean likeness of two samples; above its floor they are too alike",
 }
+
+
+@dataclass
+class Comparison:
+    """What drawn volumes are judged against, see `vae3d compare`.
+
+    Args:
+        real: Folder, glob or manifest of the volumes that were trained on, 4 or more.
+        heldout: That of real volumes that no model has seen, 5 or more; null for no p-value.
+        network: Network whose features are compared, as in `vae3d compare`.
+    """
+
+    real: str
+    heldout: str | None = None
+    network: Callable[[], FeatureNetwork] = DeepBet
+
+    def check(self, count: int) -> None:
+        """Refuse what cannot be compared before hours are spent on the samples.
+
+        Args:
+            count: How many will be drawn.
+        """
+        from loaders import find_subjects
+
+        made("--compare.network", self.network)
+        if count < 2:
+            raise ValueError(f"--compare: {count} sample; draw 2 or more")
+        for name, place, least in (("real", self.real, 4), ("heldout", self.heldout, 5)):
+            if place is not None and len(found := find_subjects(place)) < least:
+                raise ValueError(f"--compare.{name} {place}: {len(found)} volumes of {least}")
 
 
 @dataclass
@@ -281,11 +311,10 @@ def judged(sides: dict[str, Side], neighbors: int, seed: int) -> dict:
 
     drawn, real = sides["samples"], sides["real"]
 
-    def of_features(one: np.ndarray, other: np.ndarray) -> dict[str, float]:
+    def of_features(one: np.ndarray, other: np.ndarray) -> judge.Measured:
         k = min(neighbors, len(one) - 1)
-        kernel = {"kernel": judge.kernel_distance(one, other)}
-        near = judge.neighborhoods(one, other, k)
-        return kernel | {"frechet": judge.frechet(one, other)} | near
+        apart = {"kernel": judge.kernel_distance(one, other), "frechet": judge.frechet(one, other)}
+        return apart | judge.neighborhoods(one, other, k)
 
     numbers: dict[str, dict] = judge.floored(of_features, drawn.features, real.features, seed)
     pair = drawn.features, real.features
@@ -293,10 +322,16 @@ def judged(sides: dict[str, Side], neighbors: int, seed: int) -> dict:
     numbers["kernel"] |= {"value": judge.kernel_distance(*pair), "interval": [low, high]}
     (of_drawn, of_real), width = judge.histograms(drawn.voxels, real.voxels)
     numbers |= judge.floored(
-        lambda a, b: {"histogram": judge.histogram_distance(a, b, width)}, of_drawn, of_real, seed
+        lambda a, b: {"histogram": judge.histogram_distance(a, b, width)},
+        of_drawn,
+        of_real,
+        seed,
+        again=True,
     )
-    likeness = [diversity(side, seed) for side in (drawn, real)]
-    numbers["ms_ssim"] = {"value": likeness[0], "floor": likeness[1]}
+    (pairs, of_pairs), (_, floor) = (likenesses(side, seed) for side in (drawn, real))
+    spread = judge.pairs_interval(pairs, of_pairs, seed)
+    numbers["ms_ssim"] = {"value": float(of_pairs.mean()), "interval": list(spread)}
+    numbers["ms_ssim"]["floor"] = float(floor.mean())
     for name, number in numbers.items():
         number["says"] = SAYS[name]
     if min(len(drawn.features), len(real.features) // 2) < MEANINGFUL:
@@ -305,17 +340,18 @@ def judged(sides: dict[str, Side], neighbors: int, seed: int) -> dict:
     return found | {"numbers": numbers, "memorization": memorized(sides)}
 
 
-def diversity(side: Side, seed: int) -> float:
-    """Mean MS-SSIM of pairs of volumes, on the common grid."""
+def likenesses(side: Side, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Pairs `(P, 2)` of volumes, and the MS-SSIM of each on the common grid."""
     import numpy as np
     import torch
 
     from vae3d.inference.metrics import ms_ssim
 
-    pairs = list(itertools.combinations([torch.from_numpy(x) for x in side.volumes], 2))
-    chosen = np.random.default_rng(seed).permutation(len(pairs))[:PAIRS]
-    values = [ms_ssim(a, b, 1.0) for a, b in (pairs[i] for i in chosen)]
-    return float(np.mean(values))
+    pairs = np.array(list(itertools.combinations(range(len(side.volumes)), 2)))
+    pairs = np.random.default_rng(seed).permutation(pairs)[:PAIRS]
+    volumes = torch.from_numpy(side.volumes)
+    values = [ms_ssim(volumes[i], volumes[j], 1.0) for i, j in pairs.tolist()]
+    return pairs, np.array(values)
 
 
 def memorized(sides: Mapping[str, Side]) -> dict[str, dict]:
@@ -358,14 +394,22 @@ def lines_of(found: dict) -> list[str]:
     """The result as a user reads it: a table, then what it says of copies and of few volumes."""
     counts = found["volumes"]
     lines = [", ".join(f"{n} {name}" for name, n in counts.items())]
-    lines.append(f"{'':<12}{'samples':>10}{'floor':>10}   floor of 95 % of draws")
+    lines.append(
+        f"{'':<12}{'samples':>10}   {'95 % interval':<24}{'floor':>10}   floor of 95 % of draws"
+    )
     for name, number in found["numbers"].items():
-        spread = f"{number['low']:.4g} to {number['high']:.4g}" if "low" in number else ""
-        spread += "   not meaningful" * (number.get("meaningful") is False)
-        lines.append(f"{name:<12}{number['value']:>10.4g}{number['floor']:>10.4g}   {spread}")
-    low, high = found["numbers"]["kernel"]["interval"]
-    lines.append(f"kernel distance: 95 % interval {low:.4g} to {high:.4g} (0: as the real ones)")
+        floors = between(number["low"], number["high"]) if "low" in number else ""
+        floors += "   not meaningful" * (number.get("meaningful") is False)
+        own = between(*number["interval"]) if "interval" in number else ""
+        lines.append(
+            f"{name:<12}{number['value']:>10.4g}   {own:<24}{number['floor']:>10.4g}   {floors}"
+        )
     return [*lines, *(text for _, text in verdicts(found))]
+
+
+def between(low: float, high: float) -> str:
+    """An interval in words."""
+    return f"{low:.4g} to {high:.4g}"
 
 
 def verdicts(found: dict) -> list[tuple[str, str]]:
@@ -427,17 +471,18 @@ def write_page(found: dict, out: Path) -> None:
         {
             "number": name,
             "samples": number["value"],
+            "95 % interval": between(*number["interval"]) if "interval" in number else "",
             "floor (real against real)": number["floor"],
-            "floor of 95 % of draws": f"{number['low']:.4g} to {number['high']:.4g}"
+            "floor of 95 % of draws": between(number["low"], number["high"])
             if "low" in number else "",
             "what it says": number["says"],
         }
         for name, number in found["numbers"].items()
     ]  # fmt: skip
-    low, high = found["numbers"]["kernel"]["interval"]
     note = (
-        f"95 % bootstrap interval of the kernel distance: {low:.4g} to {high:.4g}. All but it and "
-        f"ms_ssim are of {found['numbers']['frechet']['volumes']} volumes a side, as their floors."
+        "Intervals are by bootstrap over volumes; frechet has none, since a side with volumes "
+        "drawn twice is narrower. The kernel distance and ms_ssim are of all volumes, the others "
+        f"of {found['numbers']['frechet']['volumes']} a side, as their floors."
     )
     findings = [(level, page.escape(text)) for level, text in verdicts(found)]
     sections = [

@@ -10,7 +10,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from loaders import Preprocess
 from loaders.whole import write_text
+from vae3d.commands.compare import Comparison
+from vae3d.commands.compare import compare as judge
 from vae3d.ranges import check_ranges
 
 if TYPE_CHECKING:
@@ -19,8 +22,10 @@ if TYPE_CHECKING:
 
     from vae3d.inference.reconstruct import Coding
     from vae3d.models.custom_vae import CustomVAE
+    from vae3d.stage2.control import Controls
     from vae3d.stage2.latents import LatentStore
     from vae3d.stage2.prior import Kind
+    from vae3d.stage2.task import Guidance
 
     Drawn = tuple[torch.Tensor, dict]  # a latent, and what to note down about it
     Shown = tuple[np.ndarray, dict]  # a picture, and the same
@@ -35,6 +40,8 @@ def sample(
     prior: Literal["gaussian", "joint", "standard", "all"] = "all",
     label: str | None = None,
     condition: str | None = None,
+    control: str | None = None,
+    control_scale: float = 1.0,
     guidance: float = 1.0,
     solver: Literal["ddim", "ddpm", "euler", "heun"] | None = None,
     steps: int = 50,
@@ -49,6 +56,7 @@ def sample(
     seed: int = 0,
     ema: bool = True,
     media: bool = True,
+    compare: Comparison | None = None,
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto",
     trust: tuple[str, ...] = (),
 ) -> None:
@@ -56,6 +64,7 @@ def sample(
 
         vae3d sample --checkpoint runs/a --n 8
         vae3d sample --ldm runs/ldm --n 8 --label F --guidance 2
+        vae3d sample --ldm runs/by_mask --control mask.nii.gz
         torchrun --nproc_per_node=4 --no_python -- vae3d sample --ldm runs/ldm --n 8
 
     Writes to `out_dir`, for each source of latents, `<source>/sample_000.nii.gz` and `.gif`; over
@@ -77,6 +86,9 @@ def sample(
         label: Class to draw; null for no class in particular.
         condition: Folder of latents that the ldm attends to; sample i takes subject i, and round
             again.
+        control: Volume or label map that the ldm's ControlNet sees, or a folder of some; sample i
+            takes number i, and round again, and lies on its grid. Null for the ldm without it.
+        control_scale: Factor of all that the ControlNet adds; 0 for nothing.
         guidance: Classifier-free guidance; 1 for none, above 1 follows label and condition more.
         solver: ddim | ddpm for a ddpm model, euler | heun for a flow; null for the first.
         steps: Steps of the solver.
@@ -95,6 +107,8 @@ def sample(
         seed: Seed of the samples.
         ema: Use the averaged weights of the ldm where the run kept some.
         media: Write GIFs and the contact sheet.
+        compare: Judge the samples by `vae3d compare` when all are drawn, into
+            `out_dir/comparison/<source>`; takes one process.
         device: auto | cpu | cuda | mps.
         trust: Module prefixes besides vae3d whose classes the checkpoints may import.
     """
@@ -109,13 +123,20 @@ def sample(
     from vae3d.training.distributed import open_world
     from vae3d.training.memory import SMALLER_PASSES, telling_of_device
 
-    check_ranges("sample", dict(n=n, seed=seed, steps=steps, guidance=guidance))
+    options = dict(n=n, seed=seed, steps=steps, guidance=guidance, control_scale=control_scale)
+    check_ranges("sample", options)
+    if compare is not None:
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            raise ValueError("--compare takes one process: sample first, then run vae3d compare")
+        compare.check(n)
     vae_path, fitted = checkpoint or "", latents or ""
     if ldm is None:
         if not vae_path:
             raise ValueError("give --checkpoint (a VAE) or --ldm (a diffusion model)")
-        if label or condition:
-            raise ValueError("--label and --condition need --ldm: Gaussians know neither")
+        if label or condition or control:
+            raise ValueError(
+                "--label, --condition and --control need --ldm: Gaussians know none of them"
+            )
         fitted = fitted or fitted_latents(vae_path, device, trust)
     sources: Mapping[str, FromGaussian | FromDiffusion]
     kinds: tuple[Kind, ...]
@@ -133,6 +154,8 @@ def sample(
         axes = len(template["shape"]) - 1
         if grid and len(grid) != axes:
             raise ValueError(f"--grid {list(grid)}: give {axes} numbers of latent voxels")
+        if grid and control:
+            raise ValueError("--grid does not go with --control: a sample lies on its control")
         state = load_checkpoint(vae_path)
         vae = encoder_of(state, vae_path, template["made_by"], trust).to(world.device)
         patching = dict(patch_size=patch_size, overlap=overlap, blend=blend)
@@ -142,17 +165,21 @@ def sample(
         drawn = state["config"] if ldm is None else diffusion.config  # bodies as the run drew them
         radiological = drawn.get("radiological", False)
         window = window_of(template) if clip else None
-        writer = Writer(Path(out_dir), template, vae, coding, media, radiological, window)
-        shape = (template["shape"][0], *(grid or template["shape"][1:]))
+        if control is not None:
+            diffusion.see(control, control_scale, Preprocess.of_checkpoint(state["preprocess"]))
+        writer = Writer(Path(out_dir), vae, media, radiological, window)
         todo = [(name, k) for name in sources for k in range(world.rank, n, world.size)]
-        size = writer.size_of(shape) or [
-            voxels * f for voxels, f in zip(shape[1:], coding.factor(vae, axes), strict=True)
-        ]
-        writer.coding = coding.settled(vae, size, ("decode",))
+        headers = {key: sources[key[0]].header(key[1]) for key in todo}
+        if grid:
+            factor = coding.factor(vae, axes)
+            headers = {key: on_grid(header, grid, factor) for key, header in headers.items()}
+        sizes = {key: header["volume_shape"][1:] for key, header in headers.items()}
+        codings = {key: coding.settled(vae, size, ("decode",)) for key, size in sizes.items()}
         drawing = 0.0  # of the time of a sample
         if todo and world.is_main:
-            line = told(coding, vae, [size] * len(todo), ("decode",))
+            line = told(coding, vae, [*sizes.values()], ("decode",))
             if ldm is not None:
+                shape, size = headers[todo[0]]["shape"], sizes[todo[0]]
                 with autocast(world.device, amp):
                     each = seconds_to_draw(diffusion, shape, seed, world.device)
                 drawing = each / (each + seconds(coding, vae, [size], ("decode",)))
@@ -162,20 +189,31 @@ def sample(
         with Gauge("sample", enabled=world.is_main) as gauge, watched(gauge.add):
             for name, number in todo:
                 with part(1 / len(todo)):
-                    begun = time.monotonic()
+                    begun, header = time.monotonic(), headers[name, number]
                     with part(drawing), autocast(world.device, amp if ldm else "off"):
-                        z, facts = sources[name].draw(shape, seed, number, world.device)
+                        z, facts = sources[name].draw(header["shape"], seed, number, world.device)
                     facts |= {"seed": seed, "seconds_latent": time.monotonic() - begun}
-                    facts |= {"mode": writer.coding.mode}
+                    facts |= {"intensities_of": template["subject"]}
+                    drawn_as = header, codings[name, number]
                     with part(1 - drawing):
-                        done[name, number] = writer.write(name, number, z, facts)
+                        done[name, number] = writer.write(name, number, z, facts, *drawn_as)
                 if world.is_main:
                     writer.note(done)  # a signal may end the next one
         done = {key: value for of in world.gather(done) for key, value in of.items()}
         if world.is_main:
             writer.finish({key: done[key] for key in sorted(done)})
+    if compare is None:
+        if world.is_main:
             print(f"judge them: vae3d compare {Path(out_dir) / next(iter(sources))} REAL "
-                  "--heldout UNSEEN, folders of real volumes")  # fmt: skip
+                  "--heldout UNSEEN, or at once by --compare.real REAL")  # fmt: skip
+        return
+    for name in sources:
+        print(f"\n{name}")
+        judge(
+            str(Path(out_dir) / name), compare.real, compare.heldout,
+            str(Path(out_dir) / "comparison" / name), compare.network, vae_path, seed=seed,
+            device=device, trust=trust,
+        )  # fmt: skip
 
 
 def seconds_to_draw(
@@ -201,6 +239,17 @@ def seconds_to_draw(
         source.draw(shape, seed, 0, device)
     (_, before), (amount, after) = steps[-2:]
     return (after - before) / amount
+
+
+def on_grid(header: dict, grid: Sequence[int], factor: Sequence[int]) -> dict:
+    """The header of a latent with another grid, all else the same."""
+    if list(grid) == list(header["shape"][1:]):
+        return header
+    spatial = [voxels * f for voxels, f in zip(grid, factor, strict=True)]
+    return header | {
+        "shape": [header["shape"][0], *grid],
+        "volume_shape": [header["volume_shape"][0], *spatial],
+    }
 
 
 def window_of(template: dict) -> tuple[float, float]:
@@ -275,6 +324,10 @@ class FromGaussian:
 
         self.prior, self.template = GaussianPrior(store, kind), store.infos[0]
 
+    def header(self, _number: int) -> dict:
+        """What the file of latent number `number` would say of its grid."""
+        return self.template
+
     def draw(self, shape: Sequence[int], seed: int, number: int, _device: torch.device) -> Drawn:
         """Latent number `number` and what to note down about it."""
         from vae3d.stage2.latents import keyed_generator
@@ -306,17 +359,42 @@ class FromDiffusion:
         model = model_of(state, path, ema, trust)
         if not isinstance(model, LatentDiffusion):
             raise ValueError(f"{path}: not a run of vae3d train-ldm; a VAE goes to --checkpoint")
-        self.model = model
+        self.path, self.model = path, model
         self.vae, self.template = state["latents"]["vae"], state["latents"]["template"]
         self.config = state["config"]
-        self.solving, self.condition = solving, None
-        self.label = None
+        self.solving, self.condition, self.label = solving, None, None
+        self.controls: Controls | None = None
         if label is not None:
             self.label = torch.tensor([self.model.class_index(label)])
         if condition is not None:
             if self.model.condition_channels is None:
                 raise ValueError(f"{path}: trained without --condition, so it cannot take one")
             self.condition = LatentStore(condition)
+
+    def see(self, place: str, scale: float, preprocess: Preprocess) -> None:
+        """Draw on the grids of controls from now on, as its ControlNet asks.
+
+        Args:
+            place: The controls.
+            scale: Factor of all that the ControlNet adds.
+            preprocess: That of the VAE.
+        """
+        from vae3d.stage2.control import controls_to_draw
+
+        channels, labels = self.model.control_channels, self.model.control_labels
+        if channels is None:
+            raise ValueError(
+                f"{self.path}: trained without --control, so it cannot take one; train one on top "
+                f"of it: vae3d train-ldm latents --control DIR --base {self.path}"
+            )
+        self.controls = controls_to_draw(place, self.template, preprocess, labels, channels)
+        self.solving["control_scale"] = scale
+
+    def header(self, number: int) -> dict:
+        """What the file of latent number `number` would say of its grid."""
+        if self.controls is None:
+            return self.template
+        return self.controls.headers[number % len(self.controls)]
 
     def draw(self, shape: Sequence[int], seed: int, number: int, device: torch.device) -> Drawn:
         """Latent number `number` and what to note down about it."""
@@ -325,17 +403,22 @@ class FromDiffusion:
         from vae3d.stage2.latents import keyed_generator
 
         facts = {k: v for k, v in self.solving.items() if v is not None}
-        condition = None
+        condition = control = None
         if self.condition is not None:
             subject = number % len(self.condition)
             facts["condition"] = self.condition.ids[subject]
             means = torch.from_numpy(self.condition.read(subject)).chunk(2)[0]
             condition = means[None].to(device)
+        if self.controls is not None:
+            seen = number % len(self.controls)
+            facts["control"] = self.controls.ids[seen]
+            control = self.controls.read(seen)[None].to(device)
         generator = keyed_generator(seed, number)
         noise = torch.randn(tuple(shape), generator=generator)[None].to(device)
         torch.manual_seed(generator.seed())  # the solver ddpm draws from the global generator
         label = None if self.label is None else self.label.to(device)
-        z = self.model.to(device).sample(noise, label=label, condition=condition, **self.solving)
+        guided: Guidance = {"label": label, "condition": condition, "control": control}
+        z = self.model.to(device).sample(noise, **guided, **self.solving)
         return z[0].float().cpu(), facts
 
 
@@ -344,44 +427,46 @@ class Writer:
 
     Args:
         out_dir: Where to.
-        template: Header of the training latent that gives grid and intensities.
         vae: The model, in eval mode on its device.
-        coding: How to decode.
         media: Whether to write pictures.
         radiological: Draw bodies with their right on the left.
         window: Intensities between which samples are clipped; None for all that come.
     """
 
-    def __init__(self, out_dir: Path, template: dict, vae: CustomVAE, coding: Coding, media: bool,
-                 radiological: bool, window: tuple[float, float] | None = None):  # fmt: skip
-        self.out_dir, self.template, self.vae, self.window = out_dir, template, vae, window
-        self.coding, self.media, self.radiological = coding, media, radiological
+    def __init__(self, out_dir: Path, vae: CustomVAE, media: bool, radiological: bool,
+                 window: tuple[float, float] | None = None):  # fmt: skip
+        self.out_dir, self.vae, self.window = out_dir, vae, window
+        self.media, self.radiological = media, radiological
 
-    def size_of(self, shape: Sequence[int]) -> list[int] | None:
-        """Voxels of the volume of a latent; None where that is all that it decodes to."""
-        same_grid = list(shape) == list(self.template["shape"])
-        return self.template["volume_shape"][1:] if same_grid else None
+    def write(self, name: str, number: int, z: torch.Tensor, facts: dict, header: dict,
+              coding: Coding) -> Shown:  # fmt: skip
+        """Decode a latent, write the volume and its GIF; return its picture and the facts.
 
-    def write(self, name: str, number: int, z: torch.Tensor, facts: dict) -> Shown:
-        """Decode a latent, write the volume and its GIF; return its picture and the facts."""
+        Args:
+            name: Of its source.
+            number: Of the sample.
+            z: The latent `(C, *grid)`.
+            facts: What is known of it; more is added.
+            header: Gives grid and intensities.
+            coding: How to decode.
+        """
         from loaders import write_volume
         from loaders.store import undo
         from vae3d.stage2.sheet import scroll, three_slices, view_of
         from vae3d.tracking.media import write_gif
 
-        size = self.size_of(z.shape)
         begun = time.monotonic()
-        x = self.coding.decode(self.vae, z, size, f"{name} {number}").numpy()
+        x = coding.decode(self.vae, z, header["volume_shape"][1:], f"{name} {number}").numpy()
         if self.window is not None:
             x = x.clip(*self.window)
-        facts |= {"seconds_decode": time.monotonic() - begun}
-        facts |= {"intensities_of": self.template["subject"], "shape": list(x.shape)}
+        facts |= {"mode": coding.mode, "seconds_decode": time.monotonic() - begun}
+        facts |= {"shape": list(x.shape)}
         folder, stem = self.out_dir / name, f"sample_{number:03d}"
         folder.mkdir(parents=True, exist_ok=True)
-        record = self.template["source"]["undo"]
+        record = header["source"]["undo"]
         on_store_grid = record | {"geometry": {"source_affine": record["affine"]}}
         write_volume(folder / f"{stem}.nii.gz", undo(x, on_store_grid))
-        view = view_of(x, self.template, self.radiological)
+        view = view_of(x, header, self.radiological)
         if self.media:
             frames = scroll(x, title=f"{name} {number}", **view)
             write_gif(folder / f"{stem}.gif", frames)

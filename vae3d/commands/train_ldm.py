@@ -9,13 +9,15 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
+from vae3d.config import config_dict
 from vae3d.models.classes import made
 from vae3d.training.options import Loop, as_options, spread
 
 if TYPE_CHECKING:
     from loaders.splits import Split
+    from vae3d.stage2.control import Controls
     from vae3d.stage2.diffusion import LatentDiffusion
     from vae3d.stage2.latents import LatentStore
     from vae3d.stage2.task import Guide
@@ -23,6 +25,11 @@ if TYPE_CHECKING:
 
 
 PICTURE_STEPS = 25  # of the solver, half of those of `vae3d sample`
+# Options that the network of --base brings with it.
+OF_BASE = (
+    *("unet", "process", "prediction", "noise_schedule", "time_sampling"),
+    *("cross_attention_dim", "condition_dropout"),
+)
 
 
 @dataclass
@@ -79,6 +86,8 @@ def train_ldm(
     condition: str | None = None,
     cross_attention_dim: int = 64,
     condition_dropout: float = 0.1,
+    control: str | None = None,
+    base: str | None = None,
     crop: tuple[int, ...] | None = None,
     batch_size: int = 4,
     vae: str | None = None,
@@ -89,6 +98,7 @@ def train_ldm(
 
         vae3d train-ldm latents --out_dir runs/ldm
         torchrun --nproc_per_node=2 --no_python -- vae3d train-ldm latents --out_dir runs/ldm
+        vae3d train-ldm latents --control masks --base runs/ldm --out_dir runs/by_mask
 
     Trains on the run's training subjects, or on all where there was no split. The same command
     again resumes from the newest checkpoint.
@@ -105,6 +115,10 @@ def train_ldm(
         condition: Folder of further latents of the same subjects, attended to by cross-attention.
         cross_attention_dim: Width of the condition's tokens.
         condition_dropout: Part of the samples trained without label and condition, for guidance.
+        control: Folder, glob or manifest of volumes or label maps, one called as each subject,
+            that a ControlNet sees. It alone is trained, on top of --base, which stays as it is.
+        base: Run folder or checkpoint of train-ldm that --control is added to, not read again on
+            resuming. Network, process and classes are its own.
         crop: Train on random crops of this size [latent voxels]; null for whole latents.
         batch_size: Latents in a micro-batch on each rank [latents].
         vae: Run folder or checkpoint of the VAE, for the pictures; null for the one that encoded.
@@ -119,6 +133,7 @@ def train_ldm(
     import torch
 
     from loaders import PatchLoader
+    from vae3d.models.spec import build
     from vae3d.stage2.diffusion import LatentDiffusion
     from vae3d.stage2.latents import read_index
     from vae3d.stage2.task import Guide, LatentTask, LatentValidation
@@ -137,27 +152,34 @@ def train_ldm(
         begun, say = state and state["split"], print if world.is_main else None
         parts = parts_of(latents, begun, loop.force, say)
         train, held_out, (given, held_out_given) = open_latents(latents, condition, parts)
-        check_crop(crop, train, condition)
+        check_crop(crop, train, condition, control)
+        seen, held_out_seen = open_controls(control, base, train, held_out)
+        index = read_index(latents)
 
         torch.manual_seed(loop.seed)
-        network = partial(
-            LatentDiffusion,
-            latent_channels=train.shape(0)[0] // 2,
-            spatial_dims=2 if len(train.shape(0)) == 3 else 3,
-            unet=asdict(unet or UNet()),
-            process=process,
-            prediction=prediction,
-            schedule=noise_schedule,
-            time_sampling=time_sampling,
-            classes=classes_of(train, label),
-            condition_channels=given.shape(0)[0] // 2 if given else None,
-            cross_attention_dim=cross_attention_dim,
-            condition_dropout=condition_dropout,
-        )
-        model = made("--unet", network)
-        model.set_statistics(train.statistics, given.statistics if given else None)
+        if seen is not None and state is not None:
+            model = build(state["spec"])
+        elif seen is not None:
+            model = controlled(config, index, seen)
+        else:
+            network = partial(
+                LatentDiffusion,
+                latent_channels=train.shape(0)[0] // 2,
+                spatial_dims=2 if len(train.shape(0)) == 3 else 3,
+                unet=asdict(unet or UNet()),
+                process=process,
+                prediction=prediction,
+                schedule=noise_schedule,
+                time_sampling=time_sampling,
+                classes=classes_of(train, label),
+                condition_channels=given.shape(0)[0] // 2 if given else None,
+                cross_attention_dim=cross_attention_dim,
+                condition_dropout=condition_dropout,
+            )
+            model = made("--unet", network)
+            model.set_statistics(train.statistics, given.statistics if given else None)
         model.to(world.device)
-        task = LatentTask(model, train, label, given, loop.seed)
+        task = LatentTask(model, train, label, given, seen, loop.seed)
         loader = PatchLoader(
             train,
             patch_size=crop,
@@ -172,9 +194,8 @@ def train_ldm(
         )
         validation = None
         if held_out:
-            guide = Guide(model, held_out, label, held_out_given)
+            guide = Guide(model, held_out, label, held_out_given, held_out_seen)
             validation = LatentValidation(held_out, guide, world, loop.val_volumes)
-        index = read_index(latents)
         if vae is None and Path(index["vae"]).is_file():
             vae = index["vae"]
         pictures = None
@@ -264,12 +285,81 @@ def open_latents(
     return train, held_out, (LatentStore(condition, train.ids), held_out_condition)
 
 
-def check_crop(crop: tuple[int, ...] | None, store: LatentStore, condition: str | None) -> None:
+def open_controls(
+    control: str | None, base: str | None, train: LatentStore, held_out: LatentStore | None
+) -> tuple[Controls | None, Controls | None]:
+    """Open what a ControlNet sees of the subjects that train, and of those held out.
+
+    Args:
+        control: Folder, glob or manifest, or None.
+        base: Run that it is added to, which has to be named with it.
+        train: Training latents.
+        held_out: Validation latents, or None.
+    """
+    if control is None or base is None:
+        if control is not None:
+            raise ValueError("--control is added to a trained model: give its run as --base")
+        if base is not None:
+            raise ValueError("--base is what --control is added to: give that too")
+        return None, None
+    from vae3d.stage2.control import Controls, find_controls, labels_in
+
+    both = train.ids + (held_out.ids if held_out else [])
+    store = find_controls(control, both)
+    labels = labels_in(store)
+    of_train = Controls(store.subset(train.ids), train.infos, labels)
+    if not held_out:
+        return of_train, None
+    return of_train, Controls(store.subset(held_out.ids), held_out.infos, labels)
+
+
+def controlled(config: dict, index: dict, seen: Controls) -> LatentDiffusion:
+    """The model of --base with a ControlNet that adds nothing yet.
+
+    Args:
+        config: Options of `train_ldm`; those of the network are those of the base, or left out.
+        index: Of the latents, which have to be of the base's VAE.
+        seen: What the ControlNet sees.
+    """
+    from vae3d.models.spec import build
+    from vae3d.stage2.diffusion import LatentDiffusion
+    from vae3d.training.checkpoint import load_checkpoint, model_of
+
+    path = config["base"]
+    state = load_checkpoint(path)
+    base = model_of(state, path)
+    if not isinstance(base, LatentDiffusion):
+        raise ValueError(f"--base {path}: not a run of vae3d train-ldm")
+    if base.controlnet is not None:
+        raise ValueError(f"--base {path}: has a control already; give the run that it was added to")
+    if state["latents"]["made_by"]["checkpoint"] != index["made_by"]["checkpoint"]:
+        raise ValueError(f"--base {path}: was trained on latents of another VAE than these")
+    usual = config_dict(train_ldm, {name: config[name] for name in ("latents", "out_dir")})
+    for name in OF_BASE:
+        if config[name] not in (usual[name], state["config"][name]):
+            raise ValueError(f"--{name}: the network is that of --base; leave it out")
+    for name, has in (("label", base.classes), ("condition", base.condition_channels)):
+        if bool(has) != bool(config[name]):
+            do = "give it here too" if has else "leave it out"
+            raise ValueError(f"--{name}: --base was trained {'with' if has else 'without'}; {do}")
+    spec = base.spec
+    spec["init_args"] |= {"control_channels": seen.channels, "control_labels": seen.labels}
+    model: LatentDiffusion = build(spec)
+    model.begin_with(base)
+    kind = f"labels {', '.join(map(str, seen.labels))}" if seen.labels else "intensities"
+    print(f"control: {kind}, {seen.channels} channel{'s' * (seen.channels > 1)}", flush=True)
+    return model
+
+
+def check_crop(
+    crop: tuple[int, ...] | None, store: LatentStore, condition: str | None, control: str | None
+) -> None:
     """Refuse crops that cannot be trained on."""
     if crop is None:
         return
-    if condition is not None:
-        raise ValueError("--crop does not go with --condition: positions must match; drop --crop")
+    for name, place in (("condition", condition), ("control", control)):
+        if place is not None:
+            raise ValueError(f"--crop does not go with --{name}: positions must match; drop --crop")
     if len(crop) != len(store.shape(0)) - 1:
         raise ValueError(f"--crop {list(crop)}: latents have {len(store.shape(0)) - 1} axes")
     for i, name in enumerate(store.ids):
@@ -299,8 +389,8 @@ class Pictures:
     Args:
         vae: Run folder or checkpoint of the VAE.
         trust: Module prefixes whose classes it may import.
-        store: Training latents: the first gives the grid.
-        guide: Labels and conditions of the training subjects; each sample takes those of one.
+        store: Training latents; each sample is on the grid of one.
+        guide: What the training subjects are guided by; each sample takes that of one.
         folder: Where pictures go.
         count: Samples in a picture.
         radiological: Draw bodies with their right on the left.
@@ -320,13 +410,13 @@ class Pictures:
         from vae3d.inference.reconstruct import coding_of
         from vae3d.stage2.latents import check_header
 
-        self.template: dict[str, Any] = store.infos[0]
-        check_header(self.template, store.paths[0])
-        made_by = self.template["made_by"]
+        self.templates = store.infos[:count]
+        for template, path in zip(self.templates, store.paths, strict=False):
+            check_header(template, path)
+        made_by = store.infos[0]["made_by"]
         self.coding, _ = coding_of(made_by, "full")
         self.vae = load_encoder(vae, made_by, trust)  # now: another model must not fail hours later
         self.guide, self.folder, self.radiological = guide, folder, radiological
-        self.count = min(count, len(store))
 
     def __call__(self, network: LatentDiffusion, step: int, tracker: Tracker | None) -> None:
         """Write `samples_<step>.png` and show it. Only the rank with a tracker does it."""
@@ -337,13 +427,13 @@ class Pictures:
         from vae3d.stage2.latents import keyed_generator
         from vae3d.stage2.sheet import three_slices, view_of
 
-        template, device = self.template, network.latent_mean.device
+        device = network.latent_mean.device
         vae = self.vae.to(device)
         pictures = []
-        for number in range(self.count):
+        for number, template in enumerate(self.templates):
             noise = torch.randn(template["shape"], generator=keyed_generator(0, number))
-            label, condition = self.guide(torch.tensor([number]), device)
-            z = network.sample(noise[None].to(device), PICTURE_STEPS, None, label, condition)
+            guidance = self.guide(torch.tensor([number]), device)
+            z = network.sample(noise[None].to(device), PICTURE_STEPS, **guidance)
             x = self.coding.decode(vae, z[0].cpu(), template["volume_shape"][1:]).numpy()
             pictures.append(three_slices(x, **view_of(x, template, self.radiological)))
         self.vae.to("cpu")

@@ -1,8 +1,8 @@
 """Latent diffusion with MONAI's network, schedulers and sampler (only importer of MONAI here).
 
 `LatentDiffusion` holds everything of the second stage that trains or that sampling needs: UNet,
-condition projector, null token, class names, statistics of the latents. It is one module, so all
-of it is under DDP, averaged, saved and loaded together.
+condition projector, null token, ControlNet, class names, statistics of the latents. It is one
+module, so all of it is under DDP, averaged, saved and loaded together.
 
 Axes: b batch, c channels, x y z the latent grid, n tokens, d width of the cross-attention.
 """
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from inspect import signature
 from typing import Any, Literal
 
 import torch
@@ -25,7 +26,7 @@ from vae3d.stage2.latents import Statistics
 
 try:
     from monai.inferers import DiffusionInferer
-    from monai.networks.nets import DiffusionModelUNet
+    from monai.networks.nets import ControlNet, DiffusionModelUNet
     from monai.networks.schedulers import DDIMScheduler, DDPMScheduler, RFlowScheduler, Scheduler
 except ModuleNotFoundError as error:
     raise ValueError(
@@ -92,10 +93,14 @@ class DiffusionUNet(DiffusionModelUNet):
         """
         if self.with_conditioning and context is None:
             context = x.new_zeros(len(x), 1, self.context_dim)
-        factor = 2 ** (len(self.block_out_channels) - 1)
-        pad = [n for size in reversed(x.shape[2:]) for n in (0, -size % factor)]
-        out = super().forward(F.pad(x, pad), timesteps, context, class_labels, *residuals, **named)
+        padded = self.padded(x)
+        out = super().forward(padded, timesteps, context, class_labels, *residuals, **named)
         return out[(slice(None), slice(None), *(slice(n) for n in x.shape[2:]))]
+
+    def padded(self, x: Tensor) -> Tensor:
+        """Pad with zeros at the far end to what the levels halve evenly."""
+        factor = 2 ** (len(self.block_out_channels) - 1)
+        return F.pad(x, [n for size in reversed(x.shape[2:]) for n in (0, -size % factor)])
 
     @property
     def context_dim(self) -> int:
@@ -133,6 +138,24 @@ def check_heads(
                 f"unet: num_head_channels is {head} at level {level + 1}{why}: give a divisor of "
                 f"its {width} channels"
             )
+
+
+def control_net(unet: dict[str, Any], channels: int) -> ControlNet:
+    """MONAI's ControlNet for a UNet (Zhang et al. 2023, arXiv 2302.05543).
+
+    Parameters and their names are MONAI's. What it sees lies on the latent grid, so that its
+    embedding halves nothing.
+
+    Args:
+        unet: Configuration of the UNet.
+        channels: Of a control.
+    """
+    known = {key: value for key, value in unet.items() if key in signature(ControlNet).parameters}
+    return ControlNet(
+        **known,
+        conditioning_embedding_in_channels=channels,
+        conditioning_embedding_num_channels=(unet["channels"][0],),
+    )
 
 
 def create_condition_projector(condition_input_dim: int, cross_attention_dim: int) -> nn.Linear:
@@ -190,6 +213,9 @@ class LatentDiffusion(Described, nn.Module):
         cross_attention_dim: Width of the condition tokens.
         condition_dropout: Part of the samples that are trained without label and condition, as
             classifier-free guidance needs.
+        control_channels: Channels of what a ControlNet sees; None for no ControlNet. It alone is
+            trained then, all else stays as `begin_with` gives it.
+        control_labels: Labels of a map that are these channels; none where they are intensities.
     """
 
     latent_mean: Tensor
@@ -209,6 +235,8 @@ class LatentDiffusion(Described, nn.Module):
         condition_channels: int | None = None,
         cross_attention_dim: int = 64,
         condition_dropout: float = 0.1,
+        control_channels: int | None = None,
+        control_labels: tuple[int, ...] = (),
     ):
         super().__init__()
         if process not in SOLVERS:
@@ -242,6 +270,19 @@ class LatentDiffusion(Described, nn.Module):
         for name, channels in (("latent", latent_channels), ("condition", condition_channels or 0)):
             self.register_buffer(f"{name}_mean", torch.zeros(channels))
             self.register_buffer(f"{name}_std", torch.ones(channels))
+        self.control_channels, self.control_labels = control_channels, tuple(control_labels)
+        self.controlnet: ControlNet | None = None
+        if control_channels is not None:
+            self.requires_grad_(False)
+            self.controlnet = control_net(config, control_channels)
+
+    def begin_with(self, base: LatentDiffusion) -> None:
+        """Take over a trained model, whose encoder the ControlNet copies; as yet it adds zero."""
+        assert self.controlnet is not None
+        own, encoder = self.controlnet.state_dict(), base.unet.state_dict()
+        self.controlnet.load_state_dict({name: encoder.get(name, own[name]) for name in own})
+        mine = {f"controlnet.{k}": v for k, v in self.controlnet.state_dict().items()}
+        self.load_state_dict(base.state_dict() | mine)
 
     def set_statistics(self, latents: Statistics, conditions: Statistics | None = None) -> None:
         """Take over the statistics with which latents and conditions are standardized."""
@@ -273,6 +314,7 @@ class LatentDiffusion(Described, nn.Module):
         keep: Tensor | None = None,
         label: Tensor | None = None,
         condition: Tensor | None = None,
+        control: Tensor | None = None,
     ) -> Tensor:
         """Mean squared error of the prediction, over standardized latents.
 
@@ -283,6 +325,7 @@ class LatentDiffusion(Described, nn.Module):
             keep: `(B,)` bool: which samples keep their label and condition; None for all.
             label: `(B,)` class numbers.
             condition: Latents `(B, C', *grid)` to attend to.
+            control: What the ControlNet sees, `(B, K, *spatial)` on the grid of `z`.
         """
         z = self._standardize(z, "latent")
         (scheduler,) = self.scheduler
@@ -291,8 +334,34 @@ class LatentDiffusion(Described, nn.Module):
             timesteps = timesteps.long()
         noisy = scheduler.add_noise(z, noise, timesteps)
         labels, context = self._labels(label, keep, len(z)), self.context(condition, keep)
-        prediction = self.unet(noisy, timesteps, context, labels)
+        prediction = self.predict(noisy, timesteps, context, labels, control)
         return F.mse_loss(wide(prediction), self._target(z, noise, timesteps))
+
+    def predict(
+        self,
+        x: Tensor,
+        timesteps: Tensor,
+        context: Tensor | None = None,
+        labels: Tensor | None = None,
+        control: Tensor | None = None,
+        control_scale: float = 1.0,
+    ) -> Tensor:
+        """The UNet's prediction, with what the ControlNet adds to its skips and its middle.
+
+        Args:
+            x: Noisy latents `(B, C, *spatial)`, standardized.
+            timesteps: `(B,)`.
+            context: Tokens `(B, N, D)` of the cross-attention.
+            labels: `(B,)` class numbers.
+            control: `(B, K, *spatial)`; None for the UNet alone.
+            control_scale: Factor of all that the ControlNet adds.
+        """
+        if control is None:
+            return self.unet(x, timesteps, context, labels)
+        assert self.controlnet is not None, "a control is for a model with a ControlNet"
+        seen = self.unet.padded(x), timesteps, self.unet.padded(control)
+        down, middle = self.controlnet(*seen, control_scale, context, labels)
+        return self.unet(x, timesteps, context, labels, down, middle)
 
     def _target(self, z: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         if self.process == "flow":
@@ -338,6 +407,8 @@ class LatentDiffusion(Described, nn.Module):
         label: Tensor | None = None,
         condition: Tensor | None = None,
         guidance: float = 1.0,
+        control: Tensor | None = None,
+        control_scale: float = 1.0,
     ) -> Tensor:
         """Turn noise into latents as the VAE decodes them.
 
@@ -350,6 +421,9 @@ class LatentDiffusion(Described, nn.Module):
             condition: Latents `(B, C', *grid)` to attend to.
             guidance: Classifier-free guidance: 1 for none, 0 ignores label and condition, above 1
                 follows them more closely.
+            control: What the ControlNet sees, `(B, K, *spatial)` on the grid of `noise`; guidance
+                is of label and condition, it stays.
+            control_scale: Factor of all that the ControlNet adds; 0 for the model without it.
         """
         chosen = solver or SOLVERS[self.process][0]
         if chosen not in SOLVERS[self.process]:
@@ -361,7 +435,10 @@ class LatentDiffusion(Described, nn.Module):
             raise ValueError(f"steps {steps} must lie between 1 and {self.num_train_timesteps}")
         scheduler = self._scheduler(chosen, steps)
         each = 1 / len(scheduler.timesteps)
-        guided = partial(self._guided, label=label, condition=condition, guidance=guidance)
+        guided = partial(
+            self._guided, label=label, condition=condition, guidance=guidance, control=control,
+            control_scale=control_scale,
+        )  # fmt: skip
         kind = noise.device.type
         as_called = (torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
 
@@ -384,7 +461,8 @@ class LatentDiffusion(Described, nn.Module):
         return z * _as_channels(self.latent_std, z) + _as_channels(self.latent_mean, z)
 
     def _guided(self, x: Tensor, timesteps: Tensor, *, label: Tensor | None,
-                condition: Tensor | None, guidance: float) -> Tensor:  # fmt: skip
+                condition: Tensor | None, guidance: float, control: Tensor | None = None,
+                control_scale: float = 1.0) -> Tensor:  # fmt: skip
         """Prediction with classifier-free guidance (Ho & Salimans 2022, equation 6)."""
 
         def predict(label: Tensor | None, condition: Tensor | None) -> Tensor:
@@ -392,7 +470,8 @@ class LatentDiffusion(Described, nn.Module):
             context = self.context(condition)
             if context is not None:
                 context = context.expand(len(x), -1, -1)
-            return wide(self.unet(x, timesteps.expand(len(x)), context, labels))
+            times = timesteps.expand(len(x))
+            return wide(self.predict(x, times, context, labels, control, control_scale))
 
         if label is None and condition is None:
             return predict(None, None)

@@ -8,7 +8,7 @@ real ones.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import numpy as np
 
@@ -16,7 +16,9 @@ DRAWS = 20  # splits of the real volumes that a floor is the mean of
 BINS = 4096  # of a histogram
 COUNTED = 200  # volumes of which every way of sharing ranks out is counted
 RESAMPLED = 1000  # bootstrap draws of an interval
+AGAIN = 25  # bootstrap draws within each of the splits
 Rows = np.ndarray  # (N, D)
+Measured = Mapping[str, float | np.ndarray]  # a number, or what its mean over volumes is
 
 
 def kernel(a: Rows, b: Rows) -> Rows:
@@ -66,13 +68,17 @@ def frechet(a: Rows, b: Rows) -> float:
     return float(((a.mean(0) - b.mean(0)) ** 2).sum() + spread - 2 * shared)
 
 
-def neighborhoods(real: Rows, drawn: Rows, k: int) -> dict[str, float]:
+def neighborhoods(real: Rows, drawn: Rows, k: int) -> dict[str, np.ndarray]:
     """Precision and recall (Kynkäänniemi et al. 2019), density and coverage (Naeem et al. 2020).
 
     Args:
         real: Rows of real volumes.
         drawn: Rows of samples.
         k: The ball round a row reaches to its k-th neighbor of the same side.
+
+    Returns:
+        What each number is the mean of: a value a sample for precision and density, a value a real
+        volume for recall and coverage.
     """
 
     def reach(rows: Rows) -> Rows:
@@ -81,10 +87,10 @@ def neighborhoods(real: Rows, drawn: Rows, k: int) -> dict[str, float]:
     apart, of_real, of_drawn = distances(real, drawn), reach(real), reach(drawn)
     inside = apart < of_real[:, None]
     return {
-        "precision": float(inside.any(0).mean()),
-        "recall": float((apart < of_drawn[None]).any(1).mean()),
-        "density": float(inside.sum(0).mean() / k),
-        "coverage": float((apart.min(1) < of_real).mean()),
+        "precision": inside.any(0).astype(float),
+        "recall": (apart < of_drawn[None]).any(1).astype(float),
+        "density": inside.sum(0) / k,
+        "coverage": (apart.min(1) < of_real).astype(float),
     }
 
 
@@ -152,37 +158,84 @@ def closer(drawn: Rows, unseen: Rows) -> float:
     return float(of_samples[: ranks[: len(drawn)].sum() + 1].sum() / of_samples.sum())
 
 
+def pairs_interval(pairs: Rows, values: np.ndarray, seed: int = 0) -> tuple[float, float]:
+    """Bootstrap interval of a mean over pairs of volumes: the volumes are drawn again and again.
+
+    Args:
+        pairs: `(P, 2)` numbers of the volumes of each pair.
+        values: `(P,)`.
+        seed: Of the draws.
+    """
+    count = int(pairs.max()) + 1
+    often = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), RESAMPLED)
+    weight = (often[:, pairs[:, 0]] * often[:, pairs[:, 1]]).astype(float)
+    total = weight.sum(1)
+    means = (weight @ values)[total > 0] / total[total > 0]
+    return quantiles(means if len(means) else values)
+
+
+def quantiles(values: np.ndarray | list[float]) -> tuple[float, float]:
+    """Between which 95 % of some values lie."""
+    low, high = np.quantile(values, [0.025, 0.975])
+    return float(low), float(high)
+
+
+def holding(value: float, drawn: list[float]) -> list[float]:
+    """Between which 95 % of bootstrap draws lie, and the number itself, which may be 0.996 of 1."""
+    low, high = quantiles(drawn)
+    return [min(low, value), max(high, value)]
+
+
 def floored(
-    measure: Callable[[Rows, Rows], dict[str, float]], drawn: Rows, real: Rows, seed: int = 0
+    measure: Callable[[Rows, Rows], Measured],
+    drawn: Rows,
+    real: Rows,
+    seed: int = 0,
+    again: bool = False,
 ) -> dict[str, dict]:
     """Numbers of samples against real volumes, each beside that of real ones against real ones.
 
     Both are of as many volumes a side, since such numbers depend on how many; means over draws of
-    which. `low` and `high` are where the floors of 95 % of the draws lie.
+    which. `low` and `high` are where the floors of 95 % of the draws lie, `interval` is the 95 %
+    bootstrap interval of the number, over draws and within each: of what is a mean over volumes
+    these are drawn again, with the neighborhoods as they are.
 
     Args:
         measure: Numbers of `(real, other)`.
         drawn: Rows of samples.
         real: Rows of real volumes, 4 or more.
         seed: Of the draws.
+        again: Draw the volumes of both sides again for single numbers too. Without it these have no
+            interval: where distances within a side count, volumes that are drawn twice shrink it.
     """
     rng = np.random.default_rng(seed)
+    redraw = np.random.default_rng([seed, 1])
     count = min(len(drawn), len(real) // 2)
     values: dict[str, list[float]] = {}
     floors: dict[str, list[float]] = {}
+    spread: dict[str, list[float]] = {}
     for _ in range(DRAWS):
         order, chosen = rng.permutation(len(real)), rng.permutation(len(drawn))[:count]
         one, other = real[order[:count]], real[order[count : 2 * count]]
-        for kept, rows in ((values, drawn[chosen]), (floors, other)):
-            for name, value in measure(one, rows).items():
-                kept.setdefault(name, []).append(value)
+        found, floor = measure(one, drawn[chosen]), measure(one, other)
+        for name in found:
+            values.setdefault(name, []).append(float(np.mean(found[name])))
+            floors.setdefault(name, []).append(float(np.mean(floor[name])))
+            parts = found[name]
+            if isinstance(parts, np.ndarray):
+                picked = redraw.integers(len(parts), size=(AGAIN, len(parts)))
+                spread.setdefault(name, []).extend(parts[picked].mean(1).tolist())
+        for _ in range(AGAIN if again else 0):
+            left, right = redraw.integers(count, size=(2, count))
+            for name, value in measure(one[left], drawn[chosen][right]).items():
+                spread.setdefault(name, []).append(float(np.mean(value)))
     return {
         name: {
             "value": float(np.mean(of)),
+            **({"interval": holding(float(np.mean(of)), spread[name])} if name in spread else {}),
             "floor": float(np.mean(floors[name])),
-            **dict(zip(("low", "high"), np.quantile(floors[name], [0.025, 0.975]).tolist(),
-                       strict=True)),
+            **dict(zip(("low", "high"), quantiles(floors[name]), strict=True)),
             "volumes": count,
         }
         for name, of in values.items()
-    }  # fmt: skip
+    }

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from vae3d.stage2.control import Controls
 from vae3d.stage2.diffusion import LatentDiffusion
 from vae3d.stage2.latents import LatentStore
 from vae3d.training.distributed import World
@@ -25,6 +26,7 @@ class LatentTask(Task):
         store: Training latents, the store that the loader reads.
         labels: Manifest column whose values are the classes; None for none.
         conditions: Latents to attend to, one for each of `store`, in its order; None for none.
+        controls: What the ControlNet sees, in the same order; None for none.
         seed: Seed of posterior draws, noise, times and dropped conditions.
     """
 
@@ -37,11 +39,12 @@ class LatentTask(Task):
         store: LatentStore,
         labels: str | None = None,
         conditions: LatentStore | None = None,
+        controls: Controls | None = None,
         seed: int = 0,
     ):
         super().__init__()
         self.network = model
-        self.guide = Guide(model, store, labels, conditions)
+        self.guide = Guide(model, store, labels, conditions, controls)
         self.seed = seed
 
     def forward(self, batch: Any, step: int) -> dict[str, Tensor]:
@@ -57,12 +60,20 @@ class LatentTask(Task):
         z = mean + torch.exp(logvar / 2) * posterior.view_as(mean)
         time = model.time_of(choices[:, 0]).clamp(max=LAST_TIME)
         keep = torch.special.ndtr(choices[:, 1]) >= model.condition_dropout
-        label, condition = self.guide(batch.volume, mean.device)
-        return {"loss": model.loss(z, noise.view_as(z), time, keep, label, condition)}
+        guidance = self.guide(batch.volume, mean.device)
+        return {"loss": model.loss(z, noise.view_as(z), time, keep, **guidance)}
+
+
+class Guidance(TypedDict):
+    """What a prediction is guided by, see `LatentDiffusion.loss`; None where the model has none."""
+
+    label: Tensor | None
+    condition: Tensor | None
+    control: Tensor | None
 
 
 class Guide:
-    """Label and condition of subjects, each its own.
+    """Label, condition and control of subjects, each its own.
 
     Args:
         model: Knows the classes.
@@ -70,6 +81,7 @@ class Guide:
         labels: Manifest column; None for none. A subject without a value, or with one that no
             training subject has, is of unknown class.
         conditions: Latents of the same subjects in the same order; None for none.
+        controls: What the ControlNet sees of them, in the same order; None for none.
     """
 
     def __init__(
@@ -78,21 +90,27 @@ class Guide:
         store: LatentStore,
         labels: str | None,
         conditions: LatentStore | None,
+        controls: Controls | None = None,
     ):
-        self.conditions = conditions
+        self.conditions, self.controls = conditions, controls
         self.numbers = None
         if labels is not None:
             names = [store.labels(i).get(labels) for i in range(len(store))]
             known = [name if name in model.classes else None for name in names]
             self.numbers = torch.tensor([model.class_index(name) for name in known])
 
-    def __call__(
-        self, volumes: Tensor, device: torch.device
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """Class numbers `(B,)` and condition latents `(B, C, *grid)` of subjects by number."""
-        label = None if self.numbers is None else self.numbers[volumes].to(device)
+    def __call__(self, volumes: Tensor, device: torch.device) -> Guidance:
+        """What subjects, by number, are guided by."""
+        return {
+            "label": None if self.numbers is None else self.numbers[volumes].to(device),
+            "condition": self._conditions(volumes, device),
+            "control": self._controls(volumes, device),
+        }
+
+    def _conditions(self, volumes: Tensor, device: torch.device) -> Tensor | None:
+        """Posterior means `(B, C, *grid)` of the conditions."""
         if self.conditions is None:
-            return label, None
+            return None
         both = [self.conditions.read(int(i)) for i in volumes]
         means = [latent[: len(latent) // 2] for latent in both]
         if len({mean.shape for mean in means}) > 1:
@@ -100,7 +118,13 @@ class Guide:
                 "condition latents of one batch differ in size; use --batch_size 1 (and more "
                 "--grad_accum)"
             )
-        return label, torch.from_numpy(np.stack(means)).to(device)
+        return torch.from_numpy(np.stack(means)).to(device)
+
+    def _controls(self, volumes: Tensor, device: torch.device) -> Tensor | None:
+        """Controls `(B, K, *grid)` on the grids of the latents."""
+        if self.controls is None:
+            return None
+        return torch.stack([self.controls.read(int(i)) for i in volumes]).to(device)
 
 
 class LatentValidation:
@@ -108,7 +132,7 @@ class LatentValidation:
 
     Args:
         store: Validation latents.
-        guide: Their labels and conditions.
+        guide: Their labels, conditions and controls.
         world: The ranks; each takes every `world.size`-th latent, none is counted twice.
         max_latents: At most this many, spread evenly.
     """
@@ -130,10 +154,10 @@ class LatentValidation:
         """Mean loss of one latent over `VALIDATION_TIMES` times."""
         both = torch.from_numpy(self.store.read(index)).to(self.world.device)
         mean, _ = both[None].chunk(2, 1)
-        label, condition = self.guide(torch.tensor([index]), mean.device)
+        guidance = self.guide(torch.tensor([index]), mean.device)
         losses = []
         for n in range(VALIDATION_TIMES):
             noise = noise_of_sample(mean.shape, 0, n, index, mean.device)
             time = mean.new_full((1,), (n + 0.5) / VALIDATION_TIMES)
-            losses.append(network.loss(mean, noise, time, None, label, condition))
+            losses.append(network.loss(mean, noise, time, None, **guidance))
         return float(torch.stack(losses).mean())

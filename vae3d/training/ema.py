@@ -22,7 +22,8 @@ class EMA:
     ExponentialMovingAverage: early averages are not held back by the initial weights.
 
     Args:
-        module: The network that is averaged. It is read, never written, except in `applied`.
+        module: The network that is averaged. It is read, never written, except in `applied`. What
+            is frozen is its own average.
         decay: Decay once warm, 0 <= decay < 1. 0 keeps a copy of the last weights.
     """
 
@@ -31,7 +32,7 @@ class EMA:
             raise ValueError(f"--ema_decay must be at least 0 and below 1, not {decay}")
         self.module = module
         self.decay = decay
-        self.params = dict(module.named_parameters())
+        self.params = {name: p for name, p in module.named_parameters() if p.requires_grad}
         self.shadow = {name: wide(p.detach()).clone() for name, p in self.params.items()}
 
     @torch.no_grad()
