@@ -48,9 +48,7 @@ from loaders.layout import Layout, look_of
 from loaders.preprocess import (
     PERCENTILES,
     Preprocess,
-    Record,
     by_rules,
-    from_store_grid,
     intensity_lines,
 )
 from loaders.readers import (
@@ -65,6 +63,7 @@ from loaders.readers import (
 )
 from loaders.series import time_points
 from loaders.subjects import Subject, names_of
+from loaders.undo import format_of, undo
 
 DRAWN = 2  # how voxels of labels are drawn: raise it when that changes
 OPEN_VOLUMES = 128  # maps held open: 10,000 volumes must not need 10,000 file descriptors
@@ -338,8 +337,6 @@ class VolumeStore:
         Example:
             >>> write_volume("recon.nii.gz", store.undo(0, recon))  # doctest: +SKIP
         """
-        if isinstance(x, torch.Tensor):
-            x = x.detach().float().cpu().numpy()
         entry = self.entries[index]
         if tuple(x.shape[1:]) != tuple(entry.shape[1:]):
             raise ValueError(
@@ -358,6 +355,7 @@ class VolumeStore:
             "affine": meta["affine"],
             "geometry": meta["undo"],
             "look": asdict(look_of(meta, entry.subject.paths[0])),
+            "file": {"format": format_of(entry.subject.paths[0]), "dtype": entry.voxels.dtype.str},
             "background": [
                 meta["statistics"][0 if self.preprocess.rules == 1 else channel]["min"]
                 for channel in range(len(entry.gain))
@@ -550,35 +548,6 @@ def read_by_torch(out: np.ndarray, stored: np.ndarray, mapping: Sequence[float] 
         if bias:
             x.add_(bias)
         x.clamp_(low, high)
-
-
-def undo(x: np.ndarray, record: dict[str, Any]) -> Volume:
-    """Invert the preprocessing of a volume whose cache may be gone.
-
-    Args:
-        x: Normalized (C, X, Y, Z) on the store's grid; channels may differ in number.
-        record: What `VolumeStore.undo_record` returned.
-    """
-    try:
-        return undone(np.asarray(x, np.float32), record)
-    except (LookupError, TypeError, ValueError, AttributeError) as error:
-        raise ValueError(
-            f"the record of how a volume was prepared is damaged ({error}); encode it again"
-        ) from error
-
-
-def undone(x: np.ndarray, record: Record) -> Volume:
-    """Do as `undo` does, with a record that is whole."""
-    data = np.empty_like(x)
-    known = [min(channel, len(record["gain"]) - 1) for channel in range(len(x))]
-    for channel, which in enumerate(known):
-        stored = (x[channel] - np.float64(record["bias"][which])) / record["gain"][which]
-        data[channel] = stored * record["scale"][which] + record["offset"][which]
-    volume = Volume(data, np.array(record["affine"]))
-    background = record["background"]
-    if isinstance(background, list):  # latents of old have one number
-        background = [background[which] for which in known]
-    return from_store_grid(volume, record["geometry"], background)
 
 
 def as_subjects(

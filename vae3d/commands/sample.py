@@ -46,6 +46,7 @@ def sample(
     memory_gb: float | None = None,
     amp: Literal["off", "bf16", "fp16"] = "off",
     clip: bool = False,
+    recon_format: Literal["ome-zarr", "nifti", "tiff"] | None = None,
     seed: int = 0,
     ema: bool = True,
     media: bool = True,
@@ -58,8 +59,8 @@ def sample(
         vae3d sample --ldm runs/ldm --n 8 --label F --guidance 2
         torchrun --nproc_per_node=4 --no_python -- vae3d sample --ldm runs/ldm --n 8
 
-    Writes to `out_dir`, for each source of latents, `<source>/sample_000.nii.gz` and `.gif`; over
-    all of them sheet.png and samples.json (seeds, settings, seconds). Intensities and voxel grid
+    Writes to `out_dir`, for each source of latents, `<source>/sample_000.nii.gz` (or in the format
+    of the training volumes, where we write that) and `.gif`; over all of them sheet.png and samples.json (seeds, settings, seconds). Intensities and voxel grid
     are those of one training volume, named in samples.json. Sample i depends on seed and i alone,
     not on n; under torchrun ranks share the samples out (its `--` keeps it from taking --n for an
     option of its own).
@@ -92,6 +93,7 @@ def sample(
             is free.
         amp: off | bf16 | fp16, precision of convolutions and matrix products.
         clip: Clip intensities to the window, as those that the VAE was trained on are.
+        recon_format: ome-zarr | nifti | tiff, what volumes are written as; null for what came in.
         seed: Seed of the samples.
         ema: Use the averaged weights of the ldm where the run kept some.
         media: Write GIFs and the contact sheet.
@@ -142,7 +144,8 @@ def sample(
         drawn = state["config"] if ldm is None else diffusion.config  # bodies as the run drew them
         radiological = drawn.get("radiological", False)
         window = window_of(template) if clip else None
-        writer = Writer(Path(out_dir), template, vae, coding, media, radiological, window)
+        form, out = recon_format, Path(out_dir)
+        writer = Writer(out, template, vae, coding, media, radiological, window, form)
         shape = (template["shape"][0], *(grid or template["shape"][1:]))
         todo = [(name, k) for name in sources for k in range(world.rank, n, world.size)]
         size = writer.size_of(shape) or [
@@ -174,7 +177,7 @@ def sample(
         done = {key: value for of in world.gather(done) for key, value in of.items()}
         if world.is_main:
             writer.finish({key: done[key] for key in sorted(done)})
-            print(f"judge them: vae3d compare {Path(out_dir) / next(iter(sources))} REAL "
+            print(f"judge them: vae3d compare {out / next(iter(sources))} REAL "
                   "--heldout UNSEEN, folders of real volumes")  # fmt: skip
 
 
@@ -350,11 +353,14 @@ class Writer:
         media: Whether to write pictures.
         radiological: Draw bodies with their right on the left.
         window: Intensities between which samples are clipped; None for all that come.
+        form: Format of the volumes; None for that of the training latent.
     """
 
     def __init__(self, out_dir: Path, template: dict, vae: CustomVAE, coding: Coding, media: bool,
-                 radiological: bool, window: tuple[float, float] | None = None):  # fmt: skip
+                 radiological: bool, window: tuple[float, float] | None = None,
+                 form: str | None = None):  # fmt: skip
         self.out_dir, self.template, self.vae, self.window = out_dir, template, vae, window
+        self.form = form
         self.coding, self.media, self.radiological = coding, media, radiological
 
     def size_of(self, shape: Sequence[int]) -> list[int] | None:
@@ -364,8 +370,7 @@ class Writer:
 
     def write(self, name: str, number: int, z: torch.Tensor, facts: dict) -> Shown:
         """Decode a latent, write the volume and its GIF; return its picture and the facts."""
-        from loaders import write_volume
-        from loaders.store import undo
+        from loaders.undo import write_undone
         from vae3d.stage2.sheet import scroll, three_slices, view_of
         from vae3d.tracking.media import write_gif
 
@@ -377,16 +382,15 @@ class Writer:
         facts |= {"seconds_decode": time.monotonic() - begun}
         facts |= {"intensities_of": self.template["subject"], "shape": list(x.shape)}
         folder, stem = self.out_dir / name, f"sample_{number:03d}"
-        folder.mkdir(parents=True, exist_ok=True)
         record = self.template["source"]["undo"]
         on_store_grid = record | {"geometry": {"source_affine": record["affine"]}}
-        write_volume(folder / f"{stem}.nii.gz", undo(x, on_store_grid))
+        path = write_undone(folder, stem, x, on_store_grid, self.form)
         view = view_of(x, self.template, self.radiological)
         if self.media:
             frames = scroll(x, title=f"{name} {number}", **view)
             write_gif(folder / f"{stem}.gif", frames)
         seconds = facts["seconds_latent"] + facts["seconds_decode"]
-        print(f"{folder / stem}.nii.gz  {seconds:.1f} s", flush=True)
+        print(f"{path}  {seconds:.1f} s", flush=True)
         return three_slices(x, **view), facts
 
     def note(self, done: dict[tuple[str, int], Shown]) -> None:

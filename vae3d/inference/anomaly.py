@@ -12,8 +12,8 @@ from torch import Tensor
 
 from loaders import VolumeStore, write_volume
 from loaders.build import version_of
-from loaders.store import undo
 from loaders.texts import misfit, read_json
+from loaders.undo import undo
 from loaders.whole import write_text
 from vae3d.inference.evaluation import (
     finite_json,

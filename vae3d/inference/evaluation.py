@@ -26,6 +26,7 @@ from loaders import VolumeStore
 from loaders.build import version_of
 from loaders.layout import Layout
 from loaders.texts import misfit, read_json
+from loaders.undo import file_written, write_undone
 from loaders.whole import write_text
 from vae3d.inference.baselines import BlockPCA, pooled
 from vae3d.inference.diffusability import diffusability
@@ -70,12 +71,13 @@ class Evaluator:
         patch_gap: In mode patch, compare with the exact result.
         pca: Baseline fitted on the training volumes; None for none.
         perceptual: Perceptual distance `(x, recon) -> scalar`; None for none.
-        save_recon: Write reconstructions as NIfTI.
+        save_recon: Write reconstructions.
         media: Write pictures and clips.
         radiological: Draw bodies with their right on the left.
         alias: What a case is called in pictures and in trackers.
         segmenter: What finds something in volumes and in their reconstructions; None for none.
         segmenter_name: What its column is called.
+        recon_format: What reconstructions are written as, see `loaders.undo.file_written`.
         codings: How volumes of a size go through the network; filled as they come.
     """
 
@@ -94,6 +96,7 @@ class Evaluator:
     alias: Callable[[str], str] = str
     segmenter: Segmenter | None = None
     segmenter_name: str = ""
+    recon_format: str | None = None
     codings: dict[tuple[int, ...], Coding] = field(default_factory=dict)
 
     @property
@@ -156,10 +159,10 @@ class Evaluator:
         """The row of a volume whose files all lie there; None where something is missing."""
         stem = case_stem(self.store.ids[index])
         record = self.out_dir / "rows" / f"{stem}.json"
-        wanted = [self.out_dir / "recon" / f"{stem}.nii.gz"] * self.save_recon
+        wanted = [self.recon_file(index)] * self.save_recon
         kinds = ("png", "gif", "mp4") * self.media
         wanted += [self.out_dir / "media" / f"{stem}.{kind}" for kind in kinds]
-        if not record.is_file() or not all(path.is_file() for path in wanted):
+        if not record.is_file() or not all(path.exists() for path in wanted):
             return None
         try:
             content = read_json(record)
@@ -168,6 +171,11 @@ class Evaluator:
         if found := misfit(content, {"key": str, "row": {str: (float, str, None)}}):
             raise ValueError(f"{record}: damaged ({found}); delete it, it is made again")
         return content["row"] if content["key"] == self.key(index) else None
+
+    def recon_file(self, index: int) -> Path:
+        """Where the reconstruction of a volume is written; a folder where that is a store."""
+        _, suffix = file_written(self.store.undo_record(index), self.recon_format)
+        return self.out_dir / "recon" / f"{case_stem(self.store.ids[index])}{suffix}"
 
     def volume(self, index: int) -> dict:
         """Evaluate a volume, unless it is finished; its row of metrics."""
@@ -369,10 +377,8 @@ class Evaluator:
     def _write_files(self, index: int, x: Tensor, recon: Tensor, row: dict) -> None:
         case = row["case"]
         if self.save_recon:
-            from loaders import write_volume
-
-            path = self.out_dir / "recon" / f"{case_stem(case)}.nii.gz"
-            write_volume(path, self.store.undo(index, recon.numpy()))
+            record, folder = self.store.undo_record(index), self.out_dir / "recon"
+            write_undone(folder, case_stem(case), recon, record, self.recon_format)
         if self.media:
             layout = self.store.layout(index).read_by(self.radiological)
             if self.coding(index).mode == "patch" and 1 not in x.shape[1:]:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from loaders import Preprocess, VolumeStore
 from loaders.readers import Reading
-from loaders.store import undo
+from loaders.undo import undo
 from vae3d.inference.reconstruct import Coding, coding_of
 
 if TYPE_CHECKING:
