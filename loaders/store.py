@@ -269,16 +269,24 @@ class VolumeStore:
         entry = self.entries[index]
         if slices is None:
             slices = (slice(None),) * 3
-        shape = (len(range(*s.indices(n))) for s, n in zip(slices, entry.shape[1:], strict=True))
-        out = np.empty((entry.shape[0], *shape), np.float32)
+        out = np.empty((entry.shape[0], *self._sizes(index, slices)), np.float32)
         self.read_into(index, slices, out)
         return out
 
+    def _sizes(self, index: int, slices: Sequence[slice]) -> list[int]:
+        """Voxels of a box along each axis."""
+        shape = self.shape(index)[1:]
+        return [len(range(*s.indices(n))) for s, n in zip(slices, shape, strict=True)]
+
     def read_unclipped(self, index: int) -> np.ndarray:
         """Return a volume as `read` does, but with what lies beyond the window as it is."""
+        return self.unclipped(index).read(0)
+
+    def unclipped(self, index: int) -> VolumeStore:
+        """Return a store of one volume, read with what lies beyond the window as it is."""
         entry = self.entries[index]
         free = replace(entry, low=np.full_like(entry.low, -inf), high=np.full_like(entry.high, inf))
-        return VolumeStore([free], self.cache_dir, self.preprocess).read(0)
+        return VolumeStore([free], self.cache_dir, self.preprocess)
 
     def read_into(self, index: int, slices: Sequence[slice], out: np.ndarray) -> None:
         """Read as `read` into a float32 buffer (C, *shape of the slices)."""
@@ -313,12 +321,13 @@ class VolumeStore:
 
     def seen(self, index: int) -> np.ndarray | None:
         """Return which voxels (X, Y, Z) count at all; None where nothing was said of that."""
-        if not self.num_weights:
-            return None
-        weights = self.mask_array(index)
-        if weights is None:
-            return np.ones(self.shape(index)[1:], bool)
-        return weights[(slice(0, 1),) + (slice(None),) * 3][0] > 0
+        return self.seen_in(index, (slice(None),) * 3) if self.num_weights else None
+
+    def seen_in(self, index: int, slices: Sequence[slice]) -> np.ndarray:
+        """Return which voxels of a box count at all."""
+        weights = np.empty([1, *self._sizes(index, slices)], np.float32)
+        self.read_weights_into(index, slices, weights)
+        return weights[0] > 0
 
     def undo(self, index: int, x: np.ndarray | torch.Tensor) -> Volume:
         """Invert the preprocessing: original intensities (HU of CT), grid and affine.

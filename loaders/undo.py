@@ -31,14 +31,15 @@ SUFFIXES: dict[str, str] = {
     "nifti": ".nii.gz", "ome-zarr": ".ome.zarr", "tiff": ".ome.tif", "png": ".png",
 }  # fmt: skip
 IN_TIFF = (".tif", ".tiff", ".lif", ".nd2", ".czi")
-Box = tuple[slice, slice, slice, slice]
+Box = tuple[slice, ...]
 
 
 class Sliced(Protocol):
     """An array or tensor `(C, X, Y, Z)`, or what gives one where it is sliced."""
 
     @property
-    def shape(self) -> Sequence[int]: ...
+    def shape(self) -> Sequence[int]:
+        """(C, X, Y, Z)."""
 
     def __getitem__(self, box: Box, /) -> np.ndarray | torch.Tensor: ...
 

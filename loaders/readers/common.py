@@ -301,7 +301,7 @@ class Volume:
         """Of the stored numbers."""
         return self.data.dtype
 
-    def __getitem__(self, box: tuple[slice, slice, slice, slice]) -> np.ndarray:
+    def __getitem__(self, box: tuple[slice, ...]) -> np.ndarray:
         """Return the stored numbers of a box."""
         return self.data[box]
 
@@ -353,7 +353,7 @@ class Boxes(Protocol):
     def dtype(self) -> np.dtype:
         """Of what slicing gives."""
 
-    def __getitem__(self, box: tuple[slice, slice, slice, slice], /) -> np.ndarray: ...
+    def __getitem__(self, box: tuple[slice, ...], /) -> np.ndarray: ...
 
 
 def is_rgb(volume: Boxes) -> bool:

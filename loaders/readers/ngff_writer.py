@@ -111,6 +111,12 @@ def chunk_of(shape: Sequence[int]) -> int:
     return FLAT if min(shape[1:]) == 1 else CHUNK
 
 
+def grids(sizes: Sequence[int]) -> tuple[list[int], list[int]]:
+    """Return voxels of a chunk and of a shard along each spatial axis, whatever their order."""
+    chunk = [min(chunk_of([1, *sizes]), n) for n in sizes]
+    return chunk, [c * min(SHARD, -(-n // c)) for c, n in zip(chunk, sizes, strict=True)]
+
+
 def create(
     path: Path, where: Path, shape: Sequence[int], dtype: np.dtype
 ) -> tensorstore.TensorStore:
@@ -118,8 +124,7 @@ def create(
     ts = require_tensorstore(str(path))
     count, *sizes = shape
     dtype = np.dtype(np.uint8) if dtype.kind == "b" else dtype
-    chunk = [min(chunk_of(shape), n) for n in sizes[::-1]]
-    shard = [c * min(SHARD, -(-n // c)) for c, n in zip(chunk, sizes[::-1], strict=True)]
+    chunk, shard = grids(sizes[::-1])
     packed = {"cname": "zstd", "clevel": 3, "shuffle": "shuffle", "typesize": dtype.itemsize}
     inner = [{"name": "bytes", "configuration": {"endian": "little"}},
              {"name": "blosc", "configuration": packed}]  # fmt: skip
@@ -148,7 +153,7 @@ def put(path: Path, array: tensorstore.TensorStore, box: Box, values: np.ndarray
 
 def boxes_of(array: tensorstore.TensorStore) -> Iterator[Box]:
     """Yield the shards of an array."""
-    steps = array.chunk_layout.write_chunk.shape
+    steps = [1, *grids(array.shape[1:])[1]]
     starts = [range(0, n, step) for n, step in zip(array.shape, steps, strict=True)]
     for corner in itertools.product(*starts):
         ends = zip(corner, steps, array.shape, strict=True)
@@ -189,8 +194,8 @@ def means(data: np.ndarray, factor: np.ndarray) -> np.ndarray:
     kind = data.dtype
     for axis, f in enumerate(factor.tolist(), start=1):
         if f > 1:
-            parts = (data[(slice(None),) * axis + (slice(k, None, f),)] for k in range(f))
-            data = sum(part.astype(np.float32) for part in parts) / np.float32(f)
+            every = [(slice(None),) * axis + (slice(k, None, f),) for k in range(f)]
+            data = np.asarray(np.mean([data[part] for part in every], axis=0, dtype=np.float32))
     return np.rint(data).astype(kind) if kind.kind in "iu" else data.astype(kind)
 
 

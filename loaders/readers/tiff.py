@@ -90,9 +90,12 @@ def write_tiff(path: Path, volume: Boxes) -> None:
         told["Channel"] = {"Name": list(names), "Color": [signed_color(color) for color in colors]}
     sizes = {"C": count, "Z": z, "Y": y, "X": x, "S": 3}
     shape = tuple(sizes[axis] for axis in axes)
-    with whole_file(path) as temporary, tifffile.TiffWriter(
-        temporary, ome=True, bigtiff=num_items(shape) * volume.dtype.itemsize > MOST_OF_CLASSIC
-    ) as tiff:
+    with (
+        whole_file(path) as temporary,
+        tifffile.TiffWriter(
+            temporary, ome=True, bigtiff=num_items(shape) * volume.dtype.itemsize > MOST_OF_CLASSIC
+        ) as tiff,
+    ):
         tiff.write(
             planes(volume, colored),
             shape=shape,

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from vae3d.models.custom_vae import CustomVAE
 
 
@@ -84,7 +86,7 @@ def decode(
                 latent = read_latent(path)
                 z = latent.mean if latent.codes is None else values_of(vae, latent.codes, path)
                 with part(math.prod(size) / voxels):
-                    x = coding.decode(vae, z, size, str(path))
+                    x = coding.decode(vae, z, size, str(path), Path(out_dir))
                 record = latent.info["source"]["undo"]
                 print(write_undone(Path(out_dir), path.stem, x, record, recon_format))
 

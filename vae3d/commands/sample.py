@@ -59,11 +59,12 @@ def sample(
         vae3d sample --ldm runs/ldm --n 8 --label F --guidance 2
         torchrun --nproc_per_node=4 --no_python -- vae3d sample --ldm runs/ldm --n 8
 
-    Writes to `out_dir`, for each source of latents, `<source>/sample_000.nii.gz` (or in the format
-    of the training volumes, where we write that) and `.gif`; over all of them sheet.png and samples.json (seeds, settings, seconds). Intensities and voxel grid
-    are those of one training volume, named in samples.json. Sample i depends on seed and i alone,
-    not on n; under torchrun ranks share the samples out (its `--` keeps it from taking --n for an
-    option of its own).
+    Writes to `out_dir`, for each source of latents, `<source>/sample_000.nii.gz` (`.ome.zarr`,
+    `.ome.tif` or `.png` where the training volumes were such) and `.gif`; over all of them
+    sheet.png and samples.json (seeds, settings, seconds). Intensities and voxel grid are those of
+    one training volume, named in samples.json. Sample i depends on seed and i alone, not on n;
+    under torchrun ranks share the samples out (its `--` keeps it from taking --n for an option of
+    its own).
 
     Args:
         checkpoint: Run folder, checkpoint or folder of save_pretrained of the VAE, or
@@ -376,9 +377,9 @@ class Writer:
 
         size = self.size_of(z.shape)
         begun = time.monotonic()
-        x = self.coding.decode(self.vae, z, size, f"{name} {number}").numpy()
+        x = self.coding.decode(self.vae, z, size, f"{name} {number}", self.out_dir).numpy()
         if self.window is not None:
-            x = x.clip(*self.window)
+            x.clip(*self.window, out=x)
         facts |= {"seconds_decode": time.monotonic() - begun}
         facts |= {"intensities_of": self.template["subject"], "shape": list(x.shape)}
         folder, stem = self.out_dir / name, f"sample_{number:03d}"

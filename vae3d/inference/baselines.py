@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from loaders.whole import whole_file
+from vae3d.kernels.large import Lazy, Values
 
 BLOCKS_PER_VOLUME = 20_000
 SLAB = 1 << 22  # values that are worked on at a time
@@ -27,15 +28,26 @@ SLAB = 1 << 22  # values that are worked on at a time
 DAMAGE = (RuntimeError, TypeError, EOFError, LookupError, ValueError, pickle.UnpicklingError)
 
 
-def pooled(x: Tensor, factor: Sequence[int]) -> Tensor:
+def pooled(x: Values, factor: Sequence[int]) -> Lazy:
     """Average-pool by `factor` and upsample linearly: (C, *spatial) to the same shape."""
-    dims = len(factor)
+    dims, first = len(factor), factor[0]
     pool = (F.avg_pool2d, F.avg_pool3d)[dims - 2]
     mode = ("bilinear", "trilinear")[dims - 2]
-    padded = _pad(x, factor)
-    coarse = pool(padded[None], tuple(factor))
-    fine = F.interpolate(coarse, padded.shape[1:], mode=mode)[0]
-    return fine[(slice(None), *(slice(n) for n in x.shape[1:]))]
+    parts = [
+        pool(_pad(x[:, rows], factor)[None], tuple(factor))[0] for rows in _slabs(x.shape, factor)
+    ]
+    coarse = torch.cat(parts, 1)
+
+    def read(box: tuple[slice, ...]) -> Tensor:
+        low = max(box[1].start // first - 1, 0)  # one cell more on either side
+        high = min(-(-box[1].stop // first) + 1, coarse.shape[1])
+        cells = coarse[box[0], low:high]
+        sizes = [n * f for n, f in zip(cells.shape[1:], factor, strict=True)]
+        fine = F.interpolate(cells[None], sizes, mode=mode)[0]
+        rows = slice(box[1].start - low * first, box[1].stop - low * first)
+        return fine[(slice(None), rows, *box[2:])]
+
+    return Lazy(x.shape, read)
 
 
 class BlockPCA:
@@ -76,10 +88,22 @@ class BlockPCA:
 
     def __call__(self, x: Tensor, count: int | None = None) -> Tensor:
         """Code and decode a volume (C, *spatial) by the first `count` components; None for all."""
-        recon = torch.empty_like(x)
+        recon, coded = torch.empty_like(x), self.coded(x, count)
         for rows in _slabs(x.shape, self.factor):
-            recon[:, rows] = self._coded(x[:, rows], self.components[:count])
+            recon[:, rows] = coded[:, rows]
         return recon
+
+    def coded(self, x: Values, count: int | None = None) -> Lazy:
+        """Do so where it is sliced."""
+        first = self.factor[0]
+
+        def read(box: tuple[slice, ...]) -> Tensor:
+            low = box[1].start // first * first
+            high = min(-(-box[1].stop // first) * first, x.shape[1])
+            blocks = self._coded(x[:, low:high], self.components[:count])
+            return blocks[(box[0], slice(box[1].start - low, box[1].stop - low), *box[2:])]
+
+        return Lazy(x.shape, read)
 
     def _coded(self, x: Tensor, kept: Tensor) -> Tensor:
         """Code and decode some rows by some components."""
@@ -92,7 +116,7 @@ class BlockPCA:
         recon = recon.permute(order).reshape(x.shape[0], *sizes)
         return recon[(slice(None), *(slice(n) for n in x.shape[1:]))]
 
-    def equivalent(self, x: Tensor, recon: Tensor, mask: Tensor | None = None) -> float:
+    def equivalent(self, x: Values, recon: Values, mask: Values | None = None) -> float:
         """How many components have as small a squared error as a reconstruction, interpolated.
 
         Both are measured over the whole blocks in the volume.
@@ -107,16 +131,17 @@ class BlockPCA:
             next to it; infinity where all components together are worse.
         """
         sizes = [n // f * f for n, f in zip(x.shape[1:], self.factor, strict=True)]
-        x, recon = (v[(slice(None), *map(slice, sizes))] for v in (x, recon))
-        counts = None if mask is None else mask[tuple(map(slice, sizes))].expand_as(x)
         errors = wanted = torch.zeros(1, dtype=torch.float64)
-        for rows in _slabs(x.shape, self.factor):
-            blocks = (_blocks(x[:, rows], self.factor)[0] - self.mean).double()
-            missed = (x[:, rows] - recon[:, rows]).double().square()
+        for rows in _slabs((x.shape[0], *sizes), self.factor):
+            inside = (rows, *map(slice, sizes[1:]))
+            a, b = (v[(slice(None), *inside)] for v in (x, recon))
+            counts = None if mask is None else mask[inside].expand_as(a)
+            blocks = (_blocks(a, self.factor)[0] - self.mean).double()
+            missed = (a - b).double().square()
             if counts is not None:
-                missed = missed * counts[:, rows]
+                missed = missed * counts
             wanted = wanted + missed.sum()
-            seen = None if counts is None else _blocks(counts[:, rows], self.factor)[0]
+            seen = None if counts is None else _blocks(counts, self.factor)[0]
             errors = errors + self._errors(blocks, seen)
         errors = errors.cummin(0).values
         better = int((errors > wanted * (1 + 1e-6)).sum())  # counts that are not enough
