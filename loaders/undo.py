@@ -15,7 +15,6 @@ import torch
 
 from loaders.preprocess import Record, from_store_grid
 from loaders.readers import (
-    HDF5,
     PICTURES,
     Boxes,
     Look,
@@ -50,14 +49,14 @@ def format_of(path: Path) -> Format:
     HDF5 becomes OME-Zarr, microscopes' own formats and folders of pictures TIFF, JPEG PNG; all else
     NIfTI.
     """
-    if is_store(path) or path.name.lower().endswith(HDF5):
+    suffix = volume_suffix(path)
+    if suffix in IN_TIFF:
+        return "tiff"
+    if is_store(path):
         return "ome-zarr"
     if path.is_dir():
         return "nifti" if holds_dicom(path) else "tiff"
-    suffix = volume_suffix(path)
-    if suffix in PICTURES:
-        return "png"
-    return "tiff" if suffix in IN_TIFF else "nifti"
+    return "png" if suffix in PICTURES else "nifti"
 
 
 class Undone:
@@ -148,8 +147,8 @@ class Undone:
         x = np.asarray(x, np.float32)
         data = np.empty_like(x)
         for channel, (gain, bias, scale, offset) in enumerate(self.mappings[box[0]]):
-            stored = (x[channel] - np.float64(bias)) / gain
-            data[channel] = stored * scale + offset
+            for row, out in zip(x[channel], data[channel], strict=True):  # it is float64 meanwhile
+                out[...] = (row - np.float64(bias)) / gain * scale + offset
         return data
 
 

@@ -57,7 +57,7 @@ from vae3d.tracking.voxels import write_voxels
 
 VERSION = 5  # of the numbers: raised when the same options give others, so that old rows are redone
 
-SHOWN_VOXELS = 256**3  # of a large volume in pictures
+SHOWN_VOXELS = 200**3  # of a large volume in pictures
 NETWORK = 0.8  # of the time of a volume, for the progress; the rest is metrics and pictures
 
 
