@@ -24,9 +24,13 @@ from vae3d.commands.decode import decode
 from vae3d.commands.encode import encode
 from vae3d.commands.evaluate import EvaluationData, evaluate
 from vae3d.commands.sample import sample
+from vae3d.inference import baselines, metrics
+from vae3d.inference.baselines import BlockPCA, pooled
 from vae3d.inference.evaluation import Evaluator
+from vae3d.inference.metrics import METRICS, lattice_score, seam_score
 from vae3d.inference.reconstruct import Coding
 from vae3d.kernels import large
+from vae3d.kernels.large import Lazy
 from vae3d.models.custom_vae import CustomVAE
 from vae3d.models.norm import GroupNorm
 
@@ -248,18 +252,19 @@ def test_a_store_comes_back_as_one_from_evaluate_decode_and_sample(run, capsys):
 @pytest.mark.parametrize("dims", [3, 2])
 @pytest.mark.parametrize("mode", ["patch", "exact"])
 def test_a_volume_too_large_for_memory_has_the_same_numbers(tmp_path, monkeypatch, mode, dims):
-    path = array(tmp_path / "a.zarr", voxels(13, 18, 22), (8, 8, 8), names="zyx")
+    path = array(tmp_path / "a.zarr", voxels(7, 11, 18), (8, 8, 8), names="zyx")
     store = VolumeStore.build([path], tmp_path / "cache", progress=False)
     torch.manual_seed(0)
     vae = tiny_vae(spatial_dims=dims).eval()
-    how = vars(Coding(mode, patch_size=(8,) * dims, num_slices=1))
+    how = vars(Coding(mode, patch_size=(8,) * dims, overlap=2))
     rows: list[dict] = []
     for name, limit in (("memory", large.LARGE), ("disk", 0)):
         monkeypatch.setattr(large, "LARGE", limit)
-        lazy = Evaluator(
-            vae, store, tmp_path / name, how, patch_gap=mode == "patch", media=dims == 3
+        all_of_it = mode == "patch" and dims == 3
+        evaluator = Evaluator(
+            vae, store, tmp_path / name, how, patch_gap=all_of_it, media=all_of_it
         )
-        rows.append(lazy.volume(0))
+        rows.append(evaluator.volume(0))
         assert rows[-1].pop("case") == "a"
     assert rows[1] == pytest.approx(rows[0], rel=1e-5, abs=1e-7, nan_ok=True)
     one, two = (
@@ -269,6 +274,28 @@ def test_a_volume_too_large_for_memory_has_the_same_numbers(tmp_path, monkeypatc
     assert not [
         p for p in (tmp_path / "disk").iterdir() if p.name not in ("recon", "rows", "media")
     ]
+
+
+def test_slabs_of_any_thickness_give_the_same_numbers(monkeypatch):
+    x = torch.rand(2, 23, 17, 14).cumsum(1) / 23
+    recon = x + 0.05 * torch.randn_like(x)
+    mask = torch.rand(23, 17, 14) > 0.3
+
+    def numbers() -> dict:
+        pca = BlockPCA.fit([Lazy.of(x)], (2, 2, 2), 6, most=200)
+        found = {name: metric(x, recon, 1.0, mask) for name, metric in METRICS.items()}
+        found["seams"] = seam_score(x, recon, [[8], [8], [8]])
+        found["lattice"] = lattice_score(x, recon, (4, 2, 2))
+        found["pooled"] = METRICS["psnr"](x, pooled(x, (4, 2, 2)), 1.0)
+        found["pca"] = METRICS["psnr"](x, pca.coded(x, 4), 1.0)
+        return found | {"equivalent": pca.equivalent(Lazy.of(x), recon, mask)}
+
+    wanted = numbers()
+    monkeypatch.setattr(baselines, "SLAB", 1)
+    for name, value in (("ROWS", 3), ("MOST", 500)):
+        monkeypatch.setattr(large, name, value)
+        monkeypatch.setattr(metrics, name, value)
+    assert numbers() == pytest.approx(wanted, rel=1e-6)
 
 
 MEMORY = """

@@ -291,11 +291,10 @@ def block_pca(
     Returns:
         A `BlockPCA`; None where no training volume lies in the folder.
     """
-    import torch
-
     from loaders.build import version_of
     from loaders.readers import is_there
     from vae3d.inference.baselines import BlockPCA
+    from vae3d.inference.reconstruct import volume_of
 
     if not subjects:
         print("no pca_psnr: the run's training volumes are not in data.root")
@@ -309,7 +308,7 @@ def block_pca(
     path = folder / f"block_pca_{hashlib.sha256(key.encode()).hexdigest()[:16]}.pt"
     if not path.is_file():
         store = open_store()
-        volumes = (torch.from_numpy(store.read(i)) for i in range(len(store)))
+        volumes = (volume_of(store, i) for i in range(len(store)))
         folder.mkdir(parents=True, exist_ok=True)
         BlockPCA.fit(volumes, factor, count).save(path)
     return BlockPCA.load(path)

@@ -22,6 +22,7 @@ from loaders.whole import whole_file
 from vae3d.kernels.large import Lazy, Values
 
 BLOCKS_PER_VOLUME = 20_000
+FEW = 1 << 24  # blocks of a volume that are shuffled to draw some
 SLAB = 1 << 22  # values that are worked on at a time
 
 # What torch may say of a file that is none of its own.
@@ -67,7 +68,7 @@ class BlockPCA:
     @classmethod
     def fit(
         cls,
-        volumes: Iterable[Tensor],
+        volumes: Iterable[Values],
         factor: Sequence[int],
         num_components: int,
         most: int = BLOCKS_PER_VOLUME,
@@ -76,9 +77,7 @@ class BlockPCA:
         generator = torch.Generator().manual_seed(0)
         count, total, square = 0, *torch.zeros(2, dtype=torch.float64)
         for x in volumes:
-            blocks = _blocks(_pad(x, factor), factor)[0]
-            picks = torch.randperm(len(blocks), generator=generator)[:most]
-            blocks = blocks[picks].double()
+            blocks = _drawn(x, factor, most, generator).double()
             count, total = count + len(blocks), total + blocks.sum(0)
             square = square + blocks.T @ blocks
         mean = total / count
@@ -198,6 +197,26 @@ def _slabs(shape: Sequence[int], factor: Sequence[int]) -> Iterator[slice]:
     each = shape[0] * prod(shape[2:]) * factor[0]
     step = max(1, SLAB // max(each, 1)) * factor[0]
     return (slice(a, min(a + step, shape[1])) for a in range(0, shape[1], step))
+
+
+def _drawn(x: Values, factor: Sequence[int], most: int, generator: torch.Generator) -> Tensor:
+    """At most so many blocks of a volume (C, *spatial), read slab by slab."""
+    rows, *plane = (-(-n // f) for n, f in zip(x.shape[1:], factor, strict=True))
+    total = rows * prod(plane)
+    if total <= FEW:
+        picks = torch.randperm(total, generator=generator)[:most]
+    else:  # none of which is likely to come twice
+        picks = torch.randint(total, (most,), generator=generator)
+    ordered, order = picks.sort()
+    parts = []
+    for slab in _slabs(x.shape, factor):
+        ends = torch.tensor([slab.start // factor[0], -(-slab.stop // factor[0])]) * prod(plane)
+        low, high = torch.searchsorted(ordered, ends).tolist()
+        if low < high:
+            blocks = _blocks(_pad(x[:, slab], factor), factor)[0]
+            parts.append(blocks[ordered[low:high] - ends[0]])
+    drawn = torch.cat(parts)
+    return torch.empty_like(drawn).index_copy_(0, order, drawn)
 
 
 def _pad(x: Tensor, factor: Sequence[int]) -> Tensor:

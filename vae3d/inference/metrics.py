@@ -219,7 +219,7 @@ def _power(v: Values, axis: int, size: int) -> Tensor:
     """Power of each frequency along an axis of `size` voxels, summed over the lines; never 0."""
     total = torch.zeros(size // 2 + 1, dtype=torch.float64)
     across = 2 if axis == 1 else 1  # slabs hold whole lines
-    for rows in slabs_of(v.shape, across, MOST // 4):  # of complex numbers, and several
+    for rows in slabs_of(v.shape, across, 0.25):  # of complex numbers, and several
         box = [slice(None)] * v.ndim
         box[across], box[axis] = rows, slice(size)
         lines = v[tuple(box)].movedim(axis, -1).double()

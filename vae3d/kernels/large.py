@@ -112,13 +112,13 @@ def rows_of(n: int, step: int) -> list[slice]:
     return [slice(low, min(low + step, n)) for low in range(0, n, step)]
 
 
-def slabs_of(shape: Sequence[int], axis: int, most: int = MOST) -> list[slice]:
-    """Cut a volume along an axis into slabs of at most so many values, and `ROWS` rows.
+def slabs_of(shape: Sequence[int], axis: int, share: float = 1.0) -> list[slice]:
+    """Cut a volume along an axis into slabs of at most `MOST` values and `ROWS` rows.
 
     Args:
         shape: Of the volume.
         axis: Which of its axes.
-        most: Values of a slab; one row is taken in any case.
+        share: Of these values, where each takes more memory; one row is taken in any case.
     """
     each = math.prod(shape) // shape[axis]
-    return rows_of(shape[axis], max(1, min(ROWS, most // max(each, 1))))
+    return rows_of(shape[axis], max(1, min(ROWS, int(share * MOST) // max(each, 1))))
