@@ -12,7 +12,8 @@ import numpy as np
 from loaders.layout import Layout
 from loaders.preprocess import Preprocess
 from loaders.readers import Volume
-from loaders.store import VolumeStore, undo
+from loaders.store import VolumeStore
+from loaders.undo import undo
 
 
 class SliceStore:

@@ -48,9 +48,7 @@ from loaders.layout import Layout, look_of
 from loaders.preprocess import (
     PERCENTILES,
     Preprocess,
-    Record,
     by_rules,
-    from_store_grid,
     intensity_lines,
 )
 from loaders.readers import (
@@ -65,6 +63,7 @@ from loaders.readers import (
 )
 from loaders.series import time_points
 from loaders.subjects import Subject, names_of
+from loaders.undo import format_of, undo
 
 DRAWN = 2  # how voxels of labels are drawn: raise it when that changes
 OPEN_VOLUMES = 128  # maps held open: 10,000 volumes must not need 10,000 file descriptors
@@ -270,16 +269,24 @@ class VolumeStore:
         entry = self.entries[index]
         if slices is None:
             slices = (slice(None),) * 3
-        shape = (len(range(*s.indices(n))) for s, n in zip(slices, entry.shape[1:], strict=True))
-        out = np.empty((entry.shape[0], *shape), np.float32)
+        out = np.empty((entry.shape[0], *self._sizes(index, slices)), np.float32)
         self.read_into(index, slices, out)
         return out
 
+    def _sizes(self, index: int, slices: Sequence[slice]) -> list[int]:
+        """Voxels of a box along each axis."""
+        shape = self.shape(index)[1:]
+        return [len(range(*s.indices(n))) for s, n in zip(slices, shape, strict=True)]
+
     def read_unclipped(self, index: int) -> np.ndarray:
         """Return a volume as `read` does, but with what lies beyond the window as it is."""
+        return self.unclipped(index).read(0)
+
+    def unclipped(self, index: int) -> VolumeStore:
+        """Return a store of one volume, read with what lies beyond the window as it is."""
         entry = self.entries[index]
         free = replace(entry, low=np.full_like(entry.low, -inf), high=np.full_like(entry.high, inf))
-        return VolumeStore([free], self.cache_dir, self.preprocess).read(0)
+        return VolumeStore([free], self.cache_dir, self.preprocess)
 
     def read_into(self, index: int, slices: Sequence[slice], out: np.ndarray) -> None:
         """Read as `read` into a float32 buffer (C, *shape of the slices)."""
@@ -314,12 +321,13 @@ class VolumeStore:
 
     def seen(self, index: int) -> np.ndarray | None:
         """Return which voxels (X, Y, Z) count at all; None where nothing was said of that."""
-        if not self.num_weights:
-            return None
-        weights = self.mask_array(index)
-        if weights is None:
-            return np.ones(self.shape(index)[1:], bool)
-        return weights[(slice(0, 1),) + (slice(None),) * 3][0] > 0
+        return self.seen_in(index, (slice(None),) * 3) if self.num_weights else None
+
+    def seen_in(self, index: int, slices: Sequence[slice]) -> np.ndarray:
+        """Return which voxels of a box count at all."""
+        weights = np.empty([1, *self._sizes(index, slices)], np.float32)
+        self.read_weights_into(index, slices, weights)
+        return weights[0] > 0
 
     def undo(self, index: int, x: np.ndarray | torch.Tensor) -> Volume:
         """Invert the preprocessing: original intensities (HU of CT), grid and affine.
@@ -338,8 +346,6 @@ class VolumeStore:
         Example:
             >>> write_volume("recon.nii.gz", store.undo(0, recon))  # doctest: +SKIP
         """
-        if isinstance(x, torch.Tensor):
-            x = x.detach().float().cpu().numpy()
         entry = self.entries[index]
         if tuple(x.shape[1:]) != tuple(entry.shape[1:]):
             raise ValueError(
@@ -358,6 +364,7 @@ class VolumeStore:
             "affine": meta["affine"],
             "geometry": meta["undo"],
             "look": asdict(look_of(meta, entry.subject.paths[0])),
+            "file": {"format": format_of(entry.subject.paths[0]), "dtype": entry.voxels.dtype.str},
             "background": [
                 meta["statistics"][0 if self.preprocess.rules == 1 else channel]["min"]
                 for channel in range(len(entry.gain))
@@ -550,35 +557,6 @@ def read_by_torch(out: np.ndarray, stored: np.ndarray, mapping: Sequence[float] 
         if bias:
             x.add_(bias)
         x.clamp_(low, high)
-
-
-def undo(x: np.ndarray, record: dict[str, Any]) -> Volume:
-    """Invert the preprocessing of a volume whose cache may be gone.
-
-    Args:
-        x: Normalized (C, X, Y, Z) on the store's grid; channels may differ in number.
-        record: What `VolumeStore.undo_record` returned.
-    """
-    try:
-        return undone(np.asarray(x, np.float32), record)
-    except (LookupError, TypeError, ValueError, AttributeError) as error:
-        raise ValueError(
-            f"the record of how a volume was prepared is damaged ({error}); encode it again"
-        ) from error
-
-
-def undone(x: np.ndarray, record: Record) -> Volume:
-    """Do as `undo` does, with a record that is whole."""
-    data = np.empty_like(x)
-    known = [min(channel, len(record["gain"]) - 1) for channel in range(len(x))]
-    for channel, which in enumerate(known):
-        stored = (x[channel] - np.float64(record["bias"][which])) / record["gain"][which]
-        data[channel] = stored * record["scale"][which] + record["offset"][which]
-    volume = Volume(data, np.array(record["affine"]))
-    background = record["background"]
-    if isinstance(background, list):  # latents of old have one number
-        background = [background[which] for which in known]
-    return from_store_grid(volume, record["geometry"], background)
 
 
 def as_subjects(

@@ -21,7 +21,7 @@ def whole_file(path: str | Path, durable: bool = False) -> Iterator[Path]:
     ends like `path`, since writers go by the suffix.
 
     Args:
-        path: The file to make or replace, or a folder to make; its own folder is made when missing.
+        path: The file or folder to make or replace; its own folder is made when missing.
         durable: Wait until the disk has the bytes before the name moves, and then the name, so
             that this holds for a power cut too.
 
@@ -38,6 +38,8 @@ def whole_file(path: str | Path, durable: bool = False) -> Iterator[Path]:
         yield temporary
         if durable:
             fsync(temporary)
+        if temporary.is_dir() and path.is_dir():  # of these, no one call replaces one by another
+            shutil.rmtree(path)
         os.replace(temporary, path)
     except OSError as error:  # a write to a full disk names no file, others the temporary one
         if error.errno is None or error.filename not in (None, str(temporary)):
@@ -62,7 +64,10 @@ def write_text(path: str | Path, text: str) -> Path:
 def sweep(folder: str | Path) -> None:
     """Remove what killed writers left in a folder. Only for who alone writes there."""
     for path in Path(folder).glob(f".*{MARK}*"):
-        path.unlink(missing_ok=True)
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def fsync(path: Path) -> None:

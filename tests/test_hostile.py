@@ -14,8 +14,8 @@ from toys import tiny_vae
 
 from loaders import Preprocess, VolumeStore
 from loaders.readers import Reading
-from loaders.store import undo
 from loaders.texts import MAX_BYTES, misfit, read_bytes, read_json, read_yaml
+from loaders.undo import undo
 from vae3d import config, train_3d
 from vae3d.config import _is_users_mistake
 from vae3d.inference.reconstruct import Coding, coding_of

@@ -69,6 +69,7 @@ ONE_PLACE = {
     "fsspec": {"loaders/readers/remote.py"},
     "s3fs": set(),  # for fsspec to find
     "zarr": {"loaders/readers/remote.py"},
+    "ngff_zarr": {"loaders/readers/ngff_writer.py"},
     "h5py": {"loaders/readers/arrays.py", "vae3d/losses/features.py"},
     "pint": {"loaders/readers/units.py"},
     "imagecodecs": set(),  # for tifffile to find

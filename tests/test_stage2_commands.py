@@ -17,7 +17,7 @@ from toys import OnGPU, on_ranks
 from evaluate import evaluate
 from loaders import DataConfig, Preprocess, read_volume, write_volume
 from loaders.readers import Volume
-from loaders.store import undo
+from loaders.undo import undo
 from train_3d import train_3d
 from vae3d.commands.convert import convert
 from vae3d.commands.decode import decode

@@ -67,3 +67,16 @@ def test_what_a_killed_writer_left_is_swept_and_nothing_else(tmp_path):
     (tmp_path / ".hidden").write_text("mine")
     sweep(tmp_path)
     assert os.listdir(tmp_path) == [".hidden"]
+
+
+def test_a_folder_takes_the_place_of_a_folder_and_what_a_killed_writer_left_is_swept(tmp_path):
+    for content in ("old", "new"):
+        with whole_file(tmp_path / "a.zarr") as temporary:
+            temporary.mkdir()
+            (temporary / "zarr.json").write_text(content)
+    assert (tmp_path / "a.zarr" / "zarr.json").read_text() == "new"
+    left = tmp_path / ".0.partial.b.zarr"
+    left.mkdir()
+    (left / "chunk").write_text("half")
+    sweep(tmp_path)
+    assert os.listdir(tmp_path) == ["a.zarr"]

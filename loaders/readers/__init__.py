@@ -30,6 +30,7 @@ from loaders.readers.bio import read_bio
 from loaders.readers.common import (
     READING,
     UNIT_MM,
+    Boxes,
     BrokenVolume,
     Cut,
     Dicom,
@@ -52,18 +53,14 @@ from loaders.readers.common import (
 from loaders.readers.dicom import DICOM_SUFFIXES, holds_dicom, patient_of, read_dicom, volumes_of
 from loaders.readers.itk import read_meta, read_nrrd
 from loaders.readers.ngff import Image, describe
-from loaders.readers.nifti import (
-    ras_axes,
-    read_mgh,
-    read_nifti,
-    write_volume,
-)
+from loaders.readers.ngff_writer import write_ome_zarr
+from loaders.readers.nifti import ras_axes, read_mgh, read_nifti, write_nifti
 from loaders.readers.npy import read_npy, read_npz
-from loaders.readers.picture import read_picture
+from loaders.readers.picture import read_picture, write_picture
 from loaders.readers.planes import is_dicom, object_name
 from loaders.readers.remote import stores_at
 from loaders.readers.stores import InPlace, View, look_of_view, read_store, times_of, view_of
-from loaders.readers.tiff import read_tiff, tiff_time_points
+from loaders.readers.tiff import read_tiff, tiff_time_points, write_tiff
 
 __all__ = [
     "CACHE_GB",
@@ -75,6 +72,7 @@ __all__ = [
     "SLICES",
     "UNIT_MM",
     "ZARR",
+    "Boxes",
     "BrokenVolume",
     "Cut",
     "Dicom",
@@ -126,6 +124,13 @@ READERS: dict[str, Callable[[Path, Reading], Volume]] = {
     ".png": read_picture, ".jpg": read_picture, ".jpeg": read_picture,
     ".lif": read_bio, ".nd2": read_bio, ".czi": read_bio,
     ".dcm": read_dicom,
+}  # fmt: skip
+
+WRITERS: dict[str, Callable[[Path, Boxes], None]] = {
+    ".nii.gz": write_nifti, ".nii": write_nifti,
+    ".tif": write_tiff, ".tiff": write_tiff,
+    ".png": write_picture,
+    ZARR: write_ome_zarr,
 }  # fmt: skip
 
 # They do not say where their voxels lie in space.
@@ -211,6 +216,29 @@ def read_volume(path: Path | str, reading: Reading = READING) -> Volume:
     if planes and not any(np.isfinite(data[..., z]).any() for z in planes):
         raise BrokenVolume(path, "all voxels are NaN or infinite")
     return replace(volume, data=data)
+
+
+def write_volume(path: Path | str, volume: Boxes) -> None:
+    """Write a volume, whole or not at all: NIfTI, OME-TIFF, PNG or OME-Zarr, as the suffix says.
+
+    Args:
+        path: The file, or the folder of a store; folders on the way are made.
+        volume: Stored as it is: dtype and affine (RAS+ millimeters), scale and offset in NIfTI; in
+            other formats intensities. TIFF and PNG show x to the right and y down, and keep the
+            voxel size alone of the affine.
+
+    Example:
+        >>> write_volume("recon.ome.zarr", volume)  # doctest: +SKIP
+    """
+    path = Path(path)
+    suffix = next((one for one in WRITERS if path.name.lower().endswith(one)), None)
+    if suffix is None:
+        raise ValueError(f"{path}: volumes are written as {', '.join(WRITERS)}")
+    if WRITERS[suffix] is not write_nifti and isinstance(volume, Volume):
+        stored = volume.scale == 1 and volume.offset == 0
+        data = volume.data if stored else volume.intensities()
+        volume = replace(volume, data=data, scale=1.0, offset=0.0)
+    WRITERS[suffix](path, volume)
 
 
 def reader_of(path: Path, reading: Reading) -> Callable[[Path, Reading], Volume]:

@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Literal, cast, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Protocol, cast, get_args, get_origin, get_type_hints
 
 import numpy as np
 
@@ -30,6 +30,7 @@ LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 MAX_EXPANSION = 800
 LARGE = 64 * 2**20
 CHUNK = 2**18
+SLAB = 64 * 2**20  # bytes of a volume that are written at a time
 
 NaN = Literal["error", "fill", "mask"]
 Volumes4D = Literal["error", "channels", "first", "samples"]
@@ -222,7 +223,7 @@ class Look:
         return cls(**{**record, "channels": tuple(map(tuple, record["channels"]))})
 
 
-RGB = (("red", "ff0000"), ("green", "00ff00"), ("blue", "0000ff"))
+RGB: tuple[tuple[str, str], ...] = (("red", "ff0000"), ("green", "00ff00"), ("blue", "0000ff"))
 
 
 Box = tuple[tuple[int, int], ...]
@@ -290,6 +291,20 @@ class Volume:
         x, y, z = (float(s) for s in np.linalg.norm(self.affine[:3, :3], axis=0))
         return x, y, z
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(C, X, Y, Z)."""
+        return self.data.shape
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Of the stored numbers."""
+        return self.data.dtype
+
+    def __getitem__(self, box: tuple[slice, ...]) -> np.ndarray:
+        """Return the stored numbers of a box."""
+        return self.data[box]
+
     def intensities(self) -> np.ndarray:
         """Return `data * scale + offset` as float32 (C, X, Y, Z)."""
         if self.scale == 1 and self.offset == 0:
@@ -320,6 +335,39 @@ def cut_out(path: Path, volume: Volume, region: Sequence[Sequence[int]]) -> Volu
     data = volume.data[(slice(None), *(slice(*pair) for pair in box))]
     affine = shifted(volume.affine, corner)
     return replace(volume, data=data, affine=affine, cut=Cut(corner, shape))
+
+
+class Boxes(Protocol):
+    """A volume that is written piece by piece: a `Volume`, or one computed where it is sliced."""
+
+    scale: float
+    offset: float
+    affine: np.ndarray
+    look: Look
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(C, X, Y, Z)."""
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Of what slicing gives."""
+
+    def __getitem__(self, box: tuple[slice, ...], /) -> np.ndarray: ...
+
+
+def is_rgb(volume: Boxes) -> bool:
+    """Whether a volume is what programs show as colors."""
+    return volume.look.channels == RGB and volume.dtype in (np.uint8, np.uint16)
+
+
+def slabs(volume: Boxes, channel: int) -> Iterator[np.ndarray]:
+    """Numbers (X, Y, slices) of a channel, as many slices at a time as take little memory."""
+    _, x, y, z = volume.shape
+    step = max(1, SLAB // (x * y * volume.dtype.itemsize))
+    for low in range(0, z, step):
+        box = slice(channel, channel + 1), slice(None), slice(None), slice(low, min(low + step, z))
+        yield volume[box][0]
 
 
 # --------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ import numpy as np
 
 from loaders.readers.common import (
     READING,
+    Boxes,
     BrokenVolume,
     Look,
     Reading,
@@ -20,6 +21,7 @@ from loaders.readers.common import (
     read_voxels,
     require_number,
     same_grid,
+    slabs,
     to_channels_first,
 )
 from loaders.whole import whole_file
@@ -129,26 +131,16 @@ def mgh_header(path: Path) -> tuple[MGHHeader, tuple[int, ...]]:
     return header, tuple(int(n) for n in header["dims"])
 
 
-def write_volume(path: Path | str, volume: Volume) -> None:
-    """Write NIfTI (.nii or .nii.gz) atomically; the same volume gives the same bytes.
-
-    Args:
-        path: Target; folders on the way are made.
-        volume: Stored as it is: dtype, affine (RAS+ millimeters), scale and offset.
-    """
+def write_nifti(path: Path, volume: Boxes) -> None:
+    """Write NIfTI (.nii or .nii.gz), slice by slice; the same volume gives the same bytes."""
     import nibabel
 
-    path = Path(path)
-    if not path.name.lower().endswith((".nii", ".nii.gz")):
-        raise ValueError(f"{path}: volumes are written as .nii or .nii.gz")
-    data = volume.data
-    if data.dtype.kind == "b" or data.dtype == np.float16:
-        data = data.astype(np.uint8 if data.dtype.kind == "b" else np.float32)
-    data = data.astype(data.dtype.newbyteorder("<"), copy=False)
-    channels, *shape = data.shape
+    dtype = {"b": np.dtype(np.uint8)}.get(volume.dtype.kind, volume.dtype)
+    dtype = np.dtype(np.float32) if dtype == np.float16 else dtype
+    channels, *shape = volume.shape
     cls = nibabel.Nifti1Header if max(shape) < 2**15 else nibabel.Nifti2Header
     header = cls(endianness="<")
-    header.set_data_dtype(data.dtype)
+    header.set_data_dtype(dtype.newbyteorder("<"))
     header.set_data_shape(shape if channels == 1 else (*shape, channels))
     header.set_qform(volume.affine, code=1, strip_shears=True)
     if not same_grid(shape, volume.affine, shape, header.get_qform()):
@@ -158,13 +150,14 @@ def write_volume(path: Path | str, volume: Volume) -> None:
     header["vox_offset"] = header.single_vox_offset
     header["scl_slope"], header["scl_inter"] = volume.scale, volume.offset
     header["magic"] = header.single_magic
-    block = header.binaryblock.ljust(header.single_vox_offset, b"\0")
     with whole_file(path) as temporary, open(temporary, "wb") as raw:
-        if path.name.lower().endswith(".gz"):
-            with gzip.GzipFile("", "wb", compresslevel=3, fileobj=raw, mtime=0) as file:
-                file.write(block + np.moveaxis(data, 0, -1).tobytes("F"))
-        else:
-            raw.write(block + np.moveaxis(data, 0, -1).tobytes("F"))
+        packed = path.name.lower().endswith(".gz")
+        file = gzip.GzipFile("", "wb", compresslevel=3, fileobj=raw, mtime=0) if packed else raw
+        with file:
+            file.write(header.binaryblock.ljust(header.single_vox_offset, b"\0"))
+            for channel in range(channels):
+                for slab in slabs(volume, channel):
+                    file.write(slab.astype(dtype.newbyteorder("<"), copy=False).tobytes("F"))
 
 
 def ras_axes(affine: np.ndarray) -> tuple[list[int], list[bool]]:

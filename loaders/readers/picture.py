@@ -12,12 +12,14 @@ from loaders.readers.common import (
     MAX_EXPANSION,
     READING,
     RGB,
+    Boxes,
     BrokenVolume,
     Look,
     Reading,
     Volume,
     luminance,
 )
+from loaders.whole import whole_file
 
 GRAYS = ("1", "L", "I", "F")  # and I;16 and its like; all other modes hold colors
 
@@ -49,3 +51,21 @@ def read_picture(path: Path, reading: Reading = READING) -> Volume:
     data = np.ascontiguousarray(data.transpose(2, 1, 0))[..., None]  # (C, X, Y, 1)
     look = Look("picture", "px", RGB if len(data) == 3 else ())
     return Volume(data, notes=notes, look=look)
+
+
+def write_picture(path: Path, volume: Boxes) -> None:
+    """Write PNG, gray or colored: X to the right and Y down; integers of 16 bits at most."""
+    from PIL import Image
+
+    count, x, y, z = volume.shape
+    if z > 1 or count not in (1, 3) or volume.dtype.kind not in "biu":
+        raise ValueError(
+            f"{path}: a volume {(count, x, y, z)} of {volume.dtype} is no picture: write it as TIFF"
+        )
+    data = volume[(slice(None),) * 4][..., 0].transpose(2, 1, 0)  # (Y, X, C)
+    deep = volume.dtype not in (np.uint8, np.bool_)
+    if deep and count == 3:
+        raise ValueError(f"{path}: PNG of colors has 8 bits here: write it as TIFF")
+    data = data.clip(0, 2**16 - 1).astype(np.uint16) if deep else data.astype(np.uint8)
+    with whole_file(path) as temporary:
+        Image.fromarray(data[..., 0] if count == 1 else data).save(temporary)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 from xml.etree import ElementTree
@@ -13,21 +14,27 @@ from loaders.readers.common import (
     MAX_EXPANSION,
     READING,
     RGB,
+    UNIT_MM,
+    Boxes,
     BrokenVolume,
     Look,
     Reading,
     Volume,
     are_headers_alone,
     from_axes,
+    is_rgb,
     num_items,
     require_number,
+    slabs,
 )
 from loaders.readers.units import Sizes, millimeters, shown_unit, spacing_mm
+from loaders.whole import whole_file
 
 if TYPE_CHECKING:
     import tifffile
 
 Channels = tuple[tuple[str, str], ...]  # name and color of each, see `Look`
+MOST_OF_CLASSIC = 2**31  # bytes; beyond, BigTIFF
 # Millimeters of what OME calls otherwise than pint: line, typographic point, astronomical unit.
 OME_UNITS = {"li": 25.4 / 12, "pt": 25.4 / 72, "ua": 149597870700e3}
 
@@ -58,6 +65,61 @@ def read_tiff(path: Path, reading: Reading = READING) -> Volume:
     colored = "S" in axes or reading.color == "rgb"
     look = Look("picture", sizes[2], RGB if colored and len(data) == 3 else channels)
     return Volume(data, np.diag([*spacing, 1.0]), notes=notes, look=look)
+
+
+def write_tiff(path: Path, volume: Boxes) -> None:
+    """Write OME-TIFF, plane by plane: X to the right, Y down, voxel sizes in the volume's unit.
+
+    Three channels that are red, green and blue of 8 or 16 bits become colors, as viewers know them.
+    """
+    try:
+        import tifffile
+    except ImportError as error:
+        raise ValueError(f"{path}: TIFF needs `pip install 'vae3d[formats]'`") from error
+
+    count, x, y, z = volume.shape
+    look, colored = volume.look, is_rgb(volume)
+    axes = "ZYXS" if colored else "CZYX" if count > 1 else "ZYX"
+    told: dict[str, object] = {"axes": axes}
+    if look.unit != "px":
+        for axis, size in zip("XYZ", np.linalg.norm(volume.affine[:3, :3], axis=0), strict=True):
+            told[f"PhysicalSize{axis}"] = float(size) / UNIT_MM[look.unit]
+            told[f"PhysicalSize{axis}Unit"] = {"um": "\u00b5m"}.get(look.unit, look.unit)
+    if len(look.channels) == count > 1 and not colored:
+        names, colors = zip(*look.channels, strict=True)
+        told["Channel"] = {"Name": list(names), "Color": [signed_color(color) for color in colors]}
+    sizes = {"C": count, "Z": z, "Y": y, "X": x, "S": 3}
+    shape = tuple(sizes[axis] for axis in axes)
+    with (
+        whole_file(path) as temporary,
+        tifffile.TiffWriter(
+            temporary, ome=True, bigtiff=num_items(shape) * volume.dtype.itemsize > MOST_OF_CLASSIC
+        ) as tiff,
+    ):
+        tiff.write(
+            planes(volume, colored),
+            shape=shape,
+            dtype=volume.dtype,
+            photometric="rgb" if colored else "minisblack",
+            metadata=told,
+        )
+
+
+def planes(volume: Boxes, colored: bool) -> Iterator[np.ndarray]:
+    """The planes (Y, X[, 3]) of a volume, those of a channel after those of the one before."""
+    if colored:
+        for several in zip(*(slabs(volume, channel) for channel in range(3)), strict=True):
+            yield from np.stack(several, axis=-1).transpose(2, 1, 0, 3)
+        return
+    for channel in range(volume.shape[0]):
+        for slab in slabs(volume, channel):
+            yield from slab.transpose(2, 1, 0)
+
+
+def signed_color(color: str) -> int:
+    """Red, green, blue and alpha in one signed number, as OME counts them; white is no choice."""
+    number = int((color or "ffffff") + "ff", 16)
+    return number - 2**32 if number >= 2**31 else number
 
 
 def channels_of(tiff: tifffile.TiffFile, series: tifffile.TiffPageSeries) -> Channels:

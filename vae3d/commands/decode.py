@@ -24,10 +24,11 @@ def decode(
     blend: Literal["hann", "gaussian", "average", "crop"] | None = None,
     memory_gb: float | None = None,
     amp: Literal["off", "bf16", "fp16"] = "off",
+    recon_format: Literal["ome-zarr", "nifti", "tiff"] | None = None,
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto",
     trust: tuple[str, ...] = (),
 ) -> None:
-    """Turn latents back into NIfTI in the original intensities, grid and affine.
+    """Turn latents back into volumes in the original format, intensities, grid and affine.
 
         vae3d decode latents --checkpoint runs/a --out_dir decoded
 
@@ -39,7 +40,7 @@ def decode(
         latents: Folder that `vae3d encode` wrote, or one of its files.
         checkpoint: Run folder, checkpoint file or folder of save_pretrained of the VAE that
             encoded them, or hf://owner/name.
-        out_dir: Where `<subject>.nii.gz` go.
+        out_dir: Where `<subject>.nii.gz` (`.ome.zarr`, `.ome.tif`, `.png`) go.
         split: Only subjects of this part of the split.
         mode: auto | full | patch | exact; null for patch where they were encoded in patches or its
             options are given, else auto, the cheaper of full and exact that fits in memory.
@@ -50,9 +51,12 @@ def decode(
         memory_gb: Memory budget of modes exact and auto on the device [GiB]; null for half of what
             is free.
         amp: off | bf16 | fp16, precision of convolutions and matrix products.
+        recon_format: ome-zarr | nifti | tiff, what the volumes are written as; null for what came
+            in.
         device: auto | cpu | cuda | mps.
         trust: Module prefixes besides vae3d whose classes the checkpoint may import.
     """
+    from loaders.undo import write_undone
     from vae3d.inference.estimate import told
     from vae3d.inference.reconstruct import coding_of
     from vae3d.kernels.progress import part, watched
@@ -82,8 +86,9 @@ def decode(
                 latent = read_latent(path)
                 z = latent.mean if latent.codes is None else values_of(vae, latent.codes, path)
                 with part(math.prod(size) / voxels):
-                    x = coding.decode(vae, z, size, str(path))
-                print(write_nifti(Path(out_dir), path.stem, x, latent.info["source"]["undo"]))
+                    x = coding.decode(vae, z, size, str(path), Path(out_dir))
+                record = latent.info["source"]["undo"]
+                print(write_undone(Path(out_dir), path.stem, x, record, recon_format))
 
 
 def values_of(vae: CustomVAE, codes: Tensor, path: Path) -> Tensor:
@@ -133,21 +138,3 @@ def encoder_of(
             f"{made_by['step']}); name that checkpoint, or encode again"
         )
     return vae
-
-
-def write_nifti(folder: Path, name: str, x: Tensor, record: dict) -> Path:
-    """Write `(C, X, Y, Z)` normalized intensities as NIfTI in the source's grid and intensities.
-
-    Args:
-        folder: Where to; made when missing.
-        name: File name without suffix.
-        x: Tensor on the grid of the store.
-        record: How the source was preprocessed, see `VolumeStore.undo_record`.
-    """
-    from loaders import write_volume
-    from loaders.store import undo
-
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{name}.nii.gz"
-    write_volume(path, undo(x.numpy(), record))
-    return path

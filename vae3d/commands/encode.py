@@ -90,12 +90,10 @@ def encode(
             deviation (of the training subjects, where there are some) as its latent_scale.
         trust: Module prefixes besides vae3d whose classes the checkpoint may import.
     """
-    import torch
-
     from loaders.whole import sweep
     from vae3d.inference.estimate import told
     from vae3d.inference.files import codes_of
-    from vae3d.inference.reconstruct import coding_of, of_training
+    from vae3d.inference.reconstruct import coding_of, of_training, volume_of
     from vae3d.kernels.progress import part, watched
     from vae3d.stage2.latents import latent_path, write_index, write_latent
     from vae3d.tracking.console import Gauge
@@ -135,7 +133,7 @@ def encode(
         voxels = sum(map(math.prod, shapes.values()))
         with Gauge("encode", enabled=world.is_main) as gauge, watched(gauge.add):
             for index in todo:
-                name, x = store.ids[index], torch.from_numpy(store.read(index))
+                name, x = store.ids[index], volume_of(store, index)
                 with part(math.prod(shapes[index]) / voxels):
                     mean, logvar = codings[index].encode(vae, x, name)
                 factor = coding.factor(vae, mean.ndim - 1)

@@ -80,6 +80,7 @@ def evaluate(
     segmenter: str | None = None,
     verify: bool = False,
     save_recon: bool = True,
+    recon_format: Literal["ome-zarr", "nifti", "tiff"] | None = None,
     media: bool = True,
     radiological: bool | None = None,
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto",
@@ -92,9 +93,9 @@ def evaluate(
         torchrun --nproc_per_node=4 evaluate.py --checkpoint runs/a --data.root DIR --out_dir out
 
     Writes to out_dir: metrics.csv (a row a volume), summary.json, results.md and results.tex (a
-    table for a text), recon/<case>.nii.gz (intensities of the file up to the window, its affine and
-    size), media/<case>.{png,gif,mp4} (input | recon | error), report.html. The same command again
-    continues: finished volumes are kept.
+    table for a text), recon/<case>.nii.gz, .ome.zarr, .ome.tif or .png (intensities of the file up
+    to the window, its affine and size), media/<case>.{png,gif,mp4} (input | recon | error),
+    report.html. The same command again continues: finished volumes are kept.
 
     Args:
         checkpoint: Run folder, checkpoint file, folder of save_pretrained, or hf://owner/name.
@@ -125,7 +126,8 @@ def evaluate(
         segmenter: What is looked for in input and reconstruction, for the Dice of the two: deepbet
             (the brain in T1 heads), or a class such as my_lab.tasks.Vessels; null for none.
         verify: Compare the exact and the full pass on a crop first, and print the difference.
-        save_recon: Write the reconstructions as NIfTI.
+        save_recon: Write the reconstructions.
+        recon_format: ome-zarr | nifti | tiff, what they are written as; null for what came in.
         media: Write pictures, clips and what the report's viewer shows.
         radiological: Draw bodies with their right on the left, as radiologists read them; null for
             as in training.
@@ -136,6 +138,7 @@ def evaluate(
     from loaders import VolumeStore, find_subjects
     from loaders.masks import with_label_maps
     from loaders.store import silent
+    from loaders.whole import sweep
     from vae3d.inference.estimate import told
     from vae3d.inference.evaluation import Evaluator, headline
     from vae3d.inference.reconstruct import coding_of, of_training
@@ -194,6 +197,8 @@ def evaluate(
         )
         out, pca = Path(out_dir), None
         with world.main_first():
+            if world.is_main:
+                sweep(out / "recon")
             store = open_store(chosen, say=print if world.is_main else silent)
             if baseline:
                 fitted_on = [s for s in subjects if s.id in state["split"].get("train", ())]
@@ -212,6 +217,7 @@ def evaluate(
         evaluator = Evaluator(
             vae, store, out, how, facts, latent_bits, patch_gap, pca, distance, save_recon, media,
             radiological, segmenter=judge, segmenter_name=(segmenter or "").rpartition(".")[2],
+            recon_format=recon_format,
         )  # fmt: skip
         if tracking.hash_cases:
             evaluator.alias = Aliases(out, store.ids)
@@ -285,11 +291,10 @@ def block_pca(
     Returns:
         A `BlockPCA`; None where no training volume lies in the folder.
     """
-    import torch
-
     from loaders.build import version_of
     from loaders.readers import is_there
     from vae3d.inference.baselines import BlockPCA
+    from vae3d.inference.reconstruct import volume_of
 
     if not subjects:
         print("no pca_psnr: the run's training volumes are not in data.root")
@@ -303,7 +308,7 @@ def block_pca(
     path = folder / f"block_pca_{hashlib.sha256(key.encode()).hexdigest()[:16]}.pt"
     if not path.is_file():
         store = open_store()
-        volumes = (torch.from_numpy(store.read(i)) for i in range(len(store)))
+        volumes = (volume_of(store, i) for i in range(len(store)))
         folder.mkdir(parents=True, exist_ok=True)
         BlockPCA.fit(volumes, factor, count).save(path)
     return BlockPCA.load(path)

@@ -53,6 +53,7 @@ def sample(
     memory_gb: float | None = None,
     amp: Literal["off", "bf16", "fp16"] = "off",
     clip: bool = False,
+    recon_format: Literal["ome-zarr", "nifti", "tiff"] | None = None,
     seed: int = 0,
     ema: bool = True,
     media: bool = True,
@@ -67,11 +68,12 @@ def sample(
         vae3d sample --ldm runs/by_mask --control mask.nii.gz
         torchrun --nproc_per_node=4 --no_python -- vae3d sample --ldm runs/ldm --n 8
 
-    Writes to `out_dir`, for each source of latents, `<source>/sample_000.nii.gz` and `.gif`; over
-    all of them sheet.png and samples.json (seeds, settings, seconds). Intensities and voxel grid
-    are those of one training volume, named in samples.json. Sample i depends on seed and i alone,
-    not on n; under torchrun ranks share the samples out (its `--` keeps it from taking --n for an
-    option of its own).
+    Writes to `out_dir`, for each source of latents, `<source>/sample_000.nii.gz` (`.ome.zarr`,
+    `.ome.tif` or `.png` where the training volumes were such) and `.gif`; over all of them
+    sheet.png and samples.json (seeds, settings, seconds). Intensities and voxel grid are those of
+    one training volume, named in samples.json. Sample i depends on seed and i alone, not on n;
+    under torchrun ranks share the samples out (its `--` keeps it from taking --n for an option of
+    its own).
 
     Args:
         checkpoint: Run folder, checkpoint or folder of save_pretrained of the VAE, or
@@ -104,6 +106,7 @@ def sample(
             is free.
         amp: off | bf16 | fp16, precision of convolutions and matrix products.
         clip: Clip intensities to the window, as those that the VAE was trained on are.
+        recon_format: ome-zarr | nifti | tiff, what volumes are written as; null for what came in.
         seed: Seed of the samples.
         ema: Use the averaged weights of the ldm where the run kept some.
         media: Write GIFs and the contact sheet.
@@ -167,7 +170,8 @@ def sample(
         window = window_of(template) if clip else None
         if control is not None:
             diffusion.see(control, control_scale, Preprocess.of_checkpoint(state["preprocess"]))
-        writer = Writer(Path(out_dir), vae, media, radiological, window)
+        out = Path(out_dir)
+        writer = Writer(out, vae, media, radiological, window, recon_format)
         todo = [(name, k) for name in sources for k in range(world.rank, n, world.size)]
         headers = {key: sources[key[0]].header(key[1]) for key in todo}
         if grid:
@@ -204,15 +208,14 @@ def sample(
             writer.finish({key: done[key] for key in sorted(done)})
     if compare is None:
         if world.is_main:
-            print(f"judge them: vae3d compare {Path(out_dir) / next(iter(sources))} REAL "
+            print(f"judge them: vae3d compare {out / next(iter(sources))} REAL "
                   "--heldout UNSEEN, or at once by --compare.real REAL")  # fmt: skip
         return
     for name in sources:
         print(f"\n{name}")
         judge(
-            str(Path(out_dir) / name), compare.real, compare.heldout,
-            str(Path(out_dir) / "comparison" / name), compare.network, vae_path, seed=seed,
-            device=device, trust=trust,
+            str(out / name), compare.real, compare.heldout, str(out / "comparison" / name),
+            compare.network, vae_path, seed=seed, device=device, trust=trust,
         )  # fmt: skip
 
 
@@ -431,11 +434,12 @@ class Writer:
         media: Whether to write pictures.
         radiological: Draw bodies with their right on the left.
         window: Intensities between which samples are clipped; None for all that come.
+        form: Format of the volumes; None for that of the training latent.
     """
 
     def __init__(self, out_dir: Path, vae: CustomVAE, media: bool, radiological: bool,
-                 window: tuple[float, float] | None = None):  # fmt: skip
-        self.out_dir, self.vae, self.window = out_dir, vae, window
+                 window: tuple[float, float] | None = None, form: str | None = None):  # fmt: skip
+        self.out_dir, self.vae, self.window, self.form = out_dir, vae, window, form
         self.media, self.radiological = media, radiological
 
     def write(self, name: str, number: int, z: torch.Tensor, facts: dict, header: dict,
@@ -450,28 +454,27 @@ class Writer:
             header: Gives grid and intensities.
             coding: How to decode.
         """
-        from loaders import write_volume
-        from loaders.store import undo
+        from loaders.undo import write_undone
         from vae3d.stage2.sheet import scroll, three_slices, view_of
         from vae3d.tracking.media import write_gif
 
         begun = time.monotonic()
-        x = coding.decode(self.vae, z, header["volume_shape"][1:], f"{name} {number}").numpy()
+        size = header["volume_shape"][1:]
+        x = coding.decode(self.vae, z, size, f"{name} {number}", self.out_dir).numpy()
         if self.window is not None:
-            x = x.clip(*self.window)
+            x.clip(*self.window, out=x)
         facts |= {"mode": coding.mode, "seconds_decode": time.monotonic() - begun}
         facts |= {"shape": list(x.shape)}
         folder, stem = self.out_dir / name, f"sample_{number:03d}"
-        folder.mkdir(parents=True, exist_ok=True)
         record = header["source"]["undo"]
         on_store_grid = record | {"geometry": {"source_affine": record["affine"]}}
-        write_volume(folder / f"{stem}.nii.gz", undo(x, on_store_grid))
+        path = write_undone(folder, stem, x, on_store_grid, self.form)
         view = view_of(x, header, self.radiological)
         if self.media:
             frames = scroll(x, title=f"{name} {number}", **view)
             write_gif(folder / f"{stem}.gif", frames)
         seconds = facts["seconds_latent"] + facts["seconds_decode"]
-        print(f"{folder / stem}.nii.gz  {seconds:.1f} s", flush=True)
+        print(f"{path}  {seconds:.1f} s", flush=True)
         return three_slices(x, **view), facts
 
     def note(self, done: dict[tuple[str, int], Shown]) -> None:

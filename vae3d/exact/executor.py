@@ -139,7 +139,7 @@ def decode_exact(
     z: Array,
     memory_gb: float | None = None,
     *,
-    out: Array | None = None,
+    out: Tensor | np.ndarray | None = None,
     size: Sequence[int] | None = None,
     tile: Axes | None = None,
     scratch_dir: Folder = None,
@@ -174,9 +174,9 @@ def _decode(
     vae: CustomVAE,
     z: Array,
     run: "Executor",
-    out: Array | None = None,
+    out: Tensor | np.ndarray | None = None,
     size: Sequence[int] | None = None,
-) -> Array:
+) -> Tensor | np.ndarray:
     """`decode_exact` by an executor."""
     z = run.near(z)
     node = run.walk(vae.post_quant_conv, Source(z, z.shape[1:], *run.home))

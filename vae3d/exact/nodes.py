@@ -22,9 +22,10 @@ from torch import Tensor, nn
 
 from vae3d.kernels import convolutions, steps, winograd
 from vae3d.kernels.convolutions import Axes, Ends, Maybe
+from vae3d.kernels.large import Lazy
 from vae3d.kernels.memory import CHANNELS_LAST, channels_last, private_pages
 
-Array = Tensor | np.ndarray  # a memory map too
+Array = Tensor | np.ndarray | Lazy  # a memory map too
 Function = Callable[[Tensor], Tensor]
 Home = tuple[torch.device, torch.dtype]
 Region = tuple[tuple[int, int], ...]

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from loaders import VolumeStore, write_volume
 from loaders.build import version_of
-from loaders.store import undo
 from loaders.texts import misfit, read_json
+from loaders.undo import undo
 from loaders.whole import write_text
 from vae3d.inference.evaluation import (
     finite_json,
@@ -75,7 +75,8 @@ class Finder:
         x = torch.from_numpy(store.read(index))
         coding = self.coding.settled(self.vae, x.shape[1:])
         recon = autoencode(self.vae, x, name=store.ids[index], **vars(coding))[0]
-        counts = foreground_of(store, index, torch.from_numpy(store.read_unclipped(index)))
+        source = torch.from_numpy(store.read_unclipped(index))
+        counts = foreground_of(store, index, source).whole()
         if (seen := store.seen(index)) is not None:
             counts &= torch.from_numpy(seen)
         return x - recon, counts, coding.mode

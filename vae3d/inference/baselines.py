@@ -19,23 +19,36 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from loaders.whole import whole_file
+from vae3d.kernels.large import Lazy, Values
 
 BLOCKS_PER_VOLUME = 20_000
+FEW = 1 << 24  # blocks of a volume that are shuffled to draw some
 SLAB = 1 << 22  # values that are worked on at a time
 
 # What torch may say of a file that is none of its own.
 DAMAGE = (RuntimeError, TypeError, EOFError, LookupError, ValueError, pickle.UnpicklingError)
 
 
-def pooled(x: Tensor, factor: Sequence[int]) -> Tensor:
+def pooled(x: Values, factor: Sequence[int]) -> Lazy:
     """Average-pool by `factor` and upsample linearly: (C, *spatial) to the same shape."""
-    dims = len(factor)
+    dims, first = len(factor), factor[0]
     pool = (F.avg_pool2d, F.avg_pool3d)[dims - 2]
     mode = ("bilinear", "trilinear")[dims - 2]
-    padded = _pad(x, factor)
-    coarse = pool(padded[None], tuple(factor))
-    fine = F.interpolate(coarse, padded.shape[1:], mode=mode)[0]
-    return fine[(slice(None), *(slice(n) for n in x.shape[1:]))]
+    parts = [
+        pool(_pad(x[:, rows], factor)[None], tuple(factor))[0] for rows in _slabs(x.shape, factor)
+    ]
+    coarse = torch.cat(parts, 1)
+
+    def read(box: tuple[slice, ...]) -> Tensor:
+        low = max(box[1].start // first - 1, 0)  # one cell more on either side
+        high = min(-(-box[1].stop // first) + 1, coarse.shape[1])
+        cells = coarse[box[0], low:high]
+        sizes = [n * f for n, f in zip(cells.shape[1:], factor, strict=True)]
+        fine = F.interpolate(cells[None], sizes, mode=mode)[0]
+        rows = slice(box[1].start - low * first, box[1].stop - low * first)
+        return fine[(slice(None), rows, *box[2:])]
+
+    return Lazy(x.shape, read)
 
 
 class BlockPCA:
@@ -55,7 +68,7 @@ class BlockPCA:
     @classmethod
     def fit(
         cls,
-        volumes: Iterable[Tensor],
+        volumes: Iterable[Values],
         factor: Sequence[int],
         num_components: int,
         most: int = BLOCKS_PER_VOLUME,
@@ -64,9 +77,7 @@ class BlockPCA:
         generator = torch.Generator().manual_seed(0)
         count, total, square = 0, *torch.zeros(2, dtype=torch.float64)
         for x in volumes:
-            blocks = _blocks(_pad(x, factor), factor)[0]
-            picks = torch.randperm(len(blocks), generator=generator)[:most]
-            blocks = blocks[picks].double()
+            blocks = _drawn(x, factor, most, generator).double()
             count, total = count + len(blocks), total + blocks.sum(0)
             square = square + blocks.T @ blocks
         mean = total / count
@@ -76,10 +87,22 @@ class BlockPCA:
 
     def __call__(self, x: Tensor, count: int | None = None) -> Tensor:
         """Code and decode a volume (C, *spatial) by the first `count` components; None for all."""
-        recon = torch.empty_like(x)
+        recon, coded = torch.empty_like(x), self.coded(x, count)
         for rows in _slabs(x.shape, self.factor):
-            recon[:, rows] = self._coded(x[:, rows], self.components[:count])
+            recon[:, rows] = coded[:, rows]
         return recon
+
+    def coded(self, x: Values, count: int | None = None) -> Lazy:
+        """Do so where it is sliced."""
+        first = self.factor[0]
+
+        def read(box: tuple[slice, ...]) -> Tensor:
+            low = box[1].start // first * first
+            high = min(-(-box[1].stop // first) * first, x.shape[1])
+            blocks = self._coded(x[:, low:high], self.components[:count])
+            return blocks[(box[0], slice(box[1].start - low, box[1].stop - low), *box[2:])]
+
+        return Lazy(x.shape, read)
 
     def _coded(self, x: Tensor, kept: Tensor) -> Tensor:
         """Code and decode some rows by some components."""
@@ -92,7 +115,7 @@ class BlockPCA:
         recon = recon.permute(order).reshape(x.shape[0], *sizes)
         return recon[(slice(None), *(slice(n) for n in x.shape[1:]))]
 
-    def equivalent(self, x: Tensor, recon: Tensor, mask: Tensor | None = None) -> float:
+    def equivalent(self, x: Values, recon: Values, mask: Values | None = None) -> float:
         """How many components have as small a squared error as a reconstruction, interpolated.
 
         Both are measured over the whole blocks in the volume.
@@ -107,16 +130,17 @@ class BlockPCA:
             next to it; infinity where all components together are worse.
         """
         sizes = [n // f * f for n, f in zip(x.shape[1:], self.factor, strict=True)]
-        x, recon = (v[(slice(None), *map(slice, sizes))] for v in (x, recon))
-        counts = None if mask is None else mask[tuple(map(slice, sizes))].expand_as(x)
         errors = wanted = torch.zeros(1, dtype=torch.float64)
-        for rows in _slabs(x.shape, self.factor):
-            blocks = (_blocks(x[:, rows], self.factor)[0] - self.mean).double()
-            missed = (x[:, rows] - recon[:, rows]).double().square()
+        for rows in _slabs((x.shape[0], *sizes), self.factor):
+            inside = (rows, *map(slice, sizes[1:]))
+            a, b = (v[(slice(None), *inside)] for v in (x, recon))
+            counts = None if mask is None else mask[inside].expand_as(a)
+            blocks = (_blocks(a, self.factor)[0] - self.mean).double()
+            missed = (a - b).double().square()
             if counts is not None:
-                missed = missed * counts[:, rows]
+                missed = missed * counts
             wanted = wanted + missed.sum()
-            seen = None if counts is None else _blocks(counts[:, rows], self.factor)[0]
+            seen = None if counts is None else _blocks(counts, self.factor)[0]
             errors = errors + self._errors(blocks, seen)
         errors = errors.cummin(0).values
         better = int((errors > wanted * (1 + 1e-6)).sum())  # counts that are not enough
@@ -173,6 +197,26 @@ def _slabs(shape: Sequence[int], factor: Sequence[int]) -> Iterator[slice]:
     each = shape[0] * prod(shape[2:]) * factor[0]
     step = max(1, SLAB // max(each, 1)) * factor[0]
     return (slice(a, min(a + step, shape[1])) for a in range(0, shape[1], step))
+
+
+def _drawn(x: Values, factor: Sequence[int], most: int, generator: torch.Generator) -> Tensor:
+    """At most so many blocks of a volume (C, *spatial), read slab by slab."""
+    rows, *plane = (-(-n // f) for n, f in zip(x.shape[1:], factor, strict=True))
+    total = rows * prod(plane)
+    if total <= FEW:
+        picks = torch.randperm(total, generator=generator)[:most]
+    else:  # none of which is likely to come twice
+        picks = torch.randint(total, (most,), generator=generator)
+    ordered, order = picks.sort()
+    parts = []
+    for slab in _slabs(x.shape, factor):
+        ends = torch.tensor([slab.start // factor[0], -(-slab.stop // factor[0])]) * prod(plane)
+        low, high = torch.searchsorted(ordered, ends).tolist()
+        if low < high:
+            blocks = _blocks(_pad(x[:, slab], factor), factor)[0]
+            parts.append(blocks[ordered[low:high] - ends[0]])
+    drawn = torch.cat(parts)
+    return torch.empty_like(drawn).index_copy_(0, order, drawn)
 
 
 def _pad(x: Tensor, factor: Sequence[int]) -> Tensor:

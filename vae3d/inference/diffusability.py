@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
+
 import torch
 from torch import Tensor
 
 from vae3d.inference.metrics import in_one_unit, psnr
 from vae3d.inference.reconstruct import Coding
+from vae3d.kernels.large import Lazy, Values
 from vae3d.models.custom_vae import CustomVAE
 from vae3d.spectrum import (
-    counted,
+    COUNTED,
+    along_axes,
     high_frequency_share,
+    linear,
     padded,
     pooled_to,
     resized,
@@ -23,11 +29,12 @@ HALF = 2  # the size at which the latent is decoded again, per axis
 def diffusability(
     vae: CustomVAE,
     coding: Coding,
-    x: Tensor,
+    x: Values,
     mean: Tensor,
     logvar: Tensor,
     widths: list[float],
-    mask: Tensor | None = None,
+    mask: Values | None = None,
+    folder: Path | None = None,
 ) -> dict[str, float]:
     """What a second stage will find hard, and how each channel of a Gaussian latent lies.
 
@@ -39,13 +46,14 @@ def diffusability(
         logvar: Log of the posterior variance.
         widths: Of each channel's intensity scale.
         mask: Voxels that count; None for all.
+        folder: Where what is large may lie, see `Coding.decode`.
     """
-    grid = pooled_to(x[None], mean.shape[1:])
+    grid = on_grid(x, mean.shape[1:])[None]
     row = {
         "spectral_gap": float(spectral_gap(grid, mean[None])),
         "high_frequency_share": float(high_frequency_share(mean[None])),
         "input_high_frequency_share": float(high_frequency_share(grid)),
-        "scale_psnr": scale_psnr(vae, coding, x, mean, widths, mask),
+        "scale_psnr": scale_psnr(vae, coding, x, mean, widths, mask, folder),
     }
     if not vae.head.num_codes:  # a codebook has no noise, and no scale that an option would change
         row |= _by_channel(mean.flatten(1).double(), logvar.flatten(1).double())
@@ -55,10 +63,11 @@ def diffusability(
 def scale_psnr(
     vae: CustomVAE,
     coding: Coding,
-    x: Tensor,
+    x: Values,
     mean: Tensor,
     widths: list[float],
-    mask: Tensor | None = None,
+    mask: Values | None = None,
+    folder: Path | None = None,
 ) -> float:
     """PSNR of the decoding of the latent at half its size against the volume at half its size.
 
@@ -71,19 +80,49 @@ def scale_psnr(
         mean: Its latent.
         widths: Of each channel's intensity scale.
         mask: Voxels that count; None for all.
+        folder: Where what is large may lie, see `Coding.decode`.
     """
     factor = coding.factor(vae, x.ndim - 1)
     by = [HALF] * vae.spatial_dims
     if len(by) < len(factor):
         by.insert(coding.slice_axis, 1)
     size = [max(n // k, 1) for n, k in zip(mean.shape[1:], by, strict=True)]
-    got = coding.decode_as_it_is(vae, resized(mean[None], size)[0])
+    got = coding.decode_as_it_is(vae, resized(mean[None], size)[0], None, folder)
     # The latent stands for whole cells; those at the far end hold less than that of the volume.
     whole = [n * f for n, f in zip(mean.shape[1:], factor, strict=True)]
-    wanted = resized(padded(x[None], whole), got.shape[1:])[0]
+    wanted = smaller(x, whole, got.shape[1:])
     if mask is not None:
-        mask = counted(padded(mask[None, None].float(), whole), got.shape[1:])[0, 0]
+        every = mask
+        seen = Lazy((1, *mask.shape), lambda box: every[box[1:]][None].float())
+        counts = smaller(seen, whole, got.shape[1:])
+        mask = Lazy(counts.shape[1:], lambda box: counts[(slice(1), *box)][0] > COUNTED)
     return psnr(*in_one_unit(wanted, got, widths), mask)
+
+
+def on_grid(x: Values, size: Sequence[int]) -> Tensor:
+    """`pooled_to` of `(C, *spatial)`, row by row."""
+    count, rows = size[0], []
+    for row in range(count):
+        low, high = row * x.shape[1] // count, -(-(row + 1) * x.shape[1] // count)
+        rows.append(pooled_to(x[:, low:high][None], (1, *size[1:]))[0])
+    return torch.cat(rows, 1)
+
+
+def smaller(x: Values, whole: Sequence[int], size: Sequence[int]) -> Lazy:
+    """`(C, *spatial)` continued to a whole number of cells, then `resized`, where it is sliced."""
+    along, *others = (linear(n, m) for n, m in zip(whole, size, strict=True))
+
+    def read(box: tuple[slice, ...]) -> Tensor:
+        rows = along[box[1]]
+        used = rows.any(0).nonzero()[:, 0]  # rows of the continued volume
+        low, high = int(used[0]), int(used[-1]) + 1
+        held = min(low, x.shape[1] - 1), min(high, x.shape[1])
+        part = padded(x[:, slice(*held)][None], [high - held[0], *whole[1:]])
+        part = part[:, :, low - held[0] :]
+        done = along_axes(part, [rows[:, low:high], *others])[0]
+        return done[(box[0], slice(None), *box[2:])]
+
+    return Lazy((x.shape[0], *size), read)
 
 
 def _by_channel(mean: Tensor, logvar: Tensor) -> dict[str, float]:

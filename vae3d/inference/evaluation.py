@@ -20,12 +20,14 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from loaders import VolumeStore
 from loaders.build import version_of
 from loaders.layout import Layout
 from loaders.texts import misfit, read_json
+from loaders.undo import file_written, write_undone
 from loaders.whole import write_text
 from vae3d.inference.baselines import BlockPCA, pooled
 from vae3d.inference.diffusability import diffusability
@@ -41,9 +43,11 @@ from vae3d.inference.metrics import (
     psnr,
     seam_score,
 )
-from vae3d.inference.reconstruct import Coding, autoencode
+from vae3d.inference.reconstruct import Coding, autoencode, volume_of
 from vae3d.inference.segmenters import Segmenter, overlaps
 from vae3d.inference.stitching import tile_faces
+from vae3d.kernels import large
+from vae3d.kernels.large import Lazy, Values, rows_of, slabs_of, whole_of
 from vae3d.kernels.progress import part
 from vae3d.models.custom_vae import CustomVAE
 from vae3d.reports.evaluation import write_report
@@ -53,6 +57,7 @@ from vae3d.tracking.voxels import write_voxels
 
 VERSION = 5  # of the numbers: raised when the same options give others, so that old rows are redone
 
+SHOWN_VOXELS = 200**3  # of a large volume in pictures
 NETWORK = 0.8  # of the time of a volume, for the progress; the rest is metrics and pictures
 
 
@@ -70,12 +75,13 @@ class Evaluator:
         patch_gap: In mode patch, compare with the exact result.
         pca: Baseline fitted on the training volumes; None for none.
         perceptual: Perceptual distance `(x, recon) -> scalar`; None for none.
-        save_recon: Write reconstructions as NIfTI.
+        save_recon: Write reconstructions.
         media: Write pictures and clips.
         radiological: Draw bodies with their right on the left.
         alias: What a case is called in pictures and in trackers.
         segmenter: What finds something in volumes and in their reconstructions; None for none.
         segmenter_name: What its column is called.
+        recon_format: What reconstructions are written as, see `loaders.undo.file_written`.
         codings: How volumes of a size go through the network; filled as they come.
     """
 
@@ -94,6 +100,7 @@ class Evaluator:
     alias: Callable[[str], str] = str
     segmenter: Segmenter | None = None
     segmenter_name: str = ""
+    recon_format: str | None = None
     codings: dict[tuple[int, ...], Coding] = field(default_factory=dict)
 
     @property
@@ -156,10 +163,10 @@ class Evaluator:
         """The row of a volume whose files all lie there; None where something is missing."""
         stem = case_stem(self.store.ids[index])
         record = self.out_dir / "rows" / f"{stem}.json"
-        wanted = [self.out_dir / "recon" / f"{stem}.nii.gz"] * self.save_recon
+        wanted = [self.recon_file(index)] * self.save_recon
         kinds = ("png", "gif", "mp4") * self.media
         wanted += [self.out_dir / "media" / f"{stem}.{kind}" for kind in kinds]
-        if not record.is_file() or not all(path.is_file() for path in wanted):
+        if not record.is_file() or not all(path.exists() for path in wanted):
             return None
         try:
             content = read_json(record)
@@ -169,15 +176,20 @@ class Evaluator:
             raise ValueError(f"{record}: damaged ({found}); delete it, it is made again")
         return content["row"] if content["key"] == self.key(index) else None
 
+    def recon_file(self, index: int) -> Path:
+        """Where the reconstruction of a volume is written; a folder where that is a store."""
+        _, suffix = file_written(self.store.undo_record(index), self.recon_format)
+        return self.out_dir / "recon" / f"{case_stem(self.store.ids[index])}{suffix}"
+
     def volume(self, index: int) -> dict:
         """Evaluate a volume, unless it is finished; its row of metrics."""
         if (row := self.finished(index)) is None:
             case = self.store.ids[index]
-            x = torch.from_numpy(self.store.read(index))
-            coding = self.coding(index)
+            x = volume_of(self.store, index)
+            coding, folder = self.coding(index), self.out_dir
             with part(NETWORK):
-                recon, mean, logvar = autoencode(self.vae, x, name=case, **vars(coding))
-            row = {"case": case, **self.measure(index, x, recon, mean, logvar)}
+                recon, *latent = autoencode(self.vae, x, name=case, folder=folder, **vars(coding))
+            row = {"case": case, **self.measure(index, x, recon, *latent)}
             if self.how["mode"] == "auto":
                 row["mode"] = coding.mode
             self._write_files(index, x, recon, row)
@@ -186,19 +198,22 @@ class Evaluator:
             write_text(self.out_dir / "rows" / f"{case_stem(case)}.json", text)
         return row
 
-    def measure(self, index: int, x: Tensor, recon: Tensor, mean: Tensor, logvar: Tensor) -> dict:
-        """All columns of a volume but its name.
+    def measure(
+        self, index: int, volume: Values, reconstruction: Tensor, mean: Tensor, logvar: Tensor
+    ) -> dict:
+        """All columns of a volume but its name, slab by slab.
 
         With a mask they are of the voxels that count: for metrics that know none, the others are
         taken from the volume into the reconstruction, so that there is no error.
         """
-        source = torch.from_numpy(self.store.read_unclipped(index))
-        foreground = foreground_of(self.store, index, source)
-        seen = self.store.seen(index)
-        mask = None if seen is None else torch.from_numpy(seen)
+        source = Lazy.of(volume_of(self.store.unclipped(index), 0))
+        x, recon = Lazy.of(volume), Lazy.of(reconstruction)
+        foreground, mask = foreground_of(self.store, index, source), seen_of(self.store, index)
         if mask is not None:
-            foreground &= mask
-            recon = torch.where(mask, recon, x)  # for the metrics that know no mask
+            counts = mask
+            foreground = foreground.map(torch.logical_and, mask)
+            blank, given = recon, x  # for the metrics that know no mask
+            recon = Lazy(x.shape, lambda box: torch.where(counts[box[1:]], blank[box], given[box]))
         a, b, width = in_one_unit(x, recon, self.widths)
         row = {name: metric(a, b, width, mask) for name, metric in METRICS.items()}
         row |= self._baselines(x, recon, mask)
@@ -206,22 +221,24 @@ class Evaluator:
         row |= self._original_units(index, x, recon, mask)
         row |= self._against_source(index, x, recon, source, foreground, mask)
         if mask is not None:
-            row["mask_fraction"] = float(mask.double().mean())
+            row["mask_fraction"] = share(mask)
         row |= self._latent(mean, logvar, math.prod(x.shape[1:]))
         coding = self.coding(index)
-        row |= diffusability(self.vae, coding, x, mean, logvar, self.widths, mask)
+        latent = mean, logvar, self.widths
+        row |= diffusability(self.vae, coding, x, *latent, mask, self.out_dir)
         if coding.mode == "patch":
             faces, factor = self.faces(x.shape[1:]), self.factor(x.ndim - 1)
             row["seam_score"] = seam_score(x, recon, faces, factor)
             if self.patch_gap and self.how["mode"] == "patch":  # not where exact was refused
                 how = {**self.how, "mode": "exact", "amp": "off"}
                 with part(1 - NETWORK):
-                    exact = autoencode(self.vae, x, **how)[0]
+                    exact = autoencode(self.vae, x, folder=self.out_dir, **how)[0]
                 row["patch_gap"] = psnr(*in_one_unit(exact, recon, self.widths), mask)
         if self.perceptual is not None:
             device = next(self.vae.parameters()).device
             with torch.no_grad():
-                distance = self.perceptual(x[None].to(device), recon[None].to(device))
+                pair = (v.whole()[None].to(device) for v in (x, recon))
+                distance = self.perceptual(*pair)
             row["perceptual"] = float(distance)
         names = self.store.channel_names
         row |= by_channel(x, recon, self.widths, names, mask=mask)
@@ -230,7 +247,7 @@ class Evaluator:
         row |= self._by_label(index, x, recon, mask)
         if self.segmenter is not None:
             spacing = self.store.spacing_mm(index)
-            found = (self.segmenter(volume, spacing) for volume in (x, recon))
+            found = (self.segmenter(volume.whole(), spacing) for volume in (x, recon))
             row |= overlaps(self.segmenter_name, *found)
         return row
 
@@ -240,16 +257,14 @@ class Evaluator:
             return latent_summary(mean, logvar, voxels, self.latent_bits)
         return code_summary(codes, self.vae.head.num_codes, voxels)
 
-    def _by_label(
-        self, index: int, x: Tensor, recon: Tensor, mask: Tensor | None
-    ) -> dict[str, float]:
+    def _by_label(self, index: int, x: Lazy, recon: Lazy, mask: Lazy | None) -> dict[str, float]:
         """Metrics within each label of the volume's label map, of all channels and of each."""
         labels = self.store.label_map(index)
         row: dict[str, float] = {}
         pair = in_one_unit(x, recon, self.widths)
         for label in [] if labels is None else np.unique(labels[labels != 0]).tolist():
-            region = torch.from_numpy(labels == label)
-            region = region if mask is None else region & mask
+            region = Lazy.of(torch.from_numpy(labels == label))
+            region = region if mask is None else region.map(torch.logical_and, mask)
             of_label = {name: METRICS[name](*pair, region) for name in FOREGROUND}
             names = self.store.channel_names
             of_label |= by_channel(x, recon, self.widths, names, FOREGROUND, region)
@@ -311,22 +326,22 @@ class Evaluator:
             for kind in ("png", "gif", "mp4")
         }
 
-    def _baselines(self, x: Tensor, recon: Tensor, mask: Tensor | None) -> dict[str, float]:
+    def _baselines(self, x: Lazy, recon: Lazy, mask: Lazy | None) -> dict[str, float]:
         """Linear codes of the same size, and how many of their numbers would do as well."""
         factor, channels = self.factor(x.ndim - 1), self.vae.latent_channels
         row = {"lattice_score": lattice_score(x, recon, factor)}
         row["pooled_psnr"] = psnr(*in_one_unit(x, pooled(x, factor), self.widths), mask)
         if self.pca is not None:
-            row["pca_psnr"] = psnr(*in_one_unit(x, self.pca(x, channels), self.widths), mask)
+            row["pca_psnr"] = psnr(*in_one_unit(x, self.pca.coded(x, channels), self.widths), mask)
             row["pca_equivalent"] = self.pca.equivalent(x, recon, mask) / channels
         return row
 
-    def _in_original_units(self, index: int, *volumes: Tensor) -> list[Tensor]:
+    def _in_original_units(self, index: int, *volumes: Lazy) -> list[Lazy]:
         """Volumes in steps of the source file's intensities (HU for CT): the mapping is linear."""
         record = self.store.undo_record(index)
         steps = [s / g for s, g in zip(record["scale"], record["gain"], strict=True)]
         factors = torch.tensor(steps).abs().reshape(-1, *[1] * (volumes[0].ndim - 1)).float()
-        return [volume * factors for volume in volumes]
+        return [v.map_channels(lambda part, c: part * factors[c]) for v in volumes]
 
     def _each(self, name: str, measure: Callable[[int], float]) -> dict[str, float]:
         """A column a channel, since their units differ; one without a suffix where it is alone."""
@@ -336,43 +351,37 @@ class Evaluator:
         return {f"{name}_{suffix}": measure(c) for c, suffix in enumerate(names)}
 
     def _original_units(
-        self, index: int, x: Tensor, recon: Tensor, mask: Tensor | None
+        self, index: int, x: Lazy, recon: Lazy, mask: Lazy | None
     ) -> dict[str, float]:
         """Errors in the intensities of the source file, against what the model was given."""
         a, b = self._in_original_units(index, x, recon)
         return self._errors("original", a, b, mask)
 
     def _against_source(
-        self, index: int, x: Tensor, recon: Tensor, source: Tensor, foreground: Tensor,
-        mask: Tensor | None,
-    ) -> dict[str, float]:  # fmt: skip
+        self, index: int, x: Lazy, recon: Lazy, source: Lazy, foreground: Lazy, mask: Lazy | None
+    ) -> dict[str, float]:
         """What the clip takes away, and errors against the volume from before it."""
         # Where nothing is clipped the two differ by rounding.
-        reach = torch.tensor(self.widths).reshape(-1, *[1] * (x.ndim - 1)) * 1e-4
-        clipped = (x - source).abs() > reach
-        counts = torch.ones_like(foreground) if mask is None else mask
-        row = self._each("clipped", lambda c: float(clipped[c][counts].float().mean()))
-        row |= self._each(
-            "foreground_clipped", lambda c: float(clipped[c][foreground].float().mean())
-        )
+        clipped = x.map(torch.sub, source)
+        places = [beyond(clipped, c, width) for c, width in enumerate(self.widths)]
+        row = self._each("clipped", lambda c: share(places[c], mask))
+        row |= self._each("foreground_clipped", lambda c: share(places[c], foreground))
         a, b = self._in_original_units(index, source, recon)
         return row | self._errors("source", a, b, mask)
 
-    def _errors(self, against: str, a: Tensor, b: Tensor, mask: Tensor | None) -> dict[str, float]:
+    def _errors(self, against: str, a: Lazy, b: Lazy, mask: Lazy | None) -> dict[str, float]:
         """Mean absolute and root mean squared error of each channel."""
-        pairs = list(zip(a.split(1), b.split(1), strict=True))
+        pairs = [(a.picked([c]), b.picked([c])) for c in range(a.shape[0])]
         row = self._each(f"mae_{against}", lambda c: METRICS["mae"](*pairs[c], 1.0, mask))
         return row | self._each(
             f"rmse_{against}", lambda c: math.sqrt(METRICS["mse"](*pairs[c], 1.0, mask))
         )
 
-    def _write_files(self, index: int, x: Tensor, recon: Tensor, row: dict) -> None:
+    def _write_files(self, index: int, x: Values, recon: Tensor, row: dict) -> None:
         case = row["case"]
         if self.save_recon:
-            from loaders import write_volume
-
-            path = self.out_dir / "recon" / f"{case_stem(case)}.nii.gz"
-            write_volume(path, self.store.undo(index, recon.numpy()))
+            record, folder = self.store.undo_record(index), self.out_dir / "recon"
+            write_undone(folder, case_stem(case), recon, record, self.recon_format)
         if self.media:
             layout = self.store.layout(index).read_by(self.radiological)
             if self.coding(index).mode == "patch" and 1 not in x.shape[1:]:
@@ -380,17 +389,59 @@ class Evaluator:
                 path = self.out_dir / "media" / f"{case_stem(case)}.seams.png"
                 path.parent.mkdir(parents=True, exist_ok=True)
                 write_png(path, picture)
-            a, b, ends = in_one_range(self.store.channel_ranges, x.numpy(), recon.numpy())
-            pair = (a, b, self.store.spacing_mm(index), ends)
+            step = step_of(x.shape)
+            spacing = [mm * n for mm, n in zip(self.store.spacing_mm(index), step, strict=True)]
+            few = coarse(x, step).numpy(), coarse(recon, step).numpy()
+            a, b, ends = in_one_range(self.store.channel_ranges, *few)
+            pair = (a, b, spacing, ends)
             folder, hu = self.out_dir / "media", self.store.preprocess.drawn_hu
             title = f"{self.alias(case)}  {headline(row)}"
             save_views(folder, case, *pair, title=title, layout=layout, window_hu=hu)
-            volumes, ranges = (x.numpy(), recon.numpy(), pair[2]), self.store.channel_ranges
+            volumes, ranges = (*few, spacing), self.store.channel_ranges
             write_voxels(folder, case, *volumes, ranges, layout=layout, window_hu=hu)
 
 
+def seen_of(store: VolumeStore, index: int) -> Lazy | None:
+    """Which voxels (X, Y, Z) of a volume count; None where nothing was said of that."""
+    if not store.num_weights:
+        return None
+    shape = store.shape(index)[1:]
+    return Lazy(shape, lambda box: torch.from_numpy(store.seen_in(index, box)))
+
+
+def beyond(clipped: Lazy, channel: int, width: float) -> Lazy:
+    """Where (X, Y, Z) the clip has changed a channel, by more than rounding does."""
+    pick = slice(channel, channel + 1)
+    shape = clipped.shape[1:]
+    return Lazy(shape, lambda box: clipped[(pick, *box)][0].abs() > 1e-4 * width)
+
+
+def share(of: Lazy, among: Lazy | None = None) -> float:
+    """Part of the voxels (X, Y, Z) where something holds, among those that count."""
+    hits = total = 0
+    for rows in slabs_of(of.shape, 0):
+        holds = of[rows] if among is None else of[rows][among[rows]]
+        hits, total = hits + int(holds.sum()), total + holds.numel()
+    return hits / total if total else math.nan
+
+
+def step_of(shape: Sequence[int]) -> list[int]:
+    """Voxels along each axis that are one in pictures of a volume (C, X, Y, Z): 1, if not large."""
+    small = 4 * math.prod(shape) <= large.LARGE
+    step = 1 if small else math.ceil((math.prod(shape) / SHOWN_VOXELS) ** (1 / 3))
+    return [min(step, n) for n in shape[1:]]
+
+
+def coarse(x: Values, step: Sequence[int]) -> Tensor:
+    """Means over blocks of a volume (C, X, Y, Z), what is left over at the far end apart."""
+    if set(step) == {1}:
+        return whole_of(x)
+    rows = rows_of(x.shape[1] // step[0] * step[0], step[0])
+    return torch.cat([F.avg_pool3d(x[:, one], tuple(step)) for one in rows], 1)
+
+
 def seam_picture(
-    x: Tensor, recon: Tensor, faces: list[list[int]], data_range: float, layout: Layout
+    x: Values, recon: Tensor, faces: list[list[int]], data_range: float, layout: Layout
 ) -> np.ndarray:
     """The error of the middle slice, white at 10 % of the range, under the tile grid in orange.
 
@@ -404,7 +455,8 @@ def seam_picture(
     Returns:
         uint8 picture (H, W, 3), three pixels a voxel.
     """
-    error = (recon - x)[0, :, :, x.shape[3] // 2].abs() / (0.1 * data_range)
+    middle = slice(0, 1), slice(None), slice(None), slice(x.shape[3] // 2, x.shape[3] // 2 + 1)
+    error = (recon[middle] - x[middle])[0, :, :, 0].abs() / (0.1 * data_range)
     gray = (error.clamp(0, 1) * 255).round().byte().numpy().repeat(3, 0).repeat(3, 1)
     picture = np.repeat(gray[..., None], 3, axis=-1)
     for face in faces[0]:
@@ -416,8 +468,8 @@ def seam_picture(
     return np.stack([layout.upright(color.squeeze(axis)) for color in colors], axis=-1)
 
 
-def foreground_of(store: VolumeStore, index: int, x: Tensor) -> Tensor:
-    """Voxels above Otsu's threshold of the source's first channel, as the loaders say.
+def foreground_of(store: VolumeStore, index: int, x: Values) -> Lazy:
+    """Voxels (X, Y, Z) above Otsu's threshold of the source's first channel, as the loaders say.
 
     Args:
         store: Volumes.
@@ -426,7 +478,8 @@ def foreground_of(store: VolumeStore, index: int, x: Tensor) -> Tensor:
     """
     record, statistics = store.undo_record(index), store.meta(index)["statistics"][0]
     stored = (statistics["foreground_threshold"] - record["offset"][0]) / record["scale"][0]
-    return x[0] > stored * record["gain"][0] + record["bias"][0]
+    threshold = stored * record["gain"][0] + record["bias"][0]
+    return Lazy(x.shape[1:], lambda box: x[(slice(0, 1), *box)][0] > threshold)
 
 
 def modes_taken(coding: Coding, rows: list[dict]) -> dict:

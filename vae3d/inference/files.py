@@ -16,13 +16,12 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from loaders import Preprocess, VolumeStore
 from loaders.readers import Reading
-from loaders.store import undo
-from vae3d.inference.reconstruct import Coding, coding_of
+from loaders.undo import undo
+from vae3d.inference.reconstruct import Coding, coding_of, volume_of
 
 if TYPE_CHECKING:
     from loaders import Volume
@@ -76,7 +75,7 @@ def encode_file(vae: CustomVAE, path: str | Path, mode: str = "auto", **how: obj
             raise ValueError(
                 f"{path}: a series of {len(store)} time points: encode it by `vae3d encode`"
             )
-        x = torch.from_numpy(store.read(0))
+        x = volume_of(store, 0)
         coding = coding.settled(vae, x.shape[1:], ("encode",))
         mean, logvar = coding.encode(vae, x, str(path))
         info = latent_info(store, 0, coding.factor(vae, x.ndim - 1))

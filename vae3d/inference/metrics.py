@@ -3,26 +3,27 @@
 Every entry of `METRICS` is `metric(x, recon, data_range, mask=None) -> float` on (C, X, Y, Z) or
 (C, X, Y). `data_range` is the width of the intensity scale (1.0 for intensities in 0..1, 4071 for
 the whole HU scale); it is never guessed from an image, and intensities are never clamped. Sums are
-in float64, over slabs, so that large volumes cost little memory. `mask` (X, Y, Z), bool, restricts
-the mean to those voxels.
+in float64, over slabs, so that large volumes cost little memory: `x`, `recon` and the mask may be
+`Lazy`. `mask` (X, Y, Z), bool, restricts the mean to those voxels.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vae3d.kernels.large import MOST, ROWS, Lazy, Values, rows_of, slabs_of
+
 Metric = Callable[..., float]
 
 # Exponents of the five scales (Wang et al. 2003, section 3.2).
 MS_SSIM_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
-SLAB = 16  # rows of the first axis that are worked on at a time
 
 
-def check_pair(x: Tensor, recon: Tensor, mask: Tensor | None = None) -> None:
+def check_pair(x: Values, recon: Values, mask: Values | None = None) -> None:
     """Raise ValueError unless a volume, its reconstruction and a mask are of the same size."""
     if x.shape != recon.shape:
         raise ValueError(f"x has shape {tuple(x.shape)}, recon {tuple(recon.shape)}")
@@ -30,23 +31,23 @@ def check_pair(x: Tensor, recon: Tensor, mask: Tensor | None = None) -> None:
         raise ValueError(f"mask has shape {tuple(mask.shape)}, not {tuple(x.shape[1:])}")
 
 
-def mae(x: Tensor, recon: Tensor, data_range: float, mask: Tensor | None = None) -> float:
+def mae(x: Values, recon: Values, data_range: float, mask: Values | None = None) -> float:
     """Mean absolute error, in the units of x."""
     return _mean(x, recon, mask, lambda d: d.abs())
 
 
-def mse(x: Tensor, recon: Tensor, data_range: float, mask: Tensor | None = None) -> float:
+def mse(x: Values, recon: Values, data_range: float, mask: Values | None = None) -> float:
     """Mean squared error, in the squared units of x."""
     return _mean(x, recon, mask, lambda d: d.square())
 
 
-def psnr(x: Tensor, recon: Tensor, data_range: float, mask: Tensor | None = None) -> float:
+def psnr(x: Values, recon: Values, data_range: float, mask: Values | None = None) -> float:
     """Peak signal-to-noise ratio in dB: 10 log10(data_range^2 / MSE); inf for equal volumes."""
     error = mse(x, recon, data_range, mask)
     return 10 * math.log10(data_range**2 / error) if error else math.inf
 
 
-def ssim(x: Tensor, recon: Tensor, data_range: float, mask: Tensor | None = None) -> float:
+def ssim(x: Values, recon: Values, data_range: float, mask: Values | None = None) -> float:
     """Structural similarity over all spatial axes (Wang et al. 2004).
 
     Gaussian window of sigma 1.5 and 11 voxels (on a shorter axis the largest odd number that fits),
@@ -56,7 +57,7 @@ def ssim(x: Tensor, recon: Tensor, data_range: float, mask: Tensor | None = None
     return _ssim_means(x, recon, data_range, mask)[0]
 
 
-def ms_ssim(x: Tensor, recon: Tensor, data_range: float, mask: Tensor | None = None,
+def ms_ssim(x: Values, recon: Values, data_range: float, mask: Values | None = None,
             weights: Sequence[float] = MS_SSIM_WEIGHTS) -> float:  # fmt: skip
     """Multi-scale SSIM (Wang et al. 2003): contrast and structure at several scales.
 
@@ -66,14 +67,26 @@ def ms_ssim(x: Tensor, recon: Tensor, data_range: float, mask: Tensor | None = N
     scales = [k for k in range(len(weights)) if min(x.shape[1:]) >> k >= 11] or [0]
     used = [weights[k] for k in scales]
     used = [w * sum(weights) / sum(used) for w in used]
-    pool = F.avg_pool3d if x.ndim == 4 else F.avg_pool2d
     result = 1.0
     for k, weight in zip(scales, used, strict=True):
         full, structure = _ssim_means(x, recon, data_range, None)
         result *= max(full if k == scales[-1] else structure, 0.0) ** weight
         if k != scales[-1]:
-            x, recon = pool(x, 2), pool(recon, 2)
+            x, recon = halved(x), halved(recon)
     return result
+
+
+def halved(x: Values) -> Values:
+    """Means of 2 voxels along each axis (C, *spatial), what is left over at the far end apart."""
+    pool = F.avg_pool3d if x.ndim == 4 else F.avg_pool2d
+    if isinstance(x, Tensor):
+        return pool(x, 2)
+    sizes = [n // 2 for n in x.shape[1:]]
+
+    def read(box: tuple[slice, ...]) -> Tensor:
+        return pool(x[(box[0], *(slice(2 * one.start, 2 * one.stop) for one in box[1:]))], 2)
+
+    return Lazy((x.shape[0], *sizes), read)
 
 
 METRICS: dict[str, Metric] = {
@@ -87,8 +100,8 @@ FOREGROUND = ("mae", "psnr", "ssim")  # those that are also measured inside a ma
 
 
 def by_channel(
-    x: Tensor, recon: Tensor, widths: Sequence[float], names: Sequence[str],
-    metrics: Sequence[str] = tuple(METRICS), mask: Tensor | None = None,
+    x: Values, recon: Values, widths: Sequence[float], names: Sequence[str],
+    metrics: Sequence[str] = tuple(METRICS), mask: Values | None = None,
 ) -> dict[str, float]:  # fmt: skip
     """Return `<metric>_<channel>` for each channel; nothing where there is only one.
 
@@ -104,12 +117,12 @@ def by_channel(
     for name in dict.fromkeys(names) if len(set(names)) > 1 else ():
         of_name = [c for c, other in enumerate(names) if other == name]
         for metric in metrics:
-            pair = x[of_name], recon[of_name]
+            pair = (Lazy.of(v).picked(of_name) for v in (x, recon))
             scores[f"{metric}_{name}"] = METRICS[metric](*pair, widths[of_name[0]], mask)
     return scores
 
 
-def in_one_unit(x: Tensor, recon: Tensor, widths: Sequence[float]) -> tuple[Tensor, Tensor, float]:
+def in_one_unit(x: Values, recon: Values, widths: Sequence[float]) -> tuple[Values, Values, float]:
     """Bring channels of different scales to parts of each one's scale, so that means have a sense.
 
     Args:
@@ -122,12 +135,13 @@ def in_one_unit(x: Tensor, recon: Tensor, widths: Sequence[float]) -> tuple[Tens
     """
     if len(set(widths)) == 1:
         return x, recon, widths[0]
-    scale = torch.tensor(widths, dtype=x.dtype).reshape(-1, *[1] * (x.ndim - 1))
-    return x / scale, recon / scale, 1.0
+    scale = torch.tensor(widths).reshape(-1, *[1] * (x.ndim - 1))
+    x, recon = (Lazy.of(v).map_channels(lambda part, c: part / scale[c]) for v in (x, recon))
+    return x, recon, 1.0
 
 
 def seam_score(
-    x: Tensor, recon: Tensor, faces: Sequence[Sequence[int]], factor: Sequence[int] | None = None
+    x: Values, recon: Values, faces: Sequence[Sequence[int]], factor: Sequence[int] | None = None
 ) -> float:
     """How much the error jumps across tile faces: 1 where tiles leave no seam.
 
@@ -148,10 +162,8 @@ def seam_score(
     if len(faces) != x.ndim - 1:
         raise ValueError(f"faces has {len(faces)} entries, the volume has {x.ndim - 1} axes")
     sums, counts = [0.0, 0.0], [0, 0]  # inside, across
-    error = recon - x
     for axis, (where, cell) in enumerate(zip(faces, factor or [1] * len(faces), strict=True), 1):
-        gap = error.diff(dim=axis).abs_().transpose(0, axis).flatten(1).mean(1, dtype=torch.float64)
-        profile = gap.tolist()
+        profile = _jumps(x, recon, axis)
         places = {i % cell for i in where}
         inside = {i for i in range(1, len(profile) + 1) if i % cell in places} - set(where)
         if inside:  # else every cell begins a tile, and there is nothing to compare with
@@ -163,7 +175,19 @@ def seam_score(
     return (sums[1] / counts[1]) / (sums[0] / counts[0])
 
 
-def lattice_score(x: Tensor, recon: Tensor, factor: Sequence[int]) -> float:
+def _jumps(x: Values, recon: Values, axis: int) -> list[float]:
+    """Mean absolute difference of the error between neighbors along an axis, by their place."""
+    total = torch.zeros(x.shape[axis] - 1, dtype=torch.float64)
+    for rows in slabs_of(x.shape, 1):
+        last = rows.stop + 1 if axis == 1 else rows.stop  # one more row to compare with
+        wide = slice(rows.start, min(last, x.shape[1]))
+        gaps = (recon[:, wide] - x[:, wide]).diff(dim=axis).abs_().transpose(0, axis).flatten(1)
+        place = slice(rows.start, rows.start + len(gaps)) if axis == 1 else slice(None)
+        total[place] += gaps.sum(1, dtype=torch.float64).cpu()
+    return (total * x.shape[axis] / math.prod(x.shape)).tolist()
+
+
+def lattice_score(x: Values, recon: Values, factor: Sequence[int]) -> float:
     """How much the grid of latent cells shows in a reconstruction: 1 where it does not.
 
     Power along each axis at the frequencies of the cells (k / factor, k = 1, 2, ... up to half a
@@ -183,7 +207,7 @@ def lattice_score(x: Tensor, recon: Tensor, factor: Sequence[int]) -> float:
     for axis, cell in enumerate(factor, start=1):
         size = x.shape[axis] // cell * cell  # whole cells, so that their frequencies are bins
         peaks = [k * size // cell for k in range(1, cell // 2 + 1)]
-        power = [_power(v.narrow(axis, 0, size), axis) for v in (x, recon)] if peaks else []
+        power = [_power(v, axis, size) for v in (x, recon)] if peaks else []
         for peak in peaks:
             near = [n for n in range(peak - 3, peak + 4) if 0 < n <= size // 2 and n not in peaks]
             ours, theirs = (p[peak] / p[near].log().mean().exp() for p in reversed(power))
@@ -191,11 +215,17 @@ def lattice_score(x: Tensor, recon: Tensor, factor: Sequence[int]) -> float:
     return sum(ratios) / len(ratios) if ratios else math.nan
 
 
-def _power(v: Tensor, axis: int) -> Tensor:
-    """Power of each frequency along an axis, summed over the lines; never 0."""
-    lines = v.movedim(axis, -1).double()
-    spectrum = torch.fft.rfft(lines - lines.mean(-1, keepdim=True)).abs().square()
-    return spectrum.flatten(0, -2).sum(0).clamp(min=1e-300)
+def _power(v: Values, axis: int, size: int) -> Tensor:
+    """Power of each frequency along an axis of `size` voxels, summed over the lines; never 0."""
+    total = torch.zeros(size // 2 + 1, dtype=torch.float64)
+    across = 2 if axis == 1 else 1  # slabs hold whole lines
+    for rows in slabs_of(v.shape, across, 0.25):  # of complex numbers, and several
+        box = [slice(None)] * v.ndim
+        box[across], box[axis] = rows, slice(size)
+        lines = v[tuple(box)].movedim(axis, -1).double()
+        spectrum = torch.fft.rfft(lines - lines.mean(-1, keepdim=True)).abs().square()
+        total += spectrum.flatten(0, -2).sum(0).cpu()
+    return total.clamp(min=1e-300)
 
 
 def latent_summary(mean: Tensor, logvar: Tensor, num_values: int, latent_bits: int) -> dict:
@@ -291,21 +321,17 @@ def average_precision(score: np.ndarray, lesion: np.ndarray) -> float:
 
 
 def _mean(
-    x: Tensor, recon: Tensor, mask: Tensor | None, function: Callable[[Tensor], Tensor]
+    x: Values, recon: Values, mask: Values | None, function: Callable[[Tensor], Tensor]
 ) -> float:
     """Mean in float64 of a function of the difference, over the mask; nan where it is empty."""
     check_pair(x, recon, mask)
     total, count = 0.0, 0
-    for rows in _slabs(x.shape[1]):
+    for rows in slabs_of(x.shape, 1):
         values = function((x[:, rows] - recon[:, rows]).double())
         if mask is not None:
             values = values[:, mask[rows]]
         total, count = total + float(values.sum()), count + values.numel()
     return total / count if count else math.nan
-
-
-def _slabs(n: int) -> Iterator[slice]:
-    return (slice(a, min(a + SLAB, n)) for a in range(0, n, SLAB))
 
 
 def _gaussian_window(size: int, sigma: float = 1.5) -> list[float]:
@@ -325,26 +351,40 @@ def _local_mean(v: Tensor, windows: list[list[float]]) -> Tensor:
 
 
 def _ssim_means(
-    x: Tensor, recon: Tensor, data_range: float, mask: Tensor | None
+    x: Values, recon: Values, data_range: float, mask: Values | None
 ) -> tuple[float, float]:
     """Mean SSIM and mean contrast-structure over all windows, or those centered in the mask."""
     check_pair(x, recon, mask)
     windows = [_gaussian_window(min(11, n if n % 2 else n - 1)) for n in x.shape[1:]]
     c1, c2 = (0.01 * data_range) ** 2, (0.03 * data_range) ** 2
-    if mask is not None:
-        sides = zip(windows, mask.shape, strict=True)
-        mask = mask[tuple(slice(len(w) // 2, n - len(w) // 2) for w, n in sides)]
     totals, count = [0.0, 0.0], 0
-    for rows in _slabs(x.shape[1] - len(windows[0]) + 1):
-        window = slice(rows.start, rows.stop + len(windows[0]) - 1)
-        a, b = x[:, window].double(), recon[:, window].double()
+    for box in _blocks(x.shape, windows):
+        ends = [slice(b.start, b.stop + len(w) - 1) for b, w in zip(box, windows, strict=True)]
+        a, b = (v[(slice(None), *ends)].double() for v in (x, recon))
         ma, mb = _local_mean(a, windows), _local_mean(b, windows)
         covariance = _local_mean(a * b, windows) - ma * mb
         # The two variances are only needed as their sum.
         variances = _local_mean(a * a + b * b, windows) - ma * ma - mb * mb
         structure = (2 * covariance + c2) / (variances + c2)
         similarity = (2 * ma * mb + c1) / (ma * ma + mb * mb + c1) * structure
+        inside = None
+        if mask is not None:
+            shifts = [len(w) // 2 for w in windows]  # to the windows' centers
+            moved = zip(box, shifts, strict=True)
+            inside = mask[tuple(slice(b.start + s, b.stop + s) for b, s in moved)]
         for i, values in enumerate((similarity, structure)):
-            totals[i] += float((values if mask is None else values[:, mask[rows]]).sum())
-        count += structure.numel() if mask is None else int(mask[rows].sum()) * len(x)
+            totals[i] += float((values if inside is None else values[:, inside]).sum())
+        count += structure.numel() if inside is None else int(inside.sum()) * len(structure)
     return (totals[0] / count, totals[1] / count) if count else (math.nan, math.nan)
+
+
+def _blocks(shape: Sequence[int], windows: list[list[float]]) -> list[tuple[slice, ...]]:
+    """Cut the places of windows in a volume (C, *spatial) into blocks that take little memory."""
+    first, second, *rest = (n - len(w) + 1 for n, w in zip(shape[1:], windows, strict=True))
+    lines = shape[0] * math.prod(shape[3:]) * (ROWS + len(windows[0]) - 1)
+    wide = max(ROWS, MOST // 4 // lines)  # of the second axis
+    return [
+        (rows, columns, *(slice(0, n) for n in rest))
+        for rows in rows_of(first, ROWS)
+        for columns in rows_of(second, wide)
+    ]

@@ -14,12 +14,14 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, fields, replace
 from fractions import Fraction
+from pathlib import Path
 from typing import Any, Literal, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
+from loaders import VolumeStore
 from vae3d.exact.executor import (
     WORTH_TELLING,
     check_budget,
@@ -30,7 +32,9 @@ from vae3d.exact.executor import (
 )
 from vae3d.inference.costs import BOTH, What, cost, gib, no_exact
 from vae3d.inference.stitching import BLENDS, check_patch, overlap_voxels, stitch, tile_faces
+from vae3d.kernels import large
 from vae3d.kernels.device import bytes_taken, free_bytes
+from vae3d.kernels.large import Lazy, Values, room, whole_of
 from vae3d.kernels.precision import AMP, Amp, autocast
 from vae3d.kernels.progress import is_watched, part, passed
 from vae3d.models.attention import Attention
@@ -168,12 +172,13 @@ class Coding:
         return {k: list(v) if isinstance(v, tuple) else v for k, v in facts.items()}
 
     @torch.no_grad()
-    def encode(self, vae: CustomVAE, x: Tensor, name: str = "the volume") -> tuple[Tensor, Tensor]:
+    def encode(self, vae: CustomVAE, x: Values, name: str = "the volume") -> tuple[Tensor, Tensor]:
         """Posterior of a volume.
 
         Args:
             vae: The model, in eval mode.
-            x: `(C, X, Y, Z)` or `(C, X, Y)`, normalized as the model was trained; any device.
+            x: `(C, X, Y, Z)` or `(C, X, Y)`, normalized as the model was trained; any device. Modes
+                patch and exact read a `Lazy` one piece by piece.
             name: Of the volume, for messages.
 
         Returns:
@@ -182,19 +187,24 @@ class Coding:
         Raises:
             ValueError: It is not finite.
         """
-        check_finite(x, name)
         if self.mode == "auto":
             return self.settled(vae, x.shape[1:], ("encode",)).encode(vae, x, name)
-        near = _near(vae, x, x.nbytes)
+        if isinstance(x, Lazy):
+            x = x.map(lambda part: check_finite(part, name))
+        else:
+            check_finite(x, name)
+        near = _near(vae, x, 4 * math.prod(x.shape))
         with self._precision(vae):
             sliced = x.ndim == 4 and vae.spatial_dims == 2
             mean, logvar = (self._encode_slices if sliced else self._encode)(vae, near)
-        return mean.to(x.device), logvar.to(x.device)
+        home = torch.device("cpu") if isinstance(x, Lazy) else x.device
+        return mean.to(home), logvar.to(home)
 
     @torch.no_grad()
     def decode(
-        self, vae: CustomVAE, z: Tensor, size: Sequence[int] | None = None, name: str = "the latent"
-    ) -> Tensor:
+        self, vae: CustomVAE, z: Tensor, size: Sequence[int] | None = None,
+        name: str = "the latent", folder: Path | None = None,
+    ) -> Tensor:  # fmt: skip
         """Reconstruction of a latent, of a network with a codebook that of its nearest codes.
 
         Args:
@@ -202,6 +212,8 @@ class Coding:
             z: `(C', *spatial)`, as `encode` gives its mean; any device.
             size: Voxels per axis of the volume; None for those of the latent times the factor.
             name: Of the latent, for messages.
+            folder: Where modes patch and exact may put a large volume, out of memory; None for
+                nowhere.
 
         Returns:
             `(C, *size)`, normalized intensities, float32 on the device of `z`.
@@ -212,48 +224,56 @@ class Coding:
         check_finite(z, name)
         if vae.head.num_codes:
             z = vae.snapped(z[None].to(_home(vae)))[0].to(z.device)
-        return self.decode_as_it_is(vae, z, size)
+        return self.decode_as_it_is(vae, z, size, folder)
 
     @torch.no_grad()
     def decode_as_it_is(
-        self, vae: CustomVAE, z: Tensor, size: Sequence[int] | None = None
-    ) -> Tensor:
+        self, vae: CustomVAE, z: Tensor, size: Sequence[int] | None = None,
+        folder: Path | None = None,
+    ) -> Tensor:  # fmt: skip
         """`decode` of a latent that nobody has looked at."""
         factor = self.factor(vae, z.ndim - 1)
         size = size or [n * f for n, f in zip(z.shape[1:], factor, strict=True)]
         if self.mode == "auto":
-            return self.settled(vae, size, ("decode",)).decode_as_it_is(vae, z, size)
-        near = _near(vae, z, 4 * vae.in_channels * math.prod(size))
+            return self.settled(vae, size, ("decode",)).decode_as_it_is(vae, z, size, folder)
+        near = whole_of(_near(vae, z, 4 * vae.in_channels * math.prod(size)))
         with self._precision(vae):
             sliced = z.ndim == 4 and vae.spatial_dims == 2
-            x = (self._decode_slices if sliced else self._decode)(vae, near, size)
+            x = (self._decode_slices if sliced else self._decode)(vae, near, size, folder)
         return x.to(z.device)
 
-    def _encode(self, vae: CustomVAE, x: Tensor) -> tuple[Tensor, Tensor]:
+    def _encode(self, vae: CustomVAE, x: Values) -> tuple[Tensor, Tensor]:
         """Posterior of a volume of as many axes as the model has."""
         if self.mode == "exact":
             posterior = encode_exact(vae, x, self.memory_gb)
             return posterior.mean.float(), posterior.logvar.float()
         if self.mode == "full":
             with telling_of_layers(vae, "encoder"):
-                mean, logvar = _posterior(vae, x[None])
+                mean, logvar = _posterior(vae, whole_of(x)[None])
             return mean[0], logvar[0]
         scale = [Fraction(1, f) for f in vae.factor]
         patch, overlap = self._tiling(vae)
-        together = self._together(vae, _posterior, (len(x), *patch))
+        together = self._together(vae, _posterior, (x.shape[0], *patch))
         options = (patch, overlap, self.blend, together)
         if vae.head.num_codes:  # blended before they are codes: means of two codes are none
             moments = stitch(lambda batch: _moments(vae, batch), x, *options, scale=scale)
             posterior = vae.head(moments[None].to(_home(vae)))
-            mean, logvar = (t[0].to(x.device) for t in (posterior.mean, posterior.logvar))
+            mean, logvar = (t[0].to(moments.device) for t in (posterior.mean, posterior.logvar))
         else:
             mean, logvar = stitch(lambda batch: _posterior(vae, batch), x, *options, scale=scale)
         return mean, logvar
 
-    def _decode(self, vae: CustomVAE, z: Tensor, size: Sequence[int]) -> Tensor:
+    def _decode(
+        self, vae: CustomVAE, z: Tensor, size: Sequence[int], folder: Path | None = None
+    ) -> Tensor:
         """Reconstruction of a latent of as many axes as the model has."""
+        decoded = (vae.out_channels, *(n * f for n, f in zip(z.shape[1:], vae.factor, strict=True)))
+        if 4 * math.prod(decoded) <= large.LARGE:
+            folder = None
         if self.mode == "exact":
-            return decode_exact(vae, z, self.memory_gb, size=size).float()
+            check_size(size, decoded[1:])
+            out = room((vae.out_channels, *size), folder) if folder else None
+            return decode_exact(vae, z, self.memory_gb, size=size, out=out).float()
         if self.mode == "full":
             with telling_of_layers(vae, "decoder"):
                 x = _volume(vae, z[None])[0]
@@ -262,45 +282,66 @@ class Coding:
             tile, overlap = ([n // f for n, f in zip(s, vae.factor, strict=True)] for s in tiling)
             together = self._together(vae, _volume, (len(z), *tile))
             options = (tile, overlap, self.blend, together)
-            x = stitch(lambda batch: _volume(vae, batch), z, *options, scale=list(vae.factor))
+            scale, out = list(vae.factor), room(decoded, folder) if folder else None
+            x = stitch(lambda batch: _volume(vae, batch), z, *options, scale=scale, out=out)
         check_size(size, x.shape[1:])
         return x[(slice(None), *(slice(n) for n in size))]
 
-    def _encode_slices(self, vae: CustomVAE, x: Tensor) -> tuple[Tensor, Tensor]:
+    def _encode_slices(self, vae: CustomVAE, x: Values) -> tuple[Tensor, Tensor]:
         """Posterior of a volume by a 2D model, slice by slice."""
-        axis, half = 1 + self.slice_axis, self.num_slices // 2
-        planes = x.movedim(axis, 0)
-        near = torch.arange(len(planes))[:, None] + torch.arange(-half, half + 1)
-        stacks = planes[near.clamp(0, len(planes) - 1)].flatten(1, 2)
+        axis, count = 1 + self.slice_axis, x.shape[1 + self.slice_axis]
         if self.mode == "full":
-            together = self._together(vae, _posterior, stacks.shape[1:])
-            batches = [_told(_posterior(vae, b), b, stacks) for b in stacks.split(together)]
+            plane = [n for i, n in enumerate(x.shape) if i not in (0, axis)]
+            together = self._together(vae, _posterior, (self.num_slices * x.shape[0], *plane))
+            batches = []
+            for first in range(0, count, together):
+                numbers = range(first, min(first + together, count))
+                batch = torch.stack([self._stack(x, number) for number in numbers])
+                batches.append(_posterior(vae, batch))
+                passed(len(numbers) / count)
             mean, logvar = (torch.cat(part).movedim(0, axis) for part in zip(*batches, strict=True))
         else:
             parts = []
-            for stack in stacks:
-                with part(1 / len(stacks)):
-                    parts.append(self._encode(vae, stack))
+            for number in range(count):
+                with part(1 / count):
+                    parts.append(self._encode(vae, self._stack(x, number)))
             mean, logvar = (torch.stack(part, axis) for part in zip(*parts, strict=True))
         return mean.contiguous(), logvar.contiguous()
 
-    def _decode_slices(self, vae: CustomVAE, z: Tensor, size: Sequence[int]) -> Tensor:
+    def _stack(self, x: Values, number: int) -> Tensor:
+        """A slice of a volume and its neighbors as channels; beyond an end the last again."""
+        axis, half = 1 + self.slice_axis, self.num_slices // 2
+        last = x.shape[axis] - 1
+        near = torch.arange(number - half, number + half + 1).clamp(0, last)
+        box = [slice(None)] * 4
+        box[axis] = slice(int(near[0]), int(near[-1]) + 1)
+        return x[tuple(box)].movedim(axis, 0)[near - near[0]].flatten(0, 1)
+
+    def _decode_slices(
+        self, vae: CustomVAE, z: Tensor, size: Sequence[int], folder: Path | None = None
+    ) -> Tensor:
         """Reconstruction of a latent by a 2D model, slice by slice."""
         axis = 1 + self.slice_axis
         plane = [n for i, n in enumerate(size) if i != self.slice_axis]
+        crop = (slice(None), slice(None), *(slice(n) for n in plane))
         latents = z.movedim(axis, 0)
-        if self.mode == "full":
-            together = self._together(vae, _volume, latents.shape[1:])
-            pieces = latents.split(together)
-            whole = torch.cat([_told(_volume(vae, piece), piece, latents) for piece in pieces])
-            check_size(plane, whole.shape[2:])
-            slices = list(whole[(slice(None), slice(None), *(slice(n) for n in plane))])
-        else:
-            slices = []
-            for latent in latents:
-                with part(1 / len(latents)):
-                    slices.append(self._decode(vae, latent, plane))
-        return torch.stack([self._middle(vae, part) for part in slices], axis)
+        together = self._together(vae, _volume, latents.shape[1:]) if self.mode == "full" else 1
+        out, done = torch.empty(0), 0
+        for piece in latents.split(together):
+            with part(len(piece) / len(latents)):
+                if self.mode == "full":
+                    planes = _volume(vae, piece)
+                    check_size(plane, planes.shape[2:])
+                else:
+                    planes = self._decode(vae, piece[0], plane)[None]
+            for one in planes[crop]:
+                middle = self._middle(vae, one)
+                if not done:
+                    out = room((len(middle), *size), folder if z.device.type == "cpu" else None)
+                    out = out.to(middle.device)
+                out.select(axis, done).copy_(middle)
+                done += 1
+        return out
 
     def factor(self, vae: CustomVAE, dims: int) -> list[int]:
         """Voxels per latent voxel and axis; a 2D model does not shrink the axis that is sliced.
@@ -370,8 +411,8 @@ def mode_of(mode: str, **patching: object) -> tuple[str, list[str]]:
     return "patch", [f"mode patch, as {given} asks for patches; without it mode is auto"]
 
 
-def check_finite(values: Tensor, name: str) -> None:
-    """Refuse a volume or latent that is not finite.
+def check_finite(values: Tensor, name: str) -> Tensor:
+    """Refuse a volume or latent, or a part of it, that is not finite; else give it back.
 
     Statistics of norms would make all of it NaN, and without norms the sums over four rows at once,
     which serve at inference, would carry it to rows that it does not touch.
@@ -379,6 +420,7 @@ def check_finite(values: Tensor, name: str) -> None:
     if not (finite := values.isfinite()).all():
         count = values.numel() - int(finite.sum())
         raise ValueError(f"{name}: {count} of {values.numel()} values are NaN or infinite")
+    return values
 
 
 def of_training(config: dict) -> dict:
@@ -415,6 +457,14 @@ def coding_of(
     return Coding(**kept), lines
 
 
+def volume_of(store: VolumeStore, index: int) -> Values:
+    """A volume of a store; a large one is read where it is sliced."""
+    shape = store.shape(index)
+    if 4 * math.prod(shape) <= large.LARGE:
+        return torch.from_numpy(store.read(index))
+    return Lazy(shape, lambda box: torch.from_numpy(store.read(index, box[1:]))[box[0]])
+
+
 def reconstruct(vae: CustomVAE, x: Tensor, mode: str = "patch", **how: Any) -> Tensor:
     """The reconstruction of one volume through the posterior mean.
 
@@ -431,8 +481,9 @@ def reconstruct(vae: CustomVAE, x: Tensor, mode: str = "patch", **how: Any) -> T
 
 
 def autoencode(
-    vae: CustomVAE, x: Tensor, mode: str = "patch", name: str = "the volume", **how: Any
-) -> tuple[Tensor, Tensor, Tensor]:
+    vae: CustomVAE, x: Values, mode: str = "patch", name: str = "the volume",
+    folder: Path | None = None, **how: Any,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Reconstruct one volume through the posterior mean, and return the posterior as well.
 
     Args:
@@ -440,6 +491,7 @@ def autoencode(
         x: `(C, X, Y, Z)` or `(C, X, Y)`, normalized as the model was trained; any device.
         mode: auto | full | patch | exact.
         name: Of the volume, for messages.
+        folder: Where a large reconstruction may lie, out of memory; None for nowhere.
         **how: Further options of `Coding`.
 
     Returns:
@@ -451,7 +503,7 @@ def autoencode(
         mean, logvar = coding.encode(vae, x, name)
     with part(1 - ENCODING):
         # What a network that has diverged makes of it is measured, not refused.
-        recon = coding.decode_as_it_is(vae, mean, x.shape[1:])
+        recon = coding.decode_as_it_is(vae, mean, x.shape[1:], folder)
     return recon, mean, logvar
 
 
@@ -494,19 +546,13 @@ def telling_of_layers(vae: CustomVAE, half: Literal["encoder", "decoder"]) -> It
             hook.remove()
 
 
-def _told(result: T, batch: Tensor, of: Tensor) -> T:
-    """What a batch became, when it is told that it has passed."""
-    passed(len(batch) / len(of))
-    return result
-
-
-def _near(vae: CustomVAE, volume: Tensor, nbytes: int) -> Tensor:
+def _near(vae: CustomVAE, volume: Values, nbytes: int) -> Values:
     """A volume on the model's GPU, if it and as much as `nbytes` beside it are little there."""
     device = _home(vae)
-    if device.type != "cuda" or volume.device == device:
+    if device.type != "cuda" or (isinstance(volume, Tensor) and volume.device == device):
         return volume
-    fits = volume.nbytes + nbytes <= SHARE_OF_VOLUMES * free_bytes(device)
-    return volume.to(device) if fits else volume
+    fits = 4 * math.prod(volume.shape) + nbytes <= SHARE_OF_VOLUMES * free_bytes(device)
+    return whole_of(volume).to(device) if fits else volume
 
 
 def _posterior(vae: CustomVAE, batch: Tensor) -> tuple[Tensor, Tensor]:
