@@ -499,7 +499,7 @@ def serve_the_parent(_worker: int) -> None:
 
 
 def _end_with_the_parent() -> None:
-    """End when the parent is killed; torch looks at its id, which with a fork server never changes."""
+    """End when the parent is killed. torch looks at its id, which stays where a server forks."""
     if parent := multiprocessing.parent_process():
         parent.join()
         os._exit(1)
