@@ -461,7 +461,8 @@ loss:
     )
     assert isinstance(loss.terms["recon"].base, L2)
     assert type(loss.terms["perceptual"].network).__name__ == "DeepBet"
-    assert [*loss.terms] == ["recon", "kl", "perceptual", "gradient_difference", "focal_frequency"]
+    extra = ["gradient_difference", "focal_frequency"]
+    assert [*loss.terms] == ["recon", "kl", "commitment", "perceptual", *extra]
 
 
 def test_yaml_with_an_unknown_key_names_it(tmp_path):

@@ -237,9 +237,9 @@ class FSQ(PosteriorHead):
     """Finite scalar quantization: each channel is bounded and rounded to a few levels.
 
     Mentzer et al. 2023, arXiv 2309.15505. The codebook is the grid of all combinations, so nothing
-    of it is learned, and hardly a code stays unused. A latent of as many channels as there are
-    levels is one code a latent voxel; one of twice as many is two, and so on. Values lie in
-    [-1, 1].
+    of it is learned; codes come into use as the encoder spreads. A latent of as many channels as
+    there are levels is one code a latent voxel, one of twice as many is two, and so on. Values lie
+    in [-1, 1].
 
     Args:
         levels: Levels of each channel, 3 or more; the codebook has their product. The paper's:
