@@ -1,5 +1,6 @@
 import pytest
 import torch
+import torch.nn.functional as F
 from scipy.stats import kurtosis
 from toys import tiny_vae
 
@@ -8,7 +9,14 @@ from vae3d.inference.metrics import psnr
 from vae3d.inference.reconstruct import Coding, autoencode
 from vae3d.reports.evaluation_health import find
 from vae3d.reports.meanings import LATENT_CHANNELS, STAGE2, meaning
-from vae3d.spectrum import high_frequency_share, pooled_to, resized, spectral_gap
+from vae3d.spectrum import (
+    high_frequency_share,
+    linear,
+    linear_rows,
+    pooled_to,
+    resized,
+    spectral_gap,
+)
 
 SIZE = (17, 12, 14)  # padded to 18 x 12 x 14
 
@@ -109,3 +117,12 @@ def test_what_each_number_of_a_latent_means_is_told_also_of_a_channel():
         of = meaning(name)
         assert of is not None and of.says
         assert of.group == (LATENT_CHANNELS if "_z" in name else STAGE2)
+
+
+@pytest.mark.parametrize("n, size", [(16, 8), (7, 3), (5, 9), (3, 1), (1, 4)])
+def test_linear_resampling_is_that_of_torch_all_at_once_and_by_rows(n, size):
+    every = torch.eye(n, dtype=torch.float64)[None]
+    wanted = F.interpolate(every, size=size, mode="linear", align_corners=False)[0].T
+    torch.testing.assert_close(linear(n, size), wanted)
+    first, rows = linear_rows(n, size, size // 2, size)
+    torch.testing.assert_close(rows, wanted[size // 2 :, first : first + rows.shape[1]])

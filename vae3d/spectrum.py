@@ -37,8 +37,26 @@ def cosines(n: int) -> Tensor:
 @lru_cache(maxsize=256)
 def linear(n: int, size: int) -> Tensor:
     """Linear resampling of `n` values to `size`, as a matrix; float64."""
-    every = torch.eye(n, dtype=torch.float64)[None]
-    return F.interpolate(every, size=size, mode="linear", align_corners=False)[0].T
+    first, rows = linear_rows(n, size, 0, size)
+    matrix = torch.zeros(size, n, dtype=torch.float64)
+    matrix[:, first : first + rows.shape[1]] = rows
+    return matrix
+
+
+def linear_rows(n: int, size: int, start: int, stop: int) -> tuple[int, Tensor]:
+    """Rows of `linear`, of the columns that they use alone, and the first of these.
+
+    As `interpolate` with `align_corners=False`: value j lies at (j + 1/2) n / size - 1/2.
+    """
+    places = (torch.arange(start, stop, dtype=torch.float64) + 0.5) * (n / size) - 0.5
+    places = places.clamp(min=0, max=n - 1)
+    near = places.floor().long()
+    far = (near + 1).clamp_max(n - 1)
+    first, row = int(near[0]), torch.arange(stop - start)
+    matrix = torch.zeros(stop - start, int(far[-1]) + 1 - first, dtype=torch.float64)
+    matrix[row, near - first] = 1 - (places - near)
+    matrix[row, far - first] += places - near
+    return first, matrix
 
 
 def resized(x: Tensor, size: Sequence[int]) -> Tensor:

@@ -237,6 +237,7 @@ def write_volume(path: Path | str, volume: Boxes) -> None:
     if WRITERS[suffix] is not write_nifti and isinstance(volume, Volume):
         stored = volume.scale == 1 and volume.offset == 0
         data = volume.data if stored else volume.intensities()
+        data = data.view(np.uint8) if data.dtype.kind == "b" else data
         volume = replace(volume, data=data, scale=1.0, offset=0.0)
     WRITERS[suffix](path, volume)
 

@@ -7,7 +7,7 @@ import json
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import numpy as np
 
@@ -17,9 +17,6 @@ from loaders.readers.ngff import DIRECTIONS
 from loaders.readers.nifti import ras_axes
 from loaders.whole import whole_file
 
-if TYPE_CHECKING:
-    import tensorstore
-
 VERSION = "0.5"
 CHUNK, FLAT = 64, 512  # voxels along an axis, of a volume and of one that is one voxel thick
 SHARD = 4  # chunks along an axis
@@ -28,6 +25,29 @@ OBLIQUE = 1e-3  # parts of an axis that may point another way
 ROWS = 32  # of a coarser level that are computed at a time
 
 Box = tuple[slice, ...]
+
+
+class Pending(Protocol):
+    """What a read or write comes to."""
+
+    def result(self) -> np.ndarray:
+        """Wait for it."""
+
+
+class Array(Protocol):
+    """An array of tensorstore, or a box of one."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of its axes c, z, y, x."""
+
+    def __getitem__(self, box: Box, /) -> Array: ...
+
+    def read(self) -> Pending:
+        """Read all of it."""
+
+    def write(self, values: np.ndarray, /) -> Pending:
+        """Write all of it."""
 
 
 def write_ome_zarr(path: Path, volume: Boxes) -> None:
@@ -72,7 +92,8 @@ def write_ome_zarr(path: Path, volume: Boxes) -> None:
         for box in boxes_of(level):
             put(path, level, box, volume[inverted(box)].transpose(0, 3, 2, 1))
         for number, (finer, coarser) in enumerate(itertools.pairwise(factors), start=1):
-            level = halved(path, temporary / str(number), level, (coarser // finer)[::-1])
+            factor = (coarser // finer)[::-1]
+            level = halved(path, temporary / str(number), level, factor, volume.dtype)
         node = {"zarr_format": 3, "node_type": "group", "attributes": {"ome": held}}
         (temporary / "zarr.json").write_text(json.dumps(node, indent=1), encoding="utf-8")
 
@@ -117,13 +138,10 @@ def grids(sizes: Sequence[int]) -> tuple[list[int], list[int]]:
     return chunk, [c * min(SHARD, -(-n // c)) for c, n in zip(chunk, sizes, strict=True)]
 
 
-def create(
-    path: Path, where: Path, shape: Sequence[int], dtype: np.dtype
-) -> tensorstore.TensorStore:
+def create(path: Path, where: Path, shape: Sequence[int], dtype: np.dtype) -> Array:
     """Make an array (c, z, y, x) for a volume (C, X, Y, Z), sharded, all zeros."""
     ts = require_tensorstore(str(path))
     count, *sizes = shape
-    dtype = np.dtype(np.uint8) if dtype.kind == "b" else dtype
     chunk, shard = grids(sizes[::-1])
     packed = {"cname": "zstd", "clevel": 3, "shuffle": "shuffle", "typesize": dtype.itemsize}
     inner = [{"name": "bytes", "configuration": {"endian": "little"}},
@@ -143,7 +161,7 @@ def create(
         raise BrokenVolume(path, f"cannot be written: {reason(error)}") from error
 
 
-def put(path: Path, array: tensorstore.TensorStore, box: Box, values: np.ndarray) -> None:
+def put(path: Path, array: Array, box: Box, values: np.ndarray) -> None:
     """Write a box of an array."""
     try:
         array[box].write(np.ascontiguousarray(values)).result()
@@ -151,7 +169,7 @@ def put(path: Path, array: tensorstore.TensorStore, box: Box, values: np.ndarray
         raise BrokenVolume(path, f"cannot be written: {reason(error)}") from error
 
 
-def boxes_of(array: tensorstore.TensorStore) -> Iterator[Box]:
+def boxes_of(array: Array) -> Iterator[Box]:
     """Yield the shards of an array."""
     steps = [1, *grids(array.shape[1:])[1]]
     starts = [range(0, n, step) for n, step in zip(array.shape, steps, strict=True)]
@@ -166,13 +184,10 @@ def inverted(box: Box) -> tuple[slice, slice, slice, slice]:
     return c, x, y, z
 
 
-def halved(
-    path: Path, where: Path, fine: tensorstore.TensorStore, factor: np.ndarray
-) -> tensorstore.TensorStore:
+def halved(path: Path, where: Path, fine: Array, factor: np.ndarray, dtype: np.dtype) -> Array:
     """Write the level below one: means over `factor` voxels along z, y, x."""
     count, *sizes = fine.shape
     smaller = [-(-n // f) for n, f in zip(sizes, factor.tolist(), strict=True)]
-    dtype = np.dtype(fine.dtype.numpy_dtype)
     coarse = create(path, where, (count, *smaller[::-1]), dtype)
     for box in boxes_of(coarse):
         values = np.empty([part.stop - part.start for part in box], dtype)

@@ -17,6 +17,7 @@ from vae3d.spectrum import (
     along_axes,
     high_frequency_share,
     linear,
+    linear_rows,
     padded,
     pooled_to,
     resized,
@@ -110,16 +111,15 @@ def on_grid(x: Values, size: Sequence[int]) -> Tensor:
 
 def smaller(x: Values, whole: Sequence[int], size: Sequence[int]) -> Lazy:
     """`(C, *spatial)` continued to a whole number of cells, then `resized`, where it is sliced."""
-    along, *others = (linear(n, m) for n, m in zip(whole, size, strict=True))
+    others = [linear(n, m) for n, m in zip(whole[1:], size[1:], strict=True)]
 
     def read(box: tuple[slice, ...]) -> Tensor:
-        rows = along[box[1]]
-        used = rows.any(0).nonzero()[:, 0]  # rows of the continued volume
-        low, high = int(used[0]), int(used[-1]) + 1
+        low, rows = linear_rows(whole[0], size[0], box[1].start, box[1].stop)
+        high = low + rows.shape[1]  # of the continued volume
         held = min(low, x.shape[1] - 1), min(high, x.shape[1])
         part = padded(x[:, slice(*held)][None], [high - held[0], *whole[1:]])
         part = part[:, :, low - held[0] :]
-        done = along_axes(part, [rows[:, low:high], *others])[0]
+        done = along_axes(part, [rows, *others])[0]
         return done[(box[0], slice(None), *box[2:])]
 
     return Lazy((x.shape[0], *size), read)
