@@ -303,7 +303,7 @@ def block_pca(
     path = folder / f"block_pca_{hashlib.sha256(key.encode()).hexdigest()[:16]}.pt"
     if not path.is_file():
         store = open_store()
-        volumes = (torch.from_numpy(store.read(i)) for i in range(len(store)))
+        volumes = (torch.from_numpy(store.read(i, store.part(i))) for i in range(len(store)))
         folder.mkdir(parents=True, exist_ok=True)
         BlockPCA.fit(volumes, factor, count).save(path)
     return BlockPCA.load(path)
