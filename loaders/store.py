@@ -60,12 +60,14 @@ from loaders.readers import (
     View,
     Volume,
     num_items,
+    url_of,
 )
 from loaders.series import time_points
 from loaders.subjects import Subject, names_of
 from loaders.undo import format_of, undo
 
 DRAWN = 2  # how voxels of labels are drawn: raise it when that changes
+MOST_AT_ONCE, PART = 2**27, 256  # voxels of a volume that stays where it is, see `part`
 OPEN_VOLUMES = 128  # maps held open: 10,000 volumes must not need 10,000 file descriptors
 
 
@@ -277,6 +279,22 @@ class VolumeStore:
         """Voxels of a box along each axis."""
         shape = self.shape(index)[1:]
         return [len(range(*s.indices(n))) for s, n in zip(slices, shape, strict=True)]
+
+    def part(self, index: int) -> tuple[slice, ...]:
+        """Return what stands for a volume where the whole would fill the memory, slices (X, Y, Z).
+
+        Of a volume that stays where it is and has more than `MOST_AT_ONCE` voxels it is up to
+        `PART` voxels along each axis around the middle of its foreground, the same each time; of
+        any other the whole.
+        """
+        shape = self.shape(index)[1:]
+        if self.chunks(index) is None or num_items(shape) <= MOST_AT_ONCE:
+            return (slice(None),) * 3
+        points = self.foreground_points(index)
+        middle = np.median(points, axis=0) if len(points) else np.array(shape) / 2
+        size = np.minimum(shape, PART)
+        low = np.clip(middle.astype(int) - size // 2, 0, np.array(shape) - size)
+        return tuple(slice(a, a + n) for a, n in zip(low.tolist(), size.tolist(), strict=True))
 
     def read_unclipped(self, index: int) -> np.ndarray:
         """Return a volume as `read` does, but with what lies beyond the window as it is."""
@@ -574,9 +592,11 @@ def as_subjects(
         return subjects
     if subjects:
         raise ValueError(f"give subjects or paths, not both: {given[0]} is a path")
-    paths = [Path(os.path.abspath(path)) for path in given]
-    base = Path(os.path.commonpath([path.parent for path in paths]))
-    named = zip(names_of(paths, base), paths, strict=True)
+    places = [Path(os.path.abspath(path)) for path in given]  # of a URL for its name alone
+    base = Path(os.path.commonpath([place.parent for place in places]))
+    pairs = zip(given, places, strict=True)
+    paths = [Path(path) if url_of(path) else place for path, place in pairs]
+    named = zip(names_of(places, base), paths, strict=True)
     return list(time_points((Subject(id, (path,)) for id, path in named), reading))
 
 
