@@ -44,6 +44,7 @@ class Batch:
             this batch: of all that go into one update.
         unread: Why patches of the plan could not be read; the next ones that could stand in their
             place.
+        rows: Voxels of the whole patches along the first axis, of which `image` may be a slab.
     """
 
     image: torch.Tensor
@@ -53,6 +54,7 @@ class Batch:
     weight: torch.Tensor | None = None
     mean_weight: float | None = None
     unread: tuple[str, ...] = ()
+    rows: int | None = None
 
     def to(self, device: torch.device | str) -> Batch:
         """Return the batch with its voxels on a device; copied in the background where pinned."""
@@ -80,6 +82,7 @@ class PatchPlan:
         augment: Callable[..., torch.Tensor] | None = None,
         patches_per_read: int = 1,
         on_error: Literal["raise", "skip"] = "raise",
+        slab: Callable[[int], tuple[int, int]] | None = None,
     ):
         dims = store.spatial_shapes.shape[1]
         if patching not in ("full", "random_parts", None):
@@ -104,6 +107,11 @@ class PatchPlan:
         self.weights = store if isinstance(store, Weighted) and store.num_weights else None
         self.patches_per_volume, self.patches_per_read = patches_per_volume, patches_per_read
         self.sampler, self.augment, self.on_error = sampler(), augment, on_error
+        self.slab = slab
+        if slab and (augment is not None or self.weights is not None or on_error == "skip"):
+            raise ValueError(
+                "slabs of patches go without data.augment, data.mask and data.on_error skip"
+            )
         self.groups = None
         if balance_by is not None:
             lacking = [store.ids[i] for i in range(len(store)) if balance_by not in store.labels(i)]
@@ -153,11 +161,18 @@ class PatchPlan:
         return found
 
     def image_shape(self, samples: Sequence[int]) -> tuple[int, ...]:
-        """Shape (B, C, *patch) of a batch; whole volumes are padded to the largest of them."""
-        patch = self.patch_size
-        if patch is None:
-            patch = self.store.spatial_shapes[self.rows(samples)[:, 2]].max(axis=0).tolist()
-        return (len(samples), self.store.num_channels, *patch)
+        """Shape (B, C, *patch) of a batch, or of a slab of it; see `whole_shape`."""
+        rows, *others = self.whole_shape(samples)
+        if self.slab is not None:
+            lo, hi = self.slab(rows)
+            rows = hi - lo
+        return (len(samples), self.store.num_channels, rows, *others)
+
+    def whole_shape(self, samples: Sequence[int]) -> tuple[int, ...]:
+        """Voxels of a patch; whole volumes are padded to the largest of the batch."""
+        if self.patch_size is not None:
+            return self.patch_size
+        return tuple(self.store.spatial_shapes[self.rows(samples)[:, 2]].max(axis=0).tolist())
 
     def batch(self, samples: Sequence[int], image: torch.Tensor | None = None) -> Batch:
         """Read patches by their place in the endless sequence, into `image` where it is given."""
@@ -166,8 +181,9 @@ class PatchPlan:
         weight = self.empty_weights(image)
         buffers = image.numpy()
         unread: list[str] = []
+        whole = self.whole_shape(samples)
         for number in range(len(rows)):
-            rows[number] = self.read(rows[number], buffers[number], unread)
+            rows[number] = self.read(rows[number], whole, buffers[number], unread)
             epoch, row, volume, *corner = rows[number].tolist()
             if weight is not None and self.weights is not None:
                 read_weights(self.weights, volume, corner, weight[number].numpy())
@@ -181,13 +197,16 @@ class PatchPlan:
         index, volume, corner = (
             torch.from_numpy(part) for part in (rows[:, 1], rows[:, 2], rows[:, 3:])
         )
-        return Batch(image, volume, corner, index, weight, unread=tuple(unread))
+        return Batch(image, volume, corner, index, weight, None, tuple(unread), whole[0])
 
-    def read(self, row: np.ndarray, out: np.ndarray, unread: list[str]) -> np.ndarray:
+    def read(
+        self, row: np.ndarray, whole: Sequence[int], out: np.ndarray, unread: list[str]
+    ) -> np.ndarray:
         """Fill `out` (C, *patch) by a row of the plan, or by the next that can be read.
 
         Args:
             row: (epoch, row, volume, corner...).
+            whole: Voxels of a patch, of which `out` may be a slab.
             out: Where voxels go.
             unread: Takes why patches could not be read, with `on_error` at skip.
 
@@ -200,7 +219,10 @@ class PatchPlan:
             number %= self.rows_per_epoch
             volume, *corner = self.table(epoch)[number].tolist()
             try:
-                read_patch(self.store, volume, corner, out)
+                if self.slab is None:
+                    read_patch(self.store, volume, corner, out)
+                else:
+                    read_slab(self.store, volume, corner, whole, self.slab(whole[0]), out)
             except BrokenVolume as error:
                 faults.append(error)
                 continue
@@ -236,6 +258,24 @@ def read_patch(store: Store, volume: int, corner: Sequence[int], out: np.ndarray
     part = store.read(volume, slices)  # a slice ends where its axis does
     pads = [(0, p - n) for p, n in zip(out.shape, part.shape, strict=True)]
     out[...] = np.pad(part, pads, "reflect")
+
+
+def read_slab(
+    store: Store,
+    volume: int,
+    corner: Sequence[int],
+    patch: Sequence[int],
+    rows: tuple[int, int],
+    out: np.ndarray,
+) -> None:
+    """Fill `out` (C, rows, ...) with rows of a patch, of which no more is read where it fits."""
+    first, *others = corner
+    if first + patch[0] <= store.shape(volume)[1]:
+        read_patch(store, volume, (first + rows[0], *others), out)
+    else:  # what is reflected into the patch may lie in another slab
+        whole = np.empty((len(out), *patch), out.dtype)
+        read_patch(store, volume, corner, whole)
+        out[...] = whole[:, slice(*rows)]
 
 
 def read_weights(store: Weighted, volume: int, corner: Sequence[int], out: np.ndarray) -> None:
@@ -278,6 +318,8 @@ class PatchLoader:
             are read once; see `loaders.patches.gathered`.
         on_error: A patch that cannot be read where it lies ends the run (raise), or the next of the
             plan stands in its place and it is counted (skip).
+        slab: `slab(rows) -> (lo, hi)`: which rows of a patch this loader reads, of so many along
+            the first axis; None for all. Loaders of the same rank then share their patches.
 
     Attributes:
         unread: Patches of this rank that could not be read.
@@ -306,6 +348,7 @@ class PatchLoader:
         prefetch: int | None = None,
         patches_per_read: int = 1,
         on_error: Literal["raise", "skip"] = "raise",
+        slab: Callable[[int], tuple[int, int]] | None = None,
     ):
         if len(store) < world_size:
             raise ValueError(
@@ -322,7 +365,7 @@ class PatchLoader:
             require_guard("spawn" if self.in_place else None)
         self.plan = PatchPlan(
             store, patch_size, patching, patches_per_volume, seed, sampler, balance_by, augment,
-            patches_per_read, on_error,
+            patches_per_read, on_error, slab,
         )  # fmt: skip
         self.unread, self._told = 0, set[str]()
         self._elsewhere = Traffic()  # of processes that augment

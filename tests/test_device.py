@@ -24,11 +24,12 @@ from toys import ToyLoader, on_ranks, tiny_vae, toy_trainer
 from loaders import Batch
 from vae3d.exact import executor
 from vae3d.exact.executor import Executor, decode_exact, encode_exact
-from vae3d.exact.nodes import Conv, Kept, Moments, Source, of_blocks
+from vae3d.exact.nodes import Conv, Kept, Source
 from vae3d.inference import reconstruct as coding_module
 from vae3d.inference.costs import Living
 from vae3d.inference.evaluation import Evaluator
 from vae3d.inference.reconstruct import Coding, autoencode, bytes_taken, fitting
+from vae3d.kernels.moments import Moments, of_blocks
 from vae3d.kernels.precision import exact_float32, settle_float32
 from vae3d.losses.vae_loss import VAELoss
 from vae3d.models.blocks import ResBlock

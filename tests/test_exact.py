@@ -13,18 +13,19 @@ from torch import nn
 from vae3d.exact import executor
 from vae3d.exact.executor import (
     HANDLERS,
-    OVERRIDES,
     Executor,
     decode_exact,
     encode_exact,
     fold_nearest,
 )
-from vae3d.exact.nodes import Moments, Source, Stored, leaves_of
+from vae3d.exact.nodes import Source, Stored, leaves_of
 from vae3d.kernels import steps, winograd
+from vae3d.kernels.moments import Moments
 from vae3d.kernels.steps import plain
 from vae3d.models import attention, blocks, downsample, norm, presets, upsample
 from vae3d.models.custom_vae import CustomVAE
 from vae3d.models.posterior import FSQ, PosteriorHead
+from vae3d.models.reach import OVERRIDES
 
 GROUPS = partial(norm.GroupNorm, num_groups=4)
 SHAPE = {3: (14, 9, 11), 2: (22, 17)}
@@ -278,6 +279,14 @@ def test_a_subclass_that_overrides_a_layer_is_not_taken_for_its_base():
 
     with pytest.warns(UserWarning, match="Doubled"):
         assert_exact(tiny(block=Doubled))
+
+
+def test_a_dilated_transposed_convolution_is_run_in_full():
+    vae = tiny(up=upsample.TransposeUp)
+    (up,) = [layer for layer in vae.decoder if isinstance(layer, upsample.TransposeUp)]
+    up.conv = nn.ConvTranspose3d(8, 8, 2, 2, padding=1, dilation=3)
+    with pytest.warns(UserWarning, match="its dilation is"):
+        assert_exact(vae)
 
 
 def test_handlers_name_what_a_subclass_may_not_override():

@@ -29,6 +29,7 @@ ROOMS = {
     "losses": {"models", "spectrum"},
     "weights": {"models", "ranges"},
     "exact": {"kernels", "models"},
+    "spatial": {"kernels", "models", "losses"},
     "tracking": {"loaders"},
     "config": {"loaders", "models", "recipes", "ranges", "mistakes", "stop"},  # vae3d/config.py
     "reports": {"loaders", "tracking"},
@@ -39,6 +40,7 @@ ROOMS = {
         "models",
         "losses",
         "weights",
+        "spatial",
         "tracking",
         "config",
         "ranges",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -34,7 +35,7 @@ def train_3d(
     batch_size: int | Literal["auto"] = 2,
     augment: Augmentation | None = None,
     discriminator_lr: float | None = None,
-    sharding: Literal["ddp", "fsdp"] = "ddp",
+    sharding: Literal["ddp", "fsdp", "spatial"] = "ddp",
     compile: bool = False,
     checkpointing: Checkpointing = "none",
     init_from: str | None = None,
@@ -61,7 +62,8 @@ def train_3d(
         augment: Changes of patches on the device, e.g. {flip: [0], noise: 0.02}; TorchIO's, which
             data.augment takes, are made in processes of the CPU.
         discriminator_lr: Learning rate of the discriminator; null for lr.
-        sharding: ddp | fsdp (weights cut over the ranks, for models that outgrow a GPU).
+        sharding: ddp | fsdp (weights cut over the ranks, for models that outgrow a GPU) | spatial
+            (each patch or whole volume cut into slabs along its first axis, one for each rank).
         compile: Compile encoder and decoder with torch.compile.
         checkpointing: none | block | level, what the backward pass computes again to save memory.
         init_from: Weights to begin with, not read again on resuming: a run folder, a checkpoint, a
@@ -82,11 +84,14 @@ def train_3d(
     import torch
 
     from loaders import PatchLoader, open_data
+    from vae3d.spatial.slabs import cut as cut_slabs
+    from vae3d.spatial.slabs import own_rows
     from vae3d.training.distributed import World, open_world
     from vae3d.training.facts import facts, largest
     from vae3d.training.linear_code import fit_linear_code
     from vae3d.training.memory import telling_of_device
     from vae3d.training.run import Run
+    from vae3d.training.slabs import SlabTask
     from vae3d.training.task import VAETask
     from vae3d.training.trainer import Trainer
     from vae3d.training.validate import Validation
@@ -101,6 +106,8 @@ def train_3d(
         grid = (-(-n // f) for n, f in zip(patch_size, vae.factor, strict=True))
         terms.check((vae.out_channels, *patch_size), (vae.latent_channels, *grid))
     loading = data.loader_options(loop.threads)
+    if sharding == "spatial":
+        check_slabs(vae, patching, patch_size, batch_size, augment, data)
     check_beginning(init_from, ignore_keys, freeze, terms)
     vae.set_checkpointing(checkpointing)
     with (
@@ -124,7 +131,12 @@ def train_3d(
         if compile:
             vae.encoder.compile()
             vae.decoder.compile()
-        task = VAETask(vae, terms.to(world.device), loop.seed, augment)
+        terms.to(world.device)
+        in_slabs = sharding == "spatial" and world.size > 1
+        if in_slabs:
+            task: VAETask = SlabTask(vae, terms, loop.seed)
+        else:
+            task = VAETask(vae, terms, loop.seed, augment)
 
         with world.main_first():
             known, say = state and state["split"], print if world.is_main else None
@@ -134,6 +146,9 @@ def train_3d(
         split = world.broadcast(split)
         training, held_out = store.subset(split["train"]), store.subset(split["val"])
         sample = patch_size if patching else largest(map(training.shape, range(len(training))))[1:]
+        if in_slabs and not patching:
+            smallest = min(training.shape(i)[1] for i in range(len(training)))
+            cut_slabs(smallest, world.size, vae.factor[0])
         begun_with = state["batch_size"] if state else None
         weights = training.num_weights
         batch = settled_batch(batch_size, begun_with, task, sample, amp, world, weights)
@@ -148,7 +163,11 @@ def train_3d(
             **loading,
         )
         pin = world.device.type == "cuda"
-        loader = cut(batch_size=batch, rank=world.rank, world_size=world.size, pin=pin)
+        if in_slabs:
+            slab = partial(own_rows, factor=vae.factor[0], rank=world.rank, size=world.size)
+            loader = cut(batch_size=batch, pin=pin, slab=slab)
+        else:
+            loader = cut(batch_size=batch, rank=world.rank, world_size=world.size, pin=pin)
         filled = init_from and not named_by(LINEAR_CODE, ignore_keys)
         if vae.linear_code is not None and not (state or filled):
             seen = cut(batch_size=1)
@@ -214,6 +233,38 @@ def check_sizes(vae: CustomVAE, patching: str | None, patch_size: tuple[int, ...
                 f"--patch_size {list(patch_size)} is no multiple of the model's factor "
                 f"{list(vae.factor)}; {size} could be {max(size // factor, 1) * factor}"
             )
+
+
+def check_slabs(
+    vae: CustomVAE,
+    patching: str | None,
+    patch_size: tuple[int, ...],
+    batch_size: int | Literal["auto"],
+    augment: Augmentation | None,
+    data: DataConfig,
+) -> None:
+    """Refuse what `--sharding spatial` does not do.
+
+    Args:
+        vae: The model.
+        patching: null | full | random_parts.
+        patch_size: Patch per axis [voxels].
+        batch_size: Patches in a micro-batch, or auto.
+        augment: Changes of patches on the device, or None.
+        data: Which volumes and how they are read.
+    """
+    from vae3d.spatial.slabs import cut
+
+    asked = {
+        "--batch_size auto": batch_size == "auto",
+        "--augment": augment is not None,
+        "--data.augment": bool(data.augment),
+        "--data.mask": bool(data.mask),
+    }
+    if names := [name for name, is_asked in asked.items() if is_asked]:
+        raise ValueError(f"--sharding spatial does not go with {', '.join(names)}: leave it out")
+    if patching:
+        cut(patch_size[0], int(os.environ.get("WORLD_SIZE", 1)), vae.factor[0])
 
 
 def check_beginning(

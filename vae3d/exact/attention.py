@@ -15,10 +15,12 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from vae3d.exact.nodes import Moments, Node, Region, Sum, clip, home_of
+from vae3d.exact.nodes import Node, Region, Sum, clip, home_of, wanted
 from vae3d.kernels.memory import channels_last
+from vae3d.kernels.moments import Moments
 from vae3d.models import attention
 from vae3d.models.norm import wide
+from vae3d.models.reach import Tiles
 
 QUERIES = 4096  # of global attention at a time
 Mix = Callable[[Tensor, Region], Tensor]
@@ -61,15 +63,10 @@ class WindowUpdate(Node):
 
     def __init__(self, normed: Node, module: attention.PatchAttention):
         super().__init__(normed.channels, normed.shape, normed)
-        self.module = module
+        self.module, self.reach = module, tuple(map(Tiles, module.window, module.shift))
 
     def needs(self, region: Region) -> Region:  # noqa: D102
-        wants = []
-        for (lo, hi), w, s in zip(region, self.module.window, self.module.shift, strict=True):
-            # The module counts windows from its grid's origin, so that is a multiple of a window.
-            first, last = (lo + s) // w * w - s, -(-(hi + s) // w) * w - s
-            wants.append((max(first, 0) // w * w, last))
-        return clip(tuple(wants), self.shape)
+        return clip(wanted(self.reach, region), self.shape)
 
     def read(self, region: Region) -> Tensor:  # noqa: D102
         has = self.needs(region)
@@ -154,8 +151,7 @@ def project(module: attention.Attention, part: int, values: Tensor) -> Tensor:
 
 def finish(module: attention.Attention, mixed: Tensor, shape: Sequence[int]) -> Tensor:
     """Project mixed values `(1, H, n, D)` and lay them out as a region of `shape`."""
-    tokens = module.proj(rearrange(mixed, "1 h n d -> 1 n (h d)"))
-    return channels_last(tokens.transpose(1, 2).reshape(shape))
+    return channels_last(module.joined(mixed, shape))
 
 
 def query_chunks(region: Region) -> Iterator[tuple[list[slice], int]]:

@@ -9,8 +9,9 @@ region of their output on demand. Only a norm over the whole volume (its statist
 while float64 statistics are merged, and stored, or, where the budget asks for it, computed again
 when it is read.
 
-A new layer is one entry in `HANDLERS`. A module that has none may declare `halo` (input voxels, one
-number or one per axis); any other is run on the whole volume, with a message.
+What a layer sees is described in `vae3d.models.reach`, for sharded running as well; a layer that
+needs more than that has an entry in `HANDLERS`, and one of neither may declare `halo`. Any other is
+run on the whole volume, with a message.
 
 Axes: b batch (always 1 here), c channels, x y z space. A region is ((lo, hi), ...) per axis.
 """
@@ -37,7 +38,6 @@ from vae3d.exact.nodes import (
     Home,
     Kept,
     Local,
-    Moments,
     Node,
     Place,
     Pointwise,
@@ -59,11 +59,13 @@ from vae3d.kernels import convolutions
 from vae3d.kernels.convolutions import Axes, ConvT, Ends
 from vae3d.kernels.device import free_bytes
 from vae3d.kernels.memory import CHANNELS_LAST, channels_last, held_heap, trim
+from vae3d.kernels.moments import Moments
 from vae3d.kernels.precision import exact_float32
 from vae3d.kernels.progress import is_watched, passed
 from vae3d.models import attention, blocks, custom_vae, downsample, norm, upsample
 from vae3d.models.custom_vae import CustomVAE
 from vae3d.models.posterior import DiagonalGaussian
+from vae3d.models.reach import POINTWISE, Cells, cells_of, handler_of, reach_of
 
 ROWS = 16  # of the first axis in a tile, at most
 SMALLEST = (4, 32, 32)  # tile in voxels
@@ -75,9 +77,6 @@ LEAST_OPERATIONS = 8  # per value that is only read and written, for the progres
 WORTH_TELLING = 64**3  # voxels; below, a volume is done before anybody asks
 
 _rehearsals: "WeakKeyDictionary[CustomVAE, Rehearsal]" = WeakKeyDictionary()
-
-# What a subclass may not override if the handler of its base is to hold for it.
-OVERRIDES = ("forward", "normalize", "update", "mix")
 
 
 @torch.no_grad()
@@ -318,13 +317,10 @@ class Executor:
 
     def walk(self, module: nn.Module, node: Node) -> Node:
         """Extend the graph by a module: by its handler, its declared halo, or in full."""
-        for cls in type(module).__mro__:
-            if cls in HANDLERS and all(
-                getattr(cls, name, None) is getattr(type(module), name, None) for name in OVERRIDES
-            ):
-                return HANDLERS[cls](self, module, node)
-        if (halo := getattr(module, "halo", None)) is not None:
-            return _local(self, module, node, halo)
+        if (handler := handler_of(module, HANDLERS)) is not None:
+            return handler(self, module, node)
+        if reach_of(module, len(node.shape)) is not None:
+            return _local(self, module, node)
         return self.at_once(module, node, "it has no handler and declares no `halo`")
 
     def at_once(self, module: nn.Module, node: Node, why: str) -> Node:
@@ -579,6 +575,8 @@ def _conv(run: Executor, module: convolutions.Conv, node: Node, padding: Ends = 
 
 
 def _conv_transpose(run: Executor, module: ConvT, node: Node) -> Node:
+    if set(module.dilation) != {1}:
+        return run.at_once(module, node, f"its dilation is {module.dilation}")
     pads = zip(convolutions.zeros_of(module), module.output_padding, strict=True)
     padding = [(near, far - extra) for (near, far), extra in pads]
     node = keep(node, module.kernel_size[0] // module.stride[0])
@@ -586,20 +584,15 @@ def _conv_transpose(run: Executor, module: ConvT, node: Node) -> Node:
     return TransposedConv(node, weight, module.bias, module.stride, padding, module.groups)
 
 
-def _local(run: Executor, module: nn.Module, node: Node, halo: int | Axes = 0) -> Node:
+def _local(run: Executor, module: nn.Module, node: Node) -> Node:
     """A module of limited reach: it is run on tiles with a halo, clipped to the volume."""
-    dims = len(node.shape)
-    halo = (halo,) * dims if isinstance(halo, int) else tuple(halo)
-    shrink = module.factor if isinstance(module, downsample.Down) else (1,) * dims
-    grow = module.factor if isinstance(module, upsample.Up) else (1,) * dims
-    sizes = [(2 * h + 1) * s for h, s in zip(halo, shrink, strict=True)]
+    reach = reach_of(module, len(node.shape))
+    assert reach is not None
+    cells = [axis for axis in reach if isinstance(axis, Cells)]
     device, dtype = home_of(node)
+    sizes = [(2 * axis.halo + 1) * axis.shrink for axis in cells]
     probe = module(torch.zeros(1, node.channels, *sizes, device=device, dtype=dtype))
-    return Local(keep(node, 2 * halo[0]), module, halo, probe.shape[1], shrink, grow)
-
-
-def _reach_one(run: Executor, module: nn.Module, node: Node) -> Node:
-    return _local(run, module, node, halo=1)
+    return Local(keep(node, 2 * cells[0].halo), module, cells, probe.shape[1])
 
 
 def _conv_down(run: Executor, module: downsample.ConvDown, node: Node) -> Node:
@@ -617,9 +610,8 @@ def _interp_up(run: Executor, module: upsample.InterpUp, node: Node) -> Node:
     def grow(x: Tensor) -> Tensor:
         return upsample.interpolate(x, module.factor, module.mode)
 
-    ones = (1,) * len(node.shape)
-    halo = ones if module.mode == "linear" else (0,) * len(node.shape)
-    node = Local(keep(node, 2 * halo[0]), grow, halo, node.channels, ones, module.factor)
+    reach = cells_of(module, len(node.shape), int(module.mode == "linear"))
+    node = Local(keep(node, 2 * reach[0].halo), grow, reach, node.channels)
     return run.walk(module.conv, node)
 
 
@@ -679,11 +671,9 @@ def fold_nearest(weight: Tensor, factor: Sequence[int]) -> Tensor:
 HANDLERS: dict[type, Callable[[Executor, Any, Node], Node]] = {
     nn.Sequential: _chain,
     custom_vae.Chain: _chain,
-    nn.Identity: _same,
     nn.Dropout: _same,
-    nn.Tanh: _pointwise,
-    nn.Sigmoid: _pointwise,
-    **{act: _pointwise for act in norm.ACTIVATIONS.values() if act is not nn.Identity},
+    **dict.fromkeys(POINTWISE, _pointwise),
+    nn.Identity: _same,
     nn.Conv2d: _conv,
     nn.Conv3d: _conv,
     nn.ConvTranspose2d: _conv_transpose,
@@ -691,17 +681,11 @@ HANDLERS: dict[type, Callable[[Executor, Any, Node], Node]] = {
     norm.NormAct: _norm_act,
     norm.GroupNorm: _group_norm,
     norm.BatchNorm: _batch_norm,
-    norm.RMSNorm: _pointwise,
     norm.NoNorm: _same,
     blocks.Block: _block,
     downsample.ConvDown: _conv_down,
-    downsample.PoolDown: _local,
-    downsample.UnshuffleDown: _reach_one,
-    downsample.HaarDown: _local,
     upsample.InterpUp: _interp_up,
     upsample.TransposeUp: _transpose_up,
-    upsample.ShuffleUp: _reach_one,
-    upsample.HaarUp: _local,
     attention.GlobalAttention: global_attention,
     attention.PatchAttention: patch_attention,
     attention.LinearAttention: linear_attention,

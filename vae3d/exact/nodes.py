@@ -24,6 +24,8 @@ from vae3d.kernels import convolutions, steps, winograd
 from vae3d.kernels.convolutions import Axes, Ends, Maybe
 from vae3d.kernels.large import Lazy
 from vae3d.kernels.memory import CHANNELS_LAST, channels_last, private_pages
+from vae3d.kernels.moments import Moments
+from vae3d.models.reach import Cells, Reach, Spread, windows_of
 
 Array = Tensor | np.ndarray | Lazy  # a memory map too
 Function = Callable[[Tensor], Tensor]
@@ -32,7 +34,6 @@ Region = tuple[tuple[int, int], ...]
 Place = torch.device | Path  # memory of a device, or a folder
 N = TypeVar("N", bound="Node")
 
-BLOCK = 4096  # voxels whose variance is summed in float32; longer blocks lose digits
 GRAIN = mmap.PAGESIZE  # bytes: memory is given back in pages
 
 
@@ -341,17 +342,12 @@ class Conv(Node):
     def __init__(self, source: Node, module: convolutions.Conv, padding: Ends = ()):
         self.weight, self.bias = channels_last(module.weight), module.bias
         self.stride, self.dilation, self.groups = module.stride, module.dilation, module.groups
-        self.padding = padding or convolutions.zeros_of(module)
-        kernel = zip(module.dilation, module.kernel_size, strict=True)
-        self.reach = [d * (k - 1) + 1 for d, k in kernel]
-        axes = zip(source.shape, self.padding, self.reach, self.stride, strict=True)
-        shape = [(n + sum(ends) - r) // s + 1 for n, ends, r, s in axes]
-        super().__init__(module.out_channels, shape, source)
+        self.reach = windows_of(module, padding)
+        super().__init__(module.out_channels, sizes_of(self.reach, source.shape), source)
 
     def _wants(self, region: Region) -> Region:
         """Input voxels, those beyond the volume included."""
-        axes = zip(region, self.stride, self.padding, self.reach, strict=True)
-        return tuple((lo * s - p, (hi - 1) * s - p + r) for (lo, hi), s, (p, _), r in axes)
+        return wanted(self.reach, region)
 
     def needs(self, region: Region) -> Region:
         return clip(self._wants(region), self.sources[0].shape)
@@ -411,8 +407,8 @@ class UpsampledConv(Node):
 
     def __init__(self, source: Node, conv: convolutions.Conv, factor: Axes):
         self.factor = tuple(factor)
-        shape = [n * f for n, f in zip(source.shape, factor, strict=True)]
-        super().__init__(conv.out_channels, shape, source)
+        self.reach = tuple(Cells(grow=f, halo=1) for f in factor)
+        super().__init__(conv.out_channels, sizes_of(self.reach, source.shape), source)
         self.phases = steps.Phases(conv.weight, self.factor, conv.weight.dtype)
         self.bias = None if conv.bias is None else conv.bias.repeat(self.phases.per_row)
 
@@ -422,8 +418,7 @@ class UpsampledConv(Node):
         return tuple((lo // f, -(-hi // f)) for (lo, hi), f in axes)
 
     def needs(self, region: Region) -> Region:
-        wants = tuple((lo - 1, hi + 1) for lo, hi in self._cover(region))
-        return clip(wants, self.sources[0].shape)
+        return clip(wanted(self.reach, region), self.sources[0].shape)
 
     def read(self, region: Region) -> Tensor:
         cover = self._cover(region)
@@ -480,18 +475,14 @@ class TransposedConv(Node):
         self, source: Node, weight: Tensor, bias: Maybe, stride: Axes, padding: Ends, groups: int
     ):
         self.weight, self.bias, self.stride, self.groups = weight, bias, stride, groups
-        self.padding, self.kernel = [near for near, _ in padding], weight.shape[2:]
-        axes = zip(source.shape, stride, padding, self.kernel, strict=True)
-        shape = [(n - 1) * s - near - far + k for n, s, (near, far), k in axes]
+        axes = zip(stride, padding, weight.shape[2:], strict=True)
+        self.reach = tuple(Spread(s, near, far, k) for s, (near, far), k in axes)
+        shape = sizes_of(self.reach, source.shape)
         super().__init__(weight.shape[1] * groups, shape, source)
         self.function = F.conv_transpose3d if len(shape) == 3 else F.conv_transpose2d
 
     def needs(self, region: Region) -> Region:
-        axes = zip(region, self.stride, self.padding, self.kernel, strict=True)
-        wants = tuple(
-            (-(-(lo + p - k + 1) // s), (hi - 1 + p) // s + 1) for (lo, hi), s, p, k in axes
-        )
-        return clip(wants, self.sources[0].shape)
+        return clip(wanted(self.reach, region), self.sources[0].shape)
 
     def read(self, region: Region) -> Tensor:
         has = self.needs(region)
@@ -499,9 +490,9 @@ class TransposedConv(Node):
         y = self.function(x, self.weight, self.bias, self.stride, 0, 0, self.groups)
         # Output voxel 0 of y is voxel a * stride - padding of the whole.
         cuts, pads = [], []
-        axes = zip(region, has, self.stride, self.padding, y.shape[2:], strict=True)
-        for (lo, hi), (a, _), s, p, n in axes:
-            start = lo - (a * s - p)
+        axes = zip(region, has, self.reach, y.shape[2:], strict=True)
+        for (lo, hi), (a, _), reach, n in axes:
+            start = lo - (a * reach.grow - reach.near)
             cuts.append(slice(start, min(start + hi - lo, n)))
             pads.append(max(start + hi - lo - n, 0))
         y = y[(slice(None), slice(None), *cuts)]
@@ -526,36 +517,37 @@ class Local(Node):
     Args:
         source: Its input.
         module: Maps `(1, C, *n)` to `(1, C', *n * grow / shrink)`.
-        halo: Input voxels per axis.
+        reach: Which input voxels it sees, per axis.
         channels: C'.
-        shrink: Input voxels per output voxel, per axis.
-        grow: Output voxels per input voxel, per axis.
     """
 
-    def __init__(
-        self, source: Node, module: Function, halo: Axes, channels: int, shrink: Axes, grow: Axes
-    ):
-        self.module, self.halo, self.shrink, self.grow = module, halo, shrink, grow
-        axes = zip(source.shape, self.shrink, self.grow, strict=True)
-        super().__init__(channels, [n // s * g for n, s, g in axes], source)
+    def __init__(self, source: Node, module: Function, reach: Sequence[Reach], channels: int):
+        self.module, self.reach = module, reach
+        super().__init__(channels, sizes_of(reach, source.shape), source)
 
     def needs(self, region: Region) -> Region:
-        axes = zip(region, self.shrink, self.grow, self.halo, strict=True)
-        wants = []
-        for (lo, hi), s, g, h in axes:
-            h = -(-h // s) * s  # whole output voxels
-            wants.append((lo // g * s - h, -(-hi // g) * s + h))
-        return clip(tuple(wants), self.sources[0].shape)
+        return clip(wanted(self.reach, region), self.sources[0].shape)
 
     def read(self, region: Region) -> Tensor:
         has = self.needs(region)
         y = self.module(self.sources[0].read(has))
-        axes = zip(region, has, self.shrink, self.grow, strict=True)
-        cuts = [slice(lo - a // s * g, hi - a // s * g) for (lo, hi), (a, _), s, g in axes]
+        axes = zip(region, has, self.reach, strict=True)
+        begins = ((lo, hi, r.begins(a)[1]) for (lo, hi), (a, _), r in axes)
+        cuts = [slice(lo - begin, hi - begin) for lo, hi, begin in begins]
         return channels_last(y[(slice(None), slice(None), *cuts)])
 
     def operations(self) -> float:
         return 1e9  # unknown, so it counts as dear
+
+
+def wanted(reach: Sequence[Reach], region: Region) -> Region:
+    """Input voxels of a region, those beyond the volume included."""
+    return tuple(axis.wants(*r) for axis, r in zip(reach, region, strict=True))
+
+
+def sizes_of(reach: Sequence[Reach], shape: Sequence[int]) -> list[int]:
+    """Voxels per axis that a layer makes of `shape`."""
+    return [axis.size(n) for axis, n in zip(reach, shape, strict=True)]
 
 
 def clip(region: Region, shape: Sequence[int]) -> Region:
@@ -566,59 +558,6 @@ def clip(region: Region, shape: Sequence[int]) -> Region:
 def contains(outer: Region, inner: Region) -> bool:
     """Whether a region lies within another."""
     return all(a <= lo and hi <= b for (a, b), (lo, hi) in zip(outer, inner, strict=True))
-
-
-class Moments:
-    """Mean and variance per channel over a whole volume, merged from tiles in float64.
-
-    Chan, Golub and LeVeque 1979: each block is centered on its own mean, so no digits are lost to a
-    large mean, and the variance between blocks is added when they are merged.
-    """
-
-    def __init__(self, channels: int, device: torch.device = torch.device("cpu")):  # noqa: B008
-        self.count = 0
-        self.mean, self.m2 = torch.zeros(2, channels, dtype=torch.float64, device=device)
-
-    def update(self, tile: Tensor) -> None:
-        """Merge a tile `(1, C, *n)`."""
-        values = tile.movedim(1, -1).reshape(-1, tile.shape[1])
-        values = values.to(torch.promote_types(values.dtype, torch.float32))
-        means, variances, counts = of_blocks(values)
-        mean = (means * counts).sum(0) / len(values)
-        m2 = ((variances + (means - mean) ** 2) * counts).sum(0)
-        delta, total = mean - self.mean, self.count + len(values)
-        self.mean += delta * (len(values) / total)
-        self.m2 += m2 + delta**2 * (self.count * len(values) / total)
-        self.count = total
-
-    def of_groups(self, groups: int) -> tuple[Tensor, Tensor]:
-        """Mean and variance per channel, shared within each of `groups` groups of channels."""
-        mean = self.mean.view(groups, -1)
-        shared = mean.mean(1, keepdim=True)
-        variance = self.m2.view(groups, -1) / self.count + (mean - shared) ** 2
-        variance = variance.mean(1, keepdim=True)
-        size = mean.shape[1]
-        return shared.expand(-1, size).reshape(-1), variance.expand(-1, size).reshape(-1)
-
-
-def of_blocks(values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Means, variances and counts of short blocks of `(n, C)`, whose sums may be float32.
-
-    On the CPU block by block, while it is in the cache; on a GPU at once, without waiting for it.
-    """
-    if values.device.type == "cpu":
-        blocks = values.split(BLOCK)
-        pairs = [torch.batch_norm_update_stats(b, None, None, 0.0) for b in blocks]
-        means, variances = (torch.stack(t).double() for t in zip(*pairs, strict=True))
-        counts = torch.tensor([len(b) for b in blocks], dtype=torch.float64)[:, None]
-        return means, variances, counts
-    whole = len(values) // BLOCK * BLOCK
-    parts = [values[:whole].unflatten(0, (-1, BLOCK)), values[None, whole:]]
-    parts = [p for p in parts if p.numel()]
-    found = [torch.var_mean(p, 1, correction=0) for p in parts]
-    variances, means = (torch.cat(t).double() for t in zip(*found, strict=True))
-    counts = torch.cat([means.new_full((len(p), 1), p.shape[1]) for p in parts])
-    return means, variances, counts
 
 
 def nodes_of(node: Node, kind: type[N]) -> list[N]:

@@ -23,7 +23,7 @@ from vae3d.kernels.winograd import Maybe
 
 S = TypeVar("S")
 # What is computed before a convolution, the convolution, and the state of autocast.
-Plan = tuple[Callable[[Tensor], Tensor], Conv, tuple[str, torch.dtype, bool]]
+Plan = tuple[Callable[..., Tensor], Conv, tuple[str, torch.dtype, bool]]
 
 
 def is_replaceable(layer: nn.Module, x: Tensor) -> TypeGuard[Conv]:
@@ -49,18 +49,18 @@ def is_lean(layer: nn.Module, x: Tensor) -> TypeGuard[Conv]:
 
 
 def prepared_conv(
-    prepare: Callable[[Tensor], Tensor],
+    prepare: Callable[..., Tensor],
     layer: Conv,
     x: Tensor,
-    parameters: Iterable[nn.Parameter] = (),
+    parameters: Iterable[Tensor] = (),
 ) -> Tensor:
-    """`layer(prepare(x))`, of which only `x` is kept for the backward pass.
+    """`layer(prepare(x, *parameters))`, of which only `x` is kept for the backward pass.
 
     Args:
         prepare: Cheap, without state, and the same whenever it is called.
         layer: A convolution for which `is_lean` holds.
         x: `(B, C, *spatial)`.
-        parameters: Those of `prepare`.
+        parameters: Those of `prepare`; it takes them from here unless they are its module's own.
     """
     kind = x.device.type
     autocast = kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)
@@ -85,7 +85,7 @@ class PreparedConv(torch.autograd.Function):
         """Return `layer(prepare(x))`."""
         ctx.save_for_backward(x, weight, *parameters)
         ctx.step, (prepare, layer, _) = step, step
-        return layer._conv_forward(prepare(x), weight, bias)
+        return layer._conv_forward(prepare(x, *parameters), weight, bias)
 
     @staticmethod
     @once_differentiable
@@ -97,7 +97,9 @@ class PreparedConv(torch.autograd.Function):
         sizes = None if layer.bias is None else layer.bias.shape
         with torch.enable_grad(), torch.autocast(*autocast):
             x = x.detach().requires_grad_(need_x)
-            prepared = prepare(x)
+            pairs = zip(parameters, need_p, strict=True)  # those of a module stay themselves
+            parameters = [p if p.is_leaf else p.detach().requires_grad_(need) for p, need in pairs]
+            prepared = prepare(x, *parameters)
         grad_y, grad_w, grad_b = torch.ops.aten.convolution_backward(
             grad, prepared.detach().to(grad.dtype), weight.to(grad.dtype), sizes,
             layer.stride, layer.padding, layer.dilation, False, zeros, layer.groups,

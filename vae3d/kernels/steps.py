@@ -284,7 +284,7 @@ def prepared(
         parameters: Those of `prepare`.
     """
     if _enabled and not hooked(layer) and not is_fast(layer, x) and is_lean(layer, x):
-        return prepared_conv(prepare, layer, x, parameters)
+        return prepared_conv(lambda x, *_: prepare(x), layer, x, parameters)
     return run([layer], prepare(x))
 
 

@@ -231,14 +231,12 @@ class GradientDifference(Term):
     ) -> Tensor:
         """Return | |dx| - |drecon| |^power, mean over voxels, then over axes."""
         axes = [axis for axis in range(2, x.ndim) if x.shape[axis] > 1]
-        gaps = (
-            mean(
-                (x.diff(dim=axis).abs() - recon.diff(dim=axis).abs()).abs().pow(self.power),
-                None if weight is None else lesser(weight, axis),
-            )
-            for axis in axes
-        )
-        return add_up(gaps) / len(axes)
+        return add_up(self.gap(x, recon, axis, weight) for axis in axes) / len(axes)
+
+    def gap(self, x: Tensor, recon: Tensor, axis: int, weight: Tensor | None = None) -> Tensor:
+        """Return the mean along one axis."""
+        gap = (x.diff(dim=axis).abs() - recon.diff(dim=axis).abs()).abs().pow(self.power)
+        return mean(gap, None if weight is None else lesser(weight, axis))
 
 
 def lesser(weight: Tensor, axis: int) -> Tensor:

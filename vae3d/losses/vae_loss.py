@@ -127,6 +127,7 @@ class VAELoss(nn.Module):
         last_layer: Tensor | None = None,
         weight: Tensor | None = None,
         decoding: Decoding | None = None,
+        take: Callable[..., Tensor] = lambda term, *args, **options: term(*args, **options),
     ) -> dict[str, Tensor]:
         """Return the named terms and their weighted total `loss`, for the generator's update.
 
@@ -139,6 +140,7 @@ class VAELoss(nn.Module):
             weight: How much each voxel counts, `(B, 1 or C, X, Y, Z)`, 1 on average over all
                 samples of the update; None for all alike.
             decoding: How `recon` came about, for terms that ask for it; None where none does.
+            take: Takes a term of what it is called with, where that is a part of each sample alone.
         """
         assert x.shape == recon.shape, f"{tuple(x.shape)} reconstructed as {tuple(recon.shape)}"
         x, recon = hidden(wide(x), weight), hidden(wide(recon), weight)
@@ -158,7 +160,7 @@ class VAELoss(nn.Module):
                 assert decoding is not None, f"{type(term).__name__} needs decoding=Decoding(...)"
             more = {"decoding": decoding} if term.decodes else {}
             with in_float32(x.device.type, unless=term.autocast):
-                values[name] = term(x, recon, posterior, step, *mask, **more)
+                values[name] = take(term, x, recon, posterior, step, *mask, **more)
             weights[name] = term.weight_at(step)
             measured |= {f"{name}_{key}": value for key, value in term.scalars.items()}
         if "perceptual" in values:

@@ -59,10 +59,18 @@ class Attention(nn.Module):
 
     def update(self, x: Tensor) -> Tensor:
         """What attention adds to `x`."""
-        tokens = self.norm(x).flatten(2).transpose(1, 2)  # (B, N, C)
+        return self.joined(self.mix(*self.heads(self.norm(x)), x.shape[2:]), x.shape)
+
+    def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values `(B, H, N, D)` of what is normalized."""
+        tokens = x.flatten(2).transpose(1, 2)  # (B, N, C)
         q, k, v = rearrange(self.qkv(tokens), "b n (s h d) -> s b h n d", s=3, h=self.num_heads)
-        mixed = rearrange(self.mix(q, k, v, x.shape[2:]), "b h n d -> b n (h d)")
-        return self.proj(mixed).transpose(1, 2).reshape(x.shape)
+        return q, k, v
+
+    def joined(self, mixed: Tensor, shape: Sequence[int]) -> Tensor:
+        """The projection of mixed values `(B, H, N, D)`, laid out as a volume of `shape`."""
+        tokens = self.proj(rearrange(mixed, "b h n d -> b n (h d)"))
+        return tokens.transpose(1, 2).reshape(shape)
 
     def mix(self, q: Tensor, k: Tensor, v: Tensor, grid: Sequence[int]) -> Tensor:
         """Mix the values of the tokens, which lie on `grid`.

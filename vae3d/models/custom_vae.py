@@ -57,8 +57,8 @@ class Chain(nn.Sequential):
         self.level_sizes = tuple(len(level) for level in levels)
         self.checkpointing: Checkpointing = "none"
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Run every layer in order."""
+    def forward(self, x: Tensor, run: Callable[..., Tensor] = run) -> Tensor:
+        """Run every layer in order, by `run(layers, x)`."""
         x = arranged(self, x)
         if self.checkpointing == "none" or not torch.is_grad_enabled():
             return run(self, x)

@@ -133,12 +133,16 @@ class BatchNorm(Norm):
             var = all_reduce(centered.square().sum(axes)) / count
         else:
             var, mean = torch.var_mean(x, axes, correction=0)
-        if not _state.recomputing:
-            with torch.no_grad():
-                unbiased = var * (count / (count - 1).clamp(min=1))
-                self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
-                self.running_var.lerp_(unbiased.to(self.running_var.dtype), self.momentum)
+        self.remember(mean, var, count)
         return mean, var
+
+    @torch.no_grad()
+    def remember(self, mean: Tensor, var: Tensor, count: Tensor) -> None:
+        """Update the running statistics by those of a batch of so many voxels."""
+        if not _state.recomputing:
+            unbiased = var * (count / (count - 1).clamp(min=1))
+            self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
+            self.running_var.lerp_(unbiased.to(self.running_var.dtype), self.momentum)
 
 
 class RMSNorm(Norm):

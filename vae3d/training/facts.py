@@ -38,7 +38,8 @@ def facts(
     latent = [math.ceil(n / f) for n, f in zip(size, vae.factor, strict=True)]
     shrink = math.prod(size) * vae.in_channels / (math.prod(latent) * vae.latent_channels)
     parameters = sum(p.numel() for p in vae.parameters()) / 1e6
-    update = loader.batch_size * grad_accum * world.size
+    ranks = loader.world_size  # with samples of their own
+    update = loader.batch_size * grad_accum * ranks
     return {
         "data": f"{len(store)} volumes: "
         + ", ".join(f"{len(ids)} {part}" for part, ids in split.items()),
@@ -47,8 +48,8 @@ def facts(
         "network": f"{parameters:.2f} M parameters, factor {times(vae.factor)}",
         "latent": f"{vae.latent_channels} x {times(latent)} for {times(size)}, "
         + (codebook(vae) or f"{shrink:.3g} input numbers for one"),
-        "update": f"batch {loader.batch_size} x accumulation {grad_accum} x {world.size} "
-        f"{'rank' if world.size == 1 else 'ranks'} = {update}",
+        "update": f"batch {loader.batch_size} x accumulation {grad_accum} x {ranks} "
+        f"{'rank' if ranks == 1 else 'ranks'} = {update}",
         "device": f"{device_name(world.device)}, amp {amp}",
     }
 

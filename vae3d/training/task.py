@@ -27,10 +27,12 @@ class Task(nn.Module):
     Attributes:
         network: The module whose weights are averaged (EMA), saved as `model` and given to users.
         unit: What its samples are called where the speed is told, as in `perf/patches_per_s`.
+        ranks_per_sample: Ranks of which each holds a slab of the same samples.
     """
 
     network: nn.Module
     unit = "patches"
+    ranks_per_sample = 1
 
     @property
     def discriminator(self) -> nn.Module | None:

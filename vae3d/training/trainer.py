@@ -212,7 +212,7 @@ class Trainer:
         window = share_weights(window, self.world)
         counts = [len(batch.index) for batch in window]
         total = sum(counts) * self.world.size
-        self.samples += total
+        self.samples += total // self.task.ranks_per_sample
         terms: dict[str, Tensor] = {}
         for n, (batch, count) in enumerate(zip(window, counts, strict=True)):
             last = n == len(window) - 1
@@ -262,7 +262,8 @@ class Trainer:
             optimizer.grad_scale = self.scaler.factor
             if self.loop.clip_norm:
                 excess = (norms[name] + 1e-6) / self.loop.clip_norm
-                optimizer.grad_scale = optimizer.grad_scale * excess.clamp(min=1.0)
+                excess = excess.clamp(min=1.0).float()  # the kernel takes no other, float64 too
+                optimizer.grad_scale = optimizer.grad_scale * excess
         bad = bad.float()
         for name in active:
             optimizer = self.optimizers[name]
@@ -537,7 +538,8 @@ class Trainer:
     def _stop_if_hopeless(self, window: list[Any]) -> None:
         if int(self.bad_in_row) < self.loop.max_bad_steps:
             return
-        again = not self.sharded  # running one rank's window would need all ranks
+        # Running one rank's window would need all ranks.
+        again = not self.sharded and self.task.ranks_per_sample == 1
         found = self.world.gather(
             first_bad(self.task, window, self.step, self.device, self.amp, self.sources, again)
         )

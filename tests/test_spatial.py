@@ -1,0 +1,412 @@
+"""A volume in slabs on several ranks: the numbers of one process, layer by layer.
+
+One process group for each number of ranks; every case runs inside it.
+"""
+
+import warnings
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+
+import pytest
+import torch
+import torch.distributed as dist
+from test_blocks import LAYERS, ids, network
+from test_exact import subclasses, tiny, tiny_preset, trained
+from test_norm import NORMS
+from toys import SHAPE as SHAPE_OF_TOYS
+from toys import ToyBatch, ToyLoader, on_ranks, tiny_vae, toy_trainer
+
+from vae3d.losses.adversarial import Adversarial
+from vae3d.losses.kl import KL
+from vae3d.losses.latents import NoiseRobust
+from vae3d.losses.reconstruction import SSIM, FocalFrequency, GradientDifference, LearnedVariance
+from vae3d.losses.vae_loss import VAELoss
+from vae3d.models import attention, blocks, downsample, norm, presets, upsample
+from vae3d.models.custom_vae import CustomVAE
+from vae3d.models.posterior import FSQ, VQ, PosteriorHead
+from vae3d.models.reach import reach_of
+from vae3d.spatial import network as spatial_network
+from vae3d.spatial import slabs
+from vae3d.spatial.losses import check_loss
+from vae3d.spatial.network import SlabVAE
+from vae3d.spatial.slabs import Extended, Layout, cut
+from vae3d.training.checkpoint import load_checkpoint
+from vae3d.training.distributed import World
+from vae3d.training.slabs import SlabTask
+from vae3d.training.task import VAETask
+
+SHAPE = {2: (13, 11), 3: (13, 6, 7)}  # seven cells of the factor 2, the last one cut off
+ROWS = 13
+OUTPUT = {torch.float32: 1e-5, torch.float64: 1e-10}
+GRADIENT = {torch.float32: 2e-5, torch.float64: 1e-10}
+TINY = dict(channels=(8, 8), latent_channels=2)
+
+
+def sockets(dims):
+    """A network for each layer, norm, head and preset, by name."""
+    for layer in LAYERS:
+        yield ids(layer), partial(network, layer, spatial_dims=dims, **TINY)
+    for cls in NORMS:
+        yield ids(cls), partial(tiny, dims, norm=cls)
+    for head in subclasses(PosteriorHead):
+        if head in (FSQ, VQ):  # refused
+            continue
+        yield head.__name__, partial(tiny, dims, posterior=head)
+    for preset in subclasses(CustomVAE):
+        if preset is not presets.T1LightVAE:  # of a fixed size; MaisiVAE has the same layers
+            yield preset.__name__, partial(tiny_preset, preset, dims)
+
+
+def options(dims):
+    """Networks that go other ways: factors per axis, three levels, what is computed again."""
+    factors = ((1,) * dims, (4, *(1,) * (dims - 1)))
+    yield "factor 4 along x", partial(tiny, dims, factors=factors)
+    yield "factor 1 along x", partial(tiny, dims, factors=(1, (1, *(2,) * (dims - 1))))
+    yield "linear code", partial(tiny, dims, linear_code=True)
+    yield "elu, no quant_conv", partial(tiny, dims, act="elu", quant_conv=False, output="tanh")
+    for mode in ("block", "level"):
+        yield f"checkpointing {mode}", partial(checkpointed, mode, dims)
+    shifted = partial(attention.PatchAttention, window=3, shift=True, relative_position_bias=True)
+    every = dict(attention=shifted, attention_levels=(True, True))
+    yield "windows at every level", partial(tiny, dims, **every)
+    yield "wide kernels", partial(tiny, dims, block=partial(blocks.ConvNeXtBlock, kernel=9))
+    yield "evaluation", partial(evaluated, dims)
+
+
+def evaluated(dims):
+    """Statistics of norms are then those that training has gathered."""
+    return tiny(dims, norm=norm.BatchNorm)
+
+
+def checkpointed(mode, dims):
+    vae = tiny(dims, mid_attention=attention.GlobalAttention, norm=norm.BatchNorm)
+    vae.set_checkpointing(mode)
+    return vae
+
+
+def run(vae, x, weight, whole=None):
+    """Outputs, and gradients of their weighted sum, of a volume or of a slab of it."""
+    halves = vae if whole is None else SlabVAE(vae, whole)
+    x = x.clone().requires_grad_()
+    posterior = halves.encode(x)
+    recon = halves.crop(halves.decode(posterior.mean), x)
+    loss = (recon * weight).sum() + (posterior.mean**2).sum() + posterior.logvar.sin().sum()
+    loss.backward()
+    return recon.detach(), posterior.mean.detach(), posterior.logvar.detach(), x.grad
+
+
+def of_layers(vae, read):
+    """Weight and bias of each layer as one vector: either alone may have a gradient of nothing."""
+    found = {}
+    for name, parameter in vae.named_parameters():
+        found.setdefault(name.rpartition(".")[0], []).append(read(parameter).flatten())
+    return {name: torch.cat(parts) for name, parts in found.items()}
+
+
+def prepared(make, dims, dtype):
+    """A network, its input, and what one process makes of them."""
+    torch.manual_seed(3)
+    vae = trained(make()).train(make.func is not evaluated).to(dtype)
+    x = torch.rand(2, 1, *SHAPE[dims], dtype=dtype)
+    weight = torch.rand_like(x)
+    before = {name: buffer.clone() for name, buffer in vae.named_buffers()}
+    outputs = run(vae, x, weight)
+    gradients = of_layers(vae, lambda p: p.grad)
+    buffers = {name: buffer.clone() for name, buffer in vae.named_buffers()}
+    for name, buffer in vae.named_buffers():
+        buffer.copy_(before[name])
+    vae.zero_grad(set_to_none=True)
+    return vae, x, weight, outputs, gradients, buffers
+
+
+def compared(world, cases):
+    """The largest differences of each case, on a rank: outputs, gradients, buffers."""
+    found = {}
+    for name, damage, (vae, x, weight, outputs, gradients, buffers) in cases:
+        lo, hi = cut(ROWS, world.size, vae.factor[0])[world.rank]
+        layout = Layout(ROWS, vae.factor[0])
+        with damage():
+            mine = run(vae, x[:, :, lo:hi], weight[:, :, lo:hi], layout)
+        error = 0.0
+        for whole, slab in zip(outputs, mine, strict=True):
+            a, b = (lo, hi) if whole.shape[2] == ROWS else layout.rows(slab.shape[2])[world.rank]
+            assert slab.shape == whole[:, :, a:b].shape
+            scale = max(float(whole.abs().max()), 1.0)
+            error = max(error, float((slab - whole[:, :, a:b]).abs().max()) / scale)
+        for parameter in vae.parameters():
+            dist.all_reduce(parameter.grad)
+        slope = 0.0
+        for layer, grad in of_layers(vae, lambda p: p.grad).items():
+            wanted = gradients[layer]
+            slope = max(slope, float((grad - wanted).norm() / wanted.norm()))
+        state = 0.0
+        for key, buffer in vae.named_buffers():
+            state = max(state, float((buffer - buffers[key]).abs().max()))
+        found[name] = (error, slope, state)
+    return found
+
+
+@contextmanager
+def as_it_is():
+    yield
+
+
+@contextmanager
+def without_a_halo_row():
+    """The first row that comes from the rank before is lost."""
+    forward = Extended.forward
+
+    def lossy(ctx, x, layout, owned, extents):
+        out = forward(ctx, x, layout, owned, extents)
+        lost = owned[layout.rank][0] - extents[layout.rank][0]
+        if lost > 0:
+            out[:, :, lost - 1] = 0
+        return out
+
+    Extended.forward = staticmethod(lossy)
+    try:
+        yield
+    finally:
+        Extended.forward = staticmethod(forward)
+
+
+@contextmanager
+def with_statistics_of_its_own():
+    """Each rank takes its own statistics for everybody's."""
+    merged = slabs.merged
+
+    def own(counts, means, m2):
+        return means[dist.get_rank()], m2[dist.get_rank()] * counts.sum(0) / counts[0]
+
+    slabs.merged = own
+    try:
+        yield
+    finally:
+        slabs.merged = merged
+
+
+def cases_of(kinds, dims, dtype, damage=as_it_is):
+    return [
+        (f"{name} {dims}D {dtype}", damage, prepared(make, dims, dtype)) for name, make in kinds
+    ]
+
+
+def results_of(ranks, cases):
+    with warnings.catch_warnings(action="ignore"):
+        return on_ranks(ranks, compared, cases, timeout_s=600)
+
+
+def assert_equal(ranks, cases):
+    """Every case holds on every rank."""
+    dtypes = {name: case[0].last_layer.dtype for name, _, case in cases}
+    faults = []
+    for rank, found in enumerate(results_of(ranks, cases)):
+        for name, (error, slope, state) in found.items():
+            dtype = dtypes[name]
+            if not (error <= OUTPUT[dtype] and slope <= GRADIENT[dtype] and state <= OUTPUT[dtype]):
+                faults.append(f"{name}, rank {rank}: {error:.1e}, {slope:.1e}, {state:.1e}")
+    assert not faults, "\n".join(faults)
+
+
+def test_two_ranks_compute_every_layer_as_one_process_does():
+    assert_equal(2, cases_of(sockets(2), 2, torch.float64))
+
+
+def test_three_ranks_compute_in_float32_what_one_process_does():
+    assert_equal(3, cases_of(options(2), 2, torch.float32))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [2, 3, 4])
+def test_any_number_of_ranks_computes_what_one_process_does(ranks):
+    cases = []
+    for dims, dtype in ((2, torch.float64), (3, torch.float32)):
+        kinds = [*sockets(dims), *options(dims)]
+        if ranks == 4:  # of seven cells: there are no four of the factor 4
+            kinds = [(name, make) for name, make in kinds if name != "factor 4 along x"]
+        cases += cases_of(kinds, dims, dtype)
+    assert_equal(ranks, cases)
+
+
+def test_a_lost_halo_row_and_statistics_of_one_rank_are_noticed():
+    kinds = [("lost row", partial(tiny, 2)), ("own statistics", partial(tiny, 2))]
+    damages = [without_a_halo_row, with_statistics_of_its_own]
+    cases = [
+        case
+        for kind, damage in zip(kinds, damages, strict=True)
+        for case in cases_of([kind], 2, torch.float32, damage)
+    ]
+    found = results_of(2, cases)
+    for name, _, _ in cases:
+        assert max(rank[name][0] for rank in found) > 1e-3
+        assert max(rank[name][1] for rank in found) > 1e-3
+
+
+def bytes_of(world, vae, x):
+    lo, hi = cut(ROWS, world.size, 2)[world.rank]
+    layout = Layout(ROWS, 2)
+    with torch.no_grad():
+        SlabVAE(vae, layout).decode(SlabVAE(vae, layout).encode(x[:, :, lo:hi]).mean)
+    forward = layout.bytes_sent
+    run(vae, x[:, :, lo:hi], x[:, :, lo:hi], layout)
+    return forward, layout.bytes_sent - forward
+
+
+def test_ranks_send_as_many_bytes_as_the_documentation_says():
+    """Channels times the rows that a layer sees of both neighbors, on the plane of its input."""
+    vae = tiny(3, channels=(4, 8), latent_channels=2).train()
+    x = torch.rand(2, 1, *SHAPE[3])
+    fine, coarse = 6 * 8, 3 * 4  # planes, filled up to whole cells
+    encoder = (1 + 2 * 4) * 2 * fine + 4 * 2 * fine + (4 + 8 + 4 * 8 + 8) * 2 * coarse
+    decoder = (2 + 4 * 8 + 2 * 8 + 8) * 2 * coarse + (8 + 4 + 4) * 2 * fine
+    wanted = 2 * 4 * (3 - 1) * (encoder + decoder)
+    found = on_ranks(3, bytes_of, vae, x)
+    assert sum(forward for forward, _ in found) == wanted
+    assert sum(both for _, both in found) == 2 * wanted  # here the input has a gradient
+
+
+def test_slabs_are_whole_cells_as_even_as_can_be():
+    assert cut(13, 3, 2) == [(0, 4), (4, 8), (8, 13)]
+    assert cut(8, 4, 2) == [(0, 2), (2, 4), (4, 6), (6, 8)]
+    with pytest.raises(ValueError, match="13 rows are 4 cells of the factor 4, fewer than the 5"):
+        cut(13, 5, 4)
+
+
+class Mean(torch.nn.Module):
+    """Sees all of a volume, and says so to nobody."""
+
+    def forward(self, x):
+        return x - x.mean()
+
+
+class Doubled(norm.GroupNorm):
+    def normalize(self, x):
+        return 2 * super().normalize(x)
+
+
+def of_mean():
+    vae = tiny()
+    vae.encoder[1].body.append(Mean())
+    return vae
+
+
+def circular():
+    vae = tiny()
+    vae.encoder[0].padding_mode = "circular"
+    return vae
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (of_mean, "what encoder.1.body.4, a Mean, sees"),
+        (partial(tiny, norm=partial(Doubled, num_groups=4)), "norm, a Doubled, sees"),
+        (circular, "what encoder.0, a Conv3d, sees"),
+        (partial(tiny, block=partial(blocks.ResBlock, dropout=0.1)), "dropout drops values"),
+        (partial(tiny, posterior=partial(FSQ, levels=(4, 4))), "what head, a FSQ, sees"),
+    ],
+)
+def test_what_cannot_be_cut_is_refused_by_name(make, words):
+    with pytest.raises(ValueError, match=words):
+        spatial_network.check(make().train())
+
+
+@pytest.mark.parametrize("layer", [*subclasses(downsample.Down), *subclasses(upsample.Up)])
+def test_a_layer_sees_what_its_description_says(layer):
+    """Rows that the description leaves out have no gradient; those at its edges have one."""
+    made = layer(12, (2, 2) if "Haar" in layer.__name__ else (3, 2), 2)
+    (reach, _) = reach_of(made, 2)
+    x = torch.rand(1, 12, 24, 4, requires_grad=True)
+    y = made(x)
+    assert y.shape[2] == reach.size(24)
+    row = y.shape[2] // 2
+    lo, hi = reach.wants(row, row + 1)
+    y[:, :, row].square().sum().backward()
+    seen = x.grad.abs().amax((0, 1, 3)).nonzero().flatten()
+    assert lo <= seen.min() and seen.max() < hi
+
+
+# Training
+
+
+class SlabLoader(ToyLoader):
+    """A rank's rows of what one process reads whole."""
+
+    def __init__(self, world, batch_size=2):
+        super().__init__(10, batch_size)
+        self.slab = slice(*cut(SHAPE_OF_TOYS[0], world.size, 2)[world.rank])
+
+    def stream(self):
+        for batch in super().stream():
+            yield SlabBatch(batch.image[:, :, self.slab], batch.index, rows=SHAPE_OF_TOYS[0])
+
+
+@dataclass
+class SlabBatch(ToyBatch):
+    rows: int = 0
+
+
+def exact_loss():
+    extra = (partial(SSIM, window=3, weight=0.5), partial(GradientDifference, weight=0.5))
+    kl = partial(KL, weight=0.1, target_std=1.0, warmup_steps=4)
+    return VAELoss(recon=LearnedVariance, kl=kl, extra=extra)
+
+
+def trained_in_slabs(world, folder, steps, state=None, amp="off"):
+    """Losses and weights of a training, whatever the number of ranks; float64 but for AMP."""
+    dtype = torch.float64 if amp == "off" else torch.float32
+    vae, loss = tiny_vae().to(dtype), exact_loss().to(dtype)
+    whole = world.size == 1
+    task = VAETask(vae, loss, 0) if whole else SlabTask(vae, loss, 0)
+    loader = ToyLoader(10, 2) if whole else SlabLoader(world)
+    loader.images = loader.images.to(dtype)
+    options = dict(max_steps=steps, grad_accum=2, clip_norm=0.5, lr_schedule="constant", amp=amp)
+    trainer = toy_trainer(folder, world, task=task, loader=loader, **options)
+    if state is not None:
+        trainer.load_state_dict(state)
+    assert trainer.fit() == 0
+    weights = [*trainer.ema.shadow.values(), *loss.state_dict().values()]
+    ours = trainer.tracker
+    numbers = {name: ours.losses(f"train/{name}") for name in ("loss", "recon", "ssim", "kl")}
+    return numbers, torch.cat([w.flatten().double() for w in weights]), trainer.samples
+
+
+@pytest.mark.parametrize(
+    ("ranks", "then", "steps"), [(2, 2, 6), pytest.param(4, 3, 20, marks=pytest.mark.slow)]
+)
+def test_training_in_slabs_is_training_in_one_process(ranks, then, steps, tmp_path):
+    """Accumulation, clipping, EMA, a controlled KL, windows across faces; resumed after a stop."""
+    half = steps // 2
+    numbers, weights, samples = trained_in_slabs(World(), tmp_path / "alone", steps)
+    begun = on_ranks(ranks, trained_in_slabs, tmp_path / "slabs", half)
+    state = load_checkpoint(tmp_path / "slabs" / "last.pt")
+    resumed = on_ranks(then, trained_in_slabs, tmp_path / "on", steps, state)
+    for found, mine, seen in resumed:
+        assert seen == samples
+        torch.testing.assert_close(mine, weights, rtol=1e-6, atol=1e-8)
+        for name, values in found.items():
+            values = begun[0][0][name] + values
+            torch.testing.assert_close(values, numbers[name], rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("amp", ["bf16", "fp16"])
+def test_slabs_train_in_half_precision(amp, tmp_path):
+    numbers, _, _ = trained_in_slabs(World(), tmp_path / "alone", 2, None, amp)
+    for found, _, _ in on_ranks(2, trained_in_slabs, tmp_path / "slabs", 2, None, amp):
+        for name, values in found.items():
+            torch.testing.assert_close(values, numbers[name], rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"extra": (FocalFrequency,)}, "the loss has FocalFrequency"),
+        ({"adversarial": Adversarial}, "the adversarial term"),
+        ({"kl": partial(KL, free_bits=0.1)}, "KL.free_bits 0.1"),
+        ({"extra": (NoiseRobust,)}, "NoiseRobust"),
+    ],
+)
+def test_what_is_not_taken_over_slabs_is_refused_by_name(options, words):
+    with pytest.raises(ValueError, match=words):
+        check_loss(VAELoss(**options))

@@ -1,0 +1,281 @@
+"""A VAE over a volume that several ranks hold in slabs: the numbers of one process.
+
+    layout = Layout(rows, vae.factor[0], group)         # rows of the whole volume
+    slabs = SlabVAE(vae, layout)
+    posterior = slabs.encode(x)                         # x (B, C, own rows, Y, Z)
+    recon = slabs.decode(posterior.mean)
+
+The model's own modules are walked as exact mode walks them, by what `vae3d.models.reach` knows of a
+layer: it is run as it is on a slab with the rows of its neighbors that it sees, and what it made of
+zeros of its own at a face between two slabs is cut off. Statistics of norms are those of all ranks,
+keys and values of global attention are gathered. A layer of which nothing is known is refused.
+
+Gradients of parameters are each rank's part of the sum; the caller adds them up (DDP does).
+
+Axes: b batch, c channels, x y z space, h heads, n tokens, d channels of a head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vae3d.kernels import steps
+from vae3d.kernels.convolutions import Conv
+from vae3d.kernels.lean import is_lean, prepared_conv
+from vae3d.kernels.moments import of_groups
+from vae3d.models import attention, blocks, custom_vae, norm
+from vae3d.models.custom_vae import CustomVAE
+from vae3d.models.linear_code import LinearCode
+from vae3d.models.norm import wide
+from vae3d.models.posterior import DiagonalGaussian
+from vae3d.models.reach import Reach, handler_of, reach_of
+from vae3d.spatial.slabs import Layout, SharedMoments
+
+Function = Callable[[Tensor], Tensor]
+
+
+class SlabVAE:
+    """A VAE as one of several ranks runs it, on its slab of each sample.
+
+    Args:
+        vae: The network, the same on all ranks.
+        layout: Who holds which rows.
+
+    Raises:
+        ValueError: A layer of the network cannot be run in slabs; it is named.
+    """
+
+    def __init__(self, vae: CustomVAE, layout: Layout):
+        check(vae)
+        self.vae, self.layout = vae, layout
+        self.last_layer, self.crop = vae.last_layer, vae.crop
+
+    def encode(self, x: Tensor) -> DiagonalGaussian:
+        """This rank's rows of the posterior; see `CustomVAE.encode`."""
+        x = self.vae.pad(x)
+        posterior = self.vae.head(self.run([self.vae.encoder, self.vae.quant_conv], x))
+        if self.vae.linear_code is not None:
+            code = wide(self.walk(self.vae.linear_code.analysis, x))
+            posterior = replace(posterior, mean=posterior.mean + code)
+        return posterior
+
+    def decode(self, z: Tensor) -> Tensor:
+        """This rank's rows of the reconstruction; see `CustomVAE.decode`."""
+        z = z.to(self.vae.last_layer.dtype)
+        recon = self.run([self.vae.post_quant_conv, self.vae.decoder], z)
+        if self.vae.linear_code is not None:
+            recon = recon + self.walk(self.vae.linear_code.synthesis, z)
+        return self.vae.output(recon)
+
+    def run(self, layers: Iterable[nn.Module], x: Tensor) -> Tensor:
+        """Apply layers in order; a norm, its activation and the convolution after it are one."""
+        layers = list(layers)
+        while layers:
+            layer, *layers = layers
+            after = layers[0] if layers else None
+            if isinstance(layer, norm.NormAct) and isinstance(after, (nn.Conv2d, nn.Conv3d)):
+                x = self.prepared(layer, after, x)
+                del layers[0]
+            else:
+                x = self.walk(layer, x)
+        return x
+
+    def walk(self, module: nn.Module, x: Tensor) -> Tensor:
+        """Run a module on a slab: by its handler, or by what it sees."""
+        handler = handler_of(module, HANDLERS)
+        if handler is not None:
+            return handler(self, module, x)
+        reach = reach_of(module, x.dim() - 2)
+        assert reach is not None, f"`check` lets no {type(module).__name__} pass"
+        return self.within_reach(module, reach[0], x)
+
+    def within_reach(self, function: Function, reach: Reach, x: Tensor) -> Tensor:
+        """Run what sees a limited number of rows: on the slab with them, and cut its own rows."""
+        owned, me = self.layout.rows(x.shape[2]), self.layout.rank
+        n = owned[-1][1]
+        if any(hi * reach.size(n) % n for _, hi in owned):
+            raise ValueError(
+                f"sharding spatial: a layer makes {reach.size(n)} rows of {n}, which cannot be cut "
+                "where those are"
+            )
+        made = [(lo * reach.size(n) // n, hi * reach.size(n) // n) for lo, hi in owned]
+        seen = [reach.wants(*rows) for rows in made]
+        wanted = [(reach.begins(max(lo, 0))[0], hi) for lo, hi in seen]
+        y = function(self.layout.extended(x, wanted))
+        begin = reach.begins(min(wanted[me][0], owned[me][0]))[1]
+        lo, hi = (edge - begin for edge in made[me])
+        return y if (lo, hi) == (0, y.shape[2]) else y[:, :, lo:hi]
+
+    def prepared(self, before: norm.NormAct, layer: Conv, x: Tensor) -> Tensor:
+        """`layer(before(x))`; statistics are those of the volume, and only `x` is kept."""
+        (reach, *_) = reach_of(layer, x.dim() - 2) or ()
+        affine = self.affine(before.norm, x)
+        if affine is None:
+            return self.within_reach(lambda slab: steps.run([before, layer], slab), reach, x)
+        scaled = partial(scaled_and_activated, before.act)
+
+        def function(slab: Tensor) -> Tensor:
+            if is_lean(layer, slab):
+                return prepared_conv(scaled, layer, slab, affine)
+            return layer(scaled(slab, *affine))
+
+        return self.within_reach(function, reach, x)
+
+    def affine(self, layer: norm.Norm, x: Tensor) -> list[Tensor] | None:
+        """Mean, scale and shift per channel `(B or 1, C)` that a norm comes to; None for others.
+
+        They are in the precision of the norm, and differentiable.
+        """
+        if isinstance(layer, norm.GroupNorm):
+            mean, var, _ = SharedMoments.apply(x, self.layout.group, False)
+            mean, var = of_groups(mean, var, layer.num_groups)
+        elif isinstance(layer, norm.BatchNorm) and layer.training:  # of all ranks, as ever
+            mean, var, count = SharedMoments.apply(x, None, True)
+            layer.remember(mean[0], var[0], count[0])
+        elif isinstance(layer, norm.BatchNorm):
+            mean, var = layer.running_mean[None].double(), layer.running_var[None].double()
+        else:
+            return None
+        scale = layer.weight.double() * torch.rsqrt(var + layer.eps)
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        shift = layer.bias.double().expand_as(scale)
+        return [t.to(dtype) for t in (mean, scale, shift)]
+
+
+def scaled_and_activated(act: Function | None, x: Tensor, *affine: Tensor) -> Tensor:
+    """`act((x - mean) * scale + shift)` in the precision of norms, in the dtype of `x`."""
+    mean, scale, shift = (t.view(len(t), -1, *(1,) * (x.dim() - 2)) for t in affine)
+    y = torch.addcmul(shift, wide(x) - mean, scale)
+    return (y if act is None else act(y)).to(x.dtype)
+
+
+# Handlers: how modules that are no elementary layer of limited reach are run ---------------------
+
+
+def _chain(run: SlabVAE, module: custom_vae.Chain, x: Tensor) -> Tensor:
+    return custom_vae.Chain.forward(module, x, run.run)
+
+
+def _sequential(run: SlabVAE, module: nn.Sequential, x: Tensor) -> Tensor:
+    return run.run(module, x)
+
+
+def _block(run: SlabVAE, module: blocks.Block, x: Tensor) -> Tensor:
+    body = run.run(module.body, x)
+    return body if module.shortcut is None else body + run.walk(module.shortcut, x)
+
+
+def _norm(run: SlabVAE, module: norm.GroupNorm | norm.BatchNorm, x: Tensor) -> Tensor:
+    affine = run.affine(module, x)
+    assert affine is not None
+    return scaled_and_activated(None, x, *affine)
+
+
+def _norm_act(run: SlabVAE, module: norm.NormAct, x: Tensor) -> Tensor:
+    affine = run.affine(module.norm, x)
+    return module(x) if affine is None else scaled_and_activated(module.act, x, *affine)
+
+
+def _attention(run: SlabVAE, module: attention.Attention, x: Tensor) -> Tensor:
+    """`x + proj(mix(qkv(norm(x))))`, mixed over the volume."""
+    mix = handler_of(module, MIXES)
+    assert mix is not None
+    update = mix(run, module, run.walk(module.norm, x))
+    return update if type(module).forward is attention.BareLinearAttention.forward else update + x
+
+
+def _mix_all(run: SlabVAE, module: attention.GlobalAttention, normed: Tensor) -> Tensor:
+    """Queries of the own rows, keys and values of all, and the bias of their places."""
+    q, k, v = module.heads(normed)
+    grid, owned = list(normed.shape[2:]), run.layout.rows(normed.shape[2])
+    (start, stop), grid[0] = owned[run.layout.rank], owned[-1][1]
+    pair = torch.cat([k, v], 1).transpose(2, 3)  # (B, 2 H, D, own tokens)
+    pair = pair.flatten(1, 2).unflatten(2, (stop - start, -1))
+    k, v = run.layout.extended(pair, [(0, grid[0])] * len(owned)).flatten(2).chunk(2, 1)
+    k, v = (t.unflatten(1, (module.num_heads, -1)).transpose(2, 3) for t in (k, v))
+    bias = None
+    if module.bias is not None:
+        queries = [slice(start, stop), *(slice(None) for _ in grid[1:])]
+        bias = module.bias.of_queries(grid, queries).to(q.dtype)
+    return module.joined(attention.attend(q, k, v, bias), normed.shape)
+
+
+def _mix_windows(run: SlabVAE, module: attention.PatchAttention, normed: Tensor) -> Tensor:
+    """Windows that cross a face are computed on both sides of it."""
+
+    def mixed(slab: Tensor) -> Tensor:
+        return module.joined(module.mix(*module.heads(slab), slab.shape[2:]), slab.shape)
+
+    (reach, *_) = reach_of(module, normed.dim() - 2) or ()
+    return run.within_reach(mixed, reach, normed)
+
+
+def _mix_linearly(run: SlabVAE, module: attention.LinearAttention, normed: Tensor) -> Tensor:
+    """The softmax of keys runs over the tokens of all ranks."""
+    q, k, v = module.heads(normed)
+    weights = (wide(k) - run.layout.largest(wide(k).amax(2, keepdim=True))).exp()
+    context = run.layout.sum(torch.einsum("bhnd,bhne->bhde", weights, wide(v)))
+    total = run.layout.sum(weights.sum(2, keepdim=True))
+    context = (context / total.transpose(2, 3)).to(q.dtype)
+    return module.joined(torch.einsum("bhnd,bhde->bhne", q, context), normed.shape)
+
+
+HANDLERS: dict[type, Callable[[SlabVAE, Any, Tensor], Tensor]] = {
+    nn.Sequential: _sequential,
+    custom_vae.Chain: _chain,
+    blocks.Block: _block,
+    norm.GroupNorm: _norm,
+    norm.BatchNorm: _norm,
+    norm.NormAct: _norm_act,
+    **dict.fromkeys(
+        (
+            *(attention.GlobalAttention, attention.PatchAttention),
+            *(attention.LinearAttention, attention.BareLinearAttention),
+        ),
+        _attention,
+    ),
+}
+MIXES: dict[type, Callable[[SlabVAE, Any, Tensor], Tensor]] = {
+    attention.GlobalAttention: _mix_all,
+    attention.PatchAttention: _mix_windows,
+    attention.LinearAttention: _mix_linearly,
+    attention.BareLinearAttention: _mix_linearly,
+}
+
+
+def check(vae: CustomVAE) -> None:
+    """Refuse a network with a layer that cannot be run in slabs.
+
+    Raises:
+        ValueError: It names the layer.
+    """
+    for name in ("encode", "decode", "pad", "crop"):
+        if not getattr(type(vae), name).__module__.startswith("vae3d.models."):
+            raise ValueError(f"sharding spatial: {type(vae).__name__} has a {name} of its own")
+    for name, layer in unknown(vae, vae.spatial_dims, ""):
+        raise ValueError(
+            f"sharding spatial: it is not known what {name}, a {type(layer).__name__}, sees of a "
+            "volume; describe it in vae3d.models.reach, or give it a `halo`"
+        )
+    for name, layer in vae.named_modules():
+        if isinstance(layer, nn.Dropout) and layer.p > 0 and layer.training:
+            raise ValueError(
+                f"sharding spatial: {name} drops values, and each rank would draw others; set "
+                "dropout to 0"
+            )
+
+
+def unknown(module: nn.Module, dims: int, name: str) -> Iterator[tuple[str, nn.Module]]:
+    """Layers of a module that can be run in slabs neither by a handler nor by what they see."""
+    if isinstance(module, (CustomVAE, LinearCode)) or handler_of(module, HANDLERS):
+        for child, layer in module.named_children():
+            if not isinstance(module, attention.Attention) or child == "norm":
+                yield from unknown(layer, dims, f"{name}.{child}".lstrip("."))
+    elif reach_of(module, dims) is None:
+        yield name, module

@@ -1,0 +1,255 @@
+"""Slabs of a volume on several ranks: who holds which rows, and rows and sums that they exchange.
+
+A volume is cut along its first spatial axis, at multiples of the network's factor, so that every
+layer's grid is cut at the same places. Each rank holds its own rows of every tensor; `Layout` knows
+everybody's. What ranks exchange is differentiable: the gradient of a row that was sent comes back.
+
+Every rank of the group makes the same calls in the same order, forward and backward.
+
+Axes: b batch, c channels, x y z space; rows are those of x, dimension 2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate, pairwise
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from vae3d.kernels.moments import Moments, merged
+
+Rows = tuple[int, int]
+
+
+def cut(rows: int, parts: int, factor: int) -> list[Rows]:
+    """Rows of each slab, as even as multiples of `factor` can be.
+
+    Args:
+        rows: Rows of the volume, any number.
+        parts: Slabs.
+        factor: Shrink of the network along the axis.
+
+    Raises:
+        ValueError: There is not one cell of `factor` rows for each slab.
+    """
+    cells = -(-rows // factor)
+    if cells < parts:
+        raise ValueError(
+            f"{rows} rows are {cells} cells of the factor {factor}, fewer than the {parts} ranks"
+            " that share them; use fewer ranks or larger volumes"
+        )
+    edges = [min(cells * i // parts * factor, rows) for i in range(parts + 1)]
+    return list(pairwise(edges))
+
+
+def own_rows(rows: int, factor: int, rank: int, size: int) -> Rows:
+    """Rows of one rank's slab; see `cut`."""
+    return cut(rows, size, factor)[rank]
+
+
+class Layout:
+    """Who holds which rows of a volume.
+
+    The last slab may end within a cell, which the network fills up.
+
+    Args:
+        rows: Rows of the volume.
+        factor: Shrink of the network along the first axis.
+        group: The ranks that share the volume; None for all.
+
+    Raises:
+        ValueError: There are fewer cells of `factor` rows than ranks.
+    """
+
+    def __init__(self, rows: int, factor: int, group: dist.ProcessGroup | None = None):
+        self.group = group
+        self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
+        self.slabs = cut(rows, self.size, factor)
+        self.cells = [-(-(hi - lo) // factor) for lo, hi in self.slabs]
+        self.bytes_sent = 0  # of halos, forward and backward, by this rank
+
+    @property
+    def share(self) -> float:
+        """This rank's share of the volume's rows."""
+        lo, hi = self.slabs[self.rank]
+        return (hi - lo) / self.slabs[-1][1]
+
+    def rows(self, own: int) -> list[Rows]:
+        """Every rank's rows of a grid of which this rank holds `own`."""
+        scale, rest = divmod(own, self.cells[self.rank])
+        assert not rest, f"{own} rows in {self.cells[self.rank]} cells"
+        edges = [0, *accumulate(scale * n for n in self.cells)]
+        return list(pairwise(edges))
+
+    def peer(self, rank: int) -> int:
+        """The rank of all that is this rank of the group."""
+        return rank if self.group is None else dist.get_global_rank(self.group, rank)
+
+    def following(self, x: Tensor, count: int) -> Tensor:
+        """A slab of the volume itself, with so many rows after it."""
+        return self.extended(x, [(lo, hi + count) for lo, hi in self.slabs], self.slabs)
+
+    def extended(
+        self, x: Tensor, wanted: Sequence[Rows], owned: Sequence[Rows] | None = None
+    ) -> Tensor:
+        """A slab with the rows that other ranks hold, as far as each wants and the volume has them.
+
+        Args:
+            x: This rank's rows, `(B, C, own, ...)`.
+            wanted: For every rank, the rows that it is to have beside its own.
+            owned: Every rank's rows; None for those of a grid of whole cells.
+        """
+        owned = owned or self.rows(x.shape[2])
+        last = owned[-1][1]
+        pairs = zip(owned, wanted, strict=True)
+        extents = [(max(min(a, lo), 0), min(max(b, hi), last)) for (a, b), (lo, hi) in pairs]
+        return x if extents == owned else Extended.apply(x, self, owned, extents)
+
+    def sum(self, x: Tensor) -> Tensor:
+        """The sum of every rank's tensor; so is its gradient."""
+        return Summed.apply(x, self.group)
+
+    def largest(self, x: Tensor) -> Tensor:
+        """The largest of every rank's values, without a gradient."""
+        x = x.detach().clone()
+        dist.all_reduce(x, op=dist.ReduceOp.MAX, group=self.group)
+        return x
+
+
+def overlap(a: Rows, b: Rows) -> Rows:
+    """The rows that two ranges share; empty where the first is not below the second."""
+    return max(a[0], b[0]), min(a[1], b[1])
+
+
+class Extended(torch.autograd.Function):
+    """A slab with rows of other ranks before and after it."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, layout: Layout, owned: Sequence[Rows], extents: Sequence[Rows]
+    ) -> Tensor:
+        """Return the rows of this rank's extent."""
+        ctx.layout, ctx.owned, ctx.extents = layout, owned, extents
+        me, start = layout.rank, owned[layout.rank][0]
+        sent, got = {}, {}
+        for rank in range(layout.size):
+            lo, hi = overlap(extents[rank], owned[me])
+            if rank != me and lo < hi:
+                sent[rank] = x[:, :, lo - start : hi - start]
+            lo, hi = overlap(extents[me], owned[rank])
+            if rank != me and lo < hi:
+                got[rank] = (len(x), x.shape[1], hi - lo, *x.shape[3:])
+        parts = exchange(layout, sent, got, x)
+        before = [parts[rank] for rank in sorted(parts) if rank < me]
+        after = [parts[rank] for rank in sorted(parts) if rank > me]
+        return torch.cat([*before, x, *after], 2) if parts else x.view_as(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """Send the gradients of others' rows to them, and add those of the own rows."""
+        layout, owned, extents = ctx.layout, ctx.owned, ctx.extents
+        me = layout.rank
+        (first, _), (start, stop) = extents[me], owned[me]
+        sent, got, places = {}, {}, {}
+        for rank in range(layout.size):
+            lo, hi = overlap(extents[me], owned[rank])
+            if rank != me and lo < hi:
+                sent[rank] = grad[:, :, lo - first : hi - first]
+            lo, hi = overlap(extents[rank], owned[me])
+            if rank != me and lo < hi:
+                got[rank] = (len(grad), grad.shape[1], hi - lo, *grad.shape[3:])
+                places[rank] = slice(lo - start, hi - start)
+        parts = exchange(layout, sent, got, grad)
+        own = grad[:, :, start - first : stop - first].clone()
+        for rank in sorted(parts):
+            own[:, :, places[rank]] += parts[rank]
+        return own, None, None, None
+
+
+def exchange(
+    layout: Layout, sent: dict[int, Tensor], got: dict[int, tuple[int, ...]], like: Tensor
+) -> dict[int, Tensor]:
+    """Send rows to ranks of the group and receive those of the shapes that are named.
+
+    They travel channels innermost, as most of the network holds them.
+    """
+    operations, arrived = [], {}
+    for rank, rows in sent.items():
+        values = rows.detach().movedim(1, -1).contiguous()
+        layout.bytes_sent += values.nbytes
+        operations.append(dist.P2POp(dist.isend, values, layout.peer(rank), layout.group))
+    for rank, (b, c, *grid) in got.items():
+        buffer = like.new_empty(b, *grid, c)
+        operations.append(dist.P2POp(dist.irecv, buffer, layout.peer(rank), layout.group))
+        arrived[rank] = buffer.movedim(-1, 1)
+    for work in dist.batch_isend_irecv(operations) if operations else ():
+        work.wait()
+    return arrived
+
+
+class Summed(torch.autograd.Function):
+    """Sum over ranks, of which every rank goes on with the whole."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+        """Return the sum."""
+        ctx.group = group
+        x = x.contiguous().clone()
+        dist.all_reduce(x, group=group)
+        return x
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """Return the sum of what every rank made of the whole."""
+        grad = grad.contiguous().clone()
+        dist.all_reduce(grad, group=ctx.group)
+        return grad, None
+
+
+class SharedMoments(torch.autograd.Function):
+    """Mean and variance per channel over all ranks' rows, merged in float64 (Chan et al., 1979)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, group: dist.ProcessGroup | None, batch: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return mean, variance and count `(B, C)`; `(1, C)` of the batch as a whole."""
+        parts = []
+        for sample in x.detach():
+            moments = Moments(x.shape[1], x.device)
+            moments.update(sample[None])
+            count = torch.full_like(moments.mean, moments.count)
+            parts.append(torch.stack([count, moments.mean, moments.m2]))
+        own = torch.stack(parts)  # (B, 3, C)
+        everyones = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
+        dist.all_gather(everyones, own, group=group)
+        counts, means, m2 = torch.stack(everyones).unbind(2)  # (ranks, B, C) each
+        if batch:
+            counts, means, m2 = (t.flatten(0, 1)[:, None] for t in (counts, means, m2))
+        mean, m2 = merged(counts, means, m2)
+        count = counts.sum(0)
+        ctx.save_for_backward(x, mean, count)
+        ctx.mark_non_differentiable(count)
+        ctx.group = group
+        return mean, m2 / count, count
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: Any, grad_mean: Tensor, grad_var: Tensor, _: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        """With n values: dx = dmean / n + dvar * 2 (x - mean) / n, gradients of all ranks added."""
+        x, mean, count = ctx.saved_tensors
+        grads = torch.stack([grad_mean, grad_var])
+        dist.all_reduce(grads, group=ctx.group)
+        grad_mean, grad_var = grads / count
+        wide = torch.promote_types(x.dtype, torch.float32)
+        shape = (len(mean), -1, *(1,) * (x.dim() - 2))
+        slope, level, mean = (t.to(wide).view(shape) for t in (2 * grad_var, grad_mean, mean))
+        return torch.addcmul(level, x - mean, slope).to(x.dtype), None, None

@@ -1,0 +1,53 @@
+"""First stage on samples that the ranks hold in slabs: `--sharding spatial`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from vae3d.losses.vae_loss import VAELoss
+from vae3d.models.custom_vae import CustomVAE
+from vae3d.spatial.losses import SlabTerms, check_loss
+from vae3d.spatial.network import SlabVAE, check
+from vae3d.spatial.slabs import Layout
+from vae3d.training.task import VAETask, noise_of_sample
+
+
+class SlabTask(VAETask):
+    """Reconstruct volumes of which each rank has its own rows: the numbers of one process.
+
+    Args:
+        model: The VAE, the same on all ranks.
+        loss: Named terms; those that are not taken over slabs are refused.
+        seed: Seed of the posterior's noise.
+
+    Raises:
+        ValueError: A layer of the network, or a term of the loss, is not known in slabs.
+    """
+
+    def __init__(self, model: CustomVAE, loss: VAELoss, seed: int = 0):
+        check(model)
+        check_loss(loss)
+        super().__init__(model, loss, seed)
+        self.ranks_per_sample = dist.get_world_size()
+
+    def forward(self, batch: Any, step: int) -> dict[str, Tensor]:
+        """Return the terms of the loss on `batch.image`, this rank's slab of `batch.rows` rows."""
+        x = batch.image
+        layout = Layout(batch.rows, self.network.factor[0])
+        halves = SlabVAE(self.network, layout)
+        posterior = halves.encode(x)
+        noise = self.noise(batch, step, posterior.mean, layout)
+        recon = halves.crop(halves.decode(posterior.mean + posterior.std * noise), x)
+        return self.loss(x, recon, posterior, step, take=SlabTerms(layout))
+
+    def noise(self, batch: Any, step: int, like: Tensor, layout: Layout) -> Tensor:
+        """This rank's rows of the noise that one process draws of each whole sample."""
+        rows = layout.rows(like.shape[2])
+        shape = (like.shape[1], rows[-1][1], *like.shape[3:])
+        draws = [noise_of_sample(shape, self.seed, step, int(i), like.device) for i in batch.index]
+        lo, hi = rows[layout.rank]
+        return torch.stack(draws)[:, :, lo:hi]
