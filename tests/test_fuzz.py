@@ -31,6 +31,7 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import vae3d.models.presets  # noqa: F401 - whose classes are options from the first test on
 from loaders import DataConfig
 from vae3d import cli, config
 from vae3d.commands.convert import convert
