@@ -142,7 +142,7 @@ def test_maps_lie_on_the_grid_of_the_files_and_find_the_lesions(place, tmp_path,
         bright, dark = z[LESION][PATTERN == 1], z[LESION][PATTERN == 0]
         assert bright.mean() > 2 and dark.mean() < -1  # brighter than expected is positive
         store = VolumeStore.build([place / "patients" / f"{row['case']}.nii.gz"], place / "cache")
-        counts = foreground_of(store, 0, torch.from_numpy(store.read_unclipped(0)))
+        counts = foreground_of(store, 0, torch.from_numpy(store.read_unclipped(0))).whole()
         where, truth = counts.numpy()[::-1], np.zeros(SHAPE, bool)  # stored from right to left
         truth[LESION] = True
         where = where | truth
