@@ -66,6 +66,7 @@ from loaders.subjects import Subject, names_of
 from loaders.undo import format_of, undo
 
 DRAWN = 2  # how voxels of labels are drawn: raise it when that changes
+MOST_AT_ONCE, PART = 2**27, 256  # voxels of a volume that stays where it is, see `part`
 OPEN_VOLUMES = 128  # maps held open: 10,000 volumes must not need 10,000 file descriptors
 
 
@@ -277,6 +278,22 @@ class VolumeStore:
         """Voxels of a box along each axis."""
         shape = self.shape(index)[1:]
         return [len(range(*s.indices(n))) for s, n in zip(slices, shape, strict=True)]
+
+    def part(self, index: int) -> tuple[slice, ...]:
+        """Return what stands for a volume where the whole would fill the memory, slices (X, Y, Z).
+
+        Of a volume that stays where it is and has more than `MOST_AT_ONCE` voxels it is up to
+        `PART` voxels along each axis around the middle of its foreground, the same each time; of
+        any other the whole.
+        """
+        shape = self.shape(index)[1:]
+        if self.chunks(index) is None or num_items(shape) <= MOST_AT_ONCE:
+            return (slice(None),) * 3
+        points = self.foreground_points(index)
+        middle = np.median(points, axis=0) if len(points) else np.array(shape) / 2
+        size = np.minimum(shape, PART)
+        low = np.clip(middle.astype(int) - size // 2, 0, np.array(shape) - size)
+        return tuple(slice(a, a + n) for a, n in zip(low.tolist(), size.tolist(), strict=True))
 
     def read_unclipped(self, index: int) -> np.ndarray:
         """Return a volume as `read` does, but with what lies beyond the window as it is."""

@@ -1,5 +1,6 @@
 """Zarr and HDF5 are read where they lie: the same voxels as a copy, and nothing is copied."""
 
+import itertools
 import json
 import os
 import subprocess
@@ -30,6 +31,8 @@ from loaders.subjects import Subject
 from tests.stores import UM, Web, array, halved, ome, voxels, write
 from vae3d.models.custom_vae import CustomVAE
 from vae3d.models.norm import GroupNorm
+from vae3d.training.distributed import World
+from vae3d.training.validate import Validation
 
 pytest.importorskip("tensorstore")
 ROOT = Path(__file__).resolve().parents[1]
@@ -563,6 +566,48 @@ def test_a_store_on_the_web_is_read_chunk_by_chunk_and_outlives_a_shaky_network(
         asked = len(web.paths)
         fresh.read(0, (slice(0, 8), slice(0, 8), slice(0, 8)))  # kept in memory
         assert len(web.paths) == asked
+
+
+def test_an_epoch_fetches_the_inner_chunks_that_it_touches_and_never_whole_shards(tmp_path):
+    noise = np.random.default_rng(0).integers(0, 2**16, (128, 128, 128)).astype(np.uint16)
+    path = array(tmp_path / "a.zarr", noise, (16, 16, 16), (64, 64, 64), names="zyx")
+    store = built(path, tmp_path / "cache")
+    context.cache_clear()
+    loader = PatchLoader(store, (16, 16, 16), patches_per_volume=12, batch_size=4, threads=0)
+    before = loader.traffic()
+    for _ in loader:
+        pass
+    touched = {
+        chunk
+        for corner in loader.plan.table(0)[:, 1:]
+        for chunk in itertools.product(*(range(c // 16, (c + 15) // 16 + 1) for c in corner))
+    }
+    size = len(touched) * 16**3 * 2
+    assert size < (loader.traffic() - before).num_bytes < 1.1 * size < noise.nbytes / 4
+
+
+def test_training_validates_on_a_part_of_what_would_fill_the_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr("loaders.store.MOST_AT_ONCE", 1000)
+    monkeypatch.setattr("loaders.store.PART", 8)
+    zyx = voxels(24, 20, 16)
+    path = ome(tmp_path / "a.zarr", [zyx])
+    store = built(path, tmp_path / "cache", Preprocess())
+    box = store.part(0)
+    assert [s.stop - s.start for s in box] == [8, 8, 8]
+    middle = [(s.start + s.stop) / 2 for s in box]  # that of the blob
+    assert np.abs(np.array(middle) - [8, 10, 12]).max() < 3
+    shapes = []
+
+    def identity(_network, x, **_how):
+        shapes.append(tuple(x.shape))
+        return x + 0.1
+
+    monkeypatch.setattr("vae3d.training.validate.reconstruct", identity)
+    scores = Validation(store, World(), (8, 8, 8))(None, 1)
+    assert shapes == [(1, 8, 8, 8)]
+    assert abs(scores["val/mae"] - 0.1) < 1e-6
+    copied = built(path, tmp_path / "cache", Preprocess(), in_place=False)
+    assert copied.part(0) == (slice(None),) * 3
 
 
 def test_requests_to_a_store_overlap(tmp_path, quick_retries):

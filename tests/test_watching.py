@@ -140,7 +140,10 @@ class Store:
     def __len__(self):
         return len(self.ids)
 
-    def read(self, index):
+    def part(self, _index):
+        return (slice(None),) * 3
+
+    def read(self, index, _slices=None):
         return np.full((1, 8, 8, 8), index / 10, np.float32)
 
     def spacing_mm(self, _index):
@@ -195,7 +198,7 @@ class TwoChannels(Store):
     channel_ranges, channel_names = [(0.0, 1.0), (-1.0, 1.0)], ["ct", "pet"]
     preprocess = Preprocess(channels=("ct", "pet"), intensity={"pet": "symmetric"})
 
-    def read(self, index):
+    def read(self, index, _slices=None):
         return np.stack([np.full((8, 8, 8), v, np.float32) for v in (0.5, -1.0)])
 
 

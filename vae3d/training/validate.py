@@ -23,6 +23,9 @@ from vae3d.training.distributed import World
 class Validation:
     """Reconstructs the same whole volumes each time, so that scores of two steps compare.
 
+    Of a volume that stays where it is and is too large for that it is a part, see
+    `VolumeStore.part`.
+
     Args:
         store: Validation volumes, see `loaders.VolumeStore`.
         world: The ranks, which share the volumes out; none is counted twice.
@@ -74,6 +77,7 @@ class Validation:
             if i in self.shown:
                 self.kept[step, i] = recon
             seen = self.store.seen(i)
+            seen = None if seen is None else seen[self.store.part(i)]
             if seen is None or seen.any():  # a slice of which nothing counts has no score
                 mask = None if seen is None else torch.from_numpy(seen)
                 scores[i] = self.score(x, recon, mask)
@@ -102,7 +106,7 @@ class Validation:
         self, network: CustomVAE, index: int, recon: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return a volume `(C, X, Y, Z)` and its reconstruction, `recon` if given, on the CPU."""
-        x = torch.from_numpy(self.store.read(index))
+        x = torch.from_numpy(self.store.read(index, self.store.part(index)))
         if recon is None:
             mode = "full" if self.patch_size is None else "patch"
             patches = {"patch_size": self.patch_size, "overlap": self.overlap}
@@ -141,7 +145,8 @@ class Validation:
         if not self.shown:
             return
         if self.probes is None:
-            probed = [torch.from_numpy(self.store.read(i)) for i in self.volumes[:2]]
+            read = [self.store.read(i, self.store.part(i)) for i in self.volumes[:2]]
+            probed = [torch.from_numpy(x) for x in read]
             self.probes = LatentProbes(
                 probed,
                 self.patch_size,
