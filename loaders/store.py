@@ -60,6 +60,7 @@ from loaders.readers import (
     View,
     Volume,
     num_items,
+    url_of,
 )
 from loaders.series import time_points
 from loaders.subjects import Subject, names_of
@@ -591,9 +592,11 @@ def as_subjects(
         return subjects
     if subjects:
         raise ValueError(f"give subjects or paths, not both: {given[0]} is a path")
-    paths = [Path(os.path.abspath(path)) for path in given]
-    base = Path(os.path.commonpath([path.parent for path in paths]))
-    named = zip(names_of(paths, base), paths, strict=True)
+    places = [Path(os.path.abspath(path)) for path in given]  # of a URL for its name alone
+    base = Path(os.path.commonpath([place.parent for place in places]))
+    pairs = zip(given, places, strict=True)
+    paths = [Path(path) if url_of(path) else place for path, place in pairs]
+    named = zip(names_of(places, base), paths, strict=True)
     return list(time_points((Subject(id, (path,)) for id, path in named), reading))
 
 

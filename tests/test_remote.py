@@ -75,6 +75,8 @@ def test_stores_of_a_bucket_are_named_by_url_folder_glob_and_manifest(bucket, tm
         store = built(root, cache)
         assert store.ids == ids, root
         np.testing.assert_array_equal(store.read(0)[0], XYZ)
+    several = built(["s3://box/data/a.ome.zarr", "s3://box/data/deep/b.zarr"], cache)
+    assert several.ids == ["a", "deep__b"]
     (tmp_path / "list.csv").write_text(
         "path,id,label_map\ns3://box/data/deep/b.zarr,one,s3://box/data/deep/noname\n"
         "s3://box/data/c.h5:/raw,two,s3://box/data/a.ome.zarr\n"
