@@ -69,7 +69,7 @@ class Chain(nn.Sequential):
                 x = checkpoint(run, part, x, use_reentrant=False, context_fn=repetition)
         return x
 
-    def compile(self, **options) -> None:
+    def compile(self, **options: Any) -> None:
         """Compile the passes that have gradients, anew for each size; `options`: `torch.compile`'s.
 
         A graph for any size, torch's choice from the second size on, is slower, and for some sizes
@@ -78,6 +78,7 @@ class Chain(nn.Sequential):
         """
         super().compile(**{"dynamic": False} | options)
         compiled = self._compiled_call_impl
+        assert compiled is not None
 
         def call(x: Tensor) -> Tensor:
             return compiled(x) if torch.is_grad_enabled() else self._call_impl(x)

@@ -101,9 +101,9 @@ def _of_neighbors(
 ) -> Tensor:
     """An edge belongs to the rank of its first row."""
     rows = layout.slabs[-1][1]
-    pair = [layout.following(t, 1) for t in (x, recon)]
-    edges = pair[0].shape[2] - 1
-    gaps = [term.gap(*pair, 2) * (edges / (rows - 1)) if edges else 0 * pair[1].sum()]
+    longer_x, longer = layout.following(x, 1), layout.following(recon, 1)
+    edges = longer.shape[2] - 1
+    gaps = [term.gap(longer_x, longer, 2) * (edges / (rows - 1)) if edges else 0 * longer.sum()]
     gaps += [term.gap(x, recon, a) * layout.share for a in range(3, x.ndim) if x.shape[a] > 1]
     return add_up(gaps) / len(gaps)
 
