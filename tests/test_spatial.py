@@ -255,7 +255,7 @@ def bytes_of(world, vae, x):
 
 def test_ranks_send_as_many_bytes_as_the_documentation_says():
     """Channels times the rows that a layer sees of both neighbors, on the plane of its input."""
-    vae = tiny(3, channels=(4, 8), latent_channels=2).train()
+    vae = tiny(3).train()
     x = torch.rand(2, 1, *SHAPE[3])
     fine, coarse = 6 * 8, 3 * 4  # planes, filled up to whole cells
     encoder = (1 + 2 * 4) * 2 * fine + 4 * 2 * fine + (4 + 8 + 4 * 8 + 8) * 2 * coarse

@@ -107,7 +107,7 @@ def train_3d(
         terms.check((vae.out_channels, *patch_size), (vae.latent_channels, *grid))
     loading = data.loader_options(loop.threads)
     if sharding == "spatial":
-        check_slabs(vae, patching, patch_size, batch_size, augment, data)
+        check_slabs(vae, patching, patch_size, batch_size, augment, compile, data)
     check_beginning(init_from, ignore_keys, freeze, terms)
     vae.set_checkpointing(checkpointing)
     with (
@@ -241,6 +241,7 @@ def check_slabs(
     patch_size: tuple[int, ...],
     batch_size: int | Literal["auto"],
     augment: Augmentation | None,
+    compile: bool,
     data: DataConfig,
 ) -> None:
     """Refuse what `--sharding spatial` does not do.
@@ -251,6 +252,7 @@ def check_slabs(
         patch_size: Patch per axis [voxels].
         batch_size: Patches in a micro-batch, or auto.
         augment: Changes of patches on the device, or None.
+        compile: Whether the network is to be compiled.
         data: Which volumes and how they are read.
     """
     from vae3d.spatial.slabs import cut
@@ -258,6 +260,7 @@ def check_slabs(
     asked = {
         "--batch_size auto": batch_size == "auto",
         "--augment": augment is not None,
+        "--compile": compile,
         "--data.augment": bool(data.augment),
         "--data.mask": bool(data.mask),
     }

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vae3d.losses.term import Term
+from vae3d.models.norm import wide
 from vae3d.models.posterior import DiagonalGaussian, Quantized
 
 
@@ -39,4 +40,4 @@ class Commitment(Term):
     ) -> Tensor:
         """Return the mean squared distance."""
         assert isinstance(posterior, Quantized) and posterior.encoded is not None
-        return F.mse_loss(posterior.encoded.float(), posterior.mean.detach().float())
+        return F.mse_loss(wide(posterior.encoded), wide(posterior.mean.detach()))

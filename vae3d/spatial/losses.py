@@ -13,6 +13,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
+from vae3d.losses.commitment import Commitment
 from vae3d.losses.kl import KL
 from vae3d.losses.reconstruction import (
     L1,
@@ -101,10 +102,11 @@ def _of_neighbors(
 ) -> Tensor:
     """An edge belongs to the rank of its first row."""
     rows = layout.slabs[-1][1]
-    longer_x, longer = layout.following(x, 1), layout.following(recon, 1)
-    edges = longer.shape[2] - 1
-    gaps = [term.gap(longer_x, longer, 2) * (edges / (rows - 1)) if edges else 0 * longer.sum()]
-    gaps += [term.gap(x, recon, a) * layout.share for a in range(3, x.ndim) if x.shape[a] > 1]
+    a, b = (layout.following(t, 1) for t in (x, recon))
+    edges = a.shape[2] - 1
+    gaps = [term.gap(a, b, 2) * (edges / (rows - 1)) if edges else 0 * b.sum()]
+    others = [axis for axis in range(3, x.ndim) if x.shape[axis] > 1]
+    gaps += [term.gap(x, recon, axis) * layout.share for axis in others]
     return add_up(gaps) / len(gaps)
 
 
@@ -114,6 +116,7 @@ PARTS: dict[type[Term], Callable[..., Tensor]] = {
     Charbonnier: _of_voxels,
     LearnedVariance: _of_voxels,
     KL: _of_latents,
+    Commitment: _of_latents,  # of codes alone, which `network.check` refuses
     SSIM: _of_windows,
     GradientDifference: _of_neighbors,
 }

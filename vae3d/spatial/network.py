@@ -20,7 +20,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -226,7 +225,7 @@ def _mix_linearly(run: SlabVAE, module: attention.LinearAttention, normed: Tenso
     return module.joined(torch.einsum("bhnd,bhde->bhne", q, context), normed.shape)
 
 
-HANDLERS: dict[type, Callable[[SlabVAE, Any, Tensor], Tensor]] = {
+HANDLERS: dict[type, Callable[..., Tensor]] = {
     nn.Sequential: _sequential,
     custom_vae.Chain: _chain,
     blocks.Block: _block,
@@ -241,7 +240,7 @@ HANDLERS: dict[type, Callable[[SlabVAE, Any, Tensor], Tensor]] = {
         _attention,
     ),
 }
-MIXES: dict[type, Callable[[SlabVAE, Any, Tensor], Tensor]] = {
+MIXES: dict[type, Callable[..., Tensor]] = {
     attention.GlobalAttention: _mix_all,
     attention.PatchAttention: _mix_windows,
     attention.LinearAttention: _mix_linearly,

@@ -13,13 +13,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import accumulate, pairwise
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from vae3d.kernels.lean import Context
 from vae3d.kernels.moments import Moments, merged
 
 Rows = tuple[int, int]
@@ -125,15 +125,20 @@ def overlap(a: Rows, b: Rows) -> Rows:
     return max(a[0], b[0]), min(a[1], b[1])
 
 
+# What rows travel by: everybody's, and everybody's with those that they are to have.
+Cut = tuple[Layout, Sequence[Rows], Sequence[Rows]]
+Group = dist.ProcessGroup | None
+
+
 class Extended(torch.autograd.Function):
     """A slab with rows of other ranks before and after it."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, layout: Layout, owned: Sequence[Rows], extents: Sequence[Rows]
+        ctx: Context[Cut], x: Tensor, layout: Layout, owned: Sequence[Rows], extents: Sequence[Rows]
     ) -> Tensor:
         """Return the rows of this rank's extent."""
-        ctx.layout, ctx.owned, ctx.extents = layout, owned, extents
+        ctx.step = layout, owned, extents
         me, start = layout.rank, owned[layout.rank][0]
         sent, got = {}, {}
         for rank in range(layout.size):
@@ -150,9 +155,9 @@ class Extended(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Context[Cut], grad: Tensor) -> tuple[Tensor | None, ...]:
         """Send the gradients of others' rows to them, and add those of the own rows."""
-        layout, owned, extents = ctx.layout, ctx.owned, ctx.extents
+        layout, owned, extents = ctx.step
         me = layout.rank
         (first, _), (start, stop) = extents[me], owned[me]
         sent, got, places = {}, {}, {}
@@ -196,19 +201,19 @@ class Summed(torch.autograd.Function):
     """Sum over ranks, of which every rank goes on with the whole."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    def forward(ctx: Context[Group], x: Tensor, group: dist.ProcessGroup | None) -> Tensor:
         """Return the sum."""
-        ctx.group = group
+        ctx.step = group
         x = x.contiguous().clone()
         dist.all_reduce(x, group=group)
         return x
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Context[Group], grad: Tensor) -> tuple[Tensor | None, ...]:
         """Return the sum of what every rank made of the whole."""
         grad = grad.contiguous().clone()
-        dist.all_reduce(grad, group=ctx.group)
+        dist.all_reduce(grad, group=ctx.step)
         return grad, None
 
 
@@ -217,7 +222,7 @@ class SharedMoments(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, group: dist.ProcessGroup | None, batch: bool
+        ctx: Context[Group], x: Tensor, group: dist.ProcessGroup | None, batch: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return mean, variance and count `(B, C)`; `(1, C)` of the batch as a whole."""
         parts = []
@@ -236,18 +241,18 @@ class SharedMoments(torch.autograd.Function):
         count = counts.sum(0)
         ctx.save_for_backward(x, mean, count)
         ctx.mark_non_differentiable(count)
-        ctx.group = group
+        ctx.step = group
         return mean, m2 / count, count
 
     @staticmethod
     @once_differentiable
     def backward(
-        ctx: Any, grad_mean: Tensor, grad_var: Tensor, _: Tensor
+        ctx: Context[Group], grad_mean: Tensor, grad_var: Tensor, _: Tensor
     ) -> tuple[Tensor | None, ...]:
         """With n values: dx = dmean / n + dvar * 2 (x - mean) / n, gradients of all ranks added."""
         x, mean, count = ctx.saved_tensors
         grads = torch.stack([grad_mean, grad_var])
-        dist.all_reduce(grads, group=ctx.group)
+        dist.all_reduce(grads, group=ctx.step)
         grad_mean, grad_var = grads / count
         wide = torch.promote_types(x.dtype, torch.float32)
         shape = (len(mean), -1, *(1,) * (x.dim() - 2))

@@ -40,14 +40,14 @@ class SlabTask(VAETask):
         layout = Layout(batch.rows, self.network.factor[0])
         halves = SlabVAE(self.network, layout)
         posterior = halves.encode(x)
-        noise = self.noise(batch, step, posterior.mean, layout)
+        noise = self.noise(batch.index, step, posterior.mean, layout)
         recon = halves.crop(halves.decode(posterior.mean + posterior.std * noise), x)
         return self.loss(x, recon, posterior, step, take=SlabTerms(layout))
 
-    def noise(self, batch: Any, step: int, like: Tensor, layout: Layout) -> Tensor:
+    def noise(self, index: Tensor, step: int, like: Tensor, layout: Layout) -> Tensor:
         """This rank's rows of the noise that one process draws of each whole sample."""
         rows = layout.rows(like.shape[2])
         shape = (like.shape[1], rows[-1][1], *like.shape[3:])
-        draws = [noise_of_sample(shape, self.seed, step, int(i), like.device) for i in batch.index]
+        draws = [noise_of_sample(shape, self.seed, step, int(i), like.device) for i in index]
         lo, hi = rows[layout.rank]
         return torch.stack(draws)[:, :, lo:hi]
