@@ -25,10 +25,10 @@ demo: $(STAMP)
 	$(BIN)/python evaluate.py --checkpoint runs/demo --data.root data/demo --mode patch --overlap 0.25 --out_dir runs/demo/evaluation
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -q -n 2 -m 'not slow and not gpu'
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal -m 'not slow and not gpu'
 
 test-slow: $(STAMP)
-	$(BIN)/python -m pytest -q -n 2 -m 'slow and not gpu'
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal -m 'slow and not gpu'
 
 style: $(STAMP)
 	$(BIN)/ruff check .

@@ -42,7 +42,7 @@ from vae3d.config import main, parse
 from vae3d.inference.baselines import BlockPCA, pooled
 from vae3d.inference.metrics import METRICS
 from vae3d.models.custom_vae import CustomVAE
-from vae3d.models.posterior import DiagonalGaussian
+from vae3d.models.posterior import DiagonalGaussian, LogVarianceHead
 from vae3d.recipes import find_recipe
 
 
@@ -51,7 +51,7 @@ class Peer(CustomVAE):
 
     def __init__(self, latent_channels: int, levels: int):
         nn.Module.__init__(self)
-        self.linear_code = None
+        self.linear_code, self.head = None, LogVarianceHead()
         self.spatial_dims, self.in_channels, self.out_channels = 3, 1, 1
         self.latent_channels, self.factor = latent_channels, (2**levels,) * 3
 

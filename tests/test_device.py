@@ -106,7 +106,7 @@ def test_what_a_pass_takes_is_its_peak_beside_what_was_there(monkeypatch):
 def test_a_volume_goes_to_the_gpu_whole_where_it_is_little_there(free, there, monkeypatch):
     monkeypatch.setattr(coding_module, "_home", lambda _: torch.device("cuda"))
     monkeypatch.setattr(coding_module, "free_bytes", lambda _: free)
-    volume = SimpleNamespace(device=torch.device("cpu"), nbytes=100, to=lambda device: device.type)
+    volume = SimpleNamespace(device=torch.device("cpu"), shape=(25,), to=lambda device: device.type)
     assert coding_module._near(None, volume, 50) == ("cuda" if there else volume)
 
 
@@ -212,7 +212,7 @@ def test_statistics_taken_at_once_are_those_taken_block_by_block(monkeypatch):
         device = on_gpu
 
     monkeypatch.setattr(
-        "vae3d.exact.nodes.of_blocks", lambda values: of_blocks(values.as_subclass(There))
+        "vae3d.kernels.moments.of_blocks", lambda values: of_blocks(values.as_subclass(There))
     )
     together.update(tile)
     for a, b in ((together.mean, singly.mean), (together.m2, singly.m2)):

@@ -303,7 +303,7 @@ def test_memory_maps_go_in_and_out(tmp_path):
     assert decode_exact(vae, posterior.mean, out=out, size=(15, 12, 9)) is out
     with torch.no_grad():
         full = vae(torch.from_numpy(np.array(x))[None])[0][0, :, :15, :, :9]
-    np.testing.assert_allclose(out, full, atol=1e-5)
+    np.testing.assert_allclose(out, full, rtol=0, atol=1e-5 * float(full.abs().max()))
 
 
 def test_parameters_and_input_are_left_alone():
@@ -341,6 +341,7 @@ def test_what_is_stored_stays_within_the_budget(memory_gb, held_bytes, monkeypat
     assert 0 < max(held_bytes) <= memory_gb * 2**30
 
 
+@pytest.mark.slow
 def test_every_way_to_save_memory_gives_the_full_pass(monkeypatch):
     """Stored with or without the shortcut, computed again, or in a file, as the budget asks."""
     monkeypatch.setattr(executor, "GRAIN", 0)

@@ -26,6 +26,7 @@ def numbers(vae, seed=0):
     return vae
 
 
+@pytest.mark.slow
 def test_a_folder_is_read_without_vae3d_and_agrees_at_other_sizes(tmp_path, capsys):
     vae = numbers(tiny_vae(linear_code=True, latent_scale=0.5))
     vae.contract = {"preprocess": {"intensity": "symmetric"}, "patch_size": [8, 4, 8]}

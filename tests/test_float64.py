@@ -12,13 +12,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from vae3d.losses.adversarial import Adversarial, PatchDiscriminator
+from vae3d.losses.commitment import Commitment
 from vae3d.losses.kl import KL
 from vae3d.losses.perceptual import Perceptual
 from vae3d.losses.reconstruction import SSIM, Pointwise
 from vae3d.losses.term import Decoding, Disturbance, Term
 from vae3d.losses.vae_loss import VAELoss
 from vae3d.models.custom_vae import CustomVAE
-from vae3d.models.posterior import PosteriorHead
+from vae3d.models.posterior import FSQ, VQ, PosteriorHead, Quantized
 from vae3d.training.ema import EMA
 
 SHAPE = {2: (2, 1, 11, 14), 3: (2, 1, 8, 12, 10)}
@@ -27,6 +28,7 @@ OPTIONS = {  # of terms that do not come with defaults for tiny volumes
     Perceptual: {"network": Spy, "view": "slices", "num_slices": 2},
     KL: {"target_std": 1.0, "free_bits": 0.1},
 }
+HEADS_OF_CODES = {FSQ: partial(FSQ, (5, 3)), VQ: partial(VQ, 16)}
 TERMS = [t for t in subclasses(Term) if t is not Pointwise and t is not Disturbance]
 
 
@@ -50,7 +52,10 @@ def assert_wide(vae, x):
     vae, x = vae.double().train(), x.double().requires_grad_()
     with NoRounding():
         recon, posterior = CustomVAE.forward(vae, x, True)
-        (recon.square().sum() + posterior.kl()).backward()
+        loss = recon.square().sum()
+        if not isinstance(posterior, Quantized):
+            loss = loss + posterior.kl()
+        loss.backward()
     assert {t.dtype for t in (recon, posterior.mean, x.grad)} == {torch.float64}
 
 
@@ -71,9 +76,10 @@ def test_every_norm_keeps_float64(norm):
     assert_wide(tiny(norm=norm), torch.rand(SHAPE[3]))
 
 
-@pytest.mark.parametrize("head", list(subclasses(PosteriorHead)))
+@pytest.mark.parametrize("head", list(subclasses(PosteriorHead)), ids=ids)
 def test_every_posterior_and_the_linear_code_keep_float64(head):
-    assert_wide(tiny(posterior=head, linear_code=True), torch.rand(SHAPE[3]))
+    made = HEADS_OF_CODES.get(head, head)
+    assert_wide(tiny(posterior=made, linear_code=made is head), torch.rand(SHAPE[3]))
 
 
 @pytest.mark.parametrize("preset", list(subclasses(CustomVAE)), ids=ids)
@@ -84,9 +90,10 @@ def test_every_preset_keeps_float64(preset):
 @pytest.mark.parametrize("term", TERMS, ids=ids)
 def test_every_term_of_the_loss_keeps_float64(term):
     made = partial(term, **OPTIONS.get(term, {}))
-    sockets = {KL: "kl", Perceptual: "perceptual"}
+    sockets = {KL: "kl", Perceptual: "perceptual", Commitment: "commitment"}
     options = {sockets[term]: made} if term in sockets else {"extra": (made,)}
-    assert_wide_loss(VAELoss(**options))
+    heads = {"posterior": HEADS_OF_CODES[VQ]} if term is Commitment else {}
+    assert_wide_loss(VAELoss(**options), **heads)
 
 
 def test_an_adversarial_loss_keeps_float64_on_both_sides():
@@ -95,8 +102,8 @@ def test_an_adversarial_loss_keeps_float64_on_both_sides():
     assert_wide_loss(VAELoss(adversarial=game))
 
 
-def assert_wide_loss(loss):
-    vae, loss = tiny().double().train(), loss.double()
+def assert_wide_loss(loss, **network):
+    vae, loss = tiny(**network).double().train(), loss.double()
     x = torch.rand(SHAPE[3], dtype=torch.float64)
     noise = torch.Generator().manual_seed(0)
 

@@ -16,6 +16,7 @@ from vae3d.commands.decode import decode
 from vae3d.commands.encode import VolumeSource, encode
 from vae3d.commands.evaluate import EvaluationData, evaluate
 from vae3d.commands.sample import sample
+from vae3d.models.posterior import LogVarianceHead
 from vae3d.stage2.latents import read_latent
 from vae3d.training.checkpoint import checkpoint_of, load_model, load_vae, write_atomic
 
@@ -128,6 +129,7 @@ def test_a_file_goes_to_a_latent_and_back_with_intensities_and_affine(tmp_path, 
         """Codes nothing away, so that what comes back is what went in."""
 
         spatial_dims, in_channels, factor, contract = 3, 1, (1, 1, 1), trained_vae().contract
+        out_channels, head = 1, LogVarianceHead()
 
         def parameters(self):
             return iter([torch.zeros(1)])

@@ -105,6 +105,7 @@ def saved_bytes(net, x):
     return sum(kept.values())
 
 
+@pytest.mark.slow
 def test_in_bfloat16_a_fraction_of_what_monai_and_the_layers_keep_is_kept():
     from monai.networks.nets import AutoencoderKL  # here: the tests of a GPU go without
 

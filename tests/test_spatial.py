@@ -209,6 +209,7 @@ def assert_equal(ranks, cases):
     assert not faults, "\n".join(faults)
 
 
+@pytest.mark.slow
 def test_two_ranks_compute_every_layer_as_one_process_does():
     assert_equal(2, cases_of(sockets(2), 2, torch.float64))
 

@@ -127,7 +127,9 @@ def write(folder, text):
     return path
 
 
-@pytest.mark.parametrize("extra", ["", GAN], ids=["plain", "gan"])
+@pytest.mark.parametrize(
+    "extra", ["", pytest.param(GAN, marks=pytest.mark.slow)], ids=["plain", "gan"]
+)
 def test_killed_at_random_moments_a_run_ends_as_one_never_killed(options, tmp_path, volumes, extra):
     (tmp_path / "tiny.yaml").write_text(TINY + extra)
     start = time.monotonic()

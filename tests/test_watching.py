@@ -330,6 +330,7 @@ def test_the_page_shows_the_run(run, tmp_path):
     assert all(link.startswith("data:") for link in document.links)
 
 
+@pytest.mark.slow
 def test_the_notebook_runs_and_shows_volume_error_and_metrics(run, tmp_path, monkeypatch):
     import nbformat
     from nbclient import NotebookClient

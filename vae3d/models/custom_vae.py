@@ -69,7 +69,7 @@ class Chain(nn.Sequential):
                 x = checkpoint(run, part, x, use_reentrant=False, context_fn=repetition)
         return x
 
-    def compile(self, **options: Any) -> None:
+    def compile(self, **options: object) -> None:
         """Compile the passes that have gradients, anew for each size; `options`: `torch.compile`'s.
 
         A graph for any size, torch's choice from the second size on, is slower, and for some sizes
