@@ -262,7 +262,7 @@ def test_a_volume_too_large_for_memory_has_the_same_numbers(tmp_path, monkeypatc
     store = VolumeStore.build([path], tmp_path / "cache", progress=False)
     torch.manual_seed(0)
     vae = tiny_vae(spatial_dims=dims).eval()
-    how = vars(Coding(mode, patch_size=(8,) * dims, overlap=2))
+    how = vars(Coding("patch", patch_size=(8,) * dims, overlap=2))
     rows: list[dict] = []
     for name, limit in (("memory", large.LARGE), ("disk", 0)):
         monkeypatch.setattr(large, "LARGE", limit)
@@ -310,31 +310,25 @@ from functools import partial
 from pathlib import Path
 from loaders import VolumeStore
 from vae3d.inference.evaluation import Evaluator
-from vae3d.inference.reconstruct import Coding, autoencode, volume_of
+from vae3d.inference.reconstruct import Coding
 from vae3d.kernels import large
 from vae3d.models.custom_vae import CustomVAE
 from vae3d.models.norm import NoNorm
-from loaders.undo import write_undone
 large.LARGE = 2**20
 torch.manual_seed(0)
 vae = CustomVAE(channels=(2, 4, 4), num_res_blocks=1, norm=NoNorm, latent_channels=1).eval()
-path, out, mode = sys.argv[1:]
+path, out = sys.argv[1:]
 store = VolumeStore.build([path], f"{out}/cache", progress=False, cache_gb=0.02)
-how = vars(Coding(mode, patch_size=(64, 64, 64), overlap=0, memory_gb=0.03))
+how = vars(Coding("patch", patch_size=(64, 64, 64), overlap=0))
 print("ready", flush=True)
 sys.stdin.readline()
-if mode == "exact":  # what is measured then is as in mode patch
-    recon = autoencode(vae, volume_of(store, 0), folder=Path(out), **how)[0]
-    write_undone(Path(out, "recon"), "a", recon, store.undo_record(0))
-else:
-    Evaluator(vae, store, Path(out), how, patch_gap=False, media=False).volume(0)
+Evaluator(vae, store, Path(out), how, patch_gap=False, media=False).volume(0)
 """
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="Linux counts its memory")
-@pytest.mark.parametrize("mode", ["patch", "exact"])
-def test_neither_input_nor_output_of_an_evaluation_is_whole_in_memory(tmp_path, mode):
+def test_neither_input_nor_output_of_an_evaluation_is_whole_in_memory(tmp_path):
     shape = (96, 128, 3072)  # z, y, x: 151 MB as float32; its length must not matter
     made = write(tmp_path / "a.zarr", shape, np.uint16, (64, 64, 64), names="zyx")
     plane = np.add.outer(np.arange(shape[1]), np.arange(shape[2])).astype(np.uint16)
@@ -343,7 +337,7 @@ def test_neither_input_nor_output_of_an_evaluation_is_whole_in_memory(tmp_path, 
     kept = dict.fromkeys(("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"), "262144")
     environment = {**os.environ, **kept, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     child = subprocess.Popen(
-        [sys.executable, "-c", MEMORY, tmp_path / "a.zarr", tmp_path / "out", mode],
+        [sys.executable, "-c", MEMORY, tmp_path / "a.zarr", tmp_path / "out"],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment,
     )  # fmt: skip
     assert child.stdout.readline() == "ready\n"
@@ -354,7 +348,6 @@ def test_neither_input_nor_output_of_an_evaluation_is_whole_in_memory(tmp_path, 
     threading.Thread(target=lambda: (child.wait(), done.set()), daemon=True).start()
     while not done.wait(0.02):
         peak = max(peak, anonymous(child.pid))
-    print(mode, started, peak)
     assert child.returncode == 0
     assert peak - started < 250  # MB; volume, reconstruction and source together have 453
     assert read_volume(tmp_path / "out" / "recon" / "a.ome.zarr").data.shape == (1, *shape[::-1])
