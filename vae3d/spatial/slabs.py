@@ -140,14 +140,9 @@ class Extended(torch.autograd.Function):
         """Return the rows of this rank's extent."""
         ctx.step = layout, owned, extents
         me, start = layout.rank, owned[layout.rank][0]
-        sent, got = {}, {}
-        for rank in range(layout.size):
-            lo, hi = overlap(extents[rank], owned[me])
-            if rank != me and lo < hi:
-                sent[rank] = x[:, :, lo - start : hi - start]
-            lo, hi = overlap(extents[me], owned[rank])
-            if rank != me and lo < hi:
-                got[rank] = (len(x), x.shape[1], hi - lo, *x.shape[3:])
+        there, here = shared(owned, extents, me), shared(extents, owned, me)
+        sent = {rank: x[:, :, lo - start : hi - start] for rank, (lo, hi) in there.items()}
+        got = {rank: (*x.shape[:2], hi - lo, *x.shape[3:]) for rank, (lo, hi) in here.items()}
         parts = exchange(layout, sent, got, x)
         before = [parts[rank] for rank in sorted(parts) if rank < me]
         after = [parts[rank] for rank in sorted(parts) if rank > me]
@@ -160,20 +155,22 @@ class Extended(torch.autograd.Function):
         layout, owned, extents = ctx.step
         me = layout.rank
         (first, _), (start, stop) = extents[me], owned[me]
-        sent, got, places = {}, {}, {}
-        for rank in range(layout.size):
-            lo, hi = overlap(extents[me], owned[rank])
-            if rank != me and lo < hi:
-                sent[rank] = grad[:, :, lo - first : hi - first]
-            lo, hi = overlap(extents[rank], owned[me])
-            if rank != me and lo < hi:
-                got[rank] = (len(grad), grad.shape[1], hi - lo, *grad.shape[3:])
-                places[rank] = slice(lo - start, hi - start)
+        there, here = shared(owned, extents, me), shared(extents, owned, me)
+        sent = {rank: grad[:, :, lo - first : hi - first] for rank, (lo, hi) in here.items()}
+        got = {
+            rank: (*grad.shape[:2], hi - lo, *grad.shape[3:]) for rank, (lo, hi) in there.items()
+        }
         parts = exchange(layout, sent, got, grad)
         own = grad[:, :, start - first : stop - first].clone()
-        for rank in sorted(parts):
-            own[:, :, places[rank]] += parts[rank]
+        for rank, (lo, hi) in there.items():  # by rank: sums have one order
+            own[:, :, lo - start : hi - start] += parts[rank]
         return own, None, None, None
+
+
+def shared(mine: Sequence[Rows], others: Sequence[Rows], me: int) -> dict[int, Rows]:
+    """Rows of rank `me` in `mine` that each other rank has in `others`, where there are some."""
+    pairs = {rank: overlap(rows, mine[me]) for rank, rows in enumerate(others) if rank != me}
+    return {rank: (lo, hi) for rank, (lo, hi) in pairs.items() if lo < hi}
 
 
 def exchange(
