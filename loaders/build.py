@@ -709,7 +709,7 @@ def draw_labels_in_place(
         seed: Of the draw.
     """
     if not is_store(path):
-        raise BrokenVolume(path, "the label map of a volume that stays in zarr or HDF5 is such too")
+        raise BrokenVolume(path, "the label map of a volume that stays where it is does so too")
     label = whole_numbers(small_label_map(path), path)
     values, rng = label.data[0], np.random.default_rng(seed)
     to_volume = np.linalg.solve(affine, label.affine)

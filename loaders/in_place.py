@@ -1,4 +1,4 @@
-"""Volumes that stay where they are: what a patch needs is read out of zarr or HDF5 when it does.
+"""Volumes that stay where they are: what a patch needs is read out of them when it does.
 
 Turned axes are views, another voxel size is another level of the store. What would need a copy is
 refused by name. Statistics come from the coarsest level that suffices, else from blocks drawn over

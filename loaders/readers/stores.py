@@ -1,4 +1,4 @@
-"""Volumes in zarr and HDF5: (C, X, Y, Z) as a view of an array that stays where it is."""
+"""Volumes in stores: (C, X, Y, Z) as a view of an array that stays where it is."""
 
 from __future__ import annotations
 
@@ -205,7 +205,7 @@ def view_of(image: Image, level: int, reading: Reading, time: int | None = None)
     if time is None and times > 1 and reading.volumes_4d != "first":
         how = "choose one by data.time_point, or set data.volumes_4d to first or samples"
         raise BrokenVolume(name, f"has {times} time points: {how}")
-    channels = chosen(image, shape.get("C", 1), reading)
+    channels = chosen(image, shape.get("C", 1) - image.alpha, reading)
     sizes = [shape.get(letter, 1) for letter in "XYZ"]
     box = box_of(name, sizes, reading.region) if reading.region is not None else None
     return View(place, image.axes, time or 0, channels, box, nan=reading.nan)
@@ -242,7 +242,7 @@ def look_of_view(image: Image, view: View) -> Volume:
 
 
 def read_store(path: Path, reading: Reading) -> Volume:
-    """A zarr or HDF5 image, read whole; time points one after the other within each channel."""
+    """An image in a store, read whole; time points one after the other within each channel."""
     image = describe(path)
     count = times_of(image, reading)
     level = reading.level or 0
