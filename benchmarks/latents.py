@@ -11,7 +11,7 @@ and steps for all, samples, and `vae3d compare` of these with volumes that neith
 All arms with the linear code come first, and of these all have their first seed before any has its
 second. Each arm's numbers go into latents.json beside this script when it is done; the same command
 again continues where it stopped. Printed are means over seeds, and differences from the plain arm
-of the same seed and code with 95 % intervals (Student's t). An arm takes 1 to 2 core-minutes.
+of the same seed and code with 95 % intervals (Student's t). An arm takes 2 to 3 core-minutes.
 """
 
 from __future__ import annotations
@@ -101,8 +101,8 @@ class Stage:
 
 
 STAGES = {
-    "A": Stage((0, 1, 2), (True, False), 8.0, (16,), 200, 250, 24, 3),
-    "B": Stage((0, 1), (True,), 4.0, (16, 32), 200, 250, 24, 2),
+    "A": Stage((0, 1, 2), (True, False), 8.0, (16,), 200, 600, 24, 3),
+    "B": Stage((0, 1), (True,), 4.0, (16, 32), 200, 600, 24, 2),
 }
 
 
