@@ -94,6 +94,7 @@ def run(recipe: str, root: str, folder: Path, steps: int | None, plain: bool, se
         wandb="disabled", device="cpu", trust=("__main__",),
     )  # fmt: skip
     measured = json.loads((folder / "evaluation" / "summary.json").read_text())["metrics"]
+    shutil.move(folder / "metrics.jsonl", folder.with_suffix(".jsonl"))
     shutil.rmtree(folder)
     found = {name: measured[name]["mean"] for name in COLUMNS[:4]}
     return found | {"spike": highest_spike(errors, linear), "cpu_s": spent}
@@ -139,7 +140,7 @@ def seeds(
         steps: Updates; null for the recipe's own.
         seeds: Seeds of the runs.
         plain: Leave the linear code out.
-        out_dir: Where runs lie while they are made, and the cache.
+        out_dir: Where runs lie while they are made, the cache, and the steps of each run.
     """
     torch.set_num_threads(1)
     results = json.loads(KEPT.read_text()) if KEPT.is_file() else {}
