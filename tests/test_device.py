@@ -34,6 +34,7 @@ from vae3d.kernels.precision import exact_float32, settle_float32
 from vae3d.losses.vae_loss import VAELoss
 from vae3d.models.blocks import ResBlock
 from vae3d.models.norm import BatchNorm, GroupNorm
+from vae3d.spectrum import pooled_to, resized, spectral_gap
 from vae3d.training import distributed
 from vae3d.training.augment import Augmentation, resampled
 from vae3d.training.checkpoint import load_checkpoint
@@ -346,6 +347,23 @@ def test_batch_norm_does_not_send_its_count_to_the_device():
     with Bus() as bus:
         norm(torch.empty(2, 4, 8, 8, 8, device=META))
     assert not bus.copies
+
+
+@pytest.mark.parametrize(
+    "run",
+    [
+        lambda x, z: spectral_gap(pooled_to(x, z.shape[2:]), z),
+        lambda x, z: resized(x, z.shape[2:]),
+    ],
+    ids=["SpectrumMatching", "ScaleEquivariance"],
+)
+def test_matrices_of_terms_for_latents_go_to_the_device_once_not_in_each_step(run):
+    x, z = (torch.empty(2, 1, *shape, device=META) for shape in ((16, 12, 8), (8, 6, 4)))
+    with Bus() as before:
+        run(x, z)
+    with Bus() as after:
+        run(x, z)
+    assert before.copies and not after.copies
 
 
 def half_sharded(world, folder):

@@ -17,9 +17,8 @@ from vae3d.training.augment import Augmentation
 from vae3d.training.options import Loop, as_options, spread
 
 if TYPE_CHECKING:
-    from vae3d.kernels.precision import Amp
     from vae3d.training.distributed import World
-    from vae3d.training.task import VAETask
+    from vae3d.training.memory import Trial
 
 
 @spread
@@ -89,7 +88,7 @@ def train_3d(
     from vae3d.training.distributed import World, open_world
     from vae3d.training.facts import facts, largest
     from vae3d.training.linear_code import fit_linear_code
-    from vae3d.training.memory import telling_of_device
+    from vae3d.training.memory import Trial, telling_of_device
     from vae3d.training.run import Run
     from vae3d.training.slabs import SlabTask
     from vae3d.training.task import VAETask
@@ -151,7 +150,8 @@ def train_3d(
             cut_slabs(smallest, world.size, vae.factor[0])
         begun_with = state["batch_size"] if state else None
         weights = training.num_weights
-        batch = settled_batch(batch_size, begun_with, task, sample, amp, world, weights)
+        trial = Trial(task, (vae.in_channels, *sample), amp, weights, patching is not None)
+        batch = settled_batch(batch_size, begun_with, trial, world)
         cut = partial(
             PatchLoader,
             training,
@@ -325,32 +325,20 @@ def begin_with(
 
 
 def settled_batch(
-    asked: int | Literal["auto"],
-    begun_with: int | None,
-    task: VAETask,
-    sample: tuple[int, ...],
-    amp: Amp,
-    world: World,
-    num_weights: int = 0,
+    asked: int | Literal["auto"], begun_with: int | None, trial: Trial, world: World
 ) -> int:
     """The batch that was asked for, or that a run began with; else the largest, found by trying.
 
     Args:
         asked: `--batch_size`.
         begun_with: The batch of the run that is continued, or None.
-        task: What is trained.
-        sample: Spatial shape of a sample [voxels].
-        amp: off | bf16 | fp16.
+        trial: Finds it.
         world: The ranks; it has to fit on each.
-        num_weights: Channels of the weights of voxels; 0 without masks.
     """
     if asked != "auto":
         return asked
     if begun_with:
         return begun_with
-    from vae3d.training.memory import Trial
-
-    trial = Trial(task, (task.network.in_channels, *sample), amp, num_weights)
     size = min(world.gather(trial.largest_batch()))
     if world.is_main:
         print(f"batch_size auto: {size} on each rank", flush=True)

@@ -10,6 +10,7 @@ from vae3d.exact.executor import WORTH_TELLING, half_of_free
 from vae3d.inference.costs import BOTH, What, cost, gib
 from vae3d.inference.reconstruct import Coding
 from vae3d.inference.stitching import Stitcher
+from vae3d.kernels.precision import faults_of_conv3d
 from vae3d.models.attention import GlobalAttention
 from vae3d.models.custom_vae import CustomVAE
 
@@ -19,7 +20,7 @@ MANY = 1.2  # passes through the network for each voxel from which another mode 
 def told(
     coding: Coding, vae: CustomVAE, shapes: Sequence[Sequence[int]], what: Sequence[What] = BOTH
 ) -> str:
-    """One line: which mode, what it costs, and whether another is cheaper.
+    """One line: which mode, what it costs, whether another is cheaper, and known faults.
 
     Args:
         coding: How volumes will go through the network.
@@ -53,6 +54,8 @@ def told(
         facts += [f"each voxel goes through the network {passes:.1f} times"]
         if coding.mode == "patch":
             hints += [f"--mode auto: {once}, and the exact result"]
+    if vae.spatial_dims == 3:
+        hints += faults_of_conv3d(_device(vae), coding.amp)
     line = f"{' and '.join(heads)} of {upto}{largest}"
     return "; ".join([": ".join(filter(None, [line, ", ".join(facts)])), *dict.fromkeys(hints)])
 
