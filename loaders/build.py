@@ -23,7 +23,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from loaders.compressed import compress
-from loaders.in_place import find_in_place, small_label_map, stays
+from loaders.in_place import find_in_place, fitted, small_label_map, stays
 from loaders.masks import hide, nearest, read_weights
 from loaders.preprocess import (
     Preprocess,
@@ -301,31 +301,37 @@ class Builder:
         if (meta := self.sidecar(key)) is not None:
             return meta
         seed = int(key[:8], 16)
-        sample, header = found.sample(seed), found.header
+        sample = found.sample(seed)
         stats, tables = measured(Volume(sample.data), subject.paths[0])
-        lowest = min(one["min"] for one in stats)
         meta = {
-            "key": key,
             "scale": [1.0] * len(stats),
             "offset": [0.0] * len(stats),
             "statistics": stats,
+        }
+        bounds = foreground_bounds(meta, self.preprocess.rules)
+        found = fitted(found, sample, bounds, self.preprocess)
+        header, array = found.header, found.view.open()
+        lowest = min(one["min"] for one in stats)
+        meta |= {
+            "key": key,
             "affine": header.affine.tolist(),
             "spacing_mm": list(header.spacing_mm),
             "undo": found.record,
             "notes": list(header.notes),
             "look": asdict(header.look),
             "file": str(found.view.place),
-            "shape": list(found.levels[0].shape),
-            "dtype": found.levels[0].dtype.str,
+            "shape": list(array.shape),
+            "dtype": array.dtype.str,
             "start": 0,
             "num_bytes": 0,
             "view": asdict(replace(found.view, fill=lowest)),
-            "chunks": list(found.levels[0].chunks),
-            "lead": list(found.levels[0].lead),
+            "chunks": list(array.chunks),
+            "lead": list(array.lead),
         }
-        bounds = foreground_bounds(meta, self.preprocess.rules)
         points = foreground_points(sample.data[0], *bounds, True, seed)
-        self.write_sidecar(meta, sample.to_volume(points, meta["shape"][1:]), tables)
+        whole = sample.to_volume(points, found.levels[0].shape[1:])
+        low, _ = found.record.get("crop", ([0, 0, 0], None))
+        self.write_sidecar(meta, whole - np.array(low, np.int32), tables)
         return meta
 
     def write_digests(self) -> None:
@@ -709,7 +715,7 @@ def draw_labels_in_place(
         seed: Of the draw.
     """
     if not is_store(path):
-        raise BrokenVolume(path, "the label map of a volume that stays in zarr or HDF5 is such too")
+        raise BrokenVolume(path, "the label map of a volume that stays where it is does so too")
     label = whole_numbers(small_label_map(path), path)
     values, rng = label.data[0], np.random.default_rng(seed)
     to_volume = np.linalg.solve(affine, label.affine)

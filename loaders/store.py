@@ -1,6 +1,6 @@
 """The cache of volumes: one uncompressed array per volume, read by memory map.
 
-Of a volume that stays where it is, zarr or HDF5, the cache holds all but the array.
+Of a volume that stays where it is, zarr, HDF5 or large TIFF, the cache holds all but the array.
 
 Each volume lies in the cache once, in its file's own dtype, C order, as `<key>.npy` with
 `<key>.json` beside it; the key is a hash of the source's bytes and of the geometry part of the

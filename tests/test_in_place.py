@@ -133,15 +133,63 @@ def test_the_level_is_chosen_by_number_or_by_the_voxel_size_that_is_asked_for(tm
         built(path, tmp_path / "cache", level=2)
 
 
+TURNED = {"x": "right-to-left", "y": "anterior-to-posterior", "z": "inferior-to-superior"}
+
+
 @pytest.mark.parametrize(
     "options",
-    [{"crop_foreground": True}, {"pad_to_multiple": 32}],
+    [
+        {"crop_foreground": True},
+        {"crop_foreground": True, "crop_margin_mm": 2.0},
+        {"pad_to_multiple": 32},
+        {"pad_to_multiple": 7, "crop_foreground": True, "crop_margin_mm": 0.6},
+    ],
 )
-def test_what_needs_a_copy_is_refused_by_name_with_the_remedy(tmp_path, options):
-    path = ome(tmp_path / "a.zarr", [voxels(24, 20, 16)])
-    with pytest.raises(BrokenVolume, match=f"{next(iter(options))}.*--data.in_place false"):
-        built(path, tmp_path / "cache", Preprocess(**options))
-    assert built(path, tmp_path / "cache", Preprocess(**options), in_place=False)
+def test_crop_and_padding_are_views_with_the_numbers_of_a_copy(tmp_path, options):
+    path = ome(tmp_path / "a.zarr", [voxels(24, 20, 16)], orientation=TURNED, unit="millimeter")
+    here = built(path, tmp_path / "cache", Preprocess(**options))
+    copy = built(path, tmp_path / "cache", Preprocess(**options), in_place=False)
+    assert here.chunks(0) == (8, 8, 8) and copy.chunks(0) is None
+    assert here.shape(0) == copy.shape(0) != (1, 16, 20, 24)
+    x = here.read(0)
+    np.testing.assert_array_equal(x, copy.read(0))
+    for box in itertools.product((slice(0, 3), slice(5, 9)), (slice(2, 9),), (slice(3, None),)):
+        np.testing.assert_array_equal(here.read(0, box), x[(slice(None), *box)])
+    for what in ("affine", "undo", "statistics"):
+        assert here.meta(0)[what] == copy.meta(0)[what]
+    np.testing.assert_array_equal(here.undo(0, x).data, copy.undo(0, x).data)
+    raw = np.array([here.array(0)[(slice(None), *(slice(n, n + 1) for n in point))].item()
+                    for point in here.foreground_points(0)[:50].tolist()])  # fmt: skip
+    assert (raw > here.meta(0)["statistics"][0]["foreground_threshold"]).all()
+    loaders = [PatchLoader(s, (8, 8, 8), patches_per_volume=9, threads=0) for s in (here, copy)]
+    for one, other in zip(*loaders, strict=True):
+        np.testing.assert_array_equal(one.image, other.image)
+
+
+def test_the_foreground_is_looked_for_in_a_coarse_level_and_refused_without(tmp_path, monkeypatch):
+    monkeypatch.setattr("loaders.in_place.ENOUGH", 100)
+    monkeypatch.setattr("loaders.in_place.MOST", 2000)
+    zyx = np.full((24, 20, 16), 100, np.uint16)
+    zyx[7:13, 4:10, 5:12] = 1000
+    levels = [zyx, halved(zyx)]
+    crop = Preprocess(intensity="raw", orient_ras=False, crop_foreground=True)
+    store = built(ome(tmp_path / "a.zarr", levels), tmp_path / "cache", crop)
+    # Every other voxel from the first one on: its box in voxels of the finest level, outward.
+    assert store.meta(0)["undo"]["crop"] == [[6, 4, 8], [12, 10, 14]]
+    np.testing.assert_array_equal(store.read(0)[0], zyx[8:14, 4:10, 6:12].T)
+    with pytest.raises(BrokenVolume, match=r"crop_foreground without a level of at most 2000 vox"):
+        built(ome(tmp_path / "b.zarr", [zyx]), tmp_path / "cache", crop)
+    assert built(tmp_path / "b.zarr", tmp_path / "cache", crop, in_place=False)
+
+
+def test_what_needs_a_copy_is_refused_by_name_with_the_remedy(tmp_path):
+    ome(tmp_path / "a.zarr", [voxels(24, 20, 16)])
+    ome(tmp_path / "b.zarr", [voxels(24, 20, 16)])
+    (tmp_path / "list.csv").write_text("path\na.zarr;b.zarr\n")
+    with pytest.raises(BrokenVolume, match=r"several files as channels does.*in_place false"):
+        built(tmp_path / "list.csv", tmp_path / "cache")
+    with pytest.raises(BrokenVolume, match=r"data\.color gray does.*--data\.in_place false"):
+        built(tmp_path / "a.zarr", tmp_path / "cache", color="gray")
 
 
 def test_statistics_come_from_the_coarsest_level_that_suffices_and_points_are_scaled(
