@@ -33,7 +33,7 @@ from vae3d.spatial.losses import check_loss
 from vae3d.spatial.network import SlabVAE
 from vae3d.spatial.slabs import Layout, cut
 from vae3d.training.checkpoint import load_checkpoint
-from vae3d.training.distributed import World
+from vae3d.training.distributed import Mesh, World
 from vae3d.training.slabs import SlabTask
 from vae3d.training.task import VAETask
 
@@ -385,12 +385,16 @@ def test_a_layer_sees_what_its_description_says(layer):
 # Training
 
 
-class SlabLoader(ToyLoader):
-    """A rank's rows of what one process reads whole."""
+def on_meshes(function, mesh, *args):
+    return on_ranks(mesh.data * mesh.spatial, partial(function, mesh=mesh), *args)
 
-    def __init__(self, world, batch_size=2):
-        super().__init__(10, batch_size)
-        self.slab = slice(*cut(SHAPE_OF_TOYS[0], world.size, 2)[world.rank])
+
+class SlabLoader(ToyLoader):
+    """A rank's rows of what one process reads whole, of the samples of its team."""
+
+    def __init__(self, world, team, batch_size):
+        super().__init__(10, batch_size, world.rank // team.size, world.size // team.size)
+        self.slab = slice(*cut(SHAPE_OF_TOYS[0], team.size, 2)[team.rank])
 
     def stream(self):
         for batch in super().stream():
@@ -408,13 +412,16 @@ def exact_loss():
     return VAELoss(recon=LearnedVariance, kl=kl, extra=extra)
 
 
-def trained_in_slabs(world, folder, steps, state=None, amp="off"):
+def trained_in_slabs(world, folder, steps, state=None, amp="off", mesh=None):
     """Losses and weights of a training, whatever the number of ranks; float64 but for AMP."""
     dtype = torch.float64 if amp == "off" else torch.float32
     vae, loss = tiny_vae().to(dtype), exact_loss().to(dtype)
-    whole = world.size == 1
-    task = VAETask(vae, loss, 0) if whole else SlabTask(vae, loss, 0)
-    loader = ToyLoader(10, 2) if whole else SlabLoader(world)
+    mesh = Mesh.of("spatial", mesh, world.size)
+    team, batch_size = world.team(mesh.spatial), 4 // mesh.data
+    whole = team.size == 1
+    task = VAETask(vae, loss, 0) if whole else SlabTask(vae, loss, 0, team.group)
+    samples = world.rank, world.size
+    loader = ToyLoader(10, batch_size, *samples) if whole else SlabLoader(world, team, batch_size)
     loader.images = loader.images.to(dtype)
     options = dict(max_steps=steps, grad_accum=2, clip_norm=0.5, lr_schedule="constant", amp=amp)
     trainer = toy_trainer(folder, world, task=task, loader=loader, **options)
@@ -428,15 +435,21 @@ def trained_in_slabs(world, folder, steps, state=None, amp="off"):
 
 
 @pytest.mark.parametrize(
-    ("ranks", "then", "steps"), [(2, 2, 6), pytest.param(4, 3, 20, marks=pytest.mark.slow)]
+    ("mesh", "then", "steps"),
+    [
+        (Mesh(2, 2), Mesh(1, 2), 4),
+        pytest.param(Mesh(1, 4), Mesh(2, 2), 20, marks=pytest.mark.slow),
+        pytest.param(Mesh(2, 2), Mesh(1, 3), 20, marks=pytest.mark.slow),
+    ],
 )
-def test_training_in_slabs_is_training_in_one_process(ranks, then, steps, tmp_path):
+def test_training_in_slabs_is_training_in_one_process(mesh, then, steps, tmp_path):
     """Accumulation, clipping, EMA, a controlled KL, windows across faces; resumed after a stop."""
     half = steps // 2
     numbers, weights, samples = trained_in_slabs(World(), tmp_path / "alone", steps)
-    begun = on_ranks(ranks, trained_in_slabs, tmp_path / "slabs", half)
+    slabs = partial(on_meshes, trained_in_slabs)
+    begun = slabs(mesh, tmp_path / "slabs", half)
     state = load_checkpoint(tmp_path / "slabs" / "last.pt")
-    resumed = on_ranks(then, trained_in_slabs, tmp_path / "on", steps, state)
+    resumed = slabs(then, tmp_path / "on", steps, state)
     for found, mine, seen in resumed:
         assert seen == samples
         torch.testing.assert_close(mine, weights, rtol=1e-6, atol=1e-8)

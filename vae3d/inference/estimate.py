@@ -18,8 +18,9 @@ MANY = 1.2  # passes through the network for each voxel from which another mode 
 
 
 def told(
-    coding: Coding, vae: CustomVAE, shapes: Sequence[Sequence[int]], what: Sequence[What] = BOTH
-) -> str:
+    coding: Coding, vae: CustomVAE, shapes: Sequence[Sequence[int]], what: Sequence[What] = BOTH,
+    ranks: int = 1,
+) -> str:  # fmt: skip
     """One line: which mode, what it costs, whether another is cheaper, and known faults.
 
     Args:
@@ -27,6 +28,7 @@ def told(
         vae: The network, in eval mode on its device.
         shapes: Spatial shape of each volume.
         what: Which halves of the network are used.
+        ranks: That share a full pass.
     """
     choices = [coding.choice(vae, shape, what) for shape in shapes]
     volumes: dict[str, list[Sequence[int]]] = {}
@@ -46,9 +48,11 @@ def told(
         once = f"{word} {spell(seconds(replace(coding, mode='full'), vae, shapes, what))}"
         facts = [f"{word} {spell(seconds(coding, vae, shapes, what))}"]
         if whole := volumes.get("full"):
-            needed = max(coding.full_bytes(vae, shape, what) for shape in whole)
+            needed = max(coding.full_bytes(vae, shape, what) for shape in whole) / ranks
             facts += [f"about {gib(needed)}"]
-            if coding.mode == "full" and needed > (free := half_of_free(_device(vae))):
+            if ranks > 1:  # as many times as fast, where each has a processor of its own
+                facts = [f"{facts[-1]} on each of {ranks} ranks"]
+            elif coding.mode == "full" and needed > (free := half_of_free(_device(vae))):
                 hints += [f"{gib(2 * free)} are free: --mode exact has the same result in less"]
     if passes > MANY:
         facts += [f"each voxel goes through the network {passes:.1f} times"]

@@ -41,6 +41,8 @@ HARMLESS = {
     "save_every",
     "keep_checkpoints",
     "device",
+    "sharding",  # checkpoints hold whole tensors
+    "mesh",
     "threads",
     "timeout_minutes",
     "max_bad_steps",

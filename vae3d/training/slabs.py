@@ -23,21 +23,28 @@ class SlabTask(VAETask):
         model: The VAE, the same on all ranks.
         loss: Named terms; those that are not taken over slabs are refused.
         seed: Seed of the posterior's noise.
+        group: Ranks that share samples; None for all.
 
     Raises:
         ValueError: A layer of the network, or a term of the loss, is not known in slabs.
     """
 
-    def __init__(self, model: CustomVAE, loss: VAELoss, seed: int = 0):
+    def __init__(
+        self,
+        model: CustomVAE,
+        loss: VAELoss,
+        seed: int = 0,
+        group: dist.ProcessGroup | None = None,
+    ):
         check(model)
         check_loss(loss)
         super().__init__(model, loss, seed)
-        self.ranks_per_sample = dist.get_world_size()
+        self.group, self.ranks_per_sample = group, dist.get_world_size(group)
 
     def forward(self, batch: Any, step: int) -> dict[str, Tensor]:
         """Return the terms of the loss on `batch.image`, this rank's slab of `batch.rows` rows."""
         x = batch.image
-        layout = Layout(batch.rows, self.network.factor[0])
+        layout = Layout(batch.rows, self.network.factor[0], self.group)
         halves = SlabVAE(self.network, layout)
         posterior = halves.encode(x)
         noise = self.noise(batch.index, step, posterior.mean, layout)
