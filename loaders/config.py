@@ -60,7 +60,9 @@ class DataConfig:
         region: Part of each volume that is read, [[x0, x1], [y0, y1], [z0, z1]] in voxels of its
             file (of the level), x1 apart; null for the whole.
         cache_gb: Gigabytes of decoded chunks, of zarr and TIFF, that each process keeps in memory.
-        backend: Cache as npy (fastest), or blosc2 (about half the disk space).
+        store: Cache as npy (fastest), blosc2 (about half the disk space) or zarr (sharded OME-Zarr,
+            compressed and with levels, which other programs show; read in chunks).
+        backend: What `store` was called.
         slice_axis: For 2D training: the axis that slices are cut across (0, 1 or 2).
         num_slices: For 2D training: neighboring slices that become channels (odd).
         balance_by: Manifest column whose groups come equally often in an epoch.
@@ -94,7 +96,8 @@ class DataConfig:
     time_point: int | None = None
     region: list[list[int]] | None = None
     cache_gb: float = 1.0
-    backend: Literal["npy", "blosc2"] = "npy"
+    store: Literal["npy", "blosc2", "zarr"] = "npy"
+    backend: Literal["npy", "blosc2"] | None = None
     slice_axis: int = 2
     num_slices: int = 1
     balance_by: str | None = None
@@ -104,6 +107,8 @@ class DataConfig:
     threads: int | None = None
 
     def __post_init__(self) -> None:
+        if self.backend is not None:
+            self.store, self.backend = self.backend, None
         if self.num_slices % 2 == 0:
             raise ValueError(f"data.num_slices is {self.num_slices}: use an odd number")
         if self.fold and self.folds is None:
@@ -313,7 +318,7 @@ def open_data(
         config.preprocess,
         on_error=config.on_error,
         reading=config.reading,
-        backend=config.backend,
+        backend=config.store,
         threads=config.threads,
         in_channels=in_channels,
         num_slices=survey.num_slices,

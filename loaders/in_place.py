@@ -35,7 +35,10 @@ ENOUGH, MOST = 2**20, 2**23  # voxels that statistics are taken of
 BLOCKS, SIDE = 64, 32  # drawn where there is no level of that size
 Bounds = tuple[float, float | None]
 TOLERANCE = 0.01  # by which a level's voxel size may miss the one asked for
-REMEDY = "--data.in_place false copies it into the cache, as `vae3d prepare` does ahead of training"
+REMEDY = (
+    "--data.in_place false copies it into the cache, with --data.store zarr as sharded OME-Zarr; "
+    "`vae3d prepare` does so ahead of training"
+)
 
 
 @dataclass(frozen=True)

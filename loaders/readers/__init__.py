@@ -60,7 +60,15 @@ from loaders.readers.npy import read_npy, read_npz
 from loaders.readers.picture import read_picture, write_picture
 from loaders.readers.planes import is_dicom, object_name
 from loaders.readers.remote import stores_at
-from loaders.readers.stores import InPlace, View, look_of_view, read_store, times_of, view_of
+from loaders.readers.stores import (
+    InPlace,
+    View,
+    look_of_view,
+    read_store,
+    times_of,
+    view_of,
+    view_written,
+)
 from loaders.readers.tiff import TIFF, is_tiff_store, read_tiff, tiff_time_points, write_tiff
 
 __all__ = [
@@ -113,6 +121,7 @@ __all__ = [
     "traffic",
     "url_of",
     "view_of",
+    "view_written",
     "volume_suffix",
     "volumes_of",
     "write_volume",

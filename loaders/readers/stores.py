@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -151,8 +152,10 @@ class InPlace:
         lows = [int(place.min(initial=n)) for place, n in zip(places, self.held, strict=True)]
         box = [slice(low, int(place.max(initial=-1)) + 1)
                for low, place in zip(lows, places, strict=True)]  # fmt: skip
-        inside = [place - low for place, low in zip(places, lows, strict=True)]
-        return self[(channels, *box)][np.ix_(range(len(range(self.shape[0])[channels])), *inside)]
+        data = self[(channels, *box)]
+        for axis, (place, low) in enumerate(zip(places, lows, strict=True), start=1):
+            data = data.take(place - low, axis)
+        return data
 
     def read(self, channels: slice, ranges: Sequence[range]) -> np.ndarray:
         """Read neighboring channels in a box of the view."""
@@ -254,6 +257,12 @@ def chosen(image: Image, count: int, reading: Reading) -> tuple[int, ...]:
             raise BrokenVolume(image.path, f"has {have}, none is {wanted} (data.channels)")
         found.append(number)
     return tuple(found)
+
+
+def view_written(folder: Path, channels: int) -> View:
+    """Return the finest level of a store as `write_ome_zarr` writes it."""
+    place = Place("zarr3", os.path.abspath(folder), "0")
+    return View(place, "CZYX", 0, tuple(range(channels)), nan="keep")
 
 
 def look_of_view(image: Image, view: View) -> Volume:

@@ -218,7 +218,7 @@ def open_volumes(
         config.preprocess,
         on_error=config.on_error,
         reading=config.reading,
-        backend=config.backend,
+        backend=config.store,
         threads=config.threads,
         in_channels=in_channels,
         num_slices=num_slices,
