@@ -26,7 +26,7 @@ from loaders import (
 from loaders.consistency import Facts
 from loaders.in_place import find_in_place
 from loaders.readers import BrokenVolume, read_header, read_volume
-from loaders.readers.arrays import context
+from loaders.readers.arrays import context, spread
 from loaders.subjects import Subject
 from tests.stores import UM, Web, array, halved, ome, voxels, write
 from vae3d.models.custom_vae import CustomVAE
@@ -667,6 +667,27 @@ def test_requests_to_a_store_overlap(tmp_path, quick_retries):
         start = time.perf_counter()
         store.read(0)  # 8 chunks would take 1.6 s one after the other
         assert time.perf_counter() - start < 0.9
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.float64])
+def test_planes_that_were_read_lie_an_odd_number_of_cache_lines_apart(dtype):
+    for shape in ((64, 64, 64), (2, 3, 63, 32), (5, 7, 9)):
+        found = spread(shape, np.dtype(dtype))
+        assert found.shape == shape and found.dtype == dtype
+        assert found.strides[-3] % 128 == 64 and found[0, 0].flags.c_contiguous
+
+
+def test_all_patches_of_a_batch_are_fetched_at_once(tmp_path, quick_retries):
+    ome(tmp_path / "web" / "a.zarr", [voxels(32, 32, 32)], chunks=16)
+    with Web(tmp_path / "web") as web:
+        store = VolumeStore.build(f"{web.url}/a.zarr", tmp_path / "cache", RAW, cache_gb=0)
+        web.latency_s, web.most_at_once = 0.1, 0
+        options = {"patching": "full", "batch_size": 4, "threads": 1, "prefetch": 1}
+        for batch in PatchLoader(store, (16, 16, 16), **options):  # a patch is a chunk
+            for image, corner in zip(batch.image.numpy(), batch.corner.tolist(), strict=True):
+                box = tuple(slice(c, c + 16) for c in corner)
+                np.testing.assert_array_equal(image, store.read(0, box))
+        assert web.most_at_once >= 4
 
 
 @pytest.mark.parametrize(
