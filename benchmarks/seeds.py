@@ -56,7 +56,8 @@ class LinearCode(Term):
 def highest_spike(errors: Sequence[float], linear: Sequence[float]) -> float:
     """The largest step over the running mean of those before it."""
     floor = statistics.mean(linear) / 10
-    ratios = [error / (other + floor) for error, other in zip(errors, linear, strict=True)]
+    pairs = zip(errors, linear, strict=True)
+    ratios = [(error + floor) / (other + floor) for error, other in pairs]
     mean, highest = ratios[0], 0.0
     for ratio in ratios[1:]:
         highest = max(highest, ratio / mean)
