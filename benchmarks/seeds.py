@@ -10,7 +10,8 @@ are reconstructed as `python evaluate.py --mode patch --overlap 0.25` does (pict
 
 A spike is a step whose loss is far above those before it. Patches differ more than steps do (air
 costs a hundredth of bone), so the reconstruction's squared error is taken over that of block PCA on
-the same patches (and a tenth of its mean), and then over its own running mean, a tenth a step.
+the same patches, a tenth of the mean added to both, and then over its own running mean, a tenth a
+step.
 """
 
 from __future__ import annotations
