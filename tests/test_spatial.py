@@ -14,13 +14,15 @@ import torch.distributed as dist
 from test_blocks import LAYERS, ids, network
 from test_exact import subclasses, tiny, tiny_preset, trained
 from test_norm import NORMS
+from test_perceptual import Spy
 from toys import SHAPE as SHAPE_OF_TOYS
 from toys import ToyBatch, ToyLoader, on_ranks, tiny_vae, toy_trainer
 
 from vae3d.kernels import convolutions, memory, steps, winograd
-from vae3d.losses.adversarial import Adversarial
+from vae3d.losses.adversarial import Adversarial, PatchDiscriminator
 from vae3d.losses.kl import KL
 from vae3d.losses.latents import NoiseRobust
+from vae3d.losses.perceptual import Perceptual
 from vae3d.losses.reconstruction import SSIM, FocalFrequency, GradientDifference, LearnedVariance
 from vae3d.losses.vae_loss import VAELoss
 from vae3d.models import attention, blocks, downsample, norm, presets, upsample
@@ -406,16 +408,23 @@ class SlabBatch(ToyBatch):
     rows: int = 0
 
 
-def exact_loss():
+def exact_loss(of_slices=True):
+    """Every kind of term. Of three slices one of four ranks has none."""
     extra = (partial(SSIM, window=3, weight=0.5), partial(GradientDifference, weight=0.5))
     kl = partial(KL, weight=0.1, target_std=1.0, warmup_steps=4)
-    return VAELoss(recon=LearnedVariance, kl=kl, extra=extra)
+    perceptual = partial(Perceptual, view="slices", network=Spy, num_slices=3)
+    judge = partial(PatchDiscriminator, num_layers=1, channels=8)
+    more = dict(feature_matching_weight=0.5, r1_weight=0.1, r1_every=2, start_step=1)
+    game = partial(Adversarial, discriminator=judge, num_slices=3, **more)
+    slices = (perceptual, game) if of_slices else (None, None)
+    return VAELoss(LearnedVariance, kl, *slices, extra)
 
 
 def trained_in_slabs(world, folder, steps, state=None, amp="off", mesh=None):
     """Losses and weights of a training, whatever the number of ranks; float64 but for AMP."""
     dtype = torch.float64 if amp == "off" else torch.float32
-    vae, loss = tiny_vae().to(dtype), exact_loss().to(dtype)
+    of_slices = amp == "off"  # they multiply what half precision has rounded
+    vae, loss = tiny_vae().to(dtype), exact_loss(of_slices).to(dtype)
     mesh = Mesh.of("spatial", mesh, world.size)
     team, batch_size = world.team(mesh.spatial), 4 // mesh.data
     whole = team.size == 1
@@ -430,7 +439,11 @@ def trained_in_slabs(world, folder, steps, state=None, amp="off", mesh=None):
     assert trainer.fit() == 0
     weights = [*trainer.ema.shadow.values(), *loss.state_dict().values()]
     ours = trainer.tracker
-    numbers = {name: ours.losses(f"train/{name}") for name in ("loss", "recon", "ssim", "kl")}
+    names = ["loss", "recon", "ssim", "kl"]
+    if of_slices:
+        names += ["perceptual", "adversarial", "adversarial_weight", "feature_matching"]
+        names += ["discriminator_loss", "logits_fake", "r1"]
+    numbers = {name: ours.losses(f"train/{name}") for name in names}
     return numbers, torch.cat([w.flatten().double() for w in weights]), trainer.samples
 
 
@@ -443,7 +456,7 @@ def trained_in_slabs(world, folder, steps, state=None, amp="off", mesh=None):
     ],
 )
 def test_training_in_slabs_is_training_in_one_process(mesh, then, steps, tmp_path):
-    """Accumulation, clipping, EMA, a controlled KL, windows across faces; resumed after a stop."""
+    """Accumulation, clipping, EMA, every kind of term, slices and their discriminator; resumed."""
     half = steps // 2
     numbers, weights, samples = trained_in_slabs(World(), tmp_path / "alone", steps)
     slabs = partial(on_meshes, trained_in_slabs)
@@ -470,7 +483,8 @@ def test_slabs_train_in_half_precision(amp, tmp_path):
     ("options", "words"),
     [
         ({"extra": (FocalFrequency,)}, "the loss has FocalFrequency"),
-        ({"adversarial": Adversarial}, "the adversarial term"),
+        ({"adversarial": partial(Adversarial, spatial_dims=3)}, "Adversarial.spatial_dims 3"),
+        ({"perceptual": partial(Perceptual, network=partial(Spy, 3))}, "a network of 3D"),
         ({"kl": partial(KL, free_bits=0.1)}, "KL.free_bits 0.1"),
         ({"extra": (NoiseRobust,)}, "NoiseRobust"),
     ],

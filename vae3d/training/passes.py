@@ -135,7 +135,7 @@ class Passes:
         self.done += 1
         owned = rows_of(half, layout)
         slabs = {rank: x[:, :, lo:hi] for rank, (lo, hi) in enumerate(owned) if rank}
-        exchange(layout, slabs, {}, x)
+        exchange(layout, slabs, {}, x)()
         lo, hi = owned[0]
         return self.shared(half, x[:, :, lo:hi], layout)
 
@@ -153,7 +153,7 @@ class Passes:
         lo, hi = rows_of(half, layout)[layout.rank]
         like = torch.empty(0, dtype=dtype, device=device)
         with torch.no_grad(), torch.autocast(device.type, amp, enabled=amp != torch.float32):
-            slab = exchange(layout, {}, {0: (*shape[:2], hi - lo, *shape[3:])}, like)[0]
+            slab = exchange(layout, {}, {0: (*shape[:2], hi - lo, *shape[3:])}, like)()[0]
             self.shared(half, slab, layout)
         return True
 
