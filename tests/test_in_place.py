@@ -26,9 +26,9 @@ from loaders import (
 from loaders.consistency import Facts
 from loaders.in_place import find_in_place
 from loaders.readers import BrokenVolume, Volume, read_header, read_volume, write_volume
-from loaders.readers.arrays import context
+from loaders.readers.arrays import context, spread
 from loaders.subjects import Subject
-from tests.stores import UM, Web, array, halved, ome, voxels, write
+from tests.stores import UM, Web, array, halved, ome, terabyte, voxels
 from vae3d.models.custom_vae import CustomVAE
 from vae3d.models.norm import GroupNorm
 from vae3d.training.distributed import World
@@ -747,6 +747,56 @@ def test_an_epoch_fetches_the_inner_chunks_that_it_touches_and_never_whole_shard
     assert size < (loader.traffic() - before).num_bytes < 1.1 * size < noise.nbytes / 4
 
 
+def chunks_asked(web) -> list[str]:
+    """Which chunks, or shards of them, a server was asked for since the last call."""
+    asked, web.paths = [path for path in web.paths if "/c/" in path], []
+    return asked
+
+
+def test_an_epoch_out_of_a_huge_sparse_store_asks_for_its_own_shards_alone(tmp_path):
+    terabyte(tmp_path / "a.zarr")
+    with Web(tmp_path) as web:
+        store = built(f"{web.url}/a.zarr", tmp_path / "cache", Preprocess(intensity="raw"))
+        assert all("/s1/" in path for path in chunks_asked(web))  # statistics are of the coarse one
+        loader = PatchLoader(store, (16, 16, 16), patches_per_volume=60, batch_size=4, threads=2)
+        for batch in loader:
+            assert batch.image.abs().max() == 0
+        touched = {
+            "/a.zarr/s0/c/" + "/".join(map(str, place[::-1]))
+            for corner in loader.plan.table(0)[:, 1:].tolist()
+            for place in itertools.product(*(range(c // 512, (c + 15) // 512 + 1) for c in corner))
+        }
+        assert set(chunks_asked(web)) == touched and len(touched) < 100 < 16**3
+
+
+def test_each_rank_asks_for_the_chunks_of_its_patches_and_a_slab_for_those_of_its_rows(tmp_path):
+    web_root = tmp_path / "web"
+    for name in "ab":
+        array(web_root / f"{name}.zarr", voxels(32, 32, 32), (16, 16, 16), names="zyx")
+    files = [file for file in web_root.rglob("*") if "c" in file.parts and file.is_file()]
+    sizes = {f"/{file.relative_to(web_root)}": file.stat().st_size for file in files}
+    with Web(web_root) as web:
+        urls = [f"{web.url}/{name}.zarr" for name in "ab"]
+        store = VolumeStore.build(urls, tmp_path / "cache", RAW, cache_gb=0)
+        loaders = [PatchLoader(store, (16, 16, 16), "full", batch_size=4, threads=1, rank=rank,
+                               world_size=2) for rank in (0, 1)]  # fmt: skip
+        loaders += [
+            PatchLoader(store, patching=None, threads=0, slab=slab)
+            for slab in (lambda rows: (0, rows // 2), lambda rows: (rows // 2, rows))
+        ]
+        asked = []
+        for loader in loaders:
+            store.array(0), store.array(1)  # their metadata count, too
+            chunks_asked(web)
+            before = loader.traffic().num_bytes
+            for _ in loader:
+                pass
+            asked.append(chunks_asked(web))
+            assert loader.traffic().num_bytes - before == sum(sizes[path] for path in asked[-1])
+    for one, two in (asked[:2], asked[2:]):
+        assert len(one) == len(two) == 8 and sorted(one + two) == sorted(sizes)
+
+
 def test_training_validates_on_a_part_of_what_would_fill_the_memory(tmp_path, monkeypatch):
     monkeypatch.setattr("loaders.store.MOST_AT_ONCE", 1000)
     monkeypatch.setattr("loaders.store.PART", 8)
@@ -782,6 +832,27 @@ def test_requests_to_a_store_overlap(tmp_path, quick_retries):
         assert time.perf_counter() - start < 0.9
 
 
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.float64])
+def test_planes_that_were_read_lie_an_odd_number_of_cache_lines_apart(dtype):
+    for shape in ((64, 64, 64), (2, 3, 63, 32), (5, 7, 9)):
+        found = spread(shape, np.dtype(dtype))
+        assert found.shape == shape and found.dtype == dtype
+        assert found.strides[-3] % 128 == 64 and found[0, 0].flags.c_contiguous
+
+
+def test_all_patches_of_a_batch_are_fetched_at_once(tmp_path, quick_retries):
+    ome(tmp_path / "web" / "a.zarr", [voxels(32, 32, 32)], chunks=16)
+    with Web(tmp_path / "web") as web:
+        store = VolumeStore.build(f"{web.url}/a.zarr", tmp_path / "cache", RAW, cache_gb=0)
+        web.latency_s, web.most_at_once = 0.1, 0
+        options = {"patching": "full", "batch_size": 4, "threads": 1, "prefetch": 1}
+        for batch in PatchLoader(store, (16, 16, 16), **options):  # a patch is a chunk
+            for image, corner in zip(batch.image.numpy(), batch.corner.tolist(), strict=True):
+                box = tuple(slice(c, c + 16) for c in corner)
+                np.testing.assert_array_equal(image, store.read(0, box))
+        assert web.most_at_once >= 4
+
+
 @pytest.mark.parametrize(
     ("mood", "line"),
     [("closed", r"a\.zarr: cannot be read: .*403.*; credentials are taken from the URL itself"),
@@ -813,14 +884,8 @@ print(took, int(status.split()[0]) / 1024)
 @pytest.mark.slow
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="Linux counts its memory")
 def test_a_terabyte_is_opened_planned_and_read_from_in_five_seconds_and_half_a_gigabyte(tmp_path):
-    n, small = 8192, voxels(128, 128, 128)
-    path = ome(tmp_path / "a.zarr", [small, small])
-    write(path / "s0", (n, n, n), np.uint16, (64, 64, 64), (512, 512, 512))
-    scale = [{"type": "scale", "scale": [s * n / 128 for s in (2.0, 0.5, 0.5)]}]
-    spoil(path, lambda held: held["attributes"]["ome"]["multiscales"][0]["datasets"][1].update(
-        coordinateTransformations=scale))  # fmt: skip
     run = subprocess.run(
-        [sys.executable, "-c", TERABYTE, path, tmp_path / "cache"],
+        [sys.executable, "-c", TERABYTE, terabyte(tmp_path / "a.zarr"), tmp_path / "cache"],
         capture_output=True, text=True, check=True,
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
     )  # fmt: skip

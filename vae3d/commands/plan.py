@@ -118,6 +118,9 @@ def plan_recipe(
 
     with open_world(device) as world, telling_of_device("--batch_size", "--patch_size"):
         task = VAETask(vae, terms).to(world.device)
+        if options["compile"]:
+            vae.encoder.compile()
+            vae.decoder.compile()
         amp, dtype = options["amp"] or native_amp(world.device), torch.float32
         smaller = tuple(max(n // 2 // f, 1) * f for n, f in zip(patch, vae.factor, strict=True))
         peaks = {

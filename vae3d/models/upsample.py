@@ -72,9 +72,13 @@ class InterpUp(Up):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map `(B, C, *spatial)` to `(B, C, *spatial * factor)`."""
-        if self.mode == "nearest" and max(self.factor) == 2 and is_fast(self.conv, x):
+        if self.is_folded(x):
             return upsample_convolve(self.conv, x, self.factor)
         return prepared(partial(interpolate, factor=self.factor, mode=self.mode), self.conv, x)
+
+    def is_folded(self, x: Tensor) -> bool:
+        """Whether interpolation and convolution are one, `steps.upsample_convolve`."""
+        return self.mode == "nearest" and max(self.factor) == 2 and is_fast(self.conv, x)
 
 
 class TransposeUp(Up):

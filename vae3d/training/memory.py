@@ -36,12 +36,15 @@ class Trial:
         sample_shape: One sample, `(C, X, Y, Z)` or `(C, X, Y)`.
         amp: off | bf16 | fp16.
         num_weights: Channels of the weights of voxels; 0 without masks.
+        same_shapes: Whether all batches are of one shape; then a GPU's kernels are tried out, as in
+            training, and their work space counts.
     """
 
     task: Task
     sample_shape: Sequence[int]
     amp: Amp = "off"
     num_weights: int = 0
+    same_shapes: bool = True
 
     @property
     def device(self) -> torch.device:
@@ -72,7 +75,7 @@ class Trial:
                 task.get_submodule(name).compile()
             moments = [torch.zeros_like(p) for p in task.parameters() for _ in range(2)]
             for _ in range(2 if self.device.type == "cuda" else 1):
-                with fastest_kernels():  # as training: their work space counts
+                with fastest_kernels(self.same_shapes):
                     self._step(task, batch_size)
                 task.zero_grad(set_to_none=True)
             del moments
