@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     import tensorstore
 
 SCHEMES = ("s3", "gs", "http", "https")  # that tensorstore knows
-HDF5 = (".h5", ".hdf5", ".hdf")
+HDF5 = (".h5", ".hdf5", ".hdf", ".ims")
 ZARR = ".zarr"
 OPEN_FILES = 128  # of TIFF that are kept open
 CACHE_GB = 1.0  # chunks kept by a process, where nobody says how many
