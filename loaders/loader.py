@@ -13,9 +13,10 @@ import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -28,6 +29,7 @@ from loaders.readers import BrokenVolume, Traffic, traffic
 Patching = Literal["full", "random_parts"] | None
 Jobs = Iterator[tuple[int, range]]  # (where the next job begins, samples to read)
 STAND_INS = 16  # patches that are tried in the place of one that cannot be read
+MOST_AT_ONCE = 32  # patches that are fetched at once from where their volumes lie
 
 
 @dataclass
@@ -174,16 +176,28 @@ class PatchPlan:
             return self.patch_size
         return tuple(self.store.spatial_shapes[self.rows(samples)[:, 2]].max(axis=0).tolist())
 
-    def batch(self, samples: Sequence[int], image: torch.Tensor | None = None) -> Batch:
-        """Read patches by their place in the endless sequence, into `image` where it is given."""
+    def batch(
+        self,
+        samples: Sequence[int],
+        image: torch.Tensor | None = None,
+        pool: Executor | None = None,
+    ) -> Batch:
+        """Read patches by their place in the endless sequence.
+
+        Args:
+            samples: Their places.
+            image: Where they go; None for new memory.
+            pool: What reads them all at once, for requests to overlap; None reads one by one.
+        """
         rows = self.rows(samples)
         image = torch.empty(self.image_shape(samples)) if image is None else image
         weight = self.empty_weights(image)
-        buffers = image.numpy()
-        unread: list[str] = []
         whole = self.whole_shape(samples)
+        read = partial(self.read, whole=whole)
+        found = list((pool.map if pool else map)(read, rows, image.numpy()))
+        rows = np.array([row for row, _ in found]).reshape(rows.shape)
+        unread = tuple(line for _, lines in found for line in lines)
         for number in range(len(rows)):
-            rows[number] = self.read(rows[number], whole, buffers[number], unread)
             epoch, row, volume, *corner = rows[number].tolist()
             if weight is not None and self.weights is not None:
                 read_weights(self.weights, volume, corner, weight[number].numpy())
@@ -197,21 +211,20 @@ class PatchPlan:
         index, volume, corner = (
             torch.from_numpy(part) for part in (rows[:, 1], rows[:, 2], rows[:, 3:])
         )
-        return Batch(image, volume, corner, index, weight, None, tuple(unread), whole[0])
+        return Batch(image, volume, corner, index, weight, None, unread, whole[0])
 
     def read(
-        self, row: np.ndarray, whole: Sequence[int], out: np.ndarray, unread: list[str]
-    ) -> np.ndarray:
+        self, row: np.ndarray, out: np.ndarray, whole: Sequence[int]
+    ) -> tuple[np.ndarray, list[str]]:
         """Fill `out` (C, *patch) by a row of the plan, or by the next that can be read.
 
         Args:
             row: (epoch, row, volume, corner...).
-            whole: Voxels of a patch, of which `out` may be a slab.
             out: Where voxels go.
-            unread: Takes why patches could not be read, with `on_error` at skip.
+            whole: Voxels of a patch, of which `out` may be a slab.
 
         Returns:
-            The row that was read.
+            The row that was read, and why those before it could not be, with `on_error` at skip.
         """
         epoch, first, faults = int(row[0]), int(row[1]), []
         tries = STAND_INS if self.on_error == "skip" and self.patch_size is not None else 0
@@ -226,8 +239,7 @@ class PatchPlan:
             except BrokenVolume as error:
                 faults.append(error)
                 continue
-            unread += map(str, faults)
-            return np.array([epoch, number, volume, *corner])
+            return np.array([epoch, number, volume, *corner]), [*map(str, faults)]
         raise faults[0]
 
     def empty_weights(self, image: torch.Tensor) -> torch.Tensor | None:
@@ -488,11 +500,19 @@ class PatchLoader:
         return torch.empty(self.plan.image_shape(samples))
 
     def _from_threads(self, jobs: Jobs) -> Generator[tuple[int, Batch], None, None]:
-        """Read batches ahead in threads; none is left when the iterator is closed."""
-        pool = ThreadPoolExecutor(self.threads, "patches")
+        """Read batches ahead in threads; none is left when the iterator is closed.
+
+        Of volumes that stay where they are all patches of a batch are fetched at once: their
+        threads wait for a disk or a network.
+        """
+        pool, each = ThreadPoolExecutor(self.threads, "patches"), None
+        if self.in_place and self.batch_size > 1:
+            most = min(self.threads * self.batch_size, MOST_AT_ONCE)
+            each = ThreadPoolExecutor(most, "fetches")
+        read = partial(self.plan.batch, pool=each)
         try:
             ahead = deque(
-                (after, pool.submit(self.plan.batch, samples, self._buffer(samples)))
+                (after, pool.submit(read, samples, self._buffer(samples)))
                 for after, samples in itertools.islice(jobs, max(1, self.prefetch))
             )
             while ahead:
@@ -500,12 +520,13 @@ class PatchLoader:
                 batch = future.result()  # an exception of the thread is raised here
                 for later, samples in itertools.islice(jobs, 1):
                     buffer = self._buffer(samples)
-                    ahead.append((later, pool.submit(self.plan.batch, samples, buffer)))
+                    ahead.append((later, pool.submit(read, samples, buffer)))
                     del buffer
                 yield after, batch
                 del batch, future  # the consumer's to keep or free
         finally:
-            pool.shutdown(wait=True, cancel_futures=True)
+            for one in (pool, each) if each else (pool,):
+                one.shutdown(wait=True, cancel_futures=True)
 
     def _from_processes(self, jobs: Jobs) -> Generator[tuple[int, Batch], None, None]:
         """Read and augment batches ahead in processes, where global random state is their own."""

@@ -4,6 +4,7 @@ import http.server
 import json
 import random
 import socket
+import sys
 import threading
 import time
 import urllib.request
@@ -83,6 +84,21 @@ def ome(
     else:
         group = {"zarr_format": 3, "node_type": "group", "attributes": {"ome": held}}
         (path / "zarr.json").write_text(json.dumps(group))
+    return path
+
+
+def terabyte(path: Path) -> Path:
+    """Write an image of 8192^3 voxels that is all fill value, but for its coarse level of 128^3."""
+    side, small = 8192, voxels(128, 128, 128)
+    ome(path, [small, small], chunks=64)
+    write(path / "s0", (side,) * 3, np.uint16, (64, 64, 64), (512, 512, 512))
+    file = path / "zarr.json"
+    held = json.loads(file.read_text())
+    (step,) = held["attributes"]["ome"]["multiscales"][0]["datasets"][1][
+        "coordinateTransformations"
+    ]
+    step["scale"] = [s * side / 128 for s in step["scale"]]
+    file.write_text(json.dumps(held))
     return path
 
 
@@ -180,6 +196,8 @@ class Bucket:
 class Web:
     """A folder as a web server that behaves as it is told; use it as a context.
 
+    It knows what S3 is asked for objects, too, its folders being buckets.
+
     Args:
         folder: What it serves.
 
@@ -188,20 +206,25 @@ class Web:
             or closed (403).
         latency_s: Before each answer.
         paths: What was asked for.
+        most_at_once: Requests that were being answered at the same time, at most.
     """
 
     def __init__(self, folder: Path):
         self.mood, self.latency_s, self.paths = "well", 0.0, []
         self.random, web = random.Random(0), self
+        self.at_once = self.most_at_once = 0
 
         class Handler(http.server.BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
+            protocol_version, disable_nagle_algorithm = "HTTP/1.1", True
 
             def log_message(self, *_):
                 pass
 
             def do_GET(self):
+                web.at_once += 1
+                web.most_at_once = max(web.most_at_once, web.at_once)
                 web.answer(self, folder)
+                web.at_once -= 1
 
             do_HEAD = do_GET
 
@@ -229,23 +252,39 @@ class Web:
             request.connection.close()
             return
         code = 403 if self.mood == "closed" else 503 if self.mood == "shaky" and luck < 0.3 else 200
-        content = file.read_bytes() if file.is_file() else b""
         code = 404 if code == 200 and not file.is_file() else code
+        size = file.stat().st_size if code == 200 else 0
         if self.mood == "short" and "/c/" in request.path:
-            content = content[: len(content) // 2]
+            size //= 2
+        start, stop, extra = 0, size, {"ETag": f'"{size}"'}
         request_range = request.headers.get("Range", "")
-        extra = {}
         if code == 200 and request_range.startswith("bytes="):
             first, _, last = request_range[6:].partition("-")
-            start = int(first) if first else max(0, len(content) - int(last))
-            stop = int(last) + 1 if first and last else len(content)
-            stop = min(stop, len(content))
-            extra["Content-Range"] = f"bytes {start}-{stop - 1}/{len(content)}"
-            code, content = 206, content[start:stop]
-        body = content if code in (200, 206) else b""
+            start = int(first) if first else max(0, size - int(last))
+            stop = min(int(last) + 1 if first and last else size, size)
+            extra["Content-Range"] = f"bytes {start}-{stop - 1}/{size}"
+            code = 206
+        body = b""
+        if size:
+            with open(file, "rb") as content:
+                content.seek(start)
+                body = content.read(stop - start)
         request.send_response(code)
-        for name, value in {**extra, "Content-Length": str(len(body))}.items():
+        extra["Content-Length"] = str(len(body))
+        for name, value in extra.items():
             request.send_header(name, value)
         request.end_headers()
         if request.command == "GET":
             request.wfile.write(body)
+
+
+def serve(folder: str, latency_s: float) -> None:
+    """Be a web server in a process of one's own, until its input ends."""
+    with Web(Path(folder)) as web:
+        web.latency_s = latency_s
+        print(web.url, flush=True)
+        sys.stdin.read()
+
+
+if __name__ == "__main__":
+    serve(sys.argv[1], float(sys.argv[2]))

@@ -26,9 +26,9 @@ from loaders import (
 from loaders.consistency import Facts
 from loaders.in_place import find_in_place
 from loaders.readers import BrokenVolume, read_header, read_volume
-from loaders.readers.arrays import context
+from loaders.readers.arrays import context, spread
 from loaders.subjects import Subject
-from tests.stores import UM, Web, array, halved, ome, voxels, write
+from tests.stores import UM, Web, array, halved, ome, terabyte, voxels
 from vae3d.models.custom_vae import CustomVAE
 from vae3d.models.norm import GroupNorm
 from vae3d.training.distributed import World
@@ -133,15 +133,63 @@ def test_the_level_is_chosen_by_number_or_by_the_voxel_size_that_is_asked_for(tm
         built(path, tmp_path / "cache", level=2)
 
 
+TURNED = {"x": "right-to-left", "y": "anterior-to-posterior", "z": "inferior-to-superior"}
+
+
 @pytest.mark.parametrize(
     "options",
-    [{"crop_foreground": True}, {"pad_to_multiple": 32}],
+    [
+        {"crop_foreground": True},
+        {"crop_foreground": True, "crop_margin_mm": 2.0},
+        {"pad_to_multiple": 32},
+        {"pad_to_multiple": 7, "crop_foreground": True, "crop_margin_mm": 0.6},
+    ],
 )
-def test_what_needs_a_copy_is_refused_by_name_with_the_remedy(tmp_path, options):
-    path = ome(tmp_path / "a.zarr", [voxels(24, 20, 16)])
-    with pytest.raises(BrokenVolume, match=f"{next(iter(options))}.*--data.in_place false"):
-        built(path, tmp_path / "cache", Preprocess(**options))
-    assert built(path, tmp_path / "cache", Preprocess(**options), in_place=False)
+def test_crop_and_padding_are_views_with_the_numbers_of_a_copy(tmp_path, options):
+    path = ome(tmp_path / "a.zarr", [voxels(24, 20, 16)], orientation=TURNED, unit="millimeter")
+    here = built(path, tmp_path / "cache", Preprocess(**options))
+    copy = built(path, tmp_path / "cache", Preprocess(**options), in_place=False)
+    assert here.chunks(0) == (8, 8, 8) and copy.chunks(0) is None
+    assert here.shape(0) == copy.shape(0) != (1, 16, 20, 24)
+    x = here.read(0)
+    np.testing.assert_array_equal(x, copy.read(0))
+    for box in itertools.product((slice(0, 3), slice(5, 9)), (slice(2, 9),), (slice(3, None),)):
+        np.testing.assert_array_equal(here.read(0, box), x[(slice(None), *box)])
+    for what in ("affine", "undo", "statistics"):
+        assert here.meta(0)[what] == copy.meta(0)[what]
+    np.testing.assert_array_equal(here.undo(0, x).data, copy.undo(0, x).data)
+    raw = np.array([here.array(0)[(slice(None), *(slice(n, n + 1) for n in point))].item()
+                    for point in here.foreground_points(0)[:50].tolist()])  # fmt: skip
+    assert (raw > here.meta(0)["statistics"][0]["foreground_threshold"]).all()
+    loaders = [PatchLoader(s, (8, 8, 8), patches_per_volume=9, threads=0) for s in (here, copy)]
+    for one, other in zip(*loaders, strict=True):
+        np.testing.assert_array_equal(one.image, other.image)
+
+
+def test_the_foreground_is_looked_for_in_a_coarse_level_and_refused_without(tmp_path, monkeypatch):
+    monkeypatch.setattr("loaders.in_place.ENOUGH", 100)
+    monkeypatch.setattr("loaders.in_place.MOST", 2000)
+    zyx = np.full((24, 20, 16), 100, np.uint16)
+    zyx[7:13, 4:10, 5:12] = 1000
+    levels = [zyx, halved(zyx)]
+    crop = Preprocess(intensity="raw", orient_ras=False, crop_foreground=True)
+    store = built(ome(tmp_path / "a.zarr", levels), tmp_path / "cache", crop)
+    # Every other voxel from the first one on: its box in voxels of the finest level, outward.
+    assert store.meta(0)["undo"]["crop"] == [[6, 4, 8], [12, 10, 14]]
+    np.testing.assert_array_equal(store.read(0)[0], zyx[8:14, 4:10, 6:12].T)
+    with pytest.raises(BrokenVolume, match=r"crop_foreground without a level of at most 2000 vox"):
+        built(ome(tmp_path / "b.zarr", [zyx]), tmp_path / "cache", crop)
+    assert built(tmp_path / "b.zarr", tmp_path / "cache", crop, in_place=False)
+
+
+def test_what_needs_a_copy_is_refused_by_name_with_the_remedy(tmp_path):
+    ome(tmp_path / "a.zarr", [voxels(24, 20, 16)])
+    ome(tmp_path / "b.zarr", [voxels(24, 20, 16)])
+    (tmp_path / "list.csv").write_text("path\na.zarr;b.zarr\n")
+    with pytest.raises(BrokenVolume, match=r"several files as channels does.*in_place false"):
+        built(tmp_path / "list.csv", tmp_path / "cache")
+    with pytest.raises(BrokenVolume, match=r"data\.color gray does.*--data\.in_place false"):
+        built(tmp_path / "a.zarr", tmp_path / "cache", color="gray")
 
 
 def test_statistics_come_from_the_coarsest_level_that_suffices_and_points_are_scaled(
@@ -586,6 +634,56 @@ def test_an_epoch_fetches_the_inner_chunks_that_it_touches_and_never_whole_shard
     assert size < (loader.traffic() - before).num_bytes < 1.1 * size < noise.nbytes / 4
 
 
+def chunks_asked(web) -> list[str]:
+    """Which chunks, or shards of them, a server was asked for since the last call."""
+    asked, web.paths = [path for path in web.paths if "/c/" in path], []
+    return asked
+
+
+def test_an_epoch_out_of_a_huge_sparse_store_asks_for_its_own_shards_alone(tmp_path):
+    terabyte(tmp_path / "a.zarr")
+    with Web(tmp_path) as web:
+        store = built(f"{web.url}/a.zarr", tmp_path / "cache", Preprocess(intensity="raw"))
+        assert all("/s1/" in path for path in chunks_asked(web))  # statistics are of the coarse one
+        loader = PatchLoader(store, (16, 16, 16), patches_per_volume=60, batch_size=4, threads=2)
+        for batch in loader:
+            assert batch.image.abs().max() == 0
+        touched = {
+            "/a.zarr/s0/c/" + "/".join(map(str, place[::-1]))
+            for corner in loader.plan.table(0)[:, 1:].tolist()
+            for place in itertools.product(*(range(c // 512, (c + 15) // 512 + 1) for c in corner))
+        }
+        assert set(chunks_asked(web)) == touched and len(touched) < 100 < 16**3
+
+
+def test_each_rank_asks_for_the_chunks_of_its_patches_and_a_slab_for_those_of_its_rows(tmp_path):
+    web_root = tmp_path / "web"
+    for name in "ab":
+        array(web_root / f"{name}.zarr", voxels(32, 32, 32), (16, 16, 16), names="zyx")
+    files = [file for file in web_root.rglob("*") if "c" in file.parts and file.is_file()]
+    sizes = {f"/{file.relative_to(web_root)}": file.stat().st_size for file in files}
+    with Web(web_root) as web:
+        urls = [f"{web.url}/{name}.zarr" for name in "ab"]
+        store = VolumeStore.build(urls, tmp_path / "cache", RAW, cache_gb=0)
+        loaders = [PatchLoader(store, (16, 16, 16), "full", batch_size=4, threads=1, rank=rank,
+                               world_size=2) for rank in (0, 1)]  # fmt: skip
+        loaders += [
+            PatchLoader(store, patching=None, threads=0, slab=slab)
+            for slab in (lambda rows: (0, rows // 2), lambda rows: (rows // 2, rows))
+        ]
+        asked = []
+        for loader in loaders:
+            store.array(0), store.array(1)  # their metadata count, too
+            chunks_asked(web)
+            before = loader.traffic().num_bytes
+            for _ in loader:
+                pass
+            asked.append(chunks_asked(web))
+            assert loader.traffic().num_bytes - before == sum(sizes[path] for path in asked[-1])
+    for one, two in (asked[:2], asked[2:]):
+        assert len(one) == len(two) == 8 and sorted(one + two) == sorted(sizes)
+
+
 def test_training_validates_on_a_part_of_what_would_fill_the_memory(tmp_path, monkeypatch):
     monkeypatch.setattr("loaders.store.MOST_AT_ONCE", 1000)
     monkeypatch.setattr("loaders.store.PART", 8)
@@ -621,6 +719,27 @@ def test_requests_to_a_store_overlap(tmp_path, quick_retries):
         assert time.perf_counter() - start < 0.9
 
 
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.float64])
+def test_planes_that_were_read_lie_an_odd_number_of_cache_lines_apart(dtype):
+    for shape in ((64, 64, 64), (2, 3, 63, 32), (5, 7, 9)):
+        found = spread(shape, np.dtype(dtype))
+        assert found.shape == shape and found.dtype == dtype
+        assert found.strides[-3] % 128 == 64 and found[0, 0].flags.c_contiguous
+
+
+def test_all_patches_of_a_batch_are_fetched_at_once(tmp_path, quick_retries):
+    ome(tmp_path / "web" / "a.zarr", [voxels(32, 32, 32)], chunks=16)
+    with Web(tmp_path / "web") as web:
+        store = VolumeStore.build(f"{web.url}/a.zarr", tmp_path / "cache", RAW, cache_gb=0)
+        web.latency_s, web.most_at_once = 0.1, 0
+        options = {"patching": "full", "batch_size": 4, "threads": 1, "prefetch": 1}
+        for batch in PatchLoader(store, (16, 16, 16), **options):  # a patch is a chunk
+            for image, corner in zip(batch.image.numpy(), batch.corner.tolist(), strict=True):
+                box = tuple(slice(c, c + 16) for c in corner)
+                np.testing.assert_array_equal(image, store.read(0, box))
+        assert web.most_at_once >= 4
+
+
 @pytest.mark.parametrize(
     ("mood", "line"),
     [("closed", r"a\.zarr: cannot be read: .*403.*; credentials are taken from the URL itself"),
@@ -652,14 +771,8 @@ print(took, int(status.split()[0]) / 1024)
 @pytest.mark.slow
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="Linux counts its memory")
 def test_a_terabyte_is_opened_planned_and_read_from_in_five_seconds_and_half_a_gigabyte(tmp_path):
-    n, small = 8192, voxels(128, 128, 128)
-    path = ome(tmp_path / "a.zarr", [small, small])
-    write(path / "s0", (n, n, n), np.uint16, (64, 64, 64), (512, 512, 512))
-    scale = [{"type": "scale", "scale": [s * n / 128 for s in (2.0, 0.5, 0.5)]}]
-    spoil(path, lambda held: held["attributes"]["ome"]["multiscales"][0]["datasets"][1].update(
-        coordinateTransformations=scale))  # fmt: skip
     run = subprocess.run(
-        [sys.executable, "-c", TERABYTE, path, tmp_path / "cache"],
+        [sys.executable, "-c", TERABYTE, terabyte(tmp_path / "a.zarr"), tmp_path / "cache"],
         capture_output=True, text=True, check=True,
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
     )  # fmt: skip

@@ -280,6 +280,29 @@ def test_what_is_measured_is_what_trains(monkeypatch):
     assert rest == ["discriminator", "forgotten"]
 
 
+@pytest.mark.parametrize("same_shapes", [True, False])
+def test_kernels_are_tried_out_where_they_are_in_training(trial, same_shapes, monkeypatch):
+    seen, forward = [], VAETask.forward
+
+    def watched(*args):
+        seen.append(torch.backends.cudnn.benchmark)
+        return forward(*args)
+
+    monkeypatch.setattr(VAETask, "forward", watched)
+    trial.same_shapes = same_shapes
+    trial.peak_bytes(1)
+    assert seen == [same_shapes]
+
+
+def test_a_recipe_that_compiles_is_measured_compiled(tmp_path, monkeypatch):
+    recipe, compiled = tmp_path / "tiny.yaml", []
+    recipe.write_text(TINY + "compile: true\n")
+    monkeypatch.setattr(Chain, "compile", lambda self: compiled.append(self))
+    monkeypatch.setattr(Trial, "peak_bytes", lambda self, n: len(compiled) * sum(self.sample_shape))
+    plan(str(recipe), patch_size=(32, 16, 16), batch_size=1, memory_gb=4.0, device="cpu")
+    assert len(compiled) == 2
+
+
 def test_not_even_one_patch_is_said(measured):
     with pytest.raises(ValueError, match="not even one patch"):
         measured.largest_batch(1200)

@@ -14,13 +14,15 @@ import torch.distributed as dist
 from test_blocks import LAYERS, ids, network
 from test_exact import subclasses, tiny, tiny_preset, trained
 from test_norm import NORMS
+from test_perceptual import Spy
 from toys import SHAPE as SHAPE_OF_TOYS
 from toys import ToyBatch, ToyLoader, on_ranks, tiny_vae, toy_trainer
 
 from vae3d.kernels import convolutions, memory, steps, winograd
-from vae3d.losses.adversarial import Adversarial
+from vae3d.losses.adversarial import Adversarial, PatchDiscriminator
 from vae3d.losses.kl import KL
 from vae3d.losses.latents import NoiseRobust
+from vae3d.losses.perceptual import Perceptual
 from vae3d.losses.reconstruction import SSIM, FocalFrequency, GradientDifference, LearnedVariance
 from vae3d.losses.vae_loss import VAELoss
 from vae3d.models import attention, blocks, downsample, norm, presets, upsample
@@ -33,7 +35,7 @@ from vae3d.spatial.losses import check_loss
 from vae3d.spatial.network import SlabVAE
 from vae3d.spatial.slabs import Layout, cut
 from vae3d.training.checkpoint import load_checkpoint
-from vae3d.training.distributed import World
+from vae3d.training.distributed import Mesh, World
 from vae3d.training.slabs import SlabTask
 from vae3d.training.task import VAETask
 
@@ -385,12 +387,16 @@ def test_a_layer_sees_what_its_description_says(layer):
 # Training
 
 
-class SlabLoader(ToyLoader):
-    """A rank's rows of what one process reads whole."""
+def on_meshes(function, mesh, *args):
+    return on_ranks(mesh.data * mesh.spatial, partial(function, mesh=mesh), *args)
 
-    def __init__(self, world, batch_size=2):
-        super().__init__(10, batch_size)
-        self.slab = slice(*cut(SHAPE_OF_TOYS[0], world.size, 2)[world.rank])
+
+class SlabLoader(ToyLoader):
+    """A rank's rows of what one process reads whole, of the samples of its team."""
+
+    def __init__(self, world, team, batch_size):
+        super().__init__(10, batch_size, world.rank // team.size, world.size // team.size)
+        self.slab = slice(*cut(SHAPE_OF_TOYS[0], team.size, 2)[team.rank])
 
     def stream(self):
         for batch in super().stream():
@@ -402,19 +408,29 @@ class SlabBatch(ToyBatch):
     rows: int = 0
 
 
-def exact_loss():
+def exact_loss(of_slices=True):
+    """Every kind of term. Of three slices one of four ranks has none."""
     extra = (partial(SSIM, window=3, weight=0.5), partial(GradientDifference, weight=0.5))
     kl = partial(KL, weight=0.1, target_std=1.0, warmup_steps=4)
-    return VAELoss(recon=LearnedVariance, kl=kl, extra=extra)
+    perceptual = partial(Perceptual, view="slices", network=Spy, num_slices=3)
+    judge = partial(PatchDiscriminator, num_layers=1, channels=8)
+    more = dict(feature_matching_weight=0.5, r1_weight=0.1, r1_every=2, start_step=1)
+    game = partial(Adversarial, discriminator=judge, num_slices=3, **more)
+    slices = (perceptual, game) if of_slices else (None, None)
+    return VAELoss(LearnedVariance, kl, *slices, extra)
 
 
-def trained_in_slabs(world, folder, steps, state=None, amp="off"):
+def trained_in_slabs(world, folder, steps, state=None, amp="off", mesh=None):
     """Losses and weights of a training, whatever the number of ranks; float64 but for AMP."""
     dtype = torch.float64 if amp == "off" else torch.float32
-    vae, loss = tiny_vae().to(dtype), exact_loss().to(dtype)
-    whole = world.size == 1
-    task = VAETask(vae, loss, 0) if whole else SlabTask(vae, loss, 0)
-    loader = ToyLoader(10, 2) if whole else SlabLoader(world)
+    of_slices = amp == "off"  # they multiply what half precision has rounded
+    vae, loss = tiny_vae().to(dtype), exact_loss(of_slices).to(dtype)
+    mesh = Mesh.of("spatial", mesh, world.size)
+    team, batch_size = world.team(mesh.spatial), 4 // mesh.data
+    whole = team.size == 1
+    task = VAETask(vae, loss, 0) if whole else SlabTask(vae, loss, 0, team.group)
+    samples = world.rank, world.size
+    loader = ToyLoader(10, batch_size, *samples) if whole else SlabLoader(world, team, batch_size)
     loader.images = loader.images.to(dtype)
     options = dict(max_steps=steps, grad_accum=2, clip_norm=0.5, lr_schedule="constant", amp=amp)
     trainer = toy_trainer(folder, world, task=task, loader=loader, **options)
@@ -423,20 +439,30 @@ def trained_in_slabs(world, folder, steps, state=None, amp="off"):
     assert trainer.fit() == 0
     weights = [*trainer.ema.shadow.values(), *loss.state_dict().values()]
     ours = trainer.tracker
-    numbers = {name: ours.losses(f"train/{name}") for name in ("loss", "recon", "ssim", "kl")}
+    names = ["loss", "recon", "ssim", "kl"]
+    if of_slices:
+        names += ["perceptual", "adversarial", "adversarial_weight", "feature_matching"]
+        names += ["discriminator_loss", "logits_fake", "r1"]
+    numbers = {name: ours.losses(f"train/{name}") for name in names}
     return numbers, torch.cat([w.flatten().double() for w in weights]), trainer.samples
 
 
 @pytest.mark.parametrize(
-    ("ranks", "then", "steps"), [(2, 2, 6), pytest.param(4, 3, 20, marks=pytest.mark.slow)]
+    ("mesh", "then", "steps"),
+    [
+        (Mesh(2, 2), Mesh(1, 2), 4),
+        pytest.param(Mesh(1, 4), Mesh(2, 2), 20, marks=pytest.mark.slow),
+        pytest.param(Mesh(2, 2), Mesh(1, 3), 20, marks=pytest.mark.slow),
+    ],
 )
-def test_training_in_slabs_is_training_in_one_process(ranks, then, steps, tmp_path):
-    """Accumulation, clipping, EMA, a controlled KL, windows across faces; resumed after a stop."""
+def test_training_in_slabs_is_training_in_one_process(mesh, then, steps, tmp_path):
+    """Accumulation, clipping, EMA, every kind of term, slices and their discriminator; resumed."""
     half = steps // 2
     numbers, weights, samples = trained_in_slabs(World(), tmp_path / "alone", steps)
-    begun = on_ranks(ranks, trained_in_slabs, tmp_path / "slabs", half)
+    slabs = partial(on_meshes, trained_in_slabs)
+    begun = slabs(mesh, tmp_path / "slabs", half)
     state = load_checkpoint(tmp_path / "slabs" / "last.pt")
-    resumed = on_ranks(then, trained_in_slabs, tmp_path / "on", steps, state)
+    resumed = slabs(then, tmp_path / "on", steps, state)
     for found, mine, seen in resumed:
         assert seen == samples
         torch.testing.assert_close(mine, weights, rtol=1e-6, atol=1e-8)
@@ -457,7 +483,8 @@ def test_slabs_train_in_half_precision(amp, tmp_path):
     ("options", "words"),
     [
         ({"extra": (FocalFrequency,)}, "the loss has FocalFrequency"),
-        ({"adversarial": Adversarial}, "the adversarial term"),
+        ({"adversarial": partial(Adversarial, spatial_dims=3)}, "Adversarial.spatial_dims 3"),
+        ({"perceptual": partial(Perceptual, network=partial(Spy, 3))}, "a network of 3D"),
         ({"kl": partial(KL, free_bits=0.1)}, "KL.free_bits 0.1"),
         ({"extra": (NoiseRobust,)}, "NoiseRobust"),
     ],

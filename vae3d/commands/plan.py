@@ -127,6 +127,9 @@ def plan_recipe(
 
     with open_world(device) as world, telling_of_device("--batch_size", "--patch_size"):
         task = VAETask(vae, terms).to(world.device)
+        if options["compile"]:
+            vae.encoder.compile()
+            vae.decoder.compile()
         amp, dtype = options["amp"] or native_amp(world.device), torch.float32
         budget = memory_gb * 1e9 if memory_gb else budget_bytes(world.device)
         if (sharding or options["sharding"]) == "spatial":

@@ -73,8 +73,8 @@ def _means(rows: Sequence[dict], metrics: Sequence[str]) -> dict[str, float]:
 def _against_linear_codes(means: Mapping[str, float], summary: Mapping[str, object]) -> Found:
     """Whether the model is worth its training: above pooling, above block PCA, without a grid."""
     psnr, remedy = means.get("psnr", math.inf), "raise <code>--max_steps</code>"
-    codes = summary.get("num_codes")  # no numbers: no linear code is of their size, or round them
-    if not (summary.get("linear_code") or codes):
+    codes = summary.get("num_codes")  # no numbers: no linear code is of their size
+    if not summary.get("linear_code"):
         remedy = f"begin at the best linear code (<code>--model.linear_code true</code>), {remedy}"
     found = []
     if psnr < means.get("pooled_psnr", -math.inf):

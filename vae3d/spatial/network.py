@@ -18,7 +18,6 @@ Axes: b batch, c channels, x y z space, h heads, n tokens, d channels of a head.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import replace
 from functools import partial
 
 import torch
@@ -60,11 +59,10 @@ class SlabVAE:
     def encode(self, x: Tensor) -> DiagonalGaussian:
         """This rank's rows of the posterior; see `CustomVAE.encode`."""
         x = self.vae.pad(x)
-        posterior = self.vae.head(self.run([self.vae.encoder, self.vae.quant_conv], x))
-        if self.vae.linear_code is not None:
-            code = wide(self.walk(self.vae.linear_code.analysis, x))
-            posterior = replace(posterior, mean=posterior.mean + code)
-        return posterior
+        moments = self.run([self.vae.encoder, self.vae.quant_conv], x)
+        if (linear := self.vae.linear_code) is not None:
+            moments = linear.added_to(moments, wide(self.walk(linear.analysis, x)))
+        return self.vae.head(moments)
 
     def decode(self, z: Tensor) -> Tensor:
         """This rank's rows of the reconstruction; see `CustomVAE.decode`."""

@@ -47,6 +47,8 @@ class Trial:
         amp: off | bf16 | fp16.
         num_weights: Channels of the weights of voxels; 0 without masks.
         rows: Rows of the volume of which the sample is a slab; None where it is none.
+        same_shapes: Whether all batches are of one shape; then a GPU's kernels are tried out, as in
+            training, and their work space counts.
     """
 
     task: Task
@@ -54,6 +56,7 @@ class Trial:
     amp: Amp = "off"
     num_weights: int = 0
     rows: int | None = None
+    same_shapes: bool = True
 
     @property
     def device(self) -> torch.device:
@@ -84,7 +87,7 @@ class Trial:
                 task.get_submodule(name).compile()
             moments = [torch.zeros_like(p) for p in task.parameters() for _ in range(2)]
             for _ in range(2 if self.device.type == "cuda" else 1):
-                with fastest_kernels():  # as training: their work space counts
+                with fastest_kernels(self.same_shapes):
                     self._step(task, batch_size)
                 task.zero_grad(set_to_none=True)
             del moments
