@@ -141,10 +141,8 @@ def plan_recipe(
                 size: Trial(task, (vae.in_channels, *size), amp).peak_bytes(batch_size)
                 for size in (patch, smaller)
             }
-            needed, largest = (
-                f"{peaks[patch] / 1e9:.2f} GB",
-                largest_patch(peaks, vae.factor, budget),
-            )
+            largest = largest_patch(peaks, vae.factor, budget)
+            needed = f"{peaks[patch] / 1e9:.2f} GB"
             fits = f"patch {times(largest)}" if largest else "no patch at all"
 
     latent = tuple(n // f for n, f in zip(patch, vae.factor, strict=True))
