@@ -183,6 +183,8 @@ class Builder:
             except BrokenVolume:  # told when it is built
                 return False
             return True
+        if self.reading.of_stores():  # told when it is read
+            return False
         path, _ = split_series(path)
         known = self.digests.get(os.path.abspath(path))
         try:

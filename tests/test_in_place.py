@@ -679,7 +679,7 @@ def test_options_of_stores_change_no_key_of_other_volumes_and_are_refused_for_th
     key = built(tmp_path / "a.npy", tmp_path / "cache").entries[0].key
     copied = built(tmp_path / "a.npy", tmp_path / "cache", in_place=False)
     assert copied.entries[0].key == key
-    with pytest.raises(BrokenVolume, match=r"data\.level is of zarr and HDF5 alone"):
+    with pytest.raises(BrokenVolume, match=r"data\.level is of zarr, HDF5 and TIFF that"):
         read_volume(tmp_path / "a.npy", Reading(level=1))
 
 
