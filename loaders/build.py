@@ -46,6 +46,7 @@ from loaders.readers import (
     Reading,
     View,
     Volume,
+    as_store,
     describe,
     has_place,
     holds_dicom,
@@ -177,7 +178,7 @@ class Builder:
 
     def remembered(self, path: Path) -> bool:
         """Whether the digest of a file is known and its size and time are still the same."""
-        if is_store(path):
+        if as_store(path, self.reading):
             try:
                 self.image(path)
             except BrokenVolume:  # told when it is built
@@ -209,7 +210,7 @@ class Builder:
             if given not in present:
                 parts.append("missing")
                 continue
-            if is_store(given):
+            if as_store(given, self.reading):
                 options = {name: getattr(self.reading, name) for name in OF_STORES}
                 parts.append(f"store {self.image(given).version} {json.dumps(options)}")
                 continue

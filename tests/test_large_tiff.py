@@ -219,6 +219,45 @@ class NoCodecs:
         raise KeyError(f"{codec} requires the 'imagecodecs' package")
 
 
+def test_pieces_that_would_fill_the_memory_are_refused_unless_no_piece_is_read_whole(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr("loaders.readers.tiff.LARGE", 1000)
+    zyx = voxels(4, 32, 32)
+    for name, options in {"tiles": {"tile": (32, 32), "compression": "zlib"}, "mapped": {}}.items():
+        tifffile.imwrite(tmp_path / f"{name}.tif", zyx, bigtiff=True, photometric="minisblack",
+                         **options)  # fmt: skip
+    assert built(tmp_path / "mapped.tif", tmp_path / "cache").shape(0) == (1, 32, 32, 4)
+    with pytest.raises(BrokenVolume, match=r"pieces of 32 x 32 voxels, .*--data\.in_place false"):
+        built(tmp_path / "tiles.tif", tmp_path / "cache")
+    assert built(tmp_path / "tiles.tif", tmp_path / "cache", in_place=False)
+
+
+def test_a_set_of_files_is_one_volume_of_which_planes_are_read_where_they_lie(tmp_path):
+    zyx = voxels(3, 32, 48)
+    for number, plane in enumerate(zyx):
+        uids = [f"urn:uuid:00000000-0000-0000-0000-00000000000{n}" for n in range(3)]
+        planes = "".join(
+            f'<TiffData FirstZ="{n}" IFD="0" PlaneCount="1"><UUID FileName="{n}.ome.tif">{uid}'
+            "</UUID></TiffData>" for n, uid in enumerate(uids)
+        )  # fmt: skip
+        xml = (
+            '<OME xmlns="http://www.openmicroscopy.org/Schemas/OME/2016-06" '
+            f'UUID="{uids[number]}"><Image ID="Image:0"><Pixels ID="Pixels:0" '
+            'DimensionOrder="XYZCT" Type="uint16" SizeX="48" SizeY="32" SizeZ="3" SizeC="1" '
+            'SizeT="1" PhysicalSizeX="0.5" PhysicalSizeY="0.5" PhysicalSizeZ="2">'
+            f'<Channel ID="Channel:0:0" SamplesPerPixel="1"/>{planes}</Pixels></Image></OME>'
+        )
+        tifffile.imwrite(tmp_path / f"{number}.ome.tif", plane, bigtiff=True, tile=(16, 16),
+                         description=xml, metadata=None)  # fmt: skip
+    store = built(tmp_path / "0.ome.tif", tmp_path / "cache")
+    np.testing.assert_array_equal(store.read(0)[0], zyx.transpose(2, 1, 0))
+    (tmp_path / "2.ome.tif").unlink()
+    forget()
+    with pytest.raises(BrokenVolume, match=r"0\.ome\.tif/0: .*page 2 is in another file, which"):
+        built(tmp_path / "0.ome.tif", tmp_path / "cache2")
+
+
 def test_a_tiff_behind_a_url_is_read_tile_by_tile(tmp_path):
     fsspec = pytest.importorskip("fsspec")
     zyx = voxels(4, 64, 64)

@@ -95,6 +95,7 @@ __all__ = [
     "View",
     "Volume",
     "Volumes4D",
+    "as_store",
     "check_file",
     "describe",
     "has_place",
@@ -255,19 +256,24 @@ def write_volume(path: Path | str, volume: Boxes) -> None:
 
 
 def reader_of(path: Path, reading: Reading) -> Callable[[Path, Reading], Volume]:
-    """Return the function that reads a file, folder or store.
+    """Return the function that reads a file, folder or store."""
+    if as_store(path, reading):
+        return read_store
+    suffix = check_file(path)
+    if chosen := reading.of_stores():
+        stores = "zarr, HDF5 and TIFF that is read where it lies"
+        raise BrokenVolume(path, f"data.{chosen[0]} is of {stores}, alone")
+    return read_folder if suffix == "folder" else READERS[suffix]
+
+
+def as_store(path: Path, reading: Reading) -> bool:
+    """Whether a path is read as a store.
 
     A TIFF that could stay where it is and is copied is read as any TIFF is, unless a part of it is
     chosen.
     """
-    chosen = reading.of_stores()
-    if is_store(path) and (reading.in_place or chosen or not is_tiff_store(path)):
-        return read_store
-    suffix = check_file(path)
-    if chosen:
-        stores = "zarr, HDF5 and TIFF that is read where it lies"
-        raise BrokenVolume(path, f"data.{chosen[0]} is of {stores}, alone")
-    return read_folder if suffix == "folder" else READERS[suffix]
+    parts = reading.in_place or reading.of_stores()
+    return is_store(path) and bool(parts or not is_tiff_store(path))
 
 
 def read_header(path: Path | str, reading: Reading = READING) -> Volume | None:

@@ -375,11 +375,12 @@ class Tiles:
         if self.shape[self.lead :] != inner or self.series.transform is not None:
             raise BrokenVolume(file, f"its pages are no planes of its image: {COPIED}")
         self.tile_shape = ((1,) * len(inner) + self.key.chunks)[-len(inner) :]
-        if num_items(self.tile_shape) * self.dtype.itemsize > LARGE:
+        self.chunks = (*[1] * self.lead, *map(min, self.tile_shape, inner))
+        apart = url or self.series.is_multifile
+        self.whole = None if apart else self.mapped(tiff.byteorder)
+        if self.whole is None and num_items(self.tile_shape) * self.dtype.itemsize > LARGE:
             size = " x ".join(map(str, self.tile_shape))
             raise BrokenVolume(file, f"is in pieces of {size} voxels, each read whole: {COPIED}")
-        self.chunks = (*[1] * self.lead, *map(min, self.tile_shape, inner))
-        self.whole = None if url else self.mapped(tiff.byteorder)
         self.page = lru_cache(PAGES_KEPT)(self._page)
 
     def mapped(self, byteorder: str) -> np.ndarray | None:
