@@ -88,8 +88,8 @@ def pooled_to(x: Tensor, size: Sequence[int]) -> Tensor:
 def power(x: Tensor) -> Tensor:
     """Squared DCT of `(B, C, *spatial)`, mean over channels, 0 where nothing changes (DC)."""
     spectrum = along_axes(x, [there(x, cosines, n) for n in x.shape[2:]]).square().mean(1)
-    constant: tuple[slice | int, ...] = (slice(None), *[0] * (x.ndim - 2))
-    spectrum[constant] = 0
+    dc: tuple[slice | int, ...] = (slice(None), *[0] * len(x.shape[2:]))
+    spectrum[dc] = 0
     return spectrum
 
 
