@@ -307,7 +307,7 @@ class Builder:
         if (meta := self.sidecar(key)) is not None:
             return meta
         seed = int(key[:8], 16)
-        sample = found.sample(seed)
+        sample = found.sample()
         stats, tables = measured(Volume(sample.data), subject.paths[0], sample.drawn)
         meta = {
             "scale": [1.0] * len(stats),

@@ -403,7 +403,7 @@ class Checked:
 def check_in_place(reading: Reading, preprocess: Preprocess, subject: Subject) -> Checked:
     """Look at a sample of a volume that stays where it is."""
     found = find_in_place(subject, reading, preprocess)
-    sample = found.sample(0)
+    sample = found.sample()
     stats, _ = measured(Volume(sample.data), subject.paths[0], sample.drawn)
     return Checked(Facts.of(found.header), notes=found.header.notes, statistics=stats)
 

@@ -135,7 +135,7 @@ class VolumeFacts:
     @classmethod
     def of_store(cls, found: Found) -> VolumeFacts:
         """Measure a sample of a volume that stays where it is."""
-        channels = tuple(ChannelFacts.of(data, 1.0, 0.0) for data in found.sample(0).data)
+        channels = tuple(ChannelFacts.of(data, 1.0, 0.0) for data in found.sample().data)
         shape, spacing_mm = found.header.data.shape[1:], found.header.spacing_mm
         return cls(shape, spacing_mm, channels, holes=False)
 

@@ -35,6 +35,7 @@ from loaders.subjects import Subject
 
 ENOUGH, MOST = 2**20, 2**23  # voxels that statistics are taken of
 BLOCKS, SIDE = 64, 32  # drawn where there is no level of that size
+DRAWS, SEED = 16, 0  # how often at most, and from which seed
 Bounds = tuple[float, float | None]
 TOLERANCE = 0.01  # by which a level's voxel size may miss the one asked for
 REMEDY = (
@@ -88,25 +89,37 @@ class Found:
     record: Record
     levels: tuple[InPlace, ...]
 
-    def sample(self, seed: int) -> Sample:
-        """Read the coarsest level that suffices, or blocks of it where that is too large."""
+    def sample(self) -> Sample:
+        """Read the coarsest level that suffices, or blocks of it where that is too large.
+
+        Blocks are drawn again while they are all alike, as in the padding of mosaics.
+        """
         finest = self.levels[0]
         chosen = next((one for one in self.levels[::-1] if size_of(one) >= ENOUGH), finest)
         step = np.array(finest.shape[1:]) / chosen.shape[1:]
         if size_of(chosen) <= MOST:
             return Sample(chosen[(slice(None),) * 4], np.zeros((1, 3), int), step)
-        rng = np.random.default_rng(seed)
-        shape, chunks = np.array(chosen.shape[1:]), np.array(chosen.chunks)
-        side = np.minimum(np.minimum(shape, chunks), SIDE)
-        corners = rng.integers(0, shape - side + 1, (BLOCKS, 3))
-        # Moved to lie in one chunk, where there is a whole one.
-        lead = np.array(chosen.lead)
-        start = (corners + lead) // chunks * chunks - lead
-        corners = np.minimum(np.minimum(corners, start + chunks - side), shape - side)
-        corners = np.maximum(corners, 0)
-        boxes = [tuple(map(slice, corner, corner + side)) for corner in corners]
-        blocks = [chosen[(slice(None), *box)] for box in boxes]
-        return Sample(np.concatenate(blocks, axis=1), corners, step)
+        rng = np.random.default_rng(SEED)
+        for _ in range(DRAWS):
+            data, corners = drawn_blocks(chosen, rng)
+            if (data != data[:, :1, :1, :1]).any(axis=(1, 2, 3)).all():
+                break
+        return Sample(data, corners, step)
+
+
+def drawn_blocks(chosen: InPlace, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Read blocks of a volume that lie anywhere in it, beside each other along X; and where."""
+    shape, chunks = np.array(chosen.shape[1:]), np.array(chosen.chunks)
+    side = np.minimum(np.minimum(shape, chunks), SIDE)
+    corners = rng.integers(0, shape - side + 1, (BLOCKS, 3))
+    # Moved to lie in one chunk, where there is a whole one.
+    lead = np.array(chosen.lead)
+    start = (corners + lead) // chunks * chunks - lead
+    corners = np.minimum(np.minimum(corners, start + chunks - side), shape - side)
+    corners = np.maximum(corners, 0)
+    boxes = [tuple(map(slice, corner, corner + side)) for corner in corners]
+    blocks = [chosen[(slice(None), *box)] for box in boxes]
+    return np.concatenate(blocks, axis=1), corners
 
 
 def size_of(array: InPlace) -> int:

@@ -215,8 +215,8 @@ def test_a_large_volume_without_levels_is_measured_on_a_seeded_sample_of_chunks(
     zyx = voxels(40, 48, 56)
     path = array(tmp_path / "a.zarr", zyx, (8, 8, 8), names="zyx")
     found = find_in_place(Subject("a", (path,)), Reading(), Preprocess())
-    sample = found.sample(3)
-    np.testing.assert_array_equal(sample.data, found.sample(3).data)
+    sample = found.sample()
+    np.testing.assert_array_equal(sample.data, found.sample().data)
     assert sample.data.shape == (1, 64 * 8, 8, 8)
     assert (sample.corners % 8 == 0).all()  # each block is one chunk
     store = built(path, tmp_path / "cache", Preprocess())
@@ -224,6 +224,22 @@ def test_a_large_volume_without_levels_is_measured_on_a_seeded_sample_of_chunks(
     points = store.foreground_points(0)
     threshold = store.meta(0)["statistics"][0]["foreground_threshold"]
     assert len(points) > 100 and (volume[tuple(points.T)] > threshold).all()
+
+
+def test_blocks_are_drawn_again_where_all_are_padding_and_told_where_all_stay_so(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr("loaders.in_place.MOST", 1000)
+    monkeypatch.setattr("loaders.in_place.BLOCKS", 2)
+    zyx = np.zeros((64, 64, 64), np.uint16)
+    zyx[:10, :10, :10] = voxels(10, 10, 10)
+    path = array(tmp_path / "a.zarr", zyx, (8, 8, 8), names="zyx")
+    monkeypatch.setattr("loaders.in_place.DRAWS", 1)
+    with pytest.raises(BrokenVolume, match="all voxels of 2 blocks drawn at random are 0; a level"):
+        built(path, tmp_path / "cache")
+    monkeypatch.setattr("loaders.in_place.DRAWS", 200)
+    store = built(path, tmp_path / "cache")
+    assert store.meta(0)["statistics"][0]["max"] > 0
 
 
 def test_plain_zarr_and_hdf5_are_zyx_where_they_name_no_axes_and_that_is_told(tmp_path, capsys):
