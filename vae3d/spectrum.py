@@ -100,9 +100,9 @@ def radius(shape: Sequence[int]) -> Tensor:
 def rings(x: Tensor, bins: int = BINS) -> Tensor:
     """Mean power `(B, bins)` of `(B, C, *spatial)` in rings of equal width, slow to fast."""
     ring = (radius(x.shape[2:]) * bins).long().clamp_max(bins - 1).flatten()
-    member = (ring[:, None] == torch.arange(bins)).to(x)  # 16 numbers for each of the latent's
-    member /= torch.bincount(ring, minlength=bins).clamp_min(1).to(x)
-    return power(x).flatten(1) @ member
+    found = power(x).flatten(1)
+    inside = (found[:, ring == number] for number in range(bins))  # one by one: it may be large
+    return torch.stack([values.sum(1) / max(values.shape[1], 1) for values in inside], 1)
 
 
 def spectral_gap(x: Tensor, z: Tensor, delta: float = 1.0, bins: int = BINS) -> Tensor:
