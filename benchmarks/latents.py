@@ -11,7 +11,7 @@ and steps for all, samples, and `vae3d compare` of these with volumes that neith
 All arms with the linear code come first, and of these all have their first seed before any has its
 second. Each arm's numbers go into latents.json beside this script when it is done; the same command
 again continues where it stopped. Printed are means over seeds, and differences from the plain arm
-of the same seed and code with 95 % intervals (Student's t). An arm takes 1 to 2 core-minutes.
+of the same seed and code with 95 % intervals (Student's t). An arm takes 2 to 3 core-minutes.
 """
 
 from __future__ import annotations
@@ -27,10 +27,13 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
+from imageio.v3 import imread
 from scipy.stats import t as student
 
-from loaders import DataConfig, Preprocess, write_demo
+from loaders import DataConfig, Preprocess, read_volume, write_demo
+from loaders.preprocess import to_store_grid
 from loaders.whole import write_text
 from vae3d import train_3d
 from vae3d.commands.compare import compare
@@ -46,6 +49,8 @@ from vae3d.models.blocks import ResBlock
 from vae3d.models.custom_vae import CustomVAE
 from vae3d.models.norm import GroupNorm
 from vae3d.models.posterior import LogVarianceHead
+from vae3d.stage2.sheet import contact_sheet, three_slices
+from vae3d.tracking.media import write_png
 
 ARMS = {
     "plain": (),
@@ -101,8 +106,8 @@ class Stage:
 
 
 STAGES = {
-    "A": Stage((0, 1, 2), (True, False), 8.0, (16,), 200, 250, 24, 3),
-    "B": Stage((0, 1), (True,), 4.0, (16, 32), 200, 250, 24, 2),
+    "A": Stage((0, 1, 2), (True, False), 8.0, (16,), 200, 600, 24, 3),
+    "B": Stage((0, 1), (True,), 4.0, (16, 32), 200, 600, 24, 2),
 }
 
 
@@ -210,8 +215,33 @@ def run(arm: Arm, train: Path, unseen: Path, home: Path) -> dict[str, float]:
         found = json.loads((folder / "copies" / "compare.json").read_text())["memorization"]
         numbers["copies_p"] = found["voxels"]["p"]
     numbers["cpu_minutes"] = (time.process_time() - begun) / 60
+    write_png(
+        home / f"{arm.name}.png", drawn(arm.terms, folder / "samples" / "ldm", stage.spacing_mm)
+    )
     shutil.rmtree(folder)
     return numbers
+
+
+def drawn(title: str, folder: Path, spacing_mm: float, count: int = 6) -> np.ndarray:
+    """The first volumes of a folder as a row of a picture, each between 0 and its brightest."""
+    pictures, spacing = [], (spacing_mm,) * 3
+    for path in sorted(folder.glob("*.nii*"))[:count]:
+        volume, _ = to_store_grid(read_volume(path), Preprocess(spacing_mm=spacing))
+        x = volume.data.astype(np.float32)
+        pictures.append(three_slices(x, spacing, (0.0, float(np.quantile(x, 0.999)))))
+    return contact_sheet({title: pictures})
+
+
+def picture(stage: str, unseen: Path, home: Path) -> None:
+    """Write the samples of the arms' first seed below volumes that they have not seen."""
+    rows = [drawn("not seen", unseen, STAGES[stage].spacing_mm)]
+    rows += [imread(path) for path in sorted(home.glob(f"{stage}-*-code-0.png"))]
+    wide = max(row.shape[1] for row in rows)
+    edges = [((0, 0), (0, wide - row.shape[1]), (0, 0)) for row in rows]
+    write_png(
+        home / f"{stage}.png",
+        np.concatenate([np.pad(r, e, mode="edge") for r, e in zip(rows, edges, strict=True)]),
+    )
 
 
 def go_on(code: int) -> None:
@@ -314,6 +344,7 @@ def experiment(
         results[arm.name] = run(arm, train, unseen, home)
         write_text(KEPT, json.dumps(results, indent=1) + "\n")
         print(arm.name, {k: round(v, 4) for k, v in results[arm.name].items()}, flush=True)
+        picture(stage, unseen, home)
     for name in STAGES:
         if any(key.startswith(f"{name}-") for key in results):
             print(f"\nStage {name}\n\n{table(name, results)}")

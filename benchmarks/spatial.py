@@ -1,67 +1,84 @@
-"""Training steps on one volume in slabs: time, memory of a rank, and bytes that travel.
+"""Training steps on one volume in slabs: memory and time of a rank, and bytes that travel.
 
-    python benchmarks/spatial.py --size 128 --ranks 2 --rounds 3
+    python benchmarks/spatial.py --shape 128 64 64 --ranks 2 4 --rounds 1
+    python benchmarks/spatial.py --shape 128 128 128 --ranks 2 --rounds 3
 
 One process and each number of ranks take turns, a thread each; a step is forward and backward of
-the default network with L1 and KL, float32. Printed are medians: seconds of a step and the most
-memory that it took a rank beyond what it began with, both also as parts of one process's, and the
-bytes of halos that all ranks sent, beside the formula of docs/how/slabs.md.
+the default network with L1 and KL, float32. Printed are medians of the rank that needs most:
+
+- seconds of a step, by the clock and of the processor, and the former as a part of one process's;
+- memory at the peak of the step above what the rank held before it, and, without the gradients of
+  the weights, which every rank has, as a part of one process's times the ranks (1.00 is perfect);
+- bytes of halos that all ranks sent, beside the formula of docs/how/slabs.md.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
-import resource
+import re
 import socket
 import statistics
 import time
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from vae3d.kernels.memory import pages, trim
 from vae3d.models.custom_vae import CustomVAE
 from vae3d.spatial.network import SlabVAE
 from vae3d.spatial.slabs import Layout, cut
 
 
+class Turn(NamedTuple):
+    """What a step took: the most of any rank, but for `sent`, of all together."""
+
+    seconds: float
+    cpu_seconds: float
+    bytes: float
+    sent: int
+
+
 def main() -> None:
     """Run the turns and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--size", type=int, default=64, help="voxels along each axis")
-    parser.add_argument("--ranks", type=int, nargs="+", default=[2])
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--shape", type=int, nargs=3, default=[128, 64, 64], help="cut along x")
+    parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4])
+    parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--channels", type=int, nargs="+", default=[32, 64, 128])
     parser.add_argument("--checkpointing", default="none", choices=["none", "block", "level"])
     args = parser.parse_args()
-    turns: dict[int, list[tuple[float, float, int]]] = {ranks: [] for ranks in (1, *args.ranks)}
+    turns: dict[int, list[Turn]] = {ranks: [] for ranks in (1, *args.ranks)}
     for _ in range(args.rounds):
         for ranks, results in turns.items():
             results.append(turn(ranks, args))
-    times, memory = (
-        {n: statistics.median(row[i] for row in rows) for n, rows in turns.items()} for i in (0, 1)
-    )
-    print(f"{args.size}^3, channels {args.channels}, checkpointing {args.checkpointing}, float32")
-    print(f"{'ranks':>5} {'s/step':>8} {'of one':>7} {'MB/rank':>8} {'of one':>7} {'halo MB':>8}")
-    for n, rows in turns.items():
-        parts = times[n] / times[1], memory[n] / memory[1]
-        print(f"{n:5} {times[n]:8.2f} {parts[0]:7.2f} {memory[n] / 1e6:8.0f} {parts[1]:7.2f} "
-              f"{rows[0][2] / 1e6:8.2f}")  # fmt: skip
-        if n > 1:
-            print(f"      formula: {formula(args, n) / 1e6:.2f} MB of halos")
+    medians = {n: Turn(*map(statistics.median, zip(*rows))) for n, rows in turns.items()}  # noqa: B905
+    weights = 4 * sum(p.numel() for p in CustomVAE(channels=tuple(args.channels)).parameters())
+    one, load = medians[1], os.getloadavg()[0]
+    print(f"{args.shape}, channels {args.channels}, checkpointing {args.checkpointing}, float32")
+    print(f"gradients of weights {weights / 1e6:.0f} MB; load {load:.1f} of {os.cpu_count()} cores")
+    print(f"{'ranks':>5} {'s/step':>8} {'of one':>7} {'CPU-s':>7} {'MB/rank':>8} {'x ranks':>8}"
+          f" {'halo MB':>8} {'formula':>8}")  # fmt: skip
+    for n, row in medians.items():
+        share = n * (row.bytes - weights) / (one.bytes - weights)
+        print(f"{n:5} {row.seconds:8.2f} {row.seconds / one.seconds:7.2f} {row.cpu_seconds:7.2f}"
+              f" {row.bytes / 1e6:8.0f} {share:8.2f} {row.sent / 1e6:8.3f}"
+              f" {formula(args, n) / 1e6:8.3f}")  # fmt: skip
+        assert row.sent == formula(args, n), "what was sent is not what the formula says"
 
 
-def turn(ranks: int, args: argparse.Namespace) -> tuple[float, float, int]:
-    """Seconds of a step, bytes of a rank's step, and bytes of halos of all ranks."""
+def turn(ranks: int, args: argparse.Namespace) -> Turn:
+    """A step of so many ranks."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     results = mp.get_context("spawn").SimpleQueue()
     mp.spawn(step, (ranks, port, args, results), ranks)
-    found = [results.get() for _ in range(ranks)]
-    return max(f[0] for f in found), max(f[1] for f in found), sum(f[2] for f in found)
+    seconds, cpu, peak, sent = zip(*(results.get() for _ in range(ranks)), strict=True)
+    return Turn(max(seconds), max(cpu), max(peak), sum(sent))
 
 
 def step(rank: int, ranks: int, port: int, args: argparse.Namespace, results: Any) -> None:
@@ -72,22 +89,31 @@ def step(rank: int, ranks: int, port: int, args: argparse.Namespace, results: An
     vae = CustomVAE(channels=tuple(args.channels))
     vae.set_checkpointing(args.checkpointing)
     dist.init_process_group("gloo", rank=rank, world_size=ranks)
-    forward_and_backward(vae, rank, ranks, vae.factor[0] * 2 * ranks)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    forward_and_backward(vae, rank, ranks, (vae.factor[0] * 2 * ranks, 16, 16))
     dist.barrier()
-    begun = time.perf_counter()
-    sent = forward_and_backward(vae, rank, ranks, args.size)
-    seconds = time.perf_counter() - begun
-    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    results.put((seconds, 1024.0 * (after - before), sent))
+    pages.give_back()
+    trim()
+    before = memory("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the peak is from here on
+    begun, cpu = time.perf_counter(), time.process_time()
+    sent = forward_and_backward(vae, rank, ranks, args.shape)
+    seconds, cpu = time.perf_counter() - begun, time.process_time() - cpu
+    results.put((seconds, cpu, memory("VmHWM") - before, sent))
     dist.destroy_process_group()
 
 
-def forward_and_backward(vae: CustomVAE, rank: int, ranks: int, size: int) -> int:
+def memory(line: str) -> float:
+    """Bytes that this process holds (`VmRSS`), or held at most (`VmHWM`), as Linux tells."""
+    found = re.search(rf"{line}:\s*(\d+) kB", Path("/proc/self/status").read_text())
+    assert found is not None
+    return 1024.0 * int(found[1])
+
+
+def forward_and_backward(vae: CustomVAE, rank: int, ranks: int, shape: tuple[int, ...]) -> int:
     """One step, weights left alone; return the bytes of halos that this rank has sent."""
-    lo, hi = cut(size, ranks, vae.factor[0])[rank]
-    x = torch.rand(1, 1, hi - lo, size, size)
-    layout = Layout(size, vae.factor[0])
+    lo, hi = cut(shape[0], ranks, vae.factor[0])[rank]
+    x = torch.rand(1, 1, hi - lo, *shape[1:])
+    layout = Layout(shape[0], vae.factor[0])
     halves: Any = vae if ranks == 1 else SlabVAE(vae, layout)
     posterior = halves.encode(x)
     recon = halves.crop(halves.decode(posterior.sample()), x)
@@ -99,18 +125,27 @@ def forward_and_backward(vae: CustomVAE, rank: int, ranks: int, size: int) -> in
 
 
 def formula(args: argparse.Namespace, ranks: int) -> int:
-    """Bytes of halos of a step by the formula of docs/how/slabs.md, for the default network."""
+    """Bytes of halos of a step by the formula of docs/how/slabs.md, for the default network.
+
+    A step of norm, activation and convolution sends its input's channels forward and its output's
+    backward; other layers send their input's both ways. What is computed again is sent again.
+    """
     widths, blocks, latent = args.channels, 2, 4
-    planes = [(args.size >> level) ** 2 for level in range(len(widths))]
-    deepest = widths[-1] * planes[-1]
-    values = 5 * deepest + (latent * planes[-1] + 4 * deepest) + widths[0] * planes[0]
+    planes = [args.shape[1] * args.shape[2] >> 2 * level for level in range(len(widths))]
+    deep, last = widths[-1], planes[-1]
+    other = latent * last  # the decoder's first convolution; the input has no gradient
+    fused = [(deep, deep, last)] * 8  # both bottlenecks, then the ends of both halves
+    fused += [(deep, 2 * latent, last), (widths[0], 1, planes[0])]
     for level, (width, plane) in enumerate(zip(widths, planes, strict=True)):
         finer, coarser = widths[max(level - 1, 0)], widths[min(level + 1, len(widths) - 1)]
-        values += (finer + coarser + 2 * (2 * blocks - 1) * width) * plane  # both halves
+        fused += [(c, width, plane) for c in (finer, coarser)]
+        fused += [(width, width, plane)] * 2 * (2 * blocks - 1)
         if level:  # down layer, up layer
-            values += finer * planes[level - 1] + width * plane
-    first = planes[0]  # the input has no gradient
-    return 4 * (ranks - 1) * 2 * (2 * values + first)
+            other += finer * planes[level - 1] + width * plane
+    forward = planes[0] + other + sum(c * plane for c, _, plane in fused)
+    backward = other + sum(c * plane for _, c, plane in fused)
+    again = forward if args.checkpointing != "none" else 0
+    return 4 * (ranks - 1) * 2 * (forward + again + backward)
 
 
 if __name__ == "__main__":

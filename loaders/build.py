@@ -23,7 +23,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from loaders.compressed import compress
-from loaders.in_place import find_in_place, small_label_map, stays
+from loaders.in_place import find_in_place, fitted, small_label_map, stays
 from loaders.masks import hide, nearest, read_weights
 from loaders.preprocess import (
     Preprocess,
@@ -37,6 +37,7 @@ from loaders.preprocess import (
 )
 from loaders.readers import (
     SLICES,
+    ZARR,
     BrokenVolume,
     Cut,
     Image,
@@ -50,12 +51,15 @@ from loaders.readers import (
     holds_dicom,
     is_store,
     is_there,
+    ras_axes,
     read_volume,
     revision,
     same_grid,
     split_series,
     url_of,
+    view_written,
     volume_suffix,
+    write_volume,
 )
 from loaders.series import at_time, by_file
 from loaders.subjects import Subject
@@ -84,7 +88,7 @@ SIDECAR = {
     "start": int,
     "num_bytes": int,
 }
-IN_CHUNKS = {"chunks": [int], "lead": [int]}  # and of a volume that stays where it is
+IN_CHUNKS = {"chunks": [int], "lead": [int]}  # and of a volume that is read in chunks
 Result = TypeVar("Result")
 Used = TypeVar("Used")
 
@@ -105,7 +109,7 @@ class Builder:
         cache_dir: The cache.
         preprocess: Its geometry decides what is stored.
         reading: How the files are read.
-        backend: npy or blosc2.
+        backend: npy, blosc2 or zarr.
         in_channels: Channels that the model takes; another number is refused before anything is
             stored. None takes any.
         num_slices: Neighboring slices that become channels.
@@ -179,6 +183,8 @@ class Builder:
             except BrokenVolume:  # told when it is built
                 return False
             return True
+        if self.reading.of_stores():  # told when it is read
+            return False
         path, _ = split_series(path)
         known = self.digests.get(os.path.abspath(path))
         try:
@@ -230,7 +236,7 @@ class Builder:
                 return None
             measured = self.preprocess.rules == 1 or all("robust" in s for s in meta["statistics"])
             arrays = [part for part in (meta, meta.get("mask")) if part and "view" not in part]
-            sizes = [os.path.getsize(self.cache_dir / part["file"]) for part in arrays]
+            sizes = [num_bytes(self.cache_dir / part["file"]) for part in arrays]
             if measured and sizes == [part["num_bytes"] for part in arrays]:
                 return meta
         except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
@@ -301,31 +307,37 @@ class Builder:
         if (meta := self.sidecar(key)) is not None:
             return meta
         seed = int(key[:8], 16)
-        sample, header = found.sample(seed), found.header
-        stats, tables = measured(Volume(sample.data), subject.paths[0])
-        lowest = min(one["min"] for one in stats)
+        sample = found.sample(seed)
+        stats, tables = measured(Volume(sample.data), subject.paths[0], sample.drawn)
         meta = {
-            "key": key,
             "scale": [1.0] * len(stats),
             "offset": [0.0] * len(stats),
             "statistics": stats,
+        }
+        bounds = foreground_bounds(meta, self.preprocess.rules)
+        found = fitted(found, sample, bounds, self.preprocess)
+        header, array = found.header, found.view.open()
+        lowest = min(one["min"] for one in stats)
+        meta |= {
+            "key": key,
             "affine": header.affine.tolist(),
             "spacing_mm": list(header.spacing_mm),
             "undo": found.record,
             "notes": list(header.notes),
             "look": asdict(header.look),
             "file": str(found.view.place),
-            "shape": list(found.levels[0].shape),
-            "dtype": found.levels[0].dtype.str,
+            "shape": list(array.shape),
+            "dtype": array.dtype.str,
             "start": 0,
             "num_bytes": 0,
             "view": asdict(replace(found.view, fill=lowest)),
-            "chunks": list(found.levels[0].chunks),
-            "lead": list(found.levels[0].lead),
+            "chunks": list(array.chunks),
+            "lead": list(array.lead),
         }
-        bounds = foreground_bounds(meta, self.preprocess.rules)
         points = foreground_points(sample.data[0], *bounds, True, seed)
-        self.write_sidecar(meta, sample.to_volume(points, meta["shape"][1:]), tables)
+        whole = sample.to_volume(points, found.levels[0].shape[1:])
+        low, _ = found.record.get("crop", ([0, 0, 0], None))
+        self.write_sidecar(meta, whole - np.array(low, np.int32), tables)
         return meta
 
     def write_digests(self) -> None:
@@ -362,9 +374,10 @@ class Builder:
         }
         if volume.weights is not None:
             mask = stored_weights(Volume(volume.weights, volume.affine), undo, data.shape[1:])
-            meta["mask"] = None if (mask == 1).all() else self.write_array(f"{key}.mask", mask)
+            weights = Volume(mask, stored.affine, look=volume.look)
+            meta["mask"] = None if (mask == 1).all() else self.write_array(f"{key}.mask", weights)
         points = foreground_points(data[main], *beyond, volume.scale > 0, int(key[:8], 16))
-        meta |= self.write_array(key, data)
+        meta |= self.write_array(key, replace(stored, look=volume.look))
         self.write_sidecar(meta, points, tables)
         return meta
 
@@ -377,8 +390,11 @@ class Builder:
         write_whole(self.cache_dir / f"{key}.quantiles.npy", npy_header(table), table)
         write_whole(self.cache_dir / f"{key}.json", json.dumps(meta).encode())
 
-    def write_array(self, name: str, data: np.ndarray) -> dict[str, str | int | list[int]]:
-        """Write an array (C, X, Y, Z) as the backend does; return what opens it."""
+    def write_array(self, name: str, volume: Volume) -> dict[str, str | int | list[int]]:
+        """Write the stored numbers of a volume as the backend does; return what opens them."""
+        data = volume.data
+        if self.backend == "zarr":
+            return self.write_store(name, volume)
         if self.backend == "blosc2":
             file, content, body = f"{name}.b2nd", compress(in_c_order(data)), None
         else:
@@ -392,6 +408,30 @@ class Builder:
             "num_bytes": len(content) + (data.nbytes if body is not None else 0),
         }
 
+    def write_store(self, name: str, volume: Volume) -> dict[str, str | int | list[int]]:
+        """Write the stored numbers of a volume as OME-Zarr, its axes straight."""
+        path = self.cache_dir / f"{name}.ome{ZARR}"
+        straight = replace(volume, affine=straightened(volume.affine), scale=1.0, offset=0.0)
+        try:
+            write_volume(path, straight)
+        except (BrokenVolume, OSError) as error:  # a fault of the disk, not of the volume
+            raise ValueError(f"{error} (data.cache_dir)") from error
+        array = view_written(path, len(volume.data)).open()
+        return {
+            "file": path.name,
+            "shape": list(array.shape),
+            "dtype": array.dtype.str,
+            "start": 0,
+            "num_bytes": num_bytes(path),
+            "chunks": list(array.chunks),
+            "lead": list(array.lead),
+        }
+
+
+def num_bytes(path: Path) -> int:
+    """Size of an array in the cache; of a folder, which appears whole, that of its metadata."""
+    return os.path.getsize(path / "zarr.json" if path.is_dir() else path)
+
 
 def is_sidecar(meta: object) -> bool:
     """Whether what a file held is all that a volume in the cache needs, whoever wrote it."""
@@ -401,7 +441,9 @@ def is_sidecar(meta: object) -> bool:
     robust = [stats["robust"] for stats in meta["statistics"] if "robust" in stats]
     if not all(stats["percentiles"] for stats in meta["statistics"]):
         return False
-    if "view" in meta and (not View.fits(meta["view"]) or misfit(meta, IN_CHUNKS)):
+    if "view" in meta and not View.fits(meta["view"]):
+        return False
+    if {"view", "chunks"} & meta.keys() and misfit(meta, IN_CHUNKS):
         return False
     if "cut" in meta["undo"] and not Cut.fits(meta["undo"]["cut"]):
         return False
@@ -412,8 +454,16 @@ def is_sidecar(meta: object) -> bool:
     )
 
 
-def measured(volume: Volume, path: Path) -> tuple[list[Statistics], list[np.ndarray]]:
-    """Return statistics and quantiles of each channel's voxels that count, as `statistics` does."""
+def measured(
+    volume: Volume, path: Path, drawn: str = ""
+) -> tuple[list[Statistics], list[np.ndarray]]:
+    """Return statistics and quantiles of each channel's voxels that count, as `statistics` does.
+
+    Args:
+        volume: The voxels.
+        path: The file, for the message.
+        drawn: Which part of it they are; empty for all.
+    """
     counts = slice(None) if volume.weights is None else volume.weights[0] > 0
     stats, tables = [], []
     for number, channel in enumerate(volume.data):
@@ -421,10 +471,25 @@ def measured(volume: Volume, path: Path) -> tuple[list[Statistics], list[np.ndar
         if number in volume.missing:
             found["missing"] = True
         elif found["min"] == found["max"]:
-            raise BrokenVolume(path, f"all voxels are {found['min']:g}")
+            lacking = "; a level small enough is measured whole (or choose a part, data.region)"
+            raise BrokenVolume(
+                path, f"all voxels{drawn} are {found['min']:g}{lacking if drawn else ''}"
+            )
         stats.append(found)
         tables.append(table)
     return stats, tables
+
+
+def straightened(affine: np.ndarray) -> np.ndarray:
+    """Return an affine whose axes run along those of the body, as OME-Zarr knows them alone."""
+    axes, flips = ras_axes(affine)
+    straight = np.eye(4)
+    straight[:3, :3] = 0
+    for row, (column, flip) in enumerate(zip(axes, flips, strict=True)):
+        size = float(np.linalg.norm(affine[:3, column]))
+        straight[row, column] = -size if flip else size
+    straight[:3, 3] = affine[:3, 3]
+    return straight
 
 
 def sources(subject: Subject) -> list[Path]:
@@ -703,13 +768,11 @@ def draw_labels_in_place(
     """Draw as `draw_labels` for a volume that stays where it is, from a level that is small enough.
 
     Args:
-        path: Label map, a store too; its affine says where it lies.
+        path: Label map, a store or a file of that size; its affine says where it lies.
         shape: Of the volume.
         affine: Of the volume.
         seed: Of the draw.
     """
-    if not is_store(path):
-        raise BrokenVolume(path, "the label map of a volume that stays in zarr or HDF5 is such too")
     label = whole_numbers(small_label_map(path), path)
     values, rng = label.data[0], np.random.default_rng(seed)
     to_volume = np.linalg.solve(affine, label.affine)

@@ -59,6 +59,6 @@ def require() -> ModuleType:
         import blosc2
     except ImportError as error:
         raise ValueError(
-            "data.backend blosc2 needs: pip install 'vae3d[blosc2]' (or set data.backend to npy)"
+            "data.store blosc2 needs: pip install 'vae3d[blosc2]' (or set data.store to npy)"
         ) from error
     return blosc2

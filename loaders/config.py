@@ -51,16 +51,18 @@ class DataConfig:
         mask: Which voxels count: a manifest column of files, or a pattern beside the image, such as
             `{name}_mask.nii.gz`. Its values are weights; what is 0 is neither seen nor counted.
         mask_weights: Weights of the values of masks, e.g. {0: 0.1, 1: 1}; null for the values.
-        in_place: Whether zarr and HDF5 stay where they are and patches are read out of them; else
-            they are copied into the cache like other files.
-        level: Of zarr with several sizes: which, from 0, the finest; null for the one whose voxels
-            are `preprocess.spacing_mm`, else 0.
-        channels: Of zarr and HDF5: which channels, by number or name; null for all.
-        time_point: Of zarr and HDF5: which time point, from 0; null for what `volumes_4d` says.
+        in_place: Whether zarr, HDF5 and large TIFF stay where they are and patches are read out of
+            them; else they are copied into the cache like other files.
+        level: Of zarr and TIFF with several sizes: which, from 0, the finest; null for the one
+            whose voxels are `preprocess.spacing_mm`, else 0.
+        channels: Of what stays: which channels, by number or name; null for all.
+        time_point: Of what stays: which time point, from 0; null for what `volumes_4d` says.
         region: Part of each volume that is read, [[x0, x1], [y0, y1], [z0, z1]] in voxels of its
             file (of the level), x1 apart; null for the whole.
-        cache_gb: Gigabytes of decoded chunks of zarr that each process keeps in memory.
-        backend: Cache as npy (fastest), or blosc2 (about half the disk space).
+        cache_gb: Gigabytes of decoded chunks, of zarr and TIFF, that each process keeps in memory.
+        store: Cache as npy (fastest), blosc2 (about half the disk space) or zarr (sharded OME-Zarr,
+            compressed and with levels, which other programs show; read in chunks).
+        backend: What `store` was called.
         slice_axis: For 2D training: the axis that slices are cut across (0, 1 or 2).
         num_slices: For 2D training: neighboring slices that become channels (odd).
         balance_by: Manifest column whose groups come equally often in an epoch.
@@ -94,7 +96,8 @@ class DataConfig:
     time_point: int | None = None
     region: list[list[int]] | None = None
     cache_gb: float = 1.0
-    backend: Literal["npy", "blosc2"] = "npy"
+    store: Literal["npy", "blosc2", "zarr"] = "npy"
+    backend: Literal["npy", "blosc2"] | None = None
     slice_axis: int = 2
     num_slices: int = 1
     balance_by: str | None = None
@@ -104,6 +107,8 @@ class DataConfig:
     threads: int | None = None
 
     def __post_init__(self) -> None:
+        if self.backend is not None:
+            self.store, self.backend = self.backend, None
         if self.num_slices % 2 == 0:
             raise ValueError(f"data.num_slices is {self.num_slices}: use an odd number")
         if self.fold and self.folds is None:
@@ -313,7 +318,7 @@ def open_data(
         config.preprocess,
         on_error=config.on_error,
         reading=config.reading,
-        backend=config.backend,
+        backend=config.store,
         threads=config.threads,
         in_channels=in_channels,
         num_slices=survey.num_slices,

@@ -20,6 +20,7 @@ from loaders.readers import (
     READERS,
     READING,
     SLICES,
+    TIFF,
     ZARR,
     BrokenVolume,
     Dicom,
@@ -27,6 +28,7 @@ from loaders.readers import (
     holds_dicom,
     is_dicom,
     is_store,
+    is_tiff,
     object_name,
     split_dataset,
     split_series,
@@ -134,15 +136,18 @@ def fixed_parts(root: Path) -> list[str]:
 def in_bucket(url: str) -> list[Path]:
     """Return the stores of a folder or glob behind a URL; other files have to be fetched first."""
     file, dataset = split_dataset(url) or (None, "")
-    if file is None:
-        paths = [*map(Path, stores_at(url))]
+    if file is None and is_tiff(url) and not glob.has_magic(url):
+        paths = [Path(url)]
+    elif file is None:
+        paths = [*map(Path, stores_at(url, TIFF))]
     elif glob.has_magic(str(file)):
         found = stores_at(url_of(file) or str(file), HDF5)
         paths = [Path(f"{name}:/{dataset}") for name in found if name.lower().endswith(HDF5)]
     else:
         paths = [Path(url)]
     if not paths:
-        raise ValueError(f"{url}: holds no zarr store (data.root); other files are read on disk")
+        there = "holds no zarr and no TIFF (data.root); other files are read on disk"
+        raise ValueError(f"{url}: {there}")
     return paths
 
 

@@ -1,4 +1,4 @@
-"""Volumes that stay where they are: what a patch needs is read out of zarr or HDF5 when it does.
+"""Volumes that stay where they are: what a patch needs is read out of them when it does.
 
 Turned axes are views, another voxel size is another level of the store. What would need a copy is
 refused by name. Statistics come from the coarsest level that suffices, else from blocks drawn over
@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from loaders.preprocess import Preprocess, Record, to_store_grid
+from loaders.preprocess import Preprocess, Record, foreground_box, to_store_grid
 from loaders.readers import (
     BrokenVolume,
     Image,
@@ -25,6 +25,9 @@ from loaders.readers import (
     is_store,
     look_of_view,
     ras_axes,
+    read_header,
+    read_volume,
+    shifted,
     url_of,
     view_of,
 )
@@ -32,8 +35,12 @@ from loaders.subjects import Subject
 
 ENOUGH, MOST = 2**20, 2**23  # voxels that statistics are taken of
 BLOCKS, SIDE = 64, 32  # drawn where there is no level of that size
+Bounds = tuple[float, float | None]
 TOLERANCE = 0.01  # by which a level's voxel size may miss the one asked for
-REMEDY = "--data.in_place false copies it into the cache, as `vae3d prepare` does ahead of training"
+REMEDY = (
+    "--data.in_place false copies it into the cache, with --data.store zarr as sharded OME-Zarr; "
+    "`vae3d prepare` does so ahead of training"
+)
 
 
 @dataclass(frozen=True)
@@ -49,6 +56,12 @@ class Sample:
     data: np.ndarray
     corners: np.ndarray
     step: np.ndarray
+
+    @property
+    def drawn(self) -> str:
+        """Which part of the volume it is, in words; empty for a whole level."""
+        count = len(self.corners)
+        return f" of {count} blocks drawn at random" if count > 1 else ""
 
     def to_volume(self, points: np.ndarray, shape: Sequence[int]) -> np.ndarray:
         """Return where voxels (N, 3) of `data` lie in the volume."""
@@ -125,16 +138,52 @@ def find_in_place(subject: Subject, reading: Reading, preprocess: Preprocess) ->
     first = view_of(image, level, reading, time)
     views = [first, *coarser(image, level, first, reading, time)]
     header = look_of_view(image, views[0])
-    lacking = [-n % preprocess.pad_to_multiple for n in header.data.shape[1:]]
-    if any(lacking):
-        raise BrokenVolume(name, needs_copy(f"pad_to_multiple {preprocess.pad_to_multiple}"))
     if reading.nan == "mask" and header.data.dtype.kind == "f":
         raise BrokenVolume(name, needs_copy("data.nan mask"))
-    stored, record = to_store_grid(header, replace(preprocess, spacing_mm=None, pad_to_multiple=1))
+    turning = Preprocess(orient_ras=preprocess.orient_ras)
+    stored, record = to_store_grid(header, turning)
     if "axes" in record:
         views = [view.turned(record["axes"], record["flips"]) for view in views]
     stored = replace(stored, notes=header.notes, look=header.look)
     return Found(views[0], stored, record, tuple(view.open() for view in views))
+
+
+def fitted(found: Found, sample: Sample, bounds: Bounds, preprocess: Preprocess) -> Found:
+    """Cut a volume to its foreground, and pad it, as `to_store_grid` does with what is copied.
+
+    Args:
+        found: The volume.
+        sample: What stands for it.
+        bounds: Foreground threshold in stored numbers, and the limit beyond which voxels are hot.
+        preprocess: What is done to it.
+
+    Raises:
+        BrokenVolume: It has no level small enough to look for the foreground in.
+    """
+    view, header, record = found.view, found.header, dict(found.record)
+    shape = found.levels[0].shape[1:]
+    if preprocess.crop_foreground:
+        if sample.drawn:
+            lacking = f"crop_foreground without a level of at most {MOST} voxels"
+            raise BrokenVolume(str(view.place), needs_copy(lacking))
+        low, high = foreground_box(Volume(sample.data), *bounds, 0.0)
+        margin = np.ceil(preprocess.crop_margin_mm / np.array(header.spacing_mm))
+        # Of a coarser level, outward.
+        first = np.maximum(np.floor(low * sample.step) - margin, 0).astype(int).tolist()
+        last = np.minimum(np.ceil(high * sample.step) + margin, shape).astype(int).tolist()
+        record |= {"crop": [first, last], "crop_from": list(shape)}
+        view, header = view.cropped(first, last), cut_to(header, first, last)
+    if preprocess.pad_to_multiple > 1:
+        record["pad_from"] = list(header.data.shape[1:])
+        pads = tuple(-n % preprocess.pad_to_multiple for n in record["pad_from"])
+        view = replace(view, pads=pads)
+    return replace(found, view=view, header=header, record=record)
+
+
+def cut_to(header: Volume, low: Sequence[int], high: Sequence[int]) -> Volume:
+    """Return what is known of a part of a volume."""
+    data = header.data[(slice(None), *map(slice, low, high))]
+    return replace(header, data=data, affine=shifted(header.affine, low))
 
 
 def coarser(image: Image, level: int, view: View, reading: Reading, time: int | None) -> list[View]:
@@ -158,7 +207,6 @@ def refuse_copies(subject: Subject, reading: Reading, preprocess: Preprocess, na
     asked = {
         "several files as channels": len(subject.paths) > 1,
         "data.mask": subject.mask is not None,
-        "crop_foreground": preprocess.crop_foreground,
         f"data.color {reading.color}": reading.color != "error",
     }
     for what, wanted in asked.items():
@@ -203,6 +251,12 @@ def level_of(
 
 def small_label_map(path: Path) -> Volume:
     """Read the finest level of a label map that is no larger than what statistics are taken of."""
+    if not is_store(path):
+        header = read_header(path)
+        if header is None or np.prod(header.data.shape[1:], dtype=float) > MOST:
+            lacking = f"tells no size of at most {MOST} voxels to draw labels from: make it a store"
+            raise BrokenVolume(path, lacking)
+        return read_volume(path)
     image = describe(path)
     for number, level in enumerate(image.levels):
         opened = view_of(image, number, Reading(volumes_4d="first")).open()

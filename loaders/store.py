@@ -1,6 +1,6 @@
 """The cache of volumes: one uncompressed array per volume, read by memory map.
 
-Of a volume that stays where it is, zarr or HDF5, the cache holds all but the array.
+Of a volume that stays where it is, zarr, HDF5 or large TIFF, the cache holds all but the array.
 
 Each volume lies in the cache once, in its file's own dtype, C order, as `<key>.npy` with
 `<key>.json` beside it; the key is a hash of the source's bytes and of the geometry part of the
@@ -54,6 +54,7 @@ from loaders.preprocess import (
 from loaders.readers import (
     CACHE_GB,
     READING,
+    ZARR,
     BrokenVolume,
     InPlace,
     Reading,
@@ -61,6 +62,7 @@ from loaders.readers import (
     Volume,
     num_items,
     url_of,
+    view_written,
 )
 from loaders.series import time_points
 from loaders.subjects import Subject, names_of
@@ -80,7 +82,7 @@ class Stored:
     dtype: np.dtype
     start: int
     view: View | None = None  # of an array that stays where it is
-    chunks: tuple[int, ...] | None = None  # voxels of it that are read at once
+    chunks: tuple[int, ...] | None = None  # voxels of zarr and such that are read at once
     lead: tuple[int, ...] | None = None  # voxels of its first chunk that lie before it
     cache_gb: float = 0.0
 
@@ -89,10 +91,10 @@ class Stored:
         """Take what `Builder.write_array` or `in_place.refer` returned."""
         shape, dtype = tuple(record["shape"]), np.dtype(record["dtype"])
         stored = cls(record["file"], shape, dtype, record["start"])
-        if "view" not in record:
+        if "chunks" not in record:
             return stored
         chunks, lead = tuple(record["chunks"]), tuple(record["lead"])
-        view = View.of(record["view"])
+        view = View.of(record["view"]) if "view" in record else None
         return replace(stored, view=view, chunks=chunks, lead=lead, cache_gb=cache_gb)
 
     def open(self, cache_dir: Path) -> np.ndarray | CompressedArray | InPlace:
@@ -102,6 +104,8 @@ class Stored:
         path = cache_dir / self.file
         if path.suffix == ".b2nd":
             return CompressedArray(path)
+        if path.suffix == ZARR:
+            return view_written(path, self.shape[0]).open(self.cache_gb)
         descriptor = os.open(path, os.O_RDONLY)
         try:
             buffer = mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ)
@@ -459,7 +463,7 @@ class VolumeStore:
         *,
         on_error: Literal["raise", "skip"] = "raise",
         reading: Reading = READING,
-        backend: Literal["npy", "blosc2"] = "npy",
+        backend: Literal["npy", "blosc2", "zarr"] = "npy",
         threads: int | None = None,
         progress: bool = True,
         in_channels: int | None = None,
@@ -481,7 +485,8 @@ class VolumeStore:
             preprocess: What is done to each volume; None for the defaults.
             on_error: raise at the first broken file, or skip: list it and go on.
             reading: How the files are read.
-            backend: npy, or blosc2 for half the disk space at a fifth of the speed.
+            backend: npy; blosc2 for half the disk space at a fifth of the speed; zarr for sharded
+                OME-Zarr, which is read in chunks.
             threads: Volumes built at once; None for one per core, 8 at most.
             progress: Show a bar on a terminal, now and then a line in a log.
             in_channels: Channels that the model takes; another number is refused before anything is
@@ -637,7 +642,7 @@ def open_entry(
         lowest=lowest,
         highest=highest,
         masked="mask" in meta,
-        mask=Stored.of(meta["mask"]) if meta.get("mask") else None,
+        mask=Stored.of(meta["mask"], cache_gb) if meta.get("mask") else None,
     )  # fmt: skip
 
 

@@ -8,12 +8,14 @@ import pytest
 import torch
 from toys import SHAPE, ToyBatch, ToyLoader, on_ranks, tiny_vae, toy_trainer
 
-from loaders import DataConfig
+from loaders import DataConfig, read_volume
 from vae3d.commands.decode import decode
 from vae3d.commands.encode import encode
 from vae3d.commands.evaluate import evaluate
 from vae3d.commands.report import report
+from vae3d.commands.sample import sample
 from vae3d.commands.train import train_3d
+from vae3d.commands.train_ldm import UNet, train_ldm
 from vae3d.exact.executor import encode_exact
 from vae3d.inference.diffusability import diffusability
 from vae3d.inference.export import CONTRACT, export_programs
@@ -171,8 +173,6 @@ def test_perplexity_and_usage_are_those_of_the_definition():
         ({"posterior": FSQ, "latent_channels": 6}, "FSQ.levels .* latent_channels is 6"),
         ({"posterior": partial(FSQ, levels=(8, 2))}, "3 or more"),
         ({"posterior": partial(FSQ, levels=(100, 100, 100, 100))}, "100000000 codes"),
-        ({"posterior": FSQ, "linear_code": True}, "linear_code: FSQ .* set it to false"),
-        ({"posterior": VQ, "linear_code": True}, "linear_code: VQ .* set it to false"),
     ],
 )
 def test_what_does_not_go_together_is_refused_by_name(options, words):
@@ -180,12 +180,9 @@ def test_what_does_not_go_together_is_refused_by_name(options, words):
         tiny_vae(**options)
 
 
-def test_an_undecided_linear_code_is_none_and_layouts_of_others_have_no_place():
-    vae = coded()
-    vae.settle_linear_code()
-    assert vae.linear_code is None
+def test_layouts_of_others_have_no_place_for_a_codebook():
     with pytest.raises(ValueError, match=r"head\.codebook"):
-        export_state(vae, MONAI)
+        export_state(coded(), MONAI)
     flat = coded(spatial_dims=2, norm=NoNorm).eval()
     x = torch.rand(1, 1, 8, 8)
     volume = inflate(flat).eval().encode(x[..., None].expand(-1, -1, -1, -1, 8))
@@ -388,7 +385,7 @@ def test_a_2d_network_codes_the_slices_of_a_volume():
 @pytest.mark.slow
 @pytest.mark.parametrize("head", [partial(FSQ, levels=(8, 5, 5, 5)), SMALL_VQ])
 def test_programs_take_and_give_codes(tmp_path, head):
-    vae = coded(head).eval()
+    vae = coded(head, linear_code=True).eval()
     export_programs(vae, tmp_path / "out", ["torch", "onnx"], (8, 4, 8))
     told = json.loads((tmp_path / "out" / CONTRACT).read_text())
     assert told["num_codes"] == vae.head.num_codes
@@ -480,8 +477,6 @@ def test_encode_writes_codes_and_decode_reads_them_as_evaluate_reconstructs(
         str(run / "run"), DataConfig(str(volumes), str(run / "cache")), str(out), split="all",
         device="cpu", mode="full", media=False,
     )  # fmt: skip
-    from loaders import read_volume
-
     theirs = read_volume(out / "recon" / "v1.nii.gz").data[0]
     assert np.allclose(read_volume(tmp_path / "d" / "v1.nii.gz").data[0], theirs, atol=1e-4)
     row = json.loads((out / "rows" / "v1.json").read_text())["row"]
@@ -493,6 +488,17 @@ def test_encode_writes_codes_and_decode_reads_them_as_evaluate_reconstructs(
     page = (out / "report.html").read_text()
     assert "<b>Codes</b>" in page and "<code>--loss.kl" not in page
     assert "linear_code true" not in page
+
+
+def test_diffusion_learns_codes_and_what_it_draws_is_decoded_from_codes(run, tmp_path):
+    encode(str(run / "run"), str(tmp_path / "z"), device="cpu")
+    options = dict(wandb="disabled", device="cpu", val_every=0, media_every=0)
+    unet = UNet((4, 8), 1, (False, True), (0, 4), 4)
+    where = str(tmp_path / "z"), str(tmp_path / "ldm")
+    assert train_ldm(*where, unet, batch_size=2, max_steps=2, **options) == 0
+    sample(ldm=where[1], out_dir=str(tmp_path / "new"), n=1, steps=2, media=False, device="cpu")
+    (drawn,) = (tmp_path / "new").rglob("sample_*.nii.gz")
+    assert np.isfinite(read_volume(drawn).data).all()
 
 
 def test_codes_beyond_the_codebook_are_refused_by_name(run, tmp_path):

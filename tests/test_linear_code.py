@@ -17,7 +17,7 @@ from vae3d.losses.vae_loss import VAELoss
 from vae3d.models.custom_vae import CustomVAE
 from vae3d.models.linear_code import MAX_BLOCK
 from vae3d.models.norm import NoNorm
-from vae3d.models.posterior import FixedStdHead, LogVarianceHead, SoftplusHead
+from vae3d.models.posterior import FSQ, VQ, FixedStdHead, LogVarianceHead, SoftplusHead, vectors
 from vae3d.models.presets import AutoencoderKL, MaisiVAE, MonaiVAE
 from vae3d.training.checkpoint import load_checkpoint, load_model
 from vae3d.training.linear_code import fit_linear_code
@@ -108,6 +108,28 @@ def test_exact_and_full_pass_are_equal(options):
     assert torch.allclose(again, recon[0], atol=1e-5)
 
 
+@pytest.mark.parametrize("head", [FSQ, partial(VQ, codebook=16)])
+@pytest.mark.parametrize("dims", [2, 3])
+def test_training_on_codes_begins_at_the_least_squares_of_a_linear_code(head, dims):
+    size = (24, 32, 20)[:dims]
+    vae = tiny_vae(posterior=head, linear_code=True, spatial_dims=dims, factors=((2,) * dims,) * 2)
+    volumes = [smooth(size=size, seed=n) for n in range(6)]
+    fit_linear_code(vae, volumes)
+    x = torch.stack(volumes)
+    recon, posterior = vae(x)
+    error = recon - x
+    # Better than the best constant by far, and no other linear map of the same values is better.
+    assert error.square().mean() < 0.25 * (x - x.mean()).square().mean()
+    error.square().mean().backward()
+    scale = float(error.detach().abs().mean() * posterior.mean.detach().abs().mean())
+    assert vae.linear_code.synthesis.weight.grad.abs().max() < 0.02 * scale
+    assert posterior.use()[1] > 0.1
+    if isinstance(vae.head, VQ):  # the codebook is the mean of what is nearest to each code
+        rows, codes = vectors(posterior.encoded), posterior.codes.flatten()
+        means = torch.stack([rows[codes == k].mean(0) for k in codes.unique()])
+        assert torch.allclose(vae.head.codebook[codes.unique()], means, atol=0.1)
+
+
 def test_patches_of_a_linear_code_alone_stitch_without_a_difference():
     x = smooth(size=(32, 32, 24))
     vae = fitted(x)
@@ -153,15 +175,15 @@ def test_checkpointing_changes_no_gradient(mode):
 
 
 def _rank_fits(world, x):
-    vae = tiny_vae(linear_code=True)
+    vae = tiny_vae(linear_code=True, posterior=partial(VQ, codebook=8))
     fit_linear_code(vae, [x] if world.is_main else iter(()), world)
-    return dict(vae.linear_code.state_dict())
+    return {**vae.linear_code.state_dict(), **vae.head.state_dict()}
 
 
 def test_all_ranks_get_what_the_main_one_has_fitted():
     one, two = on_ranks(2, _rank_fits, smooth())
     assert all(torch.equal(one[name], two[name]) for name in one)
-    assert one["analysis.weight"].std() > 0
+    assert one["analysis.weight"].std() > 0 and one["counts"].mean() == pytest.approx(1)
 
 
 def _rank_trains(world, folder, sharding):

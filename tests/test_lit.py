@@ -14,6 +14,7 @@ from vae3d.commands.convert import convert
 from vae3d.commands.evaluate import evaluate
 from vae3d.losses.adversarial import Adversarial, PatchDiscriminator
 from vae3d.losses.vae_loss import VAELoss
+from vae3d.models.posterior import VQ
 from vae3d.training.checkpoint import load_checkpoint, load_vae
 from vae3d.training.linear_code import fit_linear_code
 from vae3d.training.lit import LitVAE
@@ -138,6 +139,18 @@ def test_a_linear_code_is_fitted_once_before_the_first_update(tmp_path):
     fit(again, tmp_path, 2, resume=tmp_path / "changed.ckpt")
     bias = again.model.linear_code.analysis.bias
     assert torch.equal(bias, fitted["analysis.bias"] + 1)
+
+
+def test_a_codebook_moves_and_resumes(tmp_path):
+    def lit():
+        return LitVAE(tiny_vae(posterior=partial(VQ, codebook=8), linear_code=True), VAELoss())
+
+    straight, again = lit(), lit()
+    fit(straight, tmp_path, 3, save=(1,))
+    fit(again, tmp_path, 3, resume=tmp_path / "1.ckpt")
+    state = torch.load(tmp_path / "1.ckpt", weights_only=True)["state_dict"]
+    assert not torch.equal(state["model.head.codebook"], straight.model.head.codebook)
+    assert all(map(torch.equal, straight.state_dict().values(), again.state_dict().values()))
 
 
 def test_weights_move_to_and_from_the_vae_without_conversion(tmp_path):

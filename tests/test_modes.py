@@ -9,6 +9,7 @@ from torch import nn
 from toys import tiny_vae
 
 from vae3d.exact.executor import encode_exact
+from vae3d.inference import estimate
 from vae3d.inference import reconstruct as reconstruct_module
 from vae3d.inference.costs import Living, cost
 from vae3d.inference.estimate import passes_of_patches, seconds, spell, told
@@ -95,6 +96,16 @@ def test_one_line_tells_the_mode_its_cost_and_a_cheaper_one(vae):
     assert "mode exact for 1 volume of" in line and "a full pass takes about" in line
     assert told(Coding("full"), vae, [(8, 8, 8)]) == "mode full for 1 volume of 8 x 8 x 8"
     assert [spell(s) for s in (0.2, 75, 600, 7200)] == ["1 s", "75 s", "10 min", "2.0 h"]
+
+
+def test_the_line_names_known_faults_of_convolutions_in_the_precision_that_is_asked_for(
+    vae, monkeypatch
+):
+    monkeypatch.setattr(estimate, "_device", lambda _: torch.device("cuda"))
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91002)
+    line = told(Coding("full", amp="bf16"), vae, [(8, 8, 8)])
+    assert line.count("; ") == 2 and "; 3D convolutions, cuDNN 9.10.2: bf16 can give" in line
+    assert "convolutions" not in told(Coding("full"), vae, [(8, 8, 8)])
 
 
 def test_where_volumes_go_in_several_modes_the_cost_is_that_of_each(vae, odd):

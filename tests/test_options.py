@@ -77,8 +77,10 @@ def test_an_option_that_is_gone_says_so_and_does_nothing(monkeypatch, capsys):
 def test_channels_last_loads_with_one_line_and_does_nothing(tmp_path, capsys):
     recipe = tmp_path / "old.yaml"
     recipe.write_text("channels_last: true\n")
-    assert "channels_last" not in parse(train_3d, ["--config", str(recipe), *DATA])
-    assert re.fullmatch("option channels_last: is gone .*\n", capsys.readouterr().err)
+    flag = "--channels_last"
+    for argv in (["--config", str(recipe), *DATA], [flag, *DATA], [*DATA, flag]):
+        assert "channels_last" not in parse(train_3d, argv)
+        assert re.fullmatch("option channels_last: is gone .*\n", capsys.readouterr().err)
     today = config.config_dict(train_3d, {"data": {"root": "d"}, "out_dir": "o"})
     assert not differences(with_new_options(today | {"channels_last": True}, train_3d), today)
 

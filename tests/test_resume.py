@@ -205,15 +205,28 @@ def test_a_step_is_saved_before_it_is_looked_at_and_looked_at_once(
     assert load_checkpoint(tmp_path / "best.pt")["step"] == 4
 
 
-def test_pictures_that_fail_do_not_end_a_restarted_run_for_ever(tmp_path):
-    def show(network, step):
-        raise TypeError("can't convert cuda:0 device type tensor to numpy")
+@pytest.mark.parametrize("look", ["validation", "pictures"])
+def test_a_look_that_fails_is_tried_once_more_and_ends_no_restarted_run_for_ever(tmp_path, look):
+    tried = []
 
-    options = dict(media_every=4, show=show, loss=VAELoss)
-    with pytest.raises(TypeError, match="cuda:0"):
-        trainer_of(tmp_path, 6, **options).fit()
-    state = trainer_of(tmp_path, 6, **options).checkpoints.resume(tmp_path / "last.pt")
-    assert state["step"] == 4 and state["owed"] == []
+    def fails(network, step):
+        tried.append(step)
+        if step == 4:
+            raise TypeError("can't convert cuda:0 device type tensor to numpy")
+        return {"val/mae": 1.0}
+
+    every = {"validation": {"validate": fails, "val_every": 4}}
+    options = every.get(look, {"show": fails, "media_every": 4}) | {"loss": VAELoss}
+    for owed in ([f"{look} again"], []):
+        path, _ = (trainer := trainer_of(tmp_path, 6, **options)).checkpoints.find_latest()
+        if path:
+            trainer.load_state_dict(trainer.checkpoints.resume(path))
+        with pytest.raises(TypeError, match="cuda:0"):
+            trainer.fit()
+        state = trainer_of(tmp_path, 6).checkpoints.resume(tmp_path / "last.pt")
+        assert (state["step"], state["owed"]) == (4, owed)
+    third = trainer_of(tmp_path, 6, state, **options)
+    assert third.fit() == 0 and third.step == 6 and tried == [4, 4, 6]
 
 
 def without(part, state):

@@ -38,8 +38,9 @@ def command(tmp_path, volumes):
 )
 def test_two_ranks_train_what_one_does_and_one_goes_on(command, tmp_path, cutting):
     run(command("alone", *cutting), tmp_path)
-    slabs = command("slabs", *cutting, "--sharding", "spatial")
-    run([*slabs, "--max_steps", "4"], tmp_path, ranks=2)
+    slabs = command("slabs", *cutting, "--media_every", "4")
+    run([*slabs, "--sharding", "spatial", "--max_steps", "4"], tmp_path, ranks=2)
+    assert (tmp_path / "slabs" / "media" / "step_00000004").is_dir()
     assert "continuing" in run(slabs, tmp_path)  # on one rank
     for name in ("train/loss", "train/recon", "train/kl", "val/mae"):
         alone, found = (losses(tmp_path / folder, name) for folder in ("alone", "slabs"))

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import loaders.build
-from loaders import DataConfig, Preprocess, VolumeStore, open_data, read_volume
+from loaders import DataConfig, PatchLoader, Preprocess, VolumeStore, open_data, read_volume
 from loaders.find import find_subjects
 from loaders.readers import BrokenVolume, Reading, Volume, write_volume
 
@@ -616,6 +616,52 @@ def test_compressed_backend_reads_the_same_in_every_thread(tmp_path, dtype):
     assert np.array_equal(packed.read(1), plain.read(1))
     again = VolumeStore.build(paths, tmp_path / "cache", backend="blosc2")
     assert [entry.key for entry in again.entries] == [entry.key for entry in packed.entries]
+
+
+@pytest.mark.parametrize("dtype", [np.int16, np.float32])
+def test_a_cache_of_sharded_ome_zarr_has_the_same_numbers_as_one_of_npy(tmp_path, dtype):
+    """Training from it reads chunks; turned, oblique, resampled, cropped, padded and masked."""
+    pytest.importorskip("tensorstore")
+    rng = np.random.default_rng(0)
+    data = rng.integers(0, 120, (2, 30, 26, 22)).astype(dtype)
+    data[:, 5:25, 4:20, 3:19] += 7
+    affine = np.diag([-1.0, 1.5, 2.0, 1.0])
+    affine[:3, 3] = 4, 5, 6
+    affine[0, 1] = 0.3
+    mask = np.zeros((1, 30, 26, 22), np.uint8)
+    mask[:, 8:22, 6:18, 5:17] = 1
+    write_volume(tmp_path / "data" / "a.nii.gz", Volume(data, affine, 0.5, -3.0))
+    write_volume(tmp_path / "data" / "a_mask.nii.gz", Volume(mask, affine))
+    how = Preprocess(spacing_mm=(2.0, 2.0, 2.0), crop_foreground=True, pad_to_multiple=4)
+    reading = Reading(volumes_4d="channels", mask="{name}_mask.nii.gz")
+    folder = str(tmp_path / "data")
+    npy, zarr = (
+        VolumeStore.build(folder, tmp_path / "cache", how, reading=reading, backend=backend,
+                          progress=False)
+        for backend in ("npy", "zarr")
+    )  # fmt: skip
+    assert npy.chunks(0) is None and zarr.chunks(0) == zarr.shape(0)[1:]
+    assert zarr.entries[0].voxels.file.endswith(".ome.zarr")
+    np.testing.assert_array_equal(zarr.read(0), npy.read(0))
+    np.testing.assert_array_equal(zarr.seen(0), npy.seen(0))
+    assert zarr.meta(0)["affine"] == npy.meta(0)["affine"]
+    np.testing.assert_array_equal(zarr.undo(0, zarr.read(0)).data, npy.undo(0, npy.read(0)).data)
+    loaders = [PatchLoader(s, (8, 8, 8), patches_per_volume=8, threads=1) for s in (npy, zarr)]
+    for one, other in zip(*loaders, strict=True):
+        np.testing.assert_array_equal(one.image, other.image)
+        np.testing.assert_array_equal(one.weight, other.weight)
+    again = VolumeStore.build(folder, tmp_path / "cache", how, reading=reading, backend="zarr")
+    assert again.entries[0].key == zarr.entries[0].key
+    stored = read_volume(tmp_path / "cache" / zarr.entries[0].voxels.file)
+    assert np.allclose(stored.spacing_mm, (2, 2, 2)) and stored.look.space == "body"
+    (tmp_path / "cache" / zarr.entries[0].voxels.file / "zarr.json").unlink()
+    rebuilt = VolumeStore.build(folder, tmp_path / "cache", how, reading=reading, backend="zarr")
+    np.testing.assert_array_equal(rebuilt.read(0), npy.read(0))
+
+
+def test_the_cache_is_chosen_by_data_store_which_was_called_backend():
+    assert DataConfig(backend="blosc2") == DataConfig(store="blosc2")
+    assert DataConfig().store == "npy"
 
 
 def test_missing_blosc2_says_how_to_get_it(paths, tmp_path, monkeypatch):

@@ -317,6 +317,7 @@ def _spelled_out(fn: Callable, argv: list[str]) -> list[str]:
     hints = typing.get_type_hints(fn)
     argv = _listed({f"--{name}" for name, hint in hints.items() if _takes_words(hint)}, argv)
     flags = {f"--{name}" for name, hint in hints.items() if hint is bool}
+    gone = {f"--{old}" for old, today in FORMER.get(fn.__name__, {}).items() if today not in hints}
     folders = {
         "--config": RECIPES.get(fn.__name__),
         "--model": "model" if "model" in hints else None,
@@ -333,7 +334,8 @@ def _spelled_out(fn: Callable, argv: list[str]) -> list[str]:
             arg = f"{option}={value}" if equals else value
         if arg.startswith("--") and option in (moved := MOVED.get(fn.__name__, {})):
             arg = moved[option] + equals + value
-        if arg in flags and after.lower() not in ("true", "false"):
+        bare = arg in gone and (not after or after.startswith("--"))
+        if bare or (arg in flags and after.lower() not in ("true", "false")):
             arg = f"{arg}=true"
         spelled.append(arg)
     return spelled

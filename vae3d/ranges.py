@@ -59,6 +59,7 @@ RANGES = {
     "seed": SEED,
     "threads": Range(0, 1024),
     "timeout_minutes": Range(0, 10**6, open_low=True),
+    **dict.fromkeys(("Mesh.data", "Mesh.spatial"), Range(1, 2**16)),
     # volumes and patches
     **dict.fromkeys(("patch_size", "crop", "grid", "resolution", "attn_resolutions"), SIDE),
     **dict.fromkeys(("batch_size", "n", "patches_per_volume"), Range(1, 10**6)),

@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vae3d.kernels.device import there
+
 BINS = 16
 EPS = 1e-8
 COUNTED = 1 - 1e-4  # of a mask at a smaller size: no voxel behind it that does not count
@@ -61,7 +63,7 @@ def linear_rows(n: int, size: int, start: int, stop: int) -> tuple[int, Tensor]:
 
 def resized(x: Tensor, size: Sequence[int]) -> Tensor:
     """Bring `(B, C, *spatial)` to another size, linearly (of half the size: means of pairs)."""
-    return along_axes(x, [linear(n, m) for n, m in zip(x.shape[2:], size, strict=True)])
+    return along_axes(x, [there(x, linear, n, m) for n, m in zip(x.shape[2:], size, strict=True)])
 
 
 def counted(seen: Tensor, size: Sequence[int]) -> Tensor:
@@ -85,8 +87,9 @@ def pooled_to(x: Tensor, size: Sequence[int]) -> Tensor:
 
 def power(x: Tensor) -> Tensor:
     """Squared DCT of `(B, C, *spatial)`, mean over channels, 0 where nothing changes (DC)."""
-    spectrum = along_axes(x, [cosines(n) for n in x.shape[2:]]).square().mean(1)
-    return spectrum * (radius(x.shape[2:]) > 0).to(spectrum)
+    spectrum = along_axes(x, [there(x, cosines, n) for n in x.shape[2:]]).square().mean(1)
+    spectrum[(slice(None), *[0] * len(x.shape[2:]))] = 0
+    return spectrum
 
 
 def radius(shape: Sequence[int]) -> Tensor:
@@ -99,10 +102,14 @@ def radius(shape: Sequence[int]) -> Tensor:
 
 def rings(x: Tensor, bins: int = BINS) -> Tensor:
     """Mean power `(B, bins)` of `(B, C, *spatial)` in rings of equal width, slow to fast."""
-    ring = (radius(x.shape[2:]) * bins).long().clamp_max(bins - 1).flatten()
-    found = power(x).flatten(1)
-    inside = (found[:, ring == number] for number in range(bins))  # one by one: it may be large
-    return torch.stack([values.sum(1) / max(values.shape[1], 1) for values in inside], 1)
+    found, ring = power(x).flatten(1), there(x, ring_of, x.shape[2:], bins)
+    inside = (ring == number for number in range(bins))  # one by one: a latent may be large
+    return torch.stack([(found * one).sum(1) / one.sum().clamp_min(1) for one in inside], 1)
+
+
+def ring_of(shape: Sequence[int], bins: int) -> Tensor:
+    """In which ring a coefficient lies, `(coefficients,)`."""
+    return (radius(shape) * bins).long().clamp_max(bins - 1).flatten()
 
 
 def spectral_gap(x: Tensor, z: Tensor, delta: float = 1.0, bins: int = BINS) -> Tensor:
@@ -117,7 +124,7 @@ def spectral_gap(x: Tensor, z: Tensor, delta: float = 1.0, bins: int = BINS) -> 
         delta: How much flatter than the input's the spectrum is to be; 0 for as steep.
         bins: Rings of frequencies.
     """
-    steps = torch.arange(1, bins + 1).to(x)
+    steps = torch.arange(1, bins + 1, dtype=x.dtype, device=x.device)
     wanted, found = (
         _parts(torch.log1p(p)) for p in (rings(x, bins) * steps**delta, rings(z, bins))
     )

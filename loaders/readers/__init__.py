@@ -23,6 +23,7 @@ from loaders.readers.arrays import (
     ZARR,
     Traffic,
     is_store,
+    is_tiff,
     split_dataset,
     traffic,
 )
@@ -59,8 +60,16 @@ from loaders.readers.npy import read_npy, read_npz
 from loaders.readers.picture import read_picture, write_picture
 from loaders.readers.planes import is_dicom, object_name
 from loaders.readers.remote import stores_at
-from loaders.readers.stores import InPlace, View, look_of_view, read_store, times_of, view_of
-from loaders.readers.tiff import read_tiff, tiff_time_points, write_tiff
+from loaders.readers.stores import (
+    InPlace,
+    View,
+    look_of_view,
+    read_store,
+    times_of,
+    view_of,
+    view_written,
+)
+from loaders.readers.tiff import TIFF, is_tiff_store, read_tiff, tiff_time_points, write_tiff
 
 __all__ = [
     "CACHE_GB",
@@ -70,6 +79,7 @@ __all__ = [
     "READERS",
     "READING",
     "SLICES",
+    "TIFF",
     "UNIT_MM",
     "ZARR",
     "Boxes",
@@ -92,6 +102,7 @@ __all__ = [
     "is_dicom",
     "is_store",
     "is_there",
+    "is_tiff",
     "look_of_view",
     "num_items",
     "num_time_points",
@@ -110,6 +121,7 @@ __all__ = [
     "traffic",
     "url_of",
     "view_of",
+    "view_written",
     "volume_suffix",
     "volumes_of",
     "write_volume",
@@ -243,15 +255,18 @@ def write_volume(path: Path | str, volume: Boxes) -> None:
 
 
 def reader_of(path: Path, reading: Reading) -> Callable[[Path, Reading], Volume]:
-    """Return the function that reads a file, folder or store."""
-    if is_store(path):
+    """Return the function that reads a file, folder or store.
+
+    A TIFF that could stay where it is and is copied is read as any TIFF is, unless a part of it is
+    chosen.
+    """
+    chosen = reading.of_stores()
+    if is_store(path) and (reading.in_place or chosen or not is_tiff_store(path)):
         return read_store
     suffix = check_file(path)
-    chosen = [
-        name for name in ("level", "channels", "time_point") if getattr(reading, name) is not None
-    ]
     if chosen:
-        raise BrokenVolume(path, f"data.{chosen[0]} is of zarr and HDF5 alone")
+        stores = "zarr, HDF5 and TIFF that is read where it lies"
+        raise BrokenVolume(path, f"data.{chosen[0]} is of {stores}, alone")
     return read_folder if suffix == "folder" else READERS[suffix]
 
 

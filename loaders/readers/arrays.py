@@ -2,7 +2,8 @@
 
 Zarr (versions 2 and 3, shards too) is read by tensorstore, on disk, from S3, Google's buckets or
 the web: a read fetches the chunks that it touches, at once, and tries again where the network
-fails; behind other URLs by zarr-python, see `remote`. HDF5 is read by h5py.
+fails; behind other URLs by zarr-python, see `remote`. HDF5 is read by h5py, tiles of TIFF by
+`tiff`, through tensorstore's cache of chunks.
 """
 
 from __future__ import annotations
@@ -23,14 +24,16 @@ import numpy as np
 
 from loaders.readers import remote
 from loaders.readers.common import BrokenVolume, require_number, url_of
+from loaders.readers.tiff import TIFF, Tiles, is_tiff_store
 
 if TYPE_CHECKING:
     import h5py
     import tensorstore
 
 SCHEMES = ("s3", "gs", "http", "https")  # that tensorstore knows
-HDF5 = (".h5", ".hdf5", ".hdf")
+HDF5 = (".h5", ".hdf5", ".hdf", ".ims")
 ZARR = ".zarr"
+OPEN_FILES = 128  # of TIFF that are kept open
 CACHE_GB = 1.0  # chunks kept by a process, where nobody says how many
 RETRIES = {"max_retries": 6, "initial_delay": "200ms", "max_delay": "5s"}  # half a minute in all
 # What readers raise for a store that is damaged, gone, forbidden or written by codecs unknown here.
@@ -53,7 +56,8 @@ class Traffic:
     """What was read of volumes that stay where they are.
 
     Args:
-        num_bytes: From disk or network, as stored; of HDF5 the decoded ones.
+        num_bytes: From disk or network, as stored; of HDF5, and of TIFF that is not compressed, the
+            decoded ones.
         hits: Chunks that were still in memory.
         misses: Chunks that were not.
     """
@@ -76,9 +80,10 @@ class Traffic:
 def traffic() -> Traffic:
     """All that this process has read so far."""
     tensorstore = sys.modules.get("tensorstore")
+    others = Hdf5Array.num_bytes + Tiles.num_bytes
     if tensorstore is None:
-        return Traffic(Hdf5Array.num_bytes)
-    found = {"bytes_read": Hdf5Array.num_bytes, "hit_count": 0, "miss_count": 0}
+        return Traffic(others)
+    found = {"bytes_read": others, "hit_count": 0, "miss_count": 0}
     for place in ("kvstore", "cache"):
         for one in tensorstore.experimental_collect_matching_metrics(f"/tensorstore/{place}/"):
             name = one["name"].rpartition("/")[2]
@@ -101,10 +106,19 @@ def split_dataset(path: Path | str) -> tuple[Path, str] | None:
 
 
 def is_store(path: Path | str) -> bool:
-    """Whether a path names an array or image that can be read in place; told by its name alone."""
+    """Whether a path names an array or image that can be read in place.
+
+    Its name tells, of a TIFF the tags of its first page.
+    """
     parts = Path(path).parts
     folder = any(part.lower().endswith(ZARR) for part in parts)
-    return folder or url_of(path) is not None or split_dataset(path) is not None
+    named = folder or url_of(path) is not None or split_dataset(path) is not None
+    return named or is_tiff_store(path)
+
+
+def is_tiff(path: Path | str) -> bool:
+    """Whether a store is a TIFF, a local one or behind a URL."""
+    return str(path).lower().endswith(TIFF)
 
 
 @dataclass(frozen=True)
@@ -112,9 +126,9 @@ class Place:
     """Where an array lies.
 
     Args:
-        driver: zarr (version 2), zarr3 or hdf5.
-        where: Folder, URL or HDF5 file.
-        name: Path of the array in it; empty where it is the folder itself.
+        driver: zarr (version 2), zarr3, hdf5 or tiff.
+        where: Folder, URL or file.
+        name: Path of the array in it, of a TIFF its level; empty where it is the folder itself.
     """
 
     driver: str
@@ -126,15 +140,18 @@ class Place:
             return f"{self.where}:/{self.name}"
         return f"{self.where}/{self.name}" if self.name else self.where
 
-    def open(self, cache_gb: float = CACHE_GB) -> ZarrArray | Hdf5Array | RemoteArray:
+    def open(self, cache_gb: float = CACHE_GB) -> Array:
         """Open it; `BrokenVolume` where that cannot be.
 
         Args:
-            cache_gb: Gigabytes of decoded chunks that a process keeps, of all zarr arrays together.
+            cache_gb: Gigabytes of decoded chunks of zarr and TIFF that a process keeps, of all
+                arrays together.
         """
-        kind: type[ZarrArray | Hdf5Array | RemoteArray] = ZarrArray
+        kind: type[Array] = ZarrArray
         if self.driver == "hdf5":
             kind = Hdf5Array
+        elif self.driver == "tiff":
+            kind = TiffArray
         elif (url := url_of(self.where)) and scheme_of(url) not in SCHEMES:
             kind = RemoteArray
         try:
@@ -164,7 +181,7 @@ class ZarrArray:
             "recheck_cached_data": "open",
             "recheck_cached_metadata": "open",
         }
-        self.place, self.as_target = place, ts.array
+        self.place = place
         self.array: tensorstore.TensorStore = ts.open(
             spec, read=True, open=True, context=context(cache_gb)
         ).result()
@@ -174,13 +191,17 @@ class ZarrArray:
 
     def read(self, index: Index) -> np.ndarray:
         """Read what an index of numbers and slices names."""
-        try:
-            wanted = self.array[index]
-            out = spread(wanted.shape, self.dtype)
-            self.as_target(out).write(wanted).result()
-        except ERRORS as error:
-            raise BrokenVolume(str(self.place), f"cannot be read: {reason(error)}") from error
-        return out
+        return read_chunks(self.place, self.array[index])
+
+
+def read_chunks(place: Place, wanted: tensorstore.TensorStore) -> np.ndarray:
+    """Read a part of an array of tensorstore's."""
+    try:
+        out = spread(wanted.shape, np.dtype(wanted.dtype.numpy_dtype))
+        require_tensorstore(place.where).array(out).write(wanted).result()
+    except ERRORS as error:
+        raise BrokenVolume(str(place), f"cannot be read: {reason(error)}") from error
+    return out
 
 
 def spread(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
@@ -237,6 +258,60 @@ class Hdf5Array:
         with Hdf5Array.lock:
             Hdf5Array.num_bytes += found.nbytes
         return found
+
+
+class TiffArray:
+    """One of the sizes of a TIFF, see `ZarrArray`: its tiles are kept like chunks of zarr."""
+
+    def __init__(self, place: Place, cache_gb: float):
+        self.place = place
+        self.tiles = tiles_of(place.where, int(place.name), version_of_file(place.where))
+        self.shape, self.dtype = self.tiles.shape, self.tiles.dtype
+        self.chunks = self.shape if self.tiles.whole is not None else self.tiles.chunks
+        if self.tiles.whole is None:
+            self.array = in_chunks(self.tiles, cache_gb)
+
+    def read(self, index: Index) -> np.ndarray:
+        """Read what an index of numbers and slices names."""
+        if self.tiles.whole is not None:
+            found = np.array(self.tiles.whole[index], self.dtype.newbyteorder("="))
+            Tiles.count(found.nbytes)
+            return found
+        return read_chunks(self.place, self.array[index])
+
+
+@lru_cache(OPEN_FILES)
+def tiles_of(file: str, level: int, _version: str) -> Tiles:
+    """Open one of the sizes of a TIFF, once as long as the file stays as it is."""
+    return Tiles(file, level)
+
+
+@lru_cache(OPEN_FILES)
+def in_chunks(tiles: Tiles, cache_gb: float) -> tensorstore.TensorStore:
+    """Return the array of which tiles are the chunks; they go through the cache of all chunks."""
+    ts = require_tensorstore(tiles.file)
+
+    def read(domain: tensorstore.IndexDomain, out: np.ndarray, _how: object) -> None:
+        out[...] = tiles.tile(domain.origin, out.shape)
+
+    return ts.virtual_chunked(
+        read,
+        dtype=tiles.dtype.newbyteorder("="),
+        shape=tiles.shape,
+        chunk_layout=ts.ChunkLayout(read_chunk_shape=tiles.chunks),
+        context=context(cache_gb),
+    )
+
+
+def version_of_file(where: str) -> str:
+    """Return what changes whenever a file does."""
+    if url := url_of(where):
+        return remote.version_of(url)
+    status = os.stat(where)
+    return f"{status.st_size} {status.st_mtime_ns}"
+
+
+Array = ZarrArray | RemoteArray | Hdf5Array | TiffArray
 
 
 def hdf5_dataset(file: Path, name: str) -> h5py.Dataset:
@@ -332,5 +407,5 @@ def require_tensorstore(path: str) -> ModuleType:
     try:
         import tensorstore
     except ImportError as error:
-        raise ValueError(f"{path}: zarr needs `pip install 'vae3d[zarr]'`") from error
+        raise ValueError(f"{path}: is read by tensorstore: `pip install 'vae3d[zarr]'`") from error
     return tensorstore

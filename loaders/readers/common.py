@@ -80,12 +80,12 @@ class Reading:
         mask: Which voxels count: a manifest column of files, or a pattern beside the image, such as
             `{name}_mask.nii.gz`. Its values are weights; what is 0 is neither seen nor counted.
         mask_weights: Weights of the values of masks, e.g. {0: 0.1, 1: 1}; null for the values.
-        in_place: Whether zarr and HDF5 stay where they are and patches are read out of them; else
-            they are copied into the cache like other files.
-        level: Of zarr with several sizes: which, from 0, the finest; null for the one whose voxels
-            are `preprocess.spacing_mm`, else 0.
-        channels: Of zarr and HDF5: which channels, by number or name; null for all.
-        time_point: Of zarr and HDF5: which time point, from 0; null for what `volumes_4d` says.
+        in_place: Whether zarr, HDF5 and large TIFF stay where they are and patches are read out of
+            them; else they are copied into the cache like other files.
+        level: Of zarr and TIFF with several sizes: which, from 0, the finest; null for the one
+            whose voxels are `preprocess.spacing_mm`, else 0.
+        channels: Of what stays: which channels, by number or name; null for all.
+        time_point: Of what stays: which time point, from 0; null for what `volumes_4d` says.
         region: Part of each volume that is read, [[x0, x1], [y0, y1], [z0, z1]] in voxels of its
             file (of the level), x1 apart; null for the whole.
     """
@@ -137,6 +137,11 @@ class Reading:
         """Return, as plain values, the options that are not at their defaults."""
         default = asdict(Reading())
         return {name: value for name, value in asdict(self).items() if value != default[name]}
+
+    def of_stores(self) -> list[str]:
+        """Return the options that choose a part of a store, and of no other file."""
+        names = ("level", "channels", "time_point")
+        return [name for name in names if getattr(self, name) is not None]
 
     def masked(self, mask: str | None) -> Reading:
         """Return it with other masks, `trained` for its own."""

@@ -1,6 +1,6 @@
-"""What zarr and HDF5 say of an image: the names of its axes, its levels and their voxel sizes.
+"""What a store says of an image: the names of its axes, its levels and their voxel sizes.
 
-OME-Zarr 0.4 and 0.5 (https://ngff.openmicroscopy.org), plain zarr arrays, HDF5 datasets.
+OME-Zarr 0.4 and 0.5 (https://ngff.openmicroscopy.org), plain zarr arrays, HDF5 datasets, TIFF.
 """
 
 from __future__ import annotations
@@ -15,12 +15,22 @@ from pathlib import Path
 import numpy as np
 
 from loaders.readers import remote
-from loaders.readers.arrays import Place, hdf5_dataset, read_keys, split_dataset
-from loaders.readers.common import BrokenVolume, Look, url_of
-from loaders.readers.units import millimeters, shown_unit
+from loaders.readers.arrays import (
+    Place,
+    hdf5_dataset,
+    is_tiff,
+    read_keys,
+    split_dataset,
+    tiles_of,
+    version_of_file,
+)
+from loaders.readers.common import RGB, BrokenVolume, Look, url_of
+from loaders.readers.tiff import others
+from loaders.readers.units import millimeters, shown_unit, spacing_mm
 
 # Axes of arrays that name none, as C order has them.
 UNNAMED = {2: "YX", 3: "ZYX", 4: "CZYX", 5: "TCZYX"}
+TIFF_AXES = {"S": "C", "I": "Z", "Q": "Z"}  # samples of a pixel, and what names none
 UNITS = {
     "micrometer": 1e-3, "micron": 1e-3, "nanometer": 1e-6, "millimeter": 1.0,
     "centimeter": 10.0, "meter": 1e3, "angstrom": 1e-7,
@@ -64,6 +74,7 @@ class Image:
         look: How people see it.
         notes: What had to be assumed.
         version: Changes whenever the metadata do.
+        alpha: Channels at the end that tell of opacity, which is no data.
     """
 
     path: Path
@@ -72,16 +83,20 @@ class Image:
     look: Look
     notes: tuple[str, ...]
     version: str
+    alpha: int = 0
 
 
 def describe(path: Path) -> Image:
     """Read the metadata of a store; no voxel is read.
 
     Args:
-        path: Folder `*.zarr` or an array or image in one, URL of such, or `file.h5:/dataset`.
+        path: Folder `*.zarr` or an array or image in one, `file.h5:/dataset`, a TIFF, or a URL of
+            such.
     """
     try:
-        return describe_hdf5(path) if split_dataset(path) else describe_zarr(path)
+        if split_dataset(path):
+            return describe_hdf5(path)
+        return describe_tiff(path) if is_tiff(path) else describe_zarr(path)
     except BrokenVolume:
         raise
     except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
@@ -105,14 +120,34 @@ def describe_hdf5(path: Path) -> Image:
     else:
         known, unit = {a: float(s) * 1e-3 for a, s in zip(spatial, sizes, strict=True)}, "um"
     where = url_of(file) or os.path.abspath(file)
-    if url_of(file):
-        version = f"{where} {remote.version_of(where)} {name}"
-    else:
-        status = os.stat(file)
-        version = f"{where} {status.st_size} {status.st_mtime_ns} {name}"
+    version = f"{where} {version_of_file(where)} {name}"
     affine = np.diag([*(known.get(axis, 1.0) for axis in "XYZ"), 1.0])
     level = Level(Place("hdf5", where, name), affine)
     return Image(path, axes, (level,), Look("picture", unit), notes, hashed([version]))
+
+
+def describe_tiff(path: Path) -> Image:
+    """The first image of a TIFF: axes, sizes and channels from OME or ImageJ; colors are channels.
+
+    A coarser level covers the same field of view as the finest.
+    """
+    where = url_of(path) or os.path.abspath(path)
+    version = version_of_file(where)
+    tiles = tiles_of(where, 0, version)
+    named = [TIFF_AXES.get(axis, axis) for axis in tiles.axes]
+    axes, _ = letters(path, named, len(named))
+    about, finest = tiles.about, dict(zip(axes, tiles.shape, strict=True))
+    spacing, notes = spacing_mm(about.sizes, finest.get("Z", 1))
+    levels = []
+    for number, shape in enumerate(tiles.levels):
+        sizes = dict(zip(axes, shape, strict=True))
+        factors = [finest.get(axis, 1) / sizes.get(axis, 1) for axis in "XYZ"]
+        affine = np.diag([*np.multiply(spacing, factors), 1.0])
+        levels.append(Level(Place("tiff", where, str(number)), affine))
+    colored = "S" in tiles.axes and finest["C"] - about.alpha == 3
+    look = Look("picture", about.sizes[2], RGB if colored else about.channels)
+    notes = (*notes, *others(about.images))
+    return Image(path, axes, tuple(levels), look, notes, hashed([where, version]), about.alpha)
 
 
 def describe_zarr(path: Path) -> Image:

@@ -125,6 +125,11 @@ def opened(url: str) -> IO[bytes]:
     return tell(url, lambda system, path: system.open(path, "rb"))
 
 
+def part(url: str, start: int, count: int) -> bytes:
+    """Fetch some bytes of a file."""
+    return tell(url, lambda system, path: system.cat_file(path, start, start + count))
+
+
 def version_of(url: str) -> str:
     """Return what changes whenever a file does."""
     return tell(url, lambda system, path: str(system.ukey(path)))

@@ -1,8 +1,9 @@
-"""Volumes in zarr and HDF5: (C, X, Y, Z) as a view of an array that stays where it is."""
+"""Volumes in stores: (C, X, Y, Z) as a view of an array that stays where it is."""
 
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -38,6 +39,7 @@ class View:
         box: First voxel and the one behind the last along each of XYZ; None for the whole.
         order: The axis of XYZ that lies along each axis of the volume.
         flips: Whether it runs the other way.
+        pads: Voxels that the volume has beyond the far end of each axis, reflected.
         nan: What becomes of NaN and infinity: error, fill or keep.
         fill: What stands in their place; None for the lowest that was read with them.
     """
@@ -49,6 +51,7 @@ class View:
     box: Box | None = None
     order: tuple[int, ...] = (0, 1, 2)
     flips: tuple[bool, ...] = (False, False, False)
+    pads: tuple[int, ...] = (0, 0, 0)
     nan: str = "error"
     fill: float | None = None
 
@@ -58,7 +61,7 @@ class View:
         shape = {
             "place": {"driver": str, "where": str, "name": str},
             "axes": str, "time": int, "channels": [int], "order": [int], "flips": [bool],
-            "box": ([[int]], None), "nan": str, "fill": (float, None),
+            "pads": [int], "box": ([[int]], None), "nan": str, "fill": (float, None),
         }  # fmt: skip
         return (
             isinstance(record, dict) and record.keys() == shape.keys() and not misfit(record, shape)
@@ -67,7 +70,7 @@ class View:
     @classmethod
     def of(cls, record: dict) -> View:
         """Take it from plain values, as JSON holds them."""
-        lists = {name: tuple(record[name]) for name in ("channels", "order", "flips")}
+        lists = {name: tuple(record[name]) for name in ("channels", "order", "flips", "pads")}
         box = record["box"] and tuple(map(tuple, record["box"]))
         return cls(**{**record, **lists, "box": box, "place": Place(**record["place"])})
 
@@ -78,6 +81,14 @@ class View:
             order=tuple(self.order[axis] for axis in order),
             flips=tuple(bool(flip) for flip in flips),
         )
+
+    def cropped(self, low: Sequence[int], high: Sequence[int]) -> View:
+        """Return the view of a box of the volume, from `low` to the voxel before `high`."""
+        box = dict(zip(self.order, self.open().box, strict=True))
+        for axis, flip, a, b in zip(self.order, self.flips, low, high, strict=True):
+            start, stop = box[axis]
+            box[axis] = (stop - b, stop - a) if flip else (start + a, start + b)
+        return replace(self, box=tuple(box[axis] for axis in range(3)))
 
     def open(self, cache_gb: float = CACHE_GB) -> InPlace:
         """Open the array."""
@@ -115,7 +126,8 @@ class InPlace:
         box = dict(zip("XYZ", view.box or [(0, n) for n in self.whole], strict=True))
         self.letters = tuple("XYZ"[axis] for axis in view.order)
         self.box = tuple(box[letter] for letter in self.letters)
-        x, y, z = (stop - start for start, stop in self.box)
+        self.held = tuple(stop - start for start, stop in self.box)
+        x, y, z = (n + pad for n, pad in zip(self.held, view.pads, strict=True))
         self.shape: Shape = (len(view.channels), x, y, z)
         self.chunks = tuple(steps.get(letter, 1) for letter in self.letters)
         known = zip(self.box, view.flips, self.chunks, strict=True)
@@ -125,11 +137,25 @@ class InPlace:
     def __getitem__(self, slices: tuple[slice, ...]) -> np.ndarray:
         """Read the chunks that a box touches."""
         ranges = [range(*one.indices(n)) for one, n in zip(slices, self.shape, strict=True)]
+        held = zip(ranges[1:], self.held, strict=True)
+        if any(wanted.stop > n for wanted, n in held):
+            return self.reflected(slices[0], ranges[1:])
         picked = [self.view.channels[c] for c in ranges[0]]
         runs = [list(run) for run in consecutive(picked)]
         parts = [self.read(slice(run[0], run[-1] + 1), ranges[1:]) for run in runs]
         data = parts[0] if len(parts) == 1 else np.concatenate(parts)
         return finite(data.astype(self.dtype, copy=False), self.view, ranges[1:])
+
+    def reflected(self, channels: slice, ranges: Sequence[range]) -> np.ndarray:
+        """Read a box that leaves what is held, which is reflected at its far ends."""
+        places = [mirrored(wanted, n) for wanted, n in zip(ranges, self.held, strict=True)]
+        lows = [int(place.min(initial=n)) for place, n in zip(places, self.held, strict=True)]
+        box = [slice(low, int(place.max(initial=-1)) + 1)
+               for low, place in zip(lows, places, strict=True)]  # fmt: skip
+        data = self[(channels, *box)]
+        for axis, (place, low) in enumerate(zip(places, lows, strict=True), start=1):
+            data = data.take(place - low, axis)
+        return data
 
     def read(self, channels: slice, ranges: Sequence[range]) -> np.ndarray:
         """Read neighboring channels in a box of the view."""
@@ -147,6 +173,12 @@ class InPlace:
         data = data.transpose([axes.index(letter) for letter in ("C", *self.letters)])
         flipped = tuple(1 + axis for axis, flip in enumerate(self.view.flips) if flip)
         return np.ascontiguousarray(np.flip(data, flipped)) if flipped else data
+
+
+def mirrored(wanted: range, n: int) -> np.ndarray:
+    """Return where voxels lie of which those beyond the n-th are reflected, as `np.pad` does."""
+    place = np.array(wanted) % max(2 * (n - 1), 1)
+    return np.where(place < n, place, 2 * (n - 1) - place)
 
 
 def stored_dtype(dtype: np.dtype) -> np.dtype:
@@ -205,7 +237,7 @@ def view_of(image: Image, level: int, reading: Reading, time: int | None = None)
     if time is None and times > 1 and reading.volumes_4d != "first":
         how = "choose one by data.time_point, or set data.volumes_4d to first or samples"
         raise BrokenVolume(name, f"has {times} time points: {how}")
-    channels = chosen(image, shape.get("C", 1), reading)
+    channels = chosen(image, shape.get("C", 1) - image.alpha, reading)
     sizes = [shape.get(letter, 1) for letter in "XYZ"]
     box = box_of(name, sizes, reading.region) if reading.region is not None else None
     return View(place, image.axes, time or 0, channels, box, nan=reading.nan)
@@ -227,6 +259,12 @@ def chosen(image: Image, count: int, reading: Reading) -> tuple[int, ...]:
     return tuple(found)
 
 
+def view_written(folder: Path, channels: int) -> View:
+    """Return the finest level of a store as `write_ome_zarr` writes it."""
+    place = Place("zarr3", os.path.abspath(folder), "0")
+    return View(place, "CZYX", 0, tuple(range(channels)), nan="keep")
+
+
 def look_of_view(image: Image, view: View) -> Volume:
     """Return what the metadata say of a view, its voxels all zero and without memory."""
     opened = view.open()
@@ -242,7 +280,7 @@ def look_of_view(image: Image, view: View) -> Volume:
 
 
 def read_store(path: Path, reading: Reading) -> Volume:
-    """A zarr or HDF5 image, read whole; time points one after the other within each channel."""
+    """An image in a store, read whole; time points one after the other within each channel."""
     image = describe(path)
     count = times_of(image, reading)
     level = reading.level or 0

@@ -25,6 +25,7 @@ def decode(
     memory_gb: float | None = None,
     amp: Literal["off", "bf16", "fp16"] = "off",
     recon_format: Literal["ome-zarr", "nifti", "tiff"] | None = None,
+    sharding: Literal["spatial"] | None = None,
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto",
     trust: tuple[str, ...] = (),
 ) -> None:
@@ -53,6 +54,8 @@ def decode(
         amp: off | bf16 | fp16, precision of convolutions and matrix products.
         recon_format: ome-zarr | nifti | tiff, what the volumes are written as; null for what came
             in.
+        sharding: spatial (ranks share each volume, cut into slabs, in mode full) | null (they share
+            the volumes out).
         device: auto | cpu | cuda | mps.
         trust: Module prefixes besides vae3d whose classes the checkpoint may import.
     """
@@ -64,6 +67,7 @@ def decode(
     from vae3d.tracking.console import Gauge
     from vae3d.training.distributed import open_world
     from vae3d.training.memory import SMALLER_PASSES, telling_of_device
+    from vae3d.training.passes import in_slabs, together, work_of
 
     path = Path(latents)
     paths = [path] if path.is_file() else find_latents(path, None if split == "all" else split)
@@ -74,14 +78,19 @@ def decode(
     coding, lines = coding_of(made_by, mode, patching, memory_gb=memory_gb, amp=amp)
     vae = load_encoder(checkpoint, made_by, trust)
     coding.check(vae)
+    if sharding:
+        coding = in_slabs(coding, vae)
     with open_world(device) as world, telling_of_device(*SMALLER_PASSES):
         vae.to(world.device)
-        mine = paths[world.rank :: world.size]
+        team = world.team(world.size if sharding else 1)
+        mine = [paths[i] for i in work_of(world, team, len(paths))]
         sizes = [size_of(path, made_by) for path in mine]
         if world.is_main:
-            print(*lines, told(coding, vae, sizes, ("decode",)), sep="\n", flush=True)
+            cost = told(coding, vae, sizes, ("decode",), team.size)
+            print(*lines, cost, sep="\n", flush=True)
         voxels = sum(map(math.prod, sizes))
-        with Gauge("decode", enabled=world.is_main) as gauge, watched(gauge.add):
+        gauge = Gauge("decode", enabled=world.is_main)
+        with gauge, watched(gauge.add), together(vae, team):
             for path, size in zip(mine, sizes, strict=True):
                 latent = read_latent(path)
                 z = latent.mean if latent.codes is None else values_of(vae, latent.codes, path)

@@ -53,6 +53,7 @@ def encode(
     memory_gb: float | None = None,
     amp: Literal["off", "bf16", "fp16"] = "off",
     ema: bool = True,
+    sharding: Literal["spatial"] | None = None,
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto",
     overwrite: bool = False,
     measured_scale: bool = False,
@@ -84,6 +85,8 @@ def encode(
             is free.
         amp: off | bf16 | fp16, precision of convolutions and matrix products.
         ema: Use the averaged weights where the run kept some.
+        sharding: spatial (ranks share each volume, cut into slabs, in mode full) | null (they share
+            the volumes out).
         device: auto | cpu | cuda | mps.
         overwrite: Replace latents in out_dir that another model, or another mode, has written.
         measured_scale: Write vae.pt beside the latents too: the VAE with one over their standard
@@ -100,6 +103,7 @@ def encode(
     from vae3d.training.checkpoint import find_checkpoint, load_checkpoint, vae_of
     from vae3d.training.distributed import open_world
     from vae3d.training.memory import SMALLER_PASSES, telling_of_device
+    from vae3d.training.passes import in_slabs, together, work_of
 
     state = load_checkpoint(checkpoint)
     vae = vae_of(state, checkpoint, ema, trust)
@@ -107,6 +111,8 @@ def encode(
     usual = of_training(state["config"])
     coding, lines = coding_of(usual, mode, patching, memory_gb=memory_gb, amp=amp)
     coding.check(vae)
+    if sharding:
+        coding = in_slabs(coding, vae)
     if measured_scale:
         vae.set_latent_scale(vae.latent_scale)  # refuses what keeps none, before anything is made
     made_by = {"checkpoint": weights_hash(vae), "step": state["step"], "ema": ema}
@@ -122,16 +128,19 @@ def encode(
             folder.mkdir(parents=True, exist_ok=True)
             sweep(folder)
         world.barrier()
-        mine = range(world.rank, len(store), world.size)
+        team = world.team(world.size if sharding else 1)
+        mine = work_of(world, team, len(store))
         todo = [i for i in mine if not _finished(folder, store, i, made_by, overwrite)]
         if len(todo) < len(mine):
             print(f"{len(mine) - len(todo)} of {len(mine)} volumes are done already", flush=True)
         shapes = {i: store.shape(i)[1:] for i in todo}
         codings = {i: coding.settled(vae, shape, ("encode",)) for i, shape in shapes.items()}
         if todo and world.is_main:
-            print(*lines, told(coding, vae, [*shapes.values()], ("encode",)), sep="\n", flush=True)
+            cost = told(coding, vae, [*shapes.values()], ("encode",), team.size)
+            print(*lines, cost, sep="\n", flush=True)
         voxels = sum(map(math.prod, shapes.values()))
-        with Gauge("encode", enabled=world.is_main) as gauge, watched(gauge.add):
+        gauge = Gauge("encode", enabled=world.is_main)
+        with gauge, watched(gauge.add), together(vae, team):
             for index in todo:
                 name, x = store.ids[index], volume_of(store, index)
                 with part(math.prod(shapes[index]) / voxels):
@@ -209,7 +218,7 @@ def open_volumes(
         config.preprocess,
         on_error=config.on_error,
         reading=config.reading,
-        backend=config.backend,
+        backend=config.store,
         threads=config.threads,
         in_channels=in_channels,
         num_slices=num_slices,

@@ -83,6 +83,7 @@ def evaluate(
     recon_format: Literal["ome-zarr", "nifti", "tiff"] | None = None,
     media: bool = True,
     radiological: bool | None = None,
+    sharding: Literal["spatial"] | None = None,
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto",
     trust: tuple[str, ...] = (),
     tracking: Tracking,
@@ -131,6 +132,8 @@ def evaluate(
         media: Write pictures, clips and what the report's viewer shows.
         radiological: Draw bodies with their right on the left, as radiologists read them; null for
             as in training.
+        sharding: spatial (ranks share each volume, cut into slabs, in mode full) | null (they share
+            the volumes out).
         device: auto | cpu | cuda | mps.
         trust: Module prefixes besides vae3d whose classes the checkpoint may import.
         tracking: Each option of trackers by its own name, see `vae3d.tracking.options`.
@@ -150,6 +153,7 @@ def evaluate(
     from vae3d.training.checkpoint import find_checkpoint, fingerprint, load_checkpoint, vae_of
     from vae3d.training.distributed import open_world
     from vae3d.training.memory import SMALLER_PASSES, telling_of_device
+    from vae3d.training.passes import in_slabs, together, work_of
 
     if isinstance(data, str):
         data = EvaluationData(data)
@@ -161,6 +165,8 @@ def evaluate(
     more = dict(batch_size=batch_size, memory_gb=memory_gb, amp=amp)
     # It says what is wrong before anything is written.
     coding, about_mode = coding_of(of_training(trained), mode, patching, **more)
+    if sharding:
+        coding = in_slabs(coding, vae)
     how = vars(coding)
     distance = perceptual() if perceptual is not None else None
     judge = segmenter_named(segmenter) if segmenter else None
@@ -221,12 +227,15 @@ def evaluate(
         )  # fmt: skip
         if tracking.hash_cases:
             evaluator.alias = Aliases(out, store.ids)
-        mine = range(world.rank, len(store), world.size)
+        team = world.team(world.size if sharding else 1)
+        mine = work_of(world, team, len(store))
         todo = {i: store.shape(i)[1:] for i in mine if evaluator.finished(i) is None}
         if todo and world.is_main:
-            print(*about_mode, told(coding, vae, list(todo.values())), sep="\n", flush=True)
+            cost = told(coding, vae, list(todo.values()), ranks=team.size)
+            print(*about_mode, cost, sep="\n", flush=True)
         voxels = sum(map(math.prod, todo.values()))
-        with Gauge("evaluate", enabled=world.is_main) as gauge, watched(gauge.add):
+        gauge = Gauge("evaluate", enabled=world.is_main)
+        with gauge, watched(gauge.add), together(vae, team):
             for done, index in enumerate(mine, start=1):
                 with part(math.prod(todo.get(index, (0,))) / max(voxels, 1)):
                     row = evaluator.volume(index)

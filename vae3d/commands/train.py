@@ -14,12 +14,12 @@ from vae3d.losses.vae_loss import VAELoss
 from vae3d.models.classes import made
 from vae3d.models.custom_vae import Checkpointing, CustomVAE
 from vae3d.training.augment import Augmentation
+from vae3d.training.distributed import Mesh
 from vae3d.training.options import Loop, as_options, spread
 
 if TYPE_CHECKING:
-    from vae3d.kernels.precision import Amp
     from vae3d.training.distributed import World
-    from vae3d.training.task import VAETask
+    from vae3d.training.memory import Trial
 
 
 @spread
@@ -36,6 +36,7 @@ def train_3d(
     augment: Augmentation | None = None,
     discriminator_lr: float | None = None,
     sharding: Literal["ddp", "fsdp", "spatial"] = "ddp",
+    mesh: Mesh | None = None,
     compile: bool = False,
     checkpointing: Checkpointing = "none",
     init_from: str | None = None,
@@ -64,6 +65,8 @@ def train_3d(
         discriminator_lr: Learning rate of the discriminator; null for lr.
         sharding: ddp | fsdp (weights cut over the ranks, for models that outgrow a GPU) | spatial
             (each patch or whole volume cut into slabs along its first axis, one for each rank).
+        mesh: Teams of ranks with patches of their own, which they cut into slabs, e.g. {data: 2,
+            spatial: 4} on 8 ranks; null for one team with sharding spatial, else for teams of one.
         compile: Compile encoder and decoder with torch.compile.
         checkpointing: none | block | level, what the backward pass computes again to save memory.
         init_from: Weights to begin with, not read again on resuming: a run folder, a checkpoint, a
@@ -89,7 +92,7 @@ def train_3d(
     from vae3d.training.distributed import World, open_world
     from vae3d.training.facts import facts, largest
     from vae3d.training.linear_code import fit_linear_code
-    from vae3d.training.memory import telling_of_device
+    from vae3d.training.memory import Trial, telling_of_device
     from vae3d.training.run import Run
     from vae3d.training.slabs import SlabTask
     from vae3d.training.task import VAETask
@@ -106,8 +109,9 @@ def train_3d(
         grid = (-(-n // f) for n, f in zip(patch_size, vae.factor, strict=True))
         terms.check((vae.out_channels, *patch_size), (vae.latent_channels, *grid))
     loading = data.loader_options(loop.threads)
-    if sharding == "spatial":
-        check_slabs(vae, patching, patch_size, batch_size, augment, compile, data)
+    mesh = Mesh.of(sharding, mesh, int(os.environ.get("WORLD_SIZE", 1)))
+    if sharding == "spatial" or mesh.spatial > 1:
+        check_slabs(vae, patching, patch_size, batch_size, augment, compile, data, mesh.spatial)
     check_beginning(init_from, ignore_keys, freeze, terms)
     vae.set_checkpointing(checkpointing)
     with (
@@ -132,9 +136,10 @@ def train_3d(
             vae.encoder.compile()
             vae.decoder.compile()
         terms.to(world.device)
-        in_slabs = sharding == "spatial" and world.size > 1
+        team = world.team(mesh.spatial)  # who share samples
+        in_slabs = team.size > 1
         if in_slabs:
-            task: VAETask = SlabTask(vae, terms, loop.seed)
+            task: VAETask = SlabTask(vae, terms, loop.seed, team.group)
         else:
             task = VAETask(vae, terms, loop.seed, augment)
 
@@ -148,10 +153,11 @@ def train_3d(
         sample = patch_size if patching else largest(map(training.shape, range(len(training))))[1:]
         if in_slabs and not patching:
             smallest = min(training.shape(i)[1] for i in range(len(training)))
-            cut_slabs(smallest, world.size, vae.factor[0])
+            cut_slabs(smallest, team.size, vae.factor[0])
         begun_with = state["batch_size"] if state else None
         weights = training.num_weights
-        batch = settled_batch(batch_size, begun_with, task, sample, amp, world, weights)
+        trial = Trial(task, (vae.in_channels, *sample), amp, weights, patching is not None)
+        batch = settled_batch(batch_size, begun_with, trial, world)
         cut = partial(
             PatchLoader,
             training,
@@ -162,12 +168,14 @@ def train_3d(
             threads=loop.threads,
             **loading,
         )
-        pin = world.device.type == "cuda"
-        if in_slabs:
-            slab = partial(own_rows, factor=vae.factor[0], rank=world.rank, size=world.size)
-            loader = cut(batch_size=batch, pin=pin, slab=slab)
-        else:
-            loader = cut(batch_size=batch, rank=world.rank, world_size=world.size, pin=pin)
+        slab = partial(own_rows, factor=vae.factor[0], rank=team.rank, size=team.size)
+        loader = cut(
+            batch_size=batch,
+            rank=world.rank // team.size,
+            world_size=mesh.data,
+            pin=world.device.type == "cuda",
+            slab=slab if in_slabs else None,
+        )
         filled = init_from and not named_by(LINEAR_CODE, ignore_keys)
         if vae.linear_code is not None and not (state or filled):
             seen = cut(batch_size=1)
@@ -181,6 +189,7 @@ def train_3d(
             loop.val_volumes,
             loop.media_volumes,
             radiological=loop.radiological,
+            team=None if patching else team,  # a patch without gradients fits on one
         )
         about = facts(vae, store, split, loader, world, loop.grad_accum, amp)
         tracker = run.track(loop, {**config, "about": about}, state, about)
@@ -243,6 +252,7 @@ def check_slabs(
     augment: Augmentation | None,
     compile: bool,
     data: DataConfig,
+    ranks: int,
 ) -> None:
     """Refuse what `--sharding spatial` does not do.
 
@@ -254,6 +264,7 @@ def check_slabs(
         augment: Changes of patches on the device, or None.
         compile: Whether the network is to be compiled.
         data: Which volumes and how they are read.
+        ranks: Of a team.
     """
     from vae3d.spatial.slabs import cut
 
@@ -267,7 +278,7 @@ def check_slabs(
     if names := [name for name, is_asked in asked.items() if is_asked]:
         raise ValueError(f"--sharding spatial does not go with {', '.join(names)}: leave it out")
     if patching:
-        cut(patch_size[0], int(os.environ.get("WORLD_SIZE", 1)), vae.factor[0])
+        cut(patch_size[0], ranks, vae.factor[0])
 
 
 def check_beginning(
@@ -325,32 +336,20 @@ def begin_with(
 
 
 def settled_batch(
-    asked: int | Literal["auto"],
-    begun_with: int | None,
-    task: VAETask,
-    sample: tuple[int, ...],
-    amp: Amp,
-    world: World,
-    num_weights: int = 0,
+    asked: int | Literal["auto"], begun_with: int | None, trial: Trial, world: World
 ) -> int:
     """The batch that was asked for, or that a run began with; else the largest, found by trying.
 
     Args:
         asked: `--batch_size`.
         begun_with: The batch of the run that is continued, or None.
-        task: What is trained.
-        sample: Spatial shape of a sample [voxels].
-        amp: off | bf16 | fp16.
+        trial: Finds it.
         world: The ranks; it has to fit on each.
-        num_weights: Channels of the weights of voxels; 0 without masks.
     """
     if asked != "auto":
         return asked
     if begun_with:
         return begun_with
-    from vae3d.training.memory import Trial
-
-    trial = Trial(task, (task.network.in_channels, *sample), amp, num_weights)
     size = min(world.gather(trial.largest_batch()))
     if world.is_main:
         print(f"batch_size auto: {size} on each rank", flush=True)

@@ -122,12 +122,12 @@ def _encode(vae: CustomVAE, volume: Array, run: "Executor") -> DiagonalGaussian:
     moments = torch.empty(1, node.channels, *node.shape, device=run.device, dtype=run.wide)
     for region, values in run.slabs(node):
         moments[(slice(None), slice(None), *(slice(*r) for r in region))] = values
-    posterior = vae.head(moments)
-    mean = posterior.mean
     if vae.linear_code is not None:
         source = Source(volume, shape, *run.home)
-        mean = mean + run.take(run.walk(vae.linear_code.analysis, source)).to(mean)
-    return DiagonalGaussian(mean[0], posterior.logvar[0])
+        code = run.take(run.walk(vae.linear_code.analysis, source))
+        moments = vae.linear_code.added_to(moments, code.to(moments))
+    posterior = vae.head(moments)
+    return DiagonalGaussian(posterior.mean[0], posterior.logvar[0])
 
 
 @torch.no_grad()

@@ -77,7 +77,7 @@ class BlockPCA:
         generator = torch.Generator().manual_seed(0)
         count, total, square = 0, *torch.zeros(2, dtype=torch.float64)
         for x in volumes:
-            blocks = _drawn(x, factor, most, generator).double()
+            blocks = drawn(x, factor, most, generator).double()
             count, total = count + len(blocks), total + blocks.sum(0)
             square = square + blocks.T @ blocks
         mean = total / count
@@ -199,7 +199,7 @@ def _slabs(shape: Sequence[int], factor: Sequence[int]) -> Iterator[slice]:
     return (slice(a, min(a + step, shape[1])) for a in range(0, shape[1], step))
 
 
-def _drawn(x: Values, factor: Sequence[int], most: int, generator: torch.Generator) -> Tensor:
+def drawn(x: Values, factor: Sequence[int], most: int, generator: torch.Generator) -> Tensor:
     """At most so many blocks of a volume (C, *spatial), read slab by slab."""
     rows, *plane = (-(-n // f) for n, f in zip(x.shape[1:], factor, strict=True))
     total = rows * prod(plane)

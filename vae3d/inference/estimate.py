@@ -10,6 +10,7 @@ from vae3d.exact.executor import WORTH_TELLING, half_of_free
 from vae3d.inference.costs import BOTH, What, cost, gib
 from vae3d.inference.reconstruct import Coding
 from vae3d.inference.stitching import Stitcher
+from vae3d.kernels.precision import faults_of_conv3d
 from vae3d.models.attention import GlobalAttention
 from vae3d.models.custom_vae import CustomVAE
 
@@ -17,15 +18,17 @@ MANY = 1.2  # passes through the network for each voxel from which another mode 
 
 
 def told(
-    coding: Coding, vae: CustomVAE, shapes: Sequence[Sequence[int]], what: Sequence[What] = BOTH
-) -> str:
-    """One line: which mode, what it costs, and whether another is cheaper.
+    coding: Coding, vae: CustomVAE, shapes: Sequence[Sequence[int]], what: Sequence[What] = BOTH,
+    ranks: int = 1,
+) -> str:  # fmt: skip
+    """One line: which mode, what it costs, whether another is cheaper, and known faults.
 
     Args:
         coding: How volumes will go through the network.
         vae: The network, in eval mode on its device.
         shapes: Spatial shape of each volume.
         what: Which halves of the network are used.
+        ranks: That share a full pass.
     """
     choices = [coding.choice(vae, shape, what) for shape in shapes]
     volumes: dict[str, list[Sequence[int]]] = {}
@@ -45,14 +48,18 @@ def told(
         once = f"{word} {spell(seconds(replace(coding, mode='full'), vae, shapes, what))}"
         facts = [f"{word} {spell(seconds(coding, vae, shapes, what))}"]
         if whole := volumes.get("full"):
-            needed = max(coding.full_bytes(vae, shape, what) for shape in whole)
+            needed = max(coding.full_bytes(vae, shape, what) for shape in whole) / ranks
             facts += [f"about {gib(needed)}"]
-            if coding.mode == "full" and needed > (free := half_of_free(_device(vae))):
+            if ranks > 1:  # as many times as fast, where each has a processor of its own
+                facts = [f"{facts[-1]} on each of {ranks} ranks"]
+            elif coding.mode == "full" and needed > (free := half_of_free(_device(vae))):
                 hints += [f"{gib(2 * free)} are free: --mode exact has the same result in less"]
     if passes > MANY:
         facts += [f"each voxel goes through the network {passes:.1f} times"]
         if coding.mode == "patch":
             hints += [f"--mode auto: {once}, and the exact result"]
+    if vae.spatial_dims == 3:
+        hints += faults_of_conv3d(_device(vae), coding.amp)
     line = f"{' and '.join(heads)} of {upto}{largest}"
     return "; ".join([": ".join(filter(None, [line, ", ".join(facts)])), *dict.fromkeys(hints)])
 

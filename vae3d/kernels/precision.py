@@ -31,6 +31,29 @@ def settle_float32() -> None:
     torch.backends.cudnn.allow_tf32 = asked
 
 
+def faults_of_conv3d(device: torch.device, amp: Amp) -> list[str]:
+    """What is known to go wrong with 3D convolutions in this build of torch, a line each.
+
+    Args:
+        device: Where they run.
+        amp: off | bf16 | fp16.
+    """
+    if device.type != "cuda":
+        return []
+    cudnn = torch.backends.cudnn.version() or 0
+    name = f"cuDNN {cudnn // 10000}.{cudnn // 100 % 100}.{cudnn % 100}"
+    better = "install nvidia-cudnn 9.16 or later"
+    lines = []
+    if amp == "bf16" and 90800 <= cudnn < 91300:
+        lines.append(f"{name}: bf16 can give wrong sums (pytorch#163539); {better}")
+    if amp == "off" and torch.backends.cudnn.allow_tf32 and 91002 <= cudnn < 91600:
+        lines.append(f"{name}: TF32 can give wrong sums (pytorch#167024); {better}")
+    version = torch.__version__
+    if amp != "off" and version.startswith("2.9.") and (version < "2.9.1" or cudnn < 91500):
+        lines.append("torch 2.9: half precision is slow (pytorch#166122); install 2.10 or later")
+    return [f"3D convolutions, {line}" for line in lines]
+
+
 @contextmanager
 def exact_float32() -> Iterator[None]:
     """Inside, float32 means float32, whatever was asked for."""

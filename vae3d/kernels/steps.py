@@ -36,6 +36,7 @@ from vae3d.kernels import convolutions
 from vae3d.kernels.convolutions import Axes, Conv, Ends, Maybe, Pairs
 from vae3d.kernels.lean import Context, is_lean, is_replaceable, prepared_conv
 from vae3d.kernels.memory import channels_last, empty, release
+from vae3d.kernels.moments import merged, of_groups
 
 SLAB_BYTES = 4 << 20  # per thread, float32; larger than the cache is slower, smaller repeats halos
 PIECE = 4096  # voxels of which sums are taken in float32
@@ -47,6 +48,8 @@ FOLD = {
 }
 
 _enabled = True
+
+Sides = tuple[Tensor, Tensor]  # rows before and after those that a process has, perhaps none
 
 
 class NormParts(NamedTuple):
@@ -72,6 +75,31 @@ class Preparation(nn.Module):
     def parts(self) -> NormParts | None:
         """Its parts where it is a group norm or a root mean square, and an activation."""
         raise NotImplementedError
+
+
+class Neighbors:
+    """Contract of other processes, of which each holds some rows of a volume; here there are none.
+
+    All processes make the same calls in the same order.
+    """
+
+    def beside(self, x: Tensor, before: int, after: int) -> Callable[[], Sides]:
+        """Begin to fetch so many rows before and after those of `x`, as far as the volume has them.
+
+        What is returned waits for them.
+        """
+        return lambda: (x[:, :, :0], x[:, :, :0])
+
+    def merge(self, counts: Tensor, means: Tensor, m2: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Counts, means, and sums of squares round them, of all rows by those of the own ones."""
+        return counts, means, m2
+
+    def sum(self, x: Tensor) -> Tensor:
+        """The sum of every process's tensor."""
+        return x
+
+
+NOBODY = Neighbors()
 
 
 @contextmanager
@@ -221,6 +249,7 @@ def convolve(
     padding: Ends = (),
     residual: Tensor | None = None,
     overwrite: bool = False,
+    neighbors: Neighbors = NOBODY,
 ) -> Tensor:
     """`layer(pad(norm_act(x))) + residual`.
 
@@ -232,8 +261,11 @@ def convolve(
             that.
         residual: Added to the output; None for nothing.
         overwrite: Whether the sum may take the memory of `residual`.
+        neighbors: Who holds the rest of the volume, if `x` is a slab; for a layer that is fast and
+            keeps the rows, of stride 1.
     """
     if not is_fast(layer, x):
+        assert neighbors is NOBODY
         if padding:
             x = F.pad(x, [*chain(*reversed(padding))])
         if norm_act is not None and is_fused(layer, x, norm_act):
@@ -249,6 +281,7 @@ def convolve(
         dtype,
         overwrite and added is not None and added is channels_last(added),
         2 if torch.is_grad_enabled() else 4,  # rows together
+        neighbors,
         *((norm.groups, norm.eps, norm.act) if norm else ()),
     )
     affine = norm[2:4] if norm else ()
@@ -296,6 +329,7 @@ class Step(NamedTuple):
     dtype: torch.dtype  # of the output
     overwrite: bool = False  # the residual with the output
     together: int = 2  # rows that a convolution makes at once; more round more, see winograd.py
+    neighbors: Neighbors = NOBODY
     groups: int = 0  # 0: no norm and no activation
     eps: float = 0.0
     act: nn.Module = nn.Identity()
@@ -321,8 +355,10 @@ class NormActConv(torch.autograd.Function):
     ) -> Tensor:
         """Return `conv(act(norm(x))) + residual`."""
         x = channels_last(x)
-        scaling = (*affine, *statistics(x, step.groups)) if affine else ()
-        ctx.save_for_backward(x, weight, *scaling)
+        arrived = step.neighbors.beside(x, *step.padding[0])
+        scaling = (*affine, *statistics(x, step.groups, step.neighbors)) if affine else ()
+        sides = arrived()
+        ctx.save_for_backward(x, weight, *sides, *scaling)
         ctx.step = step
         compute = compute_dtype(step.dtype)
         w, b = channels_last(weight.to(compute)), None if bias is None else bias.to(compute)
@@ -331,7 +367,7 @@ class NormActConv(torch.autograd.Function):
         out = empty(shape, step.dtype) if residual is None or not step.overwrite else residual
         if step.overwrite:
             ctx.mark_dirty(out)
-        norm = Slabs(x, step, scaling, compute)
+        norm = Slabs(Rows(x, sides), step, scaling, compute)
         for n, start, stop in slabs(out, x, step.together):
             _, y, pad = norm.read(n, *reach(start, stop, w, step), keep=False)
             target = out[n : n + 1, :, start:stop]
@@ -345,7 +381,7 @@ class NormActConv(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Context[Step], grad: Tensor) -> tuple[Maybe, ...]:
         """Return the gradient of every argument of `forward`."""
-        x, weight, *scaling = ctx.saved_tensors
+        x, weight, before, after, *scaling = ctx.saved_tensors
         step, grad = ctx.step, channels_last(grad)
         compute = compute_dtype(step.dtype)
         w = channels_last(weight.to(compute))
@@ -356,8 +392,10 @@ class NormActConv(torch.autograd.Function):
         strided = max(step.stride) > 1
         if grad_x is not None and strided:
             grad_x.zero_()
-        norm = Slabs(x, step, scaling, compute)
+        norm = Slabs(Rows(x, (before, after)), step, scaling, compute)
         back = Backward(w, step, compute)
+        others = step.neighbors if grad_x is not None else NOBODY
+        grad_rows = Rows(grad, others.beside(grad, *back.padding[0])())
         sums = torch.zeros(2, *x.shape[:2], dtype=torch.float64)  # of dn * normalized, of dn
         for n, start, stop in slabs(grad, x):
             lo, hi = reach(start, stop, w, step)
@@ -375,7 +413,7 @@ class NormActConv(torch.autograd.Function):
             target = grad_x[n : n + 1, :, start:stop]
             own = target.dtype == (torch.float32 if step.groups else compute)
             wide = target if own else norm.buffer("gradient", stop - start)
-            back.gather(grad[n : n + 1], start, stop, wide)
+            back.gather(grad_rows, n, start, stop, wide)
             if normalized is not None:
                 inner = normalized[:, :, start - lo :][:, :, : stop - start]
                 act_backward(step.act, inner, wide)
@@ -385,24 +423,50 @@ class NormActConv(torch.autograd.Function):
                 sums[:, n] += norm.sums(n, start, stop, target)
         grads = sums.sum(1).to(scaling[0].dtype) if scaling else ()
         if grad_x is not None and scaling and need_x:
-            norm.finish(grad_x, sums)
+            voxels = torch.full_like(sums[:1], x[0, 0].numel())
+            norm.finish(grad_x, *step.neighbors.sum(torch.cat([sums, voxels])))
         grad_w = None if grad_w is None else grad_w.to(weight.dtype)
         grad_b = None if grad_b is None else grad_b.to(weight.dtype)
         return None, grad_x, grad_w, grad_b, grad if need_residual else None, *grads
 
 
-class Slabs:
-    """Reads slabs of `x`, normalized and activated where the step has a norm.
+class Rows:
+    """Reads rows of a volume, of which other processes may have those before and after the own.
 
     Args:
-        x: `(B, C, *spatial)`.
+        own: `(B, C, *spatial)`.
+        sides: Rows before and after it that were fetched.
+    """
+
+    def __init__(self, own: Tensor, sides: Sides):
+        self.own, self.sides = own, sides
+
+    def read(self, n: int, lo: int, hi: int, padding: Ends) -> tuple[Tensor, list[tuple[int, int]]]:
+        """Rows of sample `n` that there are from `lo` to `hi`, and the zeros to add on every axis.
+
+        Rows are counted from the first own one.
+        """
+        slab, pads = rows(self.own[n : n + 1], lo, hi, padding)
+        (near, far), (before, after) = pads[0], self.sides
+        near, far = min(near, before.shape[2]), min(far, after.shape[2])
+        if near or far:
+            others = before[n : n + 1, :, before.shape[2] - near :], after[n : n + 1, :, :far]
+            slab = channels_last(torch.cat([others[0], slab, others[1]], 2))
+        return slab, [(pads[0][0] - near, pads[0][1] - far), *pads[1:]]
+
+
+class Slabs:
+    """Reads slabs of a volume, normalized and activated where the step has a norm.
+
+    Args:
+        rows: The volume.
         step: What is done.
         scaling: Scale and shift of the norm, `(C,)`, then mean and variance, `(B, C)`; or nothing.
         compute: Dtype of what is read.
     """
 
-    def __init__(self, x: Tensor, step: Step, scaling: Sequence[Tensor], compute: torch.dtype):
-        self.x, self.step, self.compute = x, step, compute
+    def __init__(self, rows: Rows, step: Step, scaling: Sequence[Tensor], compute: torch.dtype):
+        self.rows, self.x, self.step, self.compute = rows, rows.own, step, compute
         self.memory: dict[str, Tensor] = {}
         if scaling:
             gamma, beta, self.mean, self.var = scaling
@@ -429,7 +493,7 @@ class Slabs:
             The normalized slab in float32, the activated and padded slab, the padding left to the
             convolution.
         """
-        slab, pads = rows(self.x[n : n + 1], lo, hi, self.step.padding)
+        slab, pads = self.rows.read(n, lo, hi, self.step.padding)
         if not self.step.groups:
             return None, *convolutions.pad_uneven(slab.to(self.compute), pads)
         activated = self.buffer("activated", hi - lo, self.compute)
@@ -465,15 +529,21 @@ class Slabs:
         )  # fmt: skip
         return torch.stack([scaled, plain])
 
-    def finish(self, grad: Tensor, sums: Tensor) -> None:
+    def finish(self, grad: Tensor, scaled: Tensor, plain: Tensor, voxels: Tensor) -> None:
         """Turn the gradient of the normalized volume into that of `x`, in place.
 
         With r = 1/std and means over a group of n values:
         dx = r * (gamma dn - mean(gamma dn) - xhat * mean(gamma dn xhat)).
+
+        Args:
+            grad: That of the normalized volume, dn.
+            scaled: Sums over the volume of dn * xhat `(B, C)`.
+            plain: Those of dn.
+            voxels: Their number.
         """
         gamma = self.gamma.double()
-        count = self.x[0].numel() / self.step.groups
-        grouped = (sums * gamma).unflatten(2, (self.step.groups, -1)).sum(3) / count
+        means = torch.stack([scaled, plain]) / voxels * gamma
+        grouped = means.unflatten(2, (self.step.groups, -1)).mean(3)
         scaled, plain = grouped.repeat_interleave(len(gamma) // self.step.groups, 2)  # (B, C)
         r = (self.var.double() + self.step.eps).rsqrt()
         shape = (1, -1, *(1,) * (grad.dim() - 2))
@@ -498,11 +568,11 @@ class Backward:
         axes = zip(weight.shape[2:], step.padding, strict=True)
         self.padding = tuple((k - 1 - near, k - 1 - far) for k, (near, far) in axes)
 
-    def gather(self, grad: Tensor, start: int, stop: int, target: Tensor) -> None:
+    def gather(self, grad: Rows, n: int, start: int, stop: int, target: Tensor) -> None:
         """Write rows `start` to `stop` of the input's gradient to `target`, for stride 1."""
         near = self.padding[0][0]
         lo, hi = start - near, stop - near + self.flipped.shape[2] - 1
-        slab, pads = rows(grad, lo, hi, self.padding)
+        slab, pads = grad.read(n, lo, hi, self.padding)
         slab, pad = convolutions.pad_uneven(slab.to(self.compute), pads)
         convolutions.convolve_into(target, slab, self.flipped, None, pad)
 
@@ -513,6 +583,9 @@ class Backward:
         extra = [(near - p, far - p) for (near, far), p in zip(pads, pad, strict=True)]
         inner = [slice(near, n - far) for (near, far), n in zip(extra, dx.shape[2:], strict=True)]
         target[:, :, max(lo, 0) : hi] += dx[(slice(None), slice(None), *inner)]
+
+
+Growth = tuple[Axes, tuple[int, int]]  # per axis; rows before and after those that are wanted
 
 
 class UpsampleConv(torch.autograd.Function):
@@ -526,19 +599,25 @@ class UpsampleConv(torch.autograd.Function):
     @staticmethod
     @custom_fwd(device_type="cpu")
     def forward(
-        ctx: Context[Axes], factor: Axes, x: Tensor, weight: Tensor, bias: Maybe, dtype: torch.dtype
+        ctx: Context[Growth],
+        step: Growth,
+        x: Tensor,
+        weight: Tensor,
+        bias: Maybe,
+        dtype: torch.dtype,
     ) -> Tensor:
         """Return `conv(upsample(x))`."""
         x = channels_last(x)
         ctx.save_for_backward(x, weight)
-        ctx.step = factor
+        ctx.step = factor, (near, far) = step
+        own = x[:, :, near : x.shape[2] - far]
         up = Phases(weight, factor, compute_dtype(dtype))
         b = None if bias is None else bias.to(up.compute).repeat(up.per_row)
-        size = [n * f for n, f in zip(x.shape[2:], factor, strict=True)]
+        size = [n * f for n, f in zip(own.shape[2:], factor, strict=True)]
         out = empty((len(x), len(weight), *size), dtype)
-        for n, start, stop in slabs(x, out):
+        for n, start, stop in slabs(own, out):
             for phase, w in enumerate(up.weights):
-                slab, pad = up.read(x[n : n + 1], start, stop, phase)
+                slab, pad = up.read(x[n : n + 1], near + start, near + stop, phase)
                 y = convolutions.convolve(slab, w, b, pad)
                 for target, grid in up.pairs(out[n : n + 1], start, stop, phase, y):
                     target.copy_(grid)
@@ -548,11 +627,12 @@ class UpsampleConv(torch.autograd.Function):
     @staticmethod
     @custom_bwd(device_type="cpu")
     @once_differentiable
-    def backward(ctx: Context[Axes], grad: Tensor) -> tuple[Maybe, ...]:
+    def backward(ctx: Context[Growth], grad: Tensor) -> tuple[Maybe, ...]:
         """Return the gradient of every argument of `forward`."""
         x, weight = ctx.saved_tensors
         grad = channels_last(grad)
-        up = Phases(weight, ctx.step, compute_dtype(grad.dtype))
+        factor, (near, _) = ctx.step
+        up = Phases(weight, factor, compute_dtype(grad.dtype))
         _, need_x, need_w, need_b, _ = ctx.needs_input_grad
         grad_x = empty(x.shape, x.dtype).zero_() if need_x else None
         grads_w = [torch.zeros_like(w, dtype=torch.float32) for w in up.weights]
@@ -560,7 +640,7 @@ class UpsampleConv(torch.autograd.Function):
         for (n, start, stop), phase in product(slabs(x, grad), range(len(up.weights))):
             w = up.weights[phase]
             lo, hi = start - up.offset(phase) - w.shape[2] + 1, stop - up.offset(phase)
-            g = up.grid(grad[n : n + 1], lo, hi, phase)
+            g = up.grid(grad[n : n + 1], lo - near, hi - near, phase)
             inner = channels_last(g[:, :, start - lo : stop - lo])
             if grad_b is not None:
                 total = inner.sum([0, *range(2, g.dim())], dtype=torch.float32)
@@ -639,25 +719,28 @@ class Phases:
         return out
 
 
-def upsample_convolve(layer: Conv, x: Tensor, factor: Sequence[int]) -> Tensor:
+def upsample_convolve(
+    layer: Conv, x: Tensor, factor: Sequence[int], beside: tuple[int, int] = (0, 0)
+) -> Tensor:
     """`layer(nearest upsampling of x)` for factors of one and two; see `UpsampleConv`.
 
     Args:
         layer: A convolution of width 3 that keeps the size, for which `is_fast` holds.
         x: `(B, C, *spatial)`.
         factor: Growth per axis, 1 or 2.
+        beside: Rows of `x` before and after those that are wanted, 0 or 1.
     """
     with torch.autocast("cpu", enabled=False):
-        return UpsampleConv.apply(factor, x, layer.weight, layer.bias, dtype_of(x))
+        return UpsampleConv.apply((factor, beside), x, layer.weight, layer.bias, dtype_of(x))
 
 
-def statistics(x: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+def statistics(x: Tensor, groups: int, neighbors: Neighbors = NOBODY) -> tuple[Tensor, Tensor]:
     """Mean and variance of the groups of each sample, repeated per channel, `(B, C)` float32.
 
     Few voxels at a time, and these merged in float64 (Chan et al., 1979), so that the result does
     not lose digits as volumes grow.
     """
-    means, variances = [], []
+    moments = []
     wide = None if x.dtype == torch.float32 else torch.empty(PIECE, x.shape[1])
     for sample in x:
         pieces = sample.movedim(0, -1).flatten(0, -2).split(PIECE)  # (voxels, C) each
@@ -668,13 +751,12 @@ def statistics(x: Tensor, groups: int) -> tuple[Tensor, Tensor]:
             image = p.t()[None, :, :, None]
             stats.append(torch.batch_norm_update_stats(image, None, None, 0.0))
         mean, var = (torch.stack(s).double() for s in zip(*stats, strict=True))  # (pieces, C)
-        means.append((count * mean).sum(0) / count.sum())
-        variances.append((count * (var + (mean - means[-1]) ** 2)).sum(0) / count.sum())
-    grouped = torch.stack(means).unflatten(1, (groups, -1))
-    group_mean = grouped.mean(2, keepdim=True)
-    group_var = torch.stack(variances).view_as(grouped) + (grouped - group_mean) ** 2
-    group_var = group_var.mean(2, keepdim=True)
-    return tuple(t.expand_as(grouped).flatten(1).float() for t in (group_mean, group_var))
+        voxels = torch.full_like(mean[0], float(count.sum()))
+        moments.append((voxels, *merged(count, mean, count * var)))
+    own = (torch.stack(t) for t in zip(*moments, strict=True))
+    count, mean, m2 = neighbors.merge(*own)
+    mean, var = of_groups(mean, m2 / count, groups)
+    return mean.float(), var.float()
 
 
 def slabs(rows_of: Tensor, other: Tensor, together: int = 2) -> Iterator[tuple[int, int, int]]:

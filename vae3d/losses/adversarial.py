@@ -125,11 +125,17 @@ class Critic(nn.Module):
         self.views = views
         self.r1_weight, self.r1_every = r1_weight, r1_every
 
-    def forward(self, x: Tensor, fake: Tensor, step: int) -> dict[str, Tensor]:
-        """Return `discriminator_loss`, for the discriminator's update, and what it measured."""
+    def forward(
+        self, x: Tensor, fake: Tensor, step: int, views: Views | None = None
+    ) -> dict[str, Tensor]:
+        """Return `discriminator_loss`, for the discriminator's update, and what it measured.
+
+        `views` stand in the place of its own where `x` is a part of each volume alone.
+        """
+        views = views or self.views
         of_real, of_fake, _ = CRITERIA[self.criterion]
         x, fake = wide(x.detach()), wide(fake.detach())
-        batches, mean = self.views(torch.cat((x, fake)), step)
+        batches, mean = views(torch.cat((x, fake)), step)
         # Slices of a volume stay in the order (slice, sample): split them back into real and fake.
         logits = [
             self.net(batch)[0].unflatten(0, (-1, 2, len(x))).transpose(0, 1) for batch in batches
@@ -141,12 +147,12 @@ class Critic(nn.Module):
             "logits_fake": mean([f.mean() for f in fake_logits]).detach(),
         }
         if self.r1_weight and step % self.r1_every == 0:
-            penalty = self._r1(x, step)
+            penalty = self._r1(x, step, views)
             loss = loss + self.r1_weight * self.r1_every * penalty
             out["r1"] = penalty.detach()
         return {"discriminator_loss": loss} | out
 
-    def _r1(self, x: Tensor, step: int) -> Tensor:
+    def _r1(self, x: Tensor, step: int, views: Views) -> Tensor:
         """Half the squared gradient of a logit at real data: Mescheder et al. 2018, eq. 9.
 
         A patch discriminator has many logits: their sum is differentiated and the square divided by
@@ -154,7 +160,7 @@ class Critic(nn.Module):
         """
         penalties = []
         with torch.autocast(x.device.type, enabled=False), torch.enable_grad():
-            batches, mean = self.views(x, step)
+            batches, mean = views(x, step)
             for batch in batches:
                 batch = batch.detach().requires_grad_(True)
                 logits = self.net(batch)[0]
@@ -226,6 +232,7 @@ class Adversarial(nn.Module):
         self.critic = Critic(net, criterion, self._views, r1_weight, r1_every)
         self.register_buffer("adaptive_weight", torch.zeros(()))
         self._slopes: Tensor | None = None  # (2, n): last layer's gradients of this step
+        self._samples = 0  # that they are of
 
     def check(self, shape: Sequence[int]) -> None:
         """Refuse volumes `(C, *spatial)` that the discriminator cannot judge."""
@@ -241,17 +248,23 @@ class Adversarial(nn.Module):
         """Tell whether the game is on at this step."""
         return step >= self.start_step
 
-    def forward(self, x: Tensor, recon: Tensor, step: int) -> dict[str, Tensor]:
-        """Return the generator's unweighted `adversarial` and, if asked for, `feature_matching`."""
+    def forward(
+        self, x: Tensor, recon: Tensor, step: int, views: Views | None = None
+    ) -> dict[str, Tensor]:
+        """Return the generator's unweighted `adversarial` and, if asked for, `feature_matching`.
+
+        `views`: see `Critic`.
+        """
         if not self.active(step):
             return {name: recon.new_zeros(()) for name in self.weights()}
         of_generator = CRITERIA[self.critic.criterion][2]
-        batches, mean = self._views(recon, step)
+        views = views or self._views
+        batches, mean = views(recon, step)
         judged = [self._frozen(batch) for batch in batches]
         out = {"adversarial": mean([of_generator(logits).mean() for logits, _ in judged])}
         if self.feature_matching_weight:
             with torch.no_grad():
-                wanted = [self._frozen(batch)[1] for batch in self._views(x, step)[0]]
+                wanted = [self._frozen(batch)[1] for batch in views(x, step)[0]]
             got = [features for _, features in judged]
             out["feature_matching"] = mean([_l1(a, b) for a, b in zip(wanted, got, strict=True)])
         return out
@@ -280,15 +293,18 @@ class Adversarial(nn.Module):
         ]
         slopes = torch.stack(slopes).detach() * (len(recon) / scale)
         self._slopes = slopes if self._slopes is None else self._slopes + slopes
+        self._samples += len(recon)
 
     def after_step(self) -> None:
         """Set the adaptive weight from the gradients of the step, of all ranks together."""
         slopes, self._slopes = self._slopes, None
+        samples, self._samples = self._samples, 0
         if slopes is None:
             return
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(slopes)
-        others, adversarial = slopes.norm(dim=1)
+            samples *= dist.get_world_size()  # all ranks have as many
+        others, adversarial = (slopes / samples).norm(dim=1)
         ratio = (others / (adversarial + 1e-6)).clamp(0, self.max_adaptive)
         self.adaptive_weight.copy_(torch.where(ratio.isfinite(), ratio, self.adaptive_weight))
 

@@ -89,12 +89,12 @@ class Perceptual(Term):
         if weight is not None:
             weight = weight.expand_as(x)
         if x.ndim == 2 + dims:
-            return self._distance(x, recon, weight)
+            return self.distance(x, recon, weight)
         picks = draw_slices(tuple(x.shape[2:]), self.num_slices, step, self.seed)
         cuts = [take_slices(volume, picks) for volume in (x, recon, weight) if volume is not None]
-        return mean_over_slices([self._distance(*cut) for cut in zip(*cuts, strict=True)], picks)
+        return mean_over_slices([self.distance(*cut) for cut in zip(*cuts, strict=True)], picks)
 
-    def _distance(self, x: Tensor, recon: Tensor, weight: Tensor | None = None) -> Tensor:
+    def distance(self, x: Tensor, recon: Tensor, weight: Tensor | None = None) -> Tensor:
         """Distance of `(N, C, *spatial)` at the network's own dimensions, a scalar."""
         low, high = self.data_range
         x, recon = (((t - low) / (high - low)).flatten(0, 1).unsqueeze(1) for t in (x, recon))

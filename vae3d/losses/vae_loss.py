@@ -55,7 +55,7 @@ import torch
 from torch import Tensor, nn
 
 from vae3d.losses import latents as latents  # a recipe names its terms without their module
-from vae3d.losses.adversarial import Adversarial, Critic
+from vae3d.losses.adversarial import Adversarial, Critic, Views
 from vae3d.losses.commitment import Commitment
 from vae3d.losses.kl import KL
 from vae3d.losses.perceptual import Perceptual
@@ -128,6 +128,7 @@ class VAELoss(nn.Module):
         weight: Tensor | None = None,
         decoding: Decoding | None = None,
         take: Callable[..., Tensor] = lambda term, *args, **options: term(*args, **options),
+        views: Views | None = None,
     ) -> dict[str, Tensor]:
         """Return the named terms and their weighted total `loss`, for the generator's update.
 
@@ -141,6 +142,7 @@ class VAELoss(nn.Module):
                 samples of the update; None for all alike.
             decoding: How `recon` came about, for terms that ask for it; None where none does.
             take: Takes a term of what it is called with, where that is a part of each sample alone.
+            views: What the discriminator judges, in that case.
         """
         assert x.shape == recon.shape, f"{tuple(x.shape)} reconstructed as {tuple(recon.shape)}"
         x, recon = hidden(wide(x), weight), hidden(wide(recon), weight)
@@ -169,7 +171,7 @@ class VAELoss(nn.Module):
         if self.adversarial is not None:
             own = ("kl", "commitment")
             others = add_up(weights[name] * values[name] for name in values if name not in own)
-            game = self.adversarial(x, recon, step)
+            game = self.adversarial(x, recon, step, views)
             values |= game
             weights |= self.adversarial.weights()
             measured["adversarial_weight"] = recon.new_zeros(()) + weights["adversarial"]
@@ -241,6 +243,7 @@ class VAELoss(nn.Module):
         step: int,
         wrapped: nn.Module | None = None,
         weight: Tensor | None = None,
+        views: Views | None = None,
     ) -> dict[str, Tensor]:
         """Return the discriminator's `discriminator_loss` and what it measured.
 
@@ -250,10 +253,11 @@ class VAELoss(nn.Module):
             step: Number of optimizer updates done before this one.
             wrapped: `self.discriminator` inside DDP; itself when None.
             weight: As in `forward`.
+            views: As in `forward`.
         """
         critic = wrapped or self.discriminator
         assert critic is not None, "a loss without an adversarial term has no discriminator"
-        return critic(hidden(x, weight), hidden(recon.detach(), weight), step)
+        return critic(hidden(x, weight), hidden(recon.detach(), weight), step, views)
 
     def generator_parameters(self) -> list[nn.Parameter]:
         """Return the loss's own parameters that the generator's optimizer updates."""

@@ -263,10 +263,13 @@ class RelativeBias(nn.Module):
             grid: Voxels per axis.
             queries: Part of the grid per axis.
         """
+        return self.of_pairs(self.resized(grid), grid, queries)
+
+    def resized(self, grid: Sequence[int]) -> Tensor:
+        """The table `(H, *(2 n - 1))` of the offsets on `grid`."""
         size = [2 * n - 1 for n in grid]
         mode = LINEAR[len(grid)]  # exact where the size stays
-        table = F.interpolate(self.table[None], size, mode=mode, align_corners=True)[0]
-        return self.of_pairs(table, grid, queries)
+        return F.interpolate(self.table[None], size, mode=mode, align_corners=True)[0]
 
     def within(self, grid: Sequence[int]) -> Tensor:
         """Bias `(H, N, N)` of a part, `grid`, of the grid that the table is made for."""
@@ -275,13 +278,19 @@ class RelativeBias(nn.Module):
         return self.of_pairs(table, grid, [slice(None)] * len(grid))
 
     @staticmethod
-    def of_pairs(table: Tensor, grid: Sequence[int], queries: Sequence[slice]) -> Tensor:
-        """Lay a table of the offsets on `grid` out by query and key."""
+    def of_pairs(
+        table: Tensor,
+        grid: Sequence[int],
+        queries: Sequence[slice],
+        keys: Sequence[slice] | None = None,
+    ) -> Tensor:
+        """Lay a table of the offsets on `grid` out by query and key, parts of it or all."""
         for axis, n in enumerate(grid, start=1):  # offsets i - j to (i, j), axis by axis
-            j = torch.arange(n, device=table.device)
-            i = j[queries[axis - 1]]
+            places = torch.arange(n, device=table.device)
+            i = places[queries[axis - 1]]
+            j = places if keys is None else places[keys[axis - 1]]
             offsets = (i[:, None] - j + n - 1).flatten()
-            pairs = (i.shape[0], n)
+            pairs = (i.shape[0], j.shape[0])
             table = table.index_select(2 * axis - 1, offsets).unflatten(2 * axis - 1, pairs)
         dims = len(grid)
         queries_first = [0, *range(1, 2 * dims, 2), *range(2, 2 * dims + 1, 2)]

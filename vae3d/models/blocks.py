@@ -32,8 +32,13 @@ class Block(nn.Module):
         self.body = body
         self.shortcut = shortcut
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map `(B, in_channels, *spatial)` to `(B, out_channels, *spatial)`."""
+    def forward(self, x: Tensor, run: Callable[..., Tensor] = run) -> Tensor:
+        """Map `(B, in_channels, *spatial)` to `(B, out_channels, *spatial)`.
+
+        Args:
+            x: The input.
+            run: Runs layers as `vae3d.kernels.steps.run` does.
+        """
         if self.shortcut is None:
             return run(self.body, x)
         last = type(self.shortcut) is not nn.Identity and not is_fast(self.shortcut, x)

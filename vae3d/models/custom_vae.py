@@ -9,7 +9,7 @@ import json
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib import import_module
 from itertools import islice
 from math import prod
@@ -305,11 +305,6 @@ class CustomVAE(Described, nn.Module):
                 "linear_code reconstructs its input: it takes output none, and no out_channels"
                 " other than in_channels"
             )
-        if self.head.num_codes:
-            return (
-                f"linear_code: {type(self.head).__name__} has no place for one, its latents are"
-                " codes; set it to false"
-            )
         return too_large(self.in_channels, self.factor)
 
     def add_linear_code(self) -> None:
@@ -370,15 +365,14 @@ class CustomVAE(Described, nn.Module):
 
     def encode(self, x: Tensor) -> DiagonalGaussian:
         """Posterior of `(B, C, *spatial)`, padded at the far end to a multiple of `factor`."""
-        x = self.pad(x)
-        posterior = self.head(self.moments(x))
-        if self.linear_code is not None:
-            posterior = replace(posterior, mean=posterior.mean + self.linear_code.encode(x))
-        return posterior
+        return self.head(self.moments(self.pad(x)))
 
     def moments(self, x: Tensor) -> Tensor:
         """What the head makes the posterior of; `x` is padded."""
-        return in_range([self.encoder, self.quant_conv], x)
+        moments = in_range([self.encoder, self.quant_conv], x)
+        if self.linear_code is None:
+            return moments
+        return self.linear_code.added_to(moments, self.linear_code.encode(x))
 
     def snapped(self, z: Tensor) -> Tensor:
         """The nearest latent `(B, C, *spatial)` of the codebook; of a Gaussian head `z` itself."""

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from math import prod
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vae3d.models.conv import CONV, CONV_TRANSPOSE
@@ -44,6 +45,12 @@ class LinearCode(nn.Module):
         """Code of `(B, C, *spatial)`, sizes that are multiples of the block, in float32."""
         return wide(self.analysis(x))
 
+    def added_to(self, moments: Tensor, code: Tensor) -> Tensor:
+        """Moments of a posterior `(B, n C', *spatial)`, their first `C'` channels the mean's, with
+        the code `(B, C', *spatial)` added to the mean."""
+        others = moments.shape[1] - code.shape[1]
+        return moments + F.pad(code, (0, 0) * (code.dim() - 2) + (0, others))
+
     def decode(self, z: Tensor) -> Tensor:
         """Linear reconstruction `(B, C, *spatial * factor)` of a latent `(B, C', *spatial)`."""
         return self.synthesis(z)
@@ -68,6 +75,23 @@ class LinearCode(nn.Module):
         new["synthesis.weight"].flatten(1)[:kept] = components * std
         new["synthesis.bias"] += level
         self.load_state_dict(new)
+
+    def fit_synthesis(self, z: Tensor, blocks: Tensor) -> None:
+        """Reconstruct blocks from their latents by least squares, where these are not what `encode`
+        gives but something near.
+
+        Args:
+            z: Latents, `(n, C')`.
+            blocks: Their blocks, `(n, C, *block)`.
+        """
+        z, values = z.double(), blocks.flatten(1).double()
+        around, level = z.mean(0), values.mean(0)
+        spread, together = (z - around).T @ (z - around), (z - around).T @ (values - level)
+        least = 1e-9 * float(spread.diagonal().max()) or 1.0  # channels that are always the same
+        weight = torch.linalg.solve(spread + least * torch.eye(len(spread)).to(spread), together)
+        bias = (level - around @ weight).view(blocks.shape[1], -1).mean(1)
+        weight = weight.view(self.synthesis.weight.shape)
+        self.synthesis.load_state_dict({"weight": weight, "bias": bias})
 
 
 def too_large(channels: int, factor: Sequence[int]) -> str | None:

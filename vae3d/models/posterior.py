@@ -18,6 +18,7 @@ from vae3d.models.norm import wide
 
 MIN_LOGVAR, MAX_LOGVAR = -30.0, 20.0  # clamp of the log-variance in Stable Diffusion and MONAI
 MOST_CODES = 2**20  # of a codebook; their use is counted one by one
+LLOYD_STEPS = 10  # from a linear code to a codebook
 SMOOTHING = 1e-5  # of the counts of VQ, as in van den Oord et al. 2017
 
 
@@ -128,11 +129,19 @@ def use_of(codes: Tensor, num_codes: int) -> tuple[Tensor, Tensor]:
 class PosteriorHead(nn.Module):
     """Contract of a head: maps `num_moments * latent_channels` channels to a `DiagonalGaussian`.
 
+    The first C channels of the moments are the mean's: to them a linear code is added.
+
     A head with a codebook gives `Quantized`, tells `num_codes` and has `codes` and `values`, which
     are each other's inverse.
+
+    Attributes:
+        num_moments: Channels of the moments for each of the latent.
+        linear_std: Standard deviation that a linear code gives each channel; None for their own
+            proportions, in which distances between latents are those between blocks.
     """
 
     num_moments: int
+    linear_std: float | None = 1.0
     num_codes = 0  # size of the codebook; 0 for latents that are no codes
 
     def forward(self, moments: Tensor) -> DiagonalGaussian:
@@ -141,6 +150,9 @@ class PosteriorHead(nn.Module):
 
     def fit(self, latent_channels: int) -> None:
         """Make what depends on the latent's channels, or refuse them; the network calls it once."""
+
+    def begin(self, latents: Tensor) -> None:
+        """Take over what a linear code gives, `(n, C)`, before the first step."""
 
     def codes(self, z: Tensor) -> Tensor:
         """Nearest codes `(B, codes of a latent voxel, *spatial)` of any `(B, C, *spatial)`."""
@@ -247,6 +259,7 @@ class FSQ(PosteriorHead):
     """
 
     num_moments = 1
+    linear_std = 0.7  # at 1 the long tails of principal components lie in the outermost levels
     levels: Tensor
     place: Tensor
 
@@ -326,6 +339,7 @@ class VQ(PosteriorHead):
     """
 
     num_moments = 1
+    linear_std = None
     codebook: Tensor
     counts: Tensor
     sums: Tensor
@@ -345,6 +359,21 @@ class VQ(PosteriorHead):
         self.register_buffer("codebook", torch.randn(self.num_codes, latent_channels))
         self.register_buffer("counts", torch.zeros(self.num_codes))
         self.register_buffer("sums", torch.zeros(self.num_codes, latent_channels))
+
+    @torch.no_grad()
+    def begin(self, latents: Tensor) -> None:
+        """Begin at the k-means of latents, drawn where they are many: a few steps of Lloyd's."""
+        generator = torch.Generator().manual_seed(0)
+        most = max(min(64 * self.num_codes, 2**26 // self.num_codes), self.num_codes)
+        rows = latents[torch.randperm(len(latents), generator=generator)[:most]].float()
+        self.codebook.copy_(rows[torch.arange(self.num_codes) % len(rows)])
+        for _ in range(LLOYD_STEPS):
+            codes = self.codes(rows.T[None]).flatten()
+            self._count(rows, codes, torch.randn(len(rows), generator=generator).to(rows))
+            self._move(ema=0.0)
+        share = self.counts.mean()  # one latent a code, so that training soon outweighs them
+        self.counts /= share
+        self.sums /= share
 
     def forward(self, moments: Tensor) -> Quantized:
         """Replace each vector of `(B, C, *spatial)` by the nearest of the codebook, in float32."""
@@ -382,6 +411,10 @@ class VQ(PosteriorHead):
             return
         assert isinstance(posterior, Quantized) and posterior.encoded is not None
         rows, codes = vectors(posterior.encoded.detach()).float(), posterior.codes.flatten()
+        self._count(rows, codes, normal(posterior.codes.shape[2:], "codes").flatten())
+
+    def _count(self, rows: Tensor, codes: Tensor, normal: Tensor) -> None:
+        """Add latents `(n, C)` of so many codes, with a number of N(0, 1) for each."""
         counted = torch.cat([torch.ones_like(rows[:, :1]), rows], 1)
         seen = torch.zeros_like(counted[:1]).repeat(self.num_codes, 1).index_add_(0, codes, counted)
         self._seen = seen if self._seen is None else self._seen + seen
@@ -389,20 +422,30 @@ class VQ(PosteriorHead):
             # The smallest of exponential numbers over weights are a draw by weight without
             # replacement (Efraimidis and Spirakis 2006), and those of several batches one of all.
             far = (rows - self.codebook.float()[codes]).square().sum(1)
-            exponential = -torch.special.log_ndtr(normal(posterior.codes.shape[2:], "codes"))
-            keys = exponential.flatten() / far.clamp_min(torch.finfo(far.dtype).tiny)
+            keys = -torch.special.log_ndtr(normal) / far.clamp_min(torch.finfo(far.dtype).tiny)
             self._keep(torch.cat([keys[:, None], rows], 1))
 
     @torch.no_grad()
     def after_step(self) -> None:
         """Move codes to the running mean of their latents, of all micro-batches and ranks."""
-        seen, self._seen = self._seen, None
-        if seen is None:  # no training forward since the last call
+        if self._seen is None:  # no training forward since the last call
             return
         if dist.is_available() and dist.is_initialized():
-            dist.all_reduce(seen)
-        counts = self.counts.lerp(seen[:, 0], 1 - self.ema)
-        sums = self.sums.lerp(seen[:, 1:], 1 - self.ema)
+            dist.all_reduce(self._seen)
+            if self.reseed:
+                assert self._seeds is not None
+                everywhere = [torch.empty_like(self._seeds) for _ in range(dist.get_world_size())]
+                dist.all_gather(everywhere, self._seeds)
+                self._seeds = None
+                self._keep(torch.cat(everywhere))
+        self._move(self.ema)
+
+    def _move(self, ema: float) -> None:
+        """Move codes to the running mean with what was counted."""
+        seen, self._seen = self._seen, None
+        assert seen is not None
+        counts = self.counts.lerp(seen[:, 0], 1 - ema)
+        sums = self.sums.lerp(seen[:, 1:], 1 - ema)
         total = counts.sum()
         smoothed = (counts + SMOOTHING) / (total + self.num_codes * SMOOTHING) * total
         met = counts[:, None] > 0
@@ -417,12 +460,6 @@ class VQ(PosteriorHead):
         self, codebook: Tensor, counts: Tensor, sums: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Let codes that are hardly used begin anew, with an equal share of the latents."""
-        if dist.is_available() and dist.is_initialized():
-            assert self._seeds is not None
-            everywhere = [torch.empty_like(self._seeds) for _ in range(dist.get_world_size())]
-            dist.all_gather(everywhere, self._seeds)
-            self._seeds = None
-            self._keep(torch.cat(everywhere))
         seeds, self._seeds = self._seeds, None
         assert seeds is not None
         keys, latents = seeds[:, 0], seeds[:, 1:]

@@ -8,7 +8,7 @@
 The model's own modules are walked as exact mode walks them, by what `vae3d.models.reach` knows of a
 layer: it is run as it is on a slab with the rows of its neighbors that it sees, and what it made of
 zeros of its own at a face between two slabs is cut off. Statistics of norms are those of all ranks,
-keys and values of global attention are gathered. A layer of which nothing is known is refused.
+keys and values of global attention go round. A layer of which nothing is known is refused.
 
 Gradients of parameters are each rank's part of the sum; the caller adds them up (DDP does).
 
@@ -18,25 +18,26 @@ Axes: b batch, c channels, x y z space, h heads, n tokens, d channels of a head.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import replace
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from vae3d.kernels import steps
-from vae3d.kernels.convolutions import Conv
+from vae3d.kernels.convolutions import Conv, zeros_of
 from vae3d.kernels.lean import is_lean, prepared_conv
 from vae3d.kernels.moments import of_groups
-from vae3d.models import attention, blocks, custom_vae, norm
+from vae3d.models import attention, blocks, custom_vae, norm, upsample
 from vae3d.models.custom_vae import CustomVAE
 from vae3d.models.linear_code import LinearCode
 from vae3d.models.norm import wide
 from vae3d.models.posterior import DiagonalGaussian
 from vae3d.models.reach import Reach, handler_of, reach_of
+from vae3d.spatial import ring
 from vae3d.spatial.slabs import Layout, SharedMoments
 
 Function = Callable[[Tensor], Tensor]
+OfSlab = Callable[[Tensor, slice], Tensor]
 
 
 class SlabVAE:
@@ -58,11 +59,10 @@ class SlabVAE:
     def encode(self, x: Tensor) -> DiagonalGaussian:
         """This rank's rows of the posterior; see `CustomVAE.encode`."""
         x = self.vae.pad(x)
-        posterior = self.vae.head(self.run([self.vae.encoder, self.vae.quant_conv], x))
-        if self.vae.linear_code is not None:
-            code = wide(self.walk(self.vae.linear_code.analysis, x))
-            posterior = replace(posterior, mean=posterior.mean + code)
-        return posterior
+        moments = self.run([self.vae.encoder, self.vae.quant_conv], x)
+        if (linear := self.vae.linear_code) is not None:
+            moments = linear.added_to(moments, wide(self.walk(linear.analysis, x)))
+        return self.vae.head(moments)
 
     def decode(self, z: Tensor) -> Tensor:
         """This rank's rows of the reconstruction; see `CustomVAE.decode`."""
@@ -72,30 +72,62 @@ class SlabVAE:
             recon = recon + self.walk(self.vae.linear_code.synthesis, z)
         return self.vae.output(recon)
 
-    def run(self, layers: Iterable[nn.Module], x: Tensor) -> Tensor:
-        """Apply layers in order; a norm, its activation and the convolution after it are one."""
+    def run(
+        self,
+        layers: Iterable[nn.Module],
+        x: Tensor,
+        residual: Tensor | None = None,
+        overwrite: bool = False,
+    ) -> Tensor:
+        """Apply layers in order; a norm, its activation and the convolution after it are one.
+
+        Args:
+            layers: The layers.
+            x: This rank's rows.
+            residual: Added at the end; None for nothing.
+            overwrite: Whether the sum may take the memory of `residual`.
+        """
         layers = list(layers)
         while layers:
             layer, *layers = layers
             after = layers[0] if layers else None
-            if isinstance(layer, norm.NormAct) and isinstance(after, (nn.Conv2d, nn.Conv3d)):
-                x = self.prepared(layer, after, x)
-                del layers[0]
-            else:
+            if not isinstance(layer, norm.NormAct) or not isinstance(after, (nn.Conv2d, nn.Conv3d)):
                 x = self.walk(layer, x)
-        return x
+                continue
+            del layers[0]
+            if is_step(layer, after, x):
+                added, residual = (None, residual) if layers else (residual, None)
+                x = steps.convolve(
+                    after,
+                    x,
+                    norm_act=layer,
+                    residual=added,
+                    overwrite=overwrite,
+                    neighbors=self.layout,
+                )
+            else:
+                x = self.prepared(layer, after, x)
+        return x if residual is None else x + residual
 
     def walk(self, module: nn.Module, x: Tensor) -> Tensor:
         """Run a module on a slab: by its handler, or by what it sees."""
         handler = handler_of(module, HANDLERS)
-        if handler is not None:
-            return handler(self, module, x)
+        return self.elementary(module, x) if handler is None else handler(self, module, x)
+
+    def elementary(self, module: nn.Module, x: Tensor) -> Tensor:
+        """Run a layer by what it sees."""
         reach = reach_of(module, x.dim() - 2)
         assert reach is not None, f"`check` lets no {type(module).__name__} pass"
-        return self.within_reach(module, reach[0], x)
+        return self.within_reach(lambda slab, _: steps.run([module], slab), reach[0], x)
 
-    def within_reach(self, function: Function, reach: Reach, x: Tensor) -> Tensor:
-        """Run what sees a limited number of rows: on the slab with them, and cut its own rows."""
+    def within_reach(self, function: OfSlab, reach: Reach, x: Tensor) -> Tensor:
+        """Run what sees a limited number of rows: on the slab with them, and cut its own rows.
+
+        Args:
+            function: Is given a slab, and which of its rows are this rank's.
+            reach: What it sees.
+            x: This rank's rows.
+        """
         owned, me = self.layout.rows(x.shape[2]), self.layout.rank
         n = owned[-1][1]
         if any(hi * reach.size(n) % n for _, hi in owned):
@@ -106,36 +138,43 @@ class SlabVAE:
         made = [(lo * reach.size(n) // n, hi * reach.size(n) // n) for lo, hi in owned]
         seen = [reach.wants(*rows) for rows in made]
         wanted = [(reach.begins(max(lo, 0))[0], hi) for lo, hi in seen]
-        y = function(self.layout.extended(x, wanted))
-        begin = reach.begins(min(wanted[me][0], owned[me][0]))[1]
+        first = min(wanted[me][0], owned[me][0])
+        own = slice(*(edge - first for edge in owned[me]))
+        y = function(self.layout.extended(x, wanted), own)
+        begin = reach.begins(first)[1]
         lo, hi = (edge - begin for edge in made[me])
         return y if (lo, hi) == (0, y.shape[2]) else y[:, :, lo:hi]
 
     def prepared(self, before: norm.NormAct, layer: Conv, x: Tensor) -> Tensor:
-        """`layer(before(x))`; statistics are those of the volume, and only `x` is kept."""
+        """`layer(before(x))` of which only `x`, with the rows that are seen beside it, is kept."""
         (reach, *_) = reach_of(layer, x.dim() - 2) or ()
-        affine = self.affine(before.norm, x)
-        if affine is None:
-            return self.within_reach(lambda slab: steps.run([before, layer], slab), reach, x)
         scaled = partial(scaled_and_activated, before.act)
 
-        def function(slab: Tensor) -> Tensor:
+        def function(slab: Tensor, own: slice) -> Tensor:
+            affine = self.affine(before.norm, slab, own)
+            if affine is None:
+                return steps.run([before, layer], slab)
             if is_lean(layer, slab):
                 return prepared_conv(scaled, layer, slab, affine)
             return layer(scaled(slab, *affine))
 
         return self.within_reach(function, reach, x)
 
-    def affine(self, layer: norm.Norm, x: Tensor) -> list[Tensor] | None:
+    def affine(self, layer: norm.Norm, x: Tensor, own: slice = slice(None)) -> list[Tensor] | None:
         """Mean, scale and shift per channel `(B or 1, C)` that a norm comes to; None for others.
 
         They are in the precision of the norm, and differentiable.
+
+        Args:
+            layer: The norm.
+            x: A slab.
+            own: Those of its rows that are this rank's.
         """
         if isinstance(layer, norm.GroupNorm):
-            mean, var, _ = SharedMoments.apply(x, self.layout.group, False)
+            mean, var, _ = SharedMoments.apply(x, self.layout.group, False, own)
             mean, var = of_groups(mean, var, layer.num_groups)
         elif isinstance(layer, norm.BatchNorm) and layer.training:  # of all ranks, as ever
-            mean, var, count = SharedMoments.apply(x, None, True)
+            mean, var, count = SharedMoments.apply(x, None, True, own)
             layer.remember(mean[0], var[0], count[0])
         elif isinstance(layer, norm.BatchNorm):
             mean, var = layer.running_mean[None].double(), layer.running_var[None].double()
@@ -145,6 +184,13 @@ class SlabVAE:
         dtype = torch.promote_types(x.dtype, torch.float32)
         shift = layer.bias.double().expand_as(scale)
         return [t.to(dtype) for t in (mean, scale, shift)]
+
+
+def is_step(before: norm.NormAct, layer: Conv, x: Tensor) -> bool:
+    """Whether both are one fast step on a slab, which then keeps its rows."""
+    if not steps.is_fast(layer, x) or steps.preparation([before, layer], x) is None:
+        return False
+    return sum(zeros_of(layer)[0]) == layer.kernel_size[0] - 1
 
 
 def scaled_and_activated(act: Function | None, x: Tensor, *affine: Tensor) -> Tensor:
@@ -166,8 +212,19 @@ def _sequential(run: SlabVAE, module: nn.Sequential, x: Tensor) -> Tensor:
 
 
 def _block(run: SlabVAE, module: blocks.Block, x: Tensor) -> Tensor:
-    body = run.run(module.body, x)
-    return body if module.shortcut is None else body + run.walk(module.shortcut, x)
+    return blocks.Block.forward(module, x, run.run)
+
+
+def _interpolated(run: SlabVAE, module: upsample.InterpUp, x: Tensor) -> Tensor:
+    """Where interpolation is folded into the convolution, of the own rows alone."""
+    conv = module.folded(x)
+    if conv is None:
+        return run.elementary(module, x)
+    owned = run.layout.rows(x.shape[2])
+    (lo, hi), rows = owned[run.layout.rank], owned[-1][1]
+    slab = run.layout.extended(x, [(lo - 1, hi + 1) for lo, hi in owned])
+    beside = min(lo, 1), min(rows - hi, 1)
+    return steps.upsample_convolve(conv, slab, module.factor, beside)
 
 
 def _norm(run: SlabVAE, module: norm.GroupNorm | norm.BatchNorm, x: Tensor) -> Tensor:
@@ -190,25 +247,14 @@ def _attention(run: SlabVAE, module: attention.Attention, x: Tensor) -> Tensor:
 
 
 def _mix_all(run: SlabVAE, module: attention.GlobalAttention, normed: Tensor) -> Tensor:
-    """Queries of the own rows, keys and values of all, and the bias of their places."""
-    q, k, v = module.heads(normed)
-    grid, owned = list(normed.shape[2:]), run.layout.rows(normed.shape[2])
-    (start, stop), grid[0] = owned[run.layout.rank], owned[-1][1]
-    pair = torch.cat([k, v], 1).transpose(2, 3)  # (B, 2 H, D, own tokens)
-    pair = pair.flatten(1, 2).unflatten(2, (stop - start, -1))
-    k, v = run.layout.extended(pair, [(0, grid[0])] * len(owned)).flatten(2).chunk(2, 1)
-    k, v = (t.unflatten(1, (module.num_heads, -1)).transpose(2, 3) for t in (k, v))
-    bias = None
-    if module.bias is not None:
-        queries = [slice(start, stop), *(slice(None) for _ in grid[1:])]
-        bias = module.bias.of_queries(grid, queries).to(q.dtype)
-    return module.joined(attention.attend(q, k, v, bias), normed.shape)
+    mixed = ring.attend(run.layout, *module.heads(normed), normed.shape[2:], module.bias)
+    return module.joined(mixed, normed.shape)
 
 
 def _mix_windows(run: SlabVAE, module: attention.PatchAttention, normed: Tensor) -> Tensor:
     """Windows that cross a face are computed on both sides of it."""
 
-    def mixed(slab: Tensor) -> Tensor:
+    def mixed(slab: Tensor, own: slice) -> Tensor:
         return module.joined(module.mix(*module.heads(slab), slab.shape[2:]), slab.shape)
 
     (reach, *_) = reach_of(module, normed.dim() - 2) or ()
@@ -229,6 +275,7 @@ HANDLERS: dict[type, Callable[..., Tensor]] = {
     nn.Sequential: _sequential,
     custom_vae.Chain: _chain,
     blocks.Block: _block,
+    upsample.InterpUp: _interpolated,
     norm.GroupNorm: _norm,
     norm.BatchNorm: _norm,
     norm.NormAct: _norm_act,

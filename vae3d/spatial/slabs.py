@@ -11,16 +11,18 @@ Axes: b batch, c channels, x y z space; rows are those of x, dimension 2.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import accumulate, pairwise
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from vae3d.kernels.lean import Context
 from vae3d.kernels.moments import Moments, merged
+from vae3d.kernels.steps import Neighbors, Sides
 
 Rows = tuple[int, int]
 
@@ -51,7 +53,7 @@ def own_rows(rows: int, factor: int, rank: int, size: int) -> Rows:
     return cut(rows, size, factor)[rank]
 
 
-class Layout:
+class Layout(Neighbors):
     """Who holds which rows of a volume.
 
     The last slab may end within a cell, which the network fills up.
@@ -104,10 +106,26 @@ class Layout:
             owned: Every rank's rows; None for those of a grid of whole cells.
         """
         owned = owned or self.rows(x.shape[2])
-        last = owned[-1][1]
-        pairs = zip(owned, wanted, strict=True)
-        extents = [(max(min(a, lo), 0), min(max(b, hi), last)) for (a, b), (lo, hi) in pairs]
+        extents = clipped(owned, wanted)
         return x if extents == owned else Extended.apply(x, self, owned, extents)
+
+    def beside(self, x: Tensor, before: int, after: int) -> Callable[[], Sides]:
+        """Begin to fetch rows of other ranks; see `Neighbors`."""
+        owned = self.rows(x.shape[2])
+        extents = clipped(owned, [(lo - before, hi + after) for lo, hi in owned])
+        arrived = fetch(self, x, owned, extents)
+
+        def sides() -> Sides:
+            none = x[:, :, :0]
+            before, after = (torch.cat(parts, 2) if parts else none for parts in arrived())
+            return before, after
+
+        return sides
+
+    def merge(self, counts: Tensor, means: Tensor, m2: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Statistics of all ranks' rows; see `Neighbors`."""
+        counts, means, m2 = gathered(torch.stack([counts, means, m2]), self.group).unbind(1)
+        return counts.sum(0), *merged(counts, means, m2)
 
     def sum(self, x: Tensor) -> Tensor:
         """The sum of every rank's tensor; so is its gradient."""
@@ -120,6 +138,13 @@ class Layout:
         return x
 
 
+def clipped(owned: Sequence[Rows], wanted: Sequence[Rows]) -> list[Rows]:
+    """Every rank's rows with those that it wants beside them, as far as the volume has them."""
+    last = owned[-1][1]
+    pairs = zip(owned, wanted, strict=True)
+    return [(max(min(a, lo), 0), min(max(b, hi), last)) for (a, b), (lo, hi) in pairs]
+
+
 def overlap(a: Rows, b: Rows) -> Rows:
     """The rows that two ranges share; empty where the first is not below the second."""
     return max(a[0], b[0]), min(a[1], b[1])
@@ -128,6 +153,7 @@ def overlap(a: Rows, b: Rows) -> Rows:
 # What rows travel by: everybody's, and everybody's with those that they are to have.
 Cut = tuple[Layout, Sequence[Rows], Sequence[Rows]]
 Group = dist.ProcessGroup | None
+Among = tuple[Group, slice]  # ranks, and the rows of a slab that are the own ones
 
 
 class Extended(torch.autograd.Function):
@@ -139,14 +165,8 @@ class Extended(torch.autograd.Function):
     ) -> Tensor:
         """Return the rows of this rank's extent."""
         ctx.step = layout, owned, extents
-        me, start = layout.rank, owned[layout.rank][0]
-        there, here = shared(owned, extents, me), shared(extents, owned, me)
-        sent = {rank: x[:, :, lo - start : hi - start] for rank, (lo, hi) in there.items()}
-        got = {rank: (*x.shape[:2], hi - lo, *x.shape[3:]) for rank, (lo, hi) in here.items()}
-        parts = exchange(layout, sent, got, x)
-        before = [parts[rank] for rank in sorted(parts) if rank < me]
-        after = [parts[rank] for rank in sorted(parts) if rank > me]
-        return torch.cat([*before, x, *after], 2) if parts else x.view_as(x)
+        before, after = fetch(layout, x, owned, extents)()
+        return torch.cat([*before, x, *after], 2) if before or after else x.view_as(x)
 
     @staticmethod
     @once_differentiable
@@ -160,7 +180,7 @@ class Extended(torch.autograd.Function):
         got = {
             rank: (*grad.shape[:2], hi - lo, *grad.shape[3:]) for rank, (lo, hi) in there.items()
         }
-        parts = exchange(layout, sent, got, grad)
+        parts = exchange(layout, sent, got, grad)()
         own = grad[:, :, start - first : stop - first].clone()
         for rank, (lo, hi) in there.items():  # by rank: sums have one order
             own[:, :, lo - start : hi - start] += parts[rank]
@@ -173,10 +193,30 @@ def shared(mine: Sequence[Rows], others: Sequence[Rows], me: int) -> dict[int, R
     return {rank: (lo, hi) for rank, (lo, hi) in pairs.items() if lo < hi}
 
 
+def fetch(
+    layout: Layout, x: Tensor, owned: Sequence[Rows], extents: Sequence[Rows]
+) -> Callable[[], tuple[list[Tensor], list[Tensor]]]:
+    """Begin to exchange the rows of every rank's extent; the result waits for those of this rank.
+
+    They are parts, those before the own rows and those after.
+    """
+    me, start = layout.rank, owned[layout.rank][0]
+    there, here = shared(owned, extents, me), shared(extents, owned, me)
+    sent = {rank: x[:, :, lo - start : hi - start] for rank, (lo, hi) in there.items()}
+    got = {rank: (*x.shape[:2], hi - lo, *x.shape[3:]) for rank, (lo, hi) in here.items()}
+    arrived = exchange(layout, sent, got, x)
+
+    def sides() -> tuple[list[Tensor], list[Tensor]]:
+        parts = sorted(arrived().items())
+        return [t for rank, t in parts if rank < me], [t for rank, t in parts if rank > me]
+
+    return sides
+
+
 def exchange(
     layout: Layout, sent: dict[int, Tensor], got: dict[int, tuple[int, ...]], like: Tensor
-) -> dict[int, Tensor]:
-    """Send rows to ranks of the group and receive those of the shapes that are named.
+) -> Callable[[], dict[int, Tensor]]:
+    """Begin to send rows to ranks of the group; the result waits for those of the shapes `got`.
 
     They travel channels innermost, as most of the network holds them.
     """
@@ -189,9 +229,22 @@ def exchange(
         buffer = like.new_empty(b, *grid, c)
         operations.append(dist.P2POp(dist.irecv, buffer, layout.peer(rank), layout.group))
         arrived[rank] = buffer.movedim(-1, 1)
-    for work in dist.batch_isend_irecv(operations) if operations else ():
-        work.wait()
-    return arrived
+    under_way = dist.batch_isend_irecv(operations) if operations else []
+
+    def wait() -> dict[int, Tensor]:
+        for work in under_way:
+            work.wait()
+        operations.clear()  # to here what is sent has to stay
+        return arrived
+
+    return wait
+
+
+def gathered(own: Tensor, group: Group) -> Tensor:
+    """Every rank's tensor, stacked."""
+    everyones = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(everyones, own, group=group)
+    return torch.stack(everyones)
 
 
 class Summed(torch.autograd.Function):
@@ -219,39 +272,48 @@ class SharedMoments(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Context[Group], x: Tensor, group: dist.ProcessGroup | None, batch: bool
+        ctx: Context[Among], x: Tensor, group: Group, batch: bool, own: slice
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return mean, variance and count `(B, C)`; `(1, C)` of the batch as a whole."""
+        """Return mean, variance and count `(B, C)`; `(1, C)` of the batch as a whole.
+
+        Args:
+            ctx: For the backward pass.
+            x: A slab.
+            group: The ranks that share the volume.
+            batch: Whether the samples are one.
+            own: Rows of `x` that are this rank's.
+        """
         parts = []
-        for sample in x.detach():
+        for sample in x.detach()[:, :, own]:
             moments = Moments(x.shape[1], x.device)
             moments.update(sample[None])
             count = torch.full_like(moments.mean, moments.count)
             parts.append(torch.stack([count, moments.mean, moments.m2]))
-        own = torch.stack(parts)  # (B, 3, C)
-        everyones = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
-        dist.all_gather(everyones, own, group=group)
-        counts, means, m2 = torch.stack(everyones).unbind(2)  # (ranks, B, C) each
+        mine = torch.stack(parts)  # (B, 3, C)
+        counts, means, m2 = gathered(mine, group).unbind(2)  # (ranks, B, C) each
         if batch:
             counts, means, m2 = (t.flatten(0, 1)[:, None] for t in (counts, means, m2))
         mean, m2 = merged(counts, means, m2)
         count = counts.sum(0)
         ctx.save_for_backward(x, mean, count)
         ctx.mark_non_differentiable(count)
-        ctx.step = group
+        ctx.step = group, own
         return mean, m2 / count, count
 
     @staticmethod
     @once_differentiable
     def backward(
-        ctx: Context[Group], grad_mean: Tensor, grad_var: Tensor, _: Tensor
+        ctx: Context[Among], grad_mean: Tensor, grad_var: Tensor, _: Tensor
     ) -> tuple[Tensor | None, ...]:
         """With n values: dx = dmean / n + dvar * 2 (x - mean) / n, gradients of all ranks added."""
         x, mean, count = ctx.saved_tensors
-        grads = torch.stack([grad_mean, grad_var])
-        dist.all_reduce(grads, group=ctx.step)
+        (group, own), grads = ctx.step, torch.stack([grad_mean, grad_var])
+        dist.all_reduce(grads, group=group)
         grad_mean, grad_var = grads / count
         wide = torch.promote_types(x.dtype, torch.float32)
         shape = (len(mean), -1, *(1,) * (x.dim() - 2))
         slope, level, mean = (t.to(wide).view(shape) for t in (2 * grad_var, grad_mean, mean))
-        return torch.addcmul(level, x - mean, slope).to(x.dtype), None, None
+        grad = torch.addcmul(level, x[:, :, own] - mean, slope).to(x.dtype)
+        first, last = own.indices(x.shape[2])[:2]
+        others = (0, 0) * (x.dim() - 3)
+        return F.pad(grad, (*others, first, x.shape[2] - last)), None, None, None

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.distributed as dist
@@ -28,11 +28,45 @@ from vae3d.stop import Stopped, asked, listening
 _groups: list[dist.ProcessGroup] = []
 ANSWER_S = 5.0  # a rank that the others wait for says so often that it is alive
 STORE_S = 5.0  # to hear of a stop takes 0.2 s, or seconds where others use the processor
+SHORT_NAP_S, LONG_NAP_S = 0.002, 0.1  # between two looks at what rank 0 does
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """Ranks in teams: each team has samples of its own, and each rank of it a slab of those.
+
+    Ranks beside each other are of one team.
+
+    Args:
+        data: Teams.
+        spatial: Ranks of a team.
+    """
+
+    data: int = 1
+    spatial: int = 1
+
+    @classmethod
+    def of(cls, sharding: str, asked: Mesh | None, size: int) -> Mesh:
+        """The mesh of so many ranks: the one that was asked for, else what `--sharding` says.
+
+        Raises:
+            ValueError: It is of another number of ranks, or its slabs are to go with fsdp.
+        """
+        mesh = asked or (cls(1, size) if sharding == "spatial" else cls(size, 1))
+        if mesh.data * mesh.spatial != size:
+            raise ValueError(
+                f"--mesh {{data: {mesh.data}, spatial: {mesh.spatial}}} is of "
+                f"{mesh.data * mesh.spatial} ranks, and there are {size}: start as many, or change "
+                "--mesh"
+            )
+        if mesh.spatial > 1 and sharding == "fsdp":
+            raise ValueError("--mesh cuts samples and --sharding fsdp weights: leave out one")
+        return mesh
 
 
 @dataclass
 class World:
-    """All ranks of this run as one of them sees it. The default is a run of one process."""
+    """All ranks of this run, or a team of them, as one sees it. The default is one process."""
 
     rank: int = 0
     size: int = 1
@@ -40,16 +74,30 @@ class World:
     control: dist.ProcessGroup | None = None  # gloo, for flags and objects
     store: Any = None  # key-value store shared by all ranks, lives in torchrun's agent
     turns: int = 0  # how often rank 0 went first
+    group: dist.ProcessGroup | None = None  # for tensors; None for that of all ranks
 
     @property
     def is_main(self) -> bool:
         """Whether this rank writes the files."""
         return self.rank == 0
 
+    def team(self, size: int) -> Self:
+        """The ranks beside this one, `size` of them, as a world of their own. All must call it."""
+        if size == self.size:
+            return self
+        if size == 1:
+            return type(self)(device=self.device)
+        group = control = dist.new_subgroups(size, self.group, self.store.timeout)[0]
+        if self.control is not dist.group.WORLD:
+            control = dist.new_subgroups(size, self.group, self.store.timeout, "gloo")[0]
+        number, rank = divmod(self.rank, size)
+        store = dist.PrefixStore(f"team{number}of{size}", self.store)
+        return type(self)(rank, size, self.device, control, store, group=group)
+
     def sum_(self, tensor: Tensor) -> Tensor:
         """Add `tensor` up over all ranks, in place."""
         if self.size > 1:
-            dist.all_reduce(tensor)
+            dist.all_reduce(tensor, group=self.group)
         return tensor
 
     def max_int(self, value: int) -> int:
@@ -73,7 +121,8 @@ class World:
         if self.size == 1:
             return value
         box = [value]
-        dist.broadcast_object_list(box, src=0, group=self.control)
+        first = 0 if self.control is None else dist.get_global_rank(self.control, 0)
+        dist.broadcast_object_list(box, src=first, group=self.control)
         return box[0]
 
     def gather(self, value: Any) -> list[Any]:
@@ -96,21 +145,25 @@ class World:
         That may take longer than a rank waits for one that does not answer; so rank 0 answers from
         a thread while it works.
         """
-        self.turns += 1
-        key = f"main_first/{self.turns}"
+        key = self.next_turn()
         if self.size == 1:
             yield
         elif self.is_main:
-            with self._answering(key):
+            with self.answering(key):
                 yield
             self.barrier()
         else:
-            self._wait_for_main(key)
+            self.wait_for_main(key)
             self.barrier()
             yield
 
+    def next_turn(self) -> str:
+        """A name in the store for what rank 0 does next, the same on all ranks."""
+        self.turns += 1
+        return f"main_first/{self.turns}"
+
     @contextmanager
-    def _answering(self, key: str) -> Iterator[None]:
+    def answering(self, key: str) -> Iterator[None]:
         """Count up in the store while the body runs; then say there how it ended."""
         over = threading.Event()
 
@@ -134,17 +187,26 @@ class World:
             if outcome != "done":
                 self._keep_store([f"{key}/{rank}" for rank in range(1, self.size)])
 
-    def _wait_for_main(self, key: str) -> None:
-        """Wait for what rank 0 does, for as long as it answers."""
+    def wait_for_main(self, key: str, meanwhile: Callable[[], bool] = bool) -> None:
+        """Wait for what rank 0 does, for as long as it answers.
+
+        Args:
+            key: Of this turn.
+            meanwhile: Called again and again; whether there was something to do.
+        """
         patience_s = self.store.timeout.total_seconds()
-        heard, since = -1, time.monotonic()
+        heard, since, nap_s = -1, time.monotonic(), SHORT_NAP_S
         while not self.store.check([key]):
+            if meanwhile():
+                nap_s = SHORT_NAP_S
+                continue
             count = self.store.add(f"{key}/alive", 0)
             if count != heard:
                 heard, since = count, time.monotonic()
             elif time.monotonic() - since > patience_s:
                 raise RuntimeError(f"rank 0 has not answered for {patience_s / 60:g} minutes")
-            time.sleep(0.1)
+            time.sleep(nap_s)
+            nap_s = min(1.5 * nap_s, LONG_NAP_S)
         outcome = self.store.get(key).decode()
         self.store.set(f"{key}/{self.rank}", "heard")
         if outcome.isdigit():

@@ -38,8 +38,12 @@ def facts(
     latent = [math.ceil(n / f) for n, f in zip(size, vae.factor, strict=True)]
     shrink = math.prod(size) * vae.in_channels / (math.prod(latent) * vae.latent_channels)
     parameters = sum(p.numel() for p in vae.parameters()) / 1e6
-    ranks = loader.world_size  # with samples of their own
-    update = loader.batch_size * grad_accum * ranks
+    teams = loader.world_size  # with samples of their own
+    update = loader.batch_size * grad_accum * teams
+    each = world.size // teams
+    ranks = f"{teams} rank{'s' * (teams > 1)}"
+    if each > 1:
+        ranks = f"{teams} team{'s' * (teams > 1)} of {each} ranks"
     return {
         "data": f"{len(store)} volumes: "
         + ", ".join(f"{len(ids)} {part}" for part, ids in split.items()),
@@ -48,8 +52,7 @@ def facts(
         "network": f"{parameters:.2f} M parameters, factor {times(vae.factor)}",
         "latent": f"{vae.latent_channels} x {times(latent)} for {times(size)}, "
         + (codebook(vae) or f"{shrink:.3g} input numbers for one"),
-        "update": f"batch {loader.batch_size} x accumulation {grad_accum} x {ranks} "
-        f"{'rank' if ranks == 1 else 'ranks'} = {update}",
+        "update": f"batch {loader.batch_size} x accumulation {grad_accum} x {ranks} = {update}",
         "device": f"{device_name(world.device)}, amp {amp}",
     }
 

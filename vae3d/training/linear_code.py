@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from itertools import islice
+from math import prod
 
+import torch
 from torch import Tensor
 
-from vae3d.inference.baselines import BlockPCA
+from vae3d.inference.baselines import BlockPCA, drawn
 from vae3d.models.custom_vae import CustomVAE
+from vae3d.models.posterior import vectors
 from vae3d.training.distributed import World
 
 PATCHES = 512  # patches, or volumes, that are read
 BLOCKS = 1024  # of each
+KEPT = 2**25  # values of blocks that are looked at again
 
 
 def fit_linear_code(vae: CustomVAE, patches: Iterable[Tensor], world: World | None = None) -> None:
-    """Begin the linear code of a network as the whitened block PCA of patches.
+    """Begin the linear code of a network as the block PCA of patches, whitened for most posteriors.
 
     At most 512 patches are read and 1024 blocks taken of each, so that the cost does not grow with
     the data set; sums are in float64. With several ranks the main one reads, and all get the same.
+    Where latents are codes, the codebook then begins at what the linear code gives of these blocks
+    and the reconstruction at the least squares of its values.
 
     Args:
         vae: A network with `linear_code`.
@@ -31,8 +37,42 @@ def fit_linear_code(vae: CustomVAE, patches: Iterable[Tensor], world: World | No
     """
     world = world or World()
     assert vae.linear_code is not None, "a network without linear_code"
-    fitted: tuple[Tensor, Tensor, Tensor] | None = None
+    parts, fitted = (vae.linear_code, vae.head), list[dict[str, Tensor]]()
     if world.is_main:
-        pca = BlockPCA.fit(islice(patches, PATCHES), vae.factor, vae.latent_channels, BLOCKS)
-        fitted = pca.mean, pca.components, pca.std
-    vae.linear_code.begin(*world.broadcast(fitted))
+        patches, blocks = islice(patches, PATCHES), list[Tensor]()
+        if vae.head.num_codes:
+            patches = keeping(patches, vae.factor, blocks)
+        pca = BlockPCA.fit(patches, vae.factor, vae.latent_channels, BLOCKS)
+        wanted = vae.head.linear_std
+        std = pca.std / wanted if wanted else pca.std[:1].expand_as(pca.std)
+        vae.linear_code.begin(pca.mean, pca.components, std)
+        if blocks:
+            begin_codes(vae, torch.cat(blocks))
+        fitted = [{k: v.cpu() for k, v in part.state_dict().items()} for part in parts]
+    for part, state in zip(parts, world.broadcast(fitted), strict=True):
+        part.load_state_dict(state)
+
+
+def keeping(
+    patches: Iterable[Tensor], factor: tuple[int, ...], blocks: list[Tensor]
+) -> Iterator[Tensor]:
+    """Pass patches on, and keep some of their blocks, `(n, C, *factor)`."""
+    generator = torch.Generator().manual_seed(0)
+    for x in patches:
+        most = min(BLOCKS, KEPT // (PATCHES * x.shape[0] * prod(factor)))
+        blocks.append(drawn(x, factor, most, generator).view(-1, x.shape[0], *factor))
+        yield x
+
+
+@torch.no_grad()
+def begin_codes(vae: CustomVAE, blocks: Tensor) -> None:
+    """Begin a codebook and its reconstruction at what the linear code gives of blocks.
+
+    Args:
+        vae: A network whose linear code has begun.
+        blocks: `(n, C, *factor)`.
+    """
+    assert vae.linear_code is not None
+    latents = vae.linear_code.encode(blocks.to(vae.last_layer))
+    vae.head.begin(vectors(latents))
+    vae.linear_code.fit_synthesis(vectors(vae.head(latents).mean), blocks.to(latents))

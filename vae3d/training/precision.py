@@ -22,28 +22,6 @@ def native_amp(device: torch.device) -> Amp:
     return "bf16" if fits else "off"
 
 
-def faults_of_conv3d(device: torch.device, amp: Amp) -> list[str]:
-    """What is known to go wrong with 3D convolutions in this build of torch, a line each.
-
-    Args:
-        device: Where the training is.
-        amp: off | bf16 | fp16.
-    """
-    if device.type != "cuda":
-        return []
-    cudnn = torch.backends.cudnn.version() or 0
-    name = f"cuDNN {cudnn // 10000}.{cudnn // 100 % 100}.{cudnn % 100}"
-    better = "install nvidia-cudnn 9.16 or later"
-    lines = []
-    if amp == "bf16" and 90800 <= cudnn < 91300:
-        lines.append(f"{name}: bf16 can give wrong sums (pytorch#163539); {better}")
-    if amp == "off" and torch.backends.cudnn.allow_tf32 and 91002 <= cudnn < 91600:
-        lines.append(f"{name}: TF32 can give wrong sums (pytorch#167024); {better}")
-    if amp != "off" and torch.__version__.startswith("2.9.0"):
-        lines.append("torch 2.9.0: half precision is slow (pytorch#166122); install 2.10 or later")
-    return [f"3D convolutions, {line}" for line in lines]
-
-
 class LossScaler:
     """Keeps float16 gradients in range: doubles after 2000 good steps, halves after a bad one.
 

@@ -15,14 +15,14 @@ from typing import Any
 from loaders.config import DataConfig, as_meant
 from loaders.whole import write_text
 from vae3d.config import config_dict, save_config, up_to_date
-from vae3d.kernels.precision import Amp
+from vae3d.kernels.precision import Amp, faults_of_conv3d
 from vae3d.tracking.console import Console
 from vae3d.tracking.options import Tracking
 from vae3d.tracking.tracker import Tracker
 from vae3d.training.checkpoint import NOTED, Checkpoints
 from vae3d.training.distributed import World
 from vae3d.training.options import Loop
-from vae3d.training.precision import faults_of_conv3d, native_amp
+from vae3d.training.precision import native_amp
 
 # May differ between a run and its continuation: they say how long, how watched and where, not what.
 HARMLESS = {
@@ -41,6 +41,8 @@ HARMLESS = {
     "save_every",
     "keep_checkpoints",
     "device",
+    "sharding",  # checkpoints hold whole tensors
+    "mesh",
     "threads",
     "timeout_minutes",
     "max_bad_steps",

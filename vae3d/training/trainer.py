@@ -42,6 +42,7 @@ from vae3d.training.task import Task, share_weights
 from vae3d.weights.hub import check_fit
 
 TIME_IS_UP = 1  # a reason to stop that is no signal; the run then exits 0
+AGAIN = " again"  # after a look that has ended in an error once
 
 
 class Trainer:
@@ -401,23 +402,35 @@ class Trainer:
         """Do what the present step owes: validate, then picture.
 
         The step has been saved before: neither a kill nor an error in here loses training, and the
-        run that resumes does what is still owed. Pictures that end in an error are not tried again,
-        or a restarted run would end at the same step for ever; those that a signal ends are.
+        run that resumes does what is still owed. What ends in an error is tried once more by that
+        run and then left out, or a restarted run would end at the same step for ever.
         """
         if not self.owed:
             return
         with stop.released():
-            if "validation" in self.owed:
-                self.settle("validation", best=bool(self.val_every) and self.validate())
-            if "pictures" in self.owed:
-                try:
-                    if self.media_every:
-                        self.picture()
-                except Exception:
-                    self.settle("pictures")
-                    raise
-                self.settle("pictures")
+            self.see("validation", self.val_every, self.validate)
+            self.see("pictures", self.media_every, self.picture)
             self.world.barrier()  # who has nothing to draw waits here, where a signal reaches it
+
+    def see(self, look: str, every: int, do: Callable[[], bool]) -> None:
+        """Take a look, if the present step owes it.
+
+        Args:
+            look: Its name.
+            every: Its interval [steps]; 0 where it is wanted no longer.
+            do: Takes it; tells whether the step is the best so far.
+        """
+        owed = next((name for name in (look, look + AGAIN) if name in self.owed), None)
+        if owed is None:
+            return
+        self.owed.remove(owed)
+        try:
+            best = every > 0 and do()
+        except Exception:
+            self.owed += [look + AGAIN] * (owed == look)
+            self.note()
+            raise
+        self.note(best)
 
     def validate(self) -> bool:
         """Measure the averaged network; tell whether it is the best so far."""
@@ -437,11 +450,12 @@ class Trainer:
         self._clock()
         return better
 
-    def picture(self) -> None:
-        """Show what the averaged network makes of the fixed volumes."""
+    def picture(self) -> bool:
+        """Show what the averaged network makes of the fixed volumes, which says nothing of it."""
         with self.averaged() as network:
             self.show(network, self.step)
         self._clock()
+        return False
 
     @contextmanager
     def averaged(self) -> Iterator[nn.Module]:
@@ -467,11 +481,6 @@ class Trainer:
         state = self.state_dict()
         if self.world.is_main:
             self.checkpoints.save(state)
-
-    def settle(self, look: str, best: bool = False) -> None:
-        """Owe a look no longer."""
-        self.owed.remove(look)
-        self.note(best)
 
     def note(self, best: bool = False) -> None:
         """Add what a look has found to the checkpoint of the present step."""

@@ -18,6 +18,7 @@ from vae3d.tracking.probes import LatentProbes
 from vae3d.tracking.tracker import Tracker
 from vae3d.tracking.voxels import SMALL, write_voxels
 from vae3d.training.distributed import World
+from vae3d.training.passes import together
 
 
 class Validation:
@@ -35,6 +36,7 @@ class Validation:
             validation to the next, so that pictures of the same step cost no second pass.
         overlap: Overlap of patches, a fraction of the patch.
         radiological: Draw bodies with their right on the left.
+        team: Ranks that share the passes of a volume in slabs; None for none.
     """
 
     def __init__(
@@ -46,8 +48,9 @@ class Validation:
         pictured: int = 0,
         overlap: float = 0.25,
         radiological: bool = False,
+        team: World | None = None,
     ):
-        self.store, self.world = store, world
+        self.store, self.world, self.team = store, world, team or World()
         self.patch_size, self.overlap = patch_size, overlap
         self.radiological = radiological
         count = min(len(store), max_volumes or len(store))
@@ -59,10 +62,10 @@ class Validation:
 
     def mine(self) -> list[int]:
         """Volumes of this rank; those that are shown belong to the first, which draws them."""
-        hands = [list(self.shown), *([] for _ in range(self.world.size - 1))]
+        hands = [list(self.shown), *([] for _ in range(self.world.size // self.team.size - 1))]
         for i in self.volumes[len(self.shown) :]:
             min(hands, key=len).append(i)
-        return hands[self.world.rank]
+        return hands[self.world.rank // self.team.size]
 
     def __call__(self, network: CustomVAE, step: int) -> dict[str, float]:
         """Return val/mae and val/psnr, means over the volumes, the same on every rank.
@@ -71,6 +74,16 @@ class Validation:
         count are measured. The peak of the PSNR is the width of the store's range. `rows` keeps the
         scores of each volume.
         """
+        with together(network, self.team) as works:
+            scores = self.scores(network, step) if works else {}
+        for part in self.world.gather(scores):
+            scores |= part
+        self.rows = [{"case": self.store.ids[i], **scores[i]} for i in self.volumes if i in scores]
+        names = [name for name in self.rows[0] if name != "case"]
+        return {f"val/{name}": fmean(row[name] for row in self.rows) for name in names}
+
+    def scores(self, network: CustomVAE, step: int) -> dict[int, dict[str, float]]:
+        """Scores of the volumes of this rank, or team."""
         scores, self.kept = {}, {}
         for i in self.mine():
             x, recon = self.reconstruct(network, i)
@@ -81,11 +94,7 @@ class Validation:
             if seen is None or seen.any():  # a slice of which nothing counts has no score
                 mask = None if seen is None else torch.from_numpy(seen)
                 scores[i] = self.score(x, recon, mask)
-        for part in self.world.gather(scores):
-            scores |= part
-        self.rows = [{"case": self.store.ids[i], **scores[i]} for i in self.volumes if i in scores]
-        names = [name for name in self.rows[0] if name != "case"]
-        return {f"val/{name}": fmean(row[name] for row in self.rows) for name in names}
+        return scores
 
     def score(
         self, x: torch.Tensor, recon: torch.Tensor, mask: torch.Tensor | None = None
@@ -119,8 +128,12 @@ class Validation:
         The forward passes happen here, as far as validation has not just done them; drawing and
         encoding happen on the tracker's thread. Nothing happens on a rank of several that has none.
         """
-        if tracker is None and not self.world.is_main:
-            return
+        if self.world.rank < self.team.size:
+            with together(network, self.team) as works:
+                if works:
+                    self._show(network, step, tracker, folder)
+
+    def _show(self, network: CustomVAE, step: int, tracker: Tracker | None, folder: Path) -> None:
         folder = folder / f"step_{step:08d}"
         for i in self.shown:
             x, recon = self.reconstruct(network, i, self.kept.pop((step, i), None))
