@@ -87,6 +87,21 @@ def ome(
     return path
 
 
+def terabyte(path: Path) -> Path:
+    """Write an image of 8192^3 voxels that is all fill value, but for its coarse level of 128^3."""
+    side, small = 8192, voxels(128, 128, 128)
+    ome(path, [small, small], chunks=64)
+    write(path / "s0", (side,) * 3, np.uint16, (64, 64, 64), (512, 512, 512))
+    file = path / "zarr.json"
+    held = json.loads(file.read_text())
+    (step,) = held["attributes"]["ome"]["multiscales"][0]["datasets"][1][
+        "coordinateTransformations"
+    ]
+    step["scale"] = [s * side / 128 for s in step["scale"]]
+    file.write_text(json.dumps(held))
+    return path
+
+
 def halved(data: np.ndarray) -> np.ndarray:
     """Every other voxel along each spatial axis."""
     return data[..., ::2, ::2, ::2]

@@ -29,12 +29,14 @@ from vae3d.inference import reconstruct as coding_module
 from vae3d.inference.costs import Living
 from vae3d.inference.evaluation import Evaluator
 from vae3d.inference.reconstruct import Coding, autoencode, bytes_taken, fitting
+from vae3d.kernels.device import there
 from vae3d.kernels.moments import Moments, of_blocks
 from vae3d.kernels.precision import exact_float32, settle_float32
 from vae3d.losses.vae_loss import VAELoss
 from vae3d.models.blocks import ResBlock
 from vae3d.models.norm import BatchNorm, GroupNorm
 from vae3d.spectrum import pooled_to, resized, spectral_gap
+from vae3d.stage2.diffusion import positions_of
 from vae3d.training import distributed
 from vae3d.training.augment import Augmentation, resampled
 from vae3d.training.checkpoint import load_checkpoint
@@ -353,16 +355,17 @@ def test_batch_norm_does_not_send_its_count_to_the_device():
     "run",
     [
         lambda x, z: spectral_gap(pooled_to(x, z.shape[2:]), z),
-        lambda x, z: resized(x, z.shape[2:]),
+        lambda x, z: resized(z, (3, 2, 2)),
+        lambda x, z: z + there(z, positions_of, z.shape[2:], 4)[:4].view(4, 1, 1, 4),
     ],
-    ids=["SpectrumMatching", "ScaleEquivariance"],
+    ids=["SpectrumMatching", "ScaleEquivariance", "condition"],
 )
-def test_matrices_of_terms_for_latents_go_to_the_device_once_not_in_each_step(run):
-    x, z = (torch.empty(2, 1, *shape, device=META) for shape in ((16, 12, 8), (8, 6, 4)))
-    with Bus() as before:
+def test_what_the_cpu_makes_goes_to_the_device_once_not_in_each_step(run):
+    x, z = (torch.empty(2, 4, *shape, device=META) for shape in ((16, 12, 8), (8, 6, 4)))
+    with torch.inference_mode(), Bus() as before:
         run(x, z)
     with Bus() as after:
-        run(x, z)
+        run(x, z.requires_grad_())  # and what an inference has made serves a gradient
     assert before.copies and not after.copies
 
 

@@ -23,8 +23,8 @@ ROOMS = {
     "ranges": set(),  # vae3d/ranges.py
     "mistakes": set(),  # vae3d/mistakes.py
     "stop": set(),  # vae3d/stop.py: signals
-    "spectrum": set(),  # vae3d/spectrum.py
     "kernels": set(),
+    "spectrum": {"kernels"},  # vae3d/spectrum.py
     "models": {"kernels"},
     "losses": {"models", "spectrum"},
     "weights": {"models", "ranges"},

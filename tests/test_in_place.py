@@ -25,16 +25,16 @@ from loaders import (
 )
 from loaders.consistency import Facts
 from loaders.in_place import find_in_place
-from loaders.readers import BrokenVolume, read_header, read_volume
+from loaders.readers import BrokenVolume, Volume, read_header, read_volume, write_volume
 from loaders.readers.arrays import context, spread
 from loaders.subjects import Subject
-from tests.stores import UM, Web, array, halved, ome, voxels, write
+from tests.stores import UM, Web, array, halved, ome, terabyte, voxels
 from vae3d.models.custom_vae import CustomVAE
 from vae3d.models.norm import GroupNorm
 from vae3d.training.distributed import World
 from vae3d.training.validate import Validation
 
-pytest.importorskip("tensorstore")
+tensorstore = pytest.importorskip("tensorstore")
 ROOT = Path(__file__).resolve().parents[1]
 RAW = Preprocess(intensity="raw", orient_ras=False)
 
@@ -365,6 +365,21 @@ def test_labels_in_the_store_tell_the_sampler_where_patches_lie(tmp_path):
                for batch in loader for x, y, z in (batch.corner + 2).tolist())  # fmt: skip
 
 
+def test_a_small_file_tells_the_labels_of_a_volume_that_stays_where_it_is(tmp_path, monkeypatch):
+    ome(tmp_path / "a.zarr", [voxels(24, 20, 16)], unit="millimeter")
+    labels = np.zeros((1, 8, 10, 12), np.uint8)
+    labels[0, 5:7, 3:5, 2:4] = 3
+    write_volume(tmp_path / "a.nii.gz", Volume(labels, np.diag([1.0, 1.0, 4.0, 1.0])))
+    (tmp_path / "list.csv").write_text("path,label_map\na.zarr,a.nii.gz\n")
+    points = built(tmp_path / "list.csv", tmp_path / "cache").label_points(0)
+    assert sorted(map(tuple, points[3].tolist())) == sorted(
+        (x, y, z) for x in (10, 12) for y in (6, 8) for z in (4, 6)
+    )
+    monkeypatch.setattr("loaders.in_place.MOST", 100)
+    with pytest.raises(BrokenVolume, match=r"a\.nii\.gz: tells no size of at most 100 voxels"):
+        built(tmp_path / "list.csv", tmp_path / "other").label_points(0)
+
+
 def test_nan_is_an_error_that_says_where_or_filled(tmp_path):
     zyx = voxels(12, 10, 8).astype(np.float64)
     zyx[3, 2, 1] = np.nan
@@ -413,6 +428,104 @@ def test_stores_of_other_libraries_read_the_same_as_numpy(tmp_path, name):
     assert np.allclose(place, [3 * UM, 2 * UM, 1 * UM] if of_ngff else 0)
     assert small.shape(0) == (2, 4, 5, planes)
     assert np.allclose(small.spacing_mm(0), [unit, unit, 24 / planes * unit])
+
+
+def converted(path: Path, images: list[np.ndarray]) -> Path:
+    """Lay out a folder as bioformats2raw does: its README's layout 3, big-endian planes in tiles.
+
+    https://github.com/glencoesoftware/bioformats2raw; the files of OME are there for what they are
+    called, OME-XML as Bio-Formats wrote it is not needed.
+    """
+    (path / "OME").mkdir(parents=True)
+    for folder in (path, path / "OME"):
+        (folder / ".zgroup").write_text('{"zarr_format": 2}')
+    (path / ".zattrs").write_text('{"bioformats2raw.layout": 3}')
+    series = json.dumps({"series": [str(n) for n in range(len(images))]})
+    (path / "OME" / ".zattrs").write_text(series)
+    (path / "OME" / "METADATA.ome.xml").write_text("<OME/>")
+    axes = [{"name": "t", "type": "time"}, {"name": "c", "type": "channel"}]
+    axes += [{"name": name, "type": "space", "unit": "micrometer"} for name in "zyx"]
+    window = {"min": 0, "max": 65535, "start": 0, "end": 4000}
+    for number, tczyx in enumerate(images):
+        image, datasets = path / str(number), []
+        for level, data in enumerate([tczyx, tczyx[..., ::2, ::2]]):
+            spec = {
+                "driver": "zarr",
+                "kvstore": {"driver": "file", "path": f"{image / str(level)}/"},
+                "metadata": {
+                    "shape": list(data.shape), "chunks": [1, 1, 1, 8, 8], "dtype": ">u2",
+                    "fill_value": 0, "order": "C", "dimension_separator": "/", "filters": None,
+                    "compressor": {"id": "blosc", "cname": "lz4", "clevel": 5, "shuffle": 1,
+                                   "blocksize": 0},
+                },
+            }  # fmt: skip
+            tensorstore.open(spec, create=True).result().write(data).result()
+            scale = [1.0, 1.0, 1.5, 0.25 * 2**level, 0.25 * 2**level]
+            step = [{"type": "scale", "scale": scale}]
+            datasets.append({"path": str(level), "coordinateTransformations": step})
+        told = {"multiscales": [{
+            "metadata": {"method": "loci.common.image.SimpleImageScaler", "version": "6.13.0"},
+            "axes": axes, "name": "a", "datasets": datasets, "version": "0.4",
+        }]}  # fmt: skip
+        told["omero"] = {
+            "channels": [{"color": color, "coefficient": 1, "active": True, "label": name,
+                          "window": window, "family": "linear", "inverted": False}
+                         for name, color in (("DAPI", "0000FF"), ("FITC", "00FF00"))],
+            "rdefs": {"defaultT": 0, "model": "color", "defaultZ": 0},
+        }  # fmt: skip
+        (image / ".zgroup").write_text('{"zarr_format": 2}')
+        (image / ".zattrs").write_text(json.dumps(told))
+    return path
+
+
+def test_a_store_of_a_microscope_vendors_converter_reads_the_same_as_numpy(tmp_path):
+    tczyx = np.stack([voxels(2, 6, 20, 24, seed=t) for t in range(2)])
+    path = converted(tmp_path / "a.zarr", [tczyx])
+    store = built(path, tmp_path / "cache", time_point=1)
+    assert store.ids == ["a"] and store.chunks(0) == (8, 8, 1)
+    np.testing.assert_array_equal(store.read(0), tczyx[1].transpose(0, 3, 2, 1))
+    assert np.allclose(store.spacing_mm(0), [0.25 * UM, 0.25 * UM, 1.5 * UM])
+    assert store.meta(0)["look"]["unit"] == "um"
+    assert store.layout(0).channels == (("DAPI", "0000ff"), ("FITC", "00ff00"))
+    small = built(path, tmp_path / "cache", time_point=0, level=1, channels=["FITC"])
+    np.testing.assert_array_equal(small.read(0)[0], tczyx[0, 1, :, ::2, ::2].transpose(2, 1, 0))
+    assert np.allclose(small.spacing_mm(0), [0.5 * UM, 0.5 * UM, 1.5 * UM])
+    several = converted(tmp_path / "b.zarr", [tczyx, tczyx + 1])
+    with pytest.raises(BrokenVolume, match=r"holds several images: name one, b\.zarr/0"):
+        built(several, tmp_path / "cache", time_point=0)
+    both = built(f"{several}/[0-9]", tmp_path / "cache", time_point=0)
+    assert both.ids == ["0", "1"]
+    np.testing.assert_array_equal(both.read(1), both.read(0) + 1)
+
+
+def test_stores_of_different_sizes_chunks_and_formats_are_one_data_set(tmp_path):
+    h5py = pytest.importorskip("h5py")
+    tifffile = pytest.importorskip("tifffile")
+    sizes = {"a": (24, 20, 16), "b": (17, 33, 40), "c": (9, 50, 31)}
+    volumes = {name: voxels(*size, seed=ord(name)) for name, size in sizes.items()}
+    ome(tmp_path / "a.zarr", [volumes["a"]], shards=(16, 16, 16))
+    with h5py.File(tmp_path / "b.ims", "w") as file:  # of Imaris, whose files are HDF5
+        file.create_dataset("DataSet/Data", data=volumes["b"], chunks=(4, 16, 16))
+    tifffile.imwrite(tmp_path / "c.tif", volumes["c"], bigtiff=True, tile=(16, 32),
+                     photometric="minisblack")  # fmt: skip
+    (tmp_path / "list.csv").write_text("path,id\na.zarr,a\nb.ims:/DataSet/Data,b\nc.tif,c\n")
+    store = built(tmp_path / "list.csv", tmp_path / "cache")
+    assert [store.chunks(n) for n in range(3)] == [(8, 8, 8), (16, 16, 4), (31, 16, 1)]
+    for loaded, size in ((store, (8, 8, 8)), (SliceStore(store, 0), (8, 8))):
+        loader = PatchLoader(loaded, size, patches_per_volume=2, batch_size=4, threads=1)
+        seen = set()
+        for batch in loader:
+            for image, item, corner in zip(batch.image, batch.volume, batch.corner, strict=True):
+                number, at = int(item), corner.tolist()
+                if loaded is not store:
+                    number, plane = loaded.locate(number)
+                    at = [plane, *at]
+                seen.add(number)
+                box = tuple(slice(a, a + 8) for a in at)
+                box = box if loaded is store else (at[0], *box[1:])
+                expected = volumes[store.ids[number]].transpose(2, 1, 0)[box]
+                np.testing.assert_array_equal(image[0], expected)
+        assert seen == {0, 1, 2}
 
 
 def spoil(path, change):
@@ -566,7 +679,7 @@ def test_options_of_stores_change_no_key_of_other_volumes_and_are_refused_for_th
     key = built(tmp_path / "a.npy", tmp_path / "cache").entries[0].key
     copied = built(tmp_path / "a.npy", tmp_path / "cache", in_place=False)
     assert copied.entries[0].key == key
-    with pytest.raises(BrokenVolume, match=r"data\.level is of zarr and HDF5 alone"):
+    with pytest.raises(BrokenVolume, match=r"data\.level is of zarr, HDF5 and TIFF that"):
         read_volume(tmp_path / "a.npy", Reading(level=1))
 
 
@@ -632,6 +745,56 @@ def test_an_epoch_fetches_the_inner_chunks_that_it_touches_and_never_whole_shard
     }
     size = len(touched) * 16**3 * 2
     assert size < (loader.traffic() - before).num_bytes < 1.1 * size < noise.nbytes / 4
+
+
+def chunks_asked(web) -> list[str]:
+    """Which chunks, or shards of them, a server was asked for since the last call."""
+    asked, web.paths = [path for path in web.paths if "/c/" in path], []
+    return asked
+
+
+def test_an_epoch_out_of_a_huge_sparse_store_asks_for_its_own_shards_alone(tmp_path):
+    terabyte(tmp_path / "a.zarr")
+    with Web(tmp_path) as web:
+        store = built(f"{web.url}/a.zarr", tmp_path / "cache", Preprocess(intensity="raw"))
+        assert all("/s1/" in path for path in chunks_asked(web))  # statistics are of the coarse one
+        loader = PatchLoader(store, (16, 16, 16), patches_per_volume=60, batch_size=4, threads=2)
+        for batch in loader:
+            assert batch.image.abs().max() == 0
+        touched = {
+            "/a.zarr/s0/c/" + "/".join(map(str, place[::-1]))
+            for corner in loader.plan.table(0)[:, 1:].tolist()
+            for place in itertools.product(*(range(c // 512, (c + 15) // 512 + 1) for c in corner))
+        }
+        assert set(chunks_asked(web)) == touched and len(touched) < 100 < 16**3
+
+
+def test_each_rank_asks_for_the_chunks_of_its_patches_and_a_slab_for_those_of_its_rows(tmp_path):
+    web_root = tmp_path / "web"
+    for name in "ab":
+        array(web_root / f"{name}.zarr", voxels(32, 32, 32), (16, 16, 16), names="zyx")
+    files = [file for file in web_root.rglob("*") if "c" in file.parts and file.is_file()]
+    sizes = {f"/{file.relative_to(web_root)}": file.stat().st_size for file in files}
+    with Web(web_root) as web:
+        urls = [f"{web.url}/{name}.zarr" for name in "ab"]
+        store = VolumeStore.build(urls, tmp_path / "cache", RAW, cache_gb=0)
+        loaders = [PatchLoader(store, (16, 16, 16), "full", batch_size=4, threads=1, rank=rank,
+                               world_size=2) for rank in (0, 1)]  # fmt: skip
+        loaders += [
+            PatchLoader(store, patching=None, threads=0, slab=slab)
+            for slab in (lambda rows: (0, rows // 2), lambda rows: (rows // 2, rows))
+        ]
+        asked = []
+        for loader in loaders:
+            store.array(0), store.array(1)  # their metadata count, too
+            chunks_asked(web)
+            before = loader.traffic().num_bytes
+            for _ in loader:
+                pass
+            asked.append(chunks_asked(web))
+            assert loader.traffic().num_bytes - before == sum(sizes[path] for path in asked[-1])
+    for one, two in (asked[:2], asked[2:]):
+        assert len(one) == len(two) == 8 and sorted(one + two) == sorted(sizes)
 
 
 def test_training_validates_on_a_part_of_what_would_fill_the_memory(tmp_path, monkeypatch):
@@ -721,14 +884,8 @@ print(took, int(status.split()[0]) / 1024)
 @pytest.mark.slow
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="Linux counts its memory")
 def test_a_terabyte_is_opened_planned_and_read_from_in_five_seconds_and_half_a_gigabyte(tmp_path):
-    n, small = 8192, voxels(128, 128, 128)
-    path = ome(tmp_path / "a.zarr", [small, small])
-    write(path / "s0", (n, n, n), np.uint16, (64, 64, 64), (512, 512, 512))
-    scale = [{"type": "scale", "scale": [s * n / 128 for s in (2.0, 0.5, 0.5)]}]
-    spoil(path, lambda held: held["attributes"]["ome"]["multiscales"][0]["datasets"][1].update(
-        coordinateTransformations=scale))  # fmt: skip
     run = subprocess.run(
-        [sys.executable, "-c", TERABYTE, path, tmp_path / "cache"],
+        [sys.executable, "-c", TERABYTE, terabyte(tmp_path / "a.zarr"), tmp_path / "cache"],
         capture_output=True, text=True, check=True,
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
     )  # fmt: skip

@@ -1,4 +1,5 @@
 import re
+from functools import partial
 from math import prod
 from pathlib import Path
 
@@ -7,13 +8,16 @@ import pytest
 import torch
 from test_resume import GAN
 from test_train_3d import TINY
-from toys import SHAPE, tiny_vae
+from toys import SHAPE, on_ranks, tiny_vae
 
 from loaders.texts import load_yaml
 from vae3d.commands.plan import is_data, largest_patch, plan
 from vae3d.losses.vae_loss import VAELoss
-from vae3d.models.custom_vae import Chain
-from vae3d.training.memory import Trial
+from vae3d.models.custom_vae import Chain, CustomVAE
+from vae3d.models.norm import GroupNorm
+from vae3d.spatial.slabs import cut
+from vae3d.training.memory import RankMemory, Trial
+from vae3d.training.slabs import SlabTask
 from vae3d.training.task import VAETask
 
 
@@ -27,6 +31,39 @@ def test_plan_tells_parameters_latent_compression_and_memory(tmp_path, capsys):
     assert re.search(r"memory +\d+\.\d+ GB for 1 x 32 x 16 x 16", text)
     edge = int(re.search(r"fits 4 GB +patch (\d+) x", text)[1])
     assert edge > 32 and edge % 2 == 0
+
+
+def test_plan_tells_how_many_ranks_a_patch_takes(tmp_path, capsys, monkeypatch):
+    recipe = tmp_path / "tiny.yaml"
+    recipe.write_text(TINY + "sharding: spatial\n")
+    line = RankMemory(fixed=1e9, per_voxel=1e6, per_face=1e6, factor=(2, 2, 2))
+    monkeypatch.setattr(RankMemory, "measured", lambda *_: line)
+    plan(str(recipe), patch_size=(30, 16, 16), batch_size=1, memory_gb=4.0, device="cpu")
+    text = capsys.readouterr().out
+    assert "8.68 GB on each of 1 ranks, 5.35 GB on each of 2 ranks, 3.56 GB on each of 4" in text
+    assert re.search(r"fits 4 GB +4 ranks with batch 1", text)
+    with pytest.raises(ValueError, match="--sharding is for a recipe"):
+        plan(str(tmp_path), sharding="spatial")
+
+
+def of_a_rank(world, vae, shapes):
+    task = SlabTask(vae, VAELoss())
+    for rows, *plane in shapes:
+        lo, hi = cut(rows, world.size, vae.factor[0])[world.rank]
+        peak = Trial(task, (1, hi - lo, *plane), rows=rows).peak_bytes(1)
+    return peak
+
+
+@pytest.mark.slow
+def test_what_a_rank_is_said_to_take_is_what_it_takes():
+    """On a slab several times as large as those that are measured."""
+    torch.set_num_threads(1)  # as many as ranks have
+    vae = CustomVAE(channels=(16, 32), norm=partial(GroupNorm, num_groups=4), num_res_blocks=1)
+    shape = (128, 96, 96)
+    said = RankMemory.measured(vae, VAELoss(), torch.device("cpu"), "off", 1).of(shape, 2)
+    shapes = [(8, 8, 8), shape]  # the first loads code
+    found = max(on_ranks(2, of_a_rank, vae, shapes, timeout_s=300))
+    assert said == pytest.approx(found, rel=0.1)
 
 
 def test_plan_refuses_what_training_refuses(tmp_path):

@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vae3d.kernels.device import there
+
 BINS = 16
 EPS = 1e-8
 COUNTED = 1 - 1e-4  # of a mask at a smaller size: no voxel behind it that does not count
@@ -24,23 +26,6 @@ def along_axes(x: Tensor, matrices: Sequence[Tensor]) -> Tensor:
     for axis, matrix in enumerate(matrices, start=2):
         x = (x.movedim(axis, -1) @ matrix.to(x).mT).movedim(-1, axis)
     return x
-
-
-def there(x: Tensor, make: Callable[..., Tensor], *arguments: object) -> Tensor:
-    """What `make(*arguments)` gives, in the precision of `x` and where `x` is.
-
-    There once for all calls but on the CPU: a GPU waits for what is copied to it, at every step.
-    """
-    if x.device.type == "cpu":
-        return make(*arguments).to(x)
-    return _kept(make, arguments, x.device, x.dtype)
-
-
-@lru_cache(maxsize=64)
-def _kept(
-    make: Callable[..., Tensor], arguments: tuple, device: torch.device, dtype: torch.dtype
-) -> Tensor:
-    return make(*arguments).to(device, dtype)
 
 
 @lru_cache(maxsize=64)

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from vae3d.losses.vae_loss import VAELoss
     from vae3d.models.custom_vae import CustomVAE
+    from vae3d.training.memory import RankMemory
 
 
 def plan(
@@ -32,6 +33,7 @@ def plan(
     batch_size: int | None = None,
     memory_gb: float | None = None,
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto",
+    sharding: Literal["ddp", "fsdp", "spatial"] | None = None,
     write: str | None = None,
     volumes: int = 32,
 ) -> None:
@@ -39,6 +41,7 @@ def plan(
 
         vae3d plan ixi_t1
         vae3d plan ixi_t1 --patch_size '[96,96,96]' --memory_gb 24
+        vae3d plan ixi_t1 --patch_size '[512,512,512]' --sharding spatial --memory_gb 80
         vae3d plan DIR --write recipe.yaml
 
     Of a recipe or a model: parameters, latent shape and memory. Of a data set: its fingerprint
@@ -46,7 +49,8 @@ def plan(
     tells its reason.
 
     Memory is measured by taking a training step on this device; the patch that fits a recipe is
-    extrapolated from two patch sizes.
+    extrapolated from two patch sizes. With `--sharding spatial` it is that of a rank, for more and
+    more ranks until the patch fits, extrapolated from two slabs.
 
     Args:
         what: A recipe (YAML file with the options of train_3d.py, a run's config.yaml, or a
@@ -56,16 +60,20 @@ def plan(
         batch_size: Patches in a micro-batch; null for the recipe's, or the proposal's.
         memory_gb: Memory that a patch has to fit into [GB]; null for most of what is free.
         device: auto | cpu | cuda | mps.
+        sharding: For a recipe: ddp | fsdp | spatial, of which the last cuts each patch over the
+            ranks; null for the recipe's.
         write: For data: file to write the recipe to; one that exists stays as it is.
         volumes: For data: measure at most this many volumes.
     """
     check_ranges("plan", locals())
     if is_data(what):
+        if sharding:
+            raise ValueError(f"--sharding is for a recipe that is there; {what} is data")
         plan_data(what, patch_size, batch_size, memory_gb, device, write, volumes)
     elif write:
         raise ValueError(f"--write is for the recipe that data ask for; {what} is a recipe itself")
     else:
-        plan_recipe(what, patch_size, batch_size, memory_gb, device)
+        plan_recipe(what, patch_size, batch_size, memory_gb, device, sharding)
 
 
 def is_data(what: str) -> bool:
@@ -96,6 +104,7 @@ def plan_recipe(
     batch_size: int | None,
     memory_gb: float | None,
     device: str,
+    sharding: str | None,
 ) -> None:
     """Print parameters, latent shape and memory of a recipe or a model; see `plan`."""
     import torch
@@ -103,7 +112,7 @@ def plan_recipe(
     from vae3d.commands.train import check_sizes, train_3d
     from vae3d.training.distributed import open_world
     from vae3d.training.facts import codebook
-    from vae3d.training.memory import Trial, budget_bytes, telling_of_device
+    from vae3d.training.memory import RankMemory, Trial, budget_bytes, telling_of_device
     from vae3d.training.precision import native_amp
     from vae3d.training.task import VAETask
 
@@ -122,29 +131,51 @@ def plan_recipe(
             vae.encoder.compile()
             vae.decoder.compile()
         amp, dtype = options["amp"] or native_amp(world.device), torch.float32
-        smaller = tuple(max(n // 2 // f, 1) * f for n, f in zip(patch, vae.factor, strict=True))
-        peaks = {
-            size: Trial(task, (vae.in_channels, *size), amp).peak_bytes(batch_size)
-            for size in (patch, smaller)
-        }
         budget = memory_gb * 1e9 if memory_gb else budget_bytes(world.device)
+        if (sharding or options["sharding"]) == "spatial":
+            rank = RankMemory.measured(vae, terms, world.device, amp, batch_size)
+            needed, fits = memory_of_ranks(rank, patch, budget)
+        else:
+            smaller = tuple(max(n // 2 // f, 1) * f for n, f in zip(patch, vae.factor, strict=True))
+            peaks = {
+                size: Trial(task, (vae.in_channels, *size), amp).peak_bytes(batch_size)
+                for size in (patch, smaller)
+            }
+            largest = largest_patch(peaks, vae.factor, budget)
+            needed = f"{peaks[patch] / 1e9:.2f} GB"
+            fits = f"patch {times(largest)}" if largest else "no patch at all"
 
     latent = tuple(n // f for n, f in zip(patch, vae.factor, strict=True))
     shrink = math.prod(vae.factor) * vae.in_channels / vae.latent_channels
-    fits = largest_patch(peaks, vae.factor, budget)
     for name, fact in {
         "parameters": f"{count(vae):.2f} M (encoder {count(vae.encoder):.2f} M, "
         f"decoder {count(vae.decoder):.2f} M), {count(vae) * dtype.itemsize:.1f} MB",
         "factor": times(vae.factor),
         "latent": f"{vae.latent_channels} x {times(latent)} for a patch of {times(patch)}",
         "compression": codebook(vae) or f"{shrink:.3g} input numbers for one latent number",
-        "memory": f"{peaks[patch] / 1e9:.2f} GB for {batch_size} x {times(patch)} with amp {amp} "
+        "memory": f"{needed} for {batch_size} x {times(patch)} with amp {amp} "
         f"and checkpointing {options['checkpointing']} on {world.device.type}",
-        f"fits {budget / 1e9:.3g} GB": f"patch {times(fits)} with batch {batch_size}"
-        if fits
-        else f"no patch at all with batch {batch_size}",
+        f"fits {budget / 1e9:.3g} GB": f"{fits} with batch {batch_size}",
     }.items():
         print(f"{name:<14}{fact}")
+
+
+def memory_of_ranks(rank: RankMemory, patch: Sequence[int], budget: float) -> tuple[str, str]:
+    """What a rank takes of a patch that 1, 2, 4, ... share, and with how many it fits.
+
+    Args:
+        rank: What was measured.
+        patch: Voxels per axis.
+        budget: Memory of a rank [bytes].
+    """
+    most, needed, ranks = -(-patch[0] // rank.factor[0]), [], 1
+    while ranks <= most:
+        taken = rank.of(patch, ranks)
+        needed.append(f"{taken / 1e9:.2f} GB on each of {ranks} ranks")
+        if taken <= budget:
+            return ", ".join(needed), f"{ranks} ranks"
+        ranks *= 2
+    return ", ".join(needed), "no number of ranks"
 
 
 def plan_data(

@@ -49,7 +49,7 @@ FOLD = {
 
 _enabled = True
 
-Sides = tuple[Maybe, Maybe]  # rows before and after those that a process has
+Sides = tuple[Tensor, Tensor]  # rows before and after those that a process has, perhaps none
 
 
 class NormParts(NamedTuple):
@@ -86,10 +86,9 @@ class Neighbors:
     def beside(self, x: Tensor, before: int, after: int) -> Callable[[], Sides]:
         """Begin to fetch so many rows before and after those of `x`, as far as the volume has them.
 
-        Returns:
-            Waits for them; None where there are no other processes.
+        What is returned waits for them.
         """
-        return lambda: (None, None)
+        return lambda: (x[:, :, :0], x[:, :, :0])
 
     def merge(self, counts: Tensor, means: Tensor, m2: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Counts, means, and sums of squares round them, of all rows by those of the own ones."""
@@ -448,16 +447,12 @@ class Rows:
         Rows are counted from the first own one.
         """
         slab, pads = rows(self.own[n : n + 1], lo, hi, padding)
-        parts, (near, far) = [slab], pads[0]
-        before, after = self.sides
-        if near and before is not None and before.shape[2]:
-            parts.insert(0, before[n : n + 1, :, -near:])
-            near -= parts[0].shape[2]
-        if far and after is not None and after.shape[2]:
-            parts.append(after[n : n + 1, :, :far])
-            far -= parts[-1].shape[2]
-        slab = channels_last(torch.cat(parts, 2)) if len(parts) > 1 else slab
-        return slab, [(near, far), *pads[1:]]
+        (near, far), (before, after) = pads[0], self.sides
+        near, far = min(near, before.shape[2]), min(far, after.shape[2])
+        if near or far:
+            others = before[n : n + 1, :, before.shape[2] - near :], after[n : n + 1, :, :far]
+            slab = channels_last(torch.cat([others[0], slab, others[1]], 2))
+        return slab, [(pads[0][0] - near, pads[0][1] - far), *pads[1:]]
 
 
 class Slabs:
@@ -760,7 +755,8 @@ def statistics(x: Tensor, groups: int, neighbors: Neighbors = NOBODY) -> tuple[T
         moments.append((voxels, *merged(count, mean, count * var)))
     own = (torch.stack(t) for t in zip(*moments, strict=True))
     count, mean, m2 = neighbors.merge(*own)
-    return tuple(t.float() for t in of_groups(mean, m2 / count, groups))
+    mean, var = of_groups(mean, m2 / count, groups)
+    return mean.float(), var.float()
 
 
 def slabs(rows_of: Tensor, other: Tensor, together: int = 2) -> Iterator[tuple[int, int, int]]:

@@ -72,13 +72,15 @@ class InterpUp(Up):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map `(B, C, *spatial)` to `(B, C, *spatial * factor)`."""
-        if self.is_folded(x):
-            return upsample_convolve(self.conv, x, self.factor)
+        if (folded := self.folded(x)) is not None:
+            return upsample_convolve(folded, x, self.factor)
         return prepared(partial(interpolate, factor=self.factor, mode=self.mode), self.conv, x)
 
-    def is_folded(self, x: Tensor) -> bool:
-        """Whether interpolation and convolution are one, `steps.upsample_convolve`."""
-        return self.mode == "nearest" and max(self.factor) == 2 and is_fast(self.conv, x)
+    def folded(self, x: Tensor) -> Conv | None:
+        """The convolution, where it and interpolation are one: `steps.upsample_convolve`."""
+        conv = self.conv
+        doubles = self.mode == "nearest" and max(self.factor) == 2
+        return conv if doubles and is_fast(conv, x) else None
 
 
 class TransposeUp(Up):

@@ -97,8 +97,14 @@ class SlabVAE:
             del layers[0]
             if is_step(layer, after, x):
                 added, residual = (None, residual) if layers else (residual, None)
-                options = dict(residual=added, overwrite=overwrite, neighbors=self.layout)
-                x = steps.convolve(after, x, norm_act=layer, **options)
+                x = steps.convolve(
+                    after,
+                    x,
+                    norm_act=layer,
+                    residual=added,
+                    overwrite=overwrite,
+                    neighbors=self.layout,
+                )
             else:
                 x = self.prepared(layer, after, x)
         return x if residual is None else x + residual
@@ -211,13 +217,14 @@ def _block(run: SlabVAE, module: blocks.Block, x: Tensor) -> Tensor:
 
 def _interpolated(run: SlabVAE, module: upsample.InterpUp, x: Tensor) -> Tensor:
     """Where interpolation is folded into the convolution, of the own rows alone."""
-    if not module.is_folded(x):
+    conv = module.folded(x)
+    if conv is None:
         return run.elementary(module, x)
     owned = run.layout.rows(x.shape[2])
     (lo, hi), rows = owned[run.layout.rank], owned[-1][1]
     slab = run.layout.extended(x, [(lo - 1, hi + 1) for lo, hi in owned])
     beside = min(lo, 1), min(rows - hi, 1)
-    return steps.upsample_convolve(module.conv, slab, module.factor, beside)
+    return steps.upsample_convolve(conv, slab, module.factor, beside)
 
 
 def _norm(run: SlabVAE, module: norm.GroupNorm | norm.BatchNorm, x: Tensor) -> Tensor:

@@ -104,14 +104,16 @@ class RingAttention(torch.autograd.Function):
                     total[:, :, part] = total[:, :, part] * shrink + weights.sum(-1, keepdim=True)
                     peak[:, :, part] = top
         out = (out / total).to(q.dtype)
-        ctx.save_for_backward(q, k, v, table, out, peak + total.log())
+        tables = () if table is None else (table,)
+        ctx.save_for_backward(q, k, v, out, peak + total.log(), *tables)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Context[Ring], grad: Tensor) -> tuple[Maybe, ...]:
         """With p the softmax and g the gradient: dv = p^T g, ds = p (g v^T - sum(g out))."""
-        q, k, v, table, out, logsum = ctx.saved_tensors
+        q, k, v, out, logsum, *tables = ctx.saved_tensors
+        table = tables[0] if tables else None
         ring, scale, grad, block = ctx.step, q.shape[3] ** -0.5, wide(grad), torch.cat([k, v], 1)
         common = (grad * out).sum(-1, keepdim=True)
         grad_q, grads = torch.zeros_like(wide(q)), torch.zeros_like(wide(block))
@@ -126,7 +128,7 @@ class RingAttention(torch.autograd.Function):
                     slopes = weights.mul_(g @ values.transpose(2, 3) - common[:, :, part])
                     grad_q[:, :, part] += slopes @ keys * scale
                     grad_k += slopes.transpose(2, 3) @ wide(q[:, :, part]) * scale
-                    if grad_table is not None:
+                    if grad_table is not None and table is not None:
                         grad_table += by_offset(slopes.sum(0), table, ring.grid, places)
                 grads = ring.moved(grads, step + 1)  # the last time home
         grad_k, grad_v = grads.to(k.dtype).chunk(2, 1)

@@ -116,7 +116,8 @@ class Layout(Neighbors):
         arrived = fetch(self, x, owned, extents)
 
         def sides() -> Sides:
-            before, after = (torch.cat(parts, 2) if parts else None for parts in arrived())
+            none = x[:, :, :0]
+            before, after = (torch.cat(parts, 2) if parts else none for parts in arrived())
             return before, after
 
         return sides
@@ -313,6 +314,6 @@ class SharedMoments(torch.autograd.Function):
         shape = (len(mean), -1, *(1,) * (x.dim() - 2))
         slope, level, mean = (t.to(wide).view(shape) for t in (2 * grad_var, grad_mean, mean))
         grad = torch.addcmul(level, x[:, :, own] - mean, slope).to(x.dtype)
-        first, last, _ = own.indices(x.shape[2])
+        first, last = own.indices(x.shape[2])[:2]
         others = (0, 0) * (x.dim() - 3)
         return F.pad(grad, (*others, first, x.shape[2] - last)), None, None, None

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from vae3d.kernels.device import there
 from vae3d.kernels.progress import passed
 from vae3d.models.norm import wide
 from vae3d.models.spec import Described
@@ -385,7 +386,7 @@ class LatentDiffusion(Described, nn.Module):
         if condition is None:
             return self.null_token[None, None]
         tokens = self.projector(tokens_of(self._standardize(condition, "condition")))
-        tokens = tokens + positions_of(condition.shape[2:], tokens.shape[-1]).to(tokens)
+        tokens = tokens + there(tokens, positions_of, condition.shape[2:], tokens.shape[-1])
         # Multiplied, not chosen: every parameter has a gradient on every rank, whatever is dropped.
         keep = tokens.new_ones(len(tokens)) if keep is None else keep.to(tokens.dtype)
         keep = keep[:, None, None]

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vae3d.kernels.device import sent
 from vae3d.stage2.control import Controls
 from vae3d.stage2.diffusion import LatentDiffusion
 from vae3d.stage2.latents import LatentStore
@@ -102,7 +103,7 @@ class Guide:
     def __call__(self, volumes: Tensor, device: torch.device) -> Guidance:
         """What subjects, by number, are guided by."""
         return {
-            "label": None if self.numbers is None else self.numbers[volumes].to(device),
+            "label": None if self.numbers is None else sent(self.numbers[volumes], device),
             "condition": self._conditions(volumes, device),
             "control": self._controls(volumes, device),
         }
@@ -118,13 +119,13 @@ class Guide:
                 "condition latents of one batch differ in size; use --batch_size 1 (and more "
                 "--grad_accum)"
             )
-        return torch.from_numpy(np.stack(means)).to(device)
+        return sent(torch.from_numpy(np.stack(means)), device)
 
     def _controls(self, volumes: Tensor, device: torch.device) -> Tensor | None:
         """Controls `(B, K, *grid)` on the grids of the latents."""
         if self.controls is None:
             return None
-        return torch.stack([self.controls.read(int(i)) for i in volumes]).to(device)
+        return sent(torch.stack([self.controls.read(int(i)) for i in volumes]), device)
 
 
 class LatentValidation:

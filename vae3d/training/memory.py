@@ -3,23 +3,33 @@
 from __future__ import annotations
 
 import copy
+import math
 import re
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 
 from loaders import Batch
 from vae3d.kernels.device import fastest_kernels
-from vae3d.kernels.memory import pages
+from vae3d.kernels.memory import pages, trim
 from vae3d.kernels.precision import Amp, autocast
+from vae3d.kernels.steps import SLAB_BYTES
+from vae3d.losses.vae_loss import VAELoss
+from vae3d.models.custom_vae import CustomVAE
+from vae3d.spatial.network import SlabVAE
+from vae3d.spatial.slabs import Layout, cut
+from vae3d.training.slabs import SlabTask
 from vae3d.training.task import Task
 
 CPU_SHARE = 0.7  # of the free memory; the rest is for reading ahead and for other programs
 GPU_SHARE = 0.92  # the rest is for libraries, other ranks' messages and pieces that fit nothing
 SMALLER_PASSES = ("--mode exact", "--mode patch", "a smaller --patch_size")  # without gradients
+ROWS = 32  # of slabs that are measured
 LATE = 10**9  # a step at which every term of the loss has begun
 
 
@@ -36,6 +46,7 @@ class Trial:
         sample_shape: One sample, `(C, X, Y, Z)` or `(C, X, Y)`.
         amp: off | bf16 | fp16.
         num_weights: Channels of the weights of voxels; 0 without masks.
+        rows: Rows of the volume of which the sample is a slab; None where it is none.
         same_shapes: Whether all batches are of one shape; then a GPU's kernels are tried out, as in
             training, and their work space counts.
     """
@@ -44,6 +55,7 @@ class Trial:
     sample_shape: Sequence[int]
     amp: Amp = "off"
     num_weights: int = 0
+    rows: int | None = None
     same_shapes: bool = True
 
     @property
@@ -90,7 +102,7 @@ class Trial:
         if self.num_weights:
             weight = torch.ones(n, self.num_weights, *self.sample_shape[1:], device=device)
         x = torch.rand(n, *self.sample_shape, device=device)
-        batch = Batch(x, index, corner, index, weight)
+        batch = Batch(x, index, corner, index, weight, rows=self.rows)
         with autocast(self.device, self.amp):
             loss = task(batch, LATE)["loss"]
         loss.backward()
@@ -143,6 +155,74 @@ class Trial:
             torch.cuda.empty_cache()
 
 
+class RankMemory(NamedTuple):
+    """What a rank takes that trains on a slab of each volume, `--sharding spatial` [bytes].
+
+    Args:
+        fixed: Whatever its slab is: weights, what training keeps for each, slabs in the cache.
+        per_voxel: For each voxel of the slab.
+        per_face: For each voxel of a face between two slabs: the rows beside it.
+        factor: Shrink of the network per axis.
+    """
+
+    fixed: float
+    per_voxel: float
+    per_face: float
+    factor: Sequence[int]
+
+    @classmethod
+    def measured(
+        cls, vae: CustomVAE, loss: VAELoss, device: torch.device, amp: Amp, batch_size: int
+    ) -> RankMemory:
+        """Measure steps of two slabs between two other ranks, which are pretended.
+
+        One has twice the rows of the other; both are large enough for the steps of the CPU, which
+        take no more memory from some size on. Rows that neighbors send are counted.
+        """
+        f, *others = vae.factor
+        rows = -(-ROWS // f) * f
+        voxels = 2 * SLAB_BYTES * torch.get_num_threads() / 4 / len(next(vae.parameters()))
+        side = (voxels / rows) ** (1 / len(others))
+        plane = [math.ceil(max(side, ROWS) / n) * n for n in others]
+        with pretended(rank=1, ranks=3):
+            task = SlabTask(vae, loss).to(device)
+            _, one, two = (  # the first time loads code
+                Trial(task, (vae.in_channels, n, *plane), amp, rows=3 * n).peak_bytes(batch_size)
+                for n in (f, rows, 2 * rows)
+            )
+            layout, x = Layout(3 * f, f), torch.zeros(batch_size, vae.in_channels, *vae.factor)
+            with torch.no_grad(), autocast(device, amp):
+                slabs = SlabVAE(vae, layout)
+                slabs.decode(slabs.encode(x.to(device)).mean)
+        area, both_faces = math.prod(plane), layout.bytes_sent / math.prod(others)
+        per_voxel = max(two - one, 0) / (rows * area)
+        fixed = max(one - (per_voxel * rows + both_faces) * area, 0)
+        return cls(fixed, per_voxel, both_faces / 2, vae.factor)
+
+    def of(self, shape: Sequence[int], ranks: int) -> float:
+        """Memory of the rank that takes most of volumes of this shape [bytes].
+
+        Raises:
+            ValueError: There are fewer cells of the network's factor than ranks.
+        """
+        area = math.prod(-(-n // f) * f for n, f in zip(shape[1:], self.factor[1:], strict=True))
+        rows = max(hi - lo for lo, hi in cut(shape[0], ranks, self.factor[0]))
+        faces = min(ranks - 1, 2)
+        return self.fixed + (self.per_voxel * rows + self.per_face * faces) * area
+
+
+@contextmanager
+def pretended(rank: int, ranks: int) -> Iterator[None]:
+    """A process group of which this process alone is there; what others send is left to chance."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", rank=rank, world_size=ranks, store=FakeStore())
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
 class _Peak:
     """Highest memory in use inside the `with` block, less what was in use before it on the CPU."""
 
@@ -157,6 +237,7 @@ class _Peak:
         import psutil
 
         pages.give_back()  # what earlier steps left would hide what this one takes
+        trim()
         self._process = psutil.Process()
         self._before = self._process.memory_info().rss
         self._done = threading.Event()
