@@ -183,6 +183,8 @@ class Builder:
             except BrokenVolume:  # told when it is built
                 return False
             return True
+        if self.reading.of_stores():  # told when it is read
+            return False
         path, _ = split_series(path)
         known = self.digests.get(os.path.abspath(path))
         try:
@@ -306,7 +308,7 @@ class Builder:
             return meta
         seed = int(key[:8], 16)
         sample = found.sample(seed)
-        stats, tables = measured(Volume(sample.data), subject.paths[0])
+        stats, tables = measured(Volume(sample.data), subject.paths[0], sample.drawn)
         meta = {
             "scale": [1.0] * len(stats),
             "offset": [0.0] * len(stats),
@@ -452,8 +454,16 @@ def is_sidecar(meta: object) -> bool:
     )
 
 
-def measured(volume: Volume, path: Path) -> tuple[list[Statistics], list[np.ndarray]]:
-    """Return statistics and quantiles of each channel's voxels that count, as `statistics` does."""
+def measured(
+    volume: Volume, path: Path, drawn: str = ""
+) -> tuple[list[Statistics], list[np.ndarray]]:
+    """Return statistics and quantiles of each channel's voxels that count, as `statistics` does.
+
+    Args:
+        volume: The voxels.
+        path: The file, for the message.
+        drawn: Which part of it they are; empty for all.
+    """
     counts = slice(None) if volume.weights is None else volume.weights[0] > 0
     stats, tables = [], []
     for number, channel in enumerate(volume.data):
@@ -461,7 +471,10 @@ def measured(volume: Volume, path: Path) -> tuple[list[Statistics], list[np.ndar
         if number in volume.missing:
             found["missing"] = True
         elif found["min"] == found["max"]:
-            raise BrokenVolume(path, f"all voxels are {found['min']:g}")
+            lacking = "; a level small enough is measured whole (or choose a part, data.region)"
+            raise BrokenVolume(
+                path, f"all voxels{drawn} are {found['min']:g}{lacking if drawn else ''}"
+            )
         stats.append(found)
         tables.append(table)
     return stats, tables
@@ -755,13 +768,11 @@ def draw_labels_in_place(
     """Draw as `draw_labels` for a volume that stays where it is, from a level that is small enough.
 
     Args:
-        path: Label map, a store too; its affine says where it lies.
+        path: Label map, a store or a file of that size; its affine says where it lies.
         shape: Of the volume.
         affine: Of the volume.
         seed: Of the draw.
     """
-    if not is_store(path):
-        raise BrokenVolume(path, "the label map of a volume that stays where it is does so too")
     label = whole_numbers(small_label_map(path), path)
     values, rng = label.data[0], np.random.default_rng(seed)
     to_volume = np.linalg.solve(affine, label.affine)

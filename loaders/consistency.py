@@ -403,7 +403,8 @@ class Checked:
 def check_in_place(reading: Reading, preprocess: Preprocess, subject: Subject) -> Checked:
     """Look at a sample of a volume that stays where it is."""
     found = find_in_place(subject, reading, preprocess)
-    stats, _ = measured(Volume(found.sample(0).data), subject.paths[0])
+    sample = found.sample(0)
+    stats, _ = measured(Volume(sample.data), subject.paths[0], sample.drawn)
     return Checked(Facts.of(found.header), notes=found.header.notes, statistics=stats)
 
 

@@ -25,6 +25,8 @@ from loaders.readers import (
     is_store,
     look_of_view,
     ras_axes,
+    read_header,
+    read_volume,
     shifted,
     url_of,
     view_of,
@@ -54,6 +56,12 @@ class Sample:
     data: np.ndarray
     corners: np.ndarray
     step: np.ndarray
+
+    @property
+    def drawn(self) -> str:
+        """Which part of the volume it is, in words; empty for a whole level."""
+        count = len(self.corners)
+        return f" of {count} blocks drawn at random" if count > 1 else ""
 
     def to_volume(self, points: np.ndarray, shape: Sequence[int]) -> np.ndarray:
         """Return where voxels (N, 3) of `data` lie in the volume."""
@@ -155,7 +163,7 @@ def fitted(found: Found, sample: Sample, bounds: Bounds, preprocess: Preprocess)
     view, header, record = found.view, found.header, dict(found.record)
     shape = found.levels[0].shape[1:]
     if preprocess.crop_foreground:
-        if len(sample.corners) > 1:
+        if sample.drawn:
             lacking = f"crop_foreground without a level of at most {MOST} voxels"
             raise BrokenVolume(str(view.place), needs_copy(lacking))
         low, high = foreground_box(Volume(sample.data), *bounds, 0.0)
@@ -243,6 +251,12 @@ def level_of(
 
 def small_label_map(path: Path) -> Volume:
     """Read the finest level of a label map that is no larger than what statistics are taken of."""
+    if not is_store(path):
+        header = read_header(path)
+        if header is None or np.prod(header.data.shape[1:], dtype=float) > MOST:
+            lacking = f"tells no size of at most {MOST} voxels to draw labels from: make it a store"
+            raise BrokenVolume(path, lacking)
+        return read_volume(path)
     image = describe(path)
     for number, level in enumerate(image.levels):
         opened = view_of(image, number, Reading(volumes_4d="first")).open()

@@ -25,7 +25,7 @@ from loaders import (
 )
 from loaders.consistency import Facts
 from loaders.in_place import find_in_place
-from loaders.readers import BrokenVolume, read_header, read_volume
+from loaders.readers import BrokenVolume, Volume, read_header, read_volume, write_volume
 from loaders.readers.arrays import context, spread
 from loaders.subjects import Subject
 from tests.stores import UM, Web, array, halved, ome, terabyte, voxels
@@ -34,7 +34,7 @@ from vae3d.models.norm import GroupNorm
 from vae3d.training.distributed import World
 from vae3d.training.validate import Validation
 
-pytest.importorskip("tensorstore")
+tensorstore = pytest.importorskip("tensorstore")
 ROOT = Path(__file__).resolve().parents[1]
 RAW = Preprocess(intensity="raw", orient_ras=False)
 
@@ -365,6 +365,21 @@ def test_labels_in_the_store_tell_the_sampler_where_patches_lie(tmp_path):
                for batch in loader for x, y, z in (batch.corner + 2).tolist())  # fmt: skip
 
 
+def test_a_small_file_tells_the_labels_of_a_volume_that_stays_where_it_is(tmp_path, monkeypatch):
+    ome(tmp_path / "a.zarr", [voxels(24, 20, 16)], unit="millimeter")
+    labels = np.zeros((1, 8, 10, 12), np.uint8)
+    labels[0, 5:7, 3:5, 2:4] = 3
+    write_volume(tmp_path / "a.nii.gz", Volume(labels, np.diag([1.0, 1.0, 4.0, 1.0])))
+    (tmp_path / "list.csv").write_text("path,label_map\na.zarr,a.nii.gz\n")
+    points = built(tmp_path / "list.csv", tmp_path / "cache").label_points(0)
+    assert sorted(map(tuple, points[3].tolist())) == sorted(
+        (x, y, z) for x in (10, 12) for y in (6, 8) for z in (4, 6)
+    )
+    monkeypatch.setattr("loaders.in_place.MOST", 100)
+    with pytest.raises(BrokenVolume, match=r"a\.nii\.gz: tells no size of at most 100 voxels"):
+        built(tmp_path / "list.csv", tmp_path / "other").label_points(0)
+
+
 def test_nan_is_an_error_that_says_where_or_filled(tmp_path):
     zyx = voxels(12, 10, 8).astype(np.float64)
     zyx[3, 2, 1] = np.nan
@@ -413,6 +428,104 @@ def test_stores_of_other_libraries_read_the_same_as_numpy(tmp_path, name):
     assert np.allclose(place, [3 * UM, 2 * UM, 1 * UM] if of_ngff else 0)
     assert small.shape(0) == (2, 4, 5, planes)
     assert np.allclose(small.spacing_mm(0), [unit, unit, 24 / planes * unit])
+
+
+def converted(path: Path, images: list[np.ndarray]) -> Path:
+    """Lay out a folder as bioformats2raw does: its README's layout 3, big-endian planes in tiles.
+
+    https://github.com/glencoesoftware/bioformats2raw; the files of OME are there for what they are
+    called, OME-XML as Bio-Formats wrote it is not needed.
+    """
+    (path / "OME").mkdir(parents=True)
+    for folder in (path, path / "OME"):
+        (folder / ".zgroup").write_text('{"zarr_format": 2}')
+    (path / ".zattrs").write_text('{"bioformats2raw.layout": 3}')
+    series = json.dumps({"series": [str(n) for n in range(len(images))]})
+    (path / "OME" / ".zattrs").write_text(series)
+    (path / "OME" / "METADATA.ome.xml").write_text("<OME/>")
+    axes = [{"name": "t", "type": "time"}, {"name": "c", "type": "channel"}]
+    axes += [{"name": name, "type": "space", "unit": "micrometer"} for name in "zyx"]
+    window = {"min": 0, "max": 65535, "start": 0, "end": 4000}
+    for number, tczyx in enumerate(images):
+        image, datasets = path / str(number), []
+        for level, data in enumerate([tczyx, tczyx[..., ::2, ::2]]):
+            spec = {
+                "driver": "zarr",
+                "kvstore": {"driver": "file", "path": f"{image / str(level)}/"},
+                "metadata": {
+                    "shape": list(data.shape), "chunks": [1, 1, 1, 8, 8], "dtype": ">u2",
+                    "fill_value": 0, "order": "C", "dimension_separator": "/", "filters": None,
+                    "compressor": {"id": "blosc", "cname": "lz4", "clevel": 5, "shuffle": 1,
+                                   "blocksize": 0},
+                },
+            }  # fmt: skip
+            tensorstore.open(spec, create=True).result().write(data).result()
+            scale = [1.0, 1.0, 1.5, 0.25 * 2**level, 0.25 * 2**level]
+            step = [{"type": "scale", "scale": scale}]
+            datasets.append({"path": str(level), "coordinateTransformations": step})
+        told = {"multiscales": [{
+            "metadata": {"method": "loci.common.image.SimpleImageScaler", "version": "6.13.0"},
+            "axes": axes, "name": "a", "datasets": datasets, "version": "0.4",
+        }]}  # fmt: skip
+        told["omero"] = {
+            "channels": [{"color": color, "coefficient": 1, "active": True, "label": name,
+                          "window": window, "family": "linear", "inverted": False}
+                         for name, color in (("DAPI", "0000FF"), ("FITC", "00FF00"))],
+            "rdefs": {"defaultT": 0, "model": "color", "defaultZ": 0},
+        }  # fmt: skip
+        (image / ".zgroup").write_text('{"zarr_format": 2}')
+        (image / ".zattrs").write_text(json.dumps(told))
+    return path
+
+
+def test_a_store_of_a_microscope_vendors_converter_reads_the_same_as_numpy(tmp_path):
+    tczyx = np.stack([voxels(2, 6, 20, 24, seed=t) for t in range(2)])
+    path = converted(tmp_path / "a.zarr", [tczyx])
+    store = built(path, tmp_path / "cache", time_point=1)
+    assert store.ids == ["a"] and store.chunks(0) == (8, 8, 1)
+    np.testing.assert_array_equal(store.read(0), tczyx[1].transpose(0, 3, 2, 1))
+    assert np.allclose(store.spacing_mm(0), [0.25 * UM, 0.25 * UM, 1.5 * UM])
+    assert store.meta(0)["look"]["unit"] == "um"
+    assert store.layout(0).channels == (("DAPI", "0000ff"), ("FITC", "00ff00"))
+    small = built(path, tmp_path / "cache", time_point=0, level=1, channels=["FITC"])
+    np.testing.assert_array_equal(small.read(0)[0], tczyx[0, 1, :, ::2, ::2].transpose(2, 1, 0))
+    assert np.allclose(small.spacing_mm(0), [0.5 * UM, 0.5 * UM, 1.5 * UM])
+    several = converted(tmp_path / "b.zarr", [tczyx, tczyx + 1])
+    with pytest.raises(BrokenVolume, match=r"holds several images: name one, b\.zarr/0"):
+        built(several, tmp_path / "cache", time_point=0)
+    both = built(f"{several}/[0-9]", tmp_path / "cache", time_point=0)
+    assert both.ids == ["0", "1"]
+    np.testing.assert_array_equal(both.read(1), both.read(0) + 1)
+
+
+def test_stores_of_different_sizes_chunks_and_formats_are_one_data_set(tmp_path):
+    h5py = pytest.importorskip("h5py")
+    tifffile = pytest.importorskip("tifffile")
+    sizes = {"a": (24, 20, 16), "b": (17, 33, 40), "c": (9, 50, 31)}
+    volumes = {name: voxels(*size, seed=ord(name)) for name, size in sizes.items()}
+    ome(tmp_path / "a.zarr", [volumes["a"]], shards=(16, 16, 16))
+    with h5py.File(tmp_path / "b.ims", "w") as file:  # of Imaris, whose files are HDF5
+        file.create_dataset("DataSet/Data", data=volumes["b"], chunks=(4, 16, 16))
+    tifffile.imwrite(tmp_path / "c.tif", volumes["c"], bigtiff=True, tile=(16, 32),
+                     photometric="minisblack")  # fmt: skip
+    (tmp_path / "list.csv").write_text("path,id\na.zarr,a\nb.ims:/DataSet/Data,b\nc.tif,c\n")
+    store = built(tmp_path / "list.csv", tmp_path / "cache")
+    assert [store.chunks(n) for n in range(3)] == [(8, 8, 8), (16, 16, 4), (31, 16, 1)]
+    for loaded, size in ((store, (8, 8, 8)), (SliceStore(store, 0), (8, 8))):
+        loader = PatchLoader(loaded, size, patches_per_volume=2, batch_size=4, threads=1)
+        seen = set()
+        for batch in loader:
+            for image, item, corner in zip(batch.image, batch.volume, batch.corner, strict=True):
+                number, at = int(item), corner.tolist()
+                if loaded is not store:
+                    number, plane = loaded.locate(number)
+                    at = [plane, *at]
+                seen.add(number)
+                box = tuple(slice(a, a + 8) for a in at)
+                box = box if loaded is store else (at[0], *box[1:])
+                expected = volumes[store.ids[number]].transpose(2, 1, 0)[box]
+                np.testing.assert_array_equal(image[0], expected)
+        assert seen == {0, 1, 2}
 
 
 def spoil(path, change):
@@ -566,7 +679,7 @@ def test_options_of_stores_change_no_key_of_other_volumes_and_are_refused_for_th
     key = built(tmp_path / "a.npy", tmp_path / "cache").entries[0].key
     copied = built(tmp_path / "a.npy", tmp_path / "cache", in_place=False)
     assert copied.entries[0].key == key
-    with pytest.raises(BrokenVolume, match=r"data\.level is of zarr and HDF5 alone"):
+    with pytest.raises(BrokenVolume, match=r"data\.level is of zarr, HDF5 and TIFF that"):
         read_volume(tmp_path / "a.npy", Reading(level=1))
 
 

@@ -260,9 +260,7 @@ def reader_of(path: Path, reading: Reading) -> Callable[[Path, Reading], Volume]
     A TIFF that could stay where it is and is copied is read as any TIFF is, unless a part of it is
     chosen.
     """
-    chosen = [
-        name for name in ("level", "channels", "time_point") if getattr(reading, name) is not None
-    ]
+    chosen = reading.of_stores()
     if is_store(path) and (reading.in_place or chosen or not is_tiff_store(path)):
         return read_store
     suffix = check_file(path)

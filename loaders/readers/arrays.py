@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     import tensorstore
 
 SCHEMES = ("s3", "gs", "http", "https")  # that tensorstore knows
-HDF5 = (".h5", ".hdf5", ".hdf")
+HDF5 = (".h5", ".hdf5", ".hdf", ".ims")
 ZARR = ".zarr"
 OPEN_FILES = 128  # of TIFF that are kept open
 CACHE_GB = 1.0  # chunks kept by a process, where nobody says how many
@@ -181,7 +181,7 @@ class ZarrArray:
             "recheck_cached_data": "open",
             "recheck_cached_metadata": "open",
         }
-        self.place, self.as_target = place, ts.array
+        self.place = place
         self.array: tensorstore.TensorStore = ts.open(
             spec, read=True, open=True, context=context(cache_gb)
         ).result()
@@ -191,13 +191,17 @@ class ZarrArray:
 
     def read(self, index: Index) -> np.ndarray:
         """Read what an index of numbers and slices names."""
-        try:
-            wanted = self.array[index]
-            out = spread(wanted.shape, self.dtype)
-            self.as_target(out).write(wanted).result()
-        except ERRORS as error:
-            raise BrokenVolume(str(self.place), f"cannot be read: {reason(error)}") from error
-        return out
+        return read_chunks(self.place, self.array[index])
+
+
+def read_chunks(place: Place, wanted: tensorstore.TensorStore) -> np.ndarray:
+    """Read a part of an array of tensorstore's."""
+    try:
+        out = spread(wanted.shape, np.dtype(wanted.dtype.numpy_dtype))
+        require_tensorstore(place.where).array(out).write(wanted).result()
+    except ERRORS as error:
+        raise BrokenVolume(str(place), f"cannot be read: {reason(error)}") from error
+    return out
 
 
 def spread(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
@@ -273,10 +277,7 @@ class TiffArray:
             found = np.array(self.tiles.whole[index], self.dtype.newbyteorder("="))
             Tiles.count(found.nbytes)
             return found
-        try:
-            return self.array[index].read().result()
-        except ERRORS as error:
-            raise BrokenVolume(str(self.place), f"cannot be read: {reason(error)}") from error
+        return read_chunks(self.place, self.array[index])
 
 
 @lru_cache(OPEN_FILES)

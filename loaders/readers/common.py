@@ -138,6 +138,11 @@ class Reading:
         default = asdict(Reading())
         return {name: value for name, value in asdict(self).items() if value != default[name]}
 
+    def of_stores(self) -> list[str]:
+        """Return the options that choose a part of a store, and of no other file."""
+        names = ("level", "channels", "time_point")
+        return [name for name in names if getattr(self, name) is not None]
+
     def masked(self, mask: str | None) -> Reading:
         """Return it with other masks, `trained` for its own."""
         return self if mask == "trained" else replace(self, mask=mask, mask_weights=None)

@@ -14,6 +14,8 @@ FAR_SPECTRUM = 0.1  # nats, spectral_gap
 SCALE_COSTS_DB = 3.0  # scale_psnr below psnr
 MOSTLY_NOISE = 0.5  # noise_share
 HEAVY_TAILS = 10.0  # kurtosis
+# Of a term that is good for a second stage, see docs/two_stages.md.
+JUDGE = "mends it; whether samples gain, <code>vae3d compare</code> tells (demo volumes' did not)"
 FEW_CODES = 0.1  # code_perplexity over the codebook
 CLOSE_DB = 6.0  # patch_gap so near to psnr: the patches make a good part of the error
 
@@ -149,14 +151,14 @@ def _diffusability(means: Mapping[str, float]) -> Iterator[str]:
             f"{100 * share:.0f} % of its power is of high frequency, "
             f"{100 * means.get('input_high_frequency_share', math.nan):.0f} % of the input's), and "
             "diffusion learns high frequencies last: <code>SpectrumMatching</code> in "
-            "<code>loss.extra</code>"
+            f"<code>loss.extra</code> {JUDGE}"
         )
     psnr, scaled = means.get("psnr", -math.inf), means.get("scale_psnr", math.inf)
     if scaled < psnr - SCALE_COSTS_DB:
         yield (
             f"a latent at <b>half its size</b> decodes at {scaled:.1f} dB, the whole one at "
             f"{psnr:.1f} dB: coarse structure is not coarse in the latent. "
-            "<code>ScaleEquivariance</code> in <code>loss.extra</code>"
+            f"<code>ScaleEquivariance</code> in <code>loss.extra</code> {JUDGE}"
         )
     if (noise := means.get("noise_share", 0.0)) > MOSTLY_NOISE:
         yield (
