@@ -51,6 +51,7 @@ REGIONS = {
     "evaluate": "[[700,1212],[600,1112],[900,1156]]",
     "encode": "[[0,256],[300,556],[1,257]]",
 }
+VAE3D = "from vae3d.cli import main; main()"
 EPOCH = """
 import sys
 from loaders import DataConfig, PatchLoader, open_data
@@ -71,65 +72,26 @@ def main() -> None:
         folder = Path(name)
         path, config = made(folder / "a.zarr"), folder / "tiny.yaml"
         config.write_text(TINY)
-        data = [f"--data.root={path}", f"--data.cache_dir={folder / 'cache'}"]
-        run, latents, vae3d = (
-            folder / "run",
-            folder / "latents",
-            [sys.executable, "-m", "vae3d.cli"],
-        )
+        data = f"--data.root {path} --data.cache_dir {folder}/cache"
+        evaluation = "--mode patch --overlap 8 --patch_gap false --split all --wandb disabled"
+        exact = f"--checkpoint {folder}/run --mode exact --memory_gb 0.5 --device cpu"
+        commands = {
+            "train, 8 steps of 2 x 64^3 out of 2048^3":
+                f"train --config {config} {data} --out_dir {folder}/run",
+            "evaluate 512 x 512 x 256, mode patch":
+                f"evaluate --checkpoint {folder}/run {data} --data.region {REGIONS['evaluate']} "
+                f"{evaluation} --device cpu --out_dir {folder}/out",
+            "encode 256^3, mode exact":
+                f"encode {data} --data.region {REGIONS['encode']} {exact} --out_dir {folder}/z",
+            "decode them, mode exact":
+                f"decode {folder}/z {exact} --out_dir {folder}/decoded",
+        }  # fmt: skip
         print(f"{'command':44}{'s':>8}{'CPU-s':>8}{'peak MB':>9}", flush=True)
-        told(
-            "train, 8 steps of 2 x 64^3 out of 2048^3",
-            [sys.executable, "train_3d.py", f"--config={config}", *data, f"--out_dir={run}"],
-        )
-        told(
-            "evaluate 512 x 512 x 256, mode patch",
-            [
-                sys.executable,
-                "evaluate.py",
-                f"--checkpoint={run}",
-                *data,
-                "--mode=patch",
-                f"--data.region={REGIONS['evaluate']}",
-                "--split=all",
-                "--patch_gap=false",
-                "--wandb=disabled",
-                f"--out_dir={folder / 'out'}",
-                "--device=cpu",
-            ],
-        )
-        told(
-            "encode 256^3, mode exact",
-            [
-                *vae3d,
-                "encode",
-                f"--checkpoint={run}",
-                *data,
-                f"--data.region={REGIONS['encode']}",
-                "--mode=exact",
-                "--memory_gb=0.5",
-                f"--out_dir={latents}",
-                "--device=cpu",
-            ],
-        )
-        told(
-            "decode them, mode exact",
-            [
-                *vae3d,
-                "decode",
-                str(latents),
-                f"--checkpoint={run}",
-                "--mode=exact",
-                "--memory_gb=0.5",
-                f"--out_dir={folder / 'decoded'}",
-                "--device=cpu",
-            ],
-        )
+        for told, command in commands.items():
+            measure(told, ["-c", VAE3D, *command.split()])
         if options.epoch:
-            told(
-                "10,000 patches of 64^3 out of 8192^3",
-                [sys.executable, "-c", EPOCH, terabyte(folder / "b.zarr"), folder / "cache"],
-            )
+            epoch = ["-c", EPOCH, str(terabyte(folder / "b.zarr")), str(folder / "cache")]
+            measure("10,000 patches of 64^3 out of 8192^3", epoch)
 
 
 def made(path: Path) -> Path:
@@ -149,12 +111,14 @@ def made(path: Path) -> Path:
     return path
 
 
-def told(name: str, command: list[str | Path]) -> None:
-    """Run a command, and print what it took."""
+def measure(told: str, arguments: list[str]) -> None:
+    """Run Python, and print what it took."""
     start, peak, used = time.perf_counter(), 0, 0.0
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     with tempfile.TemporaryFile("w+") as said:
-        child = psutil.Popen(command, cwd=ROOT, env=environment, stdout=said, stderr=said)
+        child = psutil.Popen(
+            [sys.executable, *arguments], cwd=ROOT, env=environment, stdout=said, stderr=said
+        )
         while child.poll() is None:
             try:
                 used = sum(child.cpu_times()[:2])
@@ -165,7 +129,7 @@ def told(name: str, command: list[str | Path]) -> None:
         if child.wait():
             said.seek(0)
             raise SystemExit(said.read())
-    print(f"{name:44}{time.perf_counter() - start:8.1f}{used:8.1f}{peak / 1024:9.0f}", flush=True)
+    print(f"{told:44}{time.perf_counter() - start:8.1f}{used:8.1f}{peak / 1024:9.0f}", flush=True)
 
 
 def anonymous(pid: int) -> int:

@@ -91,7 +91,7 @@ def step(rank: int, ranks: int, port: int, args: argparse.Namespace, results: An
     dist.init_process_group("gloo", rank=rank, world_size=ranks)
     forward_and_backward(vae, rank, ranks, (vae.factor[0] * 2 * ranks, 16, 16))
     dist.barrier()
-    pages.give_back()
+    pages.forget()
     trim()
     before = memory("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the peak is from here on

@@ -14,7 +14,10 @@ from vae3d.spectrum import (
     linear,
     linear_rows,
     pooled_to,
+    power,
+    radius,
     resized,
+    rings,
     spectral_gap,
 )
 
@@ -29,6 +32,15 @@ def coded(mode="full", **options):
 
 def measured(vae, x, mean, logvar, mode="full", mask=None):
     return diffusability(vae, Coding(mode), x, mean, logvar, [1.0], mask)
+
+
+def test_rings_are_means_of_the_power_between_two_radii():
+    x = torch.randn(2, 3, 9, 8, 7, dtype=torch.float64)
+    found, where = rings(x, 5), (radius(x.shape[2:]) * 5).long().clamp_max(4)
+    for ring in range(5):
+        wanted = [power(one[None])[0][where == ring].mean().item() for one in x]
+        assert found[:, ring].tolist() == pytest.approx(wanted)
+    assert rings(x[:, :, :2, :1, :1], 5)[:, 2].tolist() == [0, 0]  # a ring without a frequency
 
 
 def test_the_metrics_of_a_latent_equal_their_definitions():

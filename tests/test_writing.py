@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from loaders import DataConfig, Preprocess, VolumeStore, read_volume, write_volume
 from loaders.readers import BrokenVolume, Look, Reading, Volume, ngff_writer
@@ -33,7 +34,7 @@ from vae3d.inference.reconstruct import Coding
 from vae3d.kernels import large
 from vae3d.kernels.large import Lazy
 from vae3d.models.custom_vae import CustomVAE
-from vae3d.models.norm import GroupNorm
+from vae3d.models.norm import GroupNorm, NoNorm
 
 pytest.importorskip("tensorstore")
 ROOT = Path(__file__).resolve().parents[1]
@@ -280,6 +281,53 @@ def test_a_volume_too_large_for_memory_has_the_same_numbers(tmp_path, monkeypatc
     assert not [
         p for p in (tmp_path / "disk").iterdir() if p.name not in ("recon", "rows", "media")
     ]
+
+
+class LargestTensor(TorchDispatchMode):
+    """Bytes of the largest memory behind what operations return, some apart."""
+
+    def __init__(self):
+        super().__init__()
+        self.bytes, self.apart = 0, set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        found = function(*args, **(kwargs or {}))
+        for value in found if isinstance(found, (tuple, list)) else (found,):
+            if isinstance(value, torch.Tensor):
+                storage = value.untyped_storage()
+                if storage.data_ptr() not in self.apart:
+                    self.bytes = max(self.bytes, storage.nbytes())
+        return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["patch", "exact"])
+def test_an_evaluation_makes_no_tensor_of_the_size_of_a_volume(tmp_path, monkeypatch, mode):
+    path = array(tmp_path / "a.zarr", voxels(24, 24, 512), (24, 24, 64), names="zyx")
+    store = VolumeStore.build([path], tmp_path / "cache", progress=False, cache_gb=0)
+    volume = 4 * 24 * 24 * 512
+    monkeypatch.setattr(large, "LARGE", 0)
+    monkeypatch.setattr(large, "MOST", 2**14)
+    monkeypatch.setattr(metrics, "MOST", 2**14)
+    monkeypatch.setattr(baselines, "SLAB", 2**14)
+    vae = tiny_vae(channels=(2, 4, 4), norm=NoNorm).eval()
+    how = vars(Coding(mode, patch_size=(32, 24, 24), overlap=4))
+    largest = LargestTensor()
+
+    def on_disk(shape, folder=None):
+        assert folder is not None
+        with _disable_current_modes():
+            tensor = large.room(shape, folder)
+        largest.apart.add(tensor.untyped_storage().data_ptr())
+        return tensor
+
+    monkeypatch.setattr("vae3d.inference.reconstruct.room", on_disk)
+    evaluator = Evaluator(vae, store, tmp_path / "out", how, patch_gap=False, media=False)
+    with largest:
+        evaluator.volume(0)
+    assert largest.apart and 0 < largest.bytes < volume / 2
+    back = read_volume(tmp_path / "out" / "recon" / "a.ome.zarr")
+    assert back.data.shape == (1, 512, 24, 24)
 
 
 def test_slabs_of_any_thickness_give_the_same_numbers(monkeypatch):

@@ -88,7 +88,8 @@ def pooled_to(x: Tensor, size: Sequence[int]) -> Tensor:
 def power(x: Tensor) -> Tensor:
     """Squared DCT of `(B, C, *spatial)`, mean over channels, 0 where nothing changes (DC)."""
     spectrum = along_axes(x, [there(x, cosines, n) for n in x.shape[2:]]).square().mean(1)
-    spectrum[(slice(None), *[0] * len(x.shape[2:]))] = 0
+    dc: tuple[slice | int, ...] = (slice(None), *[0] * len(x.shape[2:]))
+    spectrum[dc] = 0
     return spectrum
 
 
@@ -102,14 +103,14 @@ def radius(shape: Sequence[int]) -> Tensor:
 
 def rings(x: Tensor, bins: int = BINS) -> Tensor:
     """Mean power `(B, bins)` of `(B, C, *spatial)` in rings of equal width, slow to fast."""
-    member = there(x, in_rings, x.shape[2:], bins)  # 16 numbers for each of the latent's
-    return power(x).flatten(1) @ member / member.sum(0).clamp_min(1)
+    found, ring = power(x).flatten(1), there(x, ring_of, x.shape[2:], bins)
+    inside = (ring == number for number in range(bins))  # one by one: a latent may be large
+    return torch.stack([(found * one).sum(1) / one.sum().clamp_min(1) for one in inside], 1)
 
 
-def in_rings(shape: Sequence[int], bins: int) -> Tensor:
-    """Whether a coefficient lies in a ring, `(coefficients, bins)`."""
-    ring = (radius(shape) * bins).long().clamp_max(bins - 1).flatten()
-    return ring[:, None] == torch.arange(bins)
+def ring_of(shape: Sequence[int], bins: int) -> Tensor:
+    """In which ring a coefficient lies, `(coefficients,)`."""
+    return (radius(shape) * bins).long().clamp_max(bins - 1).flatten()
 
 
 def spectral_gap(x: Tensor, z: Tensor, delta: float = 1.0, bins: int = BINS) -> Tensor:

@@ -147,5 +147,11 @@ class Pages:
                 self.free[size].pop()
                 self.kept -= size
 
+    def forget(self) -> None:
+        """Return all free memory, and keep no more for what was in use up to now."""
+        with self.lock:
+            self.give_back()
+            self.most = 0
+
 
 pages = Pages()

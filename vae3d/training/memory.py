@@ -236,7 +236,7 @@ class _Peak:
             return self
         import psutil
 
-        pages.give_back()  # what earlier steps left would hide what this one takes
+        pages.forget()  # what earlier steps left would hide, or add to, what this one takes
         trim()
         self._process = psutil.Process()
         self._before = self._process.memory_info().rss
