@@ -458,7 +458,7 @@ def trained_in_slabs(world, folder, steps, state=None, amp="off", mesh=None):
 @pytest.mark.parametrize(
     ("mesh", "then", "steps"),
     [
-        (Mesh(2, 2), Mesh(1, 2), 4),
+        (Mesh(2, 2), Mesh(1, 3), 4),  # slabs of 2, 2 and 4 rows
         pytest.param(Mesh(1, 4), Mesh(2, 2), 20, marks=pytest.mark.slow),
         pytest.param(Mesh(2, 2), Mesh(1, 3), 20, marks=pytest.mark.slow),
     ],

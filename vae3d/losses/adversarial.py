@@ -284,9 +284,12 @@ class Adversarial(nn.Module):
 
         The micro-batches' gradients are weighted by their number of samples, so that their sum is
         the gradient of the whole batch. Meanwhile they are scaled by the root of the number of
-        voxels: half precision would round a voxel's share of a mean to 0, or overflow on a sum.
+        voxels: half precision would round a voxel's share of a mean to 0, or overflow on a sum. It
+        is that of a cube on the first face: slabs of unequal size, which send each other gradients,
+        need one scale.
         """
-        scale = recon.numel() ** 0.5
+        dims = recon.dim() - 2
+        scale = recon[:, :, 0].numel() ** (0.5 * dims / (dims - 1))
         slopes = [
             wide(torch.autograd.grad(loss * scale, last_layer, retain_graph=True)[0]).flatten()
             for loss in (others, adversarial)
