@@ -62,7 +62,6 @@ class DataConfig:
         cache_gb: Gigabytes of decoded chunks, of zarr and TIFF, that each process keeps in memory.
         store: Cache as npy (fastest), blosc2 (about half the disk space) or zarr (sharded OME-Zarr,
             compressed and with levels, which other programs show; read in chunks).
-        backend: What `store` was called.
         slice_axis: For 2D training: the axis that slices are cut across (0, 1 or 2).
         num_slices: For 2D training: neighboring slices that become channels (odd).
         balance_by: Manifest column whose groups come equally often in an epoch.
@@ -97,7 +96,6 @@ class DataConfig:
     region: list[list[int]] | None = None
     cache_gb: float = 1.0
     store: Literal["npy", "blosc2", "zarr"] = "npy"
-    backend: Literal["npy", "blosc2"] | None = None
     slice_axis: int = 2
     num_slices: int = 1
     balance_by: str | None = None
@@ -107,8 +105,6 @@ class DataConfig:
     threads: int | None = None
 
     def __post_init__(self) -> None:
-        if self.backend is not None:
-            self.store, self.backend = self.backend, None
         if self.num_slices % 2 == 0:
             raise ValueError(f"data.num_slices is {self.num_slices}: use an odd number")
         if self.fold and self.folds is None:
@@ -149,8 +145,12 @@ def as_meant(options: Record) -> Record:
 
     A saved configuration is complete. One that tells all of `data.preprocess` as it once was, and
     nothing of the rules, is of a time when there was one rule; what a user writes by hand is not.
+    `data.store` was called `data.backend`.
     """
     data = options.get("data")
+    if isinstance(data, dict) and "backend" in data:
+        data = {"store": data["backend"], **{k: v for k, v in data.items() if k != "backend"}}
+        options = {**options, "data": data}
     saved = data.get("preprocess") if isinstance(data, dict) else None
     if isinstance(saved, dict) and is_old(saved) and saved.keys() >= set(FIRST_FIELDS):
         return {**options, "data": {**(data or {}), "preprocess": {**saved, **FIRST_RULES}}}

@@ -46,7 +46,7 @@ from vae3d.tracking.guests import Guest
 
 ROOT = Path(__file__).resolve().parents[1]
 TIMES = int(os.environ.get("VAE3D_FUZZ_TIMES", 1))
-NUM_LINES = 200
+NUM_LINES = 250
 DEPTH = 3  # of sockets in sockets whose arguments are options, `--loss.kl.weight` is at 2
 CPU_S, WALL_S, MEMORY = 8, 120, 3 * 2**30  # of one example; Ctrl-C comes after that
 QUIET = {"wandb": "disabled", "device": "cpu"}

@@ -10,6 +10,7 @@ import pytest
 
 from loaders import DataConfig
 from vae3d import config, train_3d
+from vae3d.commands.prepare import prepare
 from vae3d.commands.train_ldm import LatentLoop, train_ldm
 from vae3d.config import parse, up_to_date
 from vae3d.training.options import Loop
@@ -147,3 +148,9 @@ def test_recipes_are_found_by_name_from_any_folder_and_a_path_wins(tmp_path, mon
 def test_an_unknown_recipe_lists_the_known_ones(argv, known):
     with pytest.raises(ValueError, match=known):
         parse(train_3d, [*argv, *DATA])
+
+
+def test_the_cache_is_chosen_by_data_store_which_was_called_backend(tmp_path):
+    (tmp_path / "old.yaml").write_text("data: {root: a, backend: blosc2}")
+    for line in (["--data.root=a", "--data.backend=blosc2"], [f"--config={tmp_path / 'old.yaml'}"]):
+        assert parse(prepare, line)["data"].store == "blosc2"

@@ -659,11 +659,6 @@ def test_a_cache_of_sharded_ome_zarr_has_the_same_numbers_as_one_of_npy(tmp_path
     np.testing.assert_array_equal(rebuilt.read(0), npy.read(0))
 
 
-def test_the_cache_is_chosen_by_data_store_which_was_called_backend():
-    assert DataConfig(backend="blosc2") == DataConfig(store="blosc2")
-    assert DataConfig().store == "npy"
-
-
 def test_missing_blosc2_says_how_to_get_it(paths, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "blosc2", None)
     with pytest.raises(ValueError, match=r"vae3d\[blosc2\]"):

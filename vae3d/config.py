@@ -61,8 +61,11 @@ FORMER = {
     },
     "train_ldm": {"schedule": "noise_schedule"},
 }
-# The same for options that have moved into a group, on command lines alone.
-MOVED = {"check_data": {f"--{name}": f"--data.{name}" for name in ("nan", "volumes_4d", "threads")}}
+# The same for options in a group, on command lines alone (YAML: `as_meant`); "" is every command.
+MOVED = {
+    "": {"--data.backend": "--data.store"},
+    "check_data": {f"--{name}": f"--data.{name}" for name in ("nan", "volumes_4d", "threads")},
+}
 RECIPES = {"train_3d": "train", "train_ldm": "ldm"}  # folder of configs/ that --config looks into
 
 
@@ -332,7 +335,8 @@ def _spelled_out(fn: Callable, argv: list[str]) -> list[str]:
         if folder and (option == "--config" or re.fullmatch("[a-z][a-z0-9_]*", value)):
             value = find_recipe(folder, value) if value != "null" else value
             arg = f"{option}={value}" if equals else value
-        if arg.startswith("--") and option in (moved := MOVED.get(fn.__name__, {})):
+        moved = MOVED[""] | MOVED.get(fn.__name__, {})
+        if arg.startswith("--") and option in moved:
             arg = moved[option] + equals + value
         bare = arg in gone and (not after or after.startswith("--"))
         if bare or (arg in flags and after.lower() not in ("true", "false")):

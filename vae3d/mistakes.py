@@ -97,7 +97,13 @@ def nearest(name: str, known: Iterable[str], before: str = "") -> str:
     """The names that a mistyped one may have meant, as the end of a message."""
     known = sorted(filter(None, known))
     folded = {one.casefold(): one for one in known}
-    near = [folded[one] for one in get_close_matches(name.casefold(), folded, 2, 0.7)]
+    group, dot, rest = name.casefold().rpartition(".")
+    near = [
+        folded[one]
+        for one in get_close_matches(name.casefold(), folded, 2, 0.7)
+        # What a long group has in common is not what is meant.
+        if one.rpartition(".")[0] != group or get_close_matches(rest, [one[len(group + dot) :]])
+    ]
     if near:
         return f"; did you mean {' or '.join(before + one for one in near)}?"
     return f"; there are {', '.join(known)}" if 0 < len(known) < 15 else "; see --help"

@@ -193,9 +193,10 @@ def open_volumes(
         The store, and the part of the split of each subject that has one.
     """
     from loaders import DataConfig, VolumeStore, find_subjects
+    from loaders.config import as_meant
     from loaders.store import silent
 
-    of_run = dict(state["config"]["data"])
+    of_run = dict(as_meant(state["config"])["data"])
     of_run |= {"preprocess": Preprocess.of_checkpoint(state["preprocess"], source.preprocess)}
     if source.mask != "trained":
         of_run |= {"mask": source.mask, "mask_weights": None}

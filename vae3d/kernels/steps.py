@@ -751,7 +751,7 @@ def statistics(x: Tensor, groups: int, neighbors: Neighbors = NOBODY) -> tuple[T
             image = p.t()[None, :, :, None]
             stats.append(torch.batch_norm_update_stats(image, None, None, 0.0))
         mean, var = (torch.stack(s).double() for s in zip(*stats, strict=True))  # (pieces, C)
-        voxels = torch.full_like(mean[0], float(count.sum()))
+        voxels = torch.full_like(mean[0], sample[0].numel())
         moments.append((voxels, *merged(count, mean, count * var)))
     own = (torch.stack(t) for t in zip(*moments, strict=True))
     count, mean, m2 = neighbors.merge(*own)
