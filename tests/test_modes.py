@@ -103,6 +103,7 @@ def test_the_line_names_known_faults_of_convolutions_in_the_precision_that_is_as
 ):
     monkeypatch.setattr(estimate, "_device", lambda _: torch.device("cuda"))
     monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91002)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)  # as commands have it
     line = told(Coding("full", amp="bf16"), vae, [(8, 8, 8)])
     assert line.count("; ") == 2 and "; 3D convolutions, cuDNN 9.10.2: bf16 can give" in line
     assert "convolutions" not in told(Coding("full"), vae, [(8, 8, 8)])
