@@ -320,6 +320,7 @@ def _spelled_out(fn: Callable, argv: list[str]) -> list[str]:
     hints = typing.get_type_hints(fn)
     argv = _listed({f"--{name}" for name, hint in hints.items() if _takes_words(hint)}, argv)
     flags = {f"--{name}" for name, hint in hints.items() if hint is bool}
+    moved = MOVED[""] | MOVED.get(fn.__name__, {})
     gone = {f"--{old}" for old, today in FORMER.get(fn.__name__, {}).items() if today not in hints}
     folders = {
         "--config": RECIPES.get(fn.__name__),
@@ -335,7 +336,6 @@ def _spelled_out(fn: Callable, argv: list[str]) -> list[str]:
         if folder and (option == "--config" or re.fullmatch("[a-z][a-z0-9_]*", value)):
             value = find_recipe(folder, value) if value != "null" else value
             arg = f"{option}={value}" if equals else value
-        moved = MOVED[""] | MOVED.get(fn.__name__, {})
         if arg.startswith("--") and option in moved:
             arg = moved[option] + equals + value
         bare = arg in gone and (not after or after.startswith("--"))

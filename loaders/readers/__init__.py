@@ -23,7 +23,6 @@ from loaders.readers.arrays import (
     ZARR,
     Traffic,
     is_store,
-    is_tiff,
     split_dataset,
     traffic,
 )
@@ -69,7 +68,14 @@ from loaders.readers.stores import (
     view_of,
     view_written,
 )
-from loaders.readers.tiff import TIFF, is_tiff_store, read_tiff, tiff_time_points, write_tiff
+from loaders.readers.tiff import (
+    TIFF,
+    is_tiff,
+    is_tiff_store,
+    read_tiff,
+    tiff_time_points,
+    write_tiff,
+)
 
 __all__ = [
     "CACHE_GB",

@@ -16,15 +16,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from threading import Lock
+from threading import RLock
 from types import ModuleType
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from loaders.readers import remote
-from loaders.readers.common import BrokenVolume, require_number, url_of
-from loaders.readers.tiff import TIFF, Tiles, is_tiff_store
+from loaders.readers.common import FETCHED, BrokenVolume, require_number, url_of
+from loaders.readers.tiff import Tiles, is_tiff_store
 
 if TYPE_CHECKING:
     import h5py
@@ -47,6 +47,8 @@ PATIENCE = {
 }
 
 LINE = 64  # bytes of a cache line
+# Held while something is made that threads share: two that ask at once would get a cache each.
+SHARING = RLock()
 
 Index = tuple[int | slice, ...]
 
@@ -80,7 +82,7 @@ class Traffic:
 def traffic() -> Traffic:
     """All that this process has read so far."""
     tensorstore = sys.modules.get("tensorstore")
-    others = Hdf5Array.num_bytes + Tiles.num_bytes
+    others = FETCHED.num_bytes
     if tensorstore is None:
         return Traffic(others)
     found = {"bytes_read": others, "hit_count": 0, "miss_count": 0}
@@ -114,11 +116,6 @@ def is_store(path: Path | str) -> bool:
     folder = any(part.lower().endswith(ZARR) for part in parts)
     named = folder or url_of(path) is not None or split_dataset(path) is not None
     return named or is_tiff_store(path)
-
-
-def is_tiff(path: Path | str) -> bool:
-    """Whether a store is a TIFF, a local one or behind a URL."""
-    return str(path).lower().endswith(TIFF)
 
 
 @dataclass(frozen=True)
@@ -182,8 +179,10 @@ class ZarrArray:
             "recheck_cached_metadata": "open",
         }
         self.place = place
+        with SHARING:
+            shared = context(cache_gb)
         self.array: tensorstore.TensorStore = ts.open(
-            spec, read=True, open=True, context=context(cache_gb)
+            spec, read=True, open=True, context=shared
         ).result()
         self.shape: tuple[int, ...] = tuple(self.array.shape)
         self.dtype = np.dtype(self.array.dtype.numpy_dtype)
@@ -234,13 +233,7 @@ class RemoteArray:
 
 
 class Hdf5Array:
-    """A dataset of an HDF5 file, see `ZarrArray`; HDF5 keeps a small chunk cache of its own.
-
-    Attributes:
-        num_bytes: What was read of all such.
-    """
-
-    num_bytes, lock = 0, Lock()
+    """A dataset of an HDF5 file, see `ZarrArray`; HDF5 keeps a small chunk cache of its own."""
 
     def __init__(self, place: Place, _cache_gb: float):
         self.place = place
@@ -255,8 +248,7 @@ class Hdf5Array:
             found = np.asarray(self.dataset[index])
         except ERRORS as error:
             raise BrokenVolume(str(self.place), f"cannot be read: {reason(error)}") from error
-        with Hdf5Array.lock:
-            Hdf5Array.num_bytes += found.nbytes
+        FETCHED.add(found.nbytes)
         return found
 
 
@@ -264,18 +256,19 @@ class TiffArray:
     """One of the sizes of a TIFF, see `ZarrArray`: its tiles are kept like chunks of zarr."""
 
     def __init__(self, place: Place, cache_gb: float):
-        self.place = place
-        self.tiles = tiles_of(place.where, int(place.name), version_of_file(place.where))
+        self.place, version = place, version_of_file(place.where)
+        with SHARING:
+            self.tiles = tiles_of(place.where, int(place.name), version)
+            if self.tiles.whole is None:
+                self.array = in_chunks(self.tiles, cache_gb)
         self.shape, self.dtype = self.tiles.shape, self.tiles.dtype
         self.chunks = self.shape if self.tiles.whole is not None else self.tiles.chunks
-        if self.tiles.whole is None:
-            self.array = in_chunks(self.tiles, cache_gb)
 
     def read(self, index: Index) -> np.ndarray:
         """Read what an index of numbers and slices names."""
         if self.tiles.whole is not None:
             found = np.array(self.tiles.whole[index], self.dtype.newbyteorder("="))
-            Tiles.count(found.nbytes)
+            FETCHED.add(found.nbytes)
             return found
         return read_chunks(self.place, self.array[index])
 

@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
+from threading import Lock
 from typing import Any, Literal, Protocol, cast, get_args, get_origin, get_type_hints
 
 import numpy as np
@@ -36,6 +37,25 @@ NaN = Literal["error", "fill", "mask"]
 Volumes4D = Literal["error", "channels", "first", "samples"]
 Color = Literal["error", "gray", "rgb"]
 Stacks = Literal["files", "folder"]
+
+
+class Tally:
+    """Counts what the threads of a process have read.
+
+    Attributes:
+        num_bytes: So far.
+    """
+
+    def __init__(self) -> None:
+        self.num_bytes, self.lock = 0, Lock()
+
+    def add(self, num_bytes: int) -> None:
+        """Count some more."""
+        with self.lock:
+            self.num_bytes += num_bytes
+
+
+FETCHED = Tally()  # of HDF5 and TIFF that stay where they are; tensorstore counts its own
 
 
 @dataclass(frozen=True)

@@ -18,14 +18,13 @@ from loaders.readers import remote
 from loaders.readers.arrays import (
     Place,
     hdf5_dataset,
-    is_tiff,
     read_keys,
     split_dataset,
     tiles_of,
     version_of_file,
 )
 from loaders.readers.common import RGB, BrokenVolume, Look, url_of
-from loaders.readers.tiff import others
+from loaders.readers.tiff import is_tiff, others
 from loaders.readers.units import millimeters, shown_unit, spacing_mm
 
 # Axes of arrays that name none, as C order has them.

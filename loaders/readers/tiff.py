@@ -22,6 +22,7 @@ import numpy as np
 
 from loaders.readers import remote
 from loaders.readers.common import (
+    FETCHED,
     LARGE,
     MAX_EXPANSION,
     READING,
@@ -267,12 +268,17 @@ def imagej_sizes(path: Path, tiff: tifffile.TiffFile) -> Sizes:
 # Where it lies: each tile, or strip, is read and decoded when a patch touches it.
 
 
+def is_tiff(path: Path | str) -> bool:
+    """Whether a path, or a URL, names a TIFF."""
+    return str(path).lower().endswith(TIFF)
+
+
 def is_tiff_store(path: Path | str) -> bool:
     """Whether a TIFF is read where it lies: large, in tiles or uncompressed; or tiled at levels.
 
     Large is BigTIFF, and what is longer than classic TIFF can point to.
     """
-    if not str(path).lower().endswith(TIFF):
+    if not is_tiff(path):
         return False
     try:
         status = os.stat(path)
@@ -351,10 +357,7 @@ class Tiles:
         chunks: Shape of a tile.
         about: What the file tells of its image.
         whole: A map of all voxels where they lie one after the other, uncompressed; else None.
-        num_bytes: What was read of all files.
     """
-
-    num_bytes, counting = 0, Lock()
 
     def __init__(self, file: str, level: int):
         self.file, self.lock = file, Lock()
@@ -420,14 +423,8 @@ class Tiles:
                 data = handle.read(min(count, LARGE))
         if len(data) < count:
             raise ValueError(f"holds {len(data)} of its {count} bytes")
-        Tiles.count(count)
+        FETCHED.add(count)
         return data
-
-    @classmethod
-    def count(cls, num_bytes: int) -> None:
-        """Count what was read."""
-        with cls.counting:
-            cls.num_bytes += num_bytes
 
     def tile(self, corner: Sequence[int], shape: Sequence[int]) -> np.ndarray:
         """Read and decode a tile.

@@ -64,6 +64,7 @@ from vae3d.kernels.precision import exact_float32
 from vae3d.kernels.progress import is_watched, passed
 from vae3d.models import attention, blocks, custom_vae, downsample, norm, upsample
 from vae3d.models.custom_vae import CustomVAE
+from vae3d.models.linear_code import added_to_mean
 from vae3d.models.posterior import DiagonalGaussian
 from vae3d.models.reach import POINTWISE, Cells, cells_of, handler_of, reach_of
 
@@ -125,7 +126,7 @@ def _encode(vae: CustomVAE, volume: Array, run: "Executor") -> DiagonalGaussian:
     if vae.linear_code is not None:
         source = Source(volume, shape, *run.home)
         code = run.take(run.walk(vae.linear_code.analysis, source))
-        moments = vae.linear_code.added_to(moments, code.to(moments))
+        moments = added_to_mean(moments, code.to(moments))
     posterior = vae.head(moments)
     return DiagonalGaussian(posterior.mean[0], posterior.logvar[0])
 

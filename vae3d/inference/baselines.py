@@ -75,9 +75,15 @@ class BlockPCA:
     ) -> Self:
         """Fit on at most so many blocks of each volume (C, *spatial), drawn with a fixed seed."""
         generator = torch.Generator().manual_seed(0)
+        blocks = (drawn(x, factor, most, generator) for x in volumes)
+        return cls.of_blocks(blocks, factor, num_components)
+
+    @classmethod
+    def of_blocks(cls, drawn: Iterable[Tensor], factor: Sequence[int], num_components: int) -> Self:
+        """Fit on blocks, `(n, C * prod(factor))` at a time."""
         count, total, square = 0, *torch.zeros(2, dtype=torch.float64)
-        for x in volumes:
-            blocks = drawn(x, factor, most, generator).double()
+        for blocks in drawn:
+            blocks = blocks.double()
             count, total = count + len(blocks), total + blocks.sum(0)
             square = square + blocks.T @ blocks
         mean = total / count

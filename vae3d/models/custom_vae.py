@@ -27,7 +27,7 @@ from vae3d.models.attention import Attention
 from vae3d.models.blocks import Block, ResBlock
 from vae3d.models.conv import conv, per_axis
 from vae3d.models.downsample import ConvDown, Down
-from vae3d.models.linear_code import LinearCode, too_large
+from vae3d.models.linear_code import LinearCode, added_to_mean, too_large
 from vae3d.models.norm import GroupNorm, Norm, NormAct, named, recomputing
 from vae3d.models.posterior import DiagonalGaussian, LogVarianceHead, PosteriorHead
 from vae3d.models.spec import Described
@@ -372,7 +372,7 @@ class CustomVAE(Described, nn.Module):
         moments = in_range([self.encoder, self.quant_conv], x)
         if self.linear_code is None:
             return moments
-        return self.linear_code.added_to(moments, self.linear_code.encode(x))
+        return added_to_mean(moments, self.linear_code.encode(x))
 
     def snapped(self, z: Tensor) -> Tensor:
         """The nearest latent `(B, C, *spatial)` of the codebook; of a Gaussian head `z` itself."""

@@ -45,12 +45,6 @@ class LinearCode(nn.Module):
         """Code of `(B, C, *spatial)`, sizes that are multiples of the block, in float32."""
         return wide(self.analysis(x))
 
-    def added_to(self, moments: Tensor, code: Tensor) -> Tensor:
-        """Moments of a posterior `(B, n C', *spatial)`, their first `C'` channels the mean's, with
-        the code `(B, C', *spatial)` added to the mean."""
-        others = moments.shape[1] - code.shape[1]
-        return moments + F.pad(code, (0, 0) * (code.dim() - 2) + (0, others))
-
     def decode(self, z: Tensor) -> Tensor:
         """Linear reconstruction `(B, C, *spatial * factor)` of a latent `(B, C', *spatial)`."""
         return self.synthesis(z)
@@ -92,6 +86,17 @@ class LinearCode(nn.Module):
         bias = (level - around @ weight).view(blocks.shape[1], -1).mean(1)
         weight = weight.view(self.synthesis.weight.shape)
         self.synthesis.load_state_dict({"weight": weight, "bias": bias})
+
+
+def added_to_mean(moments: Tensor, code: Tensor) -> Tensor:
+    """Add a code to the mean of moments, which is in their first channels.
+
+    Args:
+        moments: Of a posterior, `(B, n C, *spatial)`.
+        code: `(B, C, *spatial)`.
+    """
+    others = moments.shape[1] - code.shape[1]
+    return moments + F.pad(code, (0, 0) * (code.dim() - 2) + (0, others))
 
 
 def too_large(channels: int, factor: Sequence[int]) -> str | None:

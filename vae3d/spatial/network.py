@@ -29,7 +29,7 @@ from vae3d.kernels.lean import is_lean, prepared_conv
 from vae3d.kernels.moments import of_groups
 from vae3d.models import attention, blocks, custom_vae, norm, upsample
 from vae3d.models.custom_vae import CustomVAE
-from vae3d.models.linear_code import LinearCode
+from vae3d.models.linear_code import LinearCode, added_to_mean
 from vae3d.models.norm import wide
 from vae3d.models.posterior import DiagonalGaussian
 from vae3d.models.reach import Reach, handler_of, reach_of
@@ -61,7 +61,7 @@ class SlabVAE:
         x = self.vae.pad(x)
         moments = self.run([self.vae.encoder, self.vae.quant_conv], x)
         if (linear := self.vae.linear_code) is not None:
-            moments = linear.added_to(moments, wide(self.walk(linear.analysis, x)))
+            moments = added_to_mean(moments, wide(self.walk(linear.analysis, x)))
         return self.vae.head(moments)
 
     def decode(self, z: Tensor) -> Tensor:

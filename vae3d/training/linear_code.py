@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from itertools import islice
-from math import prod
 
 import torch
 from torch import Tensor
@@ -39,29 +38,27 @@ def fit_linear_code(vae: CustomVAE, patches: Iterable[Tensor], world: World | No
     assert vae.linear_code is not None, "a network without linear_code"
     parts, fitted = (vae.linear_code, vae.head), list[dict[str, Tensor]]()
     if world.is_main:
-        patches, blocks = islice(patches, PATCHES), list[Tensor]()
+        generator = torch.Generator().manual_seed(0)
+        few, kept = islice(patches, PATCHES), list[Tensor]()
+        blocks: Iterator[Tensor] = (drawn(x, vae.factor, BLOCKS, generator) for x in few)
         if vae.head.num_codes:
-            patches = keeping(patches, vae.factor, blocks)
-        pca = BlockPCA.fit(patches, vae.factor, vae.latent_channels, BLOCKS)
+            blocks = keeping(blocks, kept)
+        pca = BlockPCA.of_blocks(blocks, vae.factor, vae.latent_channels)
         wanted = vae.head.linear_std
         std = pca.std / wanted if wanted else pca.std[:1].expand_as(pca.std)
         vae.linear_code.begin(pca.mean, pca.components, std)
-        if blocks:
-            begin_codes(vae, torch.cat(blocks))
+        if kept:
+            begin_codes(vae, torch.cat(kept))
         fitted = [{k: v.cpu() for k, v in part.state_dict().items()} for part in parts]
     for part, state in zip(parts, world.broadcast(fitted), strict=True):
         part.load_state_dict(state)
 
 
-def keeping(
-    patches: Iterable[Tensor], factor: tuple[int, ...], blocks: list[Tensor]
-) -> Iterator[Tensor]:
-    """Pass patches on, and keep some of their blocks, `(n, C, *factor)`."""
-    generator = torch.Generator().manual_seed(0)
-    for x in patches:
-        most = min(BLOCKS, KEPT // (PATCHES * x.shape[0] * prod(factor)))
-        blocks.append(drawn(x, factor, most, generator).view(-1, x.shape[0], *factor))
-        yield x
+def keeping(drawn: Iterator[Tensor], kept: list[Tensor]) -> Iterator[Tensor]:
+    """Pass blocks `(n, values)` of each patch on, and keep some of them."""
+    for blocks in drawn:
+        kept.append(blocks[: KEPT // (PATCHES * blocks.shape[1])].clone())  # not the rest too
+        yield blocks
 
 
 @torch.no_grad()
@@ -70,9 +67,10 @@ def begin_codes(vae: CustomVAE, blocks: Tensor) -> None:
 
     Args:
         vae: A network whose linear code has begun.
-        blocks: `(n, C, *factor)`.
+        blocks: `(n, C * prod(factor))`.
     """
     assert vae.linear_code is not None
+    blocks = blocks.view(-1, vae.in_channels, *vae.factor)
     latents = vae.linear_code.encode(blocks.to(vae.last_layer))
     vae.head.begin(vectors(latents))
     vae.linear_code.fit_synthesis(vectors(vae.head(latents).mean), blocks.to(latents))
