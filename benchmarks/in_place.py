@@ -38,6 +38,7 @@ from tests.stores import array
 ROOT = Path(__file__).resolve().parents[1]
 SIDE, CHUNK, SHARD, PATCH, BATCH = 512, 64, 256, 64, 4
 LATENCY_S = 0.02
+THREADS = 8  # that read from a server, each a batch at once
 LONG = 5  # times as many patches, so that the few which are read ahead count little
 UNIT = Preprocess(window_hu=(0, 4000))
 PLAIN, LOOP = "tensorstore", "zarr-python, MONAI"
@@ -171,9 +172,9 @@ def with_latency(path: Path, folder: Path, rounds: int, count: int) -> float:
     for latency, found in itertools.islice(itertools.cycle(rates.items()), 2 * rounds):
         with (
             s3_server(bucket.parent, latency) as os.environ["AWS_ENDPOINT_URL"],
-            closing(ours(f"s3://box/{path.name}", folder, 1, 0.0, threads=4).stream()) as stream,
+            closing(ours(f"s3://box/{path.name}", folder, 1, 0.0, threads=THREADS).stream()) as stream,
         ):
-            for _ in itertools.islice(stream, 9):  # as many as are read ahead, and one
+            for _ in itertools.islice(stream, 2 * THREADS + 1):  # as many as are read ahead, and one
                 pass
             start = time.perf_counter()
             for _ in itertools.islice(stream, count // BATCH):
