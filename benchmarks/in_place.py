@@ -23,7 +23,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
 
@@ -170,16 +170,16 @@ def with_latency(path: Path, folder: Path, rounds: int, count: int) -> float:
     (bucket / path.name).symlink_to(path)
     rates: dict[float, list[float]] = {0.0: [], LATENCY_S: []}
     for latency, found in itertools.islice(itertools.cycle(rates.items()), 2 * rounds):
-        with (
-            s3_server(bucket.parent, latency) as os.environ["AWS_ENDPOINT_URL"],
-            closing(ours(f"s3://box/{path.name}", folder, 1, 0.0, threads=THREADS).stream()) as stream,
-        ):
-            for _ in itertools.islice(stream, 2 * THREADS + 1):  # as many as are read ahead, and one
+        with s3_server(bucket.parent, latency) as os.environ["AWS_ENDPOINT_URL"]:
+            loader = ours(f"s3://box/{path.name}", folder, 1, 0.0, threads=THREADS)
+            stream = loader.stream()
+            for _ in itertools.islice(stream, 2 * THREADS + 1):  # those read ahead, and one
                 pass
             start = time.perf_counter()
             for _ in itertools.islice(stream, count // BATCH):
                 pass
             found.append(count / (time.perf_counter() - start))
+            stream.close()
     for latency, found in rates.items():
         name = f"S3, {1000 * latency:g} ms"
         print(f"{name:24}{median(found):14.1f} patches/s")
