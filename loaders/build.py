@@ -23,8 +23,16 @@ from typing import Any, TypeVar
 import numpy as np
 
 from loaders.compressed import compress
-from loaders.in_place import find_in_place, fitted, small_label_map, stays
-from loaders.masks import hide, nearest, read_weights
+from loaders.counted import Counted, Counts
+from loaders.in_place import (
+    Found,
+    find_in_place,
+    fitted,
+    needs_copy,
+    small_label_map,
+    stays,
+)
+from loaders.masks import hide, nearest, read_weights, table_of
 from loaders.preprocess import (
     Preprocess,
     Record,
@@ -47,6 +55,8 @@ from loaders.readers import (
     View,
     Volume,
     as_store,
+    beside,
+    check_one_grid,
     describe,
     has_place,
     holds_dicom,
@@ -55,7 +65,6 @@ from loaders.readers import (
     ras_axes,
     read_volume,
     revision,
-    same_grid,
     split_series,
     url_of,
     view_written,
@@ -222,8 +231,8 @@ class Builder:
             parts += [DICOM_FORMAT] if holds_dicom(path) else []
             parts += [series] if series else []
         if subject.mask:
-            weights = (self.reading.mask_weights or {}).items()
-            parts.append(f"masked {sorted((float(k), float(v)) for k, v in weights)}")
+            table = table_of(subject.mask, self.reading)
+            parts.append(f"masked {sorted((table or {}).items())}" + " objects" * (table == {}))
         if subject.time:
             parts.append(f"time point {subject.time.number} of {subject.time.count}")
         text = "\n".join([self.recipe, *parts])
@@ -236,7 +245,8 @@ class Builder:
             if not is_sidecar(meta):
                 return None
             measured = self.preprocess.rules == 1 or all("robust" in s for s in meta["statistics"])
-            arrays = [part for part in (meta, meta.get("mask")) if part and "view" not in part]
+            parts = (meta, meta.get("mask"), meta.get("counts", {}).get("mask"))
+            arrays = [part for part in parts if part and "views" not in part]
             sizes = [num_bytes(self.cache_dir / part["file"]) for part in arrays]
             if measured and sizes == [part["num_bytes"] for part in arrays]:
                 return meta
@@ -302,14 +312,15 @@ class Builder:
 
     def refer(self, subject: Subject) -> Record:
         """Store what is known of a volume that stays where it is, all but its voxels."""
+        require_files(subject, self.reading)
         found = find_in_place(subject, self.reading, self.preprocess)
         self.check_channels(subject, found.levels[0].shape[0])
         key = self.key(subject)
         if (meta := self.sidecar(key)) is not None:
             return meta
-        seed = int(key[:8], 16)
-        sample = found.sample()
-        stats, tables = measured(Volume(sample.data), subject.paths[0], sample.drawn)
+        sample, path = found.sample(), subject.paths[0]
+        sample = replace(sample, volume=storable(sample.volume, path, self.reading.nan))
+        stats, tables = measured(sample.volume, path, sample.drawn)
         meta = {
             "scale": [1.0] * len(stats),
             "offset": [0.0] * len(stats),
@@ -317,8 +328,8 @@ class Builder:
         }
         bounds = foreground_bounds(meta, self.preprocess.rules)
         found = fitted(found, sample, bounds, self.preprocess)
-        header, array = found.header, found.view.open()
-        lowest = min(one["min"] for one in stats)
+        header, lowest = found.header, [one["min"] for one in stats]
+        meta |= in_place([replace(view, fill=min(lowest)) for view in found.views])
         meta |= {
             "key": key,
             "affine": header.affine.tolist(),
@@ -326,20 +337,27 @@ class Builder:
             "undo": found.record,
             "notes": list(header.notes),
             "look": asdict(header.look),
-            "file": str(found.view.place),
-            "shape": list(array.shape),
-            "dtype": array.dtype.str,
-            "start": 0,
-            "num_bytes": 0,
-            "view": asdict(replace(found.view, fill=lowest)),
-            "chunks": list(array.chunks),
-            "lead": list(array.lead),
         }
-        points = foreground_points(sample.data[0], *bounds, True, seed)
+        if isinstance(found.levels[0], Counted):
+            meta["counts"] = asdict(self.counts(key, found, lowest))
+        points = foreground_points(sample.data[0], *bounds, True, int(key[:8], 16))
         whole = sample.to_volume(points, found.levels[0].shape[1:])
         low, _ = found.record.get("crop", ([0, 0, 0], None))
         self.write_sidecar(meta, whole - np.array(low, np.int32), tables)
         return meta
+
+    def counts(self, key: str, found: Found, lowest: list[float]) -> Counts:
+        """Return what tells which voxels count; a mask that is a file is kept in the cache."""
+        counts, mask = Counts(self.reading.nan, lowest), found.mask
+        if mask is None:
+            return counts
+        if isinstance(mask.source, View):
+            opened = in_place([mask.source])
+        else:
+            opened = self.write_array(f"{key}.mask", mask.source)
+        matrix = mask.matrix(found.header.affine, found.header.data.shape[1:]).tolist()
+        table = None if mask.table is None else [*mask.table.items()]
+        return replace(counts, path=str(mask.path), mask=opened, matrix=matrix, table=table)
 
     def write_digests(self) -> None:
         """Remember which bytes the source files hold, while others may still be added."""
@@ -442,9 +460,11 @@ def is_sidecar(meta: object) -> bool:
     robust = [stats["robust"] for stats in meta["statistics"] if "robust" in stats]
     if not all(stats["percentiles"] for stats in meta["statistics"]):
         return False
-    if "view" in meta and not View.fits(meta["view"]):
+    if not fits_in_place(meta):
         return False
-    if {"view", "chunks"} & meta.keys() and misfit(meta, IN_CHUNKS):
+    if "counts" in meta and not (
+        Counts.fits(meta["counts"]) and fits_in_place(meta["counts"]["mask"] or {})
+    ):
         return False
     if "cut" in meta["undo"] and not Cut.fits(meta["undo"]["cut"]):
         return False
@@ -453,6 +473,29 @@ def is_sidecar(meta: object) -> bool:
     return len(channels) == 1 and not (
         misfit(robust, [ROBUST]) or misfit(meta.get("notes", []), [str])
     )
+
+
+def in_place(views: Sequence[View]) -> Record:
+    """Return what opens an array that stays where it is."""
+    array = beside(views)
+    return {
+        "file": str(views[0].place),
+        "shape": list(array.shape),
+        "dtype": array.dtype.str,
+        "start": 0,
+        "num_bytes": 0,
+        "views": [asdict(view) for view in views],
+        "chunks": list(array.chunks),
+        "lead": list(array.lead),
+    }
+
+
+def fits_in_place(record: Record) -> bool:
+    """Whether what opens an array is sound as far as it is read in chunks."""
+    views = record.get("views", [])
+    if not isinstance(views, list) or not all(map(View.fits, views)):
+        return False
+    return not ({"views", "chunks"} & record.keys() and misfit(record, IN_CHUNKS))
 
 
 def measured(
@@ -589,6 +632,15 @@ def read_channels(subject: Subject, reading: Reading) -> Volume:
     return stacked([read.get(path, nothing) for path in subject.paths], nothing)
 
 
+def require_files(subject: Subject, reading: Reading) -> None:
+    """Refuse a volume that stays where it is and lacks one of its files."""
+    missing = missing_files(subject)
+    if missing and reading.missing == "zero":
+        raise BrokenVolume(missing[0], f"is missing; its volume {needs_copy('data.missing zero')}")
+    if missing:
+        raise lacks(subject, missing[0])
+
+
 def with_remedy(error: BrokenVolume, count: int) -> BrokenVolume:
     """Name the option that leaves a broken volume out, where it is one of several."""
     if count < 2 or isinstance(error, MissingFile):  # that names its own
@@ -605,15 +657,6 @@ def lacks(subject: Subject, path: Path) -> MissingFile:
         f"{subject.id} lacks this file, its {number}. of {len(subject.paths)}: --data.missing skip "
         f"leaves such subjects out, zero gives a channel of zeros",
     )
-
-
-def check_one_grid(volumes: dict[Path, Volume]) -> None:
-    """Refuse files of one subject that do not share a grid."""
-    (path, first), *others = volumes.items()
-    for other, volume in others:
-        shapes = first.data.shape[1:], volume.data.shape[1:]
-        if not same_grid(shapes[0], first.affine, shapes[1], volume.affine):
-            raise BrokenVolume(other, f"does not share the grid of {path}")
 
 
 def stacked(volumes: list[Volume], nothing: Volume) -> Volume:

@@ -18,7 +18,6 @@ from typing import Any, Literal
 import numpy as np
 
 from loaders.build import (
-    check_one_grid,
     color_hint,
     each,
     lacks,
@@ -30,6 +29,7 @@ from loaders.build import (
     progress_bar,
     read_each,
     read_label_map,
+    require_files,
     storable,
     with_remedy,
 )
@@ -42,6 +42,7 @@ from loaders.readers import (
     MissingFile,
     Reading,
     Volume,
+    check_one_grid,
     is_there,
     ras_axes,
     read_header,
@@ -402,9 +403,11 @@ class Checked:
 
 def check_in_place(reading: Reading, preprocess: Preprocess, subject: Subject) -> Checked:
     """Look at a sample of a volume that stays where it is."""
+    require_files(subject, reading)
     found = find_in_place(subject, reading, preprocess)
     sample = found.sample()
-    stats, _ = measured(Volume(sample.data), subject.paths[0], sample.drawn)
+    volume = storable(sample.volume, subject.paths[0], reading.nan)
+    stats, _ = measured(volume, subject.paths[0], sample.drawn)
     return Checked(Facts.of(found.header), notes=found.header.notes, statistics=stats)
 
 
