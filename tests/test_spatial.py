@@ -416,23 +416,30 @@ class Smooth(Spy):
         return [torch.sigmoid(self.conv(x))]
 
 
-def exact_loss(of_slices=True):
-    """Every kind of term. Of three slices one of four ranks has none."""
+def exact_loss(judged=2):
+    """Every kind of term. Of three slices one of four ranks has none, nor has it any 3D logits.
+
+    Args:
+        judged: 2 for judges of slices, 3 for those of volumes, 0 for none.
+    """
     extra = (partial(SSIM, window=3, weight=0.5), partial(GradientDifference, weight=0.5))
     kl = partial(KL, weight=0.1, target_std=1.0, warmup_steps=4)
-    perceptual = partial(Perceptual, view="slices", network=Smooth, num_slices=3)
-    judge = partial(PatchDiscriminator, num_layers=1, channels=8)
+    if not judged:
+        return VAELoss(LearnedVariance, kl, None, None, extra)
+    view = "slices" if judged == 2 else "volume"
+    network = partial(Smooth, judged)
+    perceptual = partial(Perceptual, view=view, network=network, num_slices=3)
+    judge = partial(PatchDiscriminator, num_layers=judged - 1, channels=8)
     more = dict(feature_matching_weight=0.5, r1_weight=0.1, r1_every=2, start_step=1)
-    game = partial(Adversarial, discriminator=judge, num_slices=3, **more)
-    slices = (perceptual, game) if of_slices else (None, None)
-    return VAELoss(LearnedVariance, kl, *slices, extra)
+    game = partial(Adversarial, spatial_dims=judged, discriminator=judge, num_slices=3, **more)
+    return VAELoss(LearnedVariance, kl, perceptual, game, extra)
 
 
-def trained_in_slabs(world, folder, steps, state=None, amp="off", mesh=None):
+def trained_in_slabs(world, folder, steps, state=None, amp="off", mesh=None, judged=2):
     """Losses and weights of a training, whatever the number of ranks; float64 but for AMP."""
     dtype = torch.float64 if amp == "off" else torch.float32
-    of_slices = amp == "off"  # they multiply what half precision has rounded
-    vae, loss = tiny_vae().to(dtype), exact_loss(of_slices).to(dtype)
+    judged = judged if amp == "off" else 0  # they multiply what half precision has rounded
+    vae, loss = tiny_vae().to(dtype), exact_loss(judged).to(dtype)
     mesh = Mesh.of("spatial", mesh, world.size)
     team, batch_size = world.team(mesh.spatial), 4 // mesh.data
     whole = team.size == 1
@@ -448,7 +455,7 @@ def trained_in_slabs(world, folder, steps, state=None, amp="off", mesh=None):
     weights = [*trainer.ema.shadow.values(), *loss.state_dict().values()]
     ours = trainer.tracker
     names = ["loss", "recon", "ssim", "kl"]
-    if of_slices:
+    if judged:
         names += ["perceptual", "adversarial", "adversarial_weight", "feature_matching"]
         names += ["discriminator_loss", "logits_fake", "r1"]
     numbers = {name: ours.losses(f"train/{name}") for name in names}
@@ -456,18 +463,21 @@ def trained_in_slabs(world, folder, steps, state=None, amp="off", mesh=None):
 
 
 @pytest.mark.parametrize(
-    ("mesh", "then", "steps"),
+    ("mesh", "then", "steps", "judged"),
     [
-        (Mesh(2, 2), Mesh(1, 3), 4),  # slabs of 2, 2 and 4 rows
-        pytest.param(Mesh(1, 4), Mesh(2, 2), 20, marks=pytest.mark.slow),
-        pytest.param(Mesh(2, 2), Mesh(1, 3), 20, marks=pytest.mark.slow),
+        (Mesh(2, 2), Mesh(1, 3), 4, 2),  # slabs of 2, 2 and 4 rows
+        (Mesh(1, 4), Mesh(1, 2), 4, 3),
+        pytest.param(Mesh(1, 4), Mesh(2, 2), 20, 2, marks=pytest.mark.slow),
+        pytest.param(Mesh(2, 2), Mesh(1, 3), 20, 2, marks=pytest.mark.slow),
+        pytest.param(Mesh(2, 2), Mesh(1, 3), 20, 3, marks=pytest.mark.slow),
     ],
 )
-def test_training_in_slabs_is_training_in_one_process(mesh, then, steps, tmp_path):
-    """Accumulation, clipping, EMA, every kind of term, slices and their discriminator; resumed."""
+def test_training_in_slabs_is_training_in_one_process(mesh, then, steps, judged, tmp_path):
+    """Accumulation, clipping, EMA, every kind of term, judges of slices and volumes; resumed."""
     half = steps // 2
-    numbers, weights, samples = trained_in_slabs(World(), tmp_path / "alone", steps)
-    slabs = partial(on_meshes, trained_in_slabs)
+    train = partial(trained_in_slabs, judged=judged)
+    numbers, weights, samples = train(World(), tmp_path / "alone", steps)
+    slabs = partial(on_meshes, train)
     begun = slabs(mesh, tmp_path / "slabs", half)
     state = load_checkpoint(tmp_path / "slabs" / "last.pt")
     resumed = slabs(then, tmp_path / "on", steps, state)
@@ -491,8 +501,6 @@ def test_slabs_train_in_half_precision(amp, tmp_path):
     ("options", "words"),
     [
         ({"extra": (FocalFrequency,)}, "the loss has FocalFrequency"),
-        ({"adversarial": partial(Adversarial, spatial_dims=3)}, "Adversarial.spatial_dims 3"),
-        ({"perceptual": partial(Perceptual, network=partial(Spy, 3))}, "a network of 3D"),
         ({"kl": partial(KL, free_bits=0.1)}, "KL.free_bits 0.1"),
         ({"extra": (NoiseRobust,)}, "NoiseRobust"),
     ],

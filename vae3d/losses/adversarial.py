@@ -165,8 +165,7 @@ class Critic(nn.Module):
                 batch = batch.detach().requires_grad_(True)
                 logits = self.net(batch)[0]
                 (slope,) = torch.autograd.grad(logits.sum(), batch, create_graph=True)
-                per_sample = slope.square().flatten(1).sum(1) / logits[0].numel()
-                penalties.append(0.5 * per_sample.mean())
+                penalties.append(0.5 * slope.square().sum() / logits.numel())
         return mean(penalties)
 
 
@@ -327,5 +326,5 @@ class Adversarial(nn.Module):
 
 def _l1(wanted: list[Tensor], got: list[Tensor]) -> Tensor:
     """Mean absolute difference of feature maps, mean over layers."""
-    gaps = [F.l1_loss(wide(b), wide(a)) for a, b in zip(wanted, got, strict=True)]
+    gaps = [(wide(b) - wide(a)).abs().mean() for a, b in zip(wanted, got, strict=True)]
     return torch.stack(gaps).mean()

@@ -32,6 +32,7 @@ from vae3d.losses.term import Term, add_up
 from vae3d.losses.vae_loss import VAELoss
 from vae3d.models.posterior import DiagonalGaussian
 from vae3d.spatial.slabs import Layout, Rows
+from vae3d.spatial.volumes import SlabVolume, check
 
 
 class SlabTerms:
@@ -55,10 +56,10 @@ class SlabTerms:
 
 
 class SlabViews:
-    """Slices of whole volumes for a discriminator, as `Adversarial` draws them, on the ranks.
+    """What a discriminator judges of volumes, as `Adversarial` shows it, on the ranks.
 
-    Each rank judges its share of the slices, and its part of their mean is taken as `SlabTerms`
-    takes one.
+    A volume is judged whole, each rank its slab of it. Of slices each rank judges its share, and
+    its part of their mean is taken as `SlabTerms` takes one.
 
     Args:
         layout: Who holds which rows.
@@ -69,8 +70,11 @@ class SlabViews:
         self.layout, self.game = layout, game
 
     def __call__(self, volume: Tensor, step: int) -> Judged:
-        """Return this rank's slices of a volume of which it holds a slab, and how to average."""
-        self.game.check((volume.shape[1], self.layout.slabs[-1][1], *volume.shape[3:]))
+        """Return what to judge of a volume of which this rank holds a slab, and how to average."""
+        whole = SlabVolume.of(volume, self.layout)
+        self.game.check(whole.shape[1:])
+        if self.game.spatial_dims == volume.ndim - 2:
+            return [whole], lambda values: values[0]
         share = Share(self.layout, volume, self.game.num_slices, step, self.game.seed)
         return share.slices(volume), lambda values: share.part(values) * self.layout.size
 
@@ -149,17 +153,18 @@ def check_loss(loss: VAELoss, dims: int = 3) -> None:
     """
     found = [*loss.terms.values(), *loss.disturbances.values()]
     names = [type(term).__name__ for term in found if type(term) not in PARTS]
-    if loss.adversarial is not None and loss.adversarial.spatial_dims == dims:
-        names.append(f"Adversarial.spatial_dims {dims}")
-    if any(isinstance(t, Perceptual) and t.network.spatial_dims == dims for t in found):
-        names.append(f"Perceptual with a network of {dims}D")
     names += [f"KL.free_bits {t.free_bits}" for t in found if isinstance(t, KL) and t.free_bits]
     if names:
         raise ValueError(
             f"sharding spatial: the loss has {', '.join(names)}, which it does not know how to "
-            f"take over slabs; known are {', '.join(cls.__name__ for cls in PARTS)}, and "
-            "Adversarial and Perceptual on slices of volumes"
+            f"take over slabs; known are {', '.join(cls.__name__ for cls in PARTS)} and Adversarial"
         )
+    game = loss.adversarial
+    if game is not None and game.spatial_dims == dims:
+        check(game.critic.net, game.in_channels, dims)
+    for term in found:
+        if isinstance(term, Perceptual) and term.network.spatial_dims == dims:
+            check(term.network, 1, dims)
 
 
 def _of_voxels(
@@ -205,10 +210,13 @@ def _of_neighbors(
     return add_up(gaps) / len(gaps)
 
 
-def _of_slices(
+def _of_features(
     layout: Layout, term: Perceptual, x: Tensor, recon: Tensor, posterior: object, step: int
 ) -> Tensor:
-    """The ranks share the slices out."""
+    """Of volumes all ranks take the whole distance together; slices they share out."""
+    if term.network.spatial_dims == x.ndim - 2:
+        whole = [SlabVolume.of(t, layout) for t in (x, recon)]
+        return term.distance(*whole) / layout.size
     share = Share(layout, x, term.num_slices, step, term.seed)
     pairs = zip(share.slices(x), share.slices(recon), strict=True)
     return share.part([term.distance(a, b) for a, b in pairs])
@@ -223,5 +231,5 @@ PARTS: dict[type[Term], Callable[..., Tensor]] = {
     Commitment: _of_latents,  # of codes alone, which `network.check` refuses
     SSIM: _of_windows,
     GradientDifference: _of_neighbors,
-    Perceptual: _of_slices,
+    Perceptual: _of_features,
 }
