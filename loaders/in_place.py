@@ -263,14 +263,8 @@ def fitted(found: Found, sample: Sample, bounds: Bounds, preprocess: Preprocess)
     views, header, record = found.views, found.header, dict(found.record)
     shape = found.levels[0].shape[1:]
     if preprocess.crop_foreground:
-        if sample.drawn:
-            lacking = f"crop_foreground without a level of at most {MOST} voxels"
-            raise BrokenVolume(found.name, needs_copy(lacking))
-        low, high = foreground_box(Volume(sample.data), *bounds, 0.0)
-        margin = np.ceil(preprocess.crop_margin_mm / np.array(header.spacing_mm))
-        # Of a coarser level, outward.
-        first = np.maximum(np.floor(low * sample.step) - margin, 0).astype(int).tolist()
-        last = np.minimum(np.ceil(high * sample.step) + margin, shape).astype(int).tolist()
+        margin = preprocess.crop_margin_mm / np.array(header.spacing_mm)
+        first, last = crop_box(found.name, sample, bounds, sample.step, shape, margin)
         record |= {"crop": [first, last], "crop_from": list(shape)}
         views = tuple(view.cropped(first, last) for view in views)
         header = cut_to(header, first, last)
@@ -279,6 +273,33 @@ def fitted(found: Found, sample: Sample, bounds: Bounds, preprocess: Preprocess)
         pads = tuple(-n % preprocess.pad_to_multiple for n in record["pad_from"])
         views = tuple(replace(view, pads=pads) for view in views)
     return replace(found, views=views, header=header, record=record)
+
+
+def crop_box(
+    name: str,
+    sample: Sample,
+    bounds: Bounds,
+    step: np.ndarray,
+    shape: Sequence[int],
+    margin: np.ndarray,
+) -> tuple[list[int], list[int]]:
+    """Return the corners of the box of the foreground, of a coarser level drawn outward.
+
+    Args:
+        name: Of the volume.
+        sample: What stands for it.
+        bounds: Foreground threshold in stored numbers, and the limit beyond which voxels are hot.
+        step: Voxels of the volume for one of the sample's.
+        shape: Of the volume.
+        margin: Voxels that are kept around the box, rounded up.
+    """
+    if sample.drawn:
+        lacking = f"crop_foreground without a level of at most {MOST} voxels"
+        raise BrokenVolume(name, needs_copy(lacking))
+    low, high = foreground_box(Volume(sample.data), *bounds, 0.0)
+    first = np.maximum(np.floor(low * step) - np.ceil(margin), 0).astype(int)
+    last = np.minimum(np.ceil(high * step) + np.ceil(margin), shape).astype(int)
+    return first.tolist(), last.tolist()
 
 
 def cut_to(header: Volume, low: Sequence[int], high: Sequence[int]) -> Volume:

@@ -363,7 +363,7 @@ def test_garbage_under_the_mask_of_a_store_changes_no_weight_and_no_number(tmp_p
         data = DataConfig(str(listed(folder, *twice)), str(folder / "c"), mask="fov")
         quiet = {"device": "cpu", "wandb": "disabled"}
         train_3d(data, str(folder / "run"), model=model, patch_size=(8, 8, 8), batch_size=2,
-                 max_steps=3, val_every=3, media_every=0, threads=1, amp="off", **quiet)  # fmt: skip
+                 max_steps=3, val_every=3, media_every=0, threads=1, **quiet)  # fmt: skip
         states.append(load_model(str(folder / "run")).state_dict())
         told = EvaluationData(data.root, data.cache_dir)
         evaluate(str(folder / "run"), told, str(folder / "out"), split="all", media=False,
