@@ -110,10 +110,8 @@ class PatchPlan:
         self.patches_per_volume, self.patches_per_read = patches_per_volume, patches_per_read
         self.sampler, self.augment, self.on_error = sampler(), augment, on_error
         self.slab = slab
-        if slab and (augment is not None or self.weights is not None or on_error == "skip"):
-            raise ValueError(
-                "slabs of patches go without data.augment, data.mask and data.on_error skip"
-            )
+        if slab and (augment is not None or on_error == "skip"):
+            raise ValueError("slabs of patches go without data.augment and data.on_error skip")
         self.groups = None
         if balance_by is not None:
             lacking = [store.ids[i] for i in range(len(store)) if balance_by not in store.labels(i)]
@@ -199,7 +197,15 @@ class PatchPlan:
         rows = np.array([row for row, _ in found]).reshape(rows.shape)
         unread = tuple(line for _, lines in found for line in lines)
         for number in range(len(rows)):
+<<<<<<< HEAD
             epoch, row, volume, *_ = rows[number].tolist()
+=======
+            epoch, row, volume, *corner = rows[number].tolist()
+            if weight is not None and self.weights is not None:
+                first, *others = corner
+                first += 0 if self.slab is None else self.slab(whole[0])[0]
+                read_weights(self.weights, volume, (first, *others), weight[number].numpy())
+>>>>>>> judges
             if self.augment is not None:
                 key, spacing_mm = (self.seed, epoch, row), self.store.spacing_mm(volume)
                 if weight is None:
@@ -295,11 +301,12 @@ def read_slab(
 def read_weights(store: Weighted, volume: int, corner: Sequence[int], out: np.ndarray) -> None:
     """Fill `out` (1 or C, *patch) with how much voxels count; what lies beyond the volume is 0."""
     sizes = zip(corner, out.shape[1:], store.shape(volume)[1:], strict=True)
-    slices = [slice(low, min(low + size, n)) for low, size, n in sizes]
+    slices = [slice(min(low, n), min(low + size, n)) for low, size, n in sizes]
     inside = out[(slice(None), *(slice(s.stop - s.start) for s in slices))]
     if inside.shape != out.shape:
         out.fill(0)
-    store.read_weights_into(volume, slices, inside)
+    if inside.size:
+        store.read_weights_into(volume, slices, inside)
 
 
 class PatchLoader:

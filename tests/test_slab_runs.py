@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from processes import TINY, Process, fork_server, losses, run, volumes
 
-from loaders import PatchLoader, VolumeStore
+from loaders import PatchLoader, Reading, VolumeStore
 from vae3d.spatial.slabs import own_rows
 
 __all__ = ["fork_server", "volumes"]  # fixtures
@@ -90,10 +90,12 @@ def test_slabs_of_ranks_are_the_patches_of_one(tmp_path, patch):
     rng = np.random.default_rng(0)
     for i, rows in enumerate((12, 15)):
         np.save(tmp_path / f"{i}.npy", rng.random((rows, 6, 5), np.float32))
-    store = VolumeStore.build(tmp_path, tmp_path / "cache")
+        np.save(tmp_path / f"{i}_mask.npy", (rng.random((rows, 6, 5)) < 0.5).astype(np.uint8))
+    reading = Reading(mask="{name}_mask.npy")
+    store = VolumeStore.build(tmp_path, tmp_path / "cache", reading=reading)
     options = dict(patching=None if patch is None else "random_parts", batch_size=2, threads=0)
     whole = next(iter(PatchLoader(store, patch, **options)))
-    parts = []
+    parts, weights = [], []
     for rank in range(3):
         loader = PatchLoader(
             store, patch, slab=lambda n, r=rank: own_rows(n, factor=2, rank=r, size=3), **options
@@ -102,4 +104,6 @@ def test_slabs_of_ranks_are_the_patches_of_one(tmp_path, patch):
         assert batch.rows == whole.image.shape[2]
         assert batch.index.equal(whole.index)
         parts.append(batch.image.numpy())
+        weights.append(batch.weight.numpy())
     assert np.array_equal(np.concatenate(parts, 2), whole.image.numpy())
+    assert np.array_equal(np.concatenate(weights, 2), whole.weight.numpy()) and whole.weight.any()

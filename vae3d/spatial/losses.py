@@ -18,6 +18,7 @@ from torch import Tensor
 from vae3d.losses.adversarial import Adversarial, Judged
 from vae3d.losses.commitment import Commitment
 from vae3d.losses.kl import KL
+from vae3d.losses.latents import NoiseRobust, StructuredChannels
 from vae3d.losses.perceptual import Perceptual
 from vae3d.losses.reconstruction import (
     L1,
@@ -28,9 +29,9 @@ from vae3d.losses.reconstruction import (
     LearnedVariance,
 )
 from vae3d.losses.slices import draw_slices
-from vae3d.losses.term import Term, add_up
+from vae3d.losses.term import Disturbance, Term, add_up
 from vae3d.losses.vae_loss import VAELoss
-from vae3d.models.posterior import DiagonalGaussian
+from vae3d.models.posterior import DiagonalGaussian as Posterior
 from vae3d.spatial.slabs import Layout, Rows
 from vae3d.spatial.volumes import SlabVolume, check
 
@@ -48,10 +49,16 @@ class SlabTerms:
         self.layout = layout
 
     def __call__(
-        self, term: Term, x: Tensor, recon: Tensor, posterior: DiagonalGaussian, step: int
+        self,
+        term: Term,
+        x: Tensor,
+        recon: Tensor,
+        posterior: Posterior,
+        step: int,
+        *weight: Tensor,
     ) -> Tensor:
         """Return this rank's part of a term, times the number of ranks."""
-        part = PARTS[type(term)](self.layout, term, x, recon, posterior, step)
+        part = PARTS[type(term)](self.layout, term, x, recon, posterior, step, *weight)
         return part * self.layout.size
 
 
@@ -151,13 +158,15 @@ def check_loss(loss: VAELoss, dims: int = 3) -> None:
     Raises:
         ValueError: It names the part.
     """
-    found = [*loss.terms.values(), *loss.disturbances.values()]
+    found = [term for _, term in loss.terms.items()]
     names = [type(term).__name__ for term in found if type(term) not in PARTS]
-    names += [f"KL.free_bits {t.free_bits}" for t in found if isinstance(t, KL) and t.free_bits]
+    changes = loss.disturbances.values()
+    names += [type(term).__name__ for term in changes if type(term) not in OF_EACH_VOXEL]
+    known = (*PARTS, *OF_EACH_VOXEL)
     if names:
         raise ValueError(
             f"sharding spatial: the loss has {', '.join(names)}, which it does not know how to "
-            f"take over slabs; known are {', '.join(cls.__name__ for cls in PARTS)} and Adversarial"
+            f"take over slabs; known are Adversarial, {', '.join(cls.__name__ for cls in known)}"
         )
     game = loss.adversarial
     if game is not None and game.spatial_dims == dims:
@@ -168,28 +177,64 @@ def check_loss(loss: VAELoss, dims: int = 3) -> None:
 
 
 def _of_voxels(
-    layout: Layout, term: Term, x: Tensor, recon: Tensor, posterior: DiagonalGaussian, step: int
+    layout: Layout,
+    term: Term,
+    x: Tensor,
+    recon: Tensor,
+    posterior: Posterior,
+    step: int,
+    *weight: Tensor,
 ) -> Tensor:
-    return term(x, recon, posterior, step) * layout.share
+    return term(x, recon, posterior, step, *weight) * layout.share
 
 
 def _of_latents(
-    layout: Layout, term: Term, x: Tensor, recon: Tensor, posterior: DiagonalGaussian, step: int
+    layout: Layout,
+    term: Term,
+    x: Tensor,
+    recon: Tensor,
+    posterior: Posterior,
+    step: int,
+    *weight: Tensor,
 ) -> Tensor:
     return term(x, recon, posterior, step) * (layout.cells[layout.rank] / sum(layout.cells))
 
 
+def _of_channels(
+    layout: Layout,
+    term: KL,
+    x: Tensor,
+    recon: Tensor,
+    posterior: Posterior,
+    step: int,
+    *weight: Tensor,
+) -> Tensor:
+    """Where channels have free bits, each has them of the whole volume."""
+    value = _of_latents(layout, term, x, recon, posterior, step)
+    if not term.free_bits:
+        return value
+    share = layout.cells[layout.rank] / sum(layout.cells)
+    term.scalars["nats"] = term.scalars["nats"] * (share * layout.size)
+    return term.beyond_free(layout.sum(term.of_channels(posterior) * share)) / layout.size
+
+
 def _of_windows(
-    layout: Layout, term: SSIM, x: Tensor, recon: Tensor, posterior: object, step: int
+    layout: Layout,
+    term: SSIM,
+    x: Tensor,
+    recon: Tensor,
+    posterior: object,
+    step: int,
+    *weight: Tensor,
 ) -> Tensor:
     """A window belongs to the rank of its first row."""
     size, rows = len(term.kernel), layout.slabs[-1][1]
     term.check((x.shape[1], rows, *x.shape[3:]))
-    x, recon = (layout.following(t, size - 1) for t in (x, recon))
+    x, recon, *w = (layout.following(t, size - 1) for t in (x, recon, *weight))
     windows = x.shape[2] - size + 1
     if windows < 1:  # the ranks before see these rows
         return 0 * recon.sum()
-    return term(x, recon) * (windows / (rows - size + 1))
+    return term(x, recon, posterior, step, *w) * (windows / (rows - size + 1))
 
 
 def _of_neighbors(
@@ -199,36 +244,44 @@ def _of_neighbors(
     recon: Tensor,
     posterior: object,
     step: int,
+    *weight: Tensor,
 ) -> Tensor:
     """An edge belongs to the rank of its first row."""
     rows = layout.slabs[-1][1]
-    a, b = (layout.following(t, 1) for t in (x, recon))
+    a, b, *w = (layout.following(t, 1) for t in (x, recon, *weight))
     edges = a.shape[2] - 1
-    gaps = [term.gap(a, b, 2) * (edges / (rows - 1)) if edges else 0 * b.sum()]
+    gaps = [term.gap(a, b, 2, *w) * (edges / (rows - 1)) if edges else 0 * b.sum()]
     others = [axis for axis in range(3, x.ndim) if x.shape[axis] > 1]
-    gaps += [term.gap(x, recon, axis) * layout.share for axis in others]
+    gaps += [term.gap(x, recon, axis, *weight) * layout.share for axis in others]
     return add_up(gaps) / len(gaps)
 
 
 def _of_features(
-    layout: Layout, term: Perceptual, x: Tensor, recon: Tensor, posterior: object, step: int
+    layout: Layout,
+    term: Perceptual,
+    x: Tensor,
+    recon: Tensor,
+    posterior: object,
+    step: int,
+    *weight: Tensor,
 ) -> Tensor:
     """Of volumes all ranks take the whole distance together; slices they share out."""
+    seen = [x, recon, *(w.expand_as(x) for w in weight)]
     if term.network.spatial_dims == x.ndim - 2:
-        whole = [SlabVolume.of(t, layout) for t in (x, recon)]
-        return term.distance(*whole) / layout.size
+        return term.distance(*(SlabVolume.of(t, layout) for t in seen)) / layout.size
     share = Share(layout, x, term.num_slices, step, term.seed)
-    pairs = zip(share.slices(x), share.slices(recon), strict=True)
-    return share.part([term.distance(a, b) for a, b in pairs])
+    return share.part([term.distance(*cut) for cut in zip(*map(share.slices, seen), strict=True)])
 
 
+# What is decoded in the place of a latent, by its voxels one by one.
+OF_EACH_VOXEL: tuple[type[Disturbance], ...] = (NoiseRobust, StructuredChannels)
 PARTS: dict[type[Term], Callable[..., Tensor]] = {
     L1: _of_voxels,
     L2: _of_voxels,
     Charbonnier: _of_voxels,
     LearnedVariance: _of_voxels,
-    KL: _of_latents,
-    Commitment: _of_latents,  # of codes alone, which `network.check` refuses
+    KL: _of_channels,
+    Commitment: _of_latents,
     SSIM: _of_windows,
     GradientDifference: _of_neighbors,
     Perceptual: _of_features,

@@ -187,19 +187,28 @@ def pointwise(func: Callable[..., Tensor], *args: object, **options: object) -> 
     """Do something to each voxel of volumes that are cut alike."""
     volumes = [a for a in (*args, *options.values()) if isinstance(a, SlabVolume)]
     like = volumes[0]
-    if any(v.owned != like.owned for v in volumes):
+    if any(v.shape[-v.dims :] != like.shape[-like.dims :] for v in volumes):
         raise unknown("adds up volumes of unequal size")
     tensors = [a for a in (*args, *options.values()) if isinstance(a, Tensor)]
     plain = [a for a in tensors if not isinstance(a, SlabVolume) and a.ndim >= like.dims]
     if any(a.shape[-like.dims] != 1 for a in plain):
         raise unknown("has a value of its own for each voxel")
-    named = {key: slab_of(value) for key, value in options.items()}
-    return like.holding(func(*map(slab_of, args), **named))
+    named = {key: rows_of(value, like.owned) for key, value in options.items()}
+    return like.holding(func(*(rows_of(value, like.owned) for value in args), **named))
 
 
-def slab_of(value: object) -> object:
-    """The rows of a volume; anything else as it is."""
-    return value.slab if isinstance(value, SlabVolume) else value
+def rows_of(value: object, owned: Sequence[Rows]) -> object:
+    """The rows of a volume, cut as another is; anything else as it is."""
+    if not isinstance(value, SlabVolume):
+        return value
+    if value.owned == owned:
+        return value.slab
+    me = value.cut.rank
+    before, space = value.slab.shape[: -value.dims], value.slab.shape[-value.dims :]
+    flat = value.slab.reshape(1, math.prod(before), *space)
+    slab, start = value.cut.extended(flat, owned, value.owned), clipped(value.owned, owned)[me][0]
+    lo, hi = owned[me]
+    return slab.narrow(2, lo - start, hi - lo).reshape(*before, hi - lo, *space[1:])
 
 
 # Layers that see other rows ------------------------------------------------------------------
@@ -306,6 +315,28 @@ def padded(
     starts = [n + near + far if r > holders[-1] else lo for r, lo in enumerate(starts)]
     slab = func(x.slab, pad, mode if me in holders else "constant", value)
     return x.holding(slab, pairwise([*starts, n + near + far]))
+
+
+def interpolated(
+    func: Callable[..., Tensor],
+    x: SlabVolume,
+    size: Sequence[int],
+    scale_factor: object = None,
+    mode: str = "nearest",
+    **options: object,
+) -> SlabVolume:
+    """The means of cells, which have the rows `n o / m` to `n (o + 1) / m` for row o of m."""
+    if mode != "area" or scale_factor is not None:
+        raise unknown("calls interpolate, other than for the area of a size")
+    me, n, m = x.cut.rank, x.owned[-1][1], size[0]
+    made = list(pairwise([*(-(-lo * m // n) for lo, _ in x.owned), m]))
+    computed = [(min(lo, m - 1), max(hi, min(lo, m - 1) + 1)) for lo, hi in made]
+    wanted = [(lo * n // m, -(-hi * n // m)) for lo, hi in computed]
+    slab, start = x.cut.extended(x.slab, wanted, x.owned), clipped(x.owned, wanted)[me][0]
+    cells = [(o * n // m - start, -(-(o + 1) * n // m) - start) for o in range(*computed[me])]
+    rows = torch.stack([slab[:, :, lo:hi].mean(2) for lo, hi in cells], 2)
+    y = func(rows, (len(cells), *size[1:]), mode=mode)
+    return x.holding(y.narrow(2, 0, made[me][1] - made[me][0]), made)
 
 
 def dropped(
@@ -516,6 +547,7 @@ FUNCTIONS: dict[str, Callable[..., object]] = {
     **dict.fromkeys(("sum", "mean"), summed),
     **dict.fromkeys(AXES, shaped),
     "pad": padded,
+    "interpolate": interpolated,
     "group_norm": group_norm,
     "instance_norm": instance_norm,
     "batch_norm": batch_norm,
