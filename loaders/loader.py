@@ -197,15 +197,7 @@ class PatchPlan:
         rows = np.array([row for row, _ in found]).reshape(rows.shape)
         unread = tuple(line for _, lines in found for line in lines)
         for number in range(len(rows)):
-<<<<<<< HEAD
             epoch, row, volume, *_ = rows[number].tolist()
-=======
-            epoch, row, volume, *corner = rows[number].tolist()
-            if weight is not None and self.weights is not None:
-                first, *others = corner
-                first += 0 if self.slab is None else self.slab(whole[0])[0]
-                read_weights(self.weights, volume, (first, *others), weight[number].numpy())
->>>>>>> judges
             if self.augment is not None:
                 key, spacing_mm = (self.seed, epoch, row), self.store.spacing_mm(volume)
                 if weight is None:
@@ -243,7 +235,8 @@ class PatchPlan:
                 else:
                     read_slab(self.store, volume, corner, whole, self.slab(whole[0]), out)
                 if weights is not None and self.weights is not None:
-                    read_weights(self.weights, volume, corner, weights)
+                    first_row = corner[0] + (self.slab(whole[0])[0] if self.slab else 0)
+                    read_weights(self.weights, volume, (first_row, *corner[1:]), weights)
             except BrokenVolume as error:
                 faults.append(error)
                 continue
