@@ -23,6 +23,7 @@ class SlabTask(VAETask):
         model: The VAE, the same on all ranks.
         loss: Named terms; those that are not taken over slabs are refused.
         seed: Seed of the posterior's noise.
+        axis: The axis along which samples are cut.
         group: Ranks that share samples; None for all.
 
     Raises:
@@ -34,18 +35,20 @@ class SlabTask(VAETask):
         model: CustomVAE,
         loss: VAELoss,
         seed: int = 0,
+        axis: int = 0,
         group: dist.ProcessGroup | None = None,
     ):
         check(model)
         check_loss(loss, model.spatial_dims)
         super().__init__(model, loss, seed)
         self._views: SlabViews | None = None  # of the last forward
-        self.group, self.ranks_per_sample = group, dist.get_world_size(group)
+        self.axis, self.group = axis, group
+        self.ranks_per_sample = dist.get_world_size(group)
 
     def forward(self, batch: Any, step: int) -> dict[str, Tensor]:
-        """Return the terms of the loss on `batch.image`, this rank's slab of `batch.rows` rows."""
+        """Return the terms of the loss on `batch.image`, this rank's slab of `batch.whole`."""
         x = batch.image
-        layout = Layout(batch.rows, self.network.factor[0], self.group)
+        layout = Layout(batch.whole, self.network.factor, self.axis, self.group)
         halves = SlabVAE(self.network, layout)
         posterior = halves.encode(x)
         noise = self.noise(batch.index, step, posterior.mean, layout)
@@ -71,8 +74,7 @@ class SlabTask(VAETask):
 
     def noise(self, index: Tensor, step: int, like: Tensor, layout: Layout) -> Tensor:
         """This rank's rows of the noise that one process draws of each whole sample."""
-        rows = layout.rows(like.shape[2])
-        shape = (like.shape[1], rows[-1][1], *like.shape[3:])
+        rows = layout.owned(like)
+        _, *shape = layout.resized(like.shape, rows[-1][1])
         draws = [noise_of_sample(shape, self.seed, step, int(i), like.device) for i in index]
-        lo, hi = rows[layout.rank]
-        return torch.stack(draws)[:, :, lo:hi]
+        return layout.part(torch.stack(draws), *rows[layout.rank])
