@@ -4,7 +4,7 @@ Each rank takes its own part of a mean over the volume; the parts of all ranks a
 one process. What is taken of windows or of neighbors sees the rows of the next rank. A term that
 has no entry in `PARTS` is refused by name.
 
-Axes: b samples, c channels, then the spatial axes; slabs are cut along the first of these.
+Axes: b samples, c channels, then the spatial axes; rows are those along the axis that is cut.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ class SlabViews:
         self.game.check(whole.shape[1:])
         if self.game.spatial_dims == volume.ndim - 2:
             return [whole], lambda values: values[0]
-        share = Share(self.layout, volume, self.game.num_slices, step, self.game.seed)
+        share = Share(self.layout, self.game.num_slices, step, self.game.seed)
         return share.slices(volume), lambda values: share.part(values) * self.layout.size
 
 
@@ -91,16 +91,14 @@ class Share:
 
     Args:
         layout: Who holds which rows.
-        like: A slab of a volume.
         num_slices: See `draw_slices`, as `step` and `seed`.
         step: Number of optimizer updates done.
         seed: Of the draw.
     """
 
-    def __init__(self, layout: Layout, like: Tensor, num_slices: int, step: int, seed: int):
+    def __init__(self, layout: Layout, num_slices: int, step: int, seed: int):
         self.layout = layout
-        shape = (layout.slabs[-1][1], *like.shape[3:])
-        self.picks = [sorted(axis) for axis in draw_slices(shape, num_slices, step, seed)]
+        self.picks = [sorted(axis) for axis in draw_slices(layout.shape, num_slices, step, seed)]
         turns = cycle(range(layout.size))
         self.mine = [
             [n for n in range(len(axis)) if next(turns) == layout.rank] for axis in self.picks
@@ -116,7 +114,8 @@ class Share:
         found = []
         for axis, (indices, mine) in enumerate(zip(self.picks, self.mine, strict=True)):
             if indices:
-                whole = self.across(volume, axis) if axis else self.along(volume)
+                across = axis != self.layout.axis
+                whole = self.across(volume, axis) if across else self.along(volume)
                 if mine:
                     found.append(whole[mine].flatten(0, 1))
                 else:
@@ -124,17 +123,18 @@ class Share:
         return found
 
     def along(self, volume: Tensor) -> Tensor:
-        """Slices `(n, B, C, Y, Z)` at some rows; each lies on one rank, and all get it."""
-        held = [[i - lo for i in self.picks[0] if lo <= i < hi] for lo, hi in self.layout.slabs]
+        """Slices `(n, B, C, ...)` at some rows; each lies on one rank, and all get it."""
+        dim, indices = self.layout.dim, self.picks[self.layout.axis]
+        held = [[i - lo for i in indices if lo <= i < hi] for lo, hi in self.layout.slabs]
         owned = list(pairwise([0, *accumulate(map(len, held))]))
-        own = volume[:, :, held[self.layout.rank]]
-        return self.everywhere(own, owned).movedim(2, 0)
+        mine = torch.tensor(held[self.layout.rank], dtype=torch.long, device=volume.device)
+        return self.everywhere(volume.index_select(dim, mine), owned).movedim(dim, 0)
 
     def across(self, volume: Tensor, axis: int) -> Tensor:
-        """Slices `(n, B, C, X, Z)` of which each rank has its rows; all get them."""
-        cut = torch.stack([volume.select(2 + axis, i) for i in self.picks[axis]])
-        whole = self.everywhere(cut.flatten(0, 1), self.layout.slabs)
-        return whole.unflatten(0, cut.shape[:2])
+        """Slices `(n, B, C, ...)` of which each rank has its rows; all get them."""
+        cut = torch.cat([volume.narrow(2 + axis, i, 1) for i in self.picks[axis]])
+        whole = self.everywhere(cut, self.layout.slabs).squeeze(2 + axis)
+        return whole.unflatten(0, (-1, len(volume)))
 
     def everywhere(self, own: Tensor, owned: list[Rows]) -> Tensor:
         """Every rank's rows, on every rank."""
@@ -228,10 +228,10 @@ def _of_windows(
     *weight: Tensor,
 ) -> Tensor:
     """A window belongs to the rank of its first row."""
-    size, rows = len(term.kernel), layout.slabs[-1][1]
-    term.check((x.shape[1], rows, *x.shape[3:]))
+    size, rows = len(term.kernel), layout.shape[layout.axis]
+    term.check((x.shape[1], *layout.shape))
     x, recon, *w = (layout.following(t, size - 1) for t in (x, recon, *weight))
-    windows = x.shape[2] - size + 1
+    windows = x.shape[layout.dim] - size + 1
     if windows < 1:  # the ranks before see these rows
         return 0 * recon.sum()
     return term(x, recon, posterior, step, *w) * (windows / (rows - size + 1))
@@ -247,11 +247,11 @@ def _of_neighbors(
     *weight: Tensor,
 ) -> Tensor:
     """An edge belongs to the rank of its first row."""
-    rows = layout.slabs[-1][1]
+    rows, dim = layout.shape[layout.axis], layout.dim
     a, b, *w = (layout.following(t, 1) for t in (x, recon, *weight))
-    edges = a.shape[2] - 1
-    gaps = [term.gap(a, b, 2, *w) * (edges / (rows - 1)) if edges else 0 * b.sum()]
-    others = [axis for axis in range(3, x.ndim) if x.shape[axis] > 1]
+    edges = a.shape[dim] - 1
+    gaps = [term.gap(a, b, dim, *w) * (edges / (rows - 1)) if edges else 0 * b.sum()]
+    others = [axis for axis in range(2, x.ndim) if axis != dim and x.shape[axis] > 1]
     gaps += [term.gap(x, recon, axis, *weight) * layout.share for axis in others]
     return add_up(gaps) / len(gaps)
 
@@ -269,7 +269,7 @@ def _of_features(
     seen = [x, recon, *(w.expand_as(x) for w in weight)]
     if term.network.spatial_dims == x.ndim - 2:
         return term.distance(*(SlabVolume.of(t, layout) for t in seen)) / layout.size
-    share = Share(layout, x, term.num_slices, step, term.seed)
+    share = Share(layout, term.num_slices, step, term.seed)
     return share.part([term.distance(*cut) for cut in zip(*map(share.slices, seen), strict=True)])
 
 

@@ -9,14 +9,14 @@ anything in their forward. So it runs as it is, and every function of torch that
 up here: what is not known is refused by name, and nothing is taken of a slab for a volume. What a
 convolution or a pooling layer sees of its input is described by `vae3d.models.reach`.
 
-A row that a layer makes belongs to the rank that has the row at its own number times the layer's
-stride, the last ones to the last rank; a rank may be left without any. All of it has second
-derivatives, which penalties on gradients need.
+Rows are those along the axis that is cut. A row that a layer makes belongs to the rank that has the
+row at its own number times the layer's stride, the last ones to the last rank; a rank may be left
+without any. All of it has second derivatives, which penalties on gradients need.
 
 Every rank has the same plain tensors, and its gradients of one are multiplied by the number of
 ranks: on average over the ranks, as data-parallel training takes it, they are those of one process.
 
-Axes: b batch, c channels, x y z space; rows are those of x.
+Axes: b batch, c channels, x y z space.
 """
 
 from __future__ import annotations
@@ -63,10 +63,15 @@ class SlabVolume(Tensor):
         """One of which every rank has the rows that `owned` tells."""
         owned = list(owned)
         shape = [*slab.shape]
-        shape[-dims] = owned[-1][1]
+        shape[cut.axis - dims] = owned[-1][1]
         found = torch.empty(shape, dtype=slab.dtype, device="meta").as_subclass(cls)
         found.slab, found.cut, found.owned, found.dims = slab, cut, owned, dims
         return found
+
+    @property
+    def axis(self) -> int:
+        """The axis along which it is cut, counted from the last: those before may change."""
+        return self.cut.axis - self.dims
 
     def holding(self, slab: Tensor, owned: Iterable[Rows] | None = None) -> Self:
         """A volume that was made of this one, cut at the same places where no others are given."""
@@ -99,12 +104,13 @@ class Whole(Layout):
     """The layout of one rank alone, which has all rows and asks nobody.
 
     Args:
-        rows: Rows of the volume.
+        shape: Voxels of the volume per axis.
     """
 
-    def __init__(self, rows: int):
-        self.group, self.rank, self.size = None, 0, 1
-        self.slabs, self.cells, self.bytes_sent = [(0, rows)], [rows], 0
+    def __init__(self, shape: Sequence[int]):
+        self.shape, self.axis, self.dim, self.group = tuple(shape), 0, 2, None
+        self.rank, self.size, self.bytes_sent = 0, 1, 0
+        self.slabs, self.cells = [(0, shape[0])], [shape[0]]
 
     def sum(self, x: Tensor) -> Tensor:
         """See `Layout`."""
@@ -140,7 +146,7 @@ def check(network: nn.Module, channels: int, dims: int, size: int = 128) -> None
     dtype = next((t.dtype for t in states.values() if t.is_floating_point()), torch.float32)
     x = torch.empty(1, channels, *[size] * dims, dtype=dtype, device="meta")
     try:
-        torch.func.functional_call(network, states, (SlabVolume.of(x, Whole(size)),))
+        torch.func.functional_call(network, states, (SlabVolume.of(x, Whole(x.shape[2:])),))
     except ValueError as error:
         raise ValueError(f"sharding spatial: {name} {error}") from error
     except (RuntimeError, NotImplementedError) as error:
@@ -190,8 +196,8 @@ def pointwise(func: Callable[..., Tensor], *args: object, **options: object) -> 
     if any(v.shape[-v.dims :] != like.shape[-like.dims :] for v in volumes):
         raise unknown("adds up volumes of unequal size")
     tensors = [a for a in (*args, *options.values()) if isinstance(a, Tensor)]
-    plain = [a for a in tensors if not isinstance(a, SlabVolume) and a.ndim >= like.dims]
-    if any(a.shape[-like.dims] != 1 for a in plain):
+    plain = [a for a in tensors if not isinstance(a, SlabVolume) and a.ndim >= -like.axis]
+    if any(a.shape[like.axis] != 1 for a in plain):
         raise unknown("has a value of its own for each voxel")
     named = {key: rows_of(value, like.owned) for key, value in options.items()}
     return like.holding(func(*(rows_of(value, like.owned) for value in args), **named))
@@ -203,12 +209,20 @@ def rows_of(value: object, owned: Sequence[Rows]) -> object:
         return value
     if value.owned == owned:
         return value.slab
-    me = value.cut.rank
     before, space = value.slab.shape[: -value.dims], value.slab.shape[-value.dims :]
     flat = value.slab.reshape(1, math.prod(before), *space)
-    slab, start = value.cut.extended(flat, owned, value.owned), clipped(value.owned, owned)[me][0]
-    lo, hi = owned[me]
-    return slab.narrow(2, lo - start, hi - lo).reshape(*before, hi - lo, *space[1:])
+    slab = fetched(value.cut, flat, value.owned, owned)
+    return slab.reshape(*before, *slab.shape[2:])
+
+
+def fetched(cut: Layout, slab: Tensor, owned: Sequence[Rows], wanted: Sequence[Rows]) -> Tensor:
+    """The rows that this rank wants, from whoever has them.
+
+    A node of the graph on all ranks, also where it does nothing: nodes of graphs that are alike run
+    in one order.
+    """
+    (lo, hi), start = wanted[cut.rank], clipped(owned, wanted)[cut.rank][0]
+    return cut.part(cut.extended(slab, wanted, owned), lo - start, hi - start)
 
 
 # Layers that see other rows ------------------------------------------------------------------
@@ -229,12 +243,9 @@ def within(func: Callable[[Tensor], Tensor], x: SlabVolume, window: Window) -> S
     computed = [(min(lo, size - 1), max(hi, min(lo, size - 1) + 1)) for lo, hi in made]
     seen = [window.wants(*rows) for rows in computed]
     wanted = [(window.begins(max(lo, 0))[0], min(hi, n)) for lo, hi in seen]
-    slab, start = x.cut.extended(x.slab, wanted, x.owned), clipped(x.owned, wanted)[me][0]
-    # Narrowed where all of it is taken, too: graphs of ranks are alike, and run in one order.
-    lo, hi = wanted[me]
-    y = func(slab.narrow(2, lo - start, hi - lo))
-    begin, count = computed[me][0] - window.begins(lo)[1], made[me][1] - made[me][0]
-    return x.holding(y.narrow(2, begin, count), made)
+    y = func(fetched(x.cut, x.slab, x.owned, wanted))
+    begin, count = computed[me][0] - window.begins(wanted[me][0])[1], made[me][1] - made[me][0]
+    return x.holding(x.cut.part(y, begin, begin + count), made)
 
 
 def convolved(
@@ -248,14 +259,14 @@ def convolved(
     groups: int = 1,
 ) -> SlabVolume:
     """A convolution that adds zeros."""
-    reach = first(dilation) * (weight.shape[2] - 1)
+    reach = along_cut(dilation, x) * (weight.shape[x.cut.dim] - 1)
     if isinstance(padding, str):
         near = reach // 2 if padding == "same" else 0
         far = reach - near if padding == "same" else 0
     else:
-        near = far = first(padding)
+        near = far = along_cut(padding, x)
     rest = weight, bias, stride, padding, dilation, groups
-    window = Window(first(stride), near, far, reach + 1)
+    window = Window(along_cut(stride, x), near, far, reach + 1)
     return within(lambda slab: func(slab, *rest), x, window)
 
 
@@ -272,8 +283,9 @@ def max_pooled(
     """Maxima of windows."""
     if ceil_mode or return_indices:
         raise unknown("pools with ceil_mode or return_indices")
-    steps, ends = first(kernel_size if stride is None else stride), first(padding)
-    window = Window(steps, ends, ends, first(dilation) * (first(kernel_size) - 1) + 1)
+    sizes = kernel_size, kernel_size if stride is None else stride, padding, dilation
+    size, steps, ends, apart = (along_cut(number, x) for number in sizes)
+    window = Window(steps, ends, ends, apart * (size - 1) + 1)
     return within(lambda slab: func(slab, kernel_size, stride, padding, dilation), x, window)
 
 
@@ -290,9 +302,10 @@ def mean_pooled(
     """Means of windows."""
     if ceil_mode:
         raise unknown("pools with ceil_mode")
-    steps, ends = first(kernel_size if stride is None else stride), first(padding)
+    sizes = kernel_size, kernel_size if stride is None else stride, padding
+    size, steps, ends = (along_cut(number, x) for number in sizes)
     rest = kernel_size, stride, padding, False, count_include_pad, divisor_override
-    return within(lambda slab: func(slab, *rest), x, Window(steps, ends, ends, first(kernel_size)))
+    return within(lambda slab: func(slab, *rest), x, Window(steps, ends, ends, size))
 
 
 def padded(
@@ -304,10 +317,10 @@ def padded(
 ) -> SlabVolume:
     """Constants beyond the volume, or its last voxels again."""
     pad = [*pad, *[0] * (2 * x.dims - len(pad))]
-    at = 2 * (x.dims - 1)
+    at = 2 * (x.dims - 1 - x.cut.axis)
     near, far = pad[at : at + 2]
     if min(near, far) < 0 or (max(near, far) > 0 and mode not in ("constant", "replicate")):
-        raise unknown(f"pads the first axis with {mode} by {near} and {far}")
+        raise unknown(f"pads with {mode} by {near} and {far}")
     me, n, holders = x.cut.rank, x.owned[-1][1], [r for r, (a, b) in enumerate(x.owned) if a < b]
     pad[at] = near * (me == holders[0])
     pad[at + 1] = far * (me == holders[-1])
@@ -328,15 +341,15 @@ def interpolated(
     """The means of cells, which have the rows `n o / m` to `n (o + 1) / m` for row o of m."""
     if mode != "area" or scale_factor is not None:
         raise unknown("calls interpolate, other than for the area of a size")
-    me, n, m = x.cut.rank, x.owned[-1][1], size[0]
+    me, n, m = x.cut.rank, x.owned[-1][1], size[x.cut.axis]
     made = list(pairwise([*(-(-lo * m // n) for lo, _ in x.owned), m]))
     computed = [(min(lo, m - 1), max(hi, min(lo, m - 1) + 1)) for lo, hi in made]
     wanted = [(lo * n // m, -(-hi * n // m)) for lo, hi in computed]
-    slab, start = x.cut.extended(x.slab, wanted, x.owned), clipped(x.owned, wanted)[me][0]
+    slab, start, dim = fetched(x.cut, x.slab, x.owned, wanted), wanted[me][0], x.cut.dim
     cells = [(o * n // m - start, -(-(o + 1) * n // m) - start) for o in range(*computed[me])]
-    rows = torch.stack([slab[:, :, lo:hi].mean(2) for lo, hi in cells], 2)
-    y = func(rows, (len(cells), *size[1:]), mode=mode)
-    return x.holding(y.narrow(2, 0, made[me][1] - made[me][0]), made)
+    rows = torch.stack([x.cut.part(slab, *cell).mean(dim) for cell in cells], dim)
+    _, _, *own = x.cut.resized((0, 0, *size), len(cells))
+    return x.holding(x.cut.part(func(rows, own, mode=mode), 0, made[me][1] - made[me][0]), made)
 
 
 def dropped(
@@ -352,9 +365,9 @@ def dropped(
     return x
 
 
-def first(sizes: Sizes) -> int:
-    """Of one number, or of one for each axis, that along which volumes are cut."""
-    return sizes if isinstance(sizes, int) else sizes[0]
+def along_cut(sizes: Sizes, x: SlabVolume) -> int:
+    """Of one number, or of one for each axis, that of the axis that is cut."""
+    return sizes if isinstance(sizes, int) else sizes[x.cut.axis]
 
 
 # Norms ---------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -26,6 +27,7 @@ class SlabTask(VAETask):
         model: The VAE, the same on all ranks.
         loss: Named terms; those that are not taken over slabs are refused.
         seed: Seed of the posterior's noise.
+        axis: The axis along which samples are cut.
         group: Ranks that share samples; None for all.
 
     Raises:
@@ -37,22 +39,25 @@ class SlabTask(VAETask):
         model: CustomVAE,
         loss: VAELoss,
         seed: int = 0,
+        axis: int = 0,
         group: dist.ProcessGroup | None = None,
     ):
         check(model)
         check_loss(loss, model.spatial_dims)
         super().__init__(model, loss, seed)
         self._views: SlabViews | None = None  # of the last forward
-        self.group, self.ranks_per_sample = group, dist.get_world_size(group)
+        self.axis, self.group = axis, group
+        self.ranks_per_sample = dist.get_world_size(group)
 
     def forward(self, batch: Any, step: int) -> dict[str, Tensor]:
-        """Return the terms of the loss on `batch.image`, this rank's slab of `batch.rows` rows."""
-        layout = Layout(batch.rows, self.network.factor[0], self.group)
+        """Return the terms of the loss on `batch.image`, this rank's slab of `batch.whole`."""
+        layout = Layout(batch.whole, self.network.factor, self.axis, self.group)
         weight = weight_of(batch, lambda weight: SlabVolume.of(weight, layout).mean())
         game = self.loss.adversarial
         self._views = None if game is None else SlabViews(layout, game)
         normal = self.normal_of_slabs(self.normal(batch, step), layout)
-        loss = partial(self.loss, take=SlabTerms(layout), views=self._views)
+        voxels = math.prod(layout.shape)
+        loss = partial(self.loss, take=SlabTerms(layout), views=self._views, voxels=voxels)
         return self.terms(SlabVAE(self.network, layout), loss, batch, step, normal, weight)
 
     def discriminator_loss(self, step: int, discriminator: nn.Module | None) -> dict[str, Tensor]:
@@ -64,15 +69,15 @@ class SlabTask(VAETask):
 
     def normal_of_slabs(self, normal: Normal, layout: Layout) -> Normal:
         """This rank's rows of the noise that one process draws of each whole sample."""
-        dims = self.network.spatial_dims
+        dims, dim = self.network.spatial_dims, layout.axis - self.network.spatial_dims
 
         def draw(shape: Sequence[int], word: str) -> Tensor:
             if len(shape) < dims:  # of a sample, not of its voxels
                 return normal(shape, word)
-            rows = layout.rows(shape[-dims])
+            rows = layout.rows(shape[dim])
             whole = [*shape]
-            whole[-dims] = rows[-1][1]
+            whole[dim] = rows[-1][1]
             lo, hi = rows[layout.rank]
-            return normal(whole, word).narrow(-dims, lo, hi - lo)
+            return normal(whole, word).narrow(dim, lo, hi - lo)
 
         return draw

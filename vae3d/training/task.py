@@ -6,6 +6,7 @@ The loop in `trainer.py` knows nothing else about a task, so both stages share i
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -229,7 +230,7 @@ def share_weights(window: list[Batch], world: World, ranks_per_sample: int = 1) 
     sizes = [weight[0].numel() for weight in weights]
     if ranks_per_sample > 1:  # of the whole of each sample
         pairs = zip(window, weights, strict=True)
-        sizes = [w[0].numel() // w.shape[2] * (batch.rows or w.shape[2]) for batch, w in pairs]
+        sizes = [w.shape[1] * math.prod(batch.whole or w.shape[2:]) for batch, w in pairs]
     total = world.add(sum(weight.sum(dtype=torch.float64).item() for weight in weights))
     count = sum(map(len, weights)) * world.size / ranks_per_sample
     each = [total / count / size for size in sizes]
