@@ -9,17 +9,22 @@ the default network with L1 and KL, float32. Printed are medians of the rank tha
 - seconds of a step, by the clock and of the processor, and the former as a part of one process's;
 - memory at the peak of the step above what the rank held before it, and, without the gradients of
   the weights, which every rank has, as a part of one process's times the ranks (1.00 is perfect);
-- bytes of halos that all ranks sent, beside the formula of docs/how/slabs.md.
+- bytes of halos that all ranks sent, beside the formula of docs/how/slabs.md;
+- what their rows cost in a step: seconds in which a rank waited for rows (it may be for the rank
+  that sends them, which is late), and seconds of the same rows sent again with nothing between.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import re
 import socket
 import statistics
 import time
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,8 +34,10 @@ import torch.multiprocessing as mp
 
 from vae3d.kernels.memory import pages, trim
 from vae3d.models.custom_vae import CustomVAE
+from vae3d.models.norm import GroupNorm
+from vae3d.spatial import slabs
 from vae3d.spatial.network import SlabVAE
-from vae3d.spatial.slabs import Layout, cut
+from vae3d.spatial.slabs import Layout, own_part
 
 
 class Turn(NamedTuple):
@@ -39,13 +46,16 @@ class Turn(NamedTuple):
     seconds: float
     cpu_seconds: float
     bytes: float
+    waited: float
+    travel: float
     sent: int
 
 
 def main() -> None:
     """Run the turns and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--shape", type=int, nargs=3, default=[128, 64, 64], help="cut along x")
+    parser.add_argument("--shape", type=int, nargs=3, default=[128, 64, 64])
+    parser.add_argument("--axis", default="x", choices=["x", "y", "z"], help="that is cut")
     parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4])
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--channels", type=int, nargs="+", default=[32, 64, 128])
@@ -56,18 +66,25 @@ def main() -> None:
         for ranks, results in turns.items():
             results.append(turn(ranks, args))
     medians = {n: Turn(*map(statistics.median, zip(*rows))) for n, rows in turns.items()}  # noqa: B905
-    weights = 4 * sum(p.numel() for p in CustomVAE(channels=tuple(args.channels)).parameters())
+    weights = 4 * sum(p.numel() for p in network(args).parameters())
     one, load = medians[1], os.getloadavg()[0]
-    print(f"{args.shape}, channels {args.channels}, checkpointing {args.checkpointing}, float32")
+    print(f"{args.shape} cut along {args.axis}, channels {args.channels}, float32,"
+          f" checkpointing {args.checkpointing}")  # fmt: skip
     print(f"gradients of weights {weights / 1e6:.0f} MB; load {load:.1f} of {os.cpu_count()} cores")
     print(f"{'ranks':>5} {'s/step':>8} {'of one':>7} {'CPU-s':>7} {'MB/rank':>8} {'x ranks':>8}"
-          f" {'halo MB':>8} {'formula':>8}")  # fmt: skip
+          f" {'halo MB':>8} {'formula':>8} {'waited s':>8} {'travel s':>8}")  # fmt: skip
     for n, row in medians.items():
         share = n * (row.bytes - weights) / (one.bytes - weights)
         print(f"{n:5} {row.seconds:8.2f} {row.seconds / one.seconds:7.2f} {row.cpu_seconds:7.2f}"
               f" {row.bytes / 1e6:8.0f} {share:8.2f} {row.sent / 1e6:8.3f}"
-              f" {formula(args, n) / 1e6:8.3f}")  # fmt: skip
+              f" {formula(args, n) / 1e6:8.3f} {row.waited:8.3f} {row.travel:8.3f}")  # fmt: skip
         assert row.sent == formula(args, n), "what was sent is not what the formula says"
+
+
+def network(args: argparse.Namespace) -> CustomVAE:
+    """The default network of some channels; groups of its norms are as many as the least takes."""
+    norm = partial(GroupNorm, num_groups=min(32, *args.channels))
+    return CustomVAE(channels=tuple(args.channels), norm=norm)
 
 
 def turn(ranks: int, args: argparse.Namespace) -> Turn:
@@ -77,8 +94,8 @@ def turn(ranks: int, args: argparse.Namespace) -> Turn:
         port = probe.getsockname()[1]
     results = mp.get_context("spawn").SimpleQueue()
     mp.spawn(step, (ranks, port, args, results), ranks)
-    seconds, cpu, peak, sent = zip(*(results.get() for _ in range(ranks)), strict=True)
-    return Turn(max(seconds), max(cpu), max(peak), sum(sent))
+    *most, sent = zip(*(results.get() for _ in range(ranks)), strict=True)
+    return Turn(*map(max, most), sum(sent))
 
 
 def step(rank: int, ranks: int, port: int, args: argparse.Namespace, results: Any) -> None:
@@ -86,20 +103,54 @@ def step(rank: int, ranks: int, port: int, args: argparse.Namespace, results: An
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    vae = CustomVAE(channels=tuple(args.channels))
+    vae = network(args)
     vae.set_checkpointing(args.checkpointing)
     dist.init_process_group("gloo", rank=rank, world_size=ranks)
-    forward_and_backward(vae, rank, ranks, (vae.factor[0] * 2 * ranks, 16, 16))
+    axis, small = "xyz".index(args.axis), [16, 16, 16]
+    small[axis] = vae.factor[axis] * 2 * ranks
+    forward_and_backward(vae, rank, ranks, small, axis)
     dist.barrier()
     pages.forget()
     trim()
     before = memory("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the peak is from here on
-    begun, cpu = time.perf_counter(), time.process_time()
-    sent = forward_and_backward(vae, rank, ranks, args.shape)
+    begun, cpu, rows = time.perf_counter(), time.process_time(), Rows()
+    sent = forward_and_backward(vae, rank, ranks, args.shape, axis)
     seconds, cpu = time.perf_counter() - begun, time.process_time() - cpu
-    results.put((seconds, cpu, memory("VmHWM") - before, sent))
+    peak, waited = memory("VmHWM") - before, rows.waited
+    results.put((seconds, cpu, peak, waited, rows.travel(), sent))
     dist.destroy_process_group()
+
+
+class Rows:
+    """Looks on as rows are exchanged: how long a rank waits for them, and for them alone."""
+
+    def __init__(self) -> None:
+        self.waited, self.seen, self.exchange = 0.0, list[Any](), slabs.exchange
+        slabs.exchange = self.watched
+
+    def watched(self, layout: Layout, sent: Any, got: Any, like: Any) -> Any:
+        """`slabs.exchange`, of which waiting is timed."""
+        self.seen.append((layout, {rank: t.shape for rank, t in sent.items()}, got, like.dtype))
+        wait = self.exchange(layout, sent, got, like)
+
+        def timed() -> Any:
+            begun = time.perf_counter()
+            arrived = wait()
+            self.waited += time.perf_counter() - begun
+            return arrived
+
+        return timed
+
+    def travel(self) -> float:
+        """Seconds of all exchanges once more, one after another."""
+        dist.barrier()
+        begun = time.perf_counter()
+        for layout, sent, got, dtype in self.seen:
+            like = torch.empty(0, dtype=dtype)
+            rows = {rank: like.new_empty(shape) for rank, shape in sent.items()}
+            self.exchange(layout, rows, got, like)()
+        return time.perf_counter() - begun
 
 
 def memory(line: str) -> float:
@@ -109,11 +160,12 @@ def memory(line: str) -> float:
     return 1024.0 * int(found[1])
 
 
-def forward_and_backward(vae: CustomVAE, rank: int, ranks: int, shape: tuple[int, ...]) -> int:
+def forward_and_backward(
+    vae: CustomVAE, rank: int, ranks: int, shape: Sequence[int], axis: int
+) -> int:
     """One step, weights left alone; return the bytes of halos that this rank has sent."""
-    lo, hi = cut(shape[0], ranks, vae.factor[0])[rank]
-    x = torch.rand(1, 1, hi - lo, *shape[1:])
-    layout = Layout(shape[0], vae.factor[0])
+    slab = [part.stop - part.start for part in own_part(shape, vae.factor, ranks, rank, axis)]
+    x, layout = torch.rand(1, 1, *slab), Layout(shape, vae.factor, axis)
     halves: Any = vae if ranks == 1 else SlabVAE(vae, layout)
     posterior = halves.encode(x)
     recon = halves.crop(halves.decode(posterior.sample()), x)
@@ -131,7 +183,8 @@ def formula(args: argparse.Namespace, ranks: int) -> int:
     backward; other layers send their input's both ways. What is computed again is sent again.
     """
     widths, blocks, latent = args.channels, 2, 4
-    planes = [args.shape[1] * args.shape[2] >> 2 * level for level in range(len(widths))]
+    plane = math.prod(args.shape) // args.shape["xyz".index(args.axis)]
+    planes = [plane >> 2 * level for level in range(len(widths))]
     deep, last = widths[-1], planes[-1]
     other = latent * last  # the decoder's first convolution; the input has no gradient
     fused = [(deep, deep, last)] * 8  # both bottlenecks, then the ends of both halves

@@ -46,7 +46,7 @@ class Batch:
             this batch: of all that go into one update.
         unread: Why patches of the plan could not be read; the next ones that could stand in their
             place.
-        rows: Voxels of the whole patches along the first axis, of which `image` may be a slab.
+        whole: Voxels per axis of the whole patches, of which `image` may be a part.
     """
 
     image: torch.Tensor
@@ -56,7 +56,7 @@ class Batch:
     weight: torch.Tensor | None = None
     mean_weight: float | None = None
     unread: tuple[str, ...] = ()
-    rows: int | None = None
+    whole: tuple[int, ...] | None = None
 
     def to(self, device: torch.device | str) -> Batch:
         """Return the batch with its voxels on a device; copied in the background where pinned."""
@@ -84,7 +84,7 @@ class PatchPlan:
         augment: Callable[..., torch.Tensor] | None = None,
         patches_per_read: int = 1,
         on_error: Literal["raise", "skip"] = "raise",
-        slab: Callable[[int], tuple[int, int]] | None = None,
+        part: Callable[[Sequence[int]], Sequence[slice]] | None = None,
     ):
         dims = store.spatial_shapes.shape[1]
         if patching not in ("full", "random_parts", None):
@@ -109,11 +109,9 @@ class PatchPlan:
         self.weights = store if isinstance(store, Weighted) and store.num_weights else None
         self.patches_per_volume, self.patches_per_read = patches_per_volume, patches_per_read
         self.sampler, self.augment, self.on_error = sampler(), augment, on_error
-        self.slab = slab
-        if slab and (augment is not None or self.weights is not None or on_error == "skip"):
-            raise ValueError(
-                "slabs of patches go without data.augment, data.mask and data.on_error skip"
-            )
+        self.part = part
+        if part and (augment is not None or on_error == "skip"):
+            raise ValueError("parts of patches go without data.augment and data.on_error skip")
         self.groups = None
         if balance_by is not None:
             lacking = [store.ids[i] for i in range(len(store)) if balance_by not in store.labels(i)]
@@ -163,12 +161,11 @@ class PatchPlan:
         return found
 
     def image_shape(self, samples: Sequence[int]) -> tuple[int, ...]:
-        """Shape (B, C, *patch) of a batch, or of a slab of it; see `whole_shape`."""
-        rows, *others = self.whole_shape(samples)
-        if self.slab is not None:
-            lo, hi = self.slab(rows)
-            rows = hi - lo
-        return (len(samples), self.store.num_channels, rows, *others)
+        """Shape (B, C, *patch) of a batch, or of a part of it; see `whole_shape`."""
+        shape = self.whole_shape(samples)
+        if self.part is not None:
+            shape = tuple(axis.stop - axis.start for axis in self.part(shape))
+        return (len(samples), self.store.num_channels, *shape)
 
     def whole_shape(self, samples: Sequence[int]) -> tuple[int, ...]:
         """Voxels of a patch; whole volumes are padded to the largest of the batch."""
@@ -210,7 +207,7 @@ class PatchPlan:
         index, volume, corner = (
             torch.from_numpy(part) for part in (rows[:, 1], rows[:, 2], rows[:, 3:])
         )
-        return Batch(image, volume, corner, index, weight, None, unread, whole[0])
+        return Batch(image, volume, corner, index, weight, None, unread, whole)
 
     def read(
         self, row: np.ndarray, out: np.ndarray, weights: np.ndarray | None, whole: Sequence[int]
@@ -221,7 +218,7 @@ class PatchPlan:
             row: (epoch, row, volume, corner...).
             out: Where voxels go.
             weights: Where goes how much they count; None where all count alike.
-            whole: Voxels of a patch, of which `out` may be a slab.
+            whole: Voxels of a patch, of which `out` may be a part.
 
         Returns:
             The row that was read, and why those before it could not be, with `on_error` at skip.
@@ -232,12 +229,14 @@ class PatchPlan:
             number %= self.rows_per_epoch
             volume, *corner = self.table(epoch)[number].tolist()
             try:
-                if self.slab is None:
+                if self.part is None:
                     read_patch(self.store, volume, corner, out)
                 else:
-                    read_slab(self.store, volume, corner, whole, self.slab(whole[0]), out)
+                    read_part(self.store, volume, corner, whole, self.part(whole), out)
                 if weights is not None and self.weights is not None:
-                    read_weights(self.weights, volume, corner, weights)
+                    cut = self.part(whole) if self.part else [slice(0, n) for n in whole]
+                    first = [low + axis.start for low, axis in zip(corner, cut, strict=True)]
+                    read_weights(self.weights, volume, first, weights)
             except BrokenVolume as error:
                 faults.append(error)
                 continue
@@ -274,32 +273,34 @@ def read_patch(store: Store, volume: int, corner: Sequence[int], out: np.ndarray
     out[...] = np.pad(part, pads, "reflect")
 
 
-def read_slab(
+def read_part(
     store: Store,
     volume: int,
     corner: Sequence[int],
     patch: Sequence[int],
-    rows: tuple[int, int],
+    part: Sequence[slice],
     out: np.ndarray,
 ) -> None:
-    """Fill `out` (C, rows, ...) with rows of a patch, of which no more is read where it fits."""
-    first, *others = corner
-    if first + patch[0] <= store.shape(volume)[1]:
-        read_patch(store, volume, (first + rows[0], *others), out)
-    else:  # what is reflected into the patch may lie in another slab
+    """Fill `out` (C, *part) with a part of a patch, of which no more is read where it fits."""
+    axes = zip(corner, patch, part, store.shape(volume)[1:], strict=True)
+    if all(low + p <= n or axis == slice(0, p) for low, p, axis, n in axes):
+        first = [low + axis.start for low, axis in zip(corner, part, strict=True)]
+        read_patch(store, volume, first, out)
+    else:  # what is reflected into the patch may lie in another part
         whole = np.empty((len(out), *patch), out.dtype)
         read_patch(store, volume, corner, whole)
-        out[...] = whole[:, slice(*rows)]
+        out[...] = whole[(slice(None), *part)]
 
 
 def read_weights(store: Weighted, volume: int, corner: Sequence[int], out: np.ndarray) -> None:
     """Fill `out` (1 or C, *patch) with how much voxels count; what lies beyond the volume is 0."""
     sizes = zip(corner, out.shape[1:], store.shape(volume)[1:], strict=True)
-    slices = [slice(low, min(low + size, n)) for low, size, n in sizes]
+    slices = [slice(min(low, n), min(low + size, n)) for low, size, n in sizes]
     inside = out[(slice(None), *(slice(s.stop - s.start) for s in slices))]
     if inside.shape != out.shape:
         out.fill(0)
-    store.read_weights_into(volume, slices, inside)
+    if inside.size:
+        store.read_weights_into(volume, slices, inside)
 
 
 class PatchLoader:
@@ -332,8 +333,8 @@ class PatchLoader:
             are read once; see `loaders.patches.gathered`.
         on_error: A patch that cannot be read where it lies ends the run (raise), or the next of the
             plan stands in its place and it is counted (skip).
-        slab: `slab(rows) -> (lo, hi)`: which rows of a patch this loader reads, of so many along
-            the first axis; None for all. Loaders of the same rank then share their patches.
+        part: `part(shape)` -> a slice per axis: which part of a patch of that shape this loader
+            reads; None for all. Loaders of the same rank then share their patches.
 
     Attributes:
         unread: Patches of this rank that could not be read.
@@ -362,7 +363,7 @@ class PatchLoader:
         prefetch: int | None = None,
         patches_per_read: int = 1,
         on_error: Literal["raise", "skip"] = "raise",
-        slab: Callable[[int], tuple[int, int]] | None = None,
+        part: Callable[[Sequence[int]], Sequence[slice]] | None = None,
     ):
         if len(store) < world_size:
             raise ValueError(
@@ -379,7 +380,7 @@ class PatchLoader:
             require_guard("spawn" if self.in_place else None)
         self.plan = PatchPlan(
             store, patch_size, patching, patches_per_volume, seed, sampler, balance_by, augment,
-            patches_per_read, on_error, slab,
+            patches_per_read, on_error, part,
         )  # fmt: skip
         self.unread, self._told = 0, set[str]()
         self._elsewhere = Traffic()  # of processes that augment

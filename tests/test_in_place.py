@@ -31,6 +31,7 @@ from loaders.subjects import Subject
 from tests.stores import UM, Web, array, halved, ome, terabyte, voxels
 from vae3d.models.custom_vae import CustomVAE
 from vae3d.models.norm import GroupNorm
+from vae3d.spatial.slabs import own_part
 from vae3d.training.distributed import World
 from vae3d.training.validate import Validation
 
@@ -829,9 +830,10 @@ def test_each_rank_asks_for_the_chunks_of_its_patches_and_a_slab_for_those_of_it
         store = VolumeStore.build(urls, tmp_path / "cache", RAW, cache_gb=0)
         loaders = [PatchLoader(store, (16, 16, 16), "full", batch_size=4, threads=1, rank=rank,
                                world_size=2) for rank in (0, 1)]  # fmt: skip
+        halves = partial(own_part, factor=(1, 1, 1), parts=2)
         loaders += [
-            PatchLoader(store, patching=None, threads=0, slab=slab)
-            for slab in (lambda rows: (0, rows // 2), lambda rows: (rows // 2, rows))
+            PatchLoader(store, patching=None, threads=0, part=partial(halves, rank=rank))
+            for rank in (0, 1)
         ]
         asked = []
         for loader in loaders:

@@ -15,7 +15,7 @@ from vae3d.commands.plan import is_data, largest_patch, plan
 from vae3d.losses.vae_loss import VAELoss
 from vae3d.models.custom_vae import Chain, CustomVAE
 from vae3d.models.norm import GroupNorm
-from vae3d.spatial.slabs import cut
+from vae3d.spatial.slabs import own_part
 from vae3d.training.memory import RankMemory, Trial
 from vae3d.training.slabs import SlabTask
 from vae3d.training.task import VAETask
@@ -48,9 +48,10 @@ def test_plan_tells_how_many_ranks_a_patch_takes(tmp_path, capsys, monkeypatch):
 
 def of_a_rank(world, vae, shapes):
     task = SlabTask(vae, VAELoss())
-    for rows, *plane in shapes:
-        lo, hi = cut(rows, world.size, vae.factor[0])[world.rank]
-        peak = Trial(task, (1, hi - lo, *plane), rows=rows).peak_bytes(1)
+    for shape in shapes:
+        slab = own_part(shape, vae.factor, world.size, world.rank)
+        sample = [1, *(axis.stop - axis.start for axis in slab)]
+        peak = Trial(task, sample, whole=shape).peak_bytes(1)
     return peak
 
 

@@ -2,13 +2,14 @@
 
 import signal
 import time
+from functools import partial
 
 import numpy as np
 import pytest
 from processes import TINY, Process, fork_server, losses, run, volumes
 
-from loaders import PatchLoader, VolumeStore
-from vae3d.spatial.slabs import own_rows
+from loaders import PatchLoader, Reading, VolumeStore
+from vae3d.spatial.slabs import own_part
 
 __all__ = ["fork_server", "volumes"]  # fixtures
 
@@ -33,7 +34,7 @@ def command(tmp_path, volumes):
     "cutting",
     [
         ("--patching", "null", "--batch_size", "1"),  # 12 to 14 rows, of which 13 are cut unevenly
-        ("--patch_size", "[10,8,8]"),
+        ("--patch_size", "[10,8,8]", "--slab_axis", "y"),
     ],
 )
 def test_two_ranks_train_what_one_does_and_one_goes_on(command, tmp_path, cutting):
@@ -56,7 +57,11 @@ def test_two_ranks_train_what_one_does_and_one_goes_on(command, tmp_path, cuttin
             ("--augment", "{flip: [0]}", "--batch_size", "auto"),
             "not go with --batch_size auto, --augment",
         ),
-        (("--patch_size", "[2,8,8]"), "2 rows are 1 cells of the factor 2, fewer than the 2 ranks"),
+        (
+            ("--patch_size", "[4,2,8]", "--slab_axis", "y"),
+            "2 rows along y are 1 cells of the factor 2, fewer than the 2 ranks that share them; "
+            "--slab_axis z has 4",
+        ),
         (("--model.block", "{class_path: ResBlock, init_args: {dropout: 0.1}}"), "dropout to 0"),
     ],
 )
@@ -84,22 +89,27 @@ def losses_so_far(folder):
     return losses(folder) if (folder / "metrics.jsonl").exists() else {}
 
 
-@pytest.mark.parametrize("patch", [(7, 4, 4), (20, 4, 4), None])
-def test_slabs_of_ranks_are_the_patches_of_one(tmp_path, patch):
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("patch", [(7, 6, 4), (20, 20, 4), None])
+def test_slabs_of_ranks_are_the_patches_of_one(tmp_path, patch, axis):
     """Also where a patch is larger than its volume, whose end is mirrored into it."""
     rng = np.random.default_rng(0)
     for i, rows in enumerate((12, 15)):
-        np.save(tmp_path / f"{i}.npy", rng.random((rows, 6, 5), np.float32))
-    store = VolumeStore.build(tmp_path, tmp_path / "cache")
+        shape = rows, rows - 4, 5
+        np.save(tmp_path / f"{i}.npy", rng.random(shape, np.float32))
+        np.save(tmp_path / f"{i}_mask.npy", (rng.random(shape) < 0.5).astype(np.uint8))
+    reading = Reading(mask="{name}_mask.npy")
+    store = VolumeStore.build(tmp_path, tmp_path / "cache", reading=reading)
     options = dict(patching=None if patch is None else "random_parts", batch_size=2, threads=0)
     whole = next(iter(PatchLoader(store, patch, **options)))
-    parts = []
+    parts, weights = [], []
     for rank in range(3):
-        loader = PatchLoader(
-            store, patch, slab=lambda n, r=rank: own_rows(n, factor=2, rank=r, size=3), **options
-        )
-        batch = next(iter(loader))
-        assert batch.rows == whole.image.shape[2]
+        part = partial(own_part, factor=(2, 2, 2), parts=3, rank=rank, axis=axis)
+        batch = next(iter(PatchLoader(store, patch, part=part, **options)))
+        assert batch.whole == whole.image.shape[2:]
         assert batch.index.equal(whole.index)
         parts.append(batch.image.numpy())
-    assert np.array_equal(np.concatenate(parts, 2), whole.image.numpy())
+        weights.append(batch.weight.numpy())
+    assert np.array_equal(np.concatenate(parts, 2 + axis), whole.image.numpy())
+    assert np.array_equal(np.concatenate(weights, 2 + axis), whole.weight.numpy())
+    assert 0 < whole.weight.mean() < 1

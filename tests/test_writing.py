@@ -267,14 +267,17 @@ def test_a_volume_too_large_for_memory_has_the_same_numbers(tmp_path, monkeypatc
     vae = tiny_vae(spatial_dims=dims).eval()
     how = vars(Coding("patch", patch_size=(8,) * dims, overlap=2))
     rows: list[dict] = []
+    read = counted(VolumeStore, monkeypatch)
     for name, limit in (("memory", large.LARGE), ("disk", 0)):
         monkeypatch.setattr(large, "LARGE", limit)
         all_of_it = mode == "patch" and dims == 3
         evaluator = Evaluator(
             vae, store, tmp_path / name, how, patch_gap=all_of_it, media=all_of_it
         )
+        before = sum(read)
         rows.append(evaluator.volume(0))
         assert rows[-1].pop("case") == "a"
+        assert sum(read) - before == 2 * 7 * 11 * 18  # out of its chunks as clipped, and as it is
     assert rows[1] == pytest.approx(rows[0], rel=1e-5, abs=1e-7, nan_ok=True)
     one, two = (
         read_volume(tmp_path / name / "recon" / "a.ome.zarr").data for name in ("memory", "disk")
@@ -283,6 +286,18 @@ def test_a_volume_too_large_for_memory_has_the_same_numbers(tmp_path, monkeypatc
     assert not [
         p for p in (tmp_path / "disk").iterdir() if p.name not in ("recon", "rows", "media")
     ]
+
+
+def counted(kind, monkeypatch) -> list[int]:
+    """Voxels of each read of a kind of store, from here on."""
+    sizes, read_into = [], kind.read_into
+
+    def counting(self, index, slices, out):
+        sizes.append(out.size)
+        read_into(self, index, slices, out)
+
+    monkeypatch.setattr(kind, "read_into", counting)
+    return sizes
 
 
 class LargestTensor(TorchDispatchMode):
@@ -314,16 +329,17 @@ def test_an_evaluation_makes_no_tensor_of_the_size_of_a_volume(tmp_path, monkeyp
     monkeypatch.setattr(baselines, "SLAB", 2**14)
     vae = tiny_vae(channels=(2, 4, 4), norm=NoNorm).eval()
     how = vars(Coding(mode, patch_size=(32, 24, 24), overlap=4))
-    largest = LargestTensor()
+    largest, room = LargestTensor(), large.room
 
     def on_disk(shape, folder=None):
         assert folder is not None
         with _disable_current_modes():
-            tensor = large.room(shape, folder)
+            tensor = room(shape, folder)
         largest.apart.add(tensor.untyped_storage().data_ptr())
         return tensor
 
     monkeypatch.setattr("vae3d.inference.reconstruct.room", on_disk)
+    monkeypatch.setattr(large, "room", on_disk)
     evaluator = Evaluator(vae, store, tmp_path / "out", how, patch_gap=False, media=False)
     with largest:
         evaluator.volume(0)

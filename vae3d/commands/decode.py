@@ -26,6 +26,7 @@ def decode(
     amp: Literal["off", "bf16", "fp16"] = "off",
     recon_format: Literal["ome-zarr", "nifti", "tiff"] | None = None,
     sharding: Literal["spatial"] | None = None,
+    slab_axis: Literal["x", "y", "z"] = "x",
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto",
     trust: tuple[str, ...] = (),
 ) -> None:
@@ -56,6 +57,7 @@ def decode(
             in.
         sharding: spatial (ranks share each volume, cut into slabs, in mode full) | null (they share
             the volumes out).
+        slab_axis: x | y | z, the axis along which they are cut; the longest is the best.
         device: auto | cpu | cuda | mps.
         trust: Module prefixes besides vae3d whose classes the checkpoint may import.
     """
@@ -63,6 +65,7 @@ def decode(
     from vae3d.inference.estimate import told
     from vae3d.inference.reconstruct import coding_of
     from vae3d.kernels.progress import part, watched
+    from vae3d.spatial.slabs import axis_named
     from vae3d.stage2.latents import check_header, find_latents, read_info, read_latent
     from vae3d.tracking.console import Gauge
     from vae3d.training.distributed import open_world
@@ -78,6 +81,7 @@ def decode(
     coding, lines = coding_of(made_by, mode, patching, memory_gb=memory_gb, amp=amp)
     vae = load_encoder(checkpoint, made_by, trust)
     coding.check(vae)
+    axis = axis_named(slab_axis, vae.spatial_dims)
     if sharding:
         coding = in_slabs(coding, vae)
     with open_world(device) as world, telling_of_device(*SMALLER_PASSES):
@@ -90,7 +94,7 @@ def decode(
             print(*lines, cost, sep="\n", flush=True)
         voxels = sum(map(math.prod, sizes))
         gauge = Gauge("decode", enabled=world.is_main)
-        with gauge, watched(gauge.add), together(vae, team):
+        with gauge, watched(gauge.add), together(vae, team, axis):
             for path, size in zip(mine, sizes, strict=True):
                 latent = read_latent(path)
                 z = latent.mean if latent.codes is None else values_of(vae, latent.codes, path)

@@ -54,6 +54,7 @@ def encode(
     amp: Literal["off", "bf16", "fp16"] = "off",
     ema: bool = True,
     sharding: Literal["spatial"] | None = None,
+    slab_axis: Literal["x", "y", "z"] = "x",
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto",
     overwrite: bool = False,
     measured_scale: bool = False,
@@ -87,6 +88,7 @@ def encode(
         ema: Use the averaged weights where the run kept some.
         sharding: spatial (ranks share each volume, cut into slabs, in mode full) | null (they share
             the volumes out).
+        slab_axis: x | y | z, the axis along which they are cut; the longest is the best.
         device: auto | cpu | cuda | mps.
         overwrite: Replace latents in out_dir that another model, or another mode, has written.
         measured_scale: Write vae.pt beside the latents too: the VAE with one over their standard
@@ -98,6 +100,7 @@ def encode(
     from vae3d.inference.files import codes_of
     from vae3d.inference.reconstruct import coding_of, of_training, volume_of
     from vae3d.kernels.progress import part, watched
+    from vae3d.spatial.slabs import axis_named
     from vae3d.stage2.latents import latent_path, write_index, write_latent
     from vae3d.tracking.console import Gauge
     from vae3d.training.checkpoint import find_checkpoint, load_checkpoint, vae_of
@@ -111,6 +114,7 @@ def encode(
     usual = of_training(state["config"])
     coding, lines = coding_of(usual, mode, patching, memory_gb=memory_gb, amp=amp)
     coding.check(vae)
+    axis = axis_named(slab_axis, vae.spatial_dims)
     if sharding:
         coding = in_slabs(coding, vae)
     if measured_scale:
@@ -140,7 +144,7 @@ def encode(
             print(*lines, cost, sep="\n", flush=True)
         voxels = sum(map(math.prod, shapes.values()))
         gauge = Gauge("encode", enabled=world.is_main)
-        with gauge, watched(gauge.add), together(vae, team):
+        with gauge, watched(gauge.add), together(vae, team, axis):
             for index in todo:
                 name, x = store.ids[index], volume_of(store, index)
                 with part(math.prod(shapes[index]) / voxels):

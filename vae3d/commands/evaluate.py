@@ -84,6 +84,7 @@ def evaluate(
     media: bool = True,
     radiological: bool | None = None,
     sharding: Literal["spatial"] | None = None,
+    slab_axis: Literal["x", "y", "z"] = "x",
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto",
     trust: tuple[str, ...] = (),
     tracking: Tracking,
@@ -134,6 +135,7 @@ def evaluate(
             as in training.
         sharding: spatial (ranks share each volume, cut into slabs, in mode full) | null (they share
             the volumes out).
+        slab_axis: x | y | z, the axis along which they are cut; the longest is the best.
         device: auto | cpu | cuda | mps.
         trust: Module prefixes besides vae3d whose classes the checkpoint may import.
         tracking: Each option of trackers by its own name, see `vae3d.tracking.options`.
@@ -147,6 +149,7 @@ def evaluate(
     from vae3d.inference.reconstruct import coding_of, of_training
     from vae3d.inference.segmenters import segmenter_named
     from vae3d.kernels.progress import part, watched
+    from vae3d.spatial.slabs import axis_named
     from vae3d.tracking.console import Gauge
     from vae3d.tracking.privacy import Aliases
     from vae3d.tracking.tracker import Tracker
@@ -165,6 +168,7 @@ def evaluate(
     more = dict(batch_size=batch_size, memory_gb=memory_gb, amp=amp)
     # It says what is wrong before anything is written.
     coding, about_mode = coding_of(of_training(trained), mode, patching, **more)
+    axis = axis_named(slab_axis, vae.spatial_dims)
     if sharding:
         coding = in_slabs(coding, vae)
     how = vars(coding)
@@ -235,7 +239,7 @@ def evaluate(
             print(*about_mode, cost, sep="\n", flush=True)
         voxels = sum(map(math.prod, todo.values()))
         gauge = Gauge("evaluate", enabled=world.is_main)
-        with gauge, watched(gauge.add), together(vae, team):
+        with gauge, watched(gauge.add), together(vae, team, axis):
             for done, index in enumerate(mine, start=1):
                 with part(math.prod(todo.get(index, (0,))) / max(voxels, 1)):
                     row = evaluator.volume(index)

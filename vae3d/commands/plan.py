@@ -34,6 +34,7 @@ def plan(
     memory_gb: float | None = None,
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto",
     sharding: Literal["ddp", "fsdp", "spatial"] | None = None,
+    slab_axis: Literal["x", "y", "z"] | None = None,
     write: str | None = None,
     volumes: int = 32,
 ) -> None:
@@ -62,18 +63,19 @@ def plan(
         device: auto | cpu | cuda | mps.
         sharding: For a recipe: ddp | fsdp | spatial, of which the last cuts each patch over the
             ranks; null for the recipe's.
+        slab_axis: For a recipe: x | y | z, the axis along which it is cut; null for the recipe's.
         write: For data: file to write the recipe to; one that exists stays as it is.
         volumes: For data: measure at most this many volumes.
     """
     check_ranges("plan", locals())
     if is_data(what):
-        if sharding:
-            raise ValueError(f"--sharding is for a recipe that is there; {what} is data")
+        if option := ("sharding" if sharding else "slab_axis" if slab_axis else None):
+            raise ValueError(f"--{option} is for a recipe that is there; {what} is data")
         plan_data(what, patch_size, batch_size, memory_gb, device, write, volumes)
     elif write:
         raise ValueError(f"--write is for the recipe that data ask for; {what} is a recipe itself")
     else:
-        plan_recipe(what, patch_size, batch_size, memory_gb, device, sharding)
+        plan_recipe(what, patch_size, batch_size, memory_gb, device, sharding, slab_axis)
 
 
 def is_data(what: str) -> bool:
@@ -105,11 +107,13 @@ def plan_recipe(
     memory_gb: float | None,
     device: str,
     sharding: str | None,
+    slab_axis: str | None,
 ) -> None:
     """Print parameters, latent shape and memory of a recipe or a model; see `plan`."""
     import torch
 
     from vae3d.commands.train import check_sizes, train_3d
+    from vae3d.spatial.slabs import axis_named
     from vae3d.training.distributed import open_world
     from vae3d.training.facts import codebook
     from vae3d.training.memory import RankMemory, Trial, budget_bytes, telling_of_device
@@ -123,6 +127,7 @@ def plan_recipe(
     vae, terms = made("--model", options["model"]), made("--loss", options["loss"])
     vae.settle_linear_code()
     check_sizes(vae, "full", patch)
+    axis = axis_named(slab_axis or options["slab_axis"], vae.spatial_dims)
     vae.set_checkpointing(options["checkpointing"])
 
     with open_world(device) as world, telling_of_device("--batch_size", "--patch_size"):
@@ -133,7 +138,7 @@ def plan_recipe(
         amp, dtype = options["amp"] or native_amp(world.device), torch.float32
         budget = memory_gb * 1e9 if memory_gb else budget_bytes(world.device)
         if (sharding or options["sharding"]) == "spatial":
-            rank = RankMemory.measured(vae, terms, world.device, amp, batch_size)
+            rank = RankMemory.measured(vae, terms, world.device, amp, batch_size, axis)
             needed, fits = memory_of_ranks(rank, patch, budget)
         else:
             smaller = tuple(max(n // 2 // f, 1) * f for n, f in zip(patch, vae.factor, strict=True))
@@ -168,7 +173,8 @@ def memory_of_ranks(rank: RankMemory, patch: Sequence[int], budget: float) -> tu
         patch: Voxels per axis.
         budget: Memory of a rank [bytes].
     """
-    most, needed, ranks = -(-patch[0] // rank.factor[0]), [], 1
+    cells = [-(-n // f) for n, f in zip(patch, rank.factor, strict=True)]
+    most, needed, ranks = cells[rank.axis], [], 1
     while ranks <= most:
         taken = rank.of(patch, ranks)
         needed.append(f"{taken / 1e9:.2f} GB on each of {ranks} ranks")

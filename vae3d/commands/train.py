@@ -37,6 +37,7 @@ def train_3d(
     discriminator_lr: float | None = None,
     sharding: Literal["ddp", "fsdp", "spatial"] = "ddp",
     mesh: Mesh | None = None,
+    slab_axis: Literal["x", "y", "z"] = "x",
     compile: bool = False,
     checkpointing: Checkpointing = "none",
     init_from: str | None = None,
@@ -64,9 +65,10 @@ def train_3d(
             data.augment takes, are made in processes of the CPU.
         discriminator_lr: Learning rate of the discriminator; null for lr.
         sharding: ddp | fsdp (weights cut over the ranks, for models that outgrow a GPU) | spatial
-            (each patch or whole volume cut into slabs along its first axis, one for each rank).
+            (each patch or whole volume cut into slabs, one for each rank).
         mesh: Teams of ranks with patches of their own, which they cut into slabs, e.g. {data: 2,
             spatial: 4} on 8 ranks; null for one team with sharding spatial, else for teams of one.
+        slab_axis: x | y | z, the axis along which slabs are cut; the longest is the best.
         compile: Compile encoder and decoder with torch.compile.
         checkpointing: none | block | level, what the backward pass computes again to save memory.
         init_from: Weights to begin with, not read again on resuming: a run folder, a checkpoint, a
@@ -87,8 +89,8 @@ def train_3d(
     import torch
 
     from loaders import PatchLoader, open_data
+    from vae3d.spatial.slabs import axis_named, own_part
     from vae3d.spatial.slabs import cut as cut_slabs
-    from vae3d.spatial.slabs import own_rows
     from vae3d.training.distributed import World, open_world
     from vae3d.training.facts import facts, largest
     from vae3d.training.linear_code import fit_linear_code
@@ -110,8 +112,11 @@ def train_3d(
         terms.check((vae.out_channels, *patch_size), (vae.latent_channels, *grid))
     loading = data.loader_options(loop.threads)
     mesh = Mesh.of(sharding, mesh, int(os.environ.get("WORLD_SIZE", 1)))
+    axis = axis_named(slab_axis, vae.spatial_dims)
     if sharding == "spatial" or mesh.spatial > 1:
-        check_slabs(vae, patching, patch_size, batch_size, augment, compile, data, mesh.spatial)
+        check_slabs(batch_size, augment, compile, data)
+        if patching:
+            cut_slabs(patch_size, vae.factor, mesh.spatial, axis)
     check_beginning(init_from, ignore_keys, freeze, terms)
     vae.set_checkpointing(checkpointing)
     with (
@@ -139,7 +144,7 @@ def train_3d(
         team = world.team(mesh.spatial)  # who share samples
         in_slabs = team.size > 1
         if in_slabs:
-            task: VAETask = SlabTask(vae, terms, loop.seed, team.group)
+            task: VAETask = SlabTask(vae, terms, loop.seed, axis, team.group)
         else:
             task = VAETask(vae, terms, loop.seed, augment)
 
@@ -152,11 +157,11 @@ def train_3d(
         training, held_out = store.subset(split["train"]), store.subset(split["val"])
         sample = patch_size if patching else largest(map(training.shape, range(len(training))))[1:]
         if in_slabs and not patching:
-            smallest = min(training.shape(i)[1] for i in range(len(training)))
-            cut_slabs(smallest, team.size, vae.factor[0])
+            cut_slabs(training.spatial_shapes.min(axis=0).tolist(), vae.factor, team.size, axis)
         begun_with = state["batch_size"] if state else None
         weights = training.num_weights
-        trial = Trial(task, (vae.in_channels, *sample), amp, weights, patching is not None)
+        alike = patching is not None
+        trial = Trial(task, (vae.in_channels, *sample), amp, weights, same_shapes=alike)
         batch = settled_batch(batch_size, begun_with, trial, world)
         cut = partial(
             PatchLoader,
@@ -168,13 +173,13 @@ def train_3d(
             threads=loop.threads,
             **loading,
         )
-        slab = partial(own_rows, factor=vae.factor[0], rank=team.rank, size=team.size)
+        slab = partial(own_part, factor=vae.factor, parts=team.size, rank=team.rank, axis=axis)
         loader = cut(
             batch_size=batch,
             rank=world.rank // team.size,
             world_size=mesh.data,
             pin=world.device.type == "cuda",
-            slab=slab if in_slabs else None,
+            part=slab if in_slabs else None,
         )
         filled = init_from and not named_by(LINEAR_CODE, ignore_keys)
         if vae.linear_code is not None and not (state or filled):
@@ -190,6 +195,7 @@ def train_3d(
             loop.media_volumes,
             radiological=loop.radiological,
             team=None if patching else team,  # a patch without gradients fits on one
+            axis=axis,
         )
         about = facts(vae, store, split, loader, world, loop.grad_accum, amp)
         tracker = run.track(loop, {**config, "about": about}, state, about)
@@ -203,7 +209,7 @@ def train_3d(
             loop=replace(loop, amp=amp),
             discriminator_lr=discriminator_lr,
             sharding=sharding,
-            same_shapes=patching is not None,
+            same_shapes=alike,
             validate=validation if len(held_out) else None,
             show=show if len(held_out) else None,
             sources=lambda batch: sorted({loader.store.ids[i] for i in batch.volume.tolist()}),
@@ -245,40 +251,24 @@ def check_sizes(vae: CustomVAE, patching: str | None, patch_size: tuple[int, ...
 
 
 def check_slabs(
-    vae: CustomVAE,
-    patching: str | None,
-    patch_size: tuple[int, ...],
-    batch_size: int | Literal["auto"],
-    augment: Augmentation | None,
-    compile: bool,
-    data: DataConfig,
-    ranks: int,
+    batch_size: int | Literal["auto"], augment: Augmentation | None, compile: bool, data: DataConfig
 ) -> None:
     """Refuse what `--sharding spatial` does not do.
 
     Args:
-        vae: The model.
-        patching: null | full | random_parts.
-        patch_size: Patch per axis [voxels].
         batch_size: Patches in a micro-batch, or auto.
         augment: Changes of patches on the device, or None.
         compile: Whether the network is to be compiled.
         data: Which volumes and how they are read.
-        ranks: Of a team.
     """
-    from vae3d.spatial.slabs import cut
-
     asked = {
         "--batch_size auto": batch_size == "auto",
         "--augment": augment is not None,
         "--compile": compile,
         "--data.augment": bool(data.augment),
-        "--data.mask": bool(data.mask),
     }
     if names := [name for name, is_asked in asked.items() if is_asked]:
         raise ValueError(f"--sharding spatial does not go with {', '.join(names)}: leave it out")
-    if patching:
-        cut(patch_size[0], ranks, vae.factor[0])
 
 
 def check_beginning(

@@ -80,15 +80,18 @@ class Preparation(nn.Module):
 class Neighbors:
     """Contract of other processes, of which each holds some rows of a volume; here there are none.
 
-    All processes make the same calls in the same order.
+    All processes make the same calls in the same order. Rows are those along the dimension `dim`.
     """
+
+    dim = 2
 
     def beside(self, x: Tensor, before: int, after: int) -> Callable[[], Sides]:
         """Begin to fetch so many rows before and after those of `x`, as far as the volume has them.
 
         What is returned waits for them.
         """
-        return lambda: (x[:, :, :0], x[:, :, :0])
+        none = x.narrow(self.dim, 0, 0)
+        return lambda: (none, none)
 
     def merge(self, counts: Tensor, means: Tensor, m2: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Counts, means, and sums of squares round them, of all rows by those of the own ones."""
@@ -355,7 +358,8 @@ class NormActConv(torch.autograd.Function):
     ) -> Tensor:
         """Return `conv(act(norm(x))) + residual`."""
         x = channels_last(x)
-        arrived = step.neighbors.beside(x, *step.padding[0])
+        dim = step.neighbors.dim
+        arrived = step.neighbors.beside(x, *step.padding[dim - 2])
         scaling = (*affine, *statistics(x, step.groups, step.neighbors)) if affine else ()
         sides = arrived()
         ctx.save_for_backward(x, weight, *sides, *scaling)
@@ -367,7 +371,7 @@ class NormActConv(torch.autograd.Function):
         out = empty(shape, step.dtype) if residual is None or not step.overwrite else residual
         if step.overwrite:
             ctx.mark_dirty(out)
-        norm = Slabs(Rows(x, sides), step, scaling, compute)
+        norm = Slabs(Rows(x, sides, dim), step, scaling, compute)
         for n, start, stop in slabs(out, x, step.together):
             _, y, pad = norm.read(n, *reach(start, stop, w, step), keep=False)
             target = out[n : n + 1, :, start:stop]
@@ -392,10 +396,11 @@ class NormActConv(torch.autograd.Function):
         strided = max(step.stride) > 1
         if grad_x is not None and strided:
             grad_x.zero_()
-        norm = Slabs(Rows(x, (before, after)), step, scaling, compute)
+        dim = step.neighbors.dim
+        norm = Slabs(Rows(x, (before, after), dim), step, scaling, compute)
         back = Backward(w, step, compute)
         others = step.neighbors if grad_x is not None else NOBODY
-        grad_rows = Rows(grad, others.beside(grad, *back.padding[0])())
+        grad_rows = Rows(grad, others.beside(grad, *back.padding[others.dim - 2])(), others.dim)
         sums = torch.zeros(2, *x.shape[:2], dtype=torch.float64)  # of dn * normalized, of dn
         for n, start, stop in slabs(grad, x):
             lo, hi = reach(start, stop, w, step)
@@ -415,7 +420,9 @@ class NormActConv(torch.autograd.Function):
             wide = target if own else norm.buffer("gradient", stop - start)
             back.gather(grad_rows, n, start, stop, wide)
             if normalized is not None:
-                inner = normalized[:, :, start - lo :][:, :, : stop - start]
+                inner = normalized[:, :, start - lo : stop - lo]
+                if dim > 2:
+                    inner = inner.narrow(dim, before.shape[dim], x.shape[dim])
                 act_backward(step.act, inner, wide)
             if wide is not target:
                 target.copy_(wide)
@@ -431,15 +438,16 @@ class NormActConv(torch.autograd.Function):
 
 
 class Rows:
-    """Reads rows of a volume, of which other processes may have those before and after the own.
+    """Reads rows of x of a volume of which other processes may have what is beside the own part.
 
     Args:
         own: `(B, C, *spatial)`.
-        sides: Rows before and after it that were fetched.
+        sides: What was fetched of before and after it.
+        dim: The dimension along which they lie beside it.
     """
 
-    def __init__(self, own: Tensor, sides: Sides):
-        self.own, self.sides = own, sides
+    def __init__(self, own: Tensor, sides: Sides, dim: int):
+        self.own, self.sides, self.dim = own, sides, dim
 
     def read(self, n: int, lo: int, hi: int, padding: Ends) -> tuple[Tensor, list[tuple[int, int]]]:
         """Rows of sample `n` that there are from `lo` to `hi`, and the zeros to add on every axis.
@@ -447,12 +455,16 @@ class Rows:
         Rows are counted from the first own one.
         """
         slab, pads = rows(self.own[n : n + 1], lo, hi, padding)
-        (near, far), (before, after) = pads[0], self.sides
-        near, far = min(near, before.shape[2]), min(far, after.shape[2])
+        before, after = (side[n : n + 1] for side in self.sides)
+        if self.dim > 2:
+            before, after = (rows(side, lo, hi, padding)[0] for side in (before, after))
+        axis, size = self.dim - 2, before.shape[self.dim]
+        near, far = min(pads[axis][0], size), min(pads[axis][1], after.shape[self.dim])
         if near or far:
-            others = before[n : n + 1, :, before.shape[2] - near :], after[n : n + 1, :, :far]
-            slab = channels_last(torch.cat([others[0], slab, others[1]], 2))
-        return slab, [(pads[0][0] - near, pads[0][1] - far), *pads[1:]]
+            others = before.narrow(self.dim, size - near, near), after.narrow(self.dim, 0, far)
+            slab = channels_last(torch.cat([others[0], slab, others[1]], self.dim))
+            pads[axis] = pads[axis][0] - near, pads[axis][1] - far
+        return slab, pads
 
 
 class Slabs:
@@ -472,9 +484,11 @@ class Slabs:
             gamma, beta, self.mean, self.var = scaling
             self.gamma, self.beta = gamma.float(), beta.float()
 
-    def buffer(self, name: str, rows: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Memory for a slab, the same at every call."""
-        shape = (1, self.x.shape[1], rows, *self.x.shape[3:])
+    def buffer(
+        self, name: str, rows: int, dtype: torch.dtype = torch.float32, plane: Sequence[int] = ()
+    ) -> Tensor:
+        """Memory for a slab, the same at every call; `plane` is that of `x` where none is given."""
+        shape = (1, self.x.shape[1], rows, *(plane or self.x.shape[3:]))
         if name not in self.memory or self.memory[name].shape[2] < rows:
             spare = (*shape[:2], rows + 1, *shape[3:])  # slabs differ by a row
             self.memory[name] = empty(spare, dtype)
@@ -496,9 +510,12 @@ class Slabs:
         slab, pads = self.rows.read(n, lo, hi, self.step.padding)
         if not self.step.groups:
             return None, *convolutions.pad_uneven(slab.to(self.compute), pads)
-        activated = self.buffer("activated", hi - lo, self.compute)
-        wide = activated if self.compute == torch.float32 else self.buffer("wide", hi - lo)
-        normalized = self.buffer("normalized", hi - lo) if keep else wide
+        plane, size = slab.shape[3:], hi - lo
+        activated = self.buffer("activated", size, self.compute, plane)
+        wide = activated
+        if self.compute != torch.float32:
+            wide = self.buffer("wide", size, plane=plane)
+        normalized = self.buffer("normalized", size, plane=plane) if keep else wide
         near, far = pads[0]
         inside = slice(near, hi - lo - far)
         self.batch_norm(n, slab, self.gamma, self.beta, normalized[:, :, inside])
@@ -507,7 +524,7 @@ class Slabs:
             activated[:, :, inside] = wide[:, :, inside]
         activated[:, :, :near].zero_()
         activated[:, :, inside.stop :].zero_()
-        return normalized, activated, [0, *(near for near, _ in pads[1:])]
+        return normalized, *convolutions.pad_uneven(activated, [(0, 0), *pads[1:]])
 
     def batch_norm(self, n: int, slab: Tensor, scale: Tensor, shift: Tensor, out: Tensor) -> None:
         """`out = (slab - mean) / sqrt(var + eps) * scale + shift` per channel, in one pass."""

@@ -165,8 +165,7 @@ class Critic(nn.Module):
                 batch = batch.detach().requires_grad_(True)
                 logits = self.net(batch)[0]
                 (slope,) = torch.autograd.grad(logits.sum(), batch, create_graph=True)
-                per_sample = slope.square().flatten(1).sum(1) / logits[0].numel()
-                penalties.append(0.5 * per_sample.mean())
+                penalties.append(0.5 * slope.square().sum() / logits.numel())
         return mean(penalties)
 
 
@@ -278,18 +277,22 @@ class Adversarial(nn.Module):
         return out
 
     def measure(
-        self, others: Tensor, adversarial: Tensor, last_layer: Tensor, recon: Tensor
+        self,
+        others: Tensor,
+        adversarial: Tensor,
+        last_layer: Tensor,
+        recon: Tensor,
+        voxels: int | None = None,
     ) -> None:
         """Add up the last layer's gradients from the other terms and from the adversarial one.
 
         The micro-batches' gradients are weighted by their number of samples, so that their sum is
         the gradient of the whole batch. Meanwhile they are scaled by the root of the number of
         voxels: half precision would round a voxel's share of a mean to 0, or overflow on a sum. It
-        is that of a cube on the first face: slabs of unequal size, which send each other gradients,
-        need one scale.
+        is that of whole samples: slabs of unequal size, which send each other gradients, need one
+        scale.
         """
-        dims = recon.dim() - 2
-        scale = recon[:, :, 0].numel() ** (0.5 * dims / (dims - 1))
+        scale = (recon[:, :1].numel() if voxels is None else len(recon) * voxels) ** 0.5
         slopes = [
             wide(torch.autograd.grad(loss * scale, last_layer, retain_graph=True)[0]).flatten()
             for loss in (others, adversarial)
@@ -327,5 +330,5 @@ class Adversarial(nn.Module):
 
 def _l1(wanted: list[Tensor], got: list[Tensor]) -> Tensor:
     """Mean absolute difference of feature maps, mean over layers."""
-    gaps = [F.l1_loss(wide(b), wide(a)) for a, b in zip(wanted, got, strict=True)]
+    gaps = [(wide(b) - wide(a)).abs().mean() for a, b in zip(wanted, got, strict=True)]
     return torch.stack(gaps).mean()

@@ -1,6 +1,6 @@
 """A VAE over a volume that several ranks hold in slabs: the numbers of one process.
 
-    layout = Layout(rows, vae.factor[0], group)         # rows of the whole volume
+    layout = Layout((512, 512, 512), vae.factor)        # of the whole volume
     slabs = SlabVAE(vae, layout)
     posterior = slabs.encode(x)                         # x (B, C, own rows, Y, Z)
     recon = slabs.decode(posterior.mean)
@@ -17,7 +17,8 @@ Axes: b batch, c channels, x y z space, h heads, n tokens, d channels of a head.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -31,13 +32,28 @@ from vae3d.models import attention, blocks, custom_vae, norm, upsample
 from vae3d.models.custom_vae import CustomVAE
 from vae3d.models.linear_code import LinearCode, added_to_mean
 from vae3d.models.norm import wide
-from vae3d.models.posterior import DiagonalGaussian
+from vae3d.models.posterior import DiagonalGaussian, Quantized, use_of
 from vae3d.models.reach import Reach, handler_of, reach_of
 from vae3d.spatial import ring
-from vae3d.spatial.slabs import Layout, SharedMoments
+from vae3d.spatial.slabs import Layout, Rows, SharedMoments
 
 Function = Callable[[Tensor], Tensor]
-OfSlab = Callable[[Tensor, slice], Tensor]
+OfSlab = Callable[[Tensor, Rows], Tensor]
+
+
+@dataclass(frozen=True)
+class SlabCodes(Quantized):
+    """Codes of this rank's rows, whose use is that of all.
+
+    Args:
+        total: Sum over the ranks.
+    """
+
+    total: Function = torch.clone
+
+    def use(self) -> tuple[Tensor, Tensor]:
+        """See `Quantized`."""
+        return use_of(self.codes, self.num_codes, self.total)
 
 
 class SlabVAE:
@@ -54,15 +70,21 @@ class SlabVAE:
     def __init__(self, vae: CustomVAE, layout: Layout):
         check(vae)
         self.vae, self.layout = vae, layout
-        self.last_layer, self.crop = vae.last_layer, vae.crop
+        self.last_layer, self.crop, self.head = vae.last_layer, vae.crop, vae.head
 
     def encode(self, x: Tensor) -> DiagonalGaussian:
         """This rank's rows of the posterior; see `CustomVAE.encode`."""
-        x = self.vae.pad(x)
+        posterior = self.head(self.moments(self.vae.pad(x)))
+        if isinstance(posterior, Quantized):
+            return SlabCodes(**vars(posterior), total=self.layout.sum)
+        return posterior
+
+    def moments(self, x: Tensor) -> Tensor:
+        """This rank's rows of what the head makes the posterior of; `x` is padded."""
         moments = self.run([self.vae.encoder, self.vae.quant_conv], x)
-        if (linear := self.vae.linear_code) is not None:
-            moments = added_to_mean(moments, wide(self.walk(linear.analysis, x)))
-        return self.vae.head(moments)
+        if (linear := self.vae.linear_code) is None:
+            return moments
+        return added_to_mean(moments, wide(self.walk(linear.analysis, x)))
 
     def decode(self, z: Tensor) -> Tensor:
         """This rank's rows of the reconstruction; see `CustomVAE.decode`."""
@@ -95,7 +117,7 @@ class SlabVAE:
                 x = self.walk(layer, x)
                 continue
             del layers[0]
-            if is_step(layer, after, x):
+            if is_step(layer, after, x, self.layout.axis):
                 added, residual = (None, residual) if layers else (residual, None)
                 x = steps.convolve(
                     after,
@@ -118,18 +140,18 @@ class SlabVAE:
         """Run a layer by what it sees."""
         reach = reach_of(module, x.dim() - 2)
         assert reach is not None, f"`check` lets no {type(module).__name__} pass"
-        return self.within_reach(lambda slab, _: steps.run([module], slab), reach[0], x)
+        return self.within_reach(lambda slab, _: steps.run([module], slab), reach, x)
 
-    def within_reach(self, function: OfSlab, reach: Reach, x: Tensor) -> Tensor:
+    def within_reach(self, function: OfSlab, reaches: Sequence[Reach], x: Tensor) -> Tensor:
         """Run what sees a limited number of rows: on the slab with them, and cut its own rows.
 
         Args:
-            function: Is given a slab, and which of its rows are this rank's.
-            reach: What it sees.
+            function: Is given a slab, and the first and last of its rows that are this rank's.
+            reaches: What it sees along each axis.
             x: This rank's rows.
         """
-        owned, me = self.layout.rows(x.shape[2]), self.layout.rank
-        n = owned[-1][1]
+        owned, me, dim = self.layout.owned(x), self.layout.rank, self.layout.dim
+        reach, n = reaches[self.layout.axis], owned[-1][1]
         if any(hi * reach.size(n) % n for _, hi in owned):
             raise ValueError(
                 f"sharding spatial: a layer makes {reach.size(n)} rows of {n}, which cannot be cut "
@@ -139,18 +161,19 @@ class SlabVAE:
         seen = [reach.wants(*rows) for rows in made]
         wanted = [(reach.begins(max(lo, 0))[0], hi) for lo, hi in seen]
         first = min(wanted[me][0], owned[me][0])
-        own = slice(*(edge - first for edge in owned[me]))
+        own = owned[me][0] - first, owned[me][1] - first
         y = function(self.layout.extended(x, wanted), own)
         begin = reach.begins(first)[1]
         lo, hi = (edge - begin for edge in made[me])
-        return y if (lo, hi) == (0, y.shape[2]) else y[:, :, lo:hi]
+        return y if (lo, hi) == (0, y.shape[dim]) else self.layout.part(y, lo, hi)
 
     def prepared(self, before: norm.NormAct, layer: Conv, x: Tensor) -> Tensor:
         """`layer(before(x))` of which only `x`, with the rows that are seen beside it, is kept."""
-        (reach, *_) = reach_of(layer, x.dim() - 2) or ()
+        reach = reach_of(layer, x.dim() - 2)
+        assert reach is not None, f"`check` lets no {type(layer).__name__} pass"
         scaled = partial(scaled_and_activated, before.act)
 
-        def function(slab: Tensor, own: slice) -> Tensor:
+        def function(slab: Tensor, own: Rows) -> Tensor:
             affine = self.affine(before.norm, slab, own)
             if affine is None:
                 return steps.run([before, layer], slab)
@@ -160,7 +183,7 @@ class SlabVAE:
 
         return self.within_reach(function, reach, x)
 
-    def affine(self, layer: norm.Norm, x: Tensor, own: slice = slice(None)) -> list[Tensor] | None:
+    def affine(self, layer: norm.Norm, x: Tensor, own: Rows | None = None) -> list[Tensor] | None:
         """Mean, scale and shift per channel `(B or 1, C)` that a norm comes to; None for others.
 
         They are in the precision of the norm, and differentiable.
@@ -168,13 +191,15 @@ class SlabVAE:
         Args:
             layer: The norm.
             x: A slab.
-            own: Those of its rows that are this rank's.
+            own: First and last of its rows that are this rank's; None for all.
         """
+        dim = self.layout.dim
+        where = dim, own or (0, x.shape[dim])
         if isinstance(layer, norm.GroupNorm):
-            mean, var, _ = SharedMoments.apply(x, self.layout.group, False, own)
+            mean, var, _ = SharedMoments.apply(x, self.layout.group, False, *where)
             mean, var = of_groups(mean, var, layer.num_groups)
         elif isinstance(layer, norm.BatchNorm) and layer.training:  # of all ranks, as ever
-            mean, var, count = SharedMoments.apply(x, None, True, own)
+            mean, var, count = SharedMoments.apply(x, None, True, *where)
             layer.remember(mean[0], var[0], count[0])
         elif isinstance(layer, norm.BatchNorm):
             mean, var = layer.running_mean[None].double(), layer.running_var[None].double()
@@ -186,11 +211,11 @@ class SlabVAE:
         return [t.to(dtype) for t in (mean, scale, shift)]
 
 
-def is_step(before: norm.NormAct, layer: Conv, x: Tensor) -> bool:
+def is_step(before: norm.NormAct, layer: Conv, x: Tensor, axis: int) -> bool:
     """Whether both are one fast step on a slab, which then keeps its rows."""
     if not steps.is_fast(layer, x) or steps.preparation([before, layer], x) is None:
         return False
-    return sum(zeros_of(layer)[0]) == layer.kernel_size[0] - 1
+    return sum(zeros_of(layer)[axis]) == layer.kernel_size[axis] - 1
 
 
 def scaled_and_activated(act: Function | None, x: Tensor, *affine: Tensor) -> Tensor:
@@ -216,11 +241,11 @@ def _block(run: SlabVAE, module: blocks.Block, x: Tensor) -> Tensor:
 
 
 def _interpolated(run: SlabVAE, module: upsample.InterpUp, x: Tensor) -> Tensor:
-    """Where interpolation is folded into the convolution, of the own rows alone."""
+    """Where interpolation is folded into the convolution, of the own rows alone, if cut along x."""
     conv = module.folded(x)
-    if conv is None:
+    if conv is None or run.layout.axis:
         return run.elementary(module, x)
-    owned = run.layout.rows(x.shape[2])
+    owned = run.layout.owned(x)
     (lo, hi), rows = owned[run.layout.rank], owned[-1][1]
     slab = run.layout.extended(x, [(lo - 1, hi + 1) for lo, hi in owned])
     beside = min(lo, 1), min(rows - hi, 1)
@@ -254,10 +279,11 @@ def _mix_all(run: SlabVAE, module: attention.GlobalAttention, normed: Tensor) ->
 def _mix_windows(run: SlabVAE, module: attention.PatchAttention, normed: Tensor) -> Tensor:
     """Windows that cross a face are computed on both sides of it."""
 
-    def mixed(slab: Tensor, own: slice) -> Tensor:
+    def mixed(slab: Tensor, own: Rows) -> Tensor:
         return module.joined(module.mix(*module.heads(slab), slab.shape[2:]), slab.shape)
 
-    (reach, *_) = reach_of(module, normed.dim() - 2) or ()
+    reach = reach_of(module, normed.dim() - 2)
+    assert reach is not None, "of windows it is known"
     return run.within_reach(mixed, reach, normed)
 
 
@@ -301,7 +327,7 @@ def check(vae: CustomVAE) -> None:
     Raises:
         ValueError: It names the layer.
     """
-    for name in ("encode", "decode", "pad", "crop"):
+    for name in ("encode", "moments", "decode", "pad", "crop"):
         if not getattr(type(vae), name).__module__.startswith("vae3d.models."):
             raise ValueError(f"sharding spatial: {type(vae).__name__} has a {name} of its own")
     for name, layer in unknown(vae, vae.spatial_dims, ""):

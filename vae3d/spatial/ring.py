@@ -20,9 +20,9 @@ from torch.autograd.function import once_differentiable
 from vae3d.kernels.lean import Context
 from vae3d.models.attention import RelativeBias
 from vae3d.models.norm import wide
-from vae3d.spatial.slabs import Layout, exchange
+from vae3d.spatial.slabs import Layout, Rows, exchange
 
-SCORES = 1 << 22  # of queries and keys that are held at once, rounded to rows of the volume
+SCORES = 1 << 22  # of queries and keys that are held at once, rounded to planes of the volume
 
 Maybe = Tensor | None
 Places = tuple[list[slice], list[slice]]  # of queries and keys, per axis
@@ -33,12 +33,13 @@ class Ring(NamedTuple):
 
     layout: Layout
     grid: Sequence[int]
-    owned: Sequence[tuple[int, int]]  # every rank's rows of the grid
+    owned: Sequence[Rows]  # every rank's rows of the grid
 
-    def tokens(self, rank: int) -> int:
-        """Tokens of a rank."""
-        lo, hi = self.owned[rank]
-        return (hi - lo) * prod(self.grid[1:])
+    def box(self, rank: int) -> list[slice]:
+        """Where on the grid a rank's tokens are, per axis."""
+        box = [slice(0, n) for n in self.grid]
+        box[self.layout.axis] = slice(*self.owned[rank])
+        return box
 
     def after(self, step: int) -> int:
         """Whose block is here when the blocks have moved so often."""
@@ -53,7 +54,7 @@ class Ring(NamedTuple):
             return block
         following, before = self.after(1), self.after(-1)
         # Channels come second where rows are exchanged, and travel innermost.
-        shape = (len(block), block.shape[3], block.shape[1], self.tokens(self.after(step)))
+        shape = (len(block), block.shape[3], block.shape[1], tokens(self.box(self.after(step))))
         sent = {before: block.movedim(-1, 1)}
         return exchange(self.layout, sent, {following: shape}, block)()[following].movedim(1, -1)
 
@@ -68,17 +69,22 @@ class Ring(NamedTuple):
             rank: Whose it is.
             table: Bias by offset on the grid; None for none.
         """
-        plane, (first, last) = prod(self.grid[1:]), self.owned[self.layout.rank]
+        x, *others = self.box(self.layout.rank)
+        plane = tokens(others)
         rows = max(SCORES // (plane * keys.shape[2] * len(q) * q.shape[1]), 1)
-        others = [slice(None)] * (len(self.grid) - 1)
-        for lo in range(first, last, rows):
-            hi = min(lo + rows, last)
-            part = slice((lo - first) * plane, (hi - first) * plane)
-            places = [slice(lo, hi), *others], [slice(*self.owned[rank]), *others]
+        for lo in range(x.start, x.stop, rows):
+            hi = min(lo + rows, x.stop)
+            part = slice((lo - x.start) * plane, (hi - x.start) * plane)
+            places = [slice(lo, hi), *others], self.box(rank)
             scores = wide(q[:, :, part]) @ wide(keys).transpose(2, 3) * q.shape[3] ** -0.5
             if table is not None:
                 scores += RelativeBias.of_pairs(table, self.grid, *places)
             yield part, places, scores
+
+
+def tokens(box: Sequence[slice]) -> int:
+    """Tokens of a part of a grid."""
+    return prod(axis.stop - axis.start for axis in box)
 
 
 class RingAttention(torch.autograd.Function):
@@ -156,7 +162,7 @@ def attend(
         shape: Voxels of the own slab per axis.
         bias: The bias by the offset of two tokens; None for none.
     """
-    owned = layout.rows(shape[0])
-    grid = [owned[-1][1], *shape[1:]]
+    owned, grid = layout.rows(shape[layout.axis]), list(shape)
+    grid[layout.axis] = owned[-1][1]
     table = None if bias is None else wide(bias.resized(grid))
     return RingAttention.apply(Ring(layout, grid, owned), q, k, v, table)

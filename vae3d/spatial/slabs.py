@@ -1,12 +1,13 @@
 """Slabs of a volume on several ranks: who holds which rows, and rows and sums that they exchange.
 
-A volume is cut along its first spatial axis, at multiples of the network's factor, so that every
-layer's grid is cut at the same places. Each rank holds its own rows of every tensor; `Layout` knows
-everybody's. What ranks exchange is differentiable: the gradient of a row that was sent comes back.
+A volume is cut along one of its axes, at multiples of the network's factor, so that every layer's
+grid is cut at the same places. Each rank holds its own rows of every tensor; `Layout` knows which
+axis it is, and everybody's. What ranks exchange is differentiable: the gradient of a row that was
+sent comes back.
 
 Every rank of the group makes the same calls in the same order, forward and backward.
 
-Axes: b batch, c channels, x y z space; rows are those of x, dimension 2.
+Axes: b batch, c channels, x y z space; rows are those along the axis that is cut.
 """
 
 from __future__ import annotations
@@ -27,30 +28,50 @@ from vae3d.kernels.steps import Neighbors, Sides
 Rows = tuple[int, int]
 
 
-def cut(rows: int, parts: int, factor: int) -> list[Rows]:
-    """Rows of each slab, as even as multiples of `factor` can be.
-
-    Args:
-        rows: Rows of the volume, any number.
-        parts: Slabs.
-        factor: Shrink of the network along the axis.
+def axis_named(name: str, dims: int) -> int:
+    """Number of the axis of `--slab_axis`.
 
     Raises:
-        ValueError: There is not one cell of `factor` rows for each slab.
+        ValueError: Volumes of so many axes have none of this name.
     """
-    cells = -(-rows // factor)
-    if cells < parts:
+    axes = "xyz"[:dims]
+    if name not in axes:
+        raise ValueError(f"--slab_axis {name}: the model's axes are {' and '.join(axes)}")
+    return axes.index(name)
+
+
+def cut(shape: Sequence[int], factor: Sequence[int], parts: int, axis: int = 0) -> list[Rows]:
+    """Rows of each slab of a volume, as even as multiples of the factor can be.
+
+    Args:
+        shape: Voxels of the volume per axis, any numbers.
+        factor: Shrink of the network per axis.
+        parts: Slabs.
+        axis: The axis that is cut.
+
+    Raises:
+        ValueError: There is not one cell of the factor for each slab.
+    """
+    cells = [-(-n // f) for n, f in zip(shape, factor, strict=True)]
+    if cells[axis] < parts:
+        longest = max(range(len(cells)), key=cells.__getitem__)
+        other = f"--slab_axis {'xyz'[longest]} has {cells[longest]}; " * (longest != axis)
         raise ValueError(
-            f"{rows} rows are {cells} cells of the factor {factor}, fewer than the {parts} ranks"
-            " that share them; use fewer ranks or larger volumes"
+            f"{shape[axis]} rows along {'xyz'[axis]} are {cells[axis]} cells of the factor "
+            f"{factor[axis]}, fewer than the {parts} ranks that share them; {other}use fewer ranks "
+            "or larger volumes"
         )
-    edges = [min(cells * i // parts * factor, rows) for i in range(parts + 1)]
+    edges = [min(cells[axis] * i // parts * factor[axis], shape[axis]) for i in range(parts + 1)]
     return list(pairwise(edges))
 
 
-def own_rows(rows: int, factor: int, rank: int, size: int) -> Rows:
-    """Rows of one rank's slab; see `cut`."""
-    return cut(rows, size, factor)[rank]
+def own_part(
+    shape: Sequence[int], factor: Sequence[int], parts: int, rank: int, axis: int = 0
+) -> tuple[slice, ...]:
+    """The part of a volume that is one rank's slab; see `cut`."""
+    whole = [slice(0, n) for n in shape]
+    whole[axis] = slice(*cut(shape, factor, parts, axis)[rank])
+    return tuple(whole)
 
 
 class Layout(Neighbors):
@@ -59,19 +80,26 @@ class Layout(Neighbors):
     The last slab may end within a cell, which the network fills up.
 
     Args:
-        rows: Rows of the volume.
-        factor: Shrink of the network along the first axis.
+        shape: Voxels of the volume per axis.
+        factor: Shrink of the network per axis.
+        axis: The axis that is cut.
         group: The ranks that share the volume; None for all.
 
     Raises:
-        ValueError: There are fewer cells of `factor` rows than ranks.
+        ValueError: There are fewer cells of the factor than ranks.
     """
 
-    def __init__(self, rows: int, factor: int, group: dist.ProcessGroup | None = None):
-        self.group = group
+    def __init__(
+        self,
+        shape: Sequence[int],
+        factor: Sequence[int],
+        axis: int = 0,
+        group: dist.ProcessGroup | None = None,
+    ):
+        self.shape, self.axis, self.dim, self.group = tuple(shape), axis, axis + 2, group
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
-        self.slabs = cut(rows, self.size, factor)
-        self.cells = [-(-(hi - lo) // factor) for lo, hi in self.slabs]
+        self.slabs = cut(shape, factor, self.size, axis)
+        self.cells = [-(-(hi - lo) // factor[axis]) for lo, hi in self.slabs]
         self.bytes_sent = 0  # of halos, forward and backward, by this rank
 
     @property
@@ -80,12 +108,24 @@ class Layout(Neighbors):
         lo, hi = self.slabs[self.rank]
         return (hi - lo) / self.slabs[-1][1]
 
+    def owned(self, x: Tensor) -> list[Rows]:
+        """Every rank's rows of a grid of whole cells, by this rank's tensor of it."""
+        return self.rows(x.shape[self.dim])
+
     def rows(self, own: int) -> list[Rows]:
         """Every rank's rows of a grid of which this rank holds `own`."""
         scale, rest = divmod(own, self.cells[self.rank])
         assert not rest, f"{own} rows in {self.cells[self.rank]} cells"
         edges = [0, *accumulate(scale * n for n in self.cells)]
         return list(pairwise(edges))
+
+    def part(self, x: Tensor, lo: int, hi: int) -> Tensor:
+        """Some rows of a tensor, counted from its first."""
+        return x.narrow(self.dim, lo, hi - lo)
+
+    def resized(self, shape: Sequence[int], rows: int) -> tuple[int, ...]:
+        """The shape `(B, C, *spatial)` of a tensor with so many rows instead of its own."""
+        return (*shape[: self.dim], rows, *shape[self.dim + 1 :])
 
     def peer(self, rank: int) -> int:
         """The rank of all that is this rank of the group."""
@@ -101,23 +141,23 @@ class Layout(Neighbors):
         """A slab with the rows that other ranks hold, as far as each wants and the volume has them.
 
         Args:
-            x: This rank's rows, `(B, C, own, ...)`.
+            x: This rank's rows of `(B, C, *spatial)`.
             wanted: For every rank, the rows that it is to have beside its own.
             owned: Every rank's rows; None for those of a grid of whole cells.
         """
-        owned = owned or self.rows(x.shape[2])
+        owned = owned or self.owned(x)
         extents = clipped(owned, wanted)
         return x if extents == owned else Extended.apply(x, self, owned, extents)
 
     def beside(self, x: Tensor, before: int, after: int) -> Callable[[], Sides]:
         """Begin to fetch rows of other ranks; see `Neighbors`."""
-        owned = self.rows(x.shape[2])
+        owned = self.owned(x)
         extents = clipped(owned, [(lo - before, hi + after) for lo, hi in owned])
         arrived = fetch(self, x, owned, extents)
 
         def sides() -> Sides:
-            none = x[:, :, :0]
-            before, after = (torch.cat(parts, 2) if parts else none for parts in arrived())
+            none = self.part(x, 0, 0)
+            before, after = (torch.cat(p, self.dim) if p else none for p in arrived())
             return before, after
 
         return sides
@@ -130,6 +170,10 @@ class Layout(Neighbors):
     def sum(self, x: Tensor) -> Tensor:
         """The sum of every rank's tensor; so is its gradient."""
         return Summed.apply(x, self.group)
+
+    def sum_of_teams(self, x: Tensor) -> Tensor:
+        """The same of all ranks of all teams."""
+        return Summed.apply(x, None)
 
     def largest(self, x: Tensor) -> Tensor:
         """The largest of every rank's values, without a gradient."""
@@ -153,7 +197,7 @@ def overlap(a: Rows, b: Rows) -> Rows:
 # What rows travel by: everybody's, and everybody's with those that they are to have.
 Cut = tuple[Layout, Sequence[Rows], Sequence[Rows]]
 Group = dist.ProcessGroup | None
-Among = tuple[Group, slice]  # ranks, and the rows of a slab that are the own ones
+Among = tuple[Group, int, Rows]  # ranks; of a slab the dimension that is cut, and the own rows
 
 
 class Extended(torch.autograd.Function):
@@ -166,25 +210,43 @@ class Extended(torch.autograd.Function):
         """Return the rows of this rank's extent."""
         ctx.step = layout, owned, extents
         before, after = fetch(layout, x, owned, extents)()
-        return torch.cat([*before, x, *after], 2) if before or after else x.view_as(x)
+        parts = [*before, x, *after]
+        return torch.cat(parts, layout.dim) if before or after else x.view_as(x)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Context[Cut], grad: Tensor) -> tuple[Tensor | None, ...]:
-        """Send the gradients of others' rows to them, and add those of the own rows."""
-        layout, owned, extents = ctx.step
+        """Send the gradients of others' rows home."""
+        return Returned.apply(grad, *ctx.step), None, None, None
+
+
+class Returned(torch.autograd.Function):
+    """What a slab with rows of other ranks is the gradient of: both have each other's gradient."""
+
+    @staticmethod
+    def forward(
+        ctx: Context[Cut],
+        grad: Tensor,
+        layout: Layout,
+        owned: Sequence[Rows],
+        extents: Sequence[Rows],
+    ) -> Tensor:
+        """Send rows of others to them, and add those that come to the own rows."""
+        ctx.step = layout, owned, extents
         me = layout.rank
         (first, _), (start, stop) = extents[me], owned[me]
         there, here = shared(owned, extents, me), shared(extents, owned, me)
-        sent = {rank: grad[:, :, lo - first : hi - first] for rank, (lo, hi) in here.items()}
-        got = {
-            rank: (*grad.shape[:2], hi - lo, *grad.shape[3:]) for rank, (lo, hi) in there.items()
-        }
+        sent = {n: layout.part(grad, lo - first, hi - first) for n, (lo, hi) in here.items()}
+        got = {n: layout.resized(grad.shape, hi - lo) for n, (lo, hi) in there.items()}
         parts = exchange(layout, sent, got, grad)()
-        own = grad[:, :, start - first : stop - first].clone()
-        for rank, (lo, hi) in there.items():  # by rank: sums have one order
-            own[:, :, lo - start : hi - start] += parts[rank]
-        return own, None, None, None
+        own = layout.part(grad, start - first, stop - first).clone()
+        for n, (lo, hi) in there.items():  # by rank: sums have one order
+            layout.part(own, lo - start, hi - start).add_(parts[n])
+        return own
+
+    @staticmethod
+    def backward(ctx: Context[Cut], grad: Tensor) -> tuple[Tensor | None, ...]:
+        """Fetch the rows of others, for a second derivative."""
+        return Extended.apply(grad, *ctx.step), None, None, None
 
 
 def shared(mine: Sequence[Rows], others: Sequence[Rows], me: int) -> dict[int, Rows]:
@@ -202,8 +264,8 @@ def fetch(
     """
     me, start = layout.rank, owned[layout.rank][0]
     there, here = shared(owned, extents, me), shared(extents, owned, me)
-    sent = {rank: x[:, :, lo - start : hi - start] for rank, (lo, hi) in there.items()}
-    got = {rank: (*x.shape[:2], hi - lo, *x.shape[3:]) for rank, (lo, hi) in here.items()}
+    sent = {rank: layout.part(x, lo - start, hi - start) for rank, (lo, hi) in there.items()}
+    got = {rank: layout.resized(x.shape, hi - lo) for rank, (lo, hi) in here.items()}
     arrived = exchange(layout, sent, got, x)
 
     def sides() -> tuple[list[Tensor], list[Tensor]]:
@@ -259,12 +321,9 @@ class Summed(torch.autograd.Function):
         return x
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Context[Group], grad: Tensor) -> tuple[Tensor | None, ...]:
         """Return the sum of what every rank made of the whole."""
-        grad = grad.contiguous().clone()
-        dist.all_reduce(grad, group=ctx.step)
-        return grad, None
+        return Summed.apply(grad, ctx.step), None
 
 
 class SharedMoments(torch.autograd.Function):
@@ -272,7 +331,7 @@ class SharedMoments(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Context[Among], x: Tensor, group: Group, batch: bool, own: slice
+        ctx: Context[Among], x: Tensor, group: Group, batch: bool, dim: int, own: Rows
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return mean, variance and count `(B, C)`; `(1, C)` of the batch as a whole.
 
@@ -281,10 +340,11 @@ class SharedMoments(torch.autograd.Function):
             x: A slab.
             group: The ranks that share the volume.
             batch: Whether the samples are one.
-            own: Rows of `x` that are this rank's.
+            dim: The dimension that is cut.
+            own: First and last row of `x` that are this rank's.
         """
         parts = []
-        for sample in x.detach()[:, :, own]:
+        for sample in x.detach().narrow(dim, own[0], own[1] - own[0]):
             moments = Moments(x.shape[1], x.device)
             moments.update(sample[None])
             count = torch.full_like(moments.mean, moments.count)
@@ -297,7 +357,7 @@ class SharedMoments(torch.autograd.Function):
         count = counts.sum(0)
         ctx.save_for_backward(x, mean, count)
         ctx.mark_non_differentiable(count)
-        ctx.step = group, own
+        ctx.step = group, dim, own
         return mean, m2 / count, count
 
     @staticmethod
@@ -307,13 +367,12 @@ class SharedMoments(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         """With n values: dx = dmean / n + dvar * 2 (x - mean) / n, gradients of all ranks added."""
         x, mean, count = ctx.saved_tensors
-        (group, own), grads = ctx.step, torch.stack([grad_mean, grad_var])
+        (group, dim, (lo, hi)), grads = ctx.step, torch.stack([grad_mean, grad_var])
         dist.all_reduce(grads, group=group)
         grad_mean, grad_var = grads / count
         wide = torch.promote_types(x.dtype, torch.float32)
         shape = (len(mean), -1, *(1,) * (x.dim() - 2))
         slope, level, mean = (t.to(wide).view(shape) for t in (2 * grad_var, grad_mean, mean))
-        grad = torch.addcmul(level, x[:, :, own] - mean, slope).to(x.dtype)
-        first, last = own.indices(x.shape[2])[:2]
-        others = (0, 0) * (x.dim() - 3)
-        return F.pad(grad, (*others, first, x.shape[2] - last)), None, None, None
+        grad = torch.addcmul(level, x.narrow(dim, lo, hi - lo) - mean, slope).to(x.dtype)
+        later = (0, 0) * (x.dim() - 1 - dim)
+        return F.pad(grad, (*later, lo, x.shape[dim] - hi)), None, None, None, None

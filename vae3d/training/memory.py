@@ -8,7 +8,7 @@ import re
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -46,7 +46,7 @@ class Trial:
         sample_shape: One sample, `(C, X, Y, Z)` or `(C, X, Y)`.
         amp: off | bf16 | fp16.
         num_weights: Channels of the weights of voxels; 0 without masks.
-        rows: Rows of the volume of which the sample is a slab; None where it is none.
+        whole: Voxels per axis of the volume of which the sample is a slab; None where it is none.
         same_shapes: Whether all batches are of one shape; then a GPU's kernels are tried out, as in
             training, and their work space counts.
     """
@@ -55,8 +55,8 @@ class Trial:
     sample_shape: Sequence[int]
     amp: Amp = "off"
     num_weights: int = 0
-    rows: int | None = None
-    same_shapes: bool = True
+    whole: tuple[int, ...] | None = field(default=None, kw_only=True)
+    same_shapes: bool = field(default=True, kw_only=True)
 
     @property
     def device(self) -> torch.device:
@@ -102,7 +102,7 @@ class Trial:
         if self.num_weights:
             weight = torch.ones(n, self.num_weights, *self.sample_shape[1:], device=device)
         x = torch.rand(n, *self.sample_shape, device=device)
-        batch = Batch(x, index, corner, index, weight, rows=self.rows)
+        batch = Batch(x, index, corner, index, weight, whole=self.whole)
         with autocast(self.device, self.amp):
             loss = task(batch, LATE)["loss"]
         loss.backward()
@@ -163,41 +163,55 @@ class RankMemory(NamedTuple):
         per_voxel: For each voxel of the slab.
         per_face: For each voxel of a face between two slabs: the rows beside it.
         factor: Shrink of the network per axis.
+        axis: The axis that is cut.
     """
 
     fixed: float
     per_voxel: float
     per_face: float
     factor: Sequence[int]
+    axis: int = 0
 
     @classmethod
     def measured(
-        cls, vae: CustomVAE, loss: VAELoss, device: torch.device, amp: Amp, batch_size: int
+        cls,
+        vae: CustomVAE,
+        loss: VAELoss,
+        device: torch.device,
+        amp: Amp,
+        batch_size: int,
+        axis: int = 0,
     ) -> RankMemory:
         """Measure steps of two slabs between two other ranks, which are pretended.
 
         One has twice the rows of the other; both are large enough for the steps of the CPU, which
         take no more memory from some size on. Rows that neighbors send are counted.
         """
-        f, *others = vae.factor
+        f, others = without(vae.factor, axis)
         rows = -(-ROWS // f) * f
         voxels = 2 * SLAB_BYTES * torch.get_num_threads() / 4 / len(next(vae.parameters()))
         side = (voxels / rows) ** (1 / len(others))
         plane = [math.ceil(max(side, ROWS) / n) * n for n in others]
+
+        def shape(rows: int) -> tuple[int, ...]:
+            return (*plane[:axis], rows, *plane[axis:])
+
         with pretended(rank=1, ranks=3):
-            task = SlabTask(vae, loss).to(device)
+            task = SlabTask(vae, loss, axis=axis).to(device)
             _, one, two = (  # the first time loads code
-                Trial(task, (vae.in_channels, n, *plane), amp, rows=3 * n).peak_bytes(batch_size)
+                Trial(task, (vae.in_channels, *shape(n)), amp, whole=shape(3 * n))
+                .peak_bytes(batch_size)
                 for n in (f, rows, 2 * rows)
-            )
-            layout, x = Layout(3 * f, f), torch.zeros(batch_size, vae.in_channels, *vae.factor)
+            )  # fmt: skip
+            layout = Layout(shape(3 * f), vae.factor, axis)
+            x = torch.zeros(batch_size, vae.in_channels, *vae.factor)
             with torch.no_grad(), autocast(device, amp):
                 slabs = SlabVAE(vae, layout)
                 slabs.decode(slabs.encode(x.to(device)).mean)
         area, both_faces = math.prod(plane), layout.bytes_sent / math.prod(others)
         per_voxel = max(two - one, 0) / (rows * area)
         fixed = max(one - (per_voxel * rows + both_faces) * area, 0)
-        return cls(fixed, per_voxel, both_faces / 2, vae.factor)
+        return cls(fixed, per_voxel, both_faces / 2, vae.factor, axis)
 
     def of(self, shape: Sequence[int], ranks: int) -> float:
         """Memory of the rank that takes most of volumes of this shape [bytes].
@@ -205,10 +219,16 @@ class RankMemory(NamedTuple):
         Raises:
             ValueError: There are fewer cells of the network's factor than ranks.
         """
-        area = math.prod(-(-n // f) * f for n, f in zip(shape[1:], self.factor[1:], strict=True))
-        rows = max(hi - lo for lo, hi in cut(shape[0], ranks, self.factor[0]))
+        filled = [-(-n // f) * f for n, f in zip(shape, self.factor, strict=True)]
+        area = math.prod(without(filled, self.axis)[1])
+        rows = max(hi - lo for lo, hi in cut(shape, self.factor, ranks, self.axis))
         faces = min(ranks - 1, 2)
         return self.fixed + (self.per_voxel * rows + self.per_face * faces) * area
+
+
+def without(sizes: Sequence[int], axis: int) -> tuple[int, list[int]]:
+    """The size along an axis, and those along the others."""
+    return sizes[axis], [n for i, n in enumerate(sizes) if i != axis]
 
 
 @contextmanager

@@ -31,7 +31,7 @@ Half = Literal["encode", "decode"]
 
 
 @contextmanager
-def together(vae: CustomVAE, team: World) -> Iterator[bool]:
+def together(vae: CustomVAE, team: World, axis: int = 0) -> Iterator[bool]:
     """Share passes of a network among the ranks of a team while its first rank does the body.
 
     The others take part in its passes first, and come to the body, with nothing to do, when it has
@@ -40,6 +40,7 @@ def together(vae: CustomVAE, team: World) -> Iterator[bool]:
     Args:
         vae: The network, in eval mode, the same on all ranks.
         team: Ranks that share passes; one alone does all by itself.
+        axis: The axis along which volumes are cut.
 
     Returns:
         Whether this rank is the one that works.
@@ -52,7 +53,7 @@ def together(vae: CustomVAE, team: World) -> Iterator[bool]:
         return
     check(vae)
     key = team.next_turn()
-    passes = Passes(vae, team, key)
+    passes = Passes(vae, team, key, axis)
     if not team.is_main:
         team.wait_for_main(key, passes.join)
         team.barrier()  # the first rank may host the store, and end after this
@@ -97,10 +98,11 @@ class Passes:
         vae: The network.
         team: Ranks that share.
         key: Of the work, in their store.
+        axis: The axis along which volumes are cut.
     """
 
-    def __init__(self, vae: CustomVAE, team: World, key: str):
-        self.vae, self.team, self.key = vae, team, key
+    def __init__(self, vae: CustomVAE, team: World, key: str, axis: int = 0):
+        self.vae, self.team, self.key, self.axis = vae, team, key, axis
         self.done = 0
 
     def encode(self, x: Tensor) -> DiagonalGaussian:
@@ -108,8 +110,7 @@ class Passes:
         layout = self.layout("encode", x.shape)
         if layout is None:
             return type(self.vae).encode(self.vae, x)
-        mean, logvar = self.ask("encode", x, layout).chunk(2, 1)
-        return DiagonalGaussian(mean, logvar)
+        return self.vae.head(self.ask("encode", x, layout))
 
     def decode(self, z: Tensor) -> Tensor:
         """`CustomVAE.decode` on all ranks, for the first one to call."""
@@ -120,11 +121,12 @@ class Passes:
 
     def layout(self, half: Half, shape: torch.Size | list[int]) -> Layout | None:
         """Who takes which rows; None where there are fewer cells than ranks."""
-        factor = self.vae.factor[0]
-        rows = shape[2] * (factor if half == "decode" else 1)
-        if -(-rows // factor) < self.team.size:
+        factor = self.vae.factor
+        scale = factor if half == "decode" else (1,) * len(factor)
+        volume = [n * s for n, s in zip(shape[2:], scale, strict=True)]
+        if -(-volume[self.axis] // factor[self.axis]) < self.team.size:
             return None
-        return Layout(rows, factor, self.team.group)
+        return Layout(volume, factor, self.axis, self.team.group)
 
     def ask(self, half: Half, x: Tensor, layout: Layout) -> Tensor:
         """Tell the others what to do, give each its rows, and gather what they make of them."""
@@ -134,10 +136,9 @@ class Passes:
         self.team.store.set(f"{self.key}/pass/{self.done}", json.dumps(asked))
         self.done += 1
         owned = rows_of(half, layout)
-        slabs = {rank: x[:, :, lo:hi] for rank, (lo, hi) in enumerate(owned) if rank}
-        exchange(layout, slabs, {}, x)()
-        lo, hi = owned[0]
-        return self.shared(half, x[:, :, lo:hi], layout)
+        first, *others = (layout.part(x, lo, hi) for lo, hi in owned)
+        exchange(layout, dict(enumerate(others, 1)), {}, x)()
+        return self.shared(half, first, layout)
 
     def join(self) -> bool:
         """Take part in the next pass, if the first rank has asked for it."""
@@ -153,19 +154,15 @@ class Passes:
         lo, hi = rows_of(half, layout)[layout.rank]
         like = torch.empty(0, dtype=dtype, device=device)
         with torch.no_grad(), torch.autocast(device.type, amp, enabled=amp != torch.float32):
-            slab = exchange(layout, {}, {0: (*shape[:2], hi - lo, *shape[3:])}, like)()[0]
+            slab = exchange(layout, {}, {0: layout.resized(shape, hi - lo)}, like)()[0]
             self.shared(half, slab, layout)
         return True
 
     def shared(self, half: Half, slab: Tensor, layout: Layout) -> Tensor:
         """Run a slab through half of the network; the first rank gets the whole result."""
         halves = SlabVAE(self.vae, layout)
-        if half == "encode":
-            posterior = halves.encode(slab)
-            y = torch.cat([posterior.mean, posterior.logvar], 1)
-        else:
-            y = halves.decode(slab)
-        owned = layout.rows(y.shape[2])
+        y = halves.moments(self.vae.pad(slab)) if half == "encode" else halves.decode(slab)
+        owned = layout.owned(y)
         return layout.extended(y, [(0, owned[-1][1]), *owned[1:]], owned)
 
 

@@ -43,6 +43,7 @@ HARMLESS = {
     "device",
     "sharding",  # checkpoints hold whole tensors
     "mesh",
+    "slab_axis",
     "threads",
     "timeout_minutes",
     "max_bad_steps",

@@ -37,6 +37,7 @@ class Validation:
         overlap: Overlap of patches, a fraction of the patch.
         radiological: Draw bodies with their right on the left.
         team: Ranks that share the passes of a volume in slabs; None for none.
+        axis: The axis along which they cut it.
     """
 
     def __init__(
@@ -49,8 +50,9 @@ class Validation:
         overlap: float = 0.25,
         radiological: bool = False,
         team: World | None = None,
+        axis: int = 0,
     ):
-        self.store, self.world, self.team = store, world, team or World()
+        self.store, self.world, self.team, self.axis = store, world, team or World(), axis
         self.patch_size, self.overlap = patch_size, overlap
         self.radiological = radiological
         count = min(len(store), max_volumes or len(store))
@@ -74,7 +76,7 @@ class Validation:
         count are measured. The peak of the PSNR is the width of the store's range. `rows` keeps the
         scores of each volume.
         """
-        with together(network, self.team) as works:
+        with together(network, self.team, self.axis) as works:
             scores = self.scores(network, step) if works else {}
         for part in self.world.gather(scores):
             scores |= part
@@ -128,7 +130,7 @@ class Validation:
         encoding happen on the tracker's thread. Nothing happens on a rank of several that has none.
         """
         if self.world.rank < self.team.size:
-            with together(network, self.team) as works:
+            with together(network, self.team, self.axis) as works:
                 if works:
                     self._show(network, step, tracker, folder)
 
