@@ -177,7 +177,7 @@ class VAELoss(nn.Module):
             measured["adversarial_weight"] = recon.new_zeros(()) + weights["adversarial"]
             if self._measures(self.adversarial, step):
                 assert last_layer is not None, "an adaptive weight needs last_layer=vae.last_layer"
-                self.adversarial.measure(others, game["adversarial"], last_layer, recon)
+                self.adversarial.measure(others, game["adversarial"], last_layer, recon, views)
         if isinstance(posterior, Quantized):
             measured["perplexity"], measured["usage"] = posterior.use()
         total = add_up(weights[name] * values[name] for name in values)
