@@ -25,6 +25,7 @@ import socket
 import statistics
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,6 +35,7 @@ import torch.multiprocessing as mp
 
 from vae3d.kernels.memory import pages, trim
 from vae3d.models.custom_vae import CustomVAE
+from vae3d.models.norm import GroupNorm
 from vae3d.spatial import slabs
 from vae3d.spatial.network import SlabVAE
 from vae3d.spatial.slabs import Layout, own_part
@@ -65,7 +67,7 @@ def main() -> None:
         for ranks, results in turns.items():
             results.append(turn(ranks, args))
     medians = {n: Turn(*map(statistics.median, zip(*rows))) for n, rows in turns.items()}  # noqa: B905
-    weights = 4 * sum(p.numel() for p in CustomVAE(channels=tuple(args.channels)).parameters())
+    weights = 4 * sum(p.numel() for p in network(args).parameters())
     one, load = medians[1], os.getloadavg()[0]
     print(f"{args.shape} cut along {args.axis}, channels {args.channels}, float32,"
           f" checkpointing {args.checkpointing}")  # fmt: skip
@@ -78,6 +80,12 @@ def main() -> None:
               f" {row.bytes / 1e6:8.0f} {share:8.2f} {row.sent / 1e6:8.3f}"
               f" {formula(args, n) / 1e6:8.3f} {row.waited:8.3f} {row.travel:8.3f}")  # fmt: skip
         assert row.sent == formula(args, n), "what was sent is not what the formula says"
+
+
+def network(args: argparse.Namespace) -> CustomVAE:
+    """The default network of some channels; groups of its norms are as many as the least takes."""
+    norm = partial(GroupNorm, num_groups=min(32, *args.channels))
+    return CustomVAE(channels=tuple(args.channels), norm=norm)
 
 
 def turn(ranks: int, args: argparse.Namespace) -> Turn:
@@ -96,7 +104,7 @@ def step(rank: int, ranks: int, port: int, args: argparse.Namespace, results: An
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    vae = CustomVAE(channels=tuple(args.channels))
+    vae = network(args)
     vae.set_checkpointing(args.checkpointing)
     dist.init_process_group("gloo", rank=rank, world_size=ranks)
     axis, small = "xyz".index(args.axis), [16, 16, 16]

@@ -191,16 +191,12 @@ class PatchPlan:
         weight = self.empty_weights(image)
         whole = self.whole_shape(samples)
         read = partial(self.read, whole=whole)
-        found = list((pool.map if pool else map)(read, rows, image.numpy()))
+        weights = itertools.repeat(None) if weight is None else weight.numpy()
+        found = list((pool.map if pool else map)(read, rows, image.numpy(), weights))
         rows = np.array([row for row, _ in found]).reshape(rows.shape)
         unread = tuple(line for _, lines in found for line in lines)
         for number in range(len(rows)):
-            epoch, row, volume, *corner = rows[number].tolist()
-            if weight is not None and self.weights is not None:
-                if self.part is not None:
-                    pairs = zip(corner, self.part(whole), strict=True)
-                    corner = [low + axis.start for low, axis in pairs]
-                read_weights(self.weights, volume, corner, weight[number].numpy())
+            epoch, row, volume, *_ = rows[number].tolist()
             if self.augment is not None:
                 key, spacing_mm = (self.seed, epoch, row), self.store.spacing_mm(volume)
                 if weight is None:
@@ -214,13 +210,14 @@ class PatchPlan:
         return Batch(image, volume, corner, index, weight, None, unread, whole)
 
     def read(
-        self, row: np.ndarray, out: np.ndarray, whole: Sequence[int]
+        self, row: np.ndarray, out: np.ndarray, weights: np.ndarray | None, whole: Sequence[int]
     ) -> tuple[np.ndarray, list[str]]:
         """Fill `out` (C, *patch) by a row of the plan, or by the next that can be read.
 
         Args:
             row: (epoch, row, volume, corner...).
             out: Where voxels go.
+            weights: Where goes how much they count; None where all count alike.
             whole: Voxels of a patch, of which `out` may be a part.
 
         Returns:
@@ -236,6 +233,10 @@ class PatchPlan:
                     read_patch(self.store, volume, corner, out)
                 else:
                     read_part(self.store, volume, corner, whole, self.part(whole), out)
+                if weights is not None and self.weights is not None:
+                    part = self.part(whole) if self.part else [slice(0, n) for n in whole]
+                    begin = [low + axis.start for low, axis in zip(corner, part, strict=True)]
+                    read_weights(self.weights, volume, begin, weights)
             except BrokenVolume as error:
                 faults.append(error)
                 continue
