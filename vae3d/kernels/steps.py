@@ -422,7 +422,7 @@ class NormActConv(torch.autograd.Function):
             if normalized is not None:
                 inner = normalized[:, :, start - lo : stop - lo]
                 if dim > 2:
-                    inner = inner.narrow(dim, before.shape[dim], x.shape[dim])
+                    inner = inner.narrow(dim, step.padding[dim - 2][0], x.shape[dim])
                 act_backward(step.act, inner, wide)
             if wide is not target:
                 target.copy_(wide)
@@ -452,19 +452,32 @@ class Rows:
     def read(self, n: int, lo: int, hi: int, padding: Ends) -> tuple[Tensor, list[tuple[int, int]]]:
         """Rows of sample `n` that there are from `lo` to `hi`, and the zeros to add on every axis.
 
-        Rows are counted from the first own one.
+        Rows are counted from the first own one. Another axis than x, with others beside, comes with
+        its zeros.
         """
         slab, pads = rows(self.own[n : n + 1], lo, hi, padding)
         before, after = (side[n : n + 1] for side in self.sides)
         if self.dim > 2:
+            axis, size = self.dim - 2, slab.shape[self.dim]
+            near, width = pads[axis][0], before.shape[self.dim]
+            zeros = [pad if i == axis else (0, 0) for i, pad in enumerate(pads)]
+            slab = convolutions.surround(slab, zeros)
             before, after = (rows(side, lo, hi, padding)[0] for side in (before, after))
-        axis, size = self.dim - 2, before.shape[self.dim]
-        near, far = min(pads[axis][0], size), min(pads[axis][1], after.shape[self.dim])
+            slab.narrow(self.dim, near - width, width).copy_(before)
+            slab.narrow(self.dim, near + size, after.shape[self.dim]).copy_(after)
+            pads[axis] = 0, 0
+            return slab, pads
+        near, far = min(pads[0][0], before.shape[2]), min(pads[0][1], after.shape[2])
         if near or far:
-            others = before.narrow(self.dim, size - near, near), after.narrow(self.dim, 0, far)
-            slab = channels_last(torch.cat([others[0], slab, others[1]], self.dim))
-            pads[axis] = pads[axis][0] - near, pads[axis][1] - far
-        return slab, pads
+            others = before[:, :, before.shape[2] - near :], after[:, :, :far]
+            slab = channels_last(torch.cat([others[0], slab, others[1]], 2))
+        return slab, [(pads[0][0] - near, pads[0][1] - far), *pads[1:]]
+
+    def nowhere(self, padding: Ends) -> tuple[int, int]:
+        """How much of the zeros along `dim` nobody has, before and after."""
+        sides = zip(padding[self.dim - 2], self.sides, strict=True)
+        near, far = (pad - side.shape[self.dim] for pad, side in sides)
+        return near, far
 
 
 class Slabs:
@@ -524,7 +537,11 @@ class Slabs:
             activated[:, :, inside] = wide[:, :, inside]
         activated[:, :, :near].zero_()
         activated[:, :, inside.stop :].zero_()
-        return normalized, *convolutions.pad_uneven(activated, [(0, 0), *pads[1:]])
+        if (dim := self.rows.dim) > 2:
+            near, far = self.rows.nowhere(self.step.padding)
+            activated.narrow(dim, 0, near).zero_()
+            activated.narrow(dim, activated.shape[dim] - far, far).zero_()
+        return normalized, activated, [0, *(near for near, _ in pads[1:])]
 
     def batch_norm(self, n: int, slab: Tensor, scale: Tensor, shift: Tensor, out: Tensor) -> None:
         """`out = (slab - mean) / sqrt(var + eps) * scale + shift` per channel, in one pass."""

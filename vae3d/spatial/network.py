@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from vae3d.kernels import steps
 from vae3d.kernels.convolutions import Conv, zeros_of
 from vae3d.kernels.lean import is_lean, prepared_conv
+from vae3d.kernels.memory import channels_last
 from vae3d.kernels.moments import of_groups
 from vae3d.models import attention, blocks, custom_vae, norm, upsample
 from vae3d.models.custom_vae import CustomVAE
@@ -165,7 +166,10 @@ class SlabVAE:
         y = function(self.layout.extended(x, wanted), own)
         begin = reach.begins(first)[1]
         lo, hi = (edge - begin for edge in made[me])
-        return y if (lo, hi) == (0, y.shape[dim]) else self.layout.part(y, lo, hi)
+        if (lo, hi) == (0, y.shape[dim]):
+            return y
+        y = self.layout.part(y, lo, hi)
+        return channels_last(y) if y.device.type == "cpu" else y  # once, not by all that read it
 
     def prepared(self, before: norm.NormAct, layer: Conv, x: Tensor) -> Tensor:
         """`layer(before(x))` of which only `x`, with the rows that are seen beside it, is kept."""
