@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from vae3d.kernels import steps
 from vae3d.kernels.convolutions import Conv, zeros_of
 from vae3d.kernels.lean import is_lean, prepared_conv
+from vae3d.kernels.memory import channels_last
 from vae3d.kernels.moments import of_groups
 from vae3d.models import attention, blocks, custom_vae, norm, upsample
 from vae3d.models.custom_vae import CustomVAE
@@ -165,7 +166,10 @@ class SlabVAE:
         y = function(self.layout.extended(x, wanted), own)
         begin = reach.begins(first)[1]
         lo, hi = (edge - begin for edge in made[me])
-        return y if (lo, hi) == (0, y.shape[dim]) else self.layout.part(y, lo, hi)
+        if (lo, hi) == (0, y.shape[dim]):
+            return y
+        y = self.layout.part(y, lo, hi)
+        return channels_last(y) if y.device.type == "cpu" else y  # once, not by all that read it
 
     def prepared(self, before: norm.NormAct, layer: Conv, x: Tensor) -> Tensor:
         """`layer(before(x))` of which only `x`, with the rows that are seen beside it, is kept."""
@@ -241,15 +245,15 @@ def _block(run: SlabVAE, module: blocks.Block, x: Tensor) -> Tensor:
 
 
 def _interpolated(run: SlabVAE, module: upsample.InterpUp, x: Tensor) -> Tensor:
-    """Where interpolation is folded into the convolution, of the own rows alone, if cut along x."""
+    """Where interpolation is folded into the convolution, of the own rows alone."""
     conv = module.folded(x)
-    if conv is None or run.layout.axis:
+    if conv is None:
         return run.elementary(module, x)
     owned = run.layout.owned(x)
     (lo, hi), rows = owned[run.layout.rank], owned[-1][1]
     slab = run.layout.extended(x, [(lo - 1, hi + 1) for lo, hi in owned])
     beside = min(lo, 1), min(rows - hi, 1)
-    return steps.upsample_convolve(conv, slab, module.factor, beside)
+    return steps.upsample_convolve(conv, slab, module.factor, beside, run.layout.dim)
 
 
 def _norm(run: SlabVAE, module: norm.GroupNorm | norm.BatchNorm, x: Tensor) -> Tensor:
