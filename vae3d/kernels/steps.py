@@ -619,7 +619,8 @@ class Backward:
         target[:, :, max(lo, 0) : hi] += dx[(slice(None), slice(None), *inner)]
 
 
-Growth = tuple[Axes, tuple[int, int]]  # per axis; rows before and after those that are wanted
+# Per axis; voxels before and after those that are wanted, along which dimension.
+Growth = tuple[Axes, tuple[int, int], int]
 
 
 class UpsampleConv(torch.autograd.Function):
@@ -643,15 +644,15 @@ class UpsampleConv(torch.autograd.Function):
         """Return `conv(upsample(x))`."""
         x = channels_last(x)
         ctx.save_for_backward(x, weight)
-        ctx.step = factor, (near, far) = step
-        own = x[:, :, near : x.shape[2] - far]
-        up = Phases(weight, factor, compute_dtype(dtype))
+        ctx.step = factor, beside, dim = step
+        own = x.narrow(dim, beside[0], x.shape[dim] - sum(beside))
+        up = Phases(weight, factor, compute_dtype(dtype), beside, dim)
         b = None if bias is None else bias.to(up.compute).repeat(up.per_row)
         size = [n * f for n, f in zip(own.shape[2:], factor, strict=True)]
         out = empty((len(x), len(weight), *size), dtype)
         for n, start, stop in slabs(own, out):
             for phase, w in enumerate(up.weights):
-                slab, pad = up.read(x[n : n + 1], near + start, near + stop, phase)
+                slab, pad = up.read(x[n : n + 1], up.near + start, up.near + stop, phase)
                 y = convolutions.convolve(slab, w, b, pad)
                 for target, grid in up.pairs(out[n : n + 1], start, stop, phase, y):
                     target.copy_(grid)
@@ -665,8 +666,8 @@ class UpsampleConv(torch.autograd.Function):
         """Return the gradient of every argument of `forward`."""
         x, weight = ctx.saved_tensors
         grad = channels_last(grad)
-        factor, (near, _) = ctx.step
-        up = Phases(weight, factor, compute_dtype(grad.dtype))
+        factor, beside, dim = ctx.step
+        up = Phases(weight, factor, compute_dtype(grad.dtype), beside, dim)
         _, need_x, need_w, need_b, _ = ctx.needs_input_grad
         grad_x = empty(x.shape, x.dtype).zero_() if need_x else None
         grads_w = [torch.zeros_like(w, dtype=torch.float32) for w in up.weights]
@@ -674,7 +675,7 @@ class UpsampleConv(torch.autograd.Function):
         for (n, start, stop), phase in product(slabs(x, grad), range(len(up.weights))):
             w = up.weights[phase]
             lo, hi = start - up.offset(phase) - w.shape[2] + 1, stop - up.offset(phase)
-            g = up.grid(grad[n : n + 1], lo - near, hi - near, phase)
+            g = up.grid(grad[n : n + 1], lo - up.near, hi - up.near, phase)
             inner = channels_last(g[:, :, start - lo : stop - lo])
             if grad_b is not None:
                 total = inner.sum([0, *range(2, g.dim())], dtype=torch.float32)
@@ -684,8 +685,10 @@ class UpsampleConv(torch.autograd.Function):
                 grads_w[phase] += convolutions.weights_gradient(inner, slab, w, pad)
             if grad_x is not None:
                 flipped = channels_last(w.transpose(0, 1).flip(*range(2, w.dim())))
-                pad = [0, *(k - 2 for k in w.shape[3:])]
                 target = grad_x[n : n + 1, :, start:stop]
+                axes = zip(w.shape[3:], up.pads[1:], strict=True)
+                pads = [(k - 1 - near, k - 1 - far) for k, (near, far) in axes]
+                g, pad = convolutions.pad_uneven(g, [(0, 0), *pads])
                 convolutions.convolve_into(target, g, flipped, None, pad, onto=target)
             del g, inner  # before the next ones are made
         grad_w = up.unfold(grads_w).to(weight.dtype) if need_w else None
@@ -697,8 +700,19 @@ class UpsampleConv(torch.autograd.Function):
 class Phases:
     """The convolutions of a coarse grid that equal a convolution of the upsampled one."""
 
-    def __init__(self, weight: Tensor, factor: Axes, compute: torch.dtype):
+    def __init__(
+        self,
+        weight: Tensor,
+        factor: Axes,
+        compute: torch.dtype,
+        beside: tuple[int, int] = (0, 0),
+        dim: int = 2,
+    ):
         self.factor, self.compute = factor, compute
+        self.near = beside[0] if dim == 2 else 0  # rows of x before those that are wanted
+        self.pads = [(1, 1) for _ in factor]  # zeros before and after each axis
+        if dim > 2:
+            self.pads[dim - 2] = 1 - beside[0], 1 - beside[1]
         fold = reduce(torch.kron, (FOLD[f] for f in factor))  # (phases, taps, weights)
         self.fold = fold.to(weight.device)
         self.per_row = torch.Size(factor[1:]).numel()
@@ -723,7 +737,7 @@ class Phases:
         """Coarse rows that an x-phase needs for rows `start` to `stop`, and padding of y and z."""
         lo = start + self.offset(phase)
         hi = stop + self.offset(phase) + self.weights[phase].shape[2] - 1
-        slab, pads = rows(x, lo, hi, [(1, 1)] * len(self.factor))
+        slab, pads = rows(x, lo, hi, self.pads)
         return convolutions.pad_uneven(slab.to(self.compute), pads)
 
     def pairs(self, fine: Tensor, start: int, stop: int, phase: int, y: Tensor) -> Pairs:
@@ -754,7 +768,7 @@ class Phases:
 
 
 def upsample_convolve(
-    layer: Conv, x: Tensor, factor: Sequence[int], beside: tuple[int, int] = (0, 0)
+    layer: Conv, x: Tensor, factor: Sequence[int], beside: tuple[int, int] = (0, 0), dim: int = 2
 ) -> Tensor:
     """`layer(nearest upsampling of x)` for factors of one and two; see `UpsampleConv`.
 
@@ -763,9 +777,10 @@ def upsample_convolve(
         x: `(B, C, *spatial)`.
         factor: Growth per axis, 1 or 2.
         beside: Rows of `x` before and after those that are wanted, 0 or 1.
+        dim: The dimension of these rows.
     """
     with torch.autocast("cpu", enabled=False):
-        return UpsampleConv.apply((factor, beside), x, layer.weight, layer.bias, dtype_of(x))
+        return UpsampleConv.apply((factor, beside, dim), x, layer.weight, layer.bias, dtype_of(x))
 
 
 def statistics(x: Tensor, groups: int, neighbors: Neighbors = NOBODY) -> tuple[Tensor, Tensor]:

@@ -245,15 +245,15 @@ def _block(run: SlabVAE, module: blocks.Block, x: Tensor) -> Tensor:
 
 
 def _interpolated(run: SlabVAE, module: upsample.InterpUp, x: Tensor) -> Tensor:
-    """Where interpolation is folded into the convolution, of the own rows alone, if cut along x."""
+    """Where interpolation is folded into the convolution, of the own rows alone."""
     conv = module.folded(x)
-    if conv is None or run.layout.axis:
+    if conv is None:
         return run.elementary(module, x)
     owned = run.layout.owned(x)
     (lo, hi), rows = owned[run.layout.rank], owned[-1][1]
     slab = run.layout.extended(x, [(lo - 1, hi + 1) for lo, hi in owned])
     beside = min(lo, 1), min(rows - hi, 1)
-    return steps.upsample_convolve(conv, slab, module.factor, beside)
+    return steps.upsample_convolve(conv, slab, module.factor, beside, run.layout.dim)
 
 
 def _norm(run: SlabVAE, module: norm.GroupNorm | norm.BatchNorm, x: Tensor) -> Tensor:
