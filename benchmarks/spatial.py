@@ -11,8 +11,8 @@ the default network with L1 and KL, float32. Printed are medians of the rank tha
   the weights, which every rank has, as a part of one process's times the ranks (1.00 is perfect);
 - bytes of halos that all ranks sent, beside the formula of docs/how/slabs.md;
 - what their rows cost in a step: seconds in which a rank waited for rows (it may be for the rank
-  that sends them, which is late), and seconds of the same rows sent again with nothing between,
-  the least of five times.
+  that sends them, which is late), and seconds of its processor for the same rows sent again with
+  nothing between, the median of five times.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ import socket
 import statistics
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,6 +35,7 @@ import torch.multiprocessing as mp
 
 from vae3d.kernels.memory import pages, trim
 from vae3d.models.custom_vae import CustomVAE
+from vae3d.models.norm import GroupNorm
 from vae3d.spatial import slabs
 from vae3d.spatial.network import SlabVAE
 from vae3d.spatial.slabs import Layout, own_part
@@ -65,19 +67,25 @@ def main() -> None:
         for ranks, results in turns.items():
             results.append(turn(ranks, args))
     medians = {n: Turn(*map(statistics.median, zip(*rows))) for n, rows in turns.items()}  # noqa: B905
-    weights = 4 * sum(p.numel() for p in CustomVAE(channels=tuple(args.channels)).parameters())
+    weights = 4 * sum(p.numel() for p in network(args).parameters())
     one, load = medians[1], os.getloadavg()[0]
     print(f"{args.shape} cut along {args.axis}, channels {args.channels}, float32,"
           f" checkpointing {args.checkpointing}")  # fmt: skip
     print(f"gradients of weights {weights / 1e6:.0f} MB; load {load:.1f} of {os.cpu_count()} cores")
     print(f"{'ranks':>5} {'s/step':>8} {'of one':>7} {'CPU-s':>7} {'MB/rank':>8} {'x ranks':>8}"
-          f" {'halo MB':>8} {'formula':>8} {'waited s':>8} {'travel s':>8}")  # fmt: skip
+          f" {'halo MB':>8} {'formula':>8} {'waited s':>8} {'sent CPU-s':>10}")  # fmt: skip
     for n, row in medians.items():
         share = n * (row.bytes - weights) / (one.bytes - weights)
         print(f"{n:5} {row.seconds:8.2f} {row.seconds / one.seconds:7.2f} {row.cpu_seconds:7.2f}"
               f" {row.bytes / 1e6:8.0f} {share:8.2f} {row.sent / 1e6:8.3f}"
-              f" {formula(args, n) / 1e6:8.3f} {row.waited:8.3f} {row.travel:8.3f}")  # fmt: skip
+              f" {formula(args, n) / 1e6:8.3f} {row.waited:8.3f} {row.travel:10.3f}")  # fmt: skip
         assert row.sent == formula(args, n), "what was sent is not what the formula says"
+
+
+def network(args: argparse.Namespace) -> CustomVAE:
+    """The default network of some channels; groups of its norms are as many as the least takes."""
+    norm = partial(GroupNorm, num_groups=min(32, *args.channels))
+    return CustomVAE(channels=tuple(args.channels), norm=norm)
 
 
 def turn(ranks: int, args: argparse.Namespace) -> Turn:
@@ -96,7 +104,7 @@ def step(rank: int, ranks: int, port: int, args: argparse.Namespace, results: An
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    vae = CustomVAE(channels=tuple(args.channels))
+    vae = network(args)
     vae.set_checkpointing(args.checkpointing)
     dist.init_process_group("gloo", rank=rank, world_size=ranks)
     axis, small = "xyz".index(args.axis), [16, 16, 16]
@@ -136,17 +144,17 @@ class Rows:
         return timed
 
     def travel(self) -> float:
-        """Seconds of all exchanges once more, one after another."""
+        """Seconds of the processor for all exchanges once more, one after another."""
         times = []
         for _ in range(5):
             dist.barrier()
-            begun = time.perf_counter()
+            begun = time.process_time()
             for layout, sent, got, dtype in self.seen:
                 like = torch.empty(0, dtype=dtype)
                 rows = {rank: like.new_empty(shape) for rank, shape in sent.items()}
                 self.exchange(layout, rows, got, like)()
-            times.append(time.perf_counter() - begun)
-        return min(times)
+            times.append(time.process_time() - begun)
+        return statistics.median(times)
 
 
 def memory(line: str) -> float:

@@ -13,7 +13,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import asdict, replace
@@ -23,8 +23,17 @@ from typing import Any, TypeVar
 import numpy as np
 
 from loaders.compressed import compress
-from loaders.in_place import find_in_place, fitted, small_label_map, stays
-from loaders.masks import hide, nearest, read_weights
+from loaders.counted import Counted, Counts
+from loaders.in_place import (
+    Found,
+    Sample,
+    find_in_place,
+    fitted,
+    needs_copy,
+    small_label_map,
+    stays,
+)
+from loaders.masks import hide, nearest, read_weights, table_of
 from loaders.preprocess import (
     Preprocess,
     Record,
@@ -38,6 +47,7 @@ from loaders.preprocess import (
 from loaders.readers import (
     SLICES,
     ZARR,
+    Boxes,
     BrokenVolume,
     Cut,
     Image,
@@ -47,15 +57,17 @@ from loaders.readers import (
     View,
     Volume,
     as_store,
+    beside,
+    check_one_grid,
     describe,
     has_place,
     holds_dicom,
     is_store,
     is_there,
+    num_items,
     ras_axes,
     read_volume,
     revision,
-    same_grid,
     split_series,
     url_of,
     view_written,
@@ -63,6 +75,7 @@ from loaders.readers import (
     write_volume,
 )
 from loaders.series import at_time, by_file
+from loaders.streamed import is_streamed, streamed
 from loaders.subjects import Subject
 from loaders.texts import misfit, read_json
 from loaders.whole import sweep, whole_file, write_text
@@ -100,6 +113,7 @@ DICOM_FORMAT = "dicom 2"
 TAG = "Signature: 8a477f597d28d172789f06886806bc55\n# Volumes as vae3d keeps them.\n"
 OF_STORES = ("in_place", "level", "channels", "time_point")  # options that no other volume knows
 LINE_EVERY_S = 30.0  # in a log, while volumes are cached
+SLAB, ROWS = 2**26, 32  # bytes of a volume that are written at a time, and its least rows
 NUM_POINTS = 1024  # voxels remembered for the samplers
 
 
@@ -222,8 +236,8 @@ class Builder:
             parts += [DICOM_FORMAT] if holds_dicom(path) else []
             parts += [series] if series else []
         if subject.mask:
-            weights = (self.reading.mask_weights or {}).items()
-            parts.append(f"masked {sorted((float(k), float(v)) for k, v in weights)}")
+            table = table_of(subject.mask, self.reading)
+            parts.append(f"masked {sorted((table or {}).items())}" + " objects" * (table == {}))
         if subject.time:
             parts.append(f"time point {subject.time.number} of {subject.time.count}")
         text = "\n".join([self.recipe, *parts])
@@ -236,7 +250,8 @@ class Builder:
             if not is_sidecar(meta):
                 return None
             measured = self.preprocess.rules == 1 or all("robust" in s for s in meta["statistics"])
-            arrays = [part for part in (meta, meta.get("mask")) if part and "view" not in part]
+            parts = (meta, meta.get("mask"), meta.get("counts", {}).get("mask"))
+            arrays = [part for part in parts if part and "views" not in part]
             sizes = [num_bytes(self.cache_dir / part["file"]) for part in arrays]
             if measured and sizes == [part["num_bytes"] for part in arrays]:
                 return meta
@@ -296,50 +311,86 @@ class Builder:
 
     def build_each(self, group: Sequence[Subject]) -> list[Record | BrokenVolume]:
         """Read the files of subjects that share them, once, and store what is made of them."""
-        if not stays(group[0], self.reading):
-            return read_each(group, self.reading, self.build_one)
-        return each(group, self.refer)
+        if stays(group[0], self.reading):
+            return each(group, self.refer)
+        if is_streamed(group[0], self.reading) and self.backend != "blosc2":
+            return each(group, self.stream)
+        return read_each(group, self.reading, self.build_one)
 
     def refer(self, subject: Subject) -> Record:
         """Store what is known of a volume that stays where it is, all but its voxels."""
-        found = find_in_place(subject, self.reading, self.preprocess)
-        self.check_channels(subject, found.levels[0].shape[0])
+        found = self.find(subject, self.reading, self.preprocess)
         key = self.key(subject)
         if (meta := self.sidecar(key)) is not None:
             return meta
-        seed = int(key[:8], 16)
-        sample = found.sample()
-        stats, tables = measured(Volume(sample.data), subject.paths[0], sample.drawn)
-        meta = {
-            "scale": [1.0] * len(stats),
-            "offset": [0.0] * len(stats),
-            "statistics": stats,
-        }
-        bounds = foreground_bounds(meta, self.preprocess.rules)
+        meta, sample, tables = self.measure(subject, found)
+        bounds, lowest = self.foreground(meta)
         found = fitted(found, sample, bounds, self.preprocess)
-        header, array = found.header, found.view.open()
-        lowest = min(one["min"] for one in stats)
-        meta |= {
-            "key": key,
-            "affine": header.affine.tolist(),
-            "spacing_mm": list(header.spacing_mm),
-            "undo": found.record,
-            "notes": list(header.notes),
-            "look": asdict(header.look),
-            "file": str(found.view.place),
-            "shape": list(array.shape),
-            "dtype": array.dtype.str,
-            "start": 0,
-            "num_bytes": 0,
-            "view": asdict(replace(found.view, fill=lowest)),
-            "chunks": list(array.chunks),
-            "lead": list(array.lead),
-        }
-        points = foreground_points(sample.data[0], *bounds, True, seed)
+        header = found.header
+        meta |= in_place([replace(view, fill=min(lowest)) for view in found.views])
+        meta |= told_of(key, header, header.affine, found.record)
+        if isinstance(found.levels[0], Counted):
+            meta["counts"] = asdict(self.counts(key, found, lowest))
+        points = foreground_points(sample.data[0], *bounds, True, int(key[:8], 16))
         whole = sample.to_volume(points, found.levels[0].shape[1:])
         low, _ = found.record.get("crop", ([0, 0, 0], None))
         self.write_sidecar(meta, whole - np.array(low, np.int32), tables)
         return meta
+
+    def stream(self, subject: Subject) -> Record:
+        """Copy a volume that would fill the memory, piece by piece."""
+        turned = Preprocess(orient_ras=self.preprocess.orient_ras)
+        found = self.find(subject, replace(self.reading, in_place=True), turned)
+        key = self.key(subject)
+        if (meta := self.sidecar(key)) is not None:
+            return meta
+        meta, sample, tables = self.measure(subject, found)
+        bounds, lowest = self.foreground(meta)
+        made = streamed(found, sample, bounds, lowest, self.preprocess)
+        meta |= told_of(key, found.header, made.data.affine, made.record)
+        if made.weights is not None:
+            meta["mask"] = self.write_array(f"{key}.mask", made.weights)
+        points = foreground_points(sample.data[0], *bounds, True, int(key[:8], 16))
+        sample = replace(sample, step=made.step)
+        low = np.array(made.data.low, np.int32)
+        inside = sample.to_volume(points, made.grid) - low
+        meta |= self.write_array(key, made.data)
+        self.write_sidecar(meta, inside, tables)
+        return meta
+
+    def find(self, subject: Subject, reading: Reading, preprocess: Preprocess) -> Found:
+        """Open a volume where it lies."""
+        require_files(subject, reading)
+        found = find_in_place(subject, reading, preprocess)
+        self.check_channels(subject, found.levels[0].shape[0])
+        return found
+
+    def measure(self, subject: Subject, found: Found) -> tuple[Record, Sample, list[np.ndarray]]:
+        """Measure a sample of a volume, and hide in it what does not count."""
+        sample, path = found.sample(), subject.paths[0]
+        sample = replace(sample, volume=storable(sample.volume, path, self.reading.nan))
+        stats, tables = measured(sample.volume, path, sample.drawn)
+        count = len(stats)
+        meta = {"scale": [1.0] * count, "offset": [0.0] * count, "statistics": stats}
+        return meta, sample, tables
+
+    def foreground(self, meta: Record) -> tuple[tuple[float, float | None], list[float]]:
+        """Return the bounds of the foreground, and the lowest intensity of each channel."""
+        bounds = foreground_bounds(meta, self.preprocess.rules)
+        return bounds, [one["min"] for one in meta["statistics"]]
+
+    def counts(self, key: str, found: Found, lowest: list[float]) -> Counts:
+        """Return what tells which voxels count; a mask that is a file is kept in the cache."""
+        counts, mask = Counts(self.reading.nan, lowest), found.mask
+        if mask is None:
+            return counts
+        if isinstance(mask.source, View):
+            opened = in_place([mask.source])
+        else:
+            opened = self.write_array(f"{key}.mask", mask.source)
+        matrix = mask.matrix(found.header.affine, found.header.data.shape[1:]).tolist()
+        table = None if mask.table is None else [*mask.table.items()]
+        return replace(counts, path=str(mask.path), mask=opened, matrix=matrix, table=table)
 
     def write_digests(self) -> None:
         """Remember which bytes the source files hold, while others may still be added."""
@@ -386,38 +437,43 @@ class Builder:
         """Write what is known of a volume whose array is there, the sidecar itself last."""
         key = meta["key"]
         path = self.cache_dir / points_file(key, self.preprocess.rules)
-        write_whole(path, npy_header(points), points)
+        write_whole(path, npy_header(points.shape, points.dtype), [points])
         table = np.concatenate(np.stack(tables, axis=1))  # all voxels' first, then foregrounds'
-        write_whole(self.cache_dir / f"{key}.quantiles.npy", npy_header(table), table)
+        file = self.cache_dir / f"{key}.quantiles.npy"
+        write_whole(file, npy_header(table.shape, table.dtype), [table])
         write_whole(self.cache_dir / f"{key}.json", json.dumps(meta).encode())
 
-    def write_array(self, name: str, volume: Volume) -> dict[str, str | int | list[int]]:
+    def write_array(self, name: str, volume: Boxes) -> dict[str, str | int | list[int]]:
         """Write the stored numbers of a volume as the backend does; return what opens them."""
-        data = volume.data
         if self.backend == "zarr":
             return self.write_store(name, volume)
+        size, body = 0, rows_of(volume)
         if self.backend == "blosc2":
-            file, content, body = f"{name}.b2nd", compress(in_c_order(data)), None
+            data = in_c_order(volume[(slice(None),) * 4])
+            file, content, body = f"{name}.b2nd", compress(data), iter(())
         else:
-            file, content, body = f"{name}.npy", npy_header(data), data
+            size = num_items(tuple(volume.shape)) * volume.dtype.itemsize
+            file, content = f"{name}.npy", npy_header(volume.shape, volume.dtype)
         write_whole(self.cache_dir / file, content, body)
         return {
             "file": file,
-            "shape": list(data.shape),
-            "dtype": data.dtype.str,
+            "shape": list(volume.shape),
+            "dtype": volume.dtype.str,
             "start": len(content),
-            "num_bytes": len(content) + (data.nbytes if body is not None else 0),
+            "num_bytes": len(content) + size,
         }
 
-    def write_store(self, name: str, volume: Volume) -> dict[str, str | int | list[int]]:
+    def write_store(self, name: str, volume: Boxes) -> dict[str, str | int | list[int]]:
         """Write the stored numbers of a volume as OME-Zarr, its axes straight."""
-        path = self.cache_dir / f"{name}.ome{ZARR}"
-        straight = replace(volume, affine=straightened(volume.affine), scale=1.0, offset=0.0)
+        path, straight = self.cache_dir / f"{name}.ome{ZARR}", volume
+        if isinstance(volume, Volume):
+            affine = straightened(volume.affine)
+            straight = replace(volume, affine=affine, scale=1.0, offset=0.0)
         try:
             write_volume(path, straight)
         except (BrokenVolume, OSError) as error:  # a fault of the disk, not of the volume
             raise ValueError(f"{error} (data.cache_dir)") from error
-        array = view_written(path, len(volume.data)).open()
+        array = view_written(path, volume.shape[0]).open()
         return {
             "file": path.name,
             "shape": list(array.shape),
@@ -442,9 +498,11 @@ def is_sidecar(meta: object) -> bool:
     robust = [stats["robust"] for stats in meta["statistics"] if "robust" in stats]
     if not all(stats["percentiles"] for stats in meta["statistics"]):
         return False
-    if "view" in meta and not View.fits(meta["view"]):
+    if not fits_in_place(meta):
         return False
-    if {"view", "chunks"} & meta.keys() and misfit(meta, IN_CHUNKS):
+    if "counts" in meta and not (
+        Counts.fits(meta["counts"]) and fits_in_place(meta["counts"]["mask"] or {})
+    ):
         return False
     if "cut" in meta["undo"] and not Cut.fits(meta["undo"]["cut"]):
         return False
@@ -453,6 +511,49 @@ def is_sidecar(meta: object) -> bool:
     return len(channels) == 1 and not (
         misfit(robust, [ROBUST]) or misfit(meta.get("notes", []), [str])
     )
+
+
+def told_of(key: str, volume: Volume, affine: np.ndarray, undo: Record) -> Record:
+    """Return what a sidecar tells of a volume that was not read whole.
+
+    Args:
+        key: Its name.
+        volume: What its metadata say.
+        affine: On the store's grid.
+        undo: What undoes its preprocessing.
+    """
+    spacing = Volume(volume.data, affine).spacing_mm
+    return {
+        "key": key,
+        "affine": affine.tolist(),
+        "spacing_mm": list(spacing),
+        "undo": undo,
+        "notes": list(volume.notes),
+        "look": asdict(volume.look),
+    }
+
+
+def in_place(views: Sequence[View]) -> Record:
+    """Return what opens an array that stays where it is."""
+    array = beside(views)
+    return {
+        "file": str(views[0].place),
+        "shape": list(array.shape),
+        "dtype": array.dtype.str,
+        "start": 0,
+        "num_bytes": 0,
+        "views": [asdict(view) for view in views],
+        "chunks": list(array.chunks),
+        "lead": list(array.lead),
+    }
+
+
+def fits_in_place(record: Record) -> bool:
+    """Whether what opens an array is sound as far as it is read in chunks."""
+    views = record.get("views", [])
+    if not isinstance(views, list) or not all(map(View.fits, views)):
+        return False
+    return not ({"views", "chunks"} & record.keys() and misfit(record, IN_CHUNKS))
 
 
 def measured(
@@ -505,18 +606,18 @@ def stored_weights(weights: Volume, undo: dict, shape: tuple[int, ...]) -> np.nd
     return np.pad(data, [(0, 0), *pads])
 
 
-def write_whole(path: Path, header: bytes, data: np.ndarray | None = None) -> None:
+def write_whole(path: Path, header: bytes, arrays: Iterable[np.ndarray] = ()) -> None:
     """Write a file of the cache so that it appears whole or not at all.
 
     Args:
         path: Target.
         header: First bytes.
-        data: Array in any layout, written in C order.
+        arrays: In any layout, written in C order.
     """
     try:
         with whole_file(path) as temporary, open(temporary, "wb") as file:
             file.write(header)
-            if data is not None:
+            for data in arrays:
                 file.write(in_c_order(data).data)
     except OSError as error:
         if error.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", None)):
@@ -525,6 +626,19 @@ def write_whole(path: Path, header: bytes, data: np.ndarray | None = None) -> No
                 f"data.cache_dir to another disk; what is whole stays and is used again"
             ) from error
         raise ValueError(f"{path.parent}: {error.strerror} (data.cache_dir)") from error
+
+
+def rows_of(volume: Boxes) -> Iterator[np.ndarray]:
+    """Compute a volume in C order, as many rows at a time as take little memory."""
+    if isinstance(volume, Volume):
+        yield volume.data
+        return
+    count, x, y, z = volume.shape
+    step = max(ROWS, SLAB // (y * z * volume.dtype.itemsize))
+    for channel in range(count):
+        for low in range(0, x, step):
+            rows = slice(low, min(low + step, x))
+            yield volume[(slice(channel, channel + 1), rows, slice(None), slice(None))]
 
 
 def in_c_order(data: np.ndarray) -> np.ndarray:
@@ -589,6 +703,15 @@ def read_channels(subject: Subject, reading: Reading) -> Volume:
     return stacked([read.get(path, nothing) for path in subject.paths], nothing)
 
 
+def require_files(subject: Subject, reading: Reading) -> None:
+    """Refuse a volume that stays where it is and lacks one of its files."""
+    missing = missing_files(subject)
+    if missing and reading.missing == "zero":
+        raise BrokenVolume(missing[0], f"is missing; its volume {needs_copy('data.missing zero')}")
+    if missing:
+        raise lacks(subject, missing[0])
+
+
 def with_remedy(error: BrokenVolume, count: int) -> BrokenVolume:
     """Name the option that leaves a broken volume out, where it is one of several."""
     if count < 2 or isinstance(error, MissingFile):  # that names its own
@@ -605,15 +728,6 @@ def lacks(subject: Subject, path: Path) -> MissingFile:
         f"{subject.id} lacks this file, its {number}. of {len(subject.paths)}: --data.missing skip "
         f"leaves such subjects out, zero gives a channel of zeros",
     )
-
-
-def check_one_grid(volumes: dict[Path, Volume]) -> None:
-    """Refuse files of one subject that do not share a grid."""
-    (path, first), *others = volumes.items()
-    for other, volume in others:
-        shapes = first.data.shape[1:], volume.data.shape[1:]
-        if not same_grid(shapes[0], first.affine, shapes[1], volume.affine):
-            raise BrokenVolume(other, f"does not share the grid of {path}")
 
 
 def stacked(volumes: list[Volume], nothing: Volume) -> Volume:
@@ -857,12 +971,12 @@ def on_grid(label: Volume, shape: tuple[int, ...], affine: np.ndarray, path: Pat
     return moved
 
 
-def npy_header(data: np.ndarray) -> bytes:
-    """Return the header of a C-order .npy file for an array in any layout."""
+def npy_header(shape: Sequence[int], dtype: np.dtype) -> bytes:
+    """Return the header of a C-order .npy file."""
     from numpy.lib import format as npy
 
     buffer = io.BytesIO()
-    fields = {"descr": data.dtype.str, "fortran_order": False, "shape": tuple(data.shape)}
+    fields = {"descr": dtype.str, "fortran_order": False, "shape": tuple(shape)}
     npy.write_array_header_1_0(buffer, fields)
     return buffer.getvalue()
 

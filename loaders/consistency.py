@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -18,7 +18,6 @@ from typing import Any, Literal
 import numpy as np
 
 from loaders.build import (
-    check_one_grid,
     color_hint,
     each,
     lacks,
@@ -30,6 +29,7 @@ from loaders.build import (
     progress_bar,
     read_each,
     read_label_map,
+    require_files,
     storable,
     with_remedy,
 )
@@ -42,12 +42,14 @@ from loaders.readers import (
     MissingFile,
     Reading,
     Volume,
+    check_one_grid,
     is_there,
     ras_axes,
     read_header,
 )  # fmt: skip
 from loaders.series import by_file
 from loaders.splits import Split
+from loaders.streamed import is_streamed
 from loaders.subjects import Subject
 
 UNEVEN = 1.5  # spacings that differ by more than this factor are told
@@ -259,9 +261,13 @@ class Survey:
         return [f for f in broken if self.left_out(f)] + (not labels) * maps
 
     def check_each(self, group: Sequence[Subject]) -> list[Checked | BrokenVolume]:
-        """Read the volumes of one file to their end; a sample of what stays where it is."""
+        """Read the volumes of one file to their end; a sample of what stays or is too large."""
         if stays(group[0], self.reading):
             return each(group, partial(check_in_place, self.reading, self.preprocess))
+        if is_streamed(group[0], self.reading):
+            reading = replace(self.reading, in_place=True)
+            preprocess = Preprocess(orient_ras=self.preprocess.orient_ras)
+            return each(group, partial(check_in_place, reading, preprocess))
         return read_each(group, self.reading, partial(check_volume, self.reading))
 
     def to_dict(self) -> dict[str, object]:
@@ -402,9 +408,11 @@ class Checked:
 
 def check_in_place(reading: Reading, preprocess: Preprocess, subject: Subject) -> Checked:
     """Look at a sample of a volume that stays where it is."""
+    require_files(subject, reading)
     found = find_in_place(subject, reading, preprocess)
     sample = found.sample()
-    stats, _ = measured(Volume(sample.data), subject.paths[0], sample.drawn)
+    volume = storable(sample.volume, subject.paths[0], reading.nan)
+    stats, _ = measured(volume, subject.paths[0], sample.drawn)
     return Checked(Facts.of(found.header), notes=found.header.notes, statistics=stats)
 
 

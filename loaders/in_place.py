@@ -1,8 +1,9 @@
 """Volumes that stay where they are: what a patch needs is read out of them when it does.
 
-Turned axes are views, another voxel size is another level of the store. What would need a copy is
-refused by name. Statistics come from the coarsest level that suffices, else from blocks drawn over
-the volume; both are measured once and kept in the cache.
+Turned axes are views, another voxel size is another level of the store, several files are channels
+beside each other, and a mask is read where the patch lies. What would need a copy is refused by
+name. Statistics come from the coarsest level that suffices, else from blocks drawn over the volume;
+both are measured once and kept in the cache.
 """
 
 from __future__ import annotations
@@ -13,27 +14,29 @@ from pathlib import Path
 
 import numpy as np
 
+from loaders.counted import MOST, Counted, Mask, find_mask, small
 from loaders.preprocess import Preprocess, Record, foreground_box, to_store_grid
 from loaders.readers import (
+    Beside,
     BrokenVolume,
     Image,
     InPlace,
     Reading,
     View,
     Volume,
+    beside,
+    check_one_grid,
     describe,
     is_store,
     look_of_view,
     ras_axes,
-    read_header,
-    read_volume,
     shifted,
     url_of,
     view_of,
 )
 from loaders.subjects import Subject
 
-ENOUGH, MOST = 2**20, 2**23  # voxels that statistics are taken of
+ENOUGH = 2**20  # voxels that statistics are taken of, at most MOST
 BLOCKS, SIDE = 64, 32  # drawn where there is no level of that size
 DRAWS, SEED = 16, 0  # how often at most, and from which seed
 Bounds = tuple[float, float | None]
@@ -49,14 +52,19 @@ class Sample:
     """Voxels of a volume that stand for all of them.
 
     Args:
-        data: Blocks beside each other along X, (C, blocks * x, y, z).
+        volume: Blocks beside each other along X, (C, blocks * x, y, z), with their weights.
         corners: Of the blocks, on the grid they were read from, (blocks, 3).
         step: Voxels of the volume for one of that grid, along each axis.
     """
 
-    data: np.ndarray
+    volume: Volume
     corners: np.ndarray
     step: np.ndarray
+
+    @property
+    def data(self) -> np.ndarray:
+        """Its numbers."""
+        return self.volume.data
 
     @property
     def drawn(self) -> str:
@@ -78,36 +86,59 @@ class Found:
     """A volume that stays where it is, on the store's grid.
 
     Args:
-        view: Its array.
-        header: What its metadata say, voxels all zero.
+        views: The arrays of its files, whose channels follow each other.
+        header: What their metadata say, voxels all zero.
         record: What undoes its preprocessing.
         levels: It, and the coarser ones.
+        mask: Which voxels count; None for all alike.
     """
 
-    view: View
+    views: tuple[View, ...]
     header: Volume
     record: Record
-    levels: tuple[InPlace, ...]
+    levels: tuple[InPlace | Beside | Counted, ...]
+    mask: Mask | None
+
+    @property
+    def name(self) -> str:
+        """Where its first array lies."""
+        return str(self.views[0].place)
 
     def sample(self) -> Sample:
         """Read the coarsest level that suffices, or blocks of it where that is too large.
 
-        Blocks are drawn again while they are all alike, as in the padding of mosaics.
+        Blocks are drawn again while all that counts is alike, as in the padding of mosaics.
         """
         finest = self.levels[0]
         chosen = next((one for one in self.levels[::-1] if size_of(one) >= ENOUGH), finest)
         step = np.array(finest.shape[1:]) / chosen.shape[1:]
         if size_of(chosen) <= MOST:
-            return Sample(chosen[(slice(None),) * 4], np.zeros((1, 3), int), step)
+            return Sample(read_box(chosen, (slice(None),) * 3), np.zeros((1, 3), int), step)
         rng = np.random.default_rng(SEED)
         for _ in range(DRAWS):
-            data, corners = drawn_blocks(chosen, rng)
-            if (data != data[:, :1, :1, :1]).any(axis=(1, 2, 3)).all():
+            volume, corners = drawn_blocks(chosen, rng)
+            if volume.weights is not None:
+                values = volume.data[:, volume.weights[0] > 0]
+            else:
+                values = volume.data.reshape(len(volume.data), -1)
+            if (values != values[:, :1]).any(axis=1).all():
                 break
-        return Sample(data, corners, step)
+        if not values.size:
+            lacking = f"in {DRAWS * BLOCKS} blocks drawn at random; a level small enough is"
+            raise BrokenVolume(self.name, f"no voxel counts {lacking} looked at whole")
+        return Sample(volume, corners, step)
 
 
-def drawn_blocks(chosen: InPlace, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+def read_box(array: InPlace | Beside | Counted, box: Sequence[slice]) -> Volume:
+    """Read a box (X, Y, Z) as its store holds it, and how much its voxels count."""
+    if isinstance(array, Counted):
+        return Volume(array.array[(slice(None), *box)], weights=array.weights(box))
+    return Volume(array[(slice(None), *box)])
+
+
+def drawn_blocks(
+    chosen: InPlace | Beside | Counted, rng: np.random.Generator
+) -> tuple[Volume, np.ndarray]:
     """Read blocks of a volume that lie anywhere in it, beside each other along X; and where."""
     shape, chunks = np.array(chosen.shape[1:]), np.array(chosen.chunks)
     side = np.minimum(np.minimum(shape, chunks), SIDE)
@@ -117,12 +148,15 @@ def drawn_blocks(chosen: InPlace, rng: np.random.Generator) -> tuple[np.ndarray,
     start = (corners + lead) // chunks * chunks - lead
     corners = np.minimum(np.minimum(corners, start + chunks - side), shape - side)
     corners = np.maximum(corners, 0)
-    boxes = [tuple(map(slice, corner, corner + side)) for corner in corners]
-    blocks = [chosen[(slice(None), *box)] for box in boxes]
-    return np.concatenate(blocks, axis=1), corners
+    blocks = [read_box(chosen, [*map(slice, corner, corner + side)]) for corner in corners]
+    weights = [one.weights for one in blocks if one.weights is not None]
+    return Volume(
+        np.concatenate([one.data for one in blocks], axis=1),
+        weights=np.concatenate(weights, axis=1) if weights else None,
+    ), corners
 
 
-def size_of(array: InPlace) -> int:
+def size_of(array: InPlace | Beside | Counted) -> int:
     """Voxels of one channel."""
     return int(np.prod(array.shape[1:], dtype=float))
 
@@ -130,6 +164,23 @@ def size_of(array: InPlace) -> int:
 def stays(subject: Subject, reading: Reading) -> bool:
     """Whether a volume is read where it lies."""
     return reading.in_place and any(map(is_store, subject.paths))
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A level of one of a volume's files, turned as it will be read.
+
+    Args:
+        view: Its array.
+        header: What the metadata say of it, voxels all zero.
+        record: What turns it back.
+        affine: Of the whole level as it is stored.
+    """
+
+    view: View
+    header: Volume
+    record: Record
+    affine: np.ndarray
 
 
 def find_in_place(subject: Subject, reading: Reading, preprocess: Preprocess) -> Found:
@@ -140,25 +191,61 @@ def find_in_place(subject: Subject, reading: Reading, preprocess: Preprocess) ->
         reading: Chooses level, channels and time.
         preprocess: What is done to it.
     """
-    path = subject.paths[0]
-    name = url_of(path) or str(path)
-    refuse_copies(subject, reading, preprocess, name)
+    refuse_copies(subject)
+    files = [pieces_of(path, subject, reading, preprocess) for path in subject.paths]
+    check_one_grid({path: file[0].header for path, file in zip(subject.paths, files, strict=True)})
+    rows = [row for row in zip(*files, strict=False) if are_alike(row)]
+    mask, first = None, rows[0][0]
+    if subject.mask is not None:
+        mask = find_mask(subject.mask, first.view, first.affine, subject.paths[0], reading)
+    levels = [opened(row, mask, reading.nan) for row in rows]
+    headers = [piece.header for piece in rows[0]]
+    named = tuple(channel for header in headers for channel in header.look.channels)
+    header = replace(
+        headers[0],
+        data=np.broadcast_to(np.zeros((), levels[0].dtype), levels[0].shape),
+        notes=tuple({note: None for header in headers for note in header.notes}),
+        look=replace(headers[0].look, channels=named),
+    )
+    nan = "keep" if isinstance(levels[0], Counted) else reading.nan
+    views = tuple(replace(piece.view, nan=nan) for piece in rows[0])
+    return Found(views, header, first.record, tuple(levels), mask)
+
+
+def opened(row: Sequence[Piece], mask: Mask | None, nan: str) -> InPlace | Beside | Counted:
+    """Open a level, and what tells which of its voxels count."""
+    array, grid = beside([piece.view for piece in row]), row[0].header
+    if mask is None and not (nan == "mask" and array.dtype.kind == "f"):
+        return array
+    kept = beside([replace(piece.view, nan="keep") for piece in row])
+    on = mask.on(grid.affine, grid.data.shape[1:]) if mask else None
+    return Counted(kept, on, nan, (), str(row[0].view.place))
+
+
+def pieces_of(
+    path: Path, subject: Subject, reading: Reading, preprocess: Preprocess
+) -> list[Piece]:
+    """Open the level of a file that is read, and those that are coarser."""
     image = describe(path)
     turned = ras_axes(image.levels[0].affine)[0] if preprocess.orient_ras else [0, 1, 2]
     sizes = [tuple(level.spacing_mm[axis] for axis in turned) for level in image.levels]
-    level = level_of(sizes, reading.level, preprocess.spacing_mm, name)
+    level = level_of(sizes, reading.level, preprocess.spacing_mm, url_of(path) or str(path))
     time = subject.time.number if subject.time else None
-    first = view_of(image, level, reading, time)
-    views = [first, *coarser(image, level, first, reading, time)]
-    header = look_of_view(image, views[0])
-    if reading.nan == "mask" and header.data.dtype.kind == "f":
-        raise BrokenVolume(name, needs_copy("data.nan mask"))
-    turning = Preprocess(orient_ras=preprocess.orient_ras)
-    stored, record = to_store_grid(header, turning)
-    if "axes" in record:
-        views = [view.turned(record["axes"], record["flips"]) for view in views]
-    stored = replace(stored, notes=header.notes, look=header.look)
-    return Found(views[0], stored, record, tuple(view.open() for view in views))
+    finest = view_of(image, level, reading, time)
+    found = []
+    for number, view in enumerate([finest, *coarser(image, level, finest, reading, time)], level):
+        read = look_of_view(image, view)
+        stored, record = to_store_grid(read, Preprocess(orient_ras=preprocess.orient_ras))
+        if "axes" in record:
+            view = view.turned(record["axes"], record["flips"])
+        header = replace(stored, notes=read.notes, look=read.look)
+        found.append(Piece(view, header, record, image.levels[number].affine))
+    return found
+
+
+def are_alike(row: Sequence[Piece]) -> bool:
+    """Whether a level has the same size in all files."""
+    return len({piece.header.data.shape[1:] for piece in row}) == 1
 
 
 def fitted(found: Found, sample: Sample, bounds: Bounds, preprocess: Preprocess) -> Found:
@@ -173,24 +260,46 @@ def fitted(found: Found, sample: Sample, bounds: Bounds, preprocess: Preprocess)
     Raises:
         BrokenVolume: It has no level small enough to look for the foreground in.
     """
-    view, header, record = found.view, found.header, dict(found.record)
+    views, header, record = found.views, found.header, dict(found.record)
     shape = found.levels[0].shape[1:]
     if preprocess.crop_foreground:
-        if sample.drawn:
-            lacking = f"crop_foreground without a level of at most {MOST} voxels"
-            raise BrokenVolume(str(view.place), needs_copy(lacking))
-        low, high = foreground_box(Volume(sample.data), *bounds, 0.0)
-        margin = np.ceil(preprocess.crop_margin_mm / np.array(header.spacing_mm))
-        # Of a coarser level, outward.
-        first = np.maximum(np.floor(low * sample.step) - margin, 0).astype(int).tolist()
-        last = np.minimum(np.ceil(high * sample.step) + margin, shape).astype(int).tolist()
+        margin = preprocess.crop_margin_mm / np.array(header.spacing_mm)
+        first, last = crop_box(found.name, sample, bounds, sample.step, shape, margin)
         record |= {"crop": [first, last], "crop_from": list(shape)}
-        view, header = view.cropped(first, last), cut_to(header, first, last)
+        views = tuple(view.cropped(first, last) for view in views)
+        header = cut_to(header, first, last)
     if preprocess.pad_to_multiple > 1:
         record["pad_from"] = list(header.data.shape[1:])
         pads = tuple(-n % preprocess.pad_to_multiple for n in record["pad_from"])
-        view = replace(view, pads=pads)
-    return replace(found, view=view, header=header, record=record)
+        views = tuple(replace(view, pads=pads) for view in views)
+    return replace(found, views=views, header=header, record=record)
+
+
+def crop_box(
+    name: str,
+    sample: Sample,
+    bounds: Bounds,
+    step: np.ndarray,
+    shape: Sequence[int],
+    margin: np.ndarray,
+) -> tuple[list[int], list[int]]:
+    """Return the corners of the box of the foreground, of a coarser level drawn outward.
+
+    Args:
+        name: Of the volume.
+        sample: What stands for it.
+        bounds: Foreground threshold in stored numbers, and the limit beyond which voxels are hot.
+        step: Voxels of the volume for one of the sample's.
+        shape: Of the volume.
+        margin: Voxels that are kept around the box, rounded up.
+    """
+    if sample.drawn:
+        lacking = f"crop_foreground without a level of at most {MOST} voxels"
+        raise BrokenVolume(name, needs_copy(lacking))
+    low, high = foreground_box(Volume(sample.data), *bounds, 0.0)
+    first = np.maximum(np.floor(low * step) - np.ceil(margin), 0).astype(int)
+    last = np.minimum(np.ceil(high * step) + np.ceil(margin), shape).astype(int)
+    return first.tolist(), last.tolist()
 
 
 def cut_to(header: Volume, low: Sequence[int], high: Sequence[int]) -> Volume:
@@ -215,16 +324,12 @@ def coarser(image: Image, level: int, view: View, reading: Reading, time: int | 
     return found
 
 
-def refuse_copies(subject: Subject, reading: Reading, preprocess: Preprocess, name: str) -> None:
-    """Refuse what no view of an array can be."""
-    asked = {
-        "several files as channels": len(subject.paths) > 1,
-        "data.mask": subject.mask is not None,
-        f"data.color {reading.color}": reading.color != "error",
-    }
-    for what, wanted in asked.items():
-        if wanted:
-            raise BrokenVolume(name, needs_copy(what))
+def refuse_copies(subject: Subject) -> None:
+    """Refuse files that do not all stay where they are."""
+    copied = [path for path in subject.paths if not is_store(path)]
+    if copied:
+        name = url_of(copied[0]) or str(copied[0])
+        raise BrokenVolume(name, f"is copied, another file of {subject.id} {needs_copy('that')}")
 
 
 def needs_copy(what: str) -> str:
@@ -265,11 +370,7 @@ def level_of(
 def small_label_map(path: Path) -> Volume:
     """Read the finest level of a label map that is no larger than what statistics are taken of."""
     if not is_store(path):
-        header = read_header(path)
-        if header is None or np.prod(header.data.shape[1:], dtype=float) > MOST:
-            lacking = f"tells no size of at most {MOST} voxels to draw labels from: make it a store"
-            raise BrokenVolume(path, lacking)
-        return read_volume(path)
+        return small(path, "a map of labels")
     image = describe(path)
     for number, level in enumerate(image.levels):
         opened = view_of(image, number, Reading(volumes_4d="first")).open()

@@ -110,10 +110,8 @@ class PatchPlan:
         self.patches_per_volume, self.patches_per_read = patches_per_volume, patches_per_read
         self.sampler, self.augment, self.on_error = sampler(), augment, on_error
         self.part = part
-        if part and (augment is not None or self.weights is not None or on_error == "skip"):
-            raise ValueError(
-                "parts of patches go without data.augment, data.mask and data.on_error skip"
-            )
+        if part and (augment is not None or on_error == "skip"):
+            raise ValueError("parts of patches go without data.augment and data.on_error skip")
         self.groups = None
         if balance_by is not None:
             lacking = [store.ids[i] for i in range(len(store)) if balance_by not in store.labels(i)]
@@ -193,13 +191,12 @@ class PatchPlan:
         weight = self.empty_weights(image)
         whole = self.whole_shape(samples)
         read = partial(self.read, whole=whole)
-        found = list((pool.map if pool else map)(read, rows, image.numpy()))
+        weights = itertools.repeat(None) if weight is None else weight.numpy()
+        found = list((pool.map if pool else map)(read, rows, image.numpy(), weights))
         rows = np.array([row for row, _ in found]).reshape(rows.shape)
         unread = tuple(line for _, lines in found for line in lines)
         for number in range(len(rows)):
-            epoch, row, volume, *corner = rows[number].tolist()
-            if weight is not None and self.weights is not None:
-                read_weights(self.weights, volume, corner, weight[number].numpy())
+            epoch, row, volume, *_ = rows[number].tolist()
             if self.augment is not None:
                 key, spacing_mm = (self.seed, epoch, row), self.store.spacing_mm(volume)
                 if weight is None:
@@ -213,13 +210,14 @@ class PatchPlan:
         return Batch(image, volume, corner, index, weight, None, unread, whole)
 
     def read(
-        self, row: np.ndarray, out: np.ndarray, whole: Sequence[int]
+        self, row: np.ndarray, out: np.ndarray, weights: np.ndarray | None, whole: Sequence[int]
     ) -> tuple[np.ndarray, list[str]]:
         """Fill `out` (C, *patch) by a row of the plan, or by the next that can be read.
 
         Args:
             row: (epoch, row, volume, corner...).
             out: Where voxels go.
+            weights: Where goes how much they count; None where all count alike.
             whole: Voxels of a patch, of which `out` may be a part.
 
         Returns:
@@ -235,6 +233,10 @@ class PatchPlan:
                     read_patch(self.store, volume, corner, out)
                 else:
                     read_part(self.store, volume, corner, whole, self.part(whole), out)
+                if weights is not None and self.weights is not None:
+                    cut = self.part(whole) if self.part else [slice(0, n) for n in whole]
+                    first = [low + axis.start for low, axis in zip(corner, cut, strict=True)]
+                    read_weights(self.weights, volume, first, weights)
             except BrokenVolume as error:
                 faults.append(error)
                 continue
@@ -293,11 +295,12 @@ def read_part(
 def read_weights(store: Weighted, volume: int, corner: Sequence[int], out: np.ndarray) -> None:
     """Fill `out` (1 or C, *patch) with how much voxels count; what lies beyond the volume is 0."""
     sizes = zip(corner, out.shape[1:], store.shape(volume)[1:], strict=True)
-    slices = [slice(low, min(low + size, n)) for low, size, n in sizes]
+    slices = [slice(min(low, n), min(low + size, n)) for low, size, n in sizes]
     inside = out[(slice(None), *(slice(s.stop - s.start) for s in slices))]
     if inside.shape != out.shape:
         out.fill(0)
-    store.read_weights_into(volume, slices, inside)
+    if inside.size:
+        store.read_weights_into(volume, slices, inside)
 
 
 class PatchLoader:

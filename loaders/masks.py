@@ -9,6 +9,7 @@ file holds there, no statistic, no network and no term of a loss sees it.
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,7 +21,9 @@ from loaders.readers import (
     BrokenVolume,
     Reading,
     Volume,
+    describe,
     has_place,
+    is_store,
     is_there,
     read_volume,
     same_grid,
@@ -117,16 +120,50 @@ def read_weights(path: Path, image: Volume, times: int, reading: Reading) -> np.
     shape, affine = image.file_grid
     if not has_place(path, mask.affine):
         mask = replace(mask, affine=affine)
-    place = np.abs(np.linalg.solve(affine, mask.affine) - np.eye(4)).max()  # in voxels
-    if mask.data.shape[1:] != shape and place < 0.1:
-        sizes = ["x".join(map(str, size)) for size in (mask.data.shape[1:], shape)]
-        raise BrokenVolume(path, f"is {sizes[0]}, its image {sizes[1]} at the same place")
+    refuse_other_size(path, mask.data.shape[1:], mask.affine, shape, affine)
     values = nearest(mask, image.data.shape[1:], image.affine).intensities()
-    if reading.mask_weights is not None:
-        values = weighed(path, values, {float(k): v for k, v in reading.mask_weights.items()})
-    if not (np.isfinite(values).all() and values.min() >= 0):
+    return compact(as_weights(path, values, table_of(path, reading)))
+
+
+def refuse_other_size(
+    path: Path,
+    size: Sequence[int],
+    own: np.ndarray,
+    shape: Sequence[int],
+    affine: np.ndarray,
+) -> None:
+    """Refuse a mask that lies where its image does and has another size."""
+    place = np.abs(np.linalg.solve(affine, own) - np.eye(4)).max()  # in voxels
+    if tuple(size) != tuple(shape) and place < 0.1:
+        sizes = ["x".join(map(str, one)) for one in (size, shape)]
+        raise BrokenVolume(path, f"is {sizes[0]}, its image {sizes[1]} at the same place")
+
+
+def table_of(path: Path, reading: Reading) -> dict[float, float] | None:
+    """Return the weights of a mask's values, see `as_weights`.
+
+    OME's label images hold numbers of objects, whose sizes weigh nothing.
+    """
+    if reading.mask_weights:
+        return {float(k): float(v) for k, v in reading.mask_weights.items()}
+    return {} if is_store(path) and describe(path).objects else None
+
+
+def as_weights(path: Path, values: np.ndarray, table: dict[float, float] | None) -> np.ndarray:
+    """Return what the values of a mask weigh.
+
+    Args:
+        path: The mask, for messages.
+        values: Of it.
+        table: Weight of each value; empty where all but 0 weigh 1, None where values are weights.
+    """
+    if table:
+        values = weighed(path, values, table)
+    elif table is not None:
+        values = (values != 0).astype(np.float32)
+    if not (np.isfinite(values).all() and values.min(initial=0) >= 0):
         raise BrokenVolume(path, "weights of a mask are finite and at least 0")
-    return compact(values)
+    return values
 
 
 def weighed(path: Path, values: np.ndarray, weights: dict[float, float]) -> np.ndarray:

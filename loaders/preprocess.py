@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 
 import numpy as np
 
-from loaders.readers import Volume, ras_axes, same_grid, shifted
+from loaders.readers import Boxes, Volume, ras_axes, same_grid, shifted
 
 if TYPE_CHECKING:
     import torch
@@ -43,6 +43,9 @@ FIRST_FIELDS = (  # of a record from before there was a choice
     *("spacing_mm", "window_hu", "percentiles", "intensity"),
     *("orient_ras", "crop_foreground", "crop_margin_mm", "pad_to_multiple"),
 )
+WHOLE = 2**27  # voxels of a volume that is read, or resampled, whole
+PIECE = 2**24  # voxels of a larger one that are resampled at once
+REACH = 10  # standard deviations of the smoothing, before resampling, to which it is looked
 PER_CHANNEL = ("window_hu", "percentiles", "intensity")
 
 # Percentiles that lie in the sidecar itself.
@@ -673,35 +676,6 @@ def label_to_store_grid(label: Volume, record: Record) -> Volume:
     return label
 
 
-def from_store_grid(volume: Volume, record: Record, background: float | Sequence[float]) -> Volume:
-    """Undo `to_store_grid`: float32 intensities (C, X, Y, Z) back to the grid of the source.
-
-    Args:
-        volume: On the store's grid.
-        record: As `to_store_grid` returned it.
-        background: Intensity outside the foreground crop, one for all channels or one for each.
-    """
-    if "pad_from" in record:
-        x, y, z = record["pad_from"]
-        volume = moved(volume, volume.data[:, :x, :y, :z], [0, 0, 0])
-    if "crop" in record:
-        low, high = record["crop"]
-        shape = (len(volume.data), *record["crop_from"])
-        data = np.empty(shape, volume.data.dtype)
-        data[:] = np.reshape(background, (-1, 1, 1, 1))
-        data[(slice(None), *(slice(a, b) for a, b in zip(low, high, strict=True)))] = volume.data
-        volume = moved(volume, data, [-n for n in low])
-    if "oriented_grid" in record:
-        shape, affine = record["oriented_grid"]
-        volume = resample(volume, tuple(shape), np.array(affine))
-    data = volume.data
-    if "axes" in record:
-        back = [0, *(1 + int(n) for n in np.argsort(record["axes"]))]
-        flipped = tuple(1 + a for a, flip in enumerate(record["flips"]) if flip)
-        data = np.flip(data, flipped).transpose(back)
-    return Volume(np.ascontiguousarray(data), np.array(record["source_affine"]))
-
-
 def orient(volume: Volume, axes: list[int], flips: list[bool]) -> Volume:
     """Permute and flip the axes without touching a voxel."""
     data = volume.data.transpose(0, *(1 + axis for axis in axes))
@@ -757,6 +731,81 @@ def resample(
         limits = np.iinfo(dtype)
         out = np.clip(np.rint(out), limits.min, limits.max)
     return Volume(out.astype(dtype, copy=False), affine, volume.scale, volume.offset)
+
+
+class Resampled:
+    """A volume on another grid, computed where it is sliced, with the numbers of `resample`.
+
+    A piece is resampled with a margin beyond which the smoothing reaches with less than float32
+    tells, so as much is in memory as `PIECE` voxels of the source take, whatever the volume.
+
+    Args:
+        source: The volume.
+        shape: Of the grid, as in `resample`.
+        affine: Of the grid.
+        label: As in `resample`.
+    """
+
+    scale, offset = 1.0, 0.0  # of what is resampled, see `Volume`
+
+    def __init__(
+        self, source: Boxes, shape: tuple[int, ...], affine: np.ndarray, label: bool = False
+    ):
+        self.source, self.label, self.look = source, label, source.look
+        self.dtype, sizes = source.dtype, source.shape[1:]
+        self.same = same_grid(sizes, source.affine, shape, affine, voxels=0.01)
+        self.affine = source.affine if self.same else affine
+        self.shape = (source.shape[0], *shape)
+        self.to_source = np.linalg.solve(source.affine, self.affine)
+        self.ratio = np.linalg.norm(self.to_source[:3, :3], axis=0)
+        sigma = np.sqrt(np.maximum(self.ratio**2 - 1, 0) / (8 * np.log(2)))  # as TorchIO smooths
+        self.margin = 4 + np.ceil((not label) * REACH * sigma).astype(int)
+
+    def __getitem__(self, box: tuple[slice, ...]) -> np.ndarray:
+        """Compute a box."""
+        if self.same:
+            return self.source[box]
+        channels, *ranges = (range(*one.indices(n)) for one, n in zip(box, self.shape, strict=True))
+        low = np.array([one.start for one in ranges])
+        out = np.empty((len(channels), *map(len, ranges)), self.dtype)
+        todo = [(low, low + out.shape[1:])] if out.size else []
+        while todo:
+            first, last = todo.pop()
+            start, stop = self.seen(first, last)
+            core = (last - first) * self.ratio  # no smaller than its margins, which cost as much
+            if np.prod(stop - start, dtype=float) > PIECE and (core > 2 * self.margin).any():
+                axis = int(np.argmax(core / self.margin))
+                half = np.arange(3) == axis
+                middle = (first[axis] + last[axis]) // 2
+                todo += [
+                    (first, np.where(half, middle, last)),
+                    (np.where(half, middle, first), last),
+                ]
+                continue
+            inside = tuple(slice(a, b) for a, b in zip(first - low, last - low, strict=True))
+            out[(slice(None), *inside)] = self.piece(channels, (first, last), (start, stop))
+        return out
+
+    def seen(self, first: np.ndarray, last: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return the box of the source that a box is computed of."""
+        corners = np.array([first, last - 1])[np.indices((2, 2, 2)).reshape(3, -1).T, range(3)]
+        there = corners @ self.to_source[:3, :3].T + self.to_source[:3, 3]
+        size = np.array(self.source.shape[1:])
+        start = np.floor(there.min(axis=0)).astype(int) - self.margin
+        stop = np.ceil(there.max(axis=0)).astype(int) + self.margin + 1
+        return np.clip(start, 0, size - 1), np.clip(stop, 1, size)
+
+    def piece(
+        self,
+        channels: range,
+        box: tuple[np.ndarray, np.ndarray],
+        seen: tuple[np.ndarray, np.ndarray],
+    ) -> np.ndarray:
+        """Resample a box, from its first voxel to the one behind the last, of what it sees."""
+        picked = (slice(channels.start, channels.stop), *map(slice, *seen))
+        held = Volume(self.source[picked], shifted(self.source.affine, seen[0].tolist()))
+        x, y, z = (box[1] - box[0]).tolist()
+        return resample(held, (x, y, z), shifted(self.affine, box[0].tolist()), self.label).data
 
 
 def is_foreground(

@@ -179,11 +179,13 @@ class SliceStore:
             self.volumes.read_weights_into(self.locate(index)[0], where, first)
             part[1:] = part[:1]
 
-    def seen(self, index: int) -> np.ndarray | None:
+    def seen(self, index: int, slices: Sequence[slice] | None = None) -> np.ndarray | None:
         """Return which pixels (X, Y) of a slice count at all; None where nothing was said."""
         volume, number = self.locate(index)
-        seen = self.volumes.seen(volume)
-        return None if seen is None else seen.take(number, self.axis)
+        where = list(slices or (slice(None),) * 2)
+        where.insert(self.axis, slice(number, number + 1))
+        seen = self.volumes.seen(volume, where)
+        return None if seen is None else seen.take(0, self.axis)
 
     def undo(self, index: int, x: np.ndarray) -> Volume:
         """Return a slice's intensities in its place in the store's grid, (C, X, Y, Z) with one 1.

@@ -43,6 +43,7 @@ from loaders.build import (
 )
 from loaders.compressed import CompressedArray
 from loaders.consistency import Facts, Survey, refuse, wrong_channels
+from loaders.counted import Counted, Counts
 from loaders.find import Say, find_subjects
 from loaders.layout import Layout, look_of
 from loaders.preprocess import (
@@ -55,11 +56,13 @@ from loaders.readers import (
     CACHE_GB,
     READING,
     ZARR,
+    Beside,
     BrokenVolume,
     InPlace,
     Reading,
     View,
     Volume,
+    beside,
     num_items,
     url_of,
     view_written,
@@ -73,6 +76,9 @@ MOST_AT_ONCE, PART = 2**27, 256  # voxels of a volume that stays where it is, se
 OPEN_VOLUMES = 128  # maps held open: 10,000 volumes must not need 10,000 file descriptors
 
 
+Opened = np.ndarray | CompressedArray | InPlace | Beside
+
+
 @dataclass(frozen=True)
 class Stored:
     """An array (C, X, Y, Z) in the cache."""
@@ -81,7 +87,7 @@ class Stored:
     shape: tuple[int, int, int, int]
     dtype: np.dtype
     start: int
-    view: View | None = None  # of an array that stays where it is
+    views: tuple[View, ...] = ()  # of arrays that stay where they are, channels beside each other
     chunks: tuple[int, ...] | None = None  # voxels of zarr and such that are read at once
     lead: tuple[int, ...] | None = None  # voxels of its first chunk that lie before it
     cache_gb: float = 0.0
@@ -94,13 +100,13 @@ class Stored:
         if "chunks" not in record:
             return stored
         chunks, lead = tuple(record["chunks"]), tuple(record["lead"])
-        view = View.of(record["view"]) if "view" in record else None
-        return replace(stored, view=view, chunks=chunks, lead=lead, cache_gb=cache_gb)
+        views = tuple(map(View.of, record.get("views", ())))
+        return replace(stored, views=views, chunks=chunks, lead=lead, cache_gb=cache_gb)
 
-    def open(self, cache_dir: Path) -> np.ndarray | CompressedArray | InPlace:
+    def open(self, cache_dir: Path) -> Opened:
         """Map its numbers."""
-        if self.view is not None:
-            return self.view.open(self.cache_gb)
+        if self.views:
+            return beside(self.views, self.cache_gb)
         path = cache_dir / self.file
         if path.suffix == ".b2nd":
             return CompressedArray(path)
@@ -132,7 +138,8 @@ class Entry:
     lowest: np.ndarray  # of the normalized volume
     highest: np.ndarray
     masked: bool  # whether it was said which voxels count
-    mask: Stored | None  # their weights; None where all are 1
+    mask: Stored | None  # their weights, of a volume that stays where it is on a grid of its own
+    counts: Counts | None  # which voxels of such a volume count; None for all
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -322,11 +329,15 @@ class VolumeStore:
             mapping = [float(v[channel]) for v in (entry.gain, entry.bias, entry.low, entry.high)]
             read(out[channel], source[channel], mapping)
 
-    def _open(self, index: int) -> np.ndarray | CompressedArray | InPlace:
+    def _open(self, index: int) -> Opened | Counted:
         """Map the stored numbers of a volume (C, X, Y, Z)."""
-        return self.entries[index].voxels.open(self.cache_dir)
+        entry = self.entries[index]
+        array = entry.voxels.open(self.cache_dir)
+        if entry.counts is None or not isinstance(array, InPlace | Beside):
+            return array
+        return entry.counts.over(array, self.mask_array(index), entry.voxels.file)
 
-    def _open_mask(self, index: int) -> np.ndarray | CompressedArray | InPlace | None:
+    def _open_mask(self, index: int) -> Opened | None:
         """Map the weights of a volume's voxels (1, X, Y, Z); None where all are 1."""
         mask = self.entries[index].mask
         return mask.open(self.cache_dir) if mask else None
@@ -338,12 +349,16 @@ class VolumeStore:
 
     def read_weights_into(self, index: int, slices: Sequence[slice], out: np.ndarray) -> None:
         """Read how much voxels count into a float32 buffer (1, *shape of the slices)."""
-        weights = self.mask_array(index)
-        out[...] = 1 if weights is None else weights[(slice(None), *slices)]
+        array = self.array(index)
+        if isinstance(array, Counted):
+            out[...] = array.weights(slices)
+        else:
+            weights = self.mask_array(index)
+            out[...] = 1 if weights is None else weights[(slice(None), *slices)]
 
-    def seen(self, index: int) -> np.ndarray | None:
+    def seen(self, index: int, slices: Sequence[slice] | None = None) -> np.ndarray | None:
         """Return which voxels (X, Y, Z) count at all; None where nothing was said of that."""
-        return self.seen_in(index, (slice(None),) * 3) if self.num_weights else None
+        return self.seen_in(index, slices or (slice(None),) * 3) if self.num_weights else None
 
     def seen_in(self, index: int, slices: Sequence[slice]) -> np.ndarray:
         """Return which voxels of a box count at all."""
@@ -421,7 +436,7 @@ class VolumeStore:
         if not (self.cache_dir / name).is_file():
             meta = self.meta(index)
             seed = int(entry.key[:8], 16)
-            if entry.voxels.view is not None:
+            if entry.voxels.views:
                 affine = np.array(meta["affine"])
                 found = draw_labels_in_place(path, entry.shape[1:], affine, seed)
             else:
@@ -633,6 +648,7 @@ def open_entry(
                 f"intensities {stats['min']:g} to {stats['max']:g} lie outside window_hu "
                 f"{preprocess.channel(channel).window_hu}: are they Hounsfield units?",
             )
+    mask = meta.get("mask") or meta.get("counts", {}).get("mask")
     columns = np.array(mappings, np.float32).T
     lowest, highest = np.array(ranges).T
     return Entry(
@@ -641,8 +657,9 @@ def open_entry(
         raw=all(mapping == (1.0, 0.0, -np.inf, np.inf) for mapping in mappings),
         lowest=lowest,
         highest=highest,
-        masked="mask" in meta,
-        mask=Stored.of(meta["mask"], cache_gb) if meta.get("mask") else None,
+        masked=bool({"mask", "counts"} & meta.keys()),
+        mask=Stored.of(mask, cache_gb) if mask else None,
+        counts=Counts(**meta["counts"]) if "counts" in meta else None,
     )  # fmt: skip
 
 

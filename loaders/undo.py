@@ -13,7 +13,7 @@ from typing import Literal, Protocol
 import numpy as np
 import torch
 
-from loaders.preprocess import Record, from_store_grid
+from loaders.preprocess import WHOLE, Record, Resampled
 from loaders.readers import (
     PICTURES,
     Boxes,
@@ -21,6 +21,8 @@ from loaders.readers import (
     Volume,
     holds_dicom,
     is_store,
+    num_items,
+    shifted,
     volume_suffix,
     write_volume,
 )
@@ -62,7 +64,7 @@ def format_of(path: Path) -> Format:
 class Undone:
     """A volume `(C, X, Y, Z)` in its file's grid and intensities, computed where it is sliced.
 
-    Only one that was resampled is computed at once.
+    One that was resampled is computed at once where it is small enough.
 
     Args:
         x: Normalized, on the store's grid; channels may differ in number.
@@ -93,28 +95,34 @@ class Undone:
         self.background = np.broadcast_to(np.float32(background), (count,)).reshape(-1, 1, 1, 1)
         self.affine = np.array(geometry["source_affine"], dtype=np.float64)
         self.look = Look.of(record["look"]) if "look" in record else Look()
-        self.whole: np.ndarray | None = None
-        if "oriented_grid" in geometry:
-            data = self.intensities((slice(None),) * 4)
-            volume = Volume(data, np.array(record["affine"]))
-            self.whole = from_store_grid(volume, geometry, background).data
         # On the store's axes: size of what was read, where it lies in the file's, that size.
         self.size = [int(n) for n in geometry.get("pad_from", self.x.shape[1:])]
         self.low = [int(n) for n in geometry["crop"][0]] if "crop" in geometry else [0, 0, 0]
         self.full = [int(n) for n in geometry.get("crop_from", self.size)]
         self.axes = [int(n) for n in geometry.get("axes", range(3))]
         self.flips = [bool(flip) for flip in geometry.get("flips", [False] * 3)]
+        self.numbers: Sliced | None = None
+        if "oriented_grid" in geometry:
+            self.resample_back(*geometry["oriented_grid"])
         back = np.argsort(self.axes)
         self.shape = (count, *(self.full[axis] for axis in back))
-        if self.whole is not None:
-            self.shape = self.whole.shape
         if sorted(self.axes) != [0, 1, 2] or self.affine.shape != (4, 4):
             raise ValueError("axes or affine")
 
+    def resample_back(self, shape: Sequence[int], affine: Sequence[Sequence[float]]) -> None:
+        """Let what lies on the store's grid stand on the grid that it was resampled from."""
+        names = ("pad_from", "crop", "crop_from")
+        geometry = {name: self.record["geometry"][name] for name in names
+                    if name in self.record["geometry"]}  # fmt: skip
+        stored = shifted(np.array(self.record["affine"]), [-n for n in self.low])
+        geometry["source_affine"] = stored.tolist()
+        fine = Undone(self.x, {**self.record, "geometry": geometry})
+        back = Resampled(fine, tuple(shape), np.array(affine))
+        self.numbers = back[(slice(None),) * 4] if num_items(back.shape) <= WHOLE else back
+        self.size, self.low, self.full = list(shape), [0, 0, 0], list(shape)
+
     def __getitem__(self, box: Box) -> np.ndarray:
         """Compute a box."""
-        if self.whole is not None:
-            return as_dtype(self.whole[box], self.dtype)
         channels, *inside = (range(n)[part] for n, part in zip(self.shape, box, strict=True))
         there = []  # on the store's axes, of the whole grid
         for axis, flip, n in zip(self.axes, self.flips, self.full, strict=True):
@@ -142,6 +150,8 @@ class Undone:
 
     def intensities(self, box: Box) -> np.ndarray:
         """Return the file's intensities in a box of the store's grid, float32."""
+        if self.numbers is not None:
+            return np.asarray(self.numbers[box])
         x = self.x[box]
         x = x.detach().float().cpu().numpy() if isinstance(x, torch.Tensor) else x
         x = np.asarray(x, np.float32)

@@ -205,7 +205,8 @@ def test_a_signal_within_a_volume_keeps_those_before_and_the_next_run_does_the_r
         main(evaluate, argv)
     monkeypatch.undo()
     assert end.value.code == 143
-    assert capsys.readouterr().err == "stopped by SIGTERM: what was finished is kept\n"
+    *_, last = capsys.readouterr().err.splitlines()  # the progress above it, on a slow machine
+    assert last == "stopped by SIGTERM: what was finished is kept"
     (first,) = (tmp_path / "rows").glob("*.json")
     assert [path.name for path in (tmp_path / "recon").iterdir()] == [f"{first.stem}.nii.gz"]
     assert not list(tmp_path.rglob("*.partial.*")) and not (tmp_path / "metrics.csv").exists()

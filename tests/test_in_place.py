@@ -66,7 +66,7 @@ def test_nothing_of_the_volume_is_copied_into_the_cache(tmp_path):
     made = {name for name in os.listdir(tmp_path / "cache") if name.startswith(key)}
     assert made == {f"{key}.json", f"{key}.points-2.npy", f"{key}.quantiles.npy"}
     assert sum(f.stat().st_size for f in (tmp_path / "cache").iterdir()) < 64_000 < 2 * 40**3
-    assert json.loads((tmp_path / "cache" / f"{key}.json").read_text())["view"]
+    assert json.loads((tmp_path / "cache" / f"{key}.json").read_text())["views"]
 
 
 def test_in_place_and_copied_are_the_same_store_but_for_where_the_voxels_lie(tmp_path):
@@ -181,16 +181,6 @@ def test_the_foreground_is_looked_for_in_a_coarse_level_and_refused_without(tmp_
     with pytest.raises(BrokenVolume, match=r"crop_foreground without a level of at most 2000 vox"):
         built(ome(tmp_path / "b.zarr", [zyx]), tmp_path / "cache", crop)
     assert built(tmp_path / "b.zarr", tmp_path / "cache", crop, in_place=False)
-
-
-def test_what_needs_a_copy_is_refused_by_name_with_the_remedy(tmp_path):
-    ome(tmp_path / "a.zarr", [voxels(24, 20, 16)])
-    ome(tmp_path / "b.zarr", [voxels(24, 20, 16)])
-    (tmp_path / "list.csv").write_text("path\na.zarr;b.zarr\n")
-    with pytest.raises(BrokenVolume, match=r"several files as channels does.*in_place false"):
-        built(tmp_path / "list.csv", tmp_path / "cache")
-    with pytest.raises(BrokenVolume, match=r"data\.color gray does.*--data\.in_place false"):
-        built(tmp_path / "a.zarr", tmp_path / "cache", color="gray")
 
 
 def test_statistics_come_from_the_coarsest_level_that_suffices_and_points_are_scaled(
@@ -392,7 +382,7 @@ def test_a_small_file_tells_the_labels_of_a_volume_that_stays_where_it_is(tmp_pa
     assert sorted(map(tuple, points[3].tolist())) == sorted(
         (x, y, z) for x in (10, 12) for y in (6, 8) for z in (4, 6)
     )
-    monkeypatch.setattr("loaders.in_place.MOST", 100)
+    monkeypatch.setattr("loaders.counted.MOST", 100)
     with pytest.raises(BrokenVolume, match=r"a\.nii\.gz: tells no size of at most 100 voxels"):
         built(tmp_path / "list.csv", tmp_path / "other").label_points(0)
 
@@ -407,8 +397,6 @@ def test_nan_is_an_error_that_says_where_or_filled(tmp_path):
     assert filled[1, 2, 3] == np.nanmin(zyx)
     zyx[3, 2, 1] = np.nanmin(zyx)
     np.testing.assert_array_equal(filled, zyx.transpose(2, 1, 0).astype(np.float32))
-    with pytest.raises(BrokenVolume, match=r"data\.nan mask does not allow"):
-        built(path, tmp_path / "cache", nan="mask")
 
 
 def test_missing_chunks_are_the_fill_value_and_damaged_ones_one_line(tmp_path):

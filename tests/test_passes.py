@@ -17,6 +17,7 @@ from vae3d.commands.encode import VolumeSource, encode
 from vae3d.commands.evaluate import EvaluationData, evaluate
 from vae3d.models.custom_vae import CustomVAE
 from vae3d.models.norm import GroupNorm
+from vae3d.models.posterior import VQ
 from vae3d.stage2.latents import read_latent
 from vae3d.training import distributed
 from vae3d.training.distributed import Mesh
@@ -84,7 +85,7 @@ def test_commands_of_three_ranks_write_what_one_writes(home):
         np.testing.assert_allclose(b.data, a.data, rtol=1e-5, atol=1e-5)
 
 
-def passes_of(world, vae, x):
+def passes_of(world, vae, coded, x):
     """What teams of two make of a volume, and what a rank has run of it: rows, in which type."""
     team, found, run = world.team(2), [], []
     vae.encoder[0].register_forward_hook(
@@ -96,6 +97,8 @@ def passes_of(world, vae, x):
                 mean = vae.encode(x).mean
                 found += [mean, vae.decode(mean), vae.encode(x[:, :, :2]).mean]  # one cell: alone
     assert "encode" not in vars(vae)
+    with together(coded, team) as works, torch.no_grad():
+        found += [coded.encode(x).codes] if works else []
     world.barrier()
     return found, run
 
@@ -106,8 +109,11 @@ def half_precision(amp):
 
 def test_each_team_has_the_passes_of_one_process():
     vae = trained(tiny()).eval()
+    coded = trained(tiny(posterior=partial(VQ, codebook=16))).eval()
     x = torch.rand(1, 1, ROWS, 6, 7)
-    found = on_ranks(4, passes_of, vae, x)
+    found = on_ranks(4, passes_of, vae, coded, x)
+    for results, _ in found[::2]:
+        assert results[-1].equal(coded.encode(x).codes)
     for (results, _), amp in itertools.product(found[::2], (False, True)):
         with torch.no_grad(), half_precision(amp):
             mean = vae.encode(x).mean

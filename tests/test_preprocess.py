@@ -12,7 +12,6 @@ from loaders.preprocess import (
     Augment,
     Preprocess,
     clip_loss,
-    from_store_grid,
     label_to_store_grid,
     orient,
     otsu,
@@ -22,8 +21,19 @@ from loaders.preprocess import (
     to_store_grid,
 )
 from loaders.readers import Volume, ras_axes
+from loaders.undo import undo
 
 PSR = np.array([[0, 0, 2.0, -90], [-2, 0, 0, 100], [0, 2, 0, -60], [0, 0, 0, 1]])
+
+
+def from_store_grid(volume, record, background):
+    """Undo what `to_store_grid` did, intensities as they are."""
+    count = len(volume.data)
+    nothing, ones = [0.0] * count, [1.0] * count
+    told = {"gain": ones, "bias": nothing, "scale": ones, "offset": nothing,
+            "affine": volume.affine.tolist(), "geometry": record,
+            "background": np.broadcast_to(background, (count,)).tolist()}  # fmt: skip
+    return undo(volume.data, told)
 
 
 def ball(shape=(20, 24, 18), affine=None, dtype=np.int16) -> Volume:

@@ -80,7 +80,7 @@ def test_patches_of_one_read_keep_to_the_chunks_of_the_store_in_a_turned_region(
     region = [[3, 70], [5, 80], [7, 90]]
     for preprocess in (RAW, Preprocess(intensity="raw")):
         store = built(path, tmp_path / "cache", preprocess, region=region)
-        flips = store.entries[0].voxels.view.flips
+        flips = store.entries[0].voxels.views[0].flips
         options = {"patches_per_volume": 64, "patches_per_read": 4, "threads": 0}
         table = PatchLoader(store, (16, 16, 16), **options).plan.table(0)[:, 1:]
         ends = zip(region, flips, table.T, strict=True)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from processes import TINY, Process, fork_server, losses, run, volumes
 
-from loaders import PatchLoader, VolumeStore
+from loaders import PatchLoader, Reading, VolumeStore
 from vae3d.spatial.slabs import own_part
 
 __all__ = ["fork_server", "volumes"]  # fixtures
@@ -95,15 +95,21 @@ def test_slabs_of_ranks_are_the_patches_of_one(tmp_path, patch, axis):
     """Also where a patch is larger than its volume, whose end is mirrored into it."""
     rng = np.random.default_rng(0)
     for i, rows in enumerate((12, 15)):
-        np.save(tmp_path / f"{i}.npy", rng.random((rows, rows - 4, 5), np.float32))
-    store = VolumeStore.build(tmp_path, tmp_path / "cache")
+        shape = rows, rows - 4, 5
+        np.save(tmp_path / f"{i}.npy", rng.random(shape, np.float32))
+        np.save(tmp_path / f"{i}_mask.npy", (rng.random(shape) < 0.5).astype(np.uint8))
+    reading = Reading(mask="{name}_mask.npy")
+    store = VolumeStore.build(tmp_path, tmp_path / "cache", reading=reading)
     options = dict(patching=None if patch is None else "random_parts", batch_size=2, threads=0)
     whole = next(iter(PatchLoader(store, patch, **options)))
-    parts = []
+    parts, weights = [], []
     for rank in range(3):
         part = partial(own_part, factor=(2, 2, 2), parts=3, rank=rank, axis=axis)
         batch = next(iter(PatchLoader(store, patch, part=part, **options)))
         assert batch.whole == whole.image.shape[2:]
         assert batch.index.equal(whole.index)
         parts.append(batch.image.numpy())
+        weights.append(batch.weight.numpy())
     assert np.array_equal(np.concatenate(parts, 2 + axis), whole.image.numpy())
+    assert np.array_equal(np.concatenate(weights, 2 + axis), whole.weight.numpy())
+    assert 0 < whole.weight.mean() < 1

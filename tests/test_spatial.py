@@ -22,7 +22,7 @@ from toys import ToyBatch, ToyLoader, on_ranks, tiny_vae, toy_trainer
 from vae3d.kernels import convolutions, memory, steps, winograd
 from vae3d.losses.adversarial import Adversarial, PatchDiscriminator
 from vae3d.losses.kl import KL
-from vae3d.losses.latents import NoiseRobust
+from vae3d.losses.latents import NoiseRobust, SpectrumMatching, StructuredChannels
 from vae3d.losses.perceptual import Perceptual
 from vae3d.losses.reconstruction import SSIM, FocalFrequency, GradientDifference, LearnedVariance
 from vae3d.losses.vae_loss import VAELoss
@@ -53,9 +53,8 @@ def sockets(dims):
     for cls in NORMS:
         yield ids(cls), partial(tiny, dims, norm=cls)
     for head in subclasses(PosteriorHead):
-        if head in (FSQ, VQ):  # refused
-            continue
-        yield head.__name__, partial(tiny, dims, posterior=head)
+        made = {FSQ: partial(FSQ, levels=(4, 5)), VQ: partial(VQ, codebook=8)}.get(head, head)
+        yield head.__name__, partial(tiny, dims, posterior=made)
     for preset in subclasses(CustomVAE):
         if preset is not presets.T1LightVAE:  # of a fixed size; MaisiVAE has the same layers
             yield preset.__name__, partial(tiny_preset, preset, dims)
@@ -95,9 +94,10 @@ def run(vae, x, weight, whole=None):
     x = x.clone().requires_grad_()
     posterior = halves.encode(x)
     recon = halves.crop(halves.decode(posterior.mean), x)
-    loss = (recon * weight).sum() + (posterior.mean**2).sum() + posterior.logvar.sin().sum()
+    logvar = torch.nan_to_num(posterior.logvar, neginf=0.0)  # of codes
+    loss = (recon * weight).sum() + (posterior.mean**2).sum() + logvar.sin().sum()
     loss.backward()
-    return recon.detach(), posterior.mean.detach(), posterior.logvar.detach(), x.grad
+    return recon.detach(), posterior.mean.detach(), logvar.detach(), x.grad
 
 
 def of_layers(vae, read):
@@ -384,7 +384,6 @@ def circular():
         (partial(tiny, norm=partial(Doubled, num_groups=4)), "norm, a Doubled, sees"),
         (circular, "what encoder.0, a Conv3d, sees"),
         (partial(tiny, block=partial(blocks.ResBlock, dropout=0.1)), "dropout drops values"),
-        (partial(tiny, posterior=partial(FSQ, levels=(4, 4))), "what head, a FSQ, sees"),
     ],
 )
 def test_what_cannot_be_cut_is_refused_by_name(make, words):
@@ -416,19 +415,29 @@ def on_meshes(function, mesh, *args):
 
 
 class SlabLoader(ToyLoader):
-    """A rank's rows of what one process reads whole, of the samples of its team."""
+    """A rank's rows of what one process reads whole, of the samples of its team.
 
-    def __init__(self, world, team, batch_size, axis):
+    With a mask of samples very different shares count, of one nothing.
+    """
+
+    def __init__(self, world, team, batch_size, axis, masked):
         super().__init__(10, batch_size, world.rank // team.size, world.size // team.size)
         self.part = own_part(SHAPE_OF_TOYS, (2, 2, 2), team.size, team.rank, axis)
+        shares = torch.linspace(0, 0.9, 10).view(-1, 1, 1, 1, 1)
+        draws = torch.rand(10, 1, *SHAPE_OF_TOYS, generator=torch.Generator().manual_seed(2))
+        weights = (draws < shares) * (1 + torch.arange(10) % 3).view(-1, 1, 1, 1, 1)
+        self.weights = weights.double() if masked else None
 
     def stream(self):
         for batch in super().stream():
-            yield SlabBatch(batch.image[:, :, *self.part], batch.index, whole=SHAPE_OF_TOYS)
+            weight = None if self.weights is None else self.weights[batch.index][:, :, *self.part]
+            image = batch.image[:, :, *self.part]
+            yield SlabBatch(image, batch.index, weight, whole=SHAPE_OF_TOYS)
 
 
 @dataclass
 class SlabBatch(ToyBatch):
+    mean_weight: float | None = None
     whole: tuple[int, ...] = ()
 
 
@@ -439,41 +448,66 @@ class Smooth(Spy):
         return [torch.sigmoid(self.conv(x))]
 
 
-def exact_loss(of_slices=True):
-    """Every kind of term. Of three slices one of four ranks has none."""
+CODES = dict(posterior=partial(VQ, codebook=24, ema=0.9, reseed=0.2))
+
+
+def exact_loss(judged=2, coded=False):
+    """Every kind of term. Of three slices one of four ranks has none, nor has it any 3D logits.
+
+    Args:
+        judged: 2 for judges of slices, 3 for those of volumes, of latents that are changed before
+            they are decoded; 0 for none.
+        coded: Whether latents are codes, whose spread nothing steers.
+    """
     extra = (partial(SSIM, window=3, weight=0.5), partial(GradientDifference, weight=0.5))
-    kl = partial(KL, weight=0.1, target_std=1.0, warmup_steps=4)
-    perceptual = partial(Perceptual, view="slices", network=Smooth, num_slices=3)
-    judge = partial(PatchDiscriminator, num_layers=1, channels=8)
+    kl = partial(KL, weight=0.1, target_std=None if coded else 1.0, warmup_steps=4)
+    if judged == 3:
+        kl, extra = partial(kl, free_bits=0.3), (*extra, NoiseRobust, StructuredChannels)
+    if not judged:
+        return VAELoss(LearnedVariance, kl, None, None, extra)
+    view = "slices" if judged == 2 else "volume"
+    network = partial(Smooth, judged)
+    perceptual = partial(Perceptual, view=view, network=network, num_slices=3)
+    judge = partial(PatchDiscriminator, num_layers=judged - 1, channels=8)
     more = dict(feature_matching_weight=0.5, r1_weight=0.1, r1_every=2, start_step=1)
-    game = partial(Adversarial, discriminator=judge, num_slices=3, **more)
-    slices = (perceptual, game) if of_slices else (None, None)
-    return VAELoss(LearnedVariance, kl, *slices, extra)
+    game = partial(Adversarial, spatial_dims=judged, discriminator=judge, num_slices=3, **more)
+    return VAELoss(LearnedVariance, kl, perceptual, game, extra)
 
 
-def trained_in_slabs(world, folder, steps, state=None, amp="off", axis=0, mesh=None):
+def trained_in_slabs(
+    world,
+    folder,
+    steps,
+    state=None,
+    amp="off",
+    axis=0,
+    mesh=None,
+    judged=2,
+    masked=False,
+    **network,
+):
     """Losses and weights of a training, whatever the number of ranks; float64 but for AMP."""
     dtype = torch.float64 if amp == "off" else torch.float32
-    of_slices = amp == "off"  # they multiply what half precision has rounded
-    vae, loss = tiny_vae().to(dtype), exact_loss(of_slices).to(dtype)
+    judged = judged if amp == "off" else 0  # they multiply what half precision has rounded
+    vae, loss = tiny_vae(**network).to(dtype), exact_loss(judged, bool(network)).to(dtype)
     mesh = Mesh.of("spatial", mesh, world.size)
     team, batch_size = world.team(mesh.spatial), 4 // mesh.data
     whole = team.size == 1
     task = VAETask(vae, loss, 0) if whole else SlabTask(vae, loss, 0, axis, team.group)
-    if whole:
-        loader = ToyLoader(10, batch_size, world.rank, world.size)
-    else:
-        loader = SlabLoader(world, team, batch_size, axis)
+    loader = SlabLoader(world, team, batch_size, axis, masked)
     loader.images = loader.images.to(dtype)
     options = dict(max_steps=steps, grad_accum=2, clip_norm=0.5, lr_schedule="constant", amp=amp)
     trainer = toy_trainer(folder, world, task=task, loader=loader, **options)
     if state is not None:
         trainer.load_state_dict(state)
     assert trainer.fit() == 0
-    weights = [*trainer.ema.shadow.values(), *loss.state_dict().values()]
+    weights = [*trainer.ema.shadow.values(), *loss.state_dict().values(), *vae.buffers()]
     ours = trainer.tracker
-    names = ["loss", "recon", "ssim", "kl"]
-    if of_slices:
+    names = ["loss", "recon", "ssim"]
+    names += ["perplexity", "usage"] if vae.head.num_codes else ["kl"]
+    names += ["kl_nats"] if judged == 3 and not vae.head.num_codes else []
+    names += ["commitment"] if isinstance(vae.head, VQ) else []
+    if judged:
         names += ["perceptual", "adversarial", "adversarial_weight", "feature_matching"]
         names += ["discriminator_loss", "logits_fake", "r1"]
     numbers = {name: ours.losses(f"train/{name}") for name in names}
@@ -481,26 +515,26 @@ def trained_in_slabs(world, folder, steps, state=None, amp="off", axis=0, mesh=N
 
 
 @pytest.mark.parametrize(
-    ("first", "then", "steps"),
+    ("mesh", "then", "steps", "options"),
     [
-        ((Mesh(2, 2), 0), (Mesh(1, 4), 2), 4),  # slabs of 4 and 4 rows, then of 2, 4, 2 and 4
-        pytest.param((Mesh(1, 4), 2), (Mesh(2, 2), 1), 20, marks=pytest.mark.slow),
-        pytest.param((Mesh(2, 2), 2), (Mesh(1, 3), 0), 20, marks=pytest.mark.slow),
+        (Mesh(2, 2), Mesh(1, 3), 4, {}),  # slabs of 6 and 6 rows, then of 2, 2 and 4
+        (Mesh(1, 4), Mesh(1, 2), 4, dict(judged=3, masked=True)),
+        pytest.param(Mesh(1, 4), Mesh(2, 2), 20, dict(masked=True), marks=pytest.mark.slow),
+        pytest.param(Mesh(2, 2), Mesh(1, 3), 20, {}, marks=pytest.mark.slow),
+        pytest.param(Mesh(2, 2), Mesh(1, 3), 20, dict(judged=3), marks=pytest.mark.slow),
+        pytest.param(Mesh(1, 3), Mesh(1, 2), 6, CODES | dict(judged=3), marks=pytest.mark.slow),
     ],
 )
-def test_training_in_slabs_is_training_in_one_process(first, then, steps, tmp_path):
-    """Accumulation, clipping, EMA, every kind of term, slices and their discriminator.
+def test_training_in_slabs_is_training_in_one_process(mesh, then, steps, options, tmp_path):
+    """Accumulation, clipping, EMA, every kind of term, judges of slices and volumes.
 
     Resumed on another number of ranks, cut along another axis.
     """
     half = steps // 2
-    numbers, weights, samples = trained_in_slabs(World(), tmp_path / "alone", steps)
-
-    def slabs(how, *args):
-        mesh, axis = how
-        return on_meshes(partial(trained_in_slabs, axis=axis), mesh, *args)
-
-    begun = slabs(first, tmp_path / "slabs", half)
+    train = partial(trained_in_slabs, **options)
+    numbers, weights, samples = train(World(), tmp_path / "alone", steps)
+    slabs = partial(on_meshes, train)
+    begun = slabs(mesh, tmp_path / "slabs", half, None, "off", 2)
     state = load_checkpoint(tmp_path / "slabs" / "last.pt")
     resumed = slabs(then, tmp_path / "on", steps, state)
     for found, mine, seen in resumed:
@@ -523,10 +557,7 @@ def test_slabs_train_in_half_precision(amp, tmp_path):
     ("options", "words"),
     [
         ({"extra": (FocalFrequency,)}, "the loss has FocalFrequency"),
-        ({"adversarial": partial(Adversarial, spatial_dims=3)}, "Adversarial.spatial_dims 3"),
-        ({"perceptual": partial(Perceptual, network=partial(Spy, 3))}, "a network of 3D"),
-        ({"kl": partial(KL, free_bits=0.1)}, "KL.free_bits 0.1"),
-        ({"extra": (NoiseRobust,)}, "NoiseRobust"),
+        ({"extra": (SpectrumMatching,)}, "SpectrumMatching"),
     ],
 )
 def test_what_is_not_taken_over_slabs_is_refused_by_name(options, words):

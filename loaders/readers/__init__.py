@@ -40,6 +40,7 @@ from loaders.readers.common import (
     Volume,
     Volumes4D,
     are_headers_alone,
+    check_one_grid,
     cut_out,
     headers_alone,
     is_singular,
@@ -60,9 +61,12 @@ from loaders.readers.picture import read_picture, write_picture
 from loaders.readers.planes import is_dicom, object_name
 from loaders.readers.remote import stores_at
 from loaders.readers.stores import (
+    Beside,
     InPlace,
     View,
+    beside,
     look_of_view,
+    mirrored,
     read_store,
     times_of,
     view_of,
@@ -88,6 +92,7 @@ __all__ = [
     "TIFF",
     "UNIT_MM",
     "ZARR",
+    "Beside",
     "Boxes",
     "BrokenVolume",
     "Cut",
@@ -102,7 +107,9 @@ __all__ = [
     "Volume",
     "Volumes4D",
     "as_store",
+    "beside",
     "check_file",
+    "check_one_grid",
     "describe",
     "has_place",
     "holds_dicom",
@@ -111,6 +118,7 @@ __all__ = [
     "is_there",
     "is_tiff",
     "look_of_view",
+    "mirrored",
     "num_items",
     "num_time_points",
     "object_name",
@@ -171,7 +179,9 @@ def revision(path: Path) -> str:
 
 
 def has_place(path: Path, affine: np.ndarray) -> bool:
-    """Whether a file says where its voxels lie in space."""
+    """Whether a file says where its voxels lie in space; a store that tells no size does not."""
+    if is_store(path) and not is_tiff(path):
+        return not np.array_equal(affine, np.eye(4))
     return volume_suffix(path) not in PLACELESS or bool(affine[:3, 3].any())
 
 

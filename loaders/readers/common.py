@@ -612,6 +612,15 @@ def same_grid(
     return bool(np.abs(moved - corners).max() <= voxels)
 
 
+def check_one_grid(volumes: dict[Path, Volume]) -> None:
+    """Refuse files of one subject that do not share a grid."""
+    (path, first), *others = volumes.items()
+    for other, volume in others:
+        shapes = first.data.shape[1:], volume.data.shape[1:]
+        if not same_grid(shapes[0], first.affine, shapes[1], volume.affine):
+            raise BrokenVolume(other, f"does not share the grid of {path}")
+
+
 def from_axes(path: Path, data: np.ndarray, axes: str, reading: Reading) -> np.ndarray:
     """Bring named axes to (C, X, Y, Z).
 

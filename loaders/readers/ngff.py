@@ -74,6 +74,7 @@ class Image:
         notes: What had to be assumed.
         version: Changes whenever the metadata do.
         alpha: Channels at the end that tell of opacity, which is no data.
+        objects: Whether its voxels are numbers of objects, as OME's label images say of theirs.
     """
 
     path: Path
@@ -83,6 +84,7 @@ class Image:
     notes: tuple[str, ...]
     version: str
     alpha: int = 0
+    objects: bool = False
 
 
 def describe(path: Path) -> Image:
@@ -196,7 +198,9 @@ def describe_zarr(path: Path) -> Image:
         notes = (*notes, "names no unit of length: taken as mm")
     body = sum(direction(axis) is not None for axis in named) == 3
     look = Look("body" if body else "picture", shown_unit(unit), channels)
-    return Image(path, axes, tuple(levels), look, notes, hashed(versions))
+    alpha = int(len(channels) == 4 and channels[3][0].lower() == "alpha")
+    objects = "image-label" in held
+    return Image(path, axes, tuple(levels), look, notes, hashed(versions), alpha, objects)
 
 
 def plain(

@@ -12,6 +12,7 @@ import numpy as np
 
 from loaders.readers.arrays import CACHE_GB, Place
 from loaders.readers.common import (
+    RGB,
     Box,
     BrokenVolume,
     Cut,
@@ -19,6 +20,7 @@ from loaders.readers.common import (
     Volume,
     are_headers_alone,
     box_of,
+    luminance,
     shifted,
 )
 from loaders.readers.ngff import Image, describe
@@ -35,13 +37,14 @@ class View:
         place: Where the array lies.
         axes: A letter of TCXYZ for each of its axes.
         time: Which time point.
-        channels: Which channels.
+        channels: Which channels; one that is told several times is read once for each.
         box: First voxel and the one behind the last along each of XYZ; None for the whole.
         order: The axis of XYZ that lies along each axis of the volume.
         flips: Whether it runs the other way.
         pads: Voxels that the volume has beyond the far end of each axis, reflected.
         nan: What becomes of NaN and infinity: error, fill or keep.
         fill: What stands in their place; None for the lowest that was read with them.
+        gray: Whether the channels are red, green and blue of which gray is made.
     """
 
     place: Place
@@ -54,6 +57,12 @@ class View:
     pads: tuple[int, ...] = (0, 0, 0)
     nan: str = "error"
     fill: float | None = None
+    gray: bool = False
+
+    @property
+    def as_rgb(self) -> bool:
+        """Whether one channel is taken for red, green and blue alike."""
+        return len(self.channels) == 3 and len(set(self.channels)) == 1
 
     @staticmethod
     def fits(record: object) -> bool:
@@ -62,6 +71,7 @@ class View:
             "place": {"driver": str, "where": str, "name": str},
             "axes": str, "time": int, "channels": [int], "order": [int], "flips": [bool],
             "pads": [int], "box": ([[int]], None), "nan": str, "fill": (float, None),
+            "gray": bool,
         }  # fmt: skip
         return (
             isinstance(record, dict) and record.keys() == shape.keys() and not misfit(record, shape)
@@ -128,7 +138,7 @@ class InPlace:
         self.box = tuple(box[letter] for letter in self.letters)
         self.held = tuple(stop - start for start, stop in self.box)
         x, y, z = (n + pad for n, pad in zip(self.held, view.pads, strict=True))
-        self.shape: Shape = (len(view.channels), x, y, z)
+        self.shape: Shape = (1 if view.gray else len(view.channels), x, y, z)
         self.chunks = tuple(steps.get(letter, 1) for letter in self.letters)
         known = zip(self.box, view.flips, self.chunks, strict=True)
         self.lead = tuple((-stop if flip else start) % size for (start, stop), flip, size in known)
@@ -140,10 +150,12 @@ class InPlace:
         held = zip(ranges[1:], self.held, strict=True)
         if any(wanted.stop > n for wanted, n in held):
             return self.reflected(slices[0], ranges[1:])
-        picked = [self.view.channels[c] for c in ranges[0]]
-        runs = [list(run) for run in consecutive(picked)]
-        parts = [self.read(slice(run[0], run[-1] + 1), ranges[1:]) for run in runs]
+        seen = self.view.channels
+        picked = seen if self.view.gray else [seen[c] for c in ranges[0]]
+        parts = [self.read(slice(run[0], run[-1] + 1), ranges[1:]) for run in consecutive(picked)]
         data = parts[0] if len(parts) == 1 else np.concatenate(parts)
+        if self.view.gray:
+            data = luminance(data.transpose(1, 2, 3, 0))[..., 0][None]
         return finite(data.astype(self.dtype, copy=False), self.view, ranges[1:])
 
     def reflected(self, channels: slice, ranges: Sequence[range]) -> np.ndarray:
@@ -175,6 +187,41 @@ class InPlace:
         return np.ascontiguousarray(np.flip(data, flipped)) if flipped else data
 
 
+class Beside:
+    """Arrays of one grid, the channels of each after those of the one before; see `InPlace`.
+
+    What tells of chunks is of the first.
+
+    Args:
+        arrays: Of volumes of one shape.
+    """
+
+    def __init__(self, arrays: Sequence[InPlace]):
+        self.arrays, first = arrays, arrays[0]
+        self.chunks, self.lead, self.held = first.chunks, first.lead, first.held
+        _, x, y, z = first.shape
+        self.shape: Shape = (sum(one.shape[0] for one in arrays), x, y, z)
+        kinds = {one.dtype for one in arrays}
+        self.dtype = first.dtype if len(kinds) == 1 else np.dtype(np.float32)
+
+    def __getitem__(self, slices: tuple[slice, ...]) -> np.ndarray:
+        """Read the chunks that a box touches, of each array."""
+        low, high, _ = slices[0].indices(self.shape[0])
+        parts, start = [], 0
+        for array in self.arrays:
+            inside = slice(max(low - start, 0), max(high - start, 0))
+            if low < start + array.shape[0] and high > start:
+                parts.append(array[(inside, *slices[1:])].astype(self.dtype, copy=False))
+            start += array.shape[0]
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+
+def beside(views: Sequence[View], cache_gb: float = CACHE_GB) -> InPlace | Beside:
+    """Open views of one grid as channels of one volume."""
+    arrays = [view.open(cache_gb) for view in views]
+    return arrays[0] if len(arrays) == 1 else Beside(arrays)
+
+
 def mirrored(wanted: range, n: int) -> np.ndarray:
     """Return where voxels lie of which those beyond the n-th are reflected, as `np.pad` does."""
     place = np.array(wanted) % max(2 * (n - 1), 1)
@@ -201,7 +248,7 @@ def finite(data: np.ndarray, view: View, ranges: Sequence[range]) -> np.ndarray:
     if view.nan != "fill":
         box = ", ".join(f"[{r.start}, {r.stop}]" for r in ranges)
         raise BrokenVolume(
-            str(view.place), f"voxels in {box} are NaN or infinite: set data.nan to fill"
+            str(view.place), f"voxels in {box} are NaN or infinite: set data.nan to fill or to mask"
         )
     lowest = view.fill
     if lowest is None:
@@ -237,10 +284,19 @@ def view_of(image: Image, level: int, reading: Reading, time: int | None = None)
     if time is None and times > 1 and reading.volumes_4d != "first":
         how = "choose one by data.time_point, or set data.volumes_4d to first or samples"
         raise BrokenVolume(name, f"has {times} time points: {how}")
-    channels = chosen(image, shape.get("C", 1) - image.alpha, reading)
+    channels = chosen(image, count := shape.get("C", 1) - image.alpha, reading)
+    if reading.color == "rgb" and len(channels) == 1:
+        channels *= 3
+    gray = reading.color == "gray" and channels == (0, 1, 2) and is_colored(image, count)
     sizes = [shape.get(letter, 1) for letter in "XYZ"]
     box = box_of(name, sizes, reading.region) if reading.region is not None else None
-    return View(place, image.axes, time or 0, channels, box, nan=reading.nan)
+    return View(place, image.axes, time or 0, channels, box, nan=reading.nan, gray=gray)
+
+
+def is_colored(image: Image, count: int) -> bool:
+    """Whether the channels of an image are red, green and blue."""
+    told = [color for _, color in image.look.channels[:3]]
+    return count == 3 and told == [color for _, color in RGB]
 
 
 def chosen(image: Image, count: int, reading: Reading) -> tuple[int, ...]:
@@ -270,7 +326,8 @@ def look_of_view(image: Image, view: View) -> Volume:
     opened = view.open()
     level = next(one for one in image.levels if one.place == view.place)
     named = image.look.channels
-    look = replace(image.look, channels=tuple(named[c] for c in view.channels if c < len(named)))
+    names = () if view.gray else tuple(named[c] for c in view.channels if c < len(named))
+    look = replace(image.look, channels=RGB if view.as_rgb else names)
     data = np.broadcast_to(np.zeros((), opened.dtype), opened.shape)
     header = Volume(data, level.affine, notes=image.notes, look=look)
     if view.box is None:

@@ -266,7 +266,6 @@ def check_slabs(
         "--augment": augment is not None,
         "--compile": compile,
         "--data.augment": bool(data.augment),
-        "--data.mask": bool(data.mask),
     }
     if names := [name for name, is_asked in asked.items() if is_asked]:
         raise ValueError(f"--sharding spatial does not go with {', '.join(names)}: leave it out")

@@ -57,7 +57,7 @@ def diffusability(
         "scale_psnr": scale_psnr(vae, coding, x, mean, widths, mask, folder),
     }
     if not vae.head.num_codes:  # a codebook has no noise, and no scale that an option would change
-        row |= _by_channel(mean.flatten(1).double(), logvar.flatten(1).double())
+        row |= _by_channel(mean, logvar)
     return row
 
 
@@ -127,9 +127,9 @@ def smaller(x: Values, whole: Sequence[int], size: Sequence[int]) -> Lazy:
 
 def _by_channel(mean: Tensor, logvar: Tensor) -> dict[str, float]:
     """Noise share and kurtosis over all channels, and mean, std and both of each one."""
-    centered = mean - mean.mean(1, keepdim=True)
-    variance, noise = centered.square().mean(1), logvar.exp().mean(1)
-    tails = centered.pow(4).mean(1) / variance.square().clamp_min(1e-300)
+    moments = [_moments(*channel) for channel in zip(mean, logvar, strict=True)]
+    means, variance, fourth, noise = torch.tensor(moments, dtype=torch.float64).T
+    tails = fourth / variance.square().clamp_min(1e-300)
     kurtosis = torch.where(variance > 0, tails - 3, 0.0)  # what is constant has no tails
     share = noise / (noise + variance)
     row = {
@@ -137,7 +137,7 @@ def _by_channel(mean: Tensor, logvar: Tensor) -> dict[str, float]:
         "kurtosis": float(kurtosis.mean()),
     }
     columns = {
-        "latent_mean": mean.mean(1),
+        "latent_mean": means,
         "latent_std": variance.sqrt(),
         "noise_share": share,
         "kurtosis": kurtosis,
@@ -145,3 +145,11 @@ def _by_channel(mean: Tensor, logvar: Tensor) -> dict[str, float]:
     for name, values in columns.items() if len(mean) > 1 else ():
         row |= {f"{name}_z{channel}": value for channel, value in enumerate(values.tolist())}
     return row
+
+
+def _moments(mean: Tensor, logvar: Tensor) -> tuple[float, float, float, float]:
+    """Mean, variance and fourth central moment of a channel, and the variance of its noise."""
+    center = mean.mean(dtype=torch.float64)
+    squares = (mean.double() - center).square_()
+    variance, noise = squares.mean(), logvar.double().exp_().mean()
+    return float(center), float(variance), float(squares.square_().mean()), float(noise)

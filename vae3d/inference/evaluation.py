@@ -185,7 +185,7 @@ class Evaluator:
         """Evaluate a volume, unless it is finished; its row of metrics."""
         if (row := self.finished(index)) is None:
             case = self.store.ids[index]
-            x = volume_of(self.store, index)
+            x = volume_of(self.store, index, self.out_dir)
             coding, folder = self.coding(index), self.out_dir
             with part(NETWORK):
                 recon, *latent = autoencode(self.vae, x, name=case, folder=folder, **vars(coding))
@@ -206,7 +206,7 @@ class Evaluator:
         With a mask they are of the voxels that count: for metrics that know none, the others are
         taken from the volume into the reconstruction, so that there is no error.
         """
-        source = Lazy.of(volume_of(self.store.unclipped(index), 0))
+        source = Lazy.of(volume_of(self.store.unclipped(index), 0, self.out_dir))
         x, recon = Lazy.of(volume), Lazy.of(reconstruction)
         foreground, mask = foreground_of(self.store, index, source), seen_of(self.store, index)
         if mask is not None:

@@ -8,6 +8,7 @@ in float64, over slabs, so that large volumes cost little memory: `x`, `recon` a
 """
 
 import math
+import statistics
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -244,15 +245,19 @@ def latent_summary(mean: Tensor, logvar: Tensor, num_values: int, latent_bits: i
     """
     from vae3d.models.posterior import DiagonalGaussian
 
-    kl = float(DiagonalGaussian(mean[None].double(), logvar[None].double()).kl())
-    variances = mean.flatten(1).var(1, correction=0)
+    kl, means, variances = 0.0, [], []
+    for ours, spread in zip(mean, logvar, strict=True):  # in float64 a channel at a time
+        kl += float(DiagonalGaussian(ours[None].double(), spread[None].double()).kl()) / len(mean)
+        variance, center = torch.var_mean(ours.double(), correction=0)
+        means.append(float(center))
+        variances.append(float(variance))
     return {
         "kl": kl,
         "kl_sum": kl * mean.numel(),
-        "latent_mean": float(mean.mean(dtype=torch.float64)),
-        "latent_std": float(mean.double().std(correction=0)),
+        "latent_mean": statistics.mean(means),
+        "latent_std": math.sqrt(statistics.mean(variances) + statistics.pvariance(means)),
         "posterior_std": float((logvar / 2).exp().mean(dtype=torch.float64)),
-        "active_channels": int((variances > 0.01).sum()),
+        "active_channels": sum(variance > 0.01 for variance in variances),
         "bits_per_voxel": mean.numel() * latent_bits / num_values,
     }
 

@@ -34,7 +34,7 @@ from vae3d.inference.costs import BOTH, What, cost, gib, no_exact
 from vae3d.inference.stitching import BLENDS, check_patch, overlap_voxels, stitch, tile_faces
 from vae3d.kernels import large
 from vae3d.kernels.device import bytes_taken, free_bytes
-from vae3d.kernels.large import Lazy, Values, room, whole_of
+from vae3d.kernels.large import Lazy, Values, held, room, whole_of
 from vae3d.kernels.precision import AMP, Amp, autocast
 from vae3d.kernels.progress import is_watched, part, passed
 from vae3d.models.attention import Attention
@@ -457,12 +457,23 @@ def coding_of(
     return Coding(**kept), lines
 
 
-def volume_of(store: VolumeStore, index: int) -> Values:
-    """A volume of a store; a large one is read where it is sliced."""
+def volume_of(store: VolumeStore, index: int, folder: Path | None = None) -> Values:
+    """A volume of a store; a large one is read where it is sliced.
+
+    Args:
+        store: Volumes.
+        index: Which of them.
+        folder: Where a large one that lies in chunks, perhaps in a bucket, is unpacked for those
+            who read it many times; None to read its chunks each time.
+    """
     shape = store.shape(index)
     if 4 * math.prod(shape) <= large.LARGE:
         return torch.from_numpy(store.read(index))
-    return Lazy(shape, lambda box: torch.from_numpy(store.read(index, box[1:]))[box[0]])
+    lazy = Lazy(shape, lambda box: torch.from_numpy(store.read(index, box[1:]))[box[0]])
+    chunks = store.chunks(index)
+    if folder is None or chunks is None:
+        return lazy
+    return Lazy.of(held(lazy, folder, chunks))
 
 
 def reconstruct(vae: CustomVAE, x: Tensor, mode: str = "patch", **how: Any) -> Tensor:

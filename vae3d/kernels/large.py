@@ -107,6 +107,24 @@ def room(shape: Sequence[int], folder: Path | None = None) -> Tensor:
     return torch.frombuffer(pages, dtype=torch.float32).view(*shape)
 
 
+def held(values: Lazy, folder: Path, block: Sequence[int]) -> Tensor:
+    """A volume (C, X, Y, Z) that is computed once, into `room`.
+
+    Args:
+        values: The volume.
+        folder: On which disk it lies, where it is large.
+        block: Voxels (X, Y, Z) that are computed together, such as a chunk of a store: boxes are
+            whole numbers of them along X and Y, and of at most `MOST` values where these are less.
+    """
+    out = room(values.shape, folder)
+    channels, x, y, z = values.shape
+    each = channels * block[0] * block[1] * z
+    for rows in rows_of(x, block[0]):
+        for columns in rows_of(y, block[1] * max(1, MOST // each)):
+            out[:, rows, columns] = values[:, rows, columns]
+    return out
+
+
 def rows_of(n: int, step: int) -> list[slice]:
     """Cut the rows of an axis into slabs."""
     return [slice(low, min(low + step, n)) for low in range(0, n, step)]

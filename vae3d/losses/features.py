@@ -239,9 +239,10 @@ class MonaiNetwork(FeatureNetwork):
             scaled = self._part("scaling_layer")(2 * x.expand(-1, 3, -1, -1) - 1)
             return list(self._part("net")(scaled))
         if self.spatial_dims == 3:  # standardized per volume; a flat one stays finite
-            flat = x.flatten(1)
-            mean, std = flat.mean(1), flat.std(1).clamp_min(1e-3)
-            return [self._part("model")((x - mean.view(-1, 1, 1, 1, 1)) / std.view(-1, 1, 1, 1, 1))]
+            axes = (1, 2, 3, 4)
+            x = x - x.mean(axes, keepdim=True)
+            var = x.square().sum(axes, keepdim=True) / (x[0].numel() - 1)
+            return [self._part("model")(x / var.sqrt().clamp_min(1e-3))]
         return [self._part("model")(x - x.new_tensor(IMAGENET[0][::-1]).view(3, 1, 1))]
 
     def _part(self, name: str) -> nn.Module:

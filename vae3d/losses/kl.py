@@ -76,11 +76,21 @@ class KL(Term):
         """Return the mean KL per latent element, a scalar in nats."""
         posterior = DiagonalGaussian(wide(posterior.mean), wide(posterior.logvar))
         self._measure(posterior.mean.detach(), posterior.logvar.detach())
-        nats = posterior.kl("none")  # (b, c, ...)
+        of_channels = self.of_channels(posterior)
         if not self.free_bits:
-            return nats.mean()
-        self.scalars["nats"] = nats.mean().detach()
-        return nats.flatten(2).mean(2).clamp_min(self.free_bits).mean()
+            return of_channels.mean()
+        self.scalars["nats"] = of_channels.mean().detach()
+        return self.beyond_free(of_channels)
+
+    @staticmethod
+    def of_channels(posterior: DiagonalGaussian) -> Tensor:
+        """Mean KL per latent element of each channel of each sample, `(b, c)` in nats."""
+        posterior = DiagonalGaussian(wide(posterior.mean), wide(posterior.logvar))
+        return posterior.kl("none").flatten(2).mean(2)
+
+    def beyond_free(self, nats: Tensor) -> Tensor:
+        """The mean of them, where what is free costs as much as all of it."""
+        return nats.clamp_min(self.free_bits).mean()
 
     def weight_at(self, step: int) -> Tensor:
         """Return the weight after `step` updates: warm-up times controller."""

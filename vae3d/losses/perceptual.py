@@ -118,7 +118,8 @@ def _pooled(weight: Tensor | None, size: Sequence[int]) -> Tensor | None:
     """Bring weights `(N, C, *spatial)` to a map of features, `(N * C, *size)`."""
     if weight is None:
         return None
-    return F.interpolate(weight.flatten(0, 1)[:, None], tuple(size), mode="area")[:, 0]
+    weight = weight.flatten(0, 1).unsqueeze(1)
+    return F.interpolate(weight, tuple(size), mode="area").squeeze(1)
 
 
 def _unit(features: Tensor) -> Tensor:

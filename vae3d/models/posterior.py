@@ -108,12 +108,15 @@ class Quantized(DiagonalGaussian):
         return use_of(self.codes, self.num_codes)
 
 
-def use_of(codes: Tensor, num_codes: int) -> tuple[Tensor, Tensor]:
+def use_of(
+    codes: Tensor, num_codes: int, total: Callable[[Tensor], Tensor] = torch.clone
+) -> tuple[Tensor, Tensor]:
     """How the codes of a batch lie over their codebook.
 
     Args:
         codes: `(B, codes of a latent voxel, *spatial)`.
         num_codes: Size of the codebook.
+        total: Adds up the counts of those who hold parts of the batch.
 
     Returns:
         Perplexity, the exponential of the entropy: how many codes would be in use if all were used
@@ -121,7 +124,8 @@ def use_of(codes: Tensor, num_codes: int) -> tuple[Tensor, Tensor]:
     """
     each = codes.transpose(0, 1).flatten(1)
     counts = each.new_zeros(len(each), num_codes).scatter_add_(1, each, torch.ones_like(each))
-    share = counts.float() / each.shape[1]
+    counts = total(counts)
+    share = counts.float() / counts.sum(1, keepdim=True)
     perplexity = torch.special.entr(share).sum(1).exp()
     return perplexity.mean(), (counts > 0).float().mean()
 
@@ -365,7 +369,8 @@ class VQ(PosteriorHead):
         """Begin at the k-means of latents, drawn where they are many: a few steps of Lloyd's."""
         generator = torch.Generator().manual_seed(0)
         most = max(min(64 * self.num_codes, 2**26 // self.num_codes), self.num_codes)
-        rows = latents[torch.randperm(len(latents), generator=generator)[:most]].float()
+        rows = latents[torch.randperm(len(latents), generator=generator)[:most]]
+        rows = rows.to(wide(self.codebook).dtype)
         self.codebook.copy_(rows[torch.arange(self.num_codes) % len(rows)])
         for _ in range(LLOYD_STEPS):
             codes = self.codes(rows.T[None]).flatten()
@@ -410,7 +415,8 @@ class VQ(PosteriorHead):
         if not self.training:
             return
         assert isinstance(posterior, Quantized) and posterior.encoded is not None
-        rows, codes = vectors(posterior.encoded.detach()).float(), posterior.codes.flatten()
+        rows, codes = vectors(posterior.encoded.detach()), posterior.codes.flatten()
+        rows = rows.to(wide(self.codebook))
         self._count(rows, codes, normal(posterior.codes.shape[2:], "codes").flatten())
 
     def _count(self, rows: Tensor, codes: Tensor, normal: Tensor) -> None:
@@ -421,7 +427,7 @@ class VQ(PosteriorHead):
         if self.reseed:
             # The smallest of exponential numbers over weights are a draw by weight without
             # replacement (Efraimidis and Spirakis 2006), and those of several batches one of all.
-            far = (rows - self.codebook.float()[codes]).square().sum(1)
+            far = (rows - wide(self.codebook)[codes]).square().sum(1)
             keys = -torch.special.log_ndtr(normal) / far.clamp_min(torch.finfo(far.dtype).tiny)
             self._keep(torch.cat([keys[:, None], rows], 1))
 

@@ -197,7 +197,11 @@ def handler_of(module: nn.Module, table: Mapping[type, H]) -> H | None:
 DESCRIBED: dict[type, Callable[..., tuple[Reach, ...] | None]] = {
     **dict.fromkeys(POINTWISE, cells_of),
     **dict.fromkeys(
-        (posterior.LogVarianceHead, posterior.SoftplusHead, posterior.FixedStdHead), cells_of
+        (
+            *(posterior.LogVarianceHead, posterior.SoftplusHead, posterior.FixedStdHead),
+            *(posterior.FSQ, posterior.VQ),
+        ),
+        cells_of,
     ),
     nn.Conv2d: convolution,
     nn.Conv3d: convolution,

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import accumulate, cycle, pairwise
-from math import prod
 
 import torch
 from torch import Tensor
@@ -19,6 +18,7 @@ from torch import Tensor
 from vae3d.losses.adversarial import Adversarial, Judged
 from vae3d.losses.commitment import Commitment
 from vae3d.losses.kl import KL
+from vae3d.losses.latents import NoiseRobust, StructuredChannels
 from vae3d.losses.perceptual import Perceptual
 from vae3d.losses.reconstruction import (
     L1,
@@ -29,10 +29,11 @@ from vae3d.losses.reconstruction import (
     LearnedVariance,
 )
 from vae3d.losses.slices import draw_slices
-from vae3d.losses.term import Term, add_up
+from vae3d.losses.term import Disturbance, Term, add_up
 from vae3d.losses.vae_loss import VAELoss
-from vae3d.models.posterior import DiagonalGaussian
+from vae3d.models.posterior import DiagonalGaussian as Posterior
 from vae3d.spatial.slabs import Layout, Rows
+from vae3d.spatial.volumes import SlabVolume, check
 
 
 class SlabTerms:
@@ -48,18 +49,24 @@ class SlabTerms:
         self.layout = layout
 
     def __call__(
-        self, term: Term, x: Tensor, recon: Tensor, posterior: DiagonalGaussian, step: int
+        self,
+        term: Term,
+        x: Tensor,
+        recon: Tensor,
+        posterior: Posterior,
+        step: int,
+        *weight: Tensor,
     ) -> Tensor:
         """Return this rank's part of a term, times the number of ranks."""
-        part = PARTS[type(term)](self.layout, term, x, recon, posterior, step)
+        part = PARTS[type(term)](self.layout, term, x, recon, posterior, step, *weight)
         return part * self.layout.size
 
 
 class SlabViews:
-    """Slices of whole volumes for a discriminator, as `Adversarial` draws them, on the ranks.
+    """What a discriminator judges of volumes, as `Adversarial` shows it, on the ranks.
 
-    Each rank judges its share of the slices, and its part of their mean is taken as `SlabTerms`
-    takes one.
+    A volume is judged whole, each rank its slab of it. Of slices each rank judges its share, and
+    its part of their mean is taken as `SlabTerms` takes one.
 
     Args:
         layout: Who holds which rows.
@@ -67,11 +74,14 @@ class SlabViews:
     """
 
     def __init__(self, layout: Layout, game: Adversarial):
-        self.layout, self.game, self.voxels = layout, game, prod(layout.shape)
+        self.layout, self.game = layout, game
 
     def __call__(self, volume: Tensor, step: int) -> Judged:
-        """Return this rank's slices of a volume of which it holds a slab, and how to average."""
-        self.game.check((volume.shape[1], *self.layout.shape))
+        """Return what to judge of a volume of which this rank holds a slab, and how to average."""
+        whole = SlabVolume.of(volume, self.layout)
+        self.game.check(whole.shape[1:])
+        if self.game.spatial_dims == volume.ndim - 2:
+            return [whole], lambda values: values[0]
         share = Share(self.layout, self.game.num_slices, step, self.game.seed)
         return share.slices(volume), lambda values: share.part(values) * self.layout.size
 
@@ -148,44 +158,83 @@ def check_loss(loss: VAELoss, dims: int = 3) -> None:
     Raises:
         ValueError: It names the part.
     """
-    found = [*loss.terms.values(), *loss.disturbances.values()]
+    found = [term for _, term in loss.terms.items()]
     names = [type(term).__name__ for term in found if type(term) not in PARTS]
-    if loss.adversarial is not None and loss.adversarial.spatial_dims == dims:
-        names.append(f"Adversarial.spatial_dims {dims}")
-    if any(isinstance(t, Perceptual) and t.network.spatial_dims == dims for t in found):
-        names.append(f"Perceptual with a network of {dims}D")
-    names += [f"KL.free_bits {t.free_bits}" for t in found if isinstance(t, KL) and t.free_bits]
+    changes = loss.disturbances.values()
+    names += [type(term).__name__ for term in changes if type(term) not in OF_EACH_VOXEL]
+    known = (*PARTS, *OF_EACH_VOXEL)
     if names:
         raise ValueError(
             f"sharding spatial: the loss has {', '.join(names)}, which it does not know how to "
-            f"take over slabs; known are {', '.join(cls.__name__ for cls in PARTS)}, and "
-            "Adversarial and Perceptual on slices of volumes"
+            f"take over slabs; known are Adversarial, {', '.join(cls.__name__ for cls in known)}"
         )
+    game = loss.adversarial
+    if game is not None and game.spatial_dims == dims:
+        check(game.critic.net, game.in_channels, dims)
+    for term in found:
+        if isinstance(term, Perceptual) and term.network.spatial_dims == dims:
+            check(term.network, 1, dims)
 
 
 def _of_voxels(
-    layout: Layout, term: Term, x: Tensor, recon: Tensor, posterior: DiagonalGaussian, step: int
+    layout: Layout,
+    term: Term,
+    x: Tensor,
+    recon: Tensor,
+    posterior: Posterior,
+    step: int,
+    *weight: Tensor,
 ) -> Tensor:
-    return term(x, recon, posterior, step) * layout.share
+    return term(x, recon, posterior, step, *weight) * layout.share
 
 
 def _of_latents(
-    layout: Layout, term: Term, x: Tensor, recon: Tensor, posterior: DiagonalGaussian, step: int
+    layout: Layout,
+    term: Term,
+    x: Tensor,
+    recon: Tensor,
+    posterior: Posterior,
+    step: int,
+    *weight: Tensor,
 ) -> Tensor:
     return term(x, recon, posterior, step) * (layout.cells[layout.rank] / sum(layout.cells))
 
 
+def _of_channels(
+    layout: Layout,
+    term: KL,
+    x: Tensor,
+    recon: Tensor,
+    posterior: Posterior,
+    step: int,
+    *weight: Tensor,
+) -> Tensor:
+    """Where channels have free bits, each has them of the whole volume."""
+    value = _of_latents(layout, term, x, recon, posterior, step)
+    if not term.free_bits:
+        return value
+    share = layout.cells[layout.rank] / sum(layout.cells)
+    term.scalars["nats"] = term.scalars["nats"] * (share * layout.size)
+    return term.beyond_free(layout.sum(term.of_channels(posterior) * share)) / layout.size
+
+
 def _of_windows(
-    layout: Layout, term: SSIM, x: Tensor, recon: Tensor, posterior: object, step: int
+    layout: Layout,
+    term: SSIM,
+    x: Tensor,
+    recon: Tensor,
+    posterior: object,
+    step: int,
+    *weight: Tensor,
 ) -> Tensor:
     """A window belongs to the rank of its first row."""
     size, rows = len(term.kernel), layout.shape[layout.axis]
     term.check((x.shape[1], *layout.shape))
-    x, recon = (layout.following(t, size - 1) for t in (x, recon))
+    x, recon, *w = (layout.following(t, size - 1) for t in (x, recon, *weight))
     windows = x.shape[layout.dim] - size + 1
     if windows < 1:  # the ranks before see these rows
         return 0 * recon.sum()
-    return term(x, recon) * (windows / (rows - size + 1))
+    return term(x, recon, posterior, step, *w) * (windows / (rows - size + 1))
 
 
 def _of_neighbors(
@@ -195,34 +244,45 @@ def _of_neighbors(
     recon: Tensor,
     posterior: object,
     step: int,
+    *weight: Tensor,
 ) -> Tensor:
     """An edge belongs to the rank of its first row."""
     rows, dim = layout.shape[layout.axis], layout.dim
-    a, b = (layout.following(t, 1) for t in (x, recon))
+    a, b, *w = (layout.following(t, 1) for t in (x, recon, *weight))
     edges = a.shape[dim] - 1
-    gaps = [term.gap(a, b, dim) * (edges / (rows - 1)) if edges else 0 * b.sum()]
+    gaps = [term.gap(a, b, dim, *w) * (edges / (rows - 1)) if edges else 0 * b.sum()]
     others = [axis for axis in range(2, x.ndim) if axis != dim and x.shape[axis] > 1]
-    gaps += [term.gap(x, recon, axis) * layout.share for axis in others]
+    gaps += [term.gap(x, recon, axis, *weight) * layout.share for axis in others]
     return add_up(gaps) / len(gaps)
 
 
-def _of_slices(
-    layout: Layout, term: Perceptual, x: Tensor, recon: Tensor, posterior: object, step: int
+def _of_features(
+    layout: Layout,
+    term: Perceptual,
+    x: Tensor,
+    recon: Tensor,
+    posterior: object,
+    step: int,
+    *weight: Tensor,
 ) -> Tensor:
-    """The ranks share the slices out."""
+    """Of volumes all ranks take the whole distance together; slices they share out."""
+    seen = [x, recon, *(w.expand_as(x) for w in weight)]
+    if term.network.spatial_dims == x.ndim - 2:
+        return term.distance(*(SlabVolume.of(t, layout) for t in seen)) / layout.size
     share = Share(layout, term.num_slices, step, term.seed)
-    pairs = zip(share.slices(x), share.slices(recon), strict=True)
-    return share.part([term.distance(a, b) for a, b in pairs])
+    return share.part([term.distance(*cut) for cut in zip(*map(share.slices, seen), strict=True)])
 
 
+# What is decoded in the place of a latent, by its voxels one by one.
+OF_EACH_VOXEL: tuple[type[Disturbance], ...] = (NoiseRobust, StructuredChannels)
 PARTS: dict[type[Term], Callable[..., Tensor]] = {
     L1: _of_voxels,
     L2: _of_voxels,
     Charbonnier: _of_voxels,
     LearnedVariance: _of_voxels,
-    KL: _of_latents,
-    Commitment: _of_latents,  # of codes alone, which `network.check` refuses
+    KL: _of_channels,
+    Commitment: _of_latents,
     SSIM: _of_windows,
     GradientDifference: _of_neighbors,
-    Perceptual: _of_slices,
+    Perceptual: _of_features,
 }

@@ -18,6 +18,7 @@ Axes: b batch, c channels, x y z space, h heads, n tokens, d channels of a head.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -32,13 +33,28 @@ from vae3d.models import attention, blocks, custom_vae, norm, upsample
 from vae3d.models.custom_vae import CustomVAE
 from vae3d.models.linear_code import LinearCode, added_to_mean
 from vae3d.models.norm import wide
-from vae3d.models.posterior import DiagonalGaussian
+from vae3d.models.posterior import DiagonalGaussian, Quantized, use_of
 from vae3d.models.reach import Reach, handler_of, reach_of
 from vae3d.spatial import ring
 from vae3d.spatial.slabs import Layout, Rows, SharedMoments
 
 Function = Callable[[Tensor], Tensor]
 OfSlab = Callable[[Tensor, Rows], Tensor]
+
+
+@dataclass(frozen=True)
+class SlabCodes(Quantized):
+    """Codes of this rank's rows, whose use is that of all.
+
+    Args:
+        total: Sum over the ranks.
+    """
+
+    total: Function = torch.clone
+
+    def use(self) -> tuple[Tensor, Tensor]:
+        """See `Quantized`."""
+        return use_of(self.codes, self.num_codes, self.total)
 
 
 class SlabVAE:
@@ -55,15 +71,21 @@ class SlabVAE:
     def __init__(self, vae: CustomVAE, layout: Layout):
         check(vae)
         self.vae, self.layout = vae, layout
-        self.last_layer, self.crop = vae.last_layer, vae.crop
+        self.last_layer, self.crop, self.head = vae.last_layer, vae.crop, vae.head
 
     def encode(self, x: Tensor) -> DiagonalGaussian:
         """This rank's rows of the posterior; see `CustomVAE.encode`."""
-        x = self.vae.pad(x)
+        posterior = self.head(self.moments(self.vae.pad(x)))
+        if isinstance(posterior, Quantized):
+            return SlabCodes(**vars(posterior), total=self.layout.sum)
+        return posterior
+
+    def moments(self, x: Tensor) -> Tensor:
+        """This rank's rows of what the head makes the posterior of; `x` is padded."""
         moments = self.run([self.vae.encoder, self.vae.quant_conv], x)
-        if (linear := self.vae.linear_code) is not None:
-            moments = added_to_mean(moments, wide(self.walk(linear.analysis, x)))
-        return self.vae.head(moments)
+        if (linear := self.vae.linear_code) is None:
+            return moments
+        return added_to_mean(moments, wide(self.walk(linear.analysis, x)))
 
     def decode(self, z: Tensor) -> Tensor:
         """This rank's rows of the reconstruction; see `CustomVAE.decode`."""
@@ -309,7 +331,7 @@ def check(vae: CustomVAE) -> None:
     Raises:
         ValueError: It names the layer.
     """
-    for name in ("encode", "decode", "pad", "crop"):
+    for name in ("encode", "moments", "decode", "pad", "crop"):
         if not getattr(type(vae), name).__module__.startswith("vae3d.models."):
             raise ValueError(f"sharding spatial: {type(vae).__name__} has a {name} of its own")
     for name, layer in unknown(vae, vae.spatial_dims, ""):

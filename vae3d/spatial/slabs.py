@@ -171,6 +171,10 @@ class Layout(Neighbors):
         """The sum of every rank's tensor; so is its gradient."""
         return Summed.apply(x, self.group)
 
+    def sum_of_teams(self, x: Tensor) -> Tensor:
+        """The same of all ranks of all teams."""
+        return Summed.apply(x, None)
+
     def largest(self, x: Tensor) -> Tensor:
         """The largest of every rank's values, without a gradient."""
         x = x.detach().clone()
@@ -210,10 +214,24 @@ class Extended(torch.autograd.Function):
         return torch.cat(parts, layout.dim) if before or after else x.view_as(x)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Context[Cut], grad: Tensor) -> tuple[Tensor | None, ...]:
-        """Send the gradients of others' rows to them, and add those of the own rows."""
-        layout, owned, extents = ctx.step
+        """Send the gradients of others' rows home."""
+        return Returned.apply(grad, *ctx.step), None, None, None
+
+
+class Returned(torch.autograd.Function):
+    """What a slab with rows of other ranks is the gradient of: both have each other's gradient."""
+
+    @staticmethod
+    def forward(
+        ctx: Context[Cut],
+        grad: Tensor,
+        layout: Layout,
+        owned: Sequence[Rows],
+        extents: Sequence[Rows],
+    ) -> Tensor:
+        """Send rows of others to them, and add those that come to the own rows."""
+        ctx.step = layout, owned, extents
         me = layout.rank
         (first, _), (start, stop) = extents[me], owned[me]
         there, here = shared(owned, extents, me), shared(extents, owned, me)
@@ -223,7 +241,12 @@ class Extended(torch.autograd.Function):
         own = layout.part(grad, start - first, stop - first).clone()
         for n, (lo, hi) in there.items():  # by rank: sums have one order
             layout.part(own, lo - start, hi - start).add_(parts[n])
-        return own, None, None, None
+        return own
+
+    @staticmethod
+    def backward(ctx: Context[Cut], grad: Tensor) -> tuple[Tensor | None, ...]:
+        """Fetch the rows of others, for a second derivative."""
+        return Extended.apply(grad, *ctx.step), None, None, None
 
 
 def shared(mine: Sequence[Rows], others: Sequence[Rows], me: int) -> dict[int, Rows]:
@@ -298,12 +321,9 @@ class Summed(torch.autograd.Function):
         return x
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Context[Group], grad: Tensor) -> tuple[Tensor | None, ...]:
         """Return the sum of what every rank made of the whole."""
-        grad = grad.contiguous().clone()
-        dist.all_reduce(grad, group=ctx.step)
-        return grad, None
+        return Summed.apply(grad, ctx.step), None
 
 
 class SharedMoments(torch.autograd.Function):

@@ -14,6 +14,7 @@ import numpy as np
 
 from loaders.layout import Layout
 from loaders.whole import write_text
+from vae3d.kernels.large import slabs_of
 from vae3d.tracking.media import ERROR_COLORS, case_stem, center_of_mass
 
 SUFFIX = ".view.js"
@@ -82,9 +83,10 @@ def write_voxels(
 def eight_bits(volume: np.ndarray, ranges: Sequence[tuple[float, float]]) -> np.ndarray:
     """Volume (C, X, Y, Z) as uint8, each channel's range as 0 to 255."""
     out = np.empty(volume.shape, np.uint8)
-    for channel, (low, high) in enumerate(ranges):  # one at a time: volumes may be large
-        scaled = (volume[channel].astype(np.float32) - low) * (255 / (high - low))
-        out[channel] = np.rint(np.clip(np.nan_to_num(scaled), 0, 255))
+    for channel, (low, high) in enumerate(ranges):
+        for rows in slabs_of(volume.shape, 1):  # volumes may be large
+            scaled = (volume[channel, rows].astype(np.float32) - low) * (255 / (high - low))
+            out[channel, rows] = np.rint(np.clip(np.nan_to_num(scaled), 0, 255))
     return out
 
 

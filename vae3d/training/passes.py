@@ -110,8 +110,7 @@ class Passes:
         layout = self.layout("encode", x.shape)
         if layout is None:
             return type(self.vae).encode(self.vae, x)
-        mean, logvar = self.ask("encode", x, layout).chunk(2, 1)
-        return DiagonalGaussian(mean, logvar)
+        return self.vae.head(self.ask("encode", x, layout))
 
     def decode(self, z: Tensor) -> Tensor:
         """`CustomVAE.decode` on all ranks, for the first one to call."""
@@ -162,11 +161,7 @@ class Passes:
     def shared(self, half: Half, slab: Tensor, layout: Layout) -> Tensor:
         """Run a slab through half of the network; the first rank gets the whole result."""
         halves = SlabVAE(self.vae, layout)
-        if half == "encode":
-            posterior = halves.encode(slab)
-            y = torch.cat([posterior.mean, posterior.logvar], 1)
-        else:
-            y = halves.decode(slab)
+        y = halves.moments(self.vae.pad(slab)) if half == "encode" else halves.decode(slab)
         owned = layout.owned(y)
         return layout.extended(y, [(0, owned[-1][1]), *owned[1:]], owned)
 

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from vae3d.losses.term import Normal
 from vae3d.losses.vae_loss import VAELoss
 from vae3d.models.custom_vae import CustomVAE
 from vae3d.spatial.losses import SlabTerms, SlabViews, check_loss
 from vae3d.spatial.network import SlabVAE, check
 from vae3d.spatial.slabs import Layout
-from vae3d.training.task import VAETask, noise_of_sample
+from vae3d.spatial.volumes import SlabVolume
+from vae3d.training.task import VAETask, weight_of
 
 
 class SlabTask(VAETask):
@@ -47,34 +51,33 @@ class SlabTask(VAETask):
 
     def forward(self, batch: Any, step: int) -> dict[str, Tensor]:
         """Return the terms of the loss on `batch.image`, this rank's slab of `batch.whole`."""
-        x = batch.image
         layout = Layout(batch.whole, self.network.factor, self.axis, self.group)
-        halves = SlabVAE(self.network, layout)
-        posterior = halves.encode(x)
-        noise = self.noise(batch.index, step, posterior.mean, layout)
-        recon = halves.crop(halves.decode(posterior.mean + posterior.std * noise), x)
-        self._last = (x, recon.detach(), None)
+        weight = weight_of(batch, lambda weight: SlabVolume.of(weight, layout).mean())
         game = self.loss.adversarial
         self._views = None if game is None else SlabViews(layout, game)
-        return self.loss(
-            x,
-            recon,
-            posterior,
-            step,
-            last_layer=self.network.last_layer,
-            take=SlabTerms(layout),
-            views=self._views,
-        )
+        normal = self.normal_of_slabs(self.normal(batch, step), layout)
+        voxels = math.prod(layout.shape)
+        loss = partial(self.loss, take=SlabTerms(layout), views=self._views, voxels=voxels)
+        return self.terms(SlabVAE(self.network, layout), loss, batch, step, normal, weight)
 
     def discriminator_loss(self, step: int, discriminator: nn.Module | None) -> dict[str, Tensor]:
         """Return the discriminator's terms on the last batch, whose slices the ranks share out."""
         assert self._last is not None, "the discriminator learns from the last forward"
-        x, recon, _ = self._last
-        return self.loss.discriminator_loss(x, recon, step, discriminator, views=self._views)
+        views = self._views
+        x, recon, weight = self._last
+        return self.loss.discriminator_loss(x, recon, step, discriminator, weight, views)
 
-    def noise(self, index: Tensor, step: int, like: Tensor, layout: Layout) -> Tensor:
+    def normal_of_slabs(self, normal: Normal, layout: Layout) -> Normal:
         """This rank's rows of the noise that one process draws of each whole sample."""
-        rows = layout.owned(like)
-        _, *shape = layout.resized(like.shape, rows[-1][1])
-        draws = [noise_of_sample(shape, self.seed, step, int(i), like.device) for i in index]
-        return layout.part(torch.stack(draws), *rows[layout.rank])
+        dims, dim = self.network.spatial_dims, layout.axis - self.network.spatial_dims
+
+        def draw(shape: Sequence[int], word: str) -> Tensor:
+            if len(shape) < dims:  # of a sample, not of its voxels
+                return normal(shape, word)
+            rows = layout.rows(shape[dim])
+            whole = [*shape]
+            whole[dim] = rows[-1][1]
+            lo, hi = rows[layout.rank]
+            return normal(whole, word).narrow(dim, lo, hi - lo)
+
+        return draw

@@ -6,6 +6,7 @@ The loop in `trainer.py` knows nothing else about a task, so both stages share i
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -14,10 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from loaders import Batch
-from vae3d.losses.term import Decoding
+from vae3d.losses.term import Decoding, Normal
 from vae3d.losses.vae_loss import VAELoss
 from vae3d.models.custom_vae import CustomVAE
 from vae3d.models.posterior import Quantized
+from vae3d.spatial.network import SlabVAE
 from vae3d.training.distributed import World
 
 
@@ -110,31 +112,56 @@ class VAETask(Task):
         """Return the terms of the loss on `batch.image` `(B, C, X, Y, Z)`, weighted by its mask."""
         if self.augment is not None:
             batch = self.augment(batch, self.seed, step)
+        normal, weight = self.normal(batch, step), weight_of(batch)
+        return self.terms(self.network, self.loss, batch, step, normal, weight)
+
+    def terms(
+        self,
+        network: CustomVAE | SlabVAE,
+        loss: Callable[..., dict[str, Tensor]],
+        batch: Batch,
+        step: int,
+        normal: Normal,
+        weight: Tensor | None,
+    ) -> dict[str, Tensor]:
+        """Return the terms of the loss on what a network makes of a batch.
+
+        Args:
+            network: The VAE, or what runs it on slabs.
+            loss: The loss, or what takes it of slabs.
+            batch: On the device.
+            step: Number of optimizer updates done.
+            normal: Source of everything random.
+            weight: How much each voxel counts, 1 on average; None for all alike.
+        """
         x = batch.image
-        posterior = self.network.encode(x)
-
-        def normal(shape: Sequence[int], word: str = "") -> Tensor:
-            seed = f"{word} {self.seed}" if word else self.seed
-            draws = [noise_of_sample(shape, seed, step, int(i), x.device) for i in batch.index]
-            return torch.stack(draws)
-
-        self.network.head.observe(posterior, normal)
+        posterior = network.encode(x)
+        network.head.observe(posterior, normal)
         z = posterior.mean
         if not isinstance(posterior, Quantized):
-            z = z + posterior.std * normal(z.shape[1:])
+            z = z + posterior.std * normal(z.shape[1:], "")
         decoded = self.loss.disturbed(z, normal)
-        recon = self.network.crop(self.network.decode(decoded), x)
-        weight = weight_of(batch)
+        recon = network.crop(network.decode(decoded), x)
         self._last = (x, recon.detach(), weight)
-        return self.loss(
+        return loss(
             x,
             recon,
             posterior,
             step,
-            last_layer=self.network.last_layer,
+            last_layer=network.last_layer,
             weight=weight,
-            decoding=Decoding(z, decoded, self.network.decode),
+            decoding=Decoding(z, decoded, network.decode),
         )
+
+    def normal(self, batch: Batch, step: int) -> Normal:
+        """Noise of the samples of a batch at a step."""
+
+        def draw(shape: Sequence[int], word: str) -> Tensor:
+            seed, device = f"{word} {self.seed}" if word else self.seed, batch.image.device
+            draws = [noise_of_sample(shape, seed, step, int(i), device) for i in batch.index]
+            return torch.stack(draws)
+
+        return draw
 
     def discriminator_active(self, step: int) -> bool:
         """Whether the adversarial term has started."""
@@ -171,33 +198,42 @@ class VAETask(Task):
         self.loss.load_state_dict(state["loss"])
 
 
-def weight_of(batch: Batch) -> Tensor | None:
+def weight_of(batch: Batch, mean: Callable[[Tensor], Tensor] = torch.mean) -> Tensor | None:
     """How much each voxel of a batch counts, 1 on average over the update; None for all alike.
 
-    The average is `batch.mean_weight`, where the trainer has found it, else that of the batch. It
-    is 0 where no voxel counts at all: then each weight is.
+    The average is `batch.mean_weight`, where the trainer has found it, else that of the batch, as
+    `mean` takes it. It is 0 where no voxel counts at all: then each weight is.
     """
     weight = getattr(batch, "weight", None)
     if weight is None:
         return None
     if batch.mean_weight is not None:
         return weight / (batch.mean_weight or 1.0)
-    return weight / weight.mean().clamp_min(torch.finfo(weight.dtype).tiny)
+    return weight / mean(weight).clamp_min(torch.finfo(weight.dtype).tiny)
 
 
-def share_weights(window: list[Batch], world: World) -> list[Batch]:
+def share_weights(window: list[Batch], world: World, ranks_per_sample: int = 1) -> list[Batch]:
     """Tell each micro-batch the mean weight of all samples of the update, on all ranks.
 
     With it a micro-batch's mean of `w e`, times its share of the samples, is its part of
     `sum(w e) / sum(w)` over all voxels of the update, also where volumes differ in size.
+
+    Args:
+        window: The micro-batches of this rank.
+        world: All ranks.
+        ranks_per_sample: Ranks of which each holds a slab of the same samples.
     """
     found = (getattr(batch, "weight", None) for batch in window)
     weights = [weight for weight in found if weight is not None]
     if not weights:
         return window
+    sizes = [weight[0].numel() for weight in weights]
+    if ranks_per_sample > 1:  # of the whole of each sample
+        pairs = zip(window, weights, strict=True)
+        sizes = [w.shape[1] * math.prod(batch.whole or w.shape[2:]) for batch, w in pairs]
     total = world.add(sum(weight.sum(dtype=torch.float64).item() for weight in weights))
-    count = sum(map(len, weights)) * world.size
-    each = [total / count / weight[0].numel() for weight in weights]
+    count = sum(map(len, weights)) * world.size / ranks_per_sample
+    each = [total / count / size for size in sizes]
     return [replace(batch, mean_weight=mean) for batch, mean in zip(window, each, strict=True)]
 
 

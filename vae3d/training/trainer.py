@@ -210,7 +210,7 @@ class Trainer:
         Returns:
             This rank's part of each named scalar; the sum over ranks is the mean over samples.
         """
-        window = share_weights(window, self.world)
+        window = share_weights(window, self.world, self.task.ranks_per_sample)
         counts = [len(batch.index) for batch in window]
         total = sum(counts) * self.world.size
         self.samples += total // self.task.ranks_per_sample

@@ -91,8 +91,7 @@ class Validation:
             x, recon = self.reconstruct(network, i)
             if i in self.shown:
                 self.kept[step, i] = recon
-            seen = self.store.seen(i)
-            seen = None if seen is None else seen[self.store.part(i)]
+            seen = self.store.seen(i, self.store.part(i))
             if seen is None or seen.any():  # a slice of which nothing counts has no score
                 mask = None if seen is None else torch.from_numpy(seen)
                 scores[i] = self.score(x, recon, mask)
