@@ -11,8 +11,8 @@ the default network with L1 and KL, float32. Printed are medians of the rank tha
   the weights, which every rank has, as a part of one process's times the ranks (1.00 is perfect);
 - bytes of halos that all ranks sent, beside the formula of docs/how/slabs.md;
 - what their rows cost in a step: seconds in which a rank waited for rows (it may be for the rank
-  that sends them, which is late), and seconds of the same rows sent again with nothing between,
-  the least of five times.
+  that sends them, which is late), and seconds of its processor for the same rows sent again with
+  nothing between, the median of five times.
 """
 
 from __future__ import annotations
@@ -73,12 +73,12 @@ def main() -> None:
           f" checkpointing {args.checkpointing}")  # fmt: skip
     print(f"gradients of weights {weights / 1e6:.0f} MB; load {load:.1f} of {os.cpu_count()} cores")
     print(f"{'ranks':>5} {'s/step':>8} {'of one':>7} {'CPU-s':>7} {'MB/rank':>8} {'x ranks':>8}"
-          f" {'halo MB':>8} {'formula':>8} {'waited s':>8} {'travel s':>8}")  # fmt: skip
+          f" {'halo MB':>8} {'formula':>8} {'waited s':>8} {'sent CPU-s':>10}")  # fmt: skip
     for n, row in medians.items():
         share = n * (row.bytes - weights) / (one.bytes - weights)
         print(f"{n:5} {row.seconds:8.2f} {row.seconds / one.seconds:7.2f} {row.cpu_seconds:7.2f}"
               f" {row.bytes / 1e6:8.0f} {share:8.2f} {row.sent / 1e6:8.3f}"
-              f" {formula(args, n) / 1e6:8.3f} {row.waited:8.3f} {row.travel:8.3f}")  # fmt: skip
+              f" {formula(args, n) / 1e6:8.3f} {row.waited:8.3f} {row.travel:10.3f}")  # fmt: skip
         assert row.sent == formula(args, n), "what was sent is not what the formula says"
 
 
@@ -144,17 +144,17 @@ class Rows:
         return timed
 
     def travel(self) -> float:
-        """Seconds of all exchanges once more, one after another."""
+        """Seconds of the processor for all exchanges once more, one after another."""
         times = []
         for _ in range(5):
             dist.barrier()
-            begun = time.perf_counter()
+            begun = time.process_time()
             for layout, sent, got, dtype in self.seen:
                 like = torch.empty(0, dtype=dtype)
                 rows = {rank: like.new_empty(shape) for rank, shape in sent.items()}
                 self.exchange(layout, rows, got, like)()
-            times.append(time.perf_counter() - begun)
-        return min(times)
+            times.append(time.process_time() - begun)
+        return statistics.median(times)
 
 
 def memory(line: str) -> float:
