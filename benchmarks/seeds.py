@@ -3,7 +3,7 @@
     python benchmarks/seeds.py demo data/demo --seeds '[0, 1, 2, 3, 4]'
     python benchmarks/seeds.py ixi_t1 data/mouse_ct --data "mouse CT" --steps 240
     python benchmarks/seeds.py ct data/chest/manifest.csv --plain true
-    python benchmarks/seeds.py                                    # what there is
+    python benchmarks/seeds.py demo data/demo --seeds '[]'        # what there is, of all
 
 A run that is done is kept in seeds.json beside this script and not made again. The held-out volumes
 are reconstructed as `python evaluate.py --mode patch --overlap 0.25` does (pictures whole).
@@ -124,8 +124,8 @@ def shown(values: list[float]) -> str:
 
 
 def seeds(
-    recipe: str | None = None,
-    root: str | None = None,
+    recipe: str,
+    root: str,
     /,
     data: str | None = None,
     steps: int | None = None,
@@ -136,11 +136,11 @@ def seeds(
     """Run the seeds of a recipe on a data set that are not done yet, and print all there is.
 
     Args:
-        recipe: Name of a recipe of train_3d; None to run nothing.
+        recipe: Name of a recipe of train_3d.
         root: Its volumes, as `--data.root`.
         data: What to call them; null for the recipe's name.
         steps: Updates; null for the recipe's own.
-        seeds: Seeds of the runs.
+        seeds: Seeds of the runs; none to print alone.
         plain: Leave the linear code out.
         out_dir: Where runs lie while they are made, the cache, and the steps of each run.
     """
@@ -148,7 +148,7 @@ def seeds(
     results = json.loads(KEPT.read_text()) if KEPT.is_file() else {}
     for seed in seeds:
         key = f"{data or recipe} | {recipe} | {'no' if plain else 'yes'} | {seed}"
-        if recipe and root and key not in results:
+        if key not in results:
             folder = Path(out_dir) / key.replace(" | ", "-").replace(" ", "_")
             results[key] = run(recipe, root, folder, steps, plain, seed)
             write_text(KEPT, json.dumps(results, indent=1) + "\n")

@@ -235,8 +235,8 @@ class PatchPlan:
                     read_part(self.store, volume, corner, whole, self.part(whole), out)
                 if weights is not None and self.weights is not None:
                     cut = self.part(whole) if self.part else [slice(0, n) for n in whole]
-                    first = [low + axis.start for low, axis in zip(corner, cut, strict=True)]
-                    read_weights(self.weights, volume, first, weights)
+                    low = [at + axis.start for at, axis in zip(corner, cut, strict=True)]
+                    read_weights(self.weights, volume, low, weights)
             except BrokenVolume as error:
                 faults.append(error)
                 continue

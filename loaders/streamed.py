@@ -17,6 +17,7 @@ from loaders.preprocess import WHOLE, Preprocess, Record, Resampled, resampled_g
 from loaders.readers import (
     Beside,
     Boxes,
+    BrokenVolume,
     InPlace,
     Reading,
     Volume,
@@ -103,8 +104,12 @@ def is_streamed(subject: Subject, reading: Reading) -> bool:
     """Whether a volume is copied piece by piece: of stores that would fill the memory."""
     if reading.in_place or not all(map(is_store, subject.paths)):
         return False
-    image = describe(subject.paths[0])
-    return size_of(view_of(image, reading.level or 0, as_first(reading)).open()) > WHOLE
+    try:
+        image = describe(subject.paths[0])
+        view = view_of(image, reading.level or 0, as_first(reading))
+    except BrokenVolume:  # told when it is read, if it cannot be
+        return False
+    return size_of(view.open()) > WHOLE
 
 
 def as_first(reading: Reading) -> Reading:

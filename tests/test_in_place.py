@@ -496,7 +496,7 @@ def test_a_store_of_a_microscope_vendors_converter_reads_the_same_as_numpy(tmp_p
     np.testing.assert_array_equal(small.read(0)[0], tczyx[0, 1, :, ::2, ::2].transpose(2, 1, 0))
     assert np.allclose(small.spacing_mm(0), [0.5 * UM, 0.5 * UM, 1.5 * UM])
     several = converted(tmp_path / "b.zarr", [tczyx, tczyx + 1])
-    with pytest.raises(BrokenVolume, match=r"holds several images: name one, b\.zarr/0"):
+    with pytest.raises(BrokenVolume, match=r"several images: name one, b\.zarr/0, or all by"):
         built(several, tmp_path / "cache", time_point=0)
     both = built(f"{several}/[0-9]", tmp_path / "cache", time_point=0)
     assert both.ids == ["0", "1"]
@@ -541,11 +541,19 @@ def spoil(path, change):
     file.write_text(json.dumps(held))
 
 
+def sizes(ome):
+    """Of the voxels of the finest level."""
+    return ome["datasets"][0]["coordinateTransformations"][0]
+
+
 BROKEN = {
     "axes are not understood": lambda ome: ome["axes"][0].update(name="q"),
     "its level s7 is no array": lambda ome: ome["datasets"][0].update(path="s7"),
     "leads out of the store": lambda ome: ome["datasets"][0].update(path="../b.zarr"),
     "metadata are not understood": lambda ome: ome.pop("axes"),
+    "names no level": lambda ome: ome.update(datasets=[]),
+    "voxel size or place of level 0 is 0": lambda ome: sizes(ome)["scale"].__setitem__(0, 0.0),
+    "level 0 is 0 or no number": lambda ome: sizes(ome)["scale"].__setitem__(0, float("nan")),
     "has 3 axes, its metadata name": lambda ome: ome["axes"].insert(0, {"name": "c"}),
 }
 
@@ -553,7 +561,7 @@ BROKEN = {
 @pytest.mark.parametrize("reason", BROKEN)
 def test_broken_metadata_are_one_line(tmp_path, reason):
     path = ome(tmp_path / "a.zarr", [voxels(12, 10, 8)])
-    if "name" in reason:  # an axis more than there are numbers for it
+    if "has 3 axes" in reason:  # an axis more than there are numbers for it
         scale = [1.0, 2.0, 0.5, 0.5]
         change = {"type": "scale", "scale": scale}
         spoil(path, lambda held: held["attributes"]["ome"]["multiscales"][0]["datasets"][0].update(
@@ -563,6 +571,43 @@ def test_broken_metadata_are_one_line(tmp_path, reason):
         built(path, tmp_path / "cache")
     expected = reason if reason != "axes are not understood" else "are not understood: t, c, z"
     assert expected in str(error.value) and "\n" not in str(error.value)
+
+
+OTHERS = {
+    "plate": ({"plate": {"wells": [{"path": "A/1"}]}}, r"is a plate: .*'a\.zarr/\*/\*/\[0-9\]\*'"),
+    "well": ({"well": {"images": [{"path": "0"}]}}, r"is a well of a plate: .*'a\.zarr/\[0-9\]\*'"),
+    "labels": ({"labels": ["cells"]}, r"holds label images: name one, a\.zarr/cells"),
+    "nothing": ({}, "is a group without OME metadata: name an array or image in it"),
+}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_what_holds_images_and_is_none_tells_what_to_name(tmp_path, kind):
+    held, reason = OTHERS[kind]
+    path = tmp_path / "a.zarr"
+    ome(path / "A" / "1" / "0", [voxels(12, 10, 8)])
+    node = {"zarr_format": 3, "node_type": "group", "attributes": {"ome": held}}
+    for folder in (path, path / "A", path / "A" / "1"):
+        (folder / "zarr.json").write_text(json.dumps(node))
+    with pytest.raises(BrokenVolume, match=reason):
+        built(path, tmp_path / "cache")
+    assert built(f"{path}/*/*/[0-9]*", tmp_path / "cache").shape(0) == (1, 8, 10, 12)
+    (path / "zarr.json").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
+    with pytest.raises(BrokenVolume, match="is a Git LFS pointer"):
+        built(path, tmp_path / "cache")
+
+
+def test_the_first_versions_of_ome_zarr_name_no_axes_and_no_sizes(tmp_path, capsys):
+    tczyx = voxels(1, 2, *(24, 20, 16))
+    path = ome(tmp_path / "a.zarr", [tczyx, halved(tczyx)], axes="tczyx", version="0.4")
+    image = json.loads((path / ".zattrs").read_text())["multiscales"][0]
+    datasets = [{"path": level["path"]} for level in image["datasets"]]
+    for told in ({}, {"axes": list("tczyx")}):  # 0.1 and 0.3
+        held = {"multiscales": [{"datasets": datasets, **told}]}
+        (path / ".zattrs").write_text(json.dumps(held))
+        store = built(path, tmp_path / "cache", Preprocess(intensity="raw", spacing_mm=(2, 2, 2)))
+        np.testing.assert_array_equal(store.read(0), halved(tczyx)[0].transpose(0, 3, 2, 1))
+        assert "tells no voxel size: taken as 1 mm" in capsys.readouterr().err
 
 
 def test_links_out_of_a_store_unknown_codecs_and_empty_folders_are_one_line(tmp_path):

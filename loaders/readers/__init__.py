@@ -28,6 +28,8 @@ from loaders.readers.arrays import (
 )
 from loaders.readers.bio import read_bio
 from loaders.readers.common import (
+    LFS,
+    POINTER,
     READING,
     UNIT_MM,
     Boxes,
@@ -378,8 +380,8 @@ def check_file(path: Path) -> str:
         raise BrokenVolume(path, f"unknown format; known are {' '.join(READERS)}")
     if not os.path.getsize(path):
         raise BrokenVolume(path, "is empty (0 bytes)")
-    if start.startswith(b"version https://git-lfs"):
-        raise BrokenVolume(path, "is a Git LFS pointer: run `git lfs pull`")
+    if start.startswith(LFS):
+        raise BrokenVolume(path, POINTER)
     if start.startswith((b"<!doctype", b"<html", b"<?xml")):
         raise BrokenVolume(path, "is a web page: the download failed")
     return suffix

@@ -31,6 +31,7 @@ LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 MAX_EXPANSION = 800
 LARGE = 64 * 2**20
 CHUNK = 2**18
+LFS, POINTER = b"version https://git-lfs", "is a Git LFS pointer: run `git lfs pull`"
 SLAB = 64 * 2**20  # bytes of a volume that are written at a time
 
 NaN = Literal["error", "fill", "mask"]

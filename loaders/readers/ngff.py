@@ -23,13 +23,15 @@ from loaders.readers.arrays import (
     tiles_of,
     version_of_file,
 )
-from loaders.readers.common import RGB, BrokenVolume, Look, url_of
+from loaders.readers.common import LFS, POINTER, RGB, BrokenVolume, Look, is_singular, url_of
 from loaders.readers.tiff import is_tiff, others
 from loaders.readers.units import millimeters, shown_unit, spacing_mm
 
 # Axes of arrays that name none, as C order has them.
 UNNAMED = {2: "YX", 3: "ZYX", 4: "CZYX", 5: "TCZYX"}
 TIFF_AXES = {"S": "C", "I": "Z", "Q": "Z"}  # samples of a pixel, and what names none
+OLD_AXES = "tczyx"  # of OME-Zarr before 0.3
+NODES = ("zarr.json", ".zarray")  # what tells of an array
 UNITS = {
     "micrometer": 1e-3, "micron": 1e-3, "nanometer": 1e-6, "millimeter": 1.0,
     "centimeter": 10.0, "meter": 1e3, "angstrom": 1e-7,
@@ -96,8 +98,8 @@ def describe(path: Path) -> Image:
     """
     try:
         if split_dataset(path):
-            return describe_hdf5(path)
-        return describe_tiff(path) if is_tiff(path) else describe_zarr(path)
+            return sized(describe_hdf5(path))
+        return sized(describe_tiff(path) if is_tiff(path) else describe_zarr(path))
     except BrokenVolume:
         raise
     except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
@@ -105,6 +107,16 @@ def describe(path: Path) -> Image:
             raise
         reason = f"metadata are not understood ({type(error).__name__}: {error})"
         raise BrokenVolume(path, reason) from error
+
+
+def sized(image: Image) -> Image:
+    """Refuse an image whose voxels have no size."""
+    for number, level in enumerate(image.levels):
+        if not np.isfinite(level.affine).all() or is_singular(level.affine):
+            raise BrokenVolume(
+                image.path, f"voxel size or place of level {number} is 0 or no number"
+            )
+    return image
 
 
 def describe_hdf5(path: Path) -> Image:
@@ -165,42 +177,60 @@ def describe_zarr(path: Path) -> Image:
     held = attributes.get("ome", attributes)  # from version 0.5 on
     assert isinstance(held, dict)
     if "multiscales" not in held:
-        series = "bioformats2raw.layout" in held
-        if (
-            series
-            and read_keys(f"{where}/0", remote.METADATA)
-            and not read_keys(f"{where}/1", remote.METADATA)
-        ):
+        there = [bool(read_keys(f"{where}/{n}", remote.METADATA)) for n in range(2)]
+        if "bioformats2raw.layout" in held and there == [True, False]:
             return describe_zarr(path / "0")
-        name = f"name one, {Path(where).name}/0" if series else "name an array or image in it"
-        kind = "holds several images" if series else "is a group without OME metadata"
-        raise BrokenVolume(where, f"{kind}: {name}")
+        raise BrokenVolume(where, no_image(Path(where).name, held))
     image, channels = held["multiscales"][0], channels_of(held)
-    named = [axis if isinstance(axis, dict) else {"name": axis} for axis in image["axes"]]
+    told = image.get("axes", OLD_AXES)
+    named = [axis if isinstance(axis, dict) else {"name": axis} for axis in told]
     axes, notes = letters(path, [str(axis["name"]) for axis in named], len(named))
-    levels = []
+    levels: list[Level] = []
+    shapes, unsized = [], True
+    if not image["datasets"]:
+        raise BrokenVolume(where, "names no level (datasets of its multiscales)")
     for entry in image["datasets"]:
         name = inside(where, str(entry["path"]))
         array = read_keys(f"{where}/{name}", remote.METADATA)
-        if "zarr.json" not in array and ".zarray" not in array:
+        if not array.keys() & set(NODES):
             raise BrokenVolume(where, f"its level {name} is no array, or missing")
         versions.append(marks(array))
         steps = [*entry.get("coordinateTransformations", ())]
         steps += image.get("coordinateTransformations", ())
         scale, offset = scale_and_offset(steps, len(axes))
+        shapes.append(json.loads(next(array[file][0] for file in NODES if file in array))["shape"])
+        if not steps and len(shapes[-1]) == len(axes):  # all levels cover the same field of view
+            scale = np.divide(shapes[0], shapes[-1])
+        unsized = unsized and not steps
         units = [millimeters(path, str(axis.get("unit") or ""), UNITS) if letter in "XYZ" else None
                  for axis, letter in zip(named, axes, strict=True)]  # fmt: skip
         affine = affine_of(axes, scale, offset, units, named)
         driver = "zarr3" if "zarr.json" in array else "zarr"
         levels.append(Level(Place(driver, versions[0], name), affine))
     unit = next((u for u in units if u is not None), None)
-    if unit is None:
+    if unsized:
+        notes = (*notes, "tells no voxel size: taken as 1 mm")
+    elif unit is None:
         notes = (*notes, "names no unit of length: taken as mm")
     body = sum(direction(axis) is not None for axis in named) == 3
     look = Look("body" if body else "picture", shown_unit(unit), channels)
     alpha = int(len(channels) == 4 and channels[3][0].lower() == "alpha")
     objects = "image-label" in held
     return Image(path, axes, tuple(levels), look, notes, hashed(versions), alpha, objects)
+
+
+def no_image(name: str, held: Json) -> str:
+    """Say what a group is that is no image, and what to name instead."""
+    labels = held.get("labels")
+    if "plate" in held:
+        return f"is a plate: name its fields, all by '{name}/*/*/[0-9]*'"
+    if "well" in held:
+        return f"is a well of a plate: name its fields, all by '{name}/[0-9]*'"
+    if "bioformats2raw.layout" in held:
+        return f"holds several images: name one, {name}/0, or all by '{name}/[0-9]*'"
+    if isinstance(labels, list) and labels:
+        return f"holds label images: name one, {name}/{labels[0]}"
+    return "is a group without OME metadata: name an array or image in it"
 
 
 def plain(
@@ -225,6 +255,8 @@ def parsed(where: str, files: Mapping[str, tuple[bytes, str]]) -> tuple[Json, bo
     try:
         known = {name: json.loads(content) for name, (content, _) in files.items()}
     except ValueError as error:
+        if any(content.startswith(LFS) for content, _ in files.values()):
+            raise BrokenVolume(where, POINTER) from error
         raise BrokenVolume(where, f"metadata are not JSON ({error})") from error
     if "zarr.json" in known:
         node = known["zarr.json"]

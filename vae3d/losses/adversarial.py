@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 import torch._functorch.config
@@ -21,7 +21,18 @@ from vae3d.models.norm import wide
 
 # The batches that a discriminator judges, and the function that averages one value for each.
 Judged = tuple[list[Tensor], Callable[[list[Tensor]], Tensor]]
-Views = Callable[[Tensor, int], Judged]
+Look = Callable[[Tensor, int], Judged]
+
+
+class Views(Protocol):
+    """How volumes of which each rank holds a part are judged; `voxels` are those of a whole one."""
+
+    voxels: int
+
+    def __call__(self, volume: Tensor, step: int) -> Judged:
+        """Return the batches to judge, and the function that averages one value for each."""
+        ...
+
 
 # Each as printed in its paper, on raw logits: (discriminator of real, of fake, generator of fake).
 CRITERIA: dict[str, tuple[Callable[[Tensor], Tensor], ...]] = {
@@ -117,7 +128,7 @@ class Critic(nn.Module):
     """
 
     def __init__(
-        self, net: Discriminator, criterion: str, views: Views, r1_weight: float, r1_every: int
+        self, net: Discriminator, criterion: str, views: Look, r1_weight: float, r1_every: int
     ):
         super().__init__()
         self.net = net
@@ -132,10 +143,10 @@ class Critic(nn.Module):
 
         `views` stand in the place of its own where `x` is a part of each volume alone.
         """
-        views = views or self.views
+        look = views or self.views
         of_real, of_fake, _ = CRITERIA[self.criterion]
         x, fake = wide(x.detach()), wide(fake.detach())
-        batches, mean = views(torch.cat((x, fake)), step)
+        batches, mean = look(torch.cat((x, fake)), step)
         # Slices of a volume stay in the order (slice, sample): split them back into real and fake.
         logits = [
             self.net(batch)[0].unflatten(0, (-1, 2, len(x))).transpose(0, 1) for batch in batches
@@ -147,12 +158,12 @@ class Critic(nn.Module):
             "logits_fake": mean([f.mean() for f in fake_logits]).detach(),
         }
         if self.r1_weight and step % self.r1_every == 0:
-            penalty = self._r1(x, step, views)
+            penalty = self._r1(x, step, look)
             loss = loss + self.r1_weight * self.r1_every * penalty
             out["r1"] = penalty.detach()
         return {"discriminator_loss": loss} | out
 
-    def _r1(self, x: Tensor, step: int, views: Views) -> Tensor:
+    def _r1(self, x: Tensor, step: int, look: Look) -> Tensor:
         """Half the squared gradient of a logit at real data: Mescheder et al. 2018, eq. 9.
 
         A patch discriminator has many logits: their sum is differentiated and the square divided by
@@ -160,7 +171,7 @@ class Critic(nn.Module):
         """
         penalties = []
         with torch.autocast(x.device.type, enabled=False), torch.enable_grad():
-            batches, mean = views(x, step)
+            batches, mean = look(x, step)
             for batch in batches:
                 batch = batch.detach().requires_grad_(True)
                 logits = self.net(batch)[0]
@@ -257,13 +268,13 @@ class Adversarial(nn.Module):
         if not self.active(step):
             return {name: recon.new_zeros(()) for name in self.weights()}
         of_generator = CRITERIA[self.critic.criterion][2]
-        views = views or self._views
-        batches, mean = views(recon, step)
+        look = views or self._views
+        batches, mean = look(recon, step)
         judged = [self._frozen(batch) for batch in batches]
         out = {"adversarial": mean([of_generator(logits).mean() for logits, _ in judged])}
         if self.feature_matching_weight:
             with torch.no_grad():
-                wanted = [self._frozen(batch)[1] for batch in views(x, step)[0]]
+                wanted = [self._frozen(batch)[1] for batch in look(x, step)[0]]
             got = [features for _, features in judged]
             out["feature_matching"] = mean([_l1(a, b) for a, b in zip(wanted, got, strict=True)])
         return out
@@ -282,17 +293,18 @@ class Adversarial(nn.Module):
         adversarial: Tensor,
         last_layer: Tensor,
         recon: Tensor,
-        voxels: int | None = None,
+        views: Views | None = None,
     ) -> None:
         """Add up the last layer's gradients from the other terms and from the adversarial one.
 
         The micro-batches' gradients are weighted by their number of samples, so that their sum is
         the gradient of the whole batch. Meanwhile they are scaled by the root of the number of
-        voxels: half precision would round a voxel's share of a mean to 0, or overflow on a sum. It
-        is that of whole samples: slabs of unequal size, which send each other gradients, need one
+        voxels: half precision would round a voxel's share of a mean to 0, or overflow on a sum.
+        Those of a whole volume: slabs of unequal size, which send each other gradients, need one
         scale.
         """
-        scale = (recon[:, :1].numel() if voxels is None else len(recon) * voxels) ** 0.5
+        voxels = recon[0, 0].numel() if views is None else views.voxels
+        scale = (len(recon) * voxels) ** 0.5
         slopes = [
             wide(torch.autograd.grad(loss * scale, last_layer, retain_graph=True)[0]).flatten()
             for loss in (others, adversarial)

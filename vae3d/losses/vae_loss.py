@@ -129,7 +129,6 @@ class VAELoss(nn.Module):
         decoding: Decoding | None = None,
         take: Callable[..., Tensor] = lambda term, *args, **options: term(*args, **options),
         views: Views | None = None,
-        voxels: int | None = None,
     ) -> dict[str, Tensor]:
         """Return the named terms and their weighted total `loss`, for the generator's update.
 
@@ -144,7 +143,6 @@ class VAELoss(nn.Module):
             decoding: How `recon` came about, for terms that ask for it; None where none does.
             take: Takes a term of what it is called with, where that is a part of each sample alone.
             views: What the discriminator judges, in that case.
-            voxels: Of a whole sample, in that case.
         """
         assert x.shape == recon.shape, f"{tuple(x.shape)} reconstructed as {tuple(recon.shape)}"
         x, recon = hidden(wide(x), weight), hidden(wide(recon), weight)
@@ -179,8 +177,7 @@ class VAELoss(nn.Module):
             measured["adversarial_weight"] = recon.new_zeros(()) + weights["adversarial"]
             if self._measures(self.adversarial, step):
                 assert last_layer is not None, "an adaptive weight needs last_layer=vae.last_layer"
-                pair = others, game["adversarial"]
-                self.adversarial.measure(*pair, last_layer, recon, voxels)
+                self.adversarial.measure(others, game["adversarial"], last_layer, recon, views)
         if isinstance(posterior, Quantized):
             measured["perplexity"], measured["usage"] = posterior.use()
         total = add_up(weights[name] * values[name] for name in values)

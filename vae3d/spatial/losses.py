@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import accumulate, cycle, pairwise
+from math import prod
 
 import torch
 from torch import Tensor
@@ -74,7 +75,7 @@ class SlabViews:
     """
 
     def __init__(self, layout: Layout, game: Adversarial):
-        self.layout, self.game = layout, game
+        self.layout, self.game, self.voxels = layout, game, prod(layout.shape)
 
     def __call__(self, volume: Tensor, step: int) -> Judged:
         """Return what to judge of a volume of which this rank holds a slab, and how to average."""

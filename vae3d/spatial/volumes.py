@@ -228,11 +228,19 @@ def fetched(cut: Layout, slab: Tensor, owned: Sequence[Rows], wanted: Sequence[R
 # Layers that see other rows ------------------------------------------------------------------
 
 
-def within(func: Callable[[Tensor], Tensor], x: SlabVolume, window: Window) -> SlabVolume:
+def within(
+    func: Callable[[Tensor], Tensor], x: SlabVolume, window: Window, least: int = 1
+) -> SlabVolume:
     """Run what sees a limited number of rows: on the slab with them, and cut its own rows.
 
     A rank of which no row is made makes one all the same, and holds none of it: so every rank runs
     every layer, and sends what the others wait for.
+
+    Args:
+        func: The layer.
+        x: What it is run on.
+        window: What it sees.
+        least: Rows that it asks for, zeros of its own apart.
     """
     me, n = x.cut.rank, x.owned[-1][1]
     size = window.size(n)
@@ -242,7 +250,9 @@ def within(func: Callable[[Tensor], Tensor], x: SlabVolume, window: Window) -> S
     made = list(pairwise([*edges, size]))
     computed = [(min(lo, size - 1), max(hi, min(lo, size - 1) + 1)) for lo, hi in made]
     seen = [window.wants(*rows) for rows in computed]
-    wanted = [(window.begins(max(lo, 0))[0], min(hi, n)) for lo, hi in seen]
+    ends = [min(max(hi, max(lo, 0) + least), n) for lo, hi in seen]
+    pairs = zip(seen, ends, strict=True)
+    wanted = [(window.begins(max(min(lo, end - least), 0))[0], end) for (lo, _), end in pairs]
     y = func(fetched(x.cut, x.slab, x.owned, wanted))
     begin, count = computed[me][0] - window.begins(wanted[me][0])[1], made[me][1] - made[me][0]
     return x.holding(x.cut.part(y, begin, begin + count), made)
@@ -305,7 +315,8 @@ def mean_pooled(
     sizes = kernel_size, kernel_size if stride is None else stride, padding
     size, steps, ends = (along_cut(number, x) for number in sizes)
     rest = kernel_size, stride, padding, False, count_include_pad, divisor_override
-    return within(lambda slab: func(slab, *rest), x, Window(steps, ends, ends, size))
+    window = Window(steps, ends, ends, size)
+    return within(lambda slab: func(slab, *rest), x, window, least=size)
 
 
 def padded(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -56,8 +55,7 @@ class SlabTask(VAETask):
         game = self.loss.adversarial
         self._views = None if game is None else SlabViews(layout, game)
         normal = self.normal_of_slabs(self.normal(batch, step), layout)
-        voxels = math.prod(layout.shape)
-        loss = partial(self.loss, take=SlabTerms(layout), views=self._views, voxels=voxels)
+        loss = partial(self.loss, take=SlabTerms(layout), views=self._views)
         return self.terms(SlabVAE(self.network, layout), loss, batch, step, normal, weight)
 
     def discriminator_loss(self, step: int, discriminator: nn.Module | None) -> dict[str, Tensor]:
