@@ -573,6 +573,30 @@ def test_broken_metadata_are_one_line(tmp_path, reason):
     assert expected in str(error.value) and "\n" not in str(error.value)
 
 
+def test_voxels_of_imaris_have_their_size_and_those_that_fill_its_chunks_are_told(tmp_path, capsys):
+    """As its files are laid out: text is letters, chunks are filled up with zeros."""
+    h5py = pytest.importorskip("h5py")
+    zyx = voxels(6, 20, 24)
+    with h5py.File(tmp_path / "a.ims", "w") as file:
+        channel = file.create_group("DataSet/ResolutionLevel 0/TimePoint 0/Channel 0")
+        held = np.pad(zyx, [(0, 2), (0, 12), (0, 8)])
+        channel.create_dataset("Data", data=held, chunks=(8, 16, 16), compression="gzip")
+        letters = {f"ImageSize{axis}": str(n) for axis, n in zip("ZYX", zyx.shape, strict=True)}
+        image = {"Unit": "um"}
+        for axis, (start, size) in enumerate([(5, 0.5), (-3, 0.25), (0, 2)]):
+            n = zyx.shape[2 - axis]
+            image |= {f"ExtMin{axis}": f"{start:.3f}", f"ExtMax{axis}": f"{start + n * size:.3f}"}
+        for node, texts in ((channel, letters), (file.create_group("DataSetInfo/Image"), image)):
+            for name, text in texts.items():
+                node.attrs[name] = np.frombuffer(text.encode(), "S1")
+    path = tmp_path / "a.ims:/DataSet/ResolutionLevel 0/TimePoint 0/Channel 0/Data"
+    assert built(path, tmp_path / "cache").shape(0) == (1, 32, 32, 8)
+    assert "--data.region '[[0, 24], [0, 20], [0, 6]]' takes that" in capsys.readouterr().err
+    store = built(path, tmp_path / "cache", region=[[0, 24], [0, 20], [0, 6]])
+    np.testing.assert_array_equal(store.read(0)[0], zyx.T)
+    assert np.allclose(store.spacing_mm(0), [0.5 * UM, 0.25 * UM, 2 * UM])
+
+
 OTHERS = {
     "plate": ({"plate": {"wells": [{"path": "A/1"}]}}, r"is a plate: .*'a\.zarr/\*/\*/\[0-9\]\*'"),
     "well": ({"well": {"images": [{"path": "0"}]}}, r"is a well of a plate: .*'a\.zarr/\[0-9\]\*'"),

@@ -120,13 +120,20 @@ def sized(image: Image) -> Image:
 
 
 def describe_hdf5(path: Path) -> Image:
-    """An HDF5 dataset: axes from its dimension labels, else ZYX; size from `element_size_um`."""
+    """An HDF5 dataset: axes from its dimension labels, else ZYX.
+
+    Voxels have the size of `element_size_um`, or that which Imaris tells.
+    """
     file, name = split_dataset(path) or (path, "")
     dataset = hdf5_dataset(file, name)
     labels = [dimension.label for dimension in dataset.dims]
     axes, notes = letters(path, labels if all(labels) else None, dataset.ndim)
     sizes = dataset.attrs.get("element_size_um")  # of ilastik and BigDataViewer, in that order
     spatial = [name for name in axes if name in "XYZ"]
+    image, channel = dataset.file.get("DataSetInfo/Image"), dataset.parent.attrs
+    if image is not None and "ImageSizeX" in channel and axes == "ZYX":
+        sizes, padded = of_imaris(path, channel, image.attrs, dataset.shape)
+        notes = (*notes, *padded)
     if sizes is None or len(sizes) != len(spatial):
         known, unit = {}, "px"
         notes = (*notes, "tells no voxel size: taken as 1 mm")
@@ -137,6 +144,33 @@ def describe_hdf5(path: Path) -> Image:
     affine = np.diag([*(known.get(axis, 1.0) for axis in "XYZ"), 1.0])
     level = Level(Place("hdf5", where, name), affine)
     return Image(path, axes, (level,), Look("picture", unit), notes, hashed([version]))
+
+
+def of_imaris(
+    path: Path, channel: Json, image: Json, shape: Sequence[int]
+) -> tuple[list[float], tuple[str, ...]]:
+    """Return voxel sizes along Z, Y, X in micrometers, and what is told of the voxels at the end.
+
+    Imaris fills up its last chunks, and tells how many voxels are of the image.
+
+    Args:
+        path: The dataset.
+        channel: Attributes of the group that it lies in.
+        image: Those of `DataSetInfo/Image`.
+        shape: Of the dataset.
+    """
+
+    def told(attributes: Json, name: str) -> str:
+        return np.asarray(attributes[name]).tobytes().decode()  # a letter an item
+
+    counts = [int(told(channel, f"ImageSize{axis}")) for axis in "ZYX"]
+    ends = [[float(told(image, f"Ext{end}{axis}")) for end in ("Min", "Max")] for axis in (2, 1, 0)]
+    unit = millimeters(path, told(image, "Unit") if "Unit" in image else "um", UNITS) or 1e-3
+    sizes = [(b - a) / n * unit / 1e-3 for (a, b), n in zip(ends, counts, strict=True)]
+    if counts == list(shape):
+        return sizes, ()
+    region = str([[0, n] for n in counts[::-1]])
+    return sizes, (f"is filled up beyond its image: --data.region '{region}' takes that alone",)
 
 
 def describe_tiff(path: Path) -> Image:

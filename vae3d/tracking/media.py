@@ -21,7 +21,6 @@ from PIL import Image, ImageDraw, ImageFont
 from loaders.layout import Layout
 from loaders.readers.common import RGB
 from loaders.whole import whole_file
-from vae3d.kernels.large import slabs_of
 
 COLUMNS = ("input", "recon", "error")
 BACKGROUND = (11, 12, 16)
@@ -465,12 +464,12 @@ def round_length(mm: float) -> float:
 
 def center_of_mass(x: np.ndarray) -> tuple[int, ...]:
     """Voxel at the intensity-weighted center of `(C, *spatial)`; the middle when x is flat."""
-    profiles = [np.zeros(n) for n in x.shape[1:]]
-    for rows in slabs_of(x.shape, 1):
-        mass = np.clip(np.nan_to_num(x[:, rows]), 0, None).sum(axis=0, dtype=np.float64)
-        for axis, profile in enumerate(profiles):
-            others = tuple(i for i in range(mass.ndim) if i != axis)
-            profile[slice(None) if axis else rows] += mass.sum(axis=others)
+    first, *others = profiles = [np.zeros(n) for n in x.shape[1:]]
+    for row in range(len(first)):  # volumes may be large
+        mass = np.clip(np.nan_to_num(x[:, row]), 0, None).sum(axis=0, dtype=np.float64)
+        first[row] = mass.sum()
+        for axis, profile in enumerate(others):
+            profile += mass.sum(axis=tuple(i for i in range(mass.ndim) if i != axis))
     return tuple(
         round(float(profile @ np.arange(len(profile)) / total)) if total > 0 else len(profile) // 2
         for profile in profiles

@@ -14,7 +14,6 @@ import numpy as np
 
 from loaders.layout import Layout
 from loaders.whole import write_text
-from vae3d.kernels.large import slabs_of
 from vae3d.tracking.media import ERROR_COLORS, case_stem, center_of_mass
 
 SUFFIX = ".view.js"
@@ -84,9 +83,9 @@ def eight_bits(volume: np.ndarray, ranges: Sequence[tuple[float, float]]) -> np.
     """Volume (C, X, Y, Z) as uint8, each channel's range as 0 to 255."""
     out = np.empty(volume.shape, np.uint8)
     for channel, (low, high) in enumerate(ranges):
-        for rows in slabs_of(volume.shape, 1):  # volumes may be large
-            scaled = (volume[channel, rows].astype(np.float32) - low) * (255 / (high - low))
-            out[channel, rows] = np.rint(np.clip(np.nan_to_num(scaled), 0, 255))
+        for row, plane in enumerate(volume[channel]):  # volumes may be large
+            scaled = (plane.astype(np.float32) - low) * (255 / (high - low))
+            out[channel, row] = np.rint(np.clip(np.nan_to_num(scaled), 0, 255))
     return out
 
 
