@@ -152,7 +152,7 @@ class Store:
     def layout(self, _index):
         return Layout(Look("body"))
 
-    def seen(self, _index):
+    def seen(self, _index, _slices):
         return None
 
 
