@@ -151,5 +151,5 @@ def _moments(mean: Tensor, logvar: Tensor) -> tuple[float, float, float, float]:
     """Mean, variance and fourth central moment of a channel, and the variance of its noise."""
     center = mean.mean(dtype=torch.float64)
     squares = (mean.double() - center).square_()
-    variance, noise = squares.mean(), logvar.double().exp_().mean()
+    variance, noise = squares.mean(), logvar.double().exp().mean()
     return float(center), float(variance), float(squares.square_().mean()), float(noise)

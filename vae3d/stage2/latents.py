@@ -185,14 +185,14 @@ def find_latents(folder: str | Path, split: str | None = None) -> list[Path]:
 
 def moments(mean: Tensor, logvar: Tensor) -> dict[str, Any]:
     """Count, mean, sum of squared deviations and posterior variance per channel, in float64."""
-    mean, logvar = mean.double().flatten(1), logvar.double().flatten(1)
-    center = mean.mean(1)
-    return {
-        "count": mean.shape[1],
-        "mean": center.tolist(),
-        "squares": ((mean - center[:, None]) ** 2).sum(1).tolist(),
-        "noise": logvar.exp().sum(1).tolist(),
-    }
+    found: dict[str, Any] = {"count": mean[0].numel(), "mean": [], "squares": [], "noise": []}
+    for ours, spread in zip(mean, logvar, strict=True):  # latents may be large
+        values = ours.to(torch.float64, copy=True)
+        center = values.mean()
+        found["mean"].append(float(center))
+        found["squares"].append(float(values.sub_(center).square_().sum()))
+        found["noise"].append(float(spread.to(torch.float64, copy=True).exp_().sum()))
+    return found
 
 
 @dataclass(frozen=True)
