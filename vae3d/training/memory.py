@@ -184,8 +184,9 @@ class RankMemory(NamedTuple):
     ) -> RankMemory:
         """Measure steps of two slabs between two other ranks, which are pretended.
 
-        One has twice the rows of the other; both are large enough for the steps of the CPU, which
-        take no more memory from some size on. Rows that neighbors send are counted.
+        One has four times the rows of the other, since a peak is known to some percent; both are
+        large enough for the steps of the CPU, which take no more memory from some size on. Rows
+        that neighbors send are counted.
         """
         f, others = without(vae.factor, axis)
         rows = -(-ROWS // f) * f
@@ -201,7 +202,7 @@ class RankMemory(NamedTuple):
             _, one, two = (  # the first time loads code
                 Trial(task, (vae.in_channels, *shape(n)), amp, whole=shape(3 * n))
                 .peak_bytes(batch_size)
-                for n in (f, rows, 2 * rows)
+                for n in (f, rows, 4 * rows)
             )  # fmt: skip
             layout = Layout(shape(3 * f), vae.factor, axis)
             x = torch.zeros(batch_size, vae.in_channels, *vae.factor)
@@ -209,7 +210,7 @@ class RankMemory(NamedTuple):
                 slabs = SlabVAE(vae, layout)
                 slabs.decode(slabs.encode(x.to(device)).mean)
         area, both_faces = math.prod(plane), layout.bytes_sent / math.prod(others)
-        per_voxel = max(two - one, 0) / (rows * area)
+        per_voxel = max(two - one, 0) / (3 * rows * area)
         fixed = max(one - (per_voxel * rows + both_faces) * area, 0)
         return cls(fixed, per_voxel, both_faces / 2, vae.factor, axis)
 
