@@ -185,14 +185,14 @@ def find_latents(folder: str | Path, split: str | None = None) -> list[Path]:
 
 def moments(mean: Tensor, logvar: Tensor) -> dict[str, Any]:
     """Count, mean, sum of squared deviations and posterior variance per channel, in float64."""
-    found: dict[str, Any] = {"count": mean[0].numel(), "mean": [], "squares": [], "noise": []}
+    found: dict[str, list[float]] = {"mean": [], "squares": [], "noise": []}
     for ours, spread in zip(mean, logvar, strict=True):  # latents may be large
         values = ours.to(torch.float64, copy=True)
         center = values.mean()
         found["mean"].append(float(center))
         found["squares"].append(float(values.sub_(center).square_().sum()))
         found["noise"].append(float(spread.to(torch.float64, copy=True).exp_().sum()))
-    return found
+    return {"count": mean[0].numel(), **found}
 
 
 @dataclass(frozen=True)
