@@ -24,6 +24,7 @@ from loaders.readers import (
     View,
     Volume,
     describe,
+    finite,
     has_place,
     is_store,
     mirrored,
@@ -162,14 +163,7 @@ class Counted:
         seen = self.counts(places, whole)[0] > 0
         lowest = np.array(self.lowest, whole.dtype).reshape(-1, 1, 1, 1)
         data = np.where(seen, whole, lowest)[box[0]]
-        if data.dtype.kind != "f" or (sound := np.isfinite(data)).all():
-            return data
-        if self.nan != "fill":
-            where = ", ".join(f"[{one.start}, {one.stop}]" for one in ranges)
-            raise BrokenVolume(
-                self.name, f"voxels in {where} are NaN or infinite: set data.nan to fill or to mask"
-            )
-        return np.where(sound, data, lowest.min())
+        return finite(data, self.nan, lowest.min(), self.name, ranges)
 
     def weights(self, slices: Sequence[slice]) -> np.ndarray:
         """Return how much the voxels of a box count, (1, X, Y, Z); padding counts 0."""

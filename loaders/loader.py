@@ -224,18 +224,15 @@ class PatchPlan:
             The row that was read, and why those before it could not be, with `on_error` at skip.
         """
         epoch, first, faults = int(row[0]), int(row[1]), []
+        part = self.part(whole) if self.part else [slice(0, n) for n in whole]
         tries = STAND_INS if self.on_error == "skip" and self.patch_size is not None else 0
         for number in range(first, first + 1 + tries):
             number %= self.rows_per_epoch
             volume, *corner = self.table(epoch)[number].tolist()
             try:
-                if self.part is None:
-                    read_patch(self.store, volume, corner, out)
-                else:
-                    read_part(self.store, volume, corner, whole, self.part(whole), out)
+                read_part(self.store, volume, corner, whole, part, out)
                 if weights is not None and self.weights is not None:
-                    cut = self.part(whole) if self.part else [slice(0, n) for n in whole]
-                    low = [at + axis.start for at, axis in zip(corner, cut, strict=True)]
+                    low = [at + axis.start for at, axis in zip(corner, part, strict=True)]
                     read_weights(self.weights, volume, low, weights)
             except BrokenVolume as error:
                 faults.append(error)

@@ -156,7 +156,8 @@ class InPlace:
         data = parts[0] if len(parts) == 1 else np.concatenate(parts)
         if self.view.gray:
             data = luminance(data.transpose(1, 2, 3, 0))[..., 0][None]
-        return finite(data.astype(self.dtype, copy=False), self.view, ranges[1:])
+        view, data = self.view, data.astype(self.dtype, copy=False)
+        return finite(data, view.nan, view.fill, str(view.place), ranges[1:])
 
     def reflected(self, channels: slice, ranges: Sequence[range]) -> np.ndarray:
         """Read a box that leaves what is held, which is reflected at its far ends."""
@@ -241,16 +242,25 @@ def consecutive(numbers: Sequence[int]) -> list[list[int]]:
     return [[number for _, number in group] for _, group in groups]
 
 
-def finite(data: np.ndarray, view: View, ranges: Sequence[range]) -> np.ndarray:
-    """Hold voxels to `data.nan`: filled, or an error that says where."""
-    if data.dtype.kind != "f" or view.nan == "keep" or (sound := np.isfinite(data)).all():
+def finite(
+    data: np.ndarray, nan: str, lowest: float | None, name: str, ranges: Sequence[range]
+) -> np.ndarray:
+    """Hold voxels to `data.nan`: filled, or an error that says where.
+
+    Args:
+        data: Voxels of a box.
+        nan: The option.
+        lowest: What fills; None for the lowest of the box.
+        name: Of the volume, for messages.
+        ranges: The box.
+    """
+    if data.dtype.kind != "f" or nan == "keep" or (sound := np.isfinite(data)).all():
         return data
-    if view.nan != "fill":
+    if nan != "fill":
         box = ", ".join(f"[{r.start}, {r.stop}]" for r in ranges)
         raise BrokenVolume(
-            str(view.place), f"voxels in {box} are NaN or infinite: set data.nan to fill or to mask"
+            name, f"voxels in {box} are NaN or infinite: set data.nan to fill or to mask"
         )
-    lowest = view.fill
     if lowest is None:
         lowest = data[sound].min() if sound.any() else 0.0
     return np.where(sound, data, np.float32(lowest))

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from vae3d.inference.metrics import in_one_unit, psnr
+from vae3d.inference.metrics import in_one_unit, latent_moments, psnr
 from vae3d.inference.reconstruct import Coding
 from vae3d.kernels.large import Lazy, Values
 from vae3d.models.custom_vae import CustomVAE
@@ -127,8 +127,7 @@ def smaller(x: Values, whole: Sequence[int], size: Sequence[int]) -> Lazy:
 
 def _by_channel(mean: Tensor, logvar: Tensor) -> dict[str, float]:
     """Noise share and kurtosis over all channels, and mean, std and both of each one."""
-    moments = [_moments(*channel) for channel in zip(mean, logvar, strict=True)]
-    means, variance, fourth, noise = torch.tensor(moments, dtype=torch.float64).T
+    means, variance, fourth, noise = latent_moments(mean, logvar)
     tails = fourth / variance.square().clamp_min(1e-300)
     kurtosis = torch.where(variance > 0, tails - 3, 0.0)  # what is constant has no tails
     share = noise / (noise + variance)
@@ -145,11 +144,3 @@ def _by_channel(mean: Tensor, logvar: Tensor) -> dict[str, float]:
     for name, values in columns.items() if len(mean) > 1 else ():
         row |= {f"{name}_z{channel}": value for channel, value in enumerate(values.tolist())}
     return row
-
-
-def _moments(mean: Tensor, logvar: Tensor) -> tuple[float, float, float, float]:
-    """Mean, variance and fourth central moment of a channel, and the variance of its noise."""
-    center = mean.mean(dtype=torch.float64)
-    squares = (mean.double() - center).square_()
-    variance, noise = squares.mean(), logvar.double().exp().mean()
-    return float(center), float(variance), float(squares.square_().mean()), float(noise)

@@ -245,12 +245,9 @@ def latent_summary(mean: Tensor, logvar: Tensor, num_values: int, latent_bits: i
     """
     from vae3d.models.posterior import DiagonalGaussian
 
-    kl, means, variances = 0.0, [], []
-    for ours, spread in zip(mean, logvar, strict=True):  # in float64 a channel at a time
-        kl += float(DiagonalGaussian(ours[None].double(), spread[None].double()).kl()) / len(mean)
-        variance, center = torch.var_mean(ours.double(), correction=0)
-        means.append(float(center))
-        variances.append(float(variance))
+    pairs = zip(mean, logvar, strict=True)  # in float64 a channel at a time
+    kl = statistics.mean(float(DiagonalGaussian(a.double(), b.double()).kl()) for a, b in pairs)
+    means, variances, _, _ = latent_moments(mean, logvar).tolist()
     return {
         "kl": kl,
         "kl_sum": kl * mean.numel(),
@@ -260,6 +257,25 @@ def latent_summary(mean: Tensor, logvar: Tensor, num_values: int, latent_bits: i
         "active_channels": sum(variance > 0.01 for variance in variances),
         "bits_per_voxel": mean.numel() * latent_bits / num_values,
     }
+
+
+def latent_moments(mean: Tensor, logvar: Tensor) -> Tensor:
+    """Of each channel: mean, variance, fourth central moment, variance of the noise, in float64.
+
+    Args:
+        mean: Posterior mean (C, *spatial) of one volume.
+        logvar: Same shape.
+
+    Returns:
+        (4, C).
+    """
+    found = []
+    for ours, spread in zip(mean, logvar, strict=True):  # latents may be large
+        center = ours.mean(dtype=torch.float64)
+        squares = (ours.double() - center).square_()
+        variance, noise = squares.mean(), spread.double().exp().mean()
+        found.append([*map(float, (center, variance, squares.square_().mean(), noise))])
+    return torch.tensor(found, dtype=torch.float64).T
 
 
 def code_summary(codes: Tensor, num_codes: int, num_values: int) -> dict:

@@ -198,7 +198,7 @@ def _of_latents(
     step: int,
     *weight: Tensor,
 ) -> Tensor:
-    return term(x, recon, posterior, step) * (layout.cells[layout.rank] / sum(layout.cells))
+    return term(x, recon, posterior, step) * layout.share_of_latent
 
 
 def _of_channels(
@@ -214,7 +214,7 @@ def _of_channels(
     value = _of_latents(layout, term, x, recon, posterior, step)
     if not term.free_bits:
         return value
-    share = layout.cells[layout.rank] / sum(layout.cells)
+    share = layout.share_of_latent
     term.scalars["nats"] = term.scalars["nats"] * (share * layout.size)
     return term.beyond_free(layout.sum(term.of_channels(posterior) * share)) / layout.size
 

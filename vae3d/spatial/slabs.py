@@ -108,6 +108,11 @@ class Layout(Neighbors):
         lo, hi = self.slabs[self.rank]
         return (hi - lo) / self.slabs[-1][1]
 
+    @property
+    def share_of_latent(self) -> float:
+        """This rank's share of the latent's rows."""
+        return self.cells[self.rank] / sum(self.cells)
+
     def owned(self, x: Tensor) -> list[Rows]:
         """Every rank's rows of a grid of whole cells, by this rank's tensor of it."""
         return self.rows(x.shape[self.dim])

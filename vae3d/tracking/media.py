@@ -470,11 +470,9 @@ def center_of_mass(x: np.ndarray) -> tuple[int, ...]:
         first[row] = mass.sum()
         for axis, profile in enumerate(others):
             profile += mass.sum(axis=tuple(i for i in range(mass.ndim) if i != axis))
-    return tuple(
-        round(float(profile @ np.arange(len(profile)) / total)) if total > 0 else len(profile) // 2
-        for profile in profiles
-        for total in [profile.sum()]
-    )
+    if not (total := first.sum()) > 0:
+        return tuple(len(profile) // 2 for profile in profiles)
+    return tuple(round(float(profile @ np.arange(len(profile)) / total)) for profile in profiles)
 
 
 def even(width: int, height: int) -> tuple[int, int]:
