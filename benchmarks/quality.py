@@ -3,6 +3,7 @@
     python benchmarks/quality.py --root DIR                  # the sweep, then 1500 steps, 3 seeds
     python benchmarks/quality.py --root DIR --steps 10 --sweep_steps 5 --seeds '[0]'   # it runs?
     python benchmarks/quality.py --root DIR --peer FOLDER     # also the package vae3d2d, in FOLDER
+    python benchmarks/quality.py --root DIR --seeds '[]'      # tables and curves of what there is
 
 Every network gets its own best learning rate (a sweep of short runs, by PSNR on validation), and
 the same budget: volumes and split, patches in the same order, loss, optimizer, precision and number
@@ -14,9 +15,11 @@ process of its own, so that its peak memory is its own. The held-out volumes are
 whole. Average pooling to the same latent grid and linear upsampling back, and block PCA with as
 many and twice as many numbers, say what a network has to beat.
 
-Writes quality.md (the tables), quality.json and quality.svg (validation PSNR over steps and over
+Writes quality.md (the tables) and quality.svg (validation PSNR over steps and over
 processor-seconds) to `--out_dir`, with what there is after each run; all networks have their first
-seed before any has its second. The same command again continues where it stopped.
+seed before any has its second. What is done is kept in quality.json beside this script (the heads
+of docs/data_sets.md; `--kept FILE` for other volumes) and not made again; a run that was stopped
+goes on where it was.
 """
 
 from __future__ import annotations
@@ -135,6 +138,7 @@ PEERS = {"monai": MonaiPeer, "monai wide": MonaiPeer, "vae3d2d": Vae3d2dPeer}
 WIDE = (32, 64, 64)  # channels of MONAI's 3D AutoencoderKL tutorial
 COLORS = ("#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd", "#8c564b")
 WARM_STEPS = 20  # to measure what a step costs
+KEPT = str(Path(__file__).with_suffix(".json"))
 
 
 def quality(
@@ -149,6 +153,7 @@ def quality(
     networks: tuple[str, ...] = NETWORKS,
     split: str = "test",
     peer: str | None = None,
+    kept: str = KEPT,
     only: str | None = None,
 ) -> None:
     """Train the recipe's network, with and without its linear code, and MONAI's, and compare them.
@@ -161,10 +166,11 @@ def quality(
         factors: Shrink factors of the latent per axis; each is a set of runs.
         rates: Learning rates of the sweep; the best on validation is taken for the runs.
         sweep_steps: Updates of a run of the sweep [steps].
-        seeds: Seeds of the runs; the sweep has the first.
+        seeds: Seeds of the runs; the sweep has the first. None to print alone.
         networks: Which of them: linear code | plain | monai.
         split: Held-out part: test | val.
         peer: Folder with the package vae3d2d (`pip install --target`), for its network too.
+        kept: File of what is done; one for each set of volumes.
         only: One run as `factor/network/rate/steps/seed`; what the benchmark calls itself with.
     """
     out, recipe = Path(out_dir), find_recipe("train", recipe)
@@ -174,39 +180,46 @@ def quality(
     if only:
         write(out / only / "result.json", run_one(root, out / only, recipe, only, split))
         return
-    done: list[dict] = []
+    results = json.loads(Path(kept).read_text()) if Path(kept).is_file() else {}
+    for file in sorted(out.rglob("result.json")):  # of runs that were begun one by one
+        results[str(file.parent.relative_to(out))] = json.loads(file.read_text())
+
+    def publish() -> str:
+        write(Path(kept), results)
+        text = tables(list(results.values()), sweep_steps)
+        write_text(out / "quality.md", text)
+        runs = [row for row in results.values() if row.get("steps", 0) > sweep_steps]
+        write_text(out / "quality.svg", curves(runs))
+        return text
 
     def run(*key: object) -> dict:
         name = "/".join(map(str, key))
-        result = out / name / "result.json"
-        if not result.is_file():
+        if name not in results:
             options = {"root": root, "out_dir": out_dir, "recipe": recipe, "split": split}
             options |= {"peer": peer} if peer else {}
             flags = [text for k, v in options.items() for text in (f"--{k}", str(v))]
             subprocess.run([sys.executable, __file__, *flags, "--only", name], check=True)
-        done.append(json.loads(result.read_text()))
-        write(out / "quality.json", done)
-        write_text(out / "quality.md", tables(done, linear, sweep_steps))
-        write_text(out / "quality.svg", curves([r for r in done if r["steps"] > sweep_steps]))
-        return done[-1]
+            results[name] = json.loads((out / name / "result.json").read_text())
+            publish()
+        return results[name]
 
-    linear: list[dict] = []
-    for factor in factors:
+    for factor in factors if seeds else ():
         best = {}
         for name in networks:
             sweep = [run(factor, name, rate, sweep_steps, seeds[0]) for rate in rates]
             best[name] = max(sweep, key=lambda r: r["curve"][-1][1])["rate"]
-        linear += linear_codes(root, recipe, done[-1]["run"], factor, split)
+        if f"{factor}/average pooling" not in results:
+            results |= linear_codes(root, recipe, out, factor, split)
         for seed in seeds:
             for name in networks:
                 run(factor, name, best[name], steps, seed)
             both = {"monai", OURS} <= best.keys()
             if seed == seeds[0] and factor == 2 ** (len(WIDE) - 1) and both:
-                ours = next(r for r in done if r["steps"] == steps and r["network"] == OURS)
+                ours = run(factor, OURS, best[OURS], steps, seed)
                 a_step = run(factor, "monai wide", best["monai"], WARM_STEPS, seed)
                 budget = steps * ours["cpu_s_per_step"] / a_step["cpu_s_per_step"]
                 run(factor, "monai wide", best["monai"], round(budget), seed)
-    print(tables(done, linear, sweep_steps))
+    print(publish())
 
 
 def run_one(root: str, run: Path, recipe: str, key: str, split: str) -> dict:
@@ -242,7 +255,6 @@ def run_one(root: str, run: Path, recipe: str, key: str, split: str) -> dict:
         "network": name,
         "rate": float(rate),
         "seed": int(seed),
-        "run": str(run),
         "steps": steps,
         "parameters": sum(p.numel() for p in kwargs["model"]().parameters()),
         "metrics": summary["metrics"],
@@ -276,13 +288,12 @@ def network(recipe, factor: int, name: str):
     return partial(PEERS[name], channels, plan["num_res_blocks"], plan["latent_channels"], groups)
 
 
-def linear_codes(root: str, recipe: str, run: str, factor: int, split: str) -> list[dict]:
+def linear_codes(root: str, recipe: str, out: Path, factor: int, split: str) -> dict[str, dict]:
     """Measure average pooling and block PCA with as many and twice as many numbers."""
     from loaders import open_data
 
-    options = options_of(root, recipe, Path(run), 1)
-    store, _ = open_data(options["data"])
-    parts = json.loads((Path(run) / "split.json").read_text())
+    options = options_of(root, recipe, out, 1)
+    store, parts = open_data(options["data"])
     training, held_out = store.subset(parts["train"]), store.subset(parts[split])
     lo, hi = store.data_range
     channels, cell = options["model"]().latent_channels, (factor,) * 3
@@ -291,49 +302,58 @@ def linear_codes(root: str, recipe: str, run: str, factor: int, split: str) -> l
     codes = {"average pooling": lambda x: pooled(x, cell)}
     codes |= {f"block PCA, {n} channels": partial(pca, count=n) for n in (channels, 2 * channels)}
     volumes = [torch.from_numpy(held_out.read(i)) for i in range(len(held_out))]
-    rows = []
+    rows = {}
     for name, code in codes.items():
         pairs = [(x, code(x)) for x in volumes]
         metrics = {
             k: {"mean": statistics.fmean(metric(x, recon, hi - lo) for x, recon in pairs)}
             for k, metric in METRICS.items()
         }
-        rows.append({"factor": factor, "network": name, "metrics": metrics})
+        rows[f"{factor}/{name}"] = {"factor": factor, "network": name, "metrics": metrics}
     return rows
 
 
-def tables(done: list[dict], linear: list[dict], sweep_steps: int) -> str:
+def tables(rows: list[dict], sweep_steps: int) -> str:
     """The results as Markdown: the sweep, then the runs, means over seeds."""
-    sweep = [row for row in done if row["steps"] == sweep_steps]
-    shown = [row for row in done if row["steps"] not in (sweep_steps, WARM_STEPS)]
+    trained = [row for row in rows if "steps" in row and row["steps"] != WARM_STEPS]
+    sweep = [row for row in trained if row["steps"] == sweep_steps]
+    rates = sorted({row["rate"] for row in sweep})
+    found = {(r["factor"], r["network"], r["rate"]): r["curve"][-1][1] for r in sweep}
+    lines = [
+        [factor, name, *(f"{found.get((factor, name, rate), float('nan')):.2f}" for rate in rates)]
+        for factor, name in dict.fromkeys(key[:2] for key in found)
+    ]
     text = f"Validation PSNR [dB] after {sweep_steps} steps, by learning rate:\n\n"
-    text += markdown("factor | network | learning rate | PSNR", [
-        [r["factor"], r["network"], f"{r['rate']:g}", f"{r['curve'][-1][1]:.2f}"] for r in sweep
-    ])  # fmt: skip
+    text += markdown(" | ".join(["factor | network", *(f"{rate:g}" for rate in rates)]), lines)
     runs: dict[tuple, list[dict]] = {}
-    for row in shown:
-        key = (row["factor"], row["network"], row["rate"], row["steps"])
-        runs.setdefault(key, []).append(row)
+    for row in trained:
+        if row["steps"] != sweep_steps:
+            key = (row["factor"], row["network"], row["rate"], row["steps"])
+            runs.setdefault(key, []).append(row)
     lines = []
-    for (factor, name, rate, steps), rows in runs.items():
-        cells = [factor, name, f"{rate:g}", steps, len(rows), f"{rows[0]['parameters'] / 1e6:.2f}"]
-        for metric, form in (("psnr", ".2f"), ("ssim", ".3f"), ("pca_equivalent", ".2f"),
-                             ("lattice_score", ".2f")):  # fmt: skip
-            values = [r["metrics"][metric]["mean"] for r in rows if metric in r["metrics"]]
-            sd = f" ({statistics.stdev(values):{form}})" if len(values) > 1 else ""
-            cells.append(f"{statistics.fmean(values):{form}}{sd}" if values else "")
-        costs = [r["cpu_s_per_step"] for r in rows if r["cpu_s_per_step"]]
-        cells.append(f"{statistics.fmean(costs):.2f}" if costs else "")
-        cells.append(f"{max(r['peak_gb'] for r in rows):.2f}")
-        lines.append(cells)
-    for row in linear:
-        psnr, ssim = (row["metrics"][k]["mean"] for k in ("psnr", "ssim"))
-        lines.append(
-            [row["factor"], row["network"], *[""] * 4, f"{psnr:.2f}", f"{ssim:.3f}"] + [""] * 4
-        )
+    for (factor, name, rate, steps), ones in runs.items():
+        costs = [one["cpu_s_per_step"] for one in ones if one["cpu_s_per_step"]]
+        lines.append([
+            factor, name, f"{rate:g}", steps, len(ones), f"{ones[0]['parameters'] / 1e6:.2f}",
+            *measured(ones), f"{statistics.fmean(costs):.2f}" if costs else "",
+        ])  # fmt: skip
+    for row in rows:
+        if "steps" not in row:
+            lines.append([row["factor"], row["network"], "", "", "", "", *measured([row]), ""])
     head = "factor | network | learning rate | steps | seeds | M parameters | PSNR [dB] | SSIM"
-    head += " | pca_equivalent | lattice_score | CPU s a step | peak GB"
+    head += " | pca_equivalent | lattice_score | CPU s a step"
     return text + "\nHeld-out volumes, mean (sd over seeds):\n\n" + markdown(head, lines)
+
+
+def measured(rows: list[dict]) -> list[str]:
+    """Mean and standard deviation over `rows` of each metric, as text."""
+    forms = {"psnr": ".2f", "ssim": ".3f", "pca_equivalent": ".2f", "lattice_score": ".2f"}
+    cells = []
+    for metric, form in forms.items():
+        values = [row["metrics"][metric]["mean"] for row in rows if metric in row["metrics"]]
+        sd = f" ({statistics.stdev(values):{form}})" if len(values) > 1 else ""
+        cells.append(f"{statistics.fmean(values):{form}}{sd}" if values else "")
+    return cells
 
 
 def markdown(head: str, rows: list[list]) -> str:
