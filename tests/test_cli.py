@@ -1,6 +1,8 @@
 """The `vae3d` command finds every task and answers quickly."""
 
 import inspect
+import subprocess
+import sys
 from importlib import import_module
 
 import docstring_parser
@@ -23,6 +25,12 @@ def test_help_lists_every_command(capsys):
     assert not stop.value.code
     printed = capsys.readouterr().out
     assert all(name in printed for name in cli.COMMANDS)
+
+
+def test_the_package_runs_as_a_module_like_the_command():
+    asked = [sys.executable, "-m", "vae3d", "--help"]
+    done = subprocess.run(asked, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("usage: vae3d COMMAND")
 
 
 def test_an_unknown_command_exits_2_and_names_the_choices(capsys):

@@ -127,6 +127,15 @@ def test_each_team_has_the_passes_of_one_process():
         assert first[0] == second[0] < ROWS
 
 
+def test_a_volume_too_short_for_the_ranks_goes_through_on_one_which_is_said_once(capsys):
+    vae = tiny().eval()
+    passes, x = Passes(vae, distributed.World(0, 3), "work", axis=1), torch.rand(1, 1, 16, 4, 16)
+    with torch.no_grad():
+        assert passes.decode(passes.encode(x).mean).equal(vae.decode(vae.encode(x).mean))
+    (line,) = capsys.readouterr().out.splitlines()
+    assert "along y than there are ranks (3)" in line and "--slab_axis" in line
+
+
 def work_that_fails(world, vae):
     try:
         with together(vae, world) as works:

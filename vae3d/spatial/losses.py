@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from itertools import accumulate, cycle, pairwise
 from math import prod
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -37,6 +38,32 @@ from vae3d.spatial.slabs import Layout, Rows
 from vae3d.spatial.volumes import SlabVolume, check
 
 
+class Seen(NamedTuple):
+    """What a term is taken of, as far as this rank has it.
+
+    Attributes:
+        x: Its slab of the volumes.
+        recon: Of their reconstructions.
+        posterior: Of their latents.
+        step: Number of optimizer updates done.
+        weight: Of the voxels' weights; empty for none.
+    """
+
+    x: Tensor
+    recon: Tensor
+    posterior: Posterior
+    step: int
+    weight: tuple[Tensor, ...]
+
+    def term(self, term: Term) -> Tensor:
+        """The term of this rank's slab as if it were all."""
+        return term(self.x, self.recon, self.posterior, self.step, *self.weight)
+
+    def volumes(self) -> list[Tensor]:
+        """Slabs of voxels: volumes, reconstructions, and weights where there are any."""
+        return [self.x, self.recon, *self.weight]
+
+
 class SlabTerms:
     """Takes each term of a loss of a slab, as `VAELoss` asks for it.
 
@@ -59,8 +86,8 @@ class SlabTerms:
         *weight: Tensor,
     ) -> Tensor:
         """Return this rank's part of a term, times the number of ranks."""
-        part = PARTS[type(term)](self.layout, term, x, recon, posterior, step, *weight)
-        return part * self.layout.size
+        seen = Seen(x, recon, posterior, step, weight)
+        return PARTS[type(term)](self.layout, term, seen) * self.layout.size
 
 
 class SlabViews:
@@ -177,101 +204,54 @@ def check_loss(loss: VAELoss, dims: int = 3) -> None:
             check(term.network, 1, dims)
 
 
-def _of_voxels(
-    layout: Layout,
-    term: Term,
-    x: Tensor,
-    recon: Tensor,
-    posterior: Posterior,
-    step: int,
-    *weight: Tensor,
-) -> Tensor:
-    return term(x, recon, posterior, step, *weight) * layout.share
+def _of_voxels(layout: Layout, term: Term, seen: Seen) -> Tensor:
+    return seen.term(term) * layout.share
 
 
-def _of_latents(
-    layout: Layout,
-    term: Term,
-    x: Tensor,
-    recon: Tensor,
-    posterior: Posterior,
-    step: int,
-    *weight: Tensor,
-) -> Tensor:
-    return term(x, recon, posterior, step) * layout.share_of_latent
+def _of_latents(layout: Layout, term: Term, seen: Seen) -> Tensor:
+    return seen._replace(weight=()).term(term) * layout.share_of_latent
 
 
-def _of_channels(
-    layout: Layout,
-    term: KL,
-    x: Tensor,
-    recon: Tensor,
-    posterior: Posterior,
-    step: int,
-    *weight: Tensor,
-) -> Tensor:
+def _of_channels(layout: Layout, term: KL, seen: Seen) -> Tensor:
     """Where channels have free bits, each has them of the whole volume."""
-    value = _of_latents(layout, term, x, recon, posterior, step)
+    value = _of_latents(layout, term, seen)
     if not term.free_bits:
         return value
     share = layout.share_of_latent
     term.scalars["nats"] = term.scalars["nats"] * (share * layout.size)
-    return term.beyond_free(layout.sum(term.of_channels(posterior) * share)) / layout.size
+    return term.beyond_free(layout.sum(term.of_channels(seen.posterior) * share)) / layout.size
 
 
-def _of_windows(
-    layout: Layout,
-    term: SSIM,
-    x: Tensor,
-    recon: Tensor,
-    posterior: object,
-    step: int,
-    *weight: Tensor,
-) -> Tensor:
+def _of_windows(layout: Layout, term: SSIM, seen: Seen) -> Tensor:
     """A window belongs to the rank of its first row."""
     size, rows = len(term.kernel), layout.shape[layout.axis]
-    term.check((x.shape[1], *layout.shape))
-    x, recon, *w = (layout.following(t, size - 1) for t in (x, recon, *weight))
+    term.check((seen.x.shape[1], *layout.shape))
+    x, recon, *weight = (layout.following(t, size - 1) for t in seen.volumes())
     windows = x.shape[layout.dim] - size + 1
     if windows < 1:  # the ranks before see these rows
         return 0 * recon.sum()
-    return term(x, recon, posterior, step, *w) * (windows / (rows - size + 1))
+    seen = seen._replace(x=x, recon=recon, weight=tuple(weight))
+    return seen.term(term) * (windows / (rows - size + 1))
 
 
-def _of_neighbors(
-    layout: Layout,
-    term: GradientDifference,
-    x: Tensor,
-    recon: Tensor,
-    posterior: object,
-    step: int,
-    *weight: Tensor,
-) -> Tensor:
+def _of_neighbors(layout: Layout, term: GradientDifference, seen: Seen) -> Tensor:
     """An edge belongs to the rank of its first row."""
     rows, dim = layout.shape[layout.axis], layout.dim
-    a, b, *w = (layout.following(t, 1) for t in (x, recon, *weight))
+    a, b, *weight = (layout.following(t, 1) for t in seen.volumes())
     edges = a.shape[dim] - 1
-    gaps = [term.gap(a, b, dim, *w) * (edges / (rows - 1)) if edges else 0 * b.sum()]
-    others = [axis for axis in range(2, x.ndim) if axis != dim and x.shape[axis] > 1]
-    gaps += [term.gap(x, recon, axis, *weight) * layout.share for axis in others]
+    gaps = [term.gap(a, b, dim, *weight) * (edges / (rows - 1)) if edges else 0 * b.sum()]
+    others = [axis for axis in range(2, a.ndim) if axis != dim and a.shape[axis] > 1]
+    gaps += [term.gap(seen.x, seen.recon, axis, *seen.weight) * layout.share for axis in others]
     return add_up(gaps) / len(gaps)
 
 
-def _of_features(
-    layout: Layout,
-    term: Perceptual,
-    x: Tensor,
-    recon: Tensor,
-    posterior: object,
-    step: int,
-    *weight: Tensor,
-) -> Tensor:
+def _of_features(layout: Layout, term: Perceptual, seen: Seen) -> Tensor:
     """Of volumes all ranks take the whole distance together; slices they share out."""
-    seen = [x, recon, *(w.expand_as(x) for w in weight)]
-    if term.network.spatial_dims == x.ndim - 2:
-        return term.distance(*(SlabVolume.of(t, layout) for t in seen)) / layout.size
-    share = Share(layout, term.num_slices, step, term.seed)
-    return share.part([term.distance(*cut) for cut in zip(*map(share.slices, seen), strict=True)])
+    slabs = [t.expand_as(seen.x) for t in seen.volumes()]
+    if term.network.spatial_dims == seen.x.ndim - 2:
+        return term.distance(*(SlabVolume.of(t, layout) for t in slabs)) / layout.size
+    share = Share(layout, term.num_slices, seen.step, term.seed)
+    return share.part([term.distance(*cut) for cut in zip(*map(share.slices, slabs), strict=True)])
 
 
 # What is decoded in the place of a latent, by its voxels one by one.

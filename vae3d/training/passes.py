@@ -103,12 +103,13 @@ class Passes:
 
     def __init__(self, vae: CustomVAE, team: World, key: str, axis: int = 0):
         self.vae, self.team, self.key, self.axis = vae, team, key, axis
-        self.done = 0
+        self.done, self.told = 0, False
 
     def encode(self, x: Tensor) -> DiagonalGaussian:
         """`CustomVAE.encode` on all ranks, for the first one to call."""
         layout = self.layout("encode", x.shape)
         if layout is None:
+            self.tell_alone()
             return type(self.vae).encode(self.vae, x)
         return self.vae.head(self.ask("encode", x, layout))
 
@@ -116,8 +117,20 @@ class Passes:
         """`CustomVAE.decode` on all ranks, for the first one to call."""
         layout = self.layout("decode", z.shape)
         if layout is None:
+            self.tell_alone()
             return type(self.vae).decode(self.vae, z)
         return self.ask("decode", z, layout)
+
+    def tell_alone(self) -> None:
+        """Say once that there are volumes which one rank takes alone."""
+        if not self.told:
+            self.told, axis = True, "xyz"[self.axis]
+            print(
+                f"sharding spatial: a volume has fewer cells of the latent along {axis} than there "
+                f"are ranks ({self.team.size}), and goes through the network on one of them alone; "
+                "take another --slab_axis or fewer ranks",
+                flush=True,
+            )
 
     def layout(self, half: Half, shape: torch.Size | list[int]) -> Layout | None:
         """Who takes which rows; None where there are fewer cells than ranks."""
