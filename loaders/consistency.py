@@ -17,25 +17,25 @@ from typing import Any, Literal
 
 import numpy as np
 
-from loaders.build import (
+from loaders.assemble import (
     color_hint,
     each,
     lacks,
-    measured,
     missing_files,
     note_lines,
-    num_threads,
     other_channels,
-    progress_bar,
     read_each,
-    read_label_map,
     require_files,
     storable,
     with_remedy,
 )
+from loaders.build import measured
 from loaders.flat import flat_faults
 from loaders.in_place import find_in_place, stays
-from loaders.preprocess import Preprocess, Statistics, intensity_lines
+from loaders.intensities import intensity_lines
+from loaders.label_maps import read_label_map
+from loaders.preprocess import Preprocess
+from loaders.progress import num_threads, progress_bar
 from loaders.readers import (
     READING,
     BrokenVolume,
@@ -49,6 +49,7 @@ from loaders.readers import (
 )  # fmt: skip
 from loaders.series import by_file
 from loaders.splits import Split
+from loaders.statistics import Statistics
 from loaders.streamed import is_streamed
 from loaders.subjects import Subject
 

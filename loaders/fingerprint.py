@@ -11,10 +11,12 @@ from statistics import median
 
 import numpy as np
 
-from loaders.build import num_threads, progress_bar, read_subject, storable
+from loaders.assemble import read_subject, storable
 from loaders.in_place import Found, find_in_place, stays
-from loaders.preprocess import PERCENTILES, RULES, Preprocess, by_rules, statistics
+from loaders.preprocess import RULES, Preprocess
+from loaders.progress import num_threads, progress_bar
 from loaders.readers import BrokenVolume, Reading, ras_axes
+from loaders.statistics import PERCENTILES, by_rules, statistics
 from loaders.subjects import Subject
 
 MEASURED = 32  # volumes that are read; medians over them hardly move after that

@@ -15,7 +15,8 @@ from pathlib import Path
 import numpy as np
 
 from loaders.counted import MOST, Counted, Mask, find_mask, small
-from loaders.preprocess import Preprocess, Record, foreground_box, to_store_grid
+from loaders.foreground import foreground_box
+from loaders.preprocess import Preprocess, Record, to_store_grid
 from loaders.readers import (
     Beside,
     BrokenVolume,

@@ -16,10 +16,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
-from loaders.build import digest, files_of
 from loaders.readers import is_store, patient_of, split_series, volume_suffix
 from loaders.series import by_file
 from loaders.subjects import Subject, bids_person
+from loaders.versions import digest, files_of
 
 Owner = tuple[str, str]  # a person, and how it was found
 SIBLINGS = 3  # a folder is a person's only where so many lie side by side and look the same,

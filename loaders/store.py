@@ -26,32 +26,18 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from loaders.build import (
-    Builder,
-    draw_labels,
-    draw_labels_in_place,
-    exclusive,
-    foreground_bounds,
-    foreground_points,
-    label_map_of,
-    labels_of,
-    main_channel,
-    note_lines,
-    points_file,
-    version_of,
-    write_whole,
-)
+from loaders.assemble import note_lines
+from loaders.build import Builder
+from loaders.cached import exclusive, write_whole
 from loaders.compressed import CompressedArray
 from loaders.consistency import Facts, Survey, refuse, wrong_channels
 from loaders.counted import Counted, Counts
 from loaders.find import Say, find_subjects
+from loaders.foreground import foreground_bounds, foreground_points, main_channel, points_file
+from loaders.intensities import intensity_lines
+from loaders.label_maps import draw_labels, draw_labels_in_place, label_map_of, labels_of
 from loaders.layout import Layout, look_of
-from loaders.preprocess import (
-    PERCENTILES,
-    Preprocess,
-    by_rules,
-    intensity_lines,
-)
+from loaders.preprocess import Preprocess
 from loaders.readers import (
     CACHE_GB,
     READING,
@@ -68,8 +54,10 @@ from loaders.readers import (
     view_written,
 )
 from loaders.series import time_points
+from loaders.statistics import PERCENTILES, by_rules
 from loaders.subjects import Subject, names_of
 from loaders.undo import format_of, undo
+from loaders.versions import version_of
 
 DRAWN = 2  # how voxels of labels are drawn: raise it when that changes
 MOST_AT_ONCE, PART = 2**27, 256  # voxels of a volume that stays where it is, see `part`

@@ -506,10 +506,10 @@ def test_whole_numbers_stored_as_floats_are_labels(tmp_path):
 def test_caching_says_how_far_it_is_in_a_log_also_while_one_volume_takes_long(
     tmp_path, monkeypatch, capsys
 ):
-    import loaders.build as build
+    from loaders import assemble, progress
 
     subjects = [Subject(f"s{n}", (scan(tmp_path / f"s{n}.nii.gz", n),)) for n in range(4)]
-    real, release = build.read_subject, threading.Event()
+    real, release = assemble.read_subject, threading.Event()
 
     def slow(subject, reading):
         if subject.id == "s0":
@@ -517,13 +517,13 @@ def test_caching_says_how_far_it_is_in_a_log_also_while_one_volume_takes_long(
             release.wait(10)
         return real(subject, reading)
 
-    monkeypatch.setattr(build, "read_subject", slow)
-    monkeypatch.setattr(build, "LINE_EVERY_S", 0.05)
+    monkeypatch.setattr(assemble, "read_subject", slow)
+    monkeypatch.setattr(progress, "LINE_EVERY_S", 0.05)
     VolumeStore.build(subjects, tmp_path / "cache", threads=2)
     lines = [line for line in capsys.readouterr().err.splitlines() if "caching" in line]
     assert lines[0].startswith("caching volumes: ") and 3 <= len(lines) <= 12
     assert any("3 of 4 after 0.0 min, 0 min left" in line for line in lines)
-    monkeypatch.setattr(build, "LINE_EVERY_S", 30.0)
+    monkeypatch.setattr(progress, "LINE_EVERY_S", 30.0)
     begun = time.monotonic()
     VolumeStore.build(subjects, tmp_path / "other", threads=2)  # quick: not a word
     assert "caching volumes" not in capsys.readouterr().err and time.monotonic() - begun < 10

@@ -119,13 +119,13 @@ def test_check_data_reads_files_at_the_same_time(tmp_path, monkeypatch):
     """Two readers wait for each other: one after the other they would wait for ever."""
     import threading
 
-    import loaders.build
+    from loaders import assemble, survey_data
 
     for n in range(2):
         np.save(tmp_path / f"{n}.npy", np.arange(8.0).reshape(2, 2, 2))
-    both, real = threading.Barrier(2, timeout=20), loaders.build.read_subject
-    monkeypatch.setattr(loaders.build, "read_subject", lambda *a: (both.wait(), real(*a))[1])
-    survey = loaders.survey_data(DataConfig(root=str(tmp_path)))
+    both, real = threading.Barrier(2, timeout=20), assemble.read_subject
+    monkeypatch.setattr(assemble, "read_subject", lambda *a: (both.wait(), real(*a))[1])
+    survey = survey_data(DataConfig(root=str(tmp_path)))
     assert survey.read_voxels(threads=2) == survey.faults == [] and len(survey.subjects) == 2
 
 

@@ -7,20 +7,18 @@ import numpy as np
 import pytest
 import torch
 
+from loaders.intensities import clip_loss
 from loaders.preprocess import (
-    PERCENTILES,
     Augment,
     Preprocess,
-    clip_loss,
     label_to_store_grid,
     orient,
-    otsu,
     resample,
     resampled_grid,
-    statistics,
     to_store_grid,
 )
 from loaders.readers import Volume, ras_axes
+from loaders.statistics import PERCENTILES, otsu, statistics
 from loaders.undo import undo
 
 PSR = np.array([[0, 0, 2.0, -90], [-2, 0, 0, 100], [0, 2, 0, -60], [0, 0, 0, 1]])

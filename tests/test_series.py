@@ -8,7 +8,7 @@ import pytest
 import tifffile
 import torch
 
-import loaders.build
+import loaders.assemble
 import vae3d
 from loaders import (
     DataConfig,
@@ -81,7 +81,7 @@ def test_a_series_is_read_once_to_cache_it_and_never_again(folder, tmp_path, mon
         read.append(path.name)
         return read_volume(path, reading)
 
-    monkeypatch.setattr(loaders.build, "read_volume", counting)
+    monkeypatch.setattr(loaders.assemble, "read_volume", counting)
     config = DataConfig(str(folder), str(tmp_path / "cache"), volumes_4d="samples")
     store, _ = open_data(config)
     assert sorted(read) == ["bold.nii.gz", "cine.nii.gz", "t1.nii.gz"] and len(store) == 17

@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 import torch
 
-import loaders.build
+import loaders.assemble
+import loaders.cached
 from loaders import DataConfig, PatchLoader, Preprocess, VolumeStore, open_data, read_volume
 from loaders.find import find_subjects
 from loaders.readers import BrokenVolume, Reading, Volume, write_volume
@@ -146,7 +147,7 @@ def test_undo_refuses_another_shape(paths, tmp_path):
 def test_changing_the_intensity_mapping_rebuilds_nothing(paths, tmp_path, monkeypatch):
     VolumeStore.build(paths, tmp_path / "cache")
     before = files(tmp_path / "cache")
-    monkeypatch.setattr(loaders.build, "read_volume", None)
+    monkeypatch.setattr(loaders.assemble, "read_volume", None)
     for preprocess in [
         Preprocess(window_hu=(0, 100)),
         Preprocess(percentiles=(0.5, 99.97), intensity="symmetric"),
@@ -203,7 +204,7 @@ def test_read_only_cache_works_and_an_incomplete_one_says_so(paths, tmp_path, mo
     def refuse(*args, **kwargs):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(loaders.build, "open", refuse, raising=False)  # root may write anywhere
+    monkeypatch.setattr(loaders.cached, "open", refuse, raising=False)  # root may write anywhere
     assert len(VolumeStore.build(paths[:3], cache)) == 3
     with pytest.raises(ValueError, match="vae3d prepare"):
         VolumeStore.build(paths, cache)
@@ -212,7 +213,7 @@ def test_read_only_cache_works_and_an_incomplete_one_says_so(paths, tmp_path, mo
 def test_full_disk_is_one_line_and_leaves_nothing_torn(paths, tmp_path):
     """Files may not grow beyond 2 KB: the same path as a full disk, without filling one."""
     code = f"""
-import resource, signal, errno, builtins, loaders.build as build
+import resource, signal, errno, builtins, loaders.cached as cached
 from loaders import VolumeStore
 real = open
 class Full:
@@ -223,7 +224,7 @@ class Full:
         self.room -= memoryview(data).nbytes
         if self.room < 0: raise OSError(errno.ENOSPC, "No space left on device")
         return self.file.write(data)
-build.open = lambda path, mode="r": Full(real(path, mode)) if mode == "wb" else real(path, mode)
+cached.open = lambda path, mode="r": Full(real(path, mode)) if mode == "wb" else real(path, mode)
 try:
     VolumeStore.build({[str(p) for p in paths]!r}, {str(tmp_path / "cache")!r})
 except ValueError as error:
@@ -400,7 +401,7 @@ def test_a_record_of_old_opens_an_old_cache_and_reads_the_numbers_of_its_time(
         del stats["robust"]  # as that commit wrote it
     sidecar.write_text(json.dumps(meta))
     with monkeypatch.context() as patched:
-        patched.setattr(loaders.build, "read_volume", None)
+        patched.setattr(loaders.assemble, "read_volume", None)
         again = VolumeStore.build([path], tmp_path / "cache", old)
         assert np.array_equal(again.read(0), store.read(0))
         assert np.array_equal(again.foreground_points(0), points)
@@ -420,7 +421,7 @@ def test_an_old_cache_is_measured_anew_for_rules_of_today(tmp_path, monkeypatch)
     again = VolumeStore.build([tmp_path / "h.npy"], tmp_path / "cache")
     assert again.entries[0].key == store.entries[0].key
     assert np.array_equal(again.read(0), store.read(0))
-    monkeypatch.setattr(loaders.build, "read_volume", None)
+    monkeypatch.setattr(loaders.assemble, "read_volume", None)
     old = VolumeStore.build([tmp_path / "h.npy"], tmp_path / "cache", Preprocess.from_dict({}))
     for store in (again, old):  # points of the rules that the cache was not filled by are drawn
         points = store.foreground_points(0)

@@ -52,8 +52,8 @@ OPTIONS = {
 @pytest.mark.parametrize("store", ["npy", "zarr"])
 @pytest.mark.parametrize("options", OPTIONS)
 def test_a_copy_made_piece_by_piece_is_that_of_the_whole(tmp_path, monkeypatch, options, store):
-    monkeypatch.setattr("loaders.build.ROWS", 3)
-    monkeypatch.setattr("loaders.build.SLAB", 1)
+    monkeypatch.setattr("loaders.cached.ROWS", 3)
+    monkeypatch.setattr("loaders.cached.SLAB", 1)
     image, mask = voxels(2, *SHAPE), ball(*SHAPE)
     image[:, mask == 0] = 60_000
     how = {"unit": "millimeter", "orientation": TURNED}

@@ -304,8 +304,8 @@ def block_pca(
     Returns:
         A `BlockPCA`; None where no training volume lies in the folder.
     """
-    from loaders.build import version_of
     from loaders.readers import is_there
+    from loaders.versions import version_of
     from vae3d.inference.baselines import BlockPCA
     from vae3d.inference.reconstruct import volume_of
 

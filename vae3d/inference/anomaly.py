@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from loaders import VolumeStore, write_volume
-from loaders.build import version_of
 from loaders.texts import misfit, read_json
 from loaders.undo import undo
+from loaders.versions import version_of
 from loaders.whole import write_text
 from vae3d.inference.evaluation import (
     finite_json,

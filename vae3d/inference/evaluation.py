@@ -24,10 +24,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from loaders import VolumeStore
-from loaders.build import version_of
 from loaders.layout import Layout
 from loaders.texts import misfit, read_json
 from loaders.undo import file_written, write_undone
+from loaders.versions import version_of
 from loaders.whole import write_text
 from vae3d.inference.baselines import BlockPCA, pooled
 from vae3d.inference.diffusability import diffusability
