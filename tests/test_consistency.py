@@ -55,7 +55,7 @@ def modalities(root: Path, lacking: tuple[str, ...] = ()) -> Path:
 def test_headers_tell_what_reading_tells_and_no_voxel_is_read(tmp_path, monkeypatch):
     import gzip
 
-    import loaders.readers.common as common
+    import loaders.readers.voxels as voxels
 
     affine = np.array([[0, 0, 2, 5], [-1.5, 0, 0, 7], [0, 3, 0, 9], [0, 0, 0, 1]], float)
     data = np.random.default_rng(0).integers(0, 99, (1, 5, 4, 3)).astype(np.int16)
@@ -71,7 +71,7 @@ def test_headers_tell_what_reading_tells_and_no_voxel_is_read(tmp_path, monkeypa
     subjects = find_subjects(tmp_path)
     read = [Facts.of(read_volume(s.paths[0])) for s in subjects]
     assert read[0] == Facts((5, 4, 3), 1, (1.5, 3.0, 2.0), "int16", "PSR") and len(read) == 5
-    monkeypatch.setattr(common, "decompressed", lambda *a: pytest.fail("voxels are read"))
+    monkeypatch.setattr(voxels, "decompressed", lambda *a: pytest.fail("voxels are read"))
     assert [facts_of(s) for s in subjects] == read
     assert read_header(tmp_path / "a.nii.gz").data.strides == (0, 0, 0, 0)
 

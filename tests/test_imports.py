@@ -77,7 +77,7 @@ ONE_PLACE = {
     "imagecodecs": set(),  # for tifffile to find
     "bioio": set(),  # its plugins are imported by name in loaders/readers/bio.py
     "blosc2": {"loaders/compressed.py"},
-    "isal": {"loaders/readers/common.py"},
+    "isal": {"loaders/readers/voxels.py"},
     "nilearn": {"loaders/demo.py"},
     "monai": {"vae3d/stage2/diffusion.py", "vae3d/losses/features.py"},
     "lightning": {"vae3d/training/lit.py"},

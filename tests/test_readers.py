@@ -27,7 +27,7 @@ from loaders.readers import (
     volume_suffix,
     write_volume,
 )
-from loaders.readers.common import LPS_TO_RAS
+from loaders.readers.volume import LPS_TO_RAS
 
 SHAPE = (5, 6, 7)
 AFFINE = np.array([[0, -1.5, 0, 10], [2, 0, 0, -20], [0, 0, 3, 5], [0, 0, 0, 1.0]])

@@ -97,7 +97,7 @@ def test_only_headers_are_read_to_count_time_points(folder, tmp_path, monkeypatc
     tifffile.imwrite(tmp_path / "t.tif", stack, imagej=True, metadata={"axes": "TZYX"})
     write_volume(tmp_path / "flat.nii", Volume(series(count=1)))
     monkeypatch.setattr("numpy.memmap", None)
-    monkeypatch.setattr("loaders.readers.common.decompressed", None)
+    monkeypatch.setattr("loaders.readers.voxels.decompressed", None)
     assert num_time_points(folder / "cine.nii.gz", SAMPLES) == 12
     assert num_time_points(tmp_path / "t.tif", SAMPLES) == 4
     assert num_time_points(tmp_path / "flat.nii", SAMPLES) == 1

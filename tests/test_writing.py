@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 
 from loaders import DataConfig, Preprocess, VolumeStore, read_volume, write_volume
 from loaders.readers import BrokenVolume, Look, Reading, Volume, ngff_writer
-from loaders.readers.common import RGB
+from loaders.readers.volume import RGB
 from loaders.undo import Undone, undo, write_undone
 from tests.stores import UM, array, ome, voxels, write
 from train_3d import train_3d

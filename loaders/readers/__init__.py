@@ -1,7 +1,7 @@
 """Files on disk -> `Volume`: one small reader per format, chosen by the file's suffix.
 
-Formats that belong together share a file; what all need is in `common`, which says how a file is
-held to its claims.
+Formats that belong together share a file; all need `volume`, `options`, `axes`, and `voxels`, which
+says how a file is held to its claims.
 
 Axes: `data` is (C, X, Y, Z) in storage order; `affine` maps voxel indices to RAS+ millimeters.
 """
@@ -27,38 +27,13 @@ from loaders.readers.arrays import (
     traffic,
 )
 from loaders.readers.bio import read_bio
-from loaders.readers.common import (
-    LFS,
-    POINTER,
-    READING,
-    UNIT_MM,
-    Boxes,
-    BrokenVolume,
-    Cut,
-    Dicom,
-    Look,
-    MissingFile,
-    Reading,
-    Volume,
-    Volumes4D,
-    are_headers_alone,
-    check_one_grid,
-    cut_out,
-    headers_alone,
-    is_singular,
-    num_items,
-    require_number,
-    same_grid,
-    shifted,
-    split_series,
-    url_of,
-)  # fmt: skip
 from loaders.readers.dicom import DICOM_SUFFIXES, holds_dicom, patient_of, read_dicom, volumes_of
 from loaders.readers.itk import read_meta, read_nrrd
 from loaders.readers.ngff import Image, describe
 from loaders.readers.ngff_writer import write_ome_zarr
 from loaders.readers.nifti import ras_axes, read_mgh, read_nifti, write_nifti
 from loaders.readers.npy import read_npy, read_npz
+from loaders.readers.options import READING, Dicom, Reading, Volumes4D
 from loaders.readers.picture import read_picture, write_picture
 from loaders.readers.planes import is_dicom, object_name
 from loaders.readers.remote import stores_at
@@ -82,6 +57,30 @@ from loaders.readers.tiff import (
     read_tiff,
     tiff_time_points,
     write_tiff,
+)
+from loaders.readers.volume import (
+    UNIT_MM,
+    Boxes,
+    BrokenVolume,
+    Cut,
+    Look,
+    MissingFile,
+    Volume,
+    check_one_grid,
+    cut_out,
+    is_singular,
+    num_items,
+    same_grid,
+    shifted,
+    url_of,
+)
+from loaders.readers.voxels import (
+    LFS,
+    POINTER,
+    are_headers_alone,
+    headers_alone,
+    require_number,
+    split_series,
 )
 
 __all__ = [

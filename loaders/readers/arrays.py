@@ -23,8 +23,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from loaders.readers import remote
-from loaders.readers.common import FETCHED, BrokenVolume, require_number, url_of
 from loaders.readers.tiff import Tiles, is_tiff_store
+from loaders.readers.volume import BrokenVolume, url_of
+from loaders.readers.voxels import FETCHED, require_number
 
 if TYPE_CHECKING:
     import h5py

@@ -9,18 +9,11 @@ from pathlib import Path
 
 import numpy as np
 
-from loaders.readers.common import (
-    LARGE,
-    MAX_EXPANSION,
-    READING,
-    BrokenVolume,
-    Look,
-    Reading,
-    Volume,
-    from_axes,
-    num_items,
-)
+from loaders.readers.axes import from_axes
+from loaders.readers.options import READING, Reading
 from loaders.readers.units import Sizes, millimeters, shown_unit, spacing_mm
+from loaders.readers.volume import BrokenVolume, Look, Volume, num_items
+from loaders.readers.voxels import LARGE, MAX_EXPANSION
 
 UNNAMED = re.compile(r"^Channel:\d+:\d+$")  # bioio's name of a channel without one
 EXTRAS = {".lif": "bio", ".nd2": "bio", ".czi": "czi"}

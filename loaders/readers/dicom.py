@@ -15,16 +15,8 @@ from pathlib import Path
 
 import numpy as np
 
-from loaders.readers.common import (
-    LPS_TO_RAS,
-    READING,
-    BrokenVolume,
-    Dicom,
-    Reading,
-    Volume,
-    split_series,
-    to_channels_first,
-)
+from loaders.readers.axes import to_channels_first
+from loaders.readers.options import READING, Dicom, Reading
 from loaders.readers.planes import (
     UNNAMED,
     Plane,
@@ -35,6 +27,8 @@ from loaders.readers.planes import (
     object_name,
     planes_of,
 )
+from loaders.readers.volume import LPS_TO_RAS, BrokenVolume, Volume
+from loaders.readers.voxels import split_series
 
 PICTURES = "name the files one by one where each is a picture of its own"
 DICOM_SUFFIXES = (".dcm", ".dicom", ".ima")  # claim to be DICOM; any other name is asked

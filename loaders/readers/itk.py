@@ -8,19 +8,11 @@ from pathlib import Path
 
 import numpy as np
 
-from loaders.readers.common import (
-    LPS_TO_RAS,
-    READING,
-    BrokenVolume,
-    Look,
-    Reading,
-    Volume,
-    num_items,
-    read_voxels,
-    require_number,
-    to_channels_first,
-)
+from loaders.readers.axes import to_channels_first
+from loaders.readers.options import READING, Reading
 from loaders.readers.units import millimeters, shown_unit
+from loaders.readers.volume import LPS_TO_RAS, BrokenVolume, Look, Volume, num_items
+from loaders.readers.voxels import read_voxels, require_number
 
 NRRD_TYPES = {
     name: code

@@ -23,9 +23,10 @@ from loaders.readers.arrays import (
     tiles_of,
     version_of_file,
 )
-from loaders.readers.common import LFS, POINTER, RGB, BrokenVolume, Look, is_singular, url_of
 from loaders.readers.tiff import is_tiff, others
 from loaders.readers.units import millimeters, shown_unit, spacing_mm
+from loaders.readers.volume import RGB, BrokenVolume, Look, is_singular, url_of
+from loaders.readers.voxels import LFS, POINTER
 
 # Axes of arrays that name none, as C order has them.
 UNNAMED = {2: "YX", 3: "ZYX", 4: "CZYX", 5: "TCZYX"}

@@ -12,9 +12,9 @@ from typing import Protocol
 import numpy as np
 
 from loaders.readers.arrays import ERRORS, key_value_store, reason, require_tensorstore
-from loaders.readers.common import UNIT_MM, Boxes, BrokenVolume
 from loaders.readers.ngff import DIRECTIONS
 from loaders.readers.nifti import ras_axes
+from loaders.readers.volume import UNIT_MM, Boxes, BrokenVolume
 from loaders.whole import whole_file
 
 VERSION = "0.5"

@@ -8,22 +8,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from loaders.readers.common import (
-    READING,
-    Boxes,
-    BrokenVolume,
-    Look,
-    Reading,
-    Volume,
-    codec_of,
-    head,
-    num_items,
-    read_voxels,
-    require_number,
-    same_grid,
-    slabs,
-    to_channels_first,
-)
+from loaders.readers.axes import to_channels_first
+from loaders.readers.options import READING, Reading
+from loaders.readers.volume import Boxes, BrokenVolume, Look, Volume, num_items, same_grid, slabs
+from loaders.readers.voxels import codec_of, head, read_voxels, require_number
 from loaders.whole import whole_file
 
 if TYPE_CHECKING:

@@ -10,19 +10,10 @@ from typing import IO
 
 import numpy as np
 
-from loaders.readers.common import (
-    LARGE,
-    MAX_EXPANSION,
-    READING,
-    BrokenVolume,
-    Look,
-    Reading,
-    Volume,
-    num_items,
-    read_voxels,
-    require_number,
-    to_channels_first,
-)
+from loaders.readers.axes import to_channels_first
+from loaders.readers.options import READING, Reading
+from loaders.readers.volume import BrokenVolume, Look, Volume, num_items
+from loaders.readers.voxels import LARGE, MAX_EXPANSION, read_voxels, require_number
 
 
 def read_npy(path: Path, reading: Reading = READING) -> Volume:

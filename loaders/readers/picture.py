@@ -7,18 +7,10 @@ from pathlib import Path
 
 import numpy as np
 
-from loaders.readers.common import (
-    LARGE,
-    MAX_EXPANSION,
-    READING,
-    RGB,
-    Boxes,
-    BrokenVolume,
-    Look,
-    Reading,
-    Volume,
-    luminance,
-)
+from loaders.readers.axes import luminance
+from loaders.readers.options import READING, Reading
+from loaders.readers.volume import RGB, Boxes, BrokenVolume, Look, Volume
+from loaders.readers.voxels import LARGE, MAX_EXPANSION
 from loaders.whole import whole_file
 
 GRAYS = ("1", "L", "I", "F")  # and I;16 and its like; all other modes hold colors

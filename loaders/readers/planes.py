@@ -18,14 +18,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from loaders.readers.common import (
-    LARGE,
-    MAX_EXPANSION,
-    BrokenVolume,
-    Look,
-    num_items,
-    read_voxels,
-)
+from loaders.readers.volume import BrokenVolume, Look, num_items
+from loaders.readers.voxels import LARGE, MAX_EXPANSION, read_voxels
 
 if TYPE_CHECKING:
     from pydicom.dataset import Dataset

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import IO, TYPE_CHECKING, TypeVar
 
-from loaders.readers.common import BrokenVolume
+from loaders.readers.volume import BrokenVolume
 
 if TYPE_CHECKING:
     import zarr

@@ -11,19 +11,11 @@ from pathlib import Path
 import numpy as np
 
 from loaders.readers.arrays import CACHE_GB, Place
-from loaders.readers.common import (
-    RGB,
-    Box,
-    BrokenVolume,
-    Cut,
-    Reading,
-    Volume,
-    are_headers_alone,
-    box_of,
-    luminance,
-    shifted,
-)
+from loaders.readers.axes import luminance
 from loaders.readers.ngff import Image, describe
+from loaders.readers.options import Reading
+from loaders.readers.volume import RGB, Box, BrokenVolume, Cut, Volume, box_of, shifted
+from loaders.readers.voxels import are_headers_alone
 from loaders.texts import misfit
 
 Shape = tuple[int, int, int, int]

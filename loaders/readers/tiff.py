@@ -21,27 +21,22 @@ from xml.etree import ElementTree
 import numpy as np
 
 from loaders.readers import remote
-from loaders.readers.common import (
-    FETCHED,
-    LARGE,
-    MAX_EXPANSION,
-    READING,
+from loaders.readers.axes import from_axes
+from loaders.readers.options import READING, Reading
+from loaders.readers.units import Sizes, millimeters, shown_unit, spacing_mm
+from loaders.readers.volume import (
     RGB,
     UNIT_MM,
     Boxes,
     BrokenVolume,
     Look,
-    Reading,
     Volume,
-    are_headers_alone,
-    from_axes,
     is_rgb,
     num_items,
-    require_number,
     slabs,
     url_of,
 )
-from loaders.readers.units import Sizes, millimeters, shown_unit, spacing_mm
+from loaders.readers.voxels import FETCHED, LARGE, MAX_EXPANSION, are_headers_alone, require_number
 from loaders.whole import whole_file
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from loaders.readers.common import BrokenVolume
+from loaders.readers.volume import BrokenVolume
 
 if TYPE_CHECKING:
     import pint

@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from loaders.layout import Layout
-from loaders.readers.common import RGB
+from loaders.readers.volume import RGB
 from loaders.whole import whole_file
 
 COLUMNS = ("input", "recon", "error")
