@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from vae3d.kernels import convolutions, memory, steps, winograd
+from vae3d.kernels import convolutions, memory, steps, upsampling, winograd
 from vae3d.kernels.precision import exact_float32
 from vae3d.models.attention import GlobalAttention
 from vae3d.models.blocks import ConvBlock, ResBlock
@@ -88,7 +88,7 @@ def assert_fast_equals_plain(function, inputs, module, tolerance=1e-5):
 def count_fast_steps(monkeypatch):
     """A list that grows by one with each fast step."""
     taken = []
-    for step in (steps.NormActConv, steps.UpsampleConv):
+    for step in (steps.NormActConv, upsampling.UpsampleConv):
         apply = step.apply
         monkeypatch.setattr(step, "apply", lambda *a, f=apply: (taken.append(1), f(*a))[1])
     return taken

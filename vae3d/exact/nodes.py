@@ -20,11 +20,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vae3d.kernels import convolutions, steps, winograd
+from vae3d.kernels import convolutions, winograd
 from vae3d.kernels.convolutions import Axes, Ends, Maybe
 from vae3d.kernels.large import Lazy
 from vae3d.kernels.memory import CHANNELS_LAST, channels_last, private_pages
 from vae3d.kernels.moments import Moments
+from vae3d.kernels.upsampling import Phases
 from vae3d.models.reach import Cells, Reach, Spread, windows_of
 
 Array = Tensor | np.ndarray | Lazy  # a memory map too
@@ -402,14 +403,14 @@ def convolve(
 class UpsampledConv(Node):
     """Nearest upsampling by one or two per axis, then a convolution of width 3.
 
-    It is computed on the coarse grid, one small convolution per phase, see `steps.Phases`.
+    It is computed on the coarse grid, one small convolution per phase, see `Phases`.
     """
 
     def __init__(self, source: Node, conv: convolutions.Conv, factor: Axes):
         self.factor = tuple(factor)
         self.reach = tuple(Cells(grow=f, halo=1) for f in factor)
         super().__init__(conv.out_channels, sizes_of(self.reach, source.shape), source)
-        self.phases = steps.Phases(conv.weight, self.factor, conv.weight.dtype)
+        self.phases = Phases(conv.weight, self.factor, conv.weight.dtype)
         self.bias = None if conv.bias is None else conv.bias.repeat(self.phases.per_row)
 
     def _cover(self, region: Region) -> Region:

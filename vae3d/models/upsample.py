@@ -14,7 +14,8 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from vae3d.kernels.convolutions import Conv
-from vae3d.kernels.steps import is_fast, on_gpu, prepared, upsample_convolve
+from vae3d.kernels.steps import is_fast, on_gpu, prepared
+from vae3d.kernels.upsampling import upsample_convolve
 from vae3d.models.conv import CONV_TRANSPOSE, conv, per_axis
 from vae3d.models.downsample import Resampling, cell_sizes, check_haar
 
@@ -77,7 +78,7 @@ class InterpUp(Up):
         return prepared(partial(interpolate, factor=self.factor, mode=self.mode), self.conv, x)
 
     def folded(self, x: Tensor) -> Conv | None:
-        """The convolution, where it and interpolation are one: `steps.upsample_convolve`."""
+        """The convolution, where it and interpolation are one: `upsample_convolve`."""
         conv = self.conv
         doubles = self.mode == "nearest" and max(self.factor) == 2
         return conv if doubles and is_fast(conv, x) else None

@@ -29,6 +29,7 @@ from vae3d.kernels.convolutions import Conv, zeros_of
 from vae3d.kernels.lean import is_lean, prepared_conv
 from vae3d.kernels.memory import channels_last
 from vae3d.kernels.moments import of_groups
+from vae3d.kernels.upsampling import upsample_convolve
 from vae3d.models import attention, blocks, custom_vae, norm, upsample
 from vae3d.models.custom_vae import CustomVAE
 from vae3d.models.linear_code import LinearCode, added_to_mean
@@ -253,7 +254,7 @@ def _interpolated(run: SlabVAE, module: upsample.InterpUp, x: Tensor) -> Tensor:
     (lo, hi), rows = owned[run.layout.rank], owned[-1][1]
     slab = run.layout.extended(x, [(lo - 1, hi + 1) for lo, hi in owned])
     beside = min(lo, 1), min(rows - hi, 1)
-    return steps.upsample_convolve(conv, slab, module.factor, beside, run.layout.dim)
+    return upsample_convolve(conv, slab, module.factor, beside, run.layout.dim)
 
 
 def _norm(run: SlabVAE, module: norm.GroupNorm | norm.BatchNorm, x: Tensor) -> Tensor:
