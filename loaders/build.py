@@ -48,7 +48,7 @@ from loaders.in_place import (
     stays,
 )
 from loaders.masks import table_of
-from loaders.preprocess import Preprocess, Record, label_to_store_grid, to_store_grid
+from loaders.preprocess import Preprocess, label_to_store_grid, to_store_grid
 from loaders.progress import num_threads, progress_bar
 from loaders.readers import (
     ZARR,
@@ -74,7 +74,7 @@ from loaders.series import by_file
 from loaders.statistics import Statistics, statistics
 from loaders.streamed import is_streamed, streamed
 from loaders.subjects import Subject
-from loaders.texts import misfit, read_json
+from loaders.texts import Record, misfit, read_json
 from loaders.versions import digest, stamp
 from loaders.whole import sweep, write_text
 

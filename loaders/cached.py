@@ -14,9 +14,8 @@ from pathlib import Path
 import numpy as np
 
 from loaders.counted import Counts
-from loaders.preprocess import Record
 from loaders.readers import Boxes, Cut, Look, View, Volume
-from loaders.texts import misfit
+from loaders.texts import Record, misfit
 from loaders.whole import whole_file
 
 # What a sidecar holds; see `loaders.texts.misfit`. By `ALIKE` one value a channel.

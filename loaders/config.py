@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 from loaders.patches import LabelCorners, Sampler, UniformCorners
-from loaders.preprocess import FIRST_FIELDS, FIRST_RULES, Augment, Preprocess, Record, is_old
+from loaders.preprocess import FIRST_FIELDS, FIRST_RULES, Augment, Preprocess, is_old
 from loaders.readers import Dicom
+from loaders.texts import Record
 
 if TYPE_CHECKING:
     from loaders.consistency import Survey

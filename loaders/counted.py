@@ -15,7 +15,6 @@ from typing import Protocol
 import numpy as np
 
 from loaders.masks import as_weights, refuse_other_size, table_of
-from loaders.preprocess import Record
 from loaders.readers import (
     Beside,
     BrokenVolume,
@@ -33,7 +32,7 @@ from loaders.readers import (
     times_of,
     view_of,
 )
-from loaders.texts import misfit
+from loaders.texts import Record, misfit
 
 MOST = 2**23  # voxels of a mask, or map of labels, that is read whole
 STRAIGHT = 0.1  # voxels that an axis of a mask may stray from that of its volume

@@ -16,7 +16,7 @@ import numpy as np
 
 from loaders.counted import MOST, Counted, Mask, find_mask, small
 from loaders.foreground import foreground_box
-from loaders.preprocess import Preprocess, Record, to_store_grid
+from loaders.preprocess import Preprocess, to_store_grid
 from loaders.readers import (
     Beside,
     BrokenVolume,
@@ -36,6 +36,7 @@ from loaders.readers import (
     view_of,
 )
 from loaders.subjects import Subject
+from loaders.texts import Record
 
 ENOUGH = 2**20  # voxels that statistics are taken of, at most MOST
 BLOCKS, SIDE = 64, 32  # drawn where there is no level of that size

@@ -23,13 +23,13 @@ import numpy as np
 from loaders.foreground import foreground_box
 from loaders.readers import Boxes, Volume, ras_axes, same_grid, shifted
 from loaders.statistics import PERCENTILES, Statistics
+from loaders.texts import Record
 
 if TYPE_CHECKING:
     import torch
 
 Pair = tuple[float, float]
 Kind = Literal["unit", "symmetric", "zscore", "raw"]
-Record = dict[str, Any]  # plain data, as in JSON
 
 RULES = 2
 # What a record means that does not tell: it was written before there was a choice.

@@ -6,15 +6,16 @@ import math
 from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
+
+from loaders.texts import Record
 
 # Percentiles that are measured when a volume is built: steps of 0.1, in the tails of 0.01.
 PERCENTILES = np.unique(
     np.round(np.r_[np.arange(0, 1, 0.01), np.arange(1, 99, 0.1), np.arange(99, 100.005, 0.01)], 2)
 )
-Statistics = dict[str, Any]  # of one channel, plain data as in JSON; see `statistics`
+Statistics = Record  # of one channel, see `statistics`
 # Percentiles that lie in the sidecar itself.
 QUICK = (
     *(0.0, 0.1, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 30.0, 40.0, 50.0),

@@ -13,7 +13,7 @@ import numpy as np
 
 from loaders.counted import Counted
 from loaders.in_place import Bounds, Found, Sample, crop_box, size_of
-from loaders.preprocess import WHOLE, Preprocess, Record, Resampled, resampled_grid
+from loaders.preprocess import WHOLE, Preprocess, Resampled, resampled_grid
 from loaders.readers import (
     Beside,
     Boxes,
@@ -28,6 +28,7 @@ from loaders.readers import (
     view_of,
 )
 from loaders.subjects import Subject
+from loaders.texts import Record
 
 
 class Source:

@@ -9,6 +9,8 @@ from typing import Any
 
 import yaml
 
+Record = dict[str, Any]  # plain data, as in JSON
+
 MAX_CHARACTERS = 1_000_000  # of one YAML text
 MAX_BYTES = 2**28  # of any other text: some million volumes
 MAX_VALUES = 100_000  # after all aliases are replaced by what they stand for; PyYAML takes seconds

@@ -13,7 +13,7 @@ from typing import Literal, Protocol
 import numpy as np
 import torch
 
-from loaders.preprocess import WHOLE, Record, Resampled
+from loaders.preprocess import WHOLE, Resampled
 from loaders.readers import (
     PICTURES,
     Boxes,
@@ -26,6 +26,7 @@ from loaders.readers import (
     volume_suffix,
     write_volume,
 )
+from loaders.texts import Record
 
 Format = Literal["nifti", "ome-zarr", "tiff", "png"]
 SUFFIXES: dict[str, str] = {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -64,13 +63,10 @@ def decode(
     from loaders.undo import write_undone
     from vae3d.inference.estimate import told
     from vae3d.inference.reconstruct import coding_of
-    from vae3d.kernels.progress import part, watched
-    from vae3d.spatial.slabs import axis_named
     from vae3d.stage2.latents import check_header, find_latents, read_info, read_latent
-    from vae3d.tracking.console import Gauge
     from vae3d.training.distributed import open_world
     from vae3d.training.memory import SMALLER_PASSES, telling_of_device
-    from vae3d.training.passes import in_slabs, together, work_of
+    from vae3d.training.shares import Shares, cut_along
 
     path = Path(latents)
     paths = [path] if path.is_file() else find_latents(path, None if split == "all" else split)
@@ -81,24 +77,20 @@ def decode(
     coding, lines = coding_of(made_by, mode, patching, memory_gb=memory_gb, amp=amp)
     vae = load_encoder(checkpoint, made_by, trust)
     coding.check(vae)
-    axis = axis_named(slab_axis, vae.spatial_dims)
-    if sharding:
-        coding = in_slabs(coding, vae)
+    coding, axis = cut_along(coding, vae, sharding, slab_axis)
     with open_world(device) as world, telling_of_device(*SMALLER_PASSES):
         vae.to(world.device)
-        team = world.team(world.size if sharding else 1)
-        mine = [paths[i] for i in work_of(world, team, len(paths))]
-        sizes = [size_of(path, made_by) for path in mine]
+        shares = Shares(vae, world, len(paths), axis)
+        sizes = {i: size_of(paths[i], made_by) for i in shares.mine}
         if world.is_main:
-            cost = told(coding, vae, sizes, ("decode",), team.size)
+            cost = told(coding, vae, [*sizes.values()], ("decode",), shares.team.size)
             print(*lines, cost, sep="\n", flush=True)
-        voxels = sum(map(math.prod, sizes))
-        gauge = Gauge("decode", enabled=world.is_main)
-        with gauge, watched(gauge.add), together(vae, team, axis):
-            for path, size in zip(mine, sizes, strict=True):
+        with shares.at_work("decode", sizes) as work:
+            for index, size in sizes.items():
+                path = paths[index]
                 latent = read_latent(path)
                 z = latent.mean if latent.codes is None else values_of(vae, latent.codes, path)
-                with part(math.prod(size) / voxels):
+                with work.on(index):
                     x = coding.decode(vae, z, size, str(path), Path(out_dir))
                 record = latent.info["source"]["undo"]
                 print(write_undone(Path(out_dir), path.stem, x, record, recon_format))

@@ -99,14 +99,11 @@ def encode(
     from vae3d.inference.estimate import told
     from vae3d.inference.files import codes_of
     from vae3d.inference.reconstruct import coding_of, of_training, volume_of
-    from vae3d.kernels.progress import part, watched
-    from vae3d.spatial.slabs import axis_named
     from vae3d.stage2.latents import latent_path, write_index, write_latent
-    from vae3d.tracking.console import Gauge
     from vae3d.training.checkpoint import find_checkpoint, load_checkpoint, vae_of
     from vae3d.training.distributed import open_world
     from vae3d.training.memory import SMALLER_PASSES, telling_of_device
-    from vae3d.training.passes import in_slabs, together, work_of
+    from vae3d.training.shares import Shares, cut_along
 
     state = load_checkpoint(checkpoint)
     vae = vae_of(state, checkpoint, ema, trust)
@@ -114,9 +111,7 @@ def encode(
     usual = of_training(state["config"])
     coding, lines = coding_of(usual, mode, patching, memory_gb=memory_gb, amp=amp)
     coding.check(vae)
-    axis = axis_named(slab_axis, vae.spatial_dims)
-    if sharding:
-        coding = in_slabs(coding, vae)
+    coding, axis = cut_along(coding, vae, sharding, slab_axis)
     if measured_scale:
         vae.set_latent_scale(vae.latent_scale)  # refuses what keeps none, before anything is made
     made_by = {"checkpoint": weights_hash(vae), "step": state["step"], "ema": ema}
@@ -132,29 +127,27 @@ def encode(
             folder.mkdir(parents=True, exist_ok=True)
             sweep(folder)
         world.barrier()
-        team = world.team(world.size if sharding else 1)
-        mine = work_of(world, team, len(store))
+        shares = Shares(vae, world, len(store), axis)
+        mine = shares.mine
         todo = [i for i in mine if not _finished(folder, store, i, made_by, overwrite)]
         if len(todo) < len(mine):
             print(f"{len(mine) - len(todo)} of {len(mine)} volumes are done already", flush=True)
         shapes = {i: store.shape(i)[1:] for i in todo}
         codings = {i: coding.settled(vae, shape, ("encode",)) for i, shape in shapes.items()}
         if todo and world.is_main:
-            cost = told(coding, vae, [*shapes.values()], ("encode",), team.size)
+            cost = told(coding, vae, [*shapes.values()], ("encode",), shares.team.size)
             print(*lines, cost, sep="\n", flush=True)
-        voxels = sum(map(math.prod, shapes.values()))
-        gauge = Gauge("encode", enabled=world.is_main)
-        with gauge, watched(gauge.add), together(vae, team, axis):
+        with shares.at_work("encode", shapes) as work:
             for index in todo:
                 name, x = store.ids[index], volume_of(store, index)
-                with part(math.prod(shapes[index]) / voxels):
+                with work.on(index):
                     mean, logvar = codings[index].encode(vae, x, name)
                 factor = coding.factor(vae, mean.ndim - 1)
                 by = made_by | codings[index].facts()
                 info = header(store, index, factor, by, parts)
                 codes = codes_of(vae, mean)
                 write_latent(latent_path(folder, name), mean, logvar, info, codes)
-                print(f"{name}: {tuple(mean.shape)}  eta {gauge.left()}", flush=True)
+                print(f"{name}: {tuple(mean.shape)}  eta {work.left()}", flush=True)
         world.barrier()
         if world.is_main:
             where = os.path.abspath(find_checkpoint(checkpoint))

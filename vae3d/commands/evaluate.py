@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from loaders import Preprocess
 from loaders.readers import Reading
+from loaders.texts import Record
 from vae3d.losses.perceptual import Perceptual
 from vae3d.ranges import check_ranges
 from vae3d.tracking.options import Tracking
@@ -22,7 +22,10 @@ from vae3d.training.options import spread
 if TYPE_CHECKING:
     from loaders import Subject, VolumeStore
     from vae3d.inference.baselines import BlockPCA
+    from vae3d.inference.evaluation import Evaluator
+    from vae3d.inference.reconstruct import Coding
     from vae3d.models.custom_vae import CustomVAE
+    from vae3d.training.shares import Shares
 
 PCA_VOLUMES = 16  # training volumes that the block-PCA baseline is fitted on
 SHOWN = 4  # volumes whose pictures trackers get
@@ -144,19 +147,14 @@ def evaluate(
     from loaders.masks import with_label_maps
     from loaders.store import silent
     from loaders.whole import sweep
-    from vae3d.inference.estimate import told
-    from vae3d.inference.evaluation import Evaluator, headline
+    from vae3d.inference.evaluation import Evaluator
     from vae3d.inference.reconstruct import coding_of, of_training
     from vae3d.inference.segmenters import segmenter_named
-    from vae3d.kernels.progress import part, watched
-    from vae3d.spatial.slabs import axis_named
-    from vae3d.tracking.console import Gauge
     from vae3d.tracking.privacy import Aliases
-    from vae3d.tracking.tracker import Tracker
-    from vae3d.training.checkpoint import find_checkpoint, fingerprint, load_checkpoint, vae_of
+    from vae3d.training.checkpoint import load_checkpoint, vae_of
     from vae3d.training.distributed import open_world
     from vae3d.training.memory import SMALLER_PASSES, telling_of_device
-    from vae3d.training.passes import in_slabs, together, work_of
+    from vae3d.training.shares import Shares, cut_along
 
     if isinstance(data, str):
         data = EvaluationData(data)
@@ -168,10 +166,7 @@ def evaluate(
     more = dict(batch_size=batch_size, memory_gb=memory_gb, amp=amp)
     # It says what is wrong before anything is written.
     coding, about_mode = coding_of(of_training(trained), mode, patching, **more)
-    axis = axis_named(slab_axis, vae.spatial_dims)
-    if sharding:
-        coding = in_slabs(coding, vae)
-    how = vars(coding)
+    coding, axis = cut_along(coding, vae, sharding, slab_axis)
     distance = perceptual() if perceptual is not None else None
     judge = segmenter_named(segmenter) if segmenter else None
     coding.check(vae)
@@ -180,12 +175,7 @@ def evaluate(
     if trained.get("hash_cases", False):  # names that a run has kept at home stay there
         tracking = replace(tracking, hash_cases=True)
     reading = replace(Reading.of(trained["data"]).masked(data.mask), region=data.region)
-    facts = {"checkpoint": str(find_checkpoint(checkpoint)), "step": state["step"], "ema": ema}
-    facts["checkpoint_sha256"] = fingerprint(checkpoint)
-    if mask := reading.mask or ("finite voxels" if reading.nan == "mask" else None):
-        facts["mask"] = mask
-    if data.region is not None:
-        facts["region"] = data.region
+    facts = facts_of(checkpoint, state["step"], ema, reading)
     seen = [id for ids in state["split"].values() for id in ids]
     lines: list[str] = []
     subjects = find_subjects(data.root, reading, seen, lines.append)
@@ -225,38 +215,73 @@ def evaluate(
         if distance is not None:
             distance.to(world.device).data_range = store.data_range
         evaluator = Evaluator(
-            vae, store, out, how, facts, latent_bits, patch_gap, pca, distance, save_recon, media,
-            radiological, segmenter=judge, segmenter_name=(segmenter or "").rpartition(".")[2],
+            *(vae, store, out, vars(coding), facts, latent_bits, patch_gap, pca, distance),
+            save_recon=save_recon,
+            media=media,
+            radiological=radiological,
+            segmenter=judge,
+            segmenter_name=(segmenter or "").rpartition(".")[2],
             recon_format=recon_format,
-        )  # fmt: skip
+        )
         if tracking.hash_cases:
             evaluator.alias = Aliases(out, store.ids)
-        team = world.team(world.size if sharding else 1)
-        mine = work_of(world, team, len(store))
-        todo = {i: store.shape(i)[1:] for i in mine if evaluator.finished(i) is None}
-        if todo and world.is_main:
-            cost = told(coding, vae, list(todo.values()), ranks=team.size)
-            print(*about_mode, cost, sep="\n", flush=True)
-        voxels = sum(map(math.prod, todo.values()))
-        gauge = Gauge("evaluate", enabled=world.is_main)
-        with gauge, watched(gauge.add), together(vae, team, axis):
-            for done, index in enumerate(mine, start=1):
-                with part(math.prod(todo.get(index, (0,))) / max(voxels, 1)):
-                    row = evaluator.volume(index)
-                left = gauge.left() if todo else "0:00:00"
-                print(f"{done}/{len(mine)} {row['case']}: {headline(row)}  eta {left}", flush=True)
+        evaluate_each(evaluator, Shares(vae, world, len(store), axis), coding, about_mode)
         world.barrier()
-        if not world.is_main:
-            return
-        summary = evaluator.finish()
-        tracker = Tracker(out, tracking, config={**facts, **how})
-        means = {f"eval/{k}": v["mean"] for k, v in summary["metrics"].items()}
-        tracker.log(means, step=state["step"])
-        if media:
-            tracker.log_media(evaluator.pictures(SHOWN), step=state["step"])
-        tracker.close()
-        say_results(summary, out)
-        print(evaluator.sentence(summary))
+        if world.is_main:
+            publish(evaluator, tracking)
+
+
+def facts_of(checkpoint: str, step: int, ema: bool, reading: Reading) -> Record:
+    """What the numbers of an evaluation depend on, beside the volumes and their way through."""
+    from vae3d.training.checkpoint import find_checkpoint, fingerprint
+
+    facts: Record = {"checkpoint": str(find_checkpoint(checkpoint)), "step": step, "ema": ema}
+    facts["checkpoint_sha256"] = fingerprint(checkpoint)
+    if mask := reading.mask or ("finite voxels" if reading.nan == "mask" else None):
+        facts["mask"] = mask
+    return facts | ({} if reading.region is None else {"region": reading.region})
+
+
+def evaluate_each(
+    evaluator: Evaluator, shares: Shares, coding: Coding, about_mode: list[str]
+) -> None:
+    """Evaluate this rank's volumes, a line for each.
+
+    Args:
+        evaluator: Measures and writes.
+        shares: Which volumes.
+        coding: How they go through the network.
+        about_mode: Lines on how that was chosen.
+    """
+    from vae3d.inference.estimate import told
+    from vae3d.inference.evaluation import headline
+
+    store, mine = evaluator.store, shares.mine
+    todo = {i: store.shape(i)[1:] for i in mine if evaluator.finished(i) is None}
+    if todo and shares.tells:
+        cost = told(coding, evaluator.vae, list(todo.values()), ranks=shares.team.size)
+        print(*about_mode, cost, sep="\n", flush=True)
+    with shares.at_work("evaluate", todo) as work:
+        for done, index in enumerate(mine, start=1):
+            with work.on(index):
+                row = evaluator.volume(index)
+            said = f"{done}/{len(mine)} {row['case']}: {headline(row)}  eta {work.left()}"
+            print(said, flush=True)
+
+
+def publish(evaluator: Evaluator, tracking: Tracking) -> None:
+    """Write the report, send numbers and pictures to trackers, and say what was found."""
+    from vae3d.tracking.tracker import Tracker
+
+    summary, step = evaluator.finish(), evaluator.facts["step"]
+    tracker = Tracker(evaluator.out_dir, tracking, config={**evaluator.facts, **evaluator.how})
+    means = {f"eval/{name}": found["mean"] for name, found in summary["metrics"].items()}
+    tracker.log(means, step=step)
+    if evaluator.media:
+        tracker.log_media(evaluator.pictures(SHOWN), step=step)
+    tracker.close()
+    say_results(summary, evaluator.out_dir)
+    print(evaluator.sentence(summary))
 
 
 def choose_subjects(

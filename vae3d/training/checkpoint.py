@@ -24,9 +24,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from loaders import DataConfig
-from loaders.preprocess import Record
 from loaders.readers import Reading
-from loaders.texts import misfit, read_json
+from loaders.texts import Record, misfit, read_json
 from loaders.whole import sweep, whole_file, write_text
 from vae3d.models.classes import made
 from vae3d.ranges import check_ranges
