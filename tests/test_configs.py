@@ -39,7 +39,7 @@ def test_a_training_recipe_parses_builds_and_saves_equal(path, tmp_path):
     argv = ["--config", str(path), "--data.root", "DIR", "--out_dir", str(tmp_path)]
     kwargs = config.parse(train_3d, argv)
     vae = kwargs["model"]()
-    check_sizes(vae, kwargs["patching"], kwargs["patch_size"])
+    check_sizes(vae, kwargs["patch_size"])
     kwargs["loss"]()
     config.save_config(tmp_path / "config.yaml", train_3d, kwargs)
     again = config.parse(train_3d, ["--config", str(tmp_path / "config.yaml")])

@@ -86,7 +86,7 @@ def test_each_proposal_is_a_recipe_that_trains_as_it_stands(found, on_gpu, tmp_p
     options = parse(train_3d, ["--config", str(path)])
     vae = options["model"]()
     assert vae.factor == tuple(factor)
-    check_sizes(vae, options["patching"], options["patch_size"])
+    check_sizes(vae, options["patch_size"])
     options["loss"]()
     assert 4 <= np.prod(factor) * vae.in_channels / vae.latent_channels <= 32
 

@@ -126,7 +126,7 @@ def plan_recipe(
         batch_size = 1 if options["batch_size"] == "auto" else options["batch_size"]
     vae, terms = made("--model", options["model"]), made("--loss", options["loss"])
     vae.settle_linear_code()
-    check_sizes(vae, "full", patch)
+    check_sizes(vae, patch)
     axis = axis_named(slab_axis or options["slab_axis"], vae.spatial_dims)
     vae.set_checkpointing(options["checkpointing"])
 
@@ -215,7 +215,7 @@ def plan_data(
         recipe = propose(found, str(where), out_dir, world.device.type == "cuda")
         vae, loss = read_back(recipe_text(recipe))
         if patch_size:
-            check_sizes(vae, "full", patch_size)
+            check_sizes(vae, patch_size)
         task = VAETask(vae, loss).to(world.device)
         budget = memory_gb * 1e9 if memory_gb else budget_bytes(world.device)
         recipe |= sizes(found, task, native_amp(world.device), budget, patch_size, batch_size)

@@ -18,6 +18,7 @@ from vae3d.training.distributed import Mesh
 from vae3d.training.options import Loop, as_options, spread
 
 if TYPE_CHECKING:
+    from loaders import VolumeStore
     from vae3d.training.distributed import World
     from vae3d.training.memory import Trial
 
@@ -88,7 +89,7 @@ def train_3d(
 
     import torch
 
-    from loaders import PatchLoader, open_data
+    from loaders import PatchLoader
     from vae3d.spatial.slabs import axis_named, own_part
     from vae3d.spatial.slabs import cut as cut_slabs
     from vae3d.training.distributed import World, open_world
@@ -104,12 +105,12 @@ def train_3d(
 
     torch.manual_seed(loop.seed)
     vae, terms = made("--model", model), made("--loss", loss)
-    check_sizes(vae, patching, patch_size)
-    if augment:
-        augment.check(vae.spatial_dims)
     if patching:
+        check_sizes(vae, patch_size)
         grid = (-(-n // f) for n, f in zip(patch_size, vae.factor, strict=True))
         terms.check((vae.out_channels, *patch_size), (vae.latent_channels, *grid))
+    if augment:
+        augment.check(vae.spatial_dims)
     loading = data.loader_options(loop.threads)
     mesh = Mesh.of(sharding, mesh, int(os.environ.get("WORLD_SIZE", 1)))
     axis = axis_named(slab_axis, vae.spatial_dims)
@@ -148,21 +149,15 @@ def train_3d(
         else:
             task = VAETask(vae, terms, loop.seed, augment)
 
-        with world.main_first():
-            known, say = state and state["split"], print if world.is_main else None
-            store, split = open_data(
-                data, vae.spatial_dims, known, vae.in_channels, say, loop.force, world.size
-            )
-        split = world.broadcast(split)
+        store, split = open_parts(data, vae, state and state["split"], loop.force, world)
         training, held_out = store.subset(split["train"]), store.subset(split["val"])
         sample = patch_size if patching else largest(map(training.shape, range(len(training))))[1:]
         if in_slabs and not patching:
             cut_slabs(training.spatial_shapes.min(axis=0).tolist(), vae.factor, team.size, axis)
-        begun_with = state["batch_size"] if state else None
-        weights = training.num_weights
         alike = patching is not None
-        trial = Trial(task, (vae.in_channels, *sample), amp, weights, same_shapes=alike)
-        batch = settled_batch(batch_size, begun_with, trial, world)
+        shape = vae.in_channels, *sample
+        trial = Trial(task, shape, amp, training.num_weights, same_shapes=alike)
+        batch = settled_batch(batch_size, state and state["batch_size"], trial, world)
         cut = partial(
             PatchLoader,
             training,
@@ -227,16 +222,35 @@ def train_3d(
         return run.fit(trainer, state)
 
 
-def check_sizes(vae: CustomVAE, patching: str | None, patch_size: tuple[int, ...]) -> None:
+def open_parts(
+    data: DataConfig, vae: CustomVAE, known: dict[str, list[str]] | None, force: bool, world: World
+) -> tuple[VolumeStore, dict[str, list[str]]]:
+    """Open the volumes, one rank first; the store, and the ids of each part of the split.
+
+    Args:
+        data: Which volumes.
+        vae: What they are for.
+        known: The split of the run that goes on, or None.
+        force: Go on although the volumes have changed since.
+        world: The ranks; the main one speaks, and its split is that of all.
+    """
+    from loaders import open_data
+
+    with world.main_first():
+        say = print if world.is_main else None
+        store, split = open_data(
+            data, vae.spatial_dims, known, vae.in_channels, say, force, world.size
+        )
+    return store, world.broadcast(split)
+
+
+def check_sizes(vae: CustomVAE, patch_size: tuple[int, ...]) -> None:
     """Refuse a patch that the model cannot shrink by its factor.
 
     Args:
         vae: The model.
-        patching: null | full | random_parts.
         patch_size: Patch per axis [voxels].
     """
-    if patching is None:
-        return
     if len(patch_size) != vae.spatial_dims:
         raise ValueError(
             f"--patch_size {list(patch_size)} has {len(patch_size)} axes, the model has "
