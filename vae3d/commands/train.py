@@ -19,6 +19,7 @@ from vae3d.training.options import Loop, as_options, spread
 
 if TYPE_CHECKING:
     from loaders import VolumeStore
+    from loaders.slices import SliceStore
     from vae3d.training.distributed import World
     from vae3d.training.memory import Trial
 
@@ -157,7 +158,8 @@ def train_3d(
         alike = patching is not None
         shape = vae.in_channels, *sample
         trial = Trial(task, shape, amp, training.num_weights, same_shapes=alike)
-        batch = settled_batch(batch_size, state and state["batch_size"], trial, world)
+        begun_with = state["batch_size"] if state else None
+        batch = settled_batch(batch_size, begun_with, trial, world)
         cut = partial(
             PatchLoader,
             training,
@@ -224,7 +226,7 @@ def train_3d(
 
 def open_parts(
     data: DataConfig, vae: CustomVAE, known: dict[str, list[str]] | None, force: bool, world: World
-) -> tuple[VolumeStore, dict[str, list[str]]]:
+) -> tuple[VolumeStore | SliceStore, dict[str, list[str]]]:
     """Open the volumes, one rank first; the store, and the ids of each part of the split.
 
     Args:
