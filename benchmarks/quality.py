@@ -237,6 +237,11 @@ def run_one(root: str, run: Path, recipe: str, key: str, split: str) -> dict:
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # kilobytes on Linux
     if torch.cuda.is_available():
         memory = torch.cuda.max_memory_allocated()
+    cost = used / (steps - start) if steps > start else None
+    told = {"factor": int(factor), "network": name, "rate": float(rate), "seed": int(seed)}
+    told |= {"steps": steps, "cpu_s_per_step": cost, "peak_gb": memory / 1e9}
+    if steps == WARM_STEPS:
+        return told
     log = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     data = EvaluationData(root, kwargs["data"].cache_dir)
     evaluate(
@@ -250,16 +255,9 @@ def run_one(root: str, run: Path, recipe: str, key: str, split: str) -> dict:
         trust=("__main__",),
     )
     summary = json.loads((run / "evaluation" / "summary.json").read_text())
-    return {
-        "factor": int(factor),
-        "network": name,
-        "rate": float(rate),
-        "seed": int(seed),
-        "steps": steps,
+    return told | {
         "parameters": sum(p.numel() for p in kwargs["model"]().parameters()),
         "metrics": summary["metrics"],
-        "cpu_s_per_step": used / (steps - start) if steps > start else None,
-        "peak_gb": memory / 1e9,
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
         "curve": [(r["step"], r["val/psnr"]) for r in log if "val/psnr" in r],
     }
@@ -268,7 +266,8 @@ def run_one(root: str, run: Path, recipe: str, key: str, split: str) -> dict:
 def options_of(root: str, recipe: str, run: Path, steps: int) -> dict:
     """Arguments of `train_3d` from the recipe, for a short quiet run."""
     flags = {"config": recipe, "data.root": root, "out_dir": run, "max_steps": steps}
-    flags |= {"val_every": max(steps // 15, 1), "media_every": 0, "wandb": "disabled"}
+    often = 0 if steps == WARM_STEPS else max(steps // 15, 1)
+    flags |= {"val_every": often, "media_every": 0, "wandb": "disabled"}
     return parse(train_3d, [text for k, v in flags.items() for text in (f"--{k}", str(v))])
 
 

@@ -15,6 +15,7 @@ from vae3d.inference.costs import Living, cost
 from vae3d.inference.estimate import passes_of_patches, seconds, spell, told
 from vae3d.inference.reconstruct import Coding, autoencode, coding_of, mode_of, reconstruct
 from vae3d.kernels.progress import part, passed, watched
+from vae3d.models.custom_vae import CustomVAE
 from vae3d.tracking.console import Gauge
 
 SIZE = (64, 64, 64)
@@ -194,3 +195,31 @@ def test_layers_keep_no_hook_when_the_pass_is_over(vae):
     with watched(lambda _: None), reconstruct_module.telling_of_layers(vae, "encoder"):
         assert any(layer._forward_hooks for layer in vae.encoder)
     assert not any(layer._forward_hooks for layer in vae.encoder)
+
+
+class OfAnother(CustomVAE):
+    """A network of another library behind the contract: it has no layers of ours to ask."""
+
+    def __init__(self):
+        nn.Module.__init__(self)
+        self.net = tiny_vae()
+        self.head, self.linear_code, self.spatial_dims = self.net.head, None, 3
+        self.factor, self.latent_channels = self.net.factor, self.net.latent_channels
+        self.in_channels = self.out_channels = 1
+        self.encoder = nn.Conv3d(1, 1, 1)  # nor need a part with such a name be ours
+
+    def encode(self, x):
+        return self.net.encode(x)
+
+    def decode(self, z):
+        return self.net.decode(z)
+
+
+@pytest.mark.parametrize("mode", ["full", "patch"])
+def test_a_network_of_another_library_goes_through_while_progress_is_shown(mode):
+    vae, x, heard = OfAnother().eval(), torch.rand(1, 16, 12, 12), []
+    with watched(heard.append):
+        recon, *_ = autoencode(vae, x, mode, patch_size=(8, 8, 8))
+    wanted, *_ = autoencode(vae.net, x, mode, patch_size=(8, 8, 8))
+    torch.testing.assert_close(recon, wanted)
+    assert sum(heard) == pytest.approx(1)

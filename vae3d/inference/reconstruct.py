@@ -39,7 +39,7 @@ from vae3d.kernels.precision import AMP, Amp, autocast
 from vae3d.kernels.progress import is_watched, part, passed
 from vae3d.models.attention import Attention
 from vae3d.models.blocks import Block
-from vae3d.models.custom_vae import CustomVAE
+from vae3d.models.custom_vae import Chain, CustomVAE
 from vae3d.models.downsample import Down
 from vae3d.models.upsample import Up
 
@@ -534,10 +534,10 @@ def telling_of_layers(vae: CustomVAE, half: Literal["encoder", "decoder"]) -> It
 
     Only layers of several steps tell: a hook on a convolution would keep it from its fast path.
     """
-    if not is_watched():
+    chain = getattr(vae, half, None)
+    if not is_watched() or not isinstance(chain, Chain):  # a network of another library
         yield
         return
-    chain = getattr(vae, half)
     scale, works = 1.0, []
     for layer in chain:
         factor = math.prod(getattr(layer, "factor", (1,)))
