@@ -137,6 +137,7 @@ NETWORKS = (OURS, "plain", "monai")
 PEERS = {"monai": MonaiPeer, "monai wide": MonaiPeer, "vae3d2d": Vae3d2dPeer}
 WIDE = (32, 64, 64)  # channels of MONAI's 3D AutoencoderKL tutorial
 COLORS = ("#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd", "#8c564b")
+SHOWN = {"psnr": ".2f", "ssim": ".3f", "pca_equivalent": ".2f", "lattice_score": ".2f"}
 WARM_STEPS = 20  # to measure what a step costs
 KEPT = str(Path(__file__).with_suffix(".json"))
 
@@ -254,10 +255,10 @@ def run_one(root: str, run: Path, recipe: str, key: str, split: str) -> dict:
         media=False,
         trust=("__main__",),
     )
-    summary = json.loads((run / "evaluation" / "summary.json").read_text())
+    metrics = json.loads((run / "evaluation" / "summary.json").read_text())["metrics"]
     return told | {
         "parameters": sum(p.numel() for p in kwargs["model"]().parameters()),
-        "metrics": summary["metrics"],
+        "metrics": {name: metrics[name] for name in SHOWN if name in metrics},
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
         "curve": [(r["step"], r["val/psnr"]) for r in log if "val/psnr" in r],
     }
@@ -346,9 +347,8 @@ def tables(rows: list[dict], sweep_steps: int) -> str:
 
 def measured(rows: list[dict]) -> list[str]:
     """Mean and standard deviation over `rows` of each metric, as text."""
-    forms = {"psnr": ".2f", "ssim": ".3f", "pca_equivalent": ".2f", "lattice_score": ".2f"}
     cells = []
-    for metric, form in forms.items():
+    for metric, form in SHOWN.items():
         values = [row["metrics"][metric]["mean"] for row in rows if metric in row["metrics"]]
         sd = f" ({statistics.stdev(values):{form}})" if len(values) > 1 else ""
         cells.append(f"{statistics.fmean(values):{form}}{sd}" if values else "")
