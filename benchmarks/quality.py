@@ -189,7 +189,8 @@ def quality(
         write(Path(kept), results)
         text = tables(list(results.values()), sweep_steps)
         write_text(out / "quality.md", text)
-        runs = [row for row in results.values() if row.get("steps", 0) > sweep_steps]
+        few = (None, sweep_steps, WARM_STEPS)
+        runs = [row for row in results.values() if row.get("steps") not in few]
         write_text(out / "quality.svg", curves(runs))
         return text
 
