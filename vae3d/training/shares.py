@@ -89,10 +89,11 @@ class Work:
     def __init__(self, gauge: Gauge, sizes: Mapping[int, Sequence[int]]):
         self.gauge = gauge
         self.voxels = {index: prod(size) for index, size in sizes.items()}
+        self.total = max(sum(self.voxels.values()), 1)
 
     def on(self, index: int) -> AbstractContextManager[None]:
         """What passes inside is of this volume."""
-        return part(self.voxels.get(index, 0) / max(sum(self.voxels.values()), 1))
+        return part(self.voxels.get(index, 0) / self.total)
 
     def left(self) -> str:
         """Time to the end."""
