@@ -307,8 +307,9 @@ def linear_codes(root: str, recipe: str, out: Path, factor: int, split: str) -> 
     for name, code in codes.items():
         pairs = [(x, code(x)) for x in volumes]
         metrics = {
-            k: {"mean": statistics.fmean(metric(x, recon, hi - lo) for x, recon in pairs)}
-            for k, metric in METRICS.items()
+            k: {"mean": statistics.fmean(METRICS[k](x, recon, hi - lo) for x, recon in pairs)}
+            for k in SHOWN
+            if k in METRICS
         }
         rows[f"{factor}/{name}"] = {"factor": factor, "network": name, "metrics": metrics}
     return rows

@@ -15,6 +15,7 @@ import numpy as np
 
 from loaders.counted import Counts
 from loaders.readers import Boxes, Cut, Look, View, Volume
+from loaders.readers.volume import SLAB
 from loaders.texts import Record, misfit
 from loaders.whole import whole_file
 
@@ -41,7 +42,7 @@ SIDECAR = {
     "num_bytes": int,
 }
 IN_CHUNKS = {"chunks": [int], "lead": [int]}  # and of a volume that is read in chunks
-SLAB, ROWS = 2**26, 32  # bytes of a volume that are written at a time, and its least rows
+ROWS = 32  # of a volume are written at a time, or as many as `SLAB` bytes have
 
 
 def num_bytes(path: Path) -> int:

@@ -109,7 +109,6 @@ class Passes:
         """`CustomVAE.encode` on all ranks, for the first one to call."""
         layout = self.layout("encode", x.shape)
         if layout is None:
-            self.tell_alone()
             return type(self.vae).encode(self.vae, x)
         return self.vae.head(self.ask("encode", x, layout))
 
@@ -117,7 +116,6 @@ class Passes:
         """`CustomVAE.decode` on all ranks, for the first one to call."""
         layout = self.layout("decode", z.shape)
         if layout is None:
-            self.tell_alone()
             return type(self.vae).decode(self.vae, z)
         return self.ask("decode", z, layout)
 
@@ -133,11 +131,12 @@ class Passes:
             )
 
     def layout(self, half: Half, shape: torch.Size | list[int]) -> Layout | None:
-        """Who takes which rows; None where there are fewer cells than ranks."""
+        """Who takes which rows; None, which is said, where there are fewer cells than ranks."""
         factor = self.vae.factor
         scale = factor if half == "decode" else (1,) * len(factor)
         volume = [n * s for n, s in zip(shape[2:], scale, strict=True)]
         if -(-volume[self.axis] // factor[self.axis]) < self.team.size:
+            self.tell_alone()
             return None
         return Layout(volume, factor, self.axis, self.team.group)
 
